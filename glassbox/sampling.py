@@ -1,0 +1,281 @@
+"""Which steps and which rows are measured.
+
+Owns the choice, nothing else: numpy only, no torch, no vLLM, no clock and no randomness, so that all ranks of
+a server choose alike and a test can replay any choice.
+"""
+
+import math
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+# Columns of the row list, int32 [R, NUM_ROW_COLUMNS].
+ROW_QUERY: Final = 0  # index into the step's flattened tokens
+ROW_BATCH: Final = 1  # batch row
+ROW_PHASE: Final = 2  # 0 prefill, 1 decode: index into statistics.PHASES
+ROW_PROMPT_LEN: Final = 3  # tokens of the request's prompt
+ROW_SLOT: Final = 4  # trace ring slot, -1 if the request is not traced
+NUM_ROW_COLUMNS: Final = 5
+
+# Fixed point: with floats two ranks could disagree, and the share would drift after many steps.
+_RATE_BITS: Final = 32
+
+# Seconds of step time over which costs are averaged: load changes within seconds, single steps scatter.
+_AVERAGE_S: Final = 10.0
+# Step time within which a single sample, however dear (the first one compiles kernels), is paid back.
+_REPAY_S: Final = 60.0
+# The level falls only if the lower one is predicted to cost at most this share of the budget. As levels
+# differ by a factor of 2, that leaves a band, 0.35 to 1 of the budget, in which nothing moves.
+_LOWER_BELOW: Final = 0.7
+# After an overdraft, until it is paid back, costs are held to this share of the budget.
+_REPAY_AT: Final = 0.5
+# What a step costs though it is not measured may exceed the budget; this share of it stays for measuring, so
+# that the budget never blinds glassbox.
+_MIN_SHARE: Final = 0.1
+_MAX_LEVEL: Final = 32
+
+
+def is_sampled_step(step: int, sample_rate: float, level: int = 0) -> bool:
+    """Whether step number `step` is measured. Stateless, so every rank decides alike.
+
+    Sampled steps are spread evenly: of any N consecutive steps of level 0, N * sample_rate rounded up or down
+    are sampled, and gaps between sampled steps differ by at most one step. Level k keeps every 2^k-th of
+    them, so what a higher level samples a lower one samples too.
+
+    Args:
+        step: from 0.
+        sample_rate: 0 to 1.
+        level: 0 and up.
+    """
+    if sample_rate <= 0:
+        return False
+    rate = max(1, round(min(sample_rate, 1.0) * (1 << _RATE_BITS)))
+    before = (step * rate) >> _RATE_BITS
+    after = ((step + 1) * rate) >> _RATE_BITS
+    return after > before and before % (1 << level) == 0
+
+
+class StepSampler:
+    """Counts engine steps, says which are measured, and keeps the cost of measuring within a budget.
+
+    The budget is a share of step time. From what steps cost (moving averages over some seconds of step time)
+    follows the level, the number of halvings of the sample rate: the smallest whose predicted cost is within
+    the budget. A running account of overdrafts corrects what the prediction misses.
+
+    Args:
+        sample_rate: share of steps to measure, 0 to 1.
+        overhead_budget: largest share of step time that measuring may cost; None is no limit.
+    """
+
+    def __init__(self, sample_rate: float, overhead_budget: float | None = None) -> None:
+        self._rate = sample_rate
+        self._budget = overhead_budget
+        self._step = 0
+        self._level = 0
+        self._time_s = 0.0  # step time so far
+        self._step_time = _MovingMean()
+        self._sampled_cost = _MovingMean()
+        self._idle_cost = _MovingMean()
+        self._debt_s = 0.0  # spent beyond the budget
+        self._repaying = False
+        self._measured_at_level = False
+
+    @property
+    def step(self) -> int:
+        """Number of steps so far."""
+        return self._step
+
+    @property
+    def level(self) -> int:
+        """Halvings of the sample rate now in force."""
+        return self._level
+
+    @property
+    def effective_rate(self) -> float:
+        """Share of steps measured now: the sample rate after the budget."""
+        return math.ldexp(self._rate, -self._level)
+
+    def set_rate(self, sample_rate: float) -> None:
+        """Change the sample rate from the next step on; the count of steps and the known costs stay."""
+        if sample_rate != self._rate:
+            self._rate = sample_rate
+            self._adjust()
+
+    def set_budget(self, overhead_budget: float | None) -> None:
+        """Change the budget; None lifts it at once."""
+        if overhead_budget == self._budget:
+            return
+        self._budget = overhead_budget
+        self._debt_s, self._repaying = 0.0, False
+        if overhead_budget is None:
+            self._set_level(0)
+        else:
+            self._adjust()
+
+    def next_step(self) -> bool:
+        """Count a step; True if it is to be measured."""
+        sampled = is_sampled_step(self._step, self._rate, self._level)
+        self._step += 1
+        return sampled
+
+    def record(self, overhead_s: float, step_s: float, sampled: bool) -> None:
+        """Tell what a step took.
+
+        Args:
+            overhead_s: seconds glassbox spent in it.
+            step_s: seconds of the whole step, glassbox's included. A step without a duration is left out.
+            sampled: what `next_step` said.
+        """
+        if not (step_s > 0 and overhead_s >= 0):
+            return
+        self._time_s += step_s
+        self._step_time.add(step_s, self._time_s)
+        (self._sampled_cost if sampled else self._idle_cost).add(overhead_s, self._time_s)
+        self._measured_at_level |= sampled
+        if self._budget is None:
+            return
+        most_s = self._budget * _REPAY_S
+        self._debt_s = min(max(self._debt_s + overhead_s - self._budget * step_s, -most_s), most_s)
+        self._adjust()
+
+    def _adjust(self) -> None:
+        if self._budget is None or not self._step_time.known or not self._sampled_cost.known:
+            return
+        # One dear sample must not silence measuring for longer than it takes to pay it back.
+        cost_s = min(self._sampled_cost.mean, self._budget * _REPAY_S)
+        share = self._rate * cost_s / self._step_time.mean
+        allowed = max(self._budget - self._idle_cost.mean / self._step_time.mean, _MIN_SHARE * self._budget)
+        # A sample is paid at once and earned until the next, so a debt of two of them means nothing yet.
+        if self._debt_s > 2 * cost_s + self._budget:
+            self._repaying = True
+        elif self._debt_s <= 0:
+            self._repaying = False
+        target = allowed * _REPAY_AT if self._repaying else allowed
+        if math.ldexp(share, -self._level) > target:
+            self._set_level(min(math.ceil(math.log2(share / target)), _MAX_LEVEL))
+        elif (
+            self._level
+            and self._measured_at_level
+            and self._debt_s <= 0
+            and math.ldexp(share, 1 - self._level) <= _LOWER_BELOW * allowed
+        ):
+            self._set_level(self._level - 1)
+
+    def _set_level(self, level: int) -> None:
+        if level != self._level:
+            self._level = level
+            self._measured_at_level = False
+
+
+class _MovingMean:
+    """Mean of the latest values, exponentially forgotten over `_AVERAGE_S` seconds of step time.
+
+    Time since the last value counts, too: after a long pause the next value alone decides.
+    """
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._weight = 0.0
+        self._last_s = 0.0
+
+    @property
+    def known(self) -> bool:
+        return self._weight > 0
+
+    @property
+    def mean(self) -> float:
+        return self._sum / self._weight if self._weight else 0.0
+
+    def add(self, value: float, now_s: float) -> None:
+        keep = math.exp((self._last_s - now_s) / _AVERAGE_S)
+        self._last_s = now_s
+        self._sum = self._sum * keep + value
+        self._weight = self._weight * keep + 1.0
+
+
+class RowSampler:
+    """Chooses the rows of a sampled step.
+
+    Candidates are the decode rows (tokens that were generated) and of each prompt `prefill_rows_per_request`
+    positions, evenly spaced over the whole prompt with its last one included, whichever chunk they come in.
+    If there are more candidates than `max_rows_per_step`, they take turns: a window moves over them from step
+    to step.
+
+    Args:
+        max_rows_per_step: largest number of rows of a step.
+        prefill_rows_per_request: positions per prompt; 0 is none, and a shorter prompt gives all it has.
+        max_spec_tokens: draft tokens per step of speculative decoding. A request with at most one token more
+            in the step is decoding, and all of its tokens are candidates; with more it is recomputing tokens
+            it had before (after a preemption), and only the last is.
+    """
+
+    def __init__(self, max_rows_per_step: int, prefill_rows_per_request: int, *, max_spec_tokens: int = 0) -> None:
+        self._max_rows = max_rows_per_step
+        self._prefill_rows = prefill_rows_per_request
+        self._max_decode_tokens = 1 + max_spec_tokens
+        self._cursor = 0
+
+    def select(
+        self,
+        num_scheduled: npt.ArrayLike,
+        num_computed: npt.ArrayLike,
+        prompt_len: npt.ArrayLike,
+        query_start: npt.ArrayLike,
+        slot: npt.ArrayLike | None = None,
+    ) -> tuple[npt.NDArray[np.int32], int]:
+        """Choose the rows of one step.
+
+        Args:
+            num_scheduled: [B] tokens of each request in this step.
+            num_computed: [B] tokens of it that were computed before.
+            prompt_len: [B] tokens of its prompt.
+            query_start: [B+1] index of its first token among the step's flattened tokens.
+            slot: [B] trace ring slot, -1 is none; None is none at all.
+
+        Returns:
+            rows int32 [R, NUM_ROW_COLUMNS], R <= max_rows_per_step, ascending in ROW_QUERY, and the number of
+            candidates that were left out.
+        """
+        scheduled = np.asarray(num_scheduled, dtype=np.int64)
+        first = np.asarray(num_computed, dtype=np.int64)
+        prompt = np.asarray(prompt_len, dtype=np.int64)
+        end = first + scheduled
+
+        # Positions of the fixed choice lie at ceil((k+1) P / M) - 1, so floor(x M / P) of them are below x.
+        chosen = np.minimum(self._prefill_rows, prompt)
+        divisor = np.maximum(prompt, 1)
+        prefill_from = np.minimum(first, prompt) * chosen // divisor
+        num_prefill = np.minimum(end, prompt) * chosen // divisor - prefill_from
+
+        generated = np.minimum(np.maximum(end - prompt, 0), scheduled)
+        num_decode = np.where(scheduled <= self._max_decode_tokens, generated, np.minimum(generated, 1))
+
+        last = np.cumsum(num_prefill + num_decode)
+        total = int(last[-1]) if last.size else 0
+        candidate = self._take(total)
+        request = np.searchsorted(last, candidate, side="right")
+        within = candidate - (last - num_prefill - num_decode)[request]
+        is_decode = within >= num_prefill[request]
+
+        # Ceiling division; `chosen` is 0 only where there are no prefill candidates.
+        count = np.maximum(chosen[request], 1)
+        prefill_position = -(-(prefill_from[request] + within + 1) * prompt[request] // count) - 1
+        decode_position = end[request] - num_decode[request] + within - num_prefill[request]
+        position = np.where(is_decode, decode_position, prefill_position)
+
+        rows = np.empty((candidate.size, NUM_ROW_COLUMNS), dtype=np.int32)
+        rows[:, ROW_QUERY] = np.asarray(query_start, dtype=np.int64)[request] + position - first[request]
+        rows[:, ROW_BATCH] = request
+        rows[:, ROW_PHASE] = is_decode
+        rows[:, ROW_PROMPT_LEN] = prompt[request]
+        rows[:, ROW_SLOT] = -1 if slot is None else np.asarray(slot, dtype=np.int64)[request]
+        return rows, total - candidate.size
+
+    def _take(self, total: int) -> npt.NDArray[np.int64]:
+        """Ascending numbers of the candidates whose turn it is, of `total`."""
+        if total <= self._max_rows:
+            return np.arange(total, dtype=np.int64)
+        start = self._cursor % total
+        self._cursor = (start + self._max_rows) % total
+        return np.sort((start + np.arange(self._max_rows, dtype=np.int64)) % total)
