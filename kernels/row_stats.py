@@ -1,0 +1,677 @@
+"""Attention statistics of the listed rows of one layer, on a GPU: one Triton launch, one pass over the keys.
+
+Owns the kernel, its workspace and its launch. It does not choose rows, know vLLM, or read anything back: results are
+added to a layer's cumulative accumulators on the device, and rows of traced requests are written to a ring. The
+statistics are those of `glassbox/statistics.py`, whose symbols (m, Zk, E, Z2) the kernel uses.
+
+How it works. The keys of all listed rows, cut into tiles, form one sequence of units (row, KV head, tile); every
+program of a persistent grid takes an equal, contiguous share of it. So one long row spreads over the whole GPU, and
+many short ones are not split. A (row, KV head) that crosses a share's border leaves a partial state per program,
+and the program that arrives last merges them; nothing waits for another program. The grid, and everything the host
+passes, is the same on every launch: row list, lengths and block table are read on the device, so a captured launch is
+right on replay, and one with an empty row list reads one word and returns.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+
+from glassbox.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS
+
+ROW_COLUMNS: Final = 5
+MAX_HEAD_SIZE: Final = 256
+
+_ROW_QUERY = tl.constexpr(0)
+_ROW_BATCH = tl.constexpr(1)
+_ROW_PHASE = tl.constexpr(2)
+_ROW_PROMPT_LEN = tl.constexpr(3)
+_ROW_SLOT = tl.constexpr(4)
+_ROW_COLUMNS = tl.constexpr(ROW_COLUMNS)
+
+_ENTROPY_RATIO = tl.constexpr(INDEX["entropy_ratio"])
+_EFFECTIVE_KEYS = tl.constexpr(INDEX["effective_keys"])
+_MAX_LOGIT = tl.constexpr(INDEX["max_logit"])
+_TOP1_RATIO = tl.constexpr(INDEX["top1_ratio"])
+_SINK_RATIO = tl.constexpr(INDEX["sink_ratio"])
+_LOCAL_RATIO = tl.constexpr(INDEX["local_ratio"])
+_DISTANCE_TOKENS = tl.constexpr(INDEX["distance_tokens"])
+_SELF_LOGPROB = tl.constexpr(INDEX["self_logprob"])
+_LOOKBACK_RATIO = tl.constexpr(INDEX["lookback_ratio"])
+_NUM_STATISTICS = tl.constexpr(NUM_STATISTICS)
+_NUM_BUCKETS = tl.constexpr(NUM_BUCKETS)
+_BLOCK_STATISTICS = tl.constexpr(triton.next_power_of_2(NUM_STATISTICS))
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+# 2^-256 is 0 in float32; a finite floor keeps 0 * -inf out of E.
+_MIN_EXPONENT = tl.constexpr(-256.0)
+# How far (natural units) a score may be above the reference: e^16 squared and summed is far from overflow, and what
+# the entropy loses to cancellation is 23 bits' worth of float32 rounding, 1e-6.
+_MAX_RISE = tl.constexpr(16.0)
+# Fields of a partial state: m, context sum, generated sum, E, Z2, sink, local, distance, own score, nonfinite.
+_STATE_FIELDS = tl.constexpr(10)
+_MERGE_BLOCK = tl.constexpr(16)
+
+# Query heads of one KV head that share a tile; more of them (wide MQA) are done in groups of this many.
+_MAX_BLOCK_HEADS: Final = 16
+_NO_WINDOW: Final = 2**31 - 1
+
+
+@triton.jit
+def _exponent(score, reference):
+    """log2 of e^(score - reference), floored; NaN (both infinite) becomes the floor."""
+    # Subtract before scaling: exact for scores near the maximum however large they are.
+    return tl.maximum((score - reference) * _LOG2E, _MIN_EXPONENT)
+
+
+@triton.jit
+def _combine(m1, a1, b1, c1, d1, e1, f1, g1, o1, x1, m2, a2, b2, c2, d2, e2, f2, g2, o2, x2):
+    """Of two elements' maximum, seven sums, own score and nonfinite mark."""
+    return (
+        tl.maximum(m1, m2), a1 + a2, b1 + b2, c1 + c2, d1 + d2, e1 + e2, f1 + f2, g1 + g2, tl.maximum(o1, o2), x1 + x2
+    )  # fmt: skip
+
+
+@triton.jit
+def _pick(values, index, i):
+    """values[i] of a vector held in registers."""
+    return tl.sum(tl.where(index == i, values, 0), 0)
+
+
+@triton.jit
+def _load_partial(partial_ptr, slots, field: tl.constexpr, heads, present, other, BLOCK_H: tl.constexpr):
+    offsets = (slots[:, None] * _STATE_FIELDS + field) * BLOCK_H + heads[None, :]
+    # .cg: other SMs wrote these words during this launch, so L1 must not serve them.
+    return tl.load(partial_ptr + offsets, mask=present[:, None], other=other, cache_modifier=".cg")
+
+
+# What changes from layer to layer or is configured must not compile another variant.
+@triton.jit(
+    do_not_specialize=["window", "sink_tokens", "local_window", "max_rows"],
+    do_not_specialize_on_alignment=["num_rows_ptr", "window_slot_ptr"],
+)
+def _row_stats_kernel(
+    q_ptr,  # [T, H, D]
+    k_ptr,  # [num_blocks, Hkv, PAGE, D]
+    block_table_ptr,  # [num_seqs, max_blocks] int32
+    query_start_loc_ptr,  # [num_seqs + 1] int32
+    seq_lens_ptr,  # [num_seqs] int32
+    rows_ptr,  # [max_rows, 5] int32
+    num_rows_ptr,  # [1] int32
+    q_scale_ptr,  # [1] or [Hkv] float32
+    k_scale_ptr,  # [1] or [Hkv] float32
+    alibi_slopes_ptr,  # [H]
+    sinks_ptr,  # [H]
+    counts_ptr,  # [H, 2, S, B] int64
+    sums_ptr,  # [H, 2, S] float64
+    row_counts_ptr,  # [H, 2] int64
+    nonfinite_ptr,  # [H, 2] int64
+    window_max_ptr,  # [W, H, 2] float32
+    window_slot_ptr,  # [1] int32
+    bounds_ptr,  # [S, B - 1] float32
+    ring_ptr,  # [ring, H, S + 1] float32
+    out_ptr,  # [max_rows, H, S + 1] float32
+    partial_ptr,  # [num_programs, 2, _STATE_FIELDS, BLOCK_H] float32
+    arrivals_ptr,  # [max_rows, HEAD_BLOCKS] int32, 0 between launches
+    stride_q_token,
+    stride_q_head,
+    stride_k_block,
+    stride_k_head,
+    stride_k_slot,
+    stride_block_table,
+    stride_q_scale,
+    stride_k_scale,
+    stride_window,
+    stride_ring,
+    scale,
+    soft_cap,
+    window,
+    sink_tokens,
+    local_window,
+    max_rows,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    HAS_Q_SCALE: tl.constexpr,
+    HAS_K_SCALE: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_RING: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    num_rows = tl.load(num_rows_ptr)
+    if num_rows == 0:
+        return
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    # Tensor cores take no fewer than 16 heads; the work after the dot is done for the real ones only.
+    DOT_H: tl.constexpr = BLOCK_H if BLOCK_H > 16 else 16
+    GROUP_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
+    HEAD_BLOCKS: tl.constexpr = NUM_KV_HEADS * GROUP_BLOCKS
+
+    # The plan: which tiles of keys each listed row has, [BLOCK_ROWS]. Every program makes the same one.
+    index = tl.arange(0, BLOCK_ROWS)
+    listed = index < tl.minimum(num_rows, max_rows)
+    row_batch = tl.load(rows_ptr + index * _ROW_COLUMNS + _ROW_BATCH, mask=listed, other=0)
+    row_query = tl.load(rows_ptr + index * _ROW_COLUMNS + _ROW_QUERY, mask=listed, other=0)
+    query_start = tl.load(query_start_loc_ptr + row_batch, mask=listed, other=0)
+    query_end = tl.load(query_start_loc_ptr + row_batch + 1, mask=listed, other=0)
+    seq_len = tl.load(seq_lens_ptr + row_batch, mask=listed, other=0)
+    positions = seq_len - query_end + row_query
+    # Padding rows of a captured batch have query length 0 and sequence length 0.
+    real = listed & (row_query >= query_start) & (row_query < query_end) & (positions >= 0)
+    first_tiles = tl.maximum(positions + 1 - window, 0) // BLOCK_N
+    tiles = tl.where(real, positions // BLOCK_N + 1 - first_tiles, 0)
+    ends = tl.cumsum(tiles, 0)
+
+    total = tl.max(ends, 0) * HEAD_BLOCKS
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_TILES)
+    start = tl.program_id(0) * share
+    stop = tl.minimum(start + share, total)
+
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_s = tl.arange(0, _BLOCK_STATISTICS)
+    unit = start
+    while unit < stop:
+        row = tl.sum((ends * HEAD_BLOCKS <= unit).to(tl.int32), 0)
+        row_tiles = _pick(tiles, index, row)
+        row_begin = (_pick(ends, index, row) - row_tiles) * HEAD_BLOCKS
+        position = _pick(positions, index, row)
+        query = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_QUERY)
+        batch = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_BATCH)
+        prompt_len = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_PROMPT_LEN)
+        head_block = (unit - row_begin) // row_tiles
+        begin = row_begin + head_block * row_tiles
+        end = begin + row_tiles
+        kv_head = head_block // GROUP_BLOCKS
+        in_group = (head_block % GROUP_BLOCKS) * BLOCK_H + offs_h
+        heads = kv_head * GROUP + in_group
+        is_head = in_group < GROUP
+
+        lowest = tl.maximum(position + 1 - window, 0)
+        first_tile = lowest // BLOCK_N + (unit - begin)
+        last_tile = lowest // BLOCK_N + (tl.minimum(end, stop) - begin)
+        # [BLOCK_D, DOT_H]; the dot's further heads and the padding of HEAD_SIZE are 0.
+        dot_in_group = (head_block % GROUP_BLOCKS) * BLOCK_H + tl.arange(0, DOT_H)
+        dot_heads = kv_head * GROUP + dot_in_group
+        q = tl.load(
+            q_ptr + query.to(tl.int64) * stride_q_token + dot_heads[None, :] * stride_q_head + offs_d[:, None],
+            mask=(dot_in_group < GROUP)[None, :] & (offs_d < HEAD_SIZE)[:, None],
+            other=0.0,
+        ).to(DOT_DTYPE)
+        factor = scale
+        if HAS_Q_SCALE:
+            factor = factor * tl.load(q_scale_ptr + kv_head * stride_q_scale)
+        if HAS_K_SCALE:
+            factor = factor * tl.load(k_scale_ptr + kv_head * stride_k_scale)
+        if HAS_ALIBI:
+            slopes = tl.load(alibi_slopes_ptr + heads, mask=is_head, other=0.0).to(tl.float32)
+        k_head_ptr = k_ptr + kv_head.to(tl.int64) * stride_k_head
+        table_ptr = block_table_ptr + batch.to(tl.int64) * stride_block_table
+
+        # The loop has no barrier and rescales nothing: its exponents are relative to `reference`, the maximum of the first
+        # tile, and its sums stay per element. Only if a later score is far above that, the keys are read once more,
+        # with the maximum now known.
+        reference = tl.full([BLOCK_H], 0.0, tl.float32)
+        m = tl.full([BLOCK_H], 0.0, tl.float32)
+        row_zc = tl.zeros([BLOCK_H], tl.float32)
+        row_zg = tl.zeros([BLOCK_H], tl.float32)
+        row_e = tl.zeros([BLOCK_H], tl.float32)
+        row_z2 = tl.zeros([BLOCK_H], tl.float32)
+        row_sink = tl.zeros([BLOCK_H], tl.float32)
+        row_local = tl.zeros([BLOCK_H], tl.float32)
+        row_distance = tl.zeros([BLOCK_H], tl.float32)
+        row_own = tl.zeros([BLOCK_H], tl.float32)
+        row_bad = tl.zeros([BLOCK_H], tl.float32)
+        reference_tile = first_tile
+        again = True
+        while again:
+            top = tl.full([BLOCK_N, BLOCK_H], float("-inf"), tl.float32)
+            z_context = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+            # Not Zk - context: that difference would lose a small generated mass to cancellation.
+            z_generated = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+            e = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)  # E * log2(e)
+            z2 = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+            sink = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+            local = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+            distance = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+            own = tl.full([BLOCK_N, BLOCK_H], float("-inf"), tl.float32)
+            bad = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+            for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
+                j = tile * BLOCK_N + offs_n
+                visible = (j >= lowest) & (j <= position)
+                block = tl.load(table_ptr + j // PAGE, mask=visible, other=0)
+                k = tl.load(
+                    k_head_ptr
+                    + block.to(tl.int64)[:, None] * stride_k_block
+                    + (j % PAGE).to(tl.int64)[:, None] * stride_k_slot
+                    + offs_d[None, :],
+                    mask=visible[:, None] & (offs_d < HEAD_SIZE)[None, :],
+                    other=0.0,
+                )
+                # [BLOCK_N, BLOCK_D] @ [BLOCK_D, DOT_H] -> [BLOCK_N, DOT_H]
+                s = tl.dot(k.to(DOT_DTYPE), q, input_precision="ieee")
+                if BLOCK_H < DOT_H:
+                    # Heads of padding score 0 (or NaN, where the real ones are not finite either).
+                    s = tl.sum(tl.reshape(s, [BLOCK_N, DOT_H // BLOCK_H, BLOCK_H]), 1)
+                s = s * factor
+                bad += s * 0.0  # stays 0 unless s is NaN or infinite
+                if HAS_SOFT_CAP:
+                    # tanh(x) = 1 - 2 / (e^2x + 1), which is +-1 where e^2x overflows or vanishes.
+                    s = soft_cap - 2.0 * soft_cap / (tl.exp2(s * (2.0 * _LOG2E / soft_cap)) + 1.0)
+                age = (position - j).to(tl.float32)
+                if HAS_ALIBI:
+                    s = s - slopes[None, :] * age[:, None]
+                s = tl.where(visible[:, None], s, float("-inf"))
+                if tile == reference_tile:
+                    reference = tl.max(s, 0)
+                top = tl.maximum(top, s)
+                t = _exponent(s, reference[None, :])
+                p = tl.exp2(t)
+                in_context = (j < prompt_len).to(tl.float32)[:, None]
+                z_context += p * in_context
+                z_generated += p * (1.0 - in_context)
+                e += p * t
+                z2 += p * p
+                sink += p * (j < sink_tokens).to(tl.float32)[:, None]
+                local += p * (position - j < local_window).to(tl.float32)[:, None]
+                distance += p * age[:, None]
+                own = tl.where((j == position)[:, None], s, own)
+
+            m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = tl.reduce(
+                (top, z_context, z_generated, e, z2, sink, local, distance, own, bad), 0, _combine
+            )
+            again = (reference_tile >= 0) & (tl.max(m - reference, 0) > _MAX_RISE)
+            if again:
+                reference = m
+                reference_tile = -1
+
+        # From sums relative to `reference` to sums relative to m:
+        # sum e^(s-m) (s-m) = e^(r-m) (sum e^(s-r) (s-r) + (r-m) sum e^(s-r)).
+        rise = _exponent(reference, m)
+        decay = tl.exp2(rise)
+        row_e = (row_e + rise * (row_zc + row_zg)) * decay
+        row_zc *= decay
+        row_zg *= decay
+        row_z2 *= decay * decay
+        row_sink *= decay
+        row_local *= decay
+        row_distance *= decay
+        row_bad = (row_bad != 0.0).to(tl.float32)
+
+        complete = (begin >= start) & (end <= stop)
+        if not complete:
+            first = begin // share
+            last = (end - 1) // share
+            # Slot 0: the segment began in an earlier program; slot 1: it begins here and goes on in the next.
+            slot = tl.program_id(0) * 2 + (begin >= start).to(tl.int32)
+            state_ptr = partial_ptr + slot * (_STATE_FIELDS * BLOCK_H) + offs_h
+            tl.store(state_ptr, m)
+            tl.store(state_ptr + 1 * BLOCK_H, row_zc)
+            tl.store(state_ptr + 2 * BLOCK_H, row_zg)
+            tl.store(state_ptr + 3 * BLOCK_H, row_e)
+            tl.store(state_ptr + 4 * BLOCK_H, row_z2)
+            tl.store(state_ptr + 5 * BLOCK_H, row_sink)
+            tl.store(state_ptr + 6 * BLOCK_H, row_local)
+            tl.store(state_ptr + 7 * BLOCK_H, row_distance)
+            tl.store(state_ptr + 8 * BLOCK_H, row_own)
+            tl.store(state_ptr + 9 * BLOCK_H, row_bad)
+            # The atomic is one thread's: the barrier puts every thread's stores before its release.
+            tl.debug_barrier()
+            arrival_ptr = arrivals_ptr + row * HEAD_BLOCKS + head_block
+            complete = tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu") == last - first
+            if complete:
+                tl.store(arrival_ptr, 0)
+                m = tl.full([BLOCK_H], float("-inf"), tl.float32)
+                row_zc = tl.zeros([BLOCK_H], tl.float32)
+                row_zg = tl.zeros([BLOCK_H], tl.float32)
+                row_e = tl.zeros([BLOCK_H], tl.float32)
+                row_z2 = tl.zeros([BLOCK_H], tl.float32)
+                row_sink = tl.zeros([BLOCK_H], tl.float32)
+                row_local = tl.zeros([BLOCK_H], tl.float32)
+                row_distance = tl.zeros([BLOCK_H], tl.float32)
+                row_own = tl.full([BLOCK_H], float("-inf"), tl.float32)
+                row_bad = tl.zeros([BLOCK_H], tl.float32)
+                for block_start in tl.range(first, last + 1, _MERGE_BLOCK):
+                    program = block_start + tl.arange(0, _MERGE_BLOCK)
+                    there = program <= last
+                    slots = program * 2 + (program == first).to(tl.int32)
+                    part_m = _load_partial(partial_ptr, slots, 0, offs_h, there, float("-inf"), BLOCK_H)
+                    part_zc = _load_partial(partial_ptr, slots, 1, offs_h, there, 0.0, BLOCK_H)
+                    part_zg = _load_partial(partial_ptr, slots, 2, offs_h, there, 0.0, BLOCK_H)
+                    part_e = _load_partial(partial_ptr, slots, 3, offs_h, there, 0.0, BLOCK_H)
+                    part_z2 = _load_partial(partial_ptr, slots, 4, offs_h, there, 0.0, BLOCK_H)
+                    part_sink = _load_partial(partial_ptr, slots, 5, offs_h, there, 0.0, BLOCK_H)
+                    part_local = _load_partial(partial_ptr, slots, 6, offs_h, there, 0.0, BLOCK_H)
+                    part_distance = _load_partial(partial_ptr, slots, 7, offs_h, there, 0.0, BLOCK_H)
+                    part_own = _load_partial(partial_ptr, slots, 8, offs_h, there, float("-inf"), BLOCK_H)
+                    part_bad = _load_partial(partial_ptr, slots, 9, offs_h, there, 0.0, BLOCK_H)
+                    m_new = tl.maximum(m, tl.max(part_m, 0))
+                    shift_1 = _exponent(m, m_new)
+                    decay_1 = tl.exp2(shift_1)
+                    part_shift = _exponent(part_m, m_new[None, :])
+                    part_decay = tl.exp2(part_shift)
+                    part_e += part_shift * (part_zc + part_zg)
+                    row_e = (row_e + shift_1 * (row_zc + row_zg)) * decay_1 + tl.sum(part_e * part_decay, 0)
+                    row_zc = row_zc * decay_1 + tl.sum(part_zc * part_decay, 0)
+                    row_zg = row_zg * decay_1 + tl.sum(part_zg * part_decay, 0)
+                    row_z2 = row_z2 * (decay_1 * decay_1) + tl.sum(part_z2 * (part_decay * part_decay), 0)
+                    row_sink = row_sink * decay_1 + tl.sum(part_sink * part_decay, 0)
+                    row_local = row_local * decay_1 + tl.sum(part_local * part_decay, 0)
+                    row_distance = row_distance * decay_1 + tl.sum(part_distance * part_decay, 0)
+                    row_own = tl.maximum(row_own, tl.max(part_own, 0))
+                    row_bad = tl.maximum(row_bad, tl.max(part_bad, 0))
+                    m = m_new
+
+        if complete:
+            phase = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_PHASE)
+            zk = row_zc + row_zg
+            top = m
+            z = zk
+            shrink = tl.full([BLOCK_H], 1.0, tl.float32)  # e^(m - top)
+            if HAS_SINKS:
+                learned = tl.load(sinks_ptr + heads, mask=is_head, other=float("-inf")).to(tl.float32)
+                top = tl.maximum(m, learned)
+                shrink = tl.exp2(_exponent(m, top))
+                z = zk * shrink + tl.exp2(_exponent(learned, top))
+            mass = shrink / z
+            n = position + 1 - lowest
+            n_context = tl.minimum(tl.maximum(prompt_len - lowest, 0), n)
+            # n = 1 has no entropy: its log2 is 0, so divide by 1.
+            log_n = tl.where(n > 1, tl.log2(n.to(tl.float32)), 1.0)
+            entropy = tl.where(n > 1, (tl.log2(zk) - row_e / zk) / log_n, 0.0)
+            context = row_zc / tl.maximum(n_context, 1).to(tl.float32)
+            generated = row_zg / tl.maximum(n - n_context, 1).to(tl.float32)
+            lookback = tl.where(phase == 1, context / (context + generated), float("nan"))
+
+            # [S, BLOCK_H]; the bounds of a statistic hold against rounding.
+            column = offs_s[:, None]
+            value = tl.zeros([_BLOCK_STATISTICS, BLOCK_H], tl.float32)
+            value = tl.where(column == _ENTROPY_RATIO, tl.minimum(tl.maximum(entropy, 0.0), 1.0)[None, :], value)
+            value = tl.where(column == _EFFECTIVE_KEYS, tl.maximum(zk * zk / row_z2, 1.0)[None, :], value)
+            value = tl.where(column == _MAX_LOGIT, m[None, :], value)
+            value = tl.where(column == _TOP1_RATIO, mass[None, :], value)
+            value = tl.where(column == _SINK_RATIO, tl.minimum(row_sink * mass, 1.0)[None, :], value)
+            value = tl.where(column == _LOCAL_RATIO, tl.minimum(row_local * mass, 1.0)[None, :], value)
+            value = tl.where(column == _DISTANCE_TOKENS, (row_distance / zk)[None, :], value)
+            value = tl.where(column == _SELF_LOGPROB, (row_own - top - tl.log2(z) * _LN2)[None, :], value)
+            value = tl.where(column == _LOOKBACK_RATIO, lookback[None, :], value)
+            value = tl.where(row_bad[None, :] > 0.0, float("nan"), value)
+
+            is_value = is_head[None, :] & (column < _NUM_STATISTICS)
+            if HAS_OUT:
+                out = out_ptr + (row * NUM_HEADS + heads) * (_NUM_STATISTICS + 1)
+                tl.store(out[None, :] + column, value, mask=is_value)
+                tl.store(out + _NUM_STATISTICS, row_bad, mask=is_head)
+            if HAS_RING:
+                ring_slot = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_SLOT)
+                traced = is_head & (ring_slot >= 0)
+                ring = ring_ptr + ring_slot.to(tl.int64) * stride_ring + heads * (_NUM_STATISTICS + 1)
+                tl.store(ring[None, :] + column, value, mask=is_value & traced[None, :])
+                tl.store(ring + _NUM_STATISTICS, row_bad, mask=traced)
+
+            cell = heads * 2 + phase  # into [H, 2]
+            ones = tl.full([BLOCK_H], 1, tl.int64)
+            tl.atomic_add(row_counts_ptr + cell, ones, mask=is_head, sem="relaxed")
+            tl.atomic_add(nonfinite_ptr + cell, ones, mask=is_head & (row_bad > 0.0), sem="relaxed")
+            # + 0.0 turns -0.0 into 0.0, which the integer ordering of float atomics needs.
+            tl.atomic_max(
+                window_max_ptr + tl.load(window_slot_ptr).to(tl.int64) * stride_window + cell,
+                m + 0.0,
+                mask=is_head & (row_bad == 0.0),
+                sem="relaxed",
+            )
+            counted = is_value & (value == value)
+            bucket = tl.zeros([_BLOCK_STATISTICS, BLOCK_H], tl.int32)
+            for i in tl.static_range(_NUM_BUCKETS - 1):
+                bound = tl.load(bounds_ptr + offs_s * (_NUM_BUCKETS - 1) + i, mask=offs_s < _NUM_STATISTICS, other=0.0)
+                bucket += (value > bound[:, None]).to(tl.int32)
+            flat = cell[None, :] * _NUM_STATISTICS + column  # into [H, 2, S]
+            tl.atomic_add(
+                counts_ptr + flat * _NUM_BUCKETS + bucket,
+                tl.full([_BLOCK_STATISTICS, BLOCK_H], 1, tl.int64),
+                mask=counted,
+                sem="relaxed",
+            )
+            tl.atomic_add(sums_ptr + flat, value.to(tl.float64), mask=counted, sem="relaxed")
+        unit = tl.minimum(end, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a launch is compiled: keys of one tile, warps of a program, stages of the software pipeline."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParams:
+    """What an attention layer computes; constant over the life of the layer.
+
+    Attributes:
+        scale: of q.k.
+        soft_cap: cap * tanh(score / cap) after scaling; 0 is none.
+        sliding_window: visible keys, the row's own included; None is all.
+        sink_tokens, local_window: of the statistics sink_ratio and local_ratio, in tokens.
+        alibi_slopes: [H], the bias is -slope * distance; None is none.
+        sinks: [H], learned sink logits; None is none.
+        q_scale, k_scale: [1] or [Hkv] float32, the factors of a quantised q and K; None is 1.
+    """
+
+    scale: float
+    soft_cap: float = 0.0
+    sliding_window: int | None = None
+    sink_tokens: int = 4
+    local_window: int = 128
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    q_scale: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAccumulators:
+    """Where a layer's rows are added; views into the worker's accumulators.
+
+    Attributes:
+        counts: [H, 2, S, B] int64, contiguous; bucket i counts values <= bounds[:, i], the last the rest.
+        sums: [H, 2, S] float64, contiguous.
+        rows, nonfinite: [H, 2] int64, contiguous.
+        window_max: [W, H, 2] float32, [H, 2] contiguous.
+        window_slot: [1] int32, the slot of `window_max` in use.
+        bounds: [S, B - 1] float32, contiguous.
+    """
+
+    counts: torch.Tensor
+    sums: torch.Tensor
+    rows: torch.Tensor
+    nonfinite: torch.Tensor
+    window_max: torch.Tensor
+    window_slot: torch.Tensor
+    bounds: torch.Tensor
+
+
+class RowStatsWorkspace:
+    """Memory that launches share: partial states and arrival counters, a few hundred KiB.
+
+    One workspace serves any number of layers whose launches follow each other (one stream, or streams joined by
+    events). Launches that may run at the same time need one each.
+
+    Args:
+        device: of the tensors.
+        max_rows: largest row list.
+        num_heads: largest number of query heads of a layer on this worker.
+        num_programs: size of the grid; None takes a multiple of the device's multiprocessors.
+    """
+
+    def __init__(
+        self, device: torch.device | str, max_rows: int, num_heads: int, num_programs: int | None = None
+    ) -> None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        if num_programs is None:
+            num_programs = _default_programs(torch.device(device))
+        self.max_rows = max_rows
+        self.num_heads = num_heads
+        self.num_programs = num_programs
+        fields = 2 * _STATE_FIELDS.value * _MAX_BLOCK_HEADS
+        self.partial = torch.empty(num_programs * fields, dtype=torch.float32, device=device)
+        self.arrivals = torch.zeros(max_rows * num_heads, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self.partial.nbytes + self.arrivals.nbytes
+
+
+def _default_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _dot_dtype(q: torch.dtype, k: torch.dtype, on_cpu: bool) -> Any:
+    """Type of the dot's operands: the narrowest in which q and K are exact."""
+    half = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    # Triton's interpreter multiplies bfloat16 by its bit pattern (seen in 3.9).
+    if on_cpu or torch.float32 in (q, k):
+        return tl.float32
+    if q in half and k in half:
+        return half[q] if q == k else tl.float32
+    # FP8 is exact in both half types; two FP8 operands take bfloat16.
+    return half.get(q) or half.get(k) or tl.bfloat16
+
+
+def _tiling(q: torch.Tensor, k_cache: torch.Tensor) -> Tiling:
+    if q.dtype == torch.float32 or k_cache.dtype == torch.float32:
+        return Tiling(keys=32, warps=4, stages=3)
+    return Tiling(keys=64, warps=4, stages=4)
+
+
+def row_stats(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    rows: torch.Tensor,
+    num_rows: torch.Tensor,
+    params: LayerParams,
+    accumulators: LayerAccumulators,
+    workspace: RowStatsWorkspace,
+    ring: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    tiling: Tiling | None = None,
+) -> None:
+    """Measure the listed rows of one layer on the current stream; asynchronous, allocates nothing on the device.
+
+    Args:
+        q: [T, H, D] float32, float16, bfloat16 or FP8; the last dimension contiguous.
+        k_cache: [num_blocks, Hkv, block_size, D], any strides but a contiguous last dimension; H a multiple of Hkv.
+        block_table: [num_seqs, max_blocks] int32, the last dimension contiguous.
+        query_start_loc: [num_seqs + 1] int32, first token of each sequence's queries.
+        seq_lens: [num_seqs] int32, keys of each sequence including this step's; 0 is padding.
+        rows: [max_rows, 5] int32 row list (query, batch row, phase, prompt length, ring slot or -1).
+        num_rows: int32, its first element is the number of rows in use; 0 leaves everything as it is.
+        params: of the layer.
+        accumulators: of the layer.
+        workspace: for at least rows.shape[0] rows and H heads.
+        ring: [slots, H, S + 1] float32, [H, S + 1] contiguous, or None: traced rows are written to their slot.
+        out: [max_rows, H, S + 1] float32, contiguous, or None: every row is written, padding rows are left alone.
+        tiling: None takes the measured one.
+
+    Raises:
+        ValueError: for a shape the kernel does not do.
+    """
+    _, num_heads, head_size = q.shape
+    _, num_kv_heads, page, _ = k_cache.shape
+    max_rows = rows.shape[0]
+    if head_size > MAX_HEAD_SIZE or head_size != k_cache.shape[3] or num_heads % num_kv_heads:
+        raise ValueError(
+            f"q {tuple(q.shape)} and k_cache {tuple(k_cache.shape)} must have the same head size of at most "
+            f"{MAX_HEAD_SIZE} and query heads that are a multiple of the KV heads; do not observe this layer"
+        )
+    if max_rows > workspace.max_rows or num_heads > workspace.num_heads:
+        raise ValueError(
+            f"workspace must hold {max_rows} rows and {num_heads} heads, got {workspace.max_rows} and "
+            f"{workspace.num_heads}; make it larger"
+        )
+    if q.stride(2) != 1 or k_cache.stride(3) != 1 or block_table.stride(1) != 1:
+        raise ValueError("q, k_cache and block_table must be contiguous in their last dimension; pass such views")
+    tiling = tiling or _tiling(q, k_cache)
+    group = num_heads // num_kv_heads
+    q_scale, k_scale = params.q_scale, params.k_scale
+    _row_stats_kernel[(workspace.num_programs,)](
+        q,
+        k_cache,
+        block_table,
+        query_start_loc,
+        seq_lens,
+        rows,
+        num_rows,
+        q_scale,
+        k_scale,
+        params.alibi_slopes,
+        params.sinks,
+        accumulators.counts,
+        accumulators.sums,
+        accumulators.rows,
+        accumulators.nonfinite,
+        accumulators.window_max,
+        accumulators.window_slot,
+        accumulators.bounds,
+        ring,
+        out,
+        workspace.partial,
+        workspace.arrivals,
+        q.stride(0),
+        q.stride(1),
+        k_cache.stride(0),
+        k_cache.stride(1),
+        k_cache.stride(2),
+        block_table.stride(0),
+        0 if q_scale is None or q_scale.numel() == 1 else 1,
+        0 if k_scale is None or k_scale.numel() == 1 else 1,
+        accumulators.window_max.stride(0),
+        0 if ring is None else ring.stride(0),
+        params.scale,
+        params.soft_cap,
+        params.sliding_window or _NO_WINDOW,
+        params.sink_tokens,
+        params.local_window,
+        max_rows,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_SIZE=head_size,
+        PAGE=page,
+        DOT_DTYPE=_dot_dtype(q.dtype, k_cache.dtype, not q.is_cuda),
+        HAS_Q_SCALE=q_scale is not None,
+        HAS_K_SCALE=k_scale is not None,
+        HAS_SOFT_CAP=params.soft_cap > 0.0,
+        HAS_ALIBI=params.alibi_slopes is not None,
+        HAS_SINKS=params.sinks is not None,
+        HAS_RING=ring is not None,
+        HAS_OUT=out is not None,
+        BLOCK_ROWS=triton.next_power_of_2(max_rows),
+        BLOCK_H=min(triton.next_power_of_2(group), _MAX_BLOCK_HEADS),
+        BLOCK_D=max(triton.next_power_of_2(head_size), 16),
+        BLOCK_N=tiling.keys,
+        MIN_TILES=1,
+        STAGES=tiling.stages,
+        num_warps=tiling.warps,
+    )

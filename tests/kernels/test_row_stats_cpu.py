@@ -1,0 +1,383 @@
+"""The CPU measurement equals the float64 reference, whatever the batch looks like."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributions import Categorical
+
+from glassbox.kernels.reference.row_stats import row_stats_ref
+from glassbox.kernels.row_stats_cpu import LayerParams, RowPlan, plan_rows, row_stats_cpu
+from glassbox.statistics import INDEX, NUM_STATISTICS, STATISTICS
+from tests.kernels.tolerances import assert_two_oracles
+
+NONFINITE = NUM_STATISTICS
+
+
+class PlainReader:
+    """A cache of plain pages, [num_blocks, Hkv, block, D], that lie as tokens x D or, like vLLM's,
+    transposed."""
+
+    def __init__(self, pages: Tensor, transposed: bool = False, key_scale: float = 1.0) -> None:
+        self.key_scale = key_scale
+        self.num_kv_heads = pages.shape[1]
+        self.blocks_read = 0
+        self._transposed = transposed
+        self._pages = pages.transpose(2, 3).contiguous() if transposed else pages
+
+    def read(self, block_ids: Tensor) -> Tensor:
+        self.blocks_read += len(block_ids)
+        pages = self._pages.index_select(0, block_ids)
+        return pages.transpose(2, 3) if self._transposed else pages
+
+
+@dataclass
+class Batch:
+    """A step's requests with their keys, and the rows to measure.
+
+    `lengths`: (sequence length, query length, prompt length) per request; `rows`: (batch row, offset in its
+    query).
+    """
+
+    lengths: list[tuple[int, int, int]]
+    rows: list[tuple[int, int]]
+    num_heads: int = 2
+    num_kv_heads: int = 1
+    head_size: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    scale: float = 0.125
+    window: int | None = None
+    soft_cap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    sink_tokens: int = 4
+    local_window: int = 8
+    gain: float = 1.0
+    transposed: bool = False
+    seed: int = 0
+    q: Tensor = field(init=False)
+    keys: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens = sum(query for _, query, _ in self.lengths)
+        normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        self.q = (self.gain * normal(tokens, self.num_heads, self.head_size)).to(self.dtype)
+        self.keys = [normal(n, self.num_kv_heads, self.head_size).to(self.dtype) for n, _, _ in self.lengths]
+        self.slopes = 2.0 ** -torch.arange(1.0, self.num_heads + 1) if self.alibi else None
+        self.learned = 3 * normal(self.num_heads) if self.sinks else None
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.r_[0, np.cumsum([query for _, query, _ in self.lengths])].astype(np.int32)
+
+    @property
+    def positions(self) -> list[int]:
+        return [self.lengths[b][0] - self.lengths[b][1] + offset for b, offset in self.rows]
+
+    @property
+    def row_list(self) -> np.ndarray:
+        listed = [
+            (self.starts[b] + offset, b, int(position >= self.lengths[b][2]), self.lengths[b][2], -1)
+            for (b, offset), position in zip(self.rows, self.positions, strict=True)
+        ]
+        return np.array(listed, dtype=np.int32).reshape(-1, 5)
+
+    @property
+    def params(self) -> LayerParams:
+        return LayerParams(self.scale, self.soft_cap, self.slopes, self.learned, self.window)
+
+    def cache(self) -> tuple[Tensor, np.ndarray]:
+        """Pages in random order, NaN where no key stands, and the block table, wild beyond each sequence."""
+        needed = [math.ceil(n / self.block_size) for n, _, _ in self.lengths]
+        order = np.random.default_rng(self.seed).permutation(sum(needed) + 3)
+        shape = (len(order), self.num_kv_heads, self.block_size, self.head_size)
+        pages = torch.full(shape, math.nan, dtype=self.dtype)
+        table = np.full((len(needed), max(needed, default=1) + 1), 10**9, dtype=np.int32)
+        used = 0
+        for b, (keys, count) in enumerate(zip(self.keys, needed, strict=True)):
+            table[b, :count] = order[used : used + count]
+            used += count
+            for j, key in enumerate(keys):
+                pages[table[b, j // self.block_size], :, j % self.block_size] = key
+        return pages, table
+
+    def plan(self, table: np.ndarray, **options: int) -> RowPlan:
+        return plan_rows(
+            self.row_list, self.starts, np.array([n for n, _, _ in self.lengths], dtype=np.int32), table,
+            self.block_size, sliding_window=self.window, sink_tokens=self.sink_tokens,
+            local_window=self.local_window, **options,
+        )  # fmt: skip
+
+    def measure(self, **options: int) -> Tensor:
+        pages, table = self.cache()
+        return row_stats_cpu(
+            self.q, PlainReader(pages, self.transposed), self.plan(table, **options), self.params
+        )
+
+    def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        rows = self.row_list
+        return row_stats_ref(
+            self.q[rows[:, 0].tolist()], self.keys, self.positions, request=rows[:, 1].tolist(),
+            phase=rows[:, 2].tolist(), prompt_len=rows[:, 3].tolist(), scale=self.scale,
+            sliding_window=self.window, soft_cap=self.soft_cap, alibi_slopes=self.slopes, sinks=self.learned,
+            sink_tokens=self.sink_tokens, local_window=self.local_window, dtype=dtype,
+        )  # fmt: skip
+
+    def magnitude(self) -> float:
+        """Largest sum of |products| in a score, bias included."""
+        q, k = self.q.double().abs(), torch.cat(self.keys).double().abs()
+        q, k = (x[x.isfinite().all(-1)] for x in (q, k))
+        products = q.reshape(-1, self.head_size) @ k.reshape(-1, self.head_size).T
+        largest = self.scale * float(products.max()) if products.numel() else 0.0
+        bias = 0.5 * max(n for n, _, _ in self.lengths) if self.alibi else 0.0
+        sink = float(self.learned.abs().max()) if self.learned is not None else 0.0
+        return max(1.0, largest + bias + sink)
+
+    def check(self, **options: int) -> Tensor:
+        actual = self.measure(**options)
+        longest = max(n for n, _, _ in self.lengths)
+        assert_two_oracles(actual, self.reference(), self.reference(torch.float32), self.magnitude(), longest)
+        return actual
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    """Up to five requests in prefill, chunked prefill or decode, with any of their tokens as rows."""
+    lengths, rows = [], []
+    for b in range(draw(st.integers(1, 5))):
+        n = draw(st.sampled_from([1, 2, 15, 16, 17, 33, 64, 100]))
+        query = draw(st.one_of(st.just(1), st.integers(1, n)))
+        lengths.append((n, query, draw(st.integers(1, n))))
+        rows += [(b, x) for x in draw(st.lists(st.integers(0, query - 1), max_size=10, unique=True))]
+    num_kv_heads = draw(st.integers(1, 3))
+    return Batch(
+        lengths,
+        draw(st.permutations(rows)),
+        num_heads=num_kv_heads * draw(st.integers(1, 9)),
+        num_kv_heads=num_kv_heads,
+        head_size=draw(st.sampled_from([64, 80, 128])),
+        block_size=draw(st.sampled_from([16, 32])),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        scale=draw(st.sampled_from([0.125, 1.0])),
+        window=draw(st.sampled_from([None, None, 1, 7, 16, 40])),
+        soft_cap=draw(st.sampled_from([None, None, 2.0, 30.0])),
+        alibi=draw(st.booleans()),
+        sinks=draw(st.booleans()),
+        sink_tokens=draw(st.sampled_from([0, 1, 4])),
+        local_window=draw(st.sampled_from([1, 8, 128])),
+        gain=draw(st.sampled_from([0.0, 1.0, 20.0])),
+        transposed=draw(st.booleans()),
+        seed=draw(st.integers(0, 999)),
+    )
+
+
+class TestAgainstReference:
+    @given(batch=batches(), budget=st.sampled_from([1 << 20, 1 << 12, 1]))
+    def test_any_batch(self, batch: Batch, budget: int) -> None:
+        """Any mix of requests, heads, dtypes and layer options, in one tile or many, gives the reference."""
+        actual = batch.measure(key_budget=budget)
+        assert actual.shape == (len(batch.rows), batch.num_heads, NUM_STATISTICS + 1)
+        assert actual.dtype == torch.float32
+        if batch.rows:
+            batch.check(key_budget=budget)
+
+    @given(batch=batches())
+    def test_ranges(self, batch: Batch) -> None:
+        """Every statistic lies in the range that the table gives."""
+        actual = batch.measure()
+        for statistic in STATISTICS:
+            values = actual[..., INDEX[statistic.name]]
+            values = values[~values.isnan()]
+            assert statistic.lower is None or (values >= statistic.lower).all(), statistic.name
+            assert statistic.upper is None or (values <= statistic.upper).all(), statistic.name
+
+    @pytest.mark.parametrize("batch_rows", [[], [(0, 0)]])
+    def test_empty_and_single(self, batch_rows: list[tuple[int, int]]) -> None:
+        """No row gives an empty tensor; one row works."""
+        batch = Batch([(5, 1, 3)], batch_rows)
+        assert batch.measure().shape == (len(batch_rows), 2, NUM_STATISTICS + 1)
+
+    @pytest.mark.parametrize("phase_prompt", [1, 2])
+    def test_single_key(self, phase_prompt: int) -> None:
+        """A row that sees only itself: entropy 0, one key, all mass on it, no distance."""
+        got = Batch([(1, 1, phase_prompt)], [(0, 0)]).check()[0, 0]
+        for name, expected in {
+            "entropy_ratio": 0, "effective_keys": 1, "top1_ratio": 1, "sink_ratio": 1, "local_ratio": 1,
+            "distance_tokens": 0, "self_logprob": 0,
+        }.items():  # fmt: skip
+            assert got[INDEX[name]] == expected, name
+
+    def test_equal_scores(self) -> None:
+        """Equal scores are the uniform distribution: entropy 1, n effective keys, distance (n - 1) / 2."""
+        got = Batch([(37, 1, 20)], [(0, 0)], gain=0.0).check()[0, 0]
+        assert got[INDEX["entropy_ratio"]].item() == pytest.approx(1, abs=1e-6)
+        assert got[INDEX["effective_keys"]].item() == pytest.approx(37, rel=1e-6)
+        assert got[INDEX["distance_tokens"]].item() == pytest.approx(18, rel=1e-6)
+        assert got[INDEX["lookback_ratio"]].item() == pytest.approx(0.5, rel=1e-6)
+
+    @pytest.mark.parametrize("options", [{}, {"sinks": True}, {"alibi": True}, {"window": 20}])
+    @pytest.mark.parametrize("budget", [1 << 20, 1])
+    def test_huge_scores(self, options: dict, budget: int) -> None:
+        """Scores of 10^4 neither overflow nor lose the small differences from the maximum."""
+        batch = Batch([(100, 4, 50), (40, 1, 40)], [(0, 0), (0, 3), (1, 0)], gain=1e4, **options)
+        assert batch.magnitude() > 1e4
+        assert batch.check(key_budget=budget).isfinite()[..., INDEX["max_logit"]].all()
+
+    def test_sink_far_above_keys(self) -> None:
+        """A learned sink that takes everything leaves masses 0 and shapes whole."""
+        batch = Batch([(20, 1, 10)], [(0, 0)], sinks=True)
+        batch.learned = torch.tensor([200.0, -200.0])
+        got = batch.check()[0]
+        assert got[0, INDEX["top1_ratio"]] == 0
+        assert got[0, INDEX["entropy_ratio"]] == pytest.approx(got[1, INDEX["entropy_ratio"]].item(), abs=0.5)
+        assert got[0, INDEX["self_logprob"]] < -100
+
+    def test_one_long_among_short(self) -> None:
+        """A long request doesn't make short ones pay for its length: their pages are read once."""
+        lengths = [(3000, 1, 2000)] + [(20, 1, 10)] * 20
+        batch = Batch(lengths, [(b, 0) for b in range(21)], num_kv_heads=1, head_size=64)
+        batch.check()
+        pages, table = batch.cache()
+        reader = PlainReader(pages)
+        row_stats_cpu(batch.q, reader, batch.plan(table, key_budget=1 << 16), batch.params)
+        assert reader.blocks_read <= 188 + 20 * 2 + 20
+
+    def test_window_reads_only_its_blocks(self) -> None:
+        """With a sliding window only blocks that some row sees are read."""
+        batch = Batch([(1000, 1, 500)], [(0, 0)], window=20)
+        pages, table = batch.cache()
+        reader = PlainReader(pages)
+        row_stats_cpu(batch.q, reader, batch.plan(table), batch.params)
+        assert reader.blocks_read == 2
+
+    @pytest.mark.parametrize("num_keys", [131_072])
+    def test_long_context(self, num_keys: int) -> None:
+        """131072 keys over many tiles keep the precision of one short row."""
+        batch = Batch([(num_keys, 3, num_keys - 2)], [(0, 0), (0, 2)], num_heads=2, block_size=128, gain=2.0)
+        batch.check(key_budget=1 << 19)
+
+    def test_key_scale(self) -> None:
+        """Keys of a reader are its numbers times `key_scale`."""
+        batch = Batch([(30, 1, 10)], [(0, 0)])
+        pages, table = batch.cache()
+        got = row_stats_cpu(batch.q, PlainReader(pages / 4, key_scale=4.0), batch.plan(table), batch.params)
+        assert torch.allclose(got, batch.measure(), rtol=1e-5, atol=1e-6)
+
+    def test_many_rows_of_one_request(self) -> None:
+        """More rows of one request than one tile takes give the same as one by one."""
+        Batch([(150, 150, 150)], [(0, x) for x in range(150)], num_heads=1).check()
+
+    def test_row_outside_its_request_is_an_error(self) -> None:
+        """A query index outside of its batch row is refused by name."""
+        batch = Batch([(10, 2, 5)], [(0, 0)])
+        with pytest.raises(ValueError, match="every row must be a token of its request"):
+            plan_rows(
+                np.array([[5, 0, 0, 5, -1]], dtype=np.int32), batch.starts, np.array([10]), np.zeros((1, 1)),
+                16,
+            )  # fmt: skip
+
+
+class TestNonfinite:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("where", ["q", "k"])
+    @pytest.mark.parametrize("soft_cap", [None, 5.0])
+    @pytest.mark.parametrize("budget", [1 << 20, 1])
+    def test_flagged(self, value: float, where: str, soft_cap: float | None, budget: int) -> None:
+        """NaN or infinity in q or in a visible key marks exactly the rows and heads that see it."""
+        batch = Batch(
+            [(40, 5, 20), (30, 1, 30)], [(0, 0), (0, 4), (1, 0)],
+            num_heads=4, num_kv_heads=2, soft_cap=soft_cap, alibi=True,
+        )  # fmt: skip
+        expected = torch.zeros(3, 4)
+        if where == "q":
+            batch.q[0, 1, 7] = value
+            expected[0, 1] = 1
+        else:
+            # Row 0 stands at position 35 and doesn't see key 38; row 1 at 39 does.
+            batch.keys[0][38, 1, 7] = value
+            expected[1, 2:] = 1
+        actual = batch.check(key_budget=budget)
+        assert torch.equal(actual[..., NONFINITE], expected)
+        assert actual[..., :NONFINITE][expected.bool()].isnan().all()
+
+    def test_all_keys_infinite(self) -> None:
+        """A row of which every score is minus infinity is nonfinite too."""
+        batch = Batch([(16, 1, 16)], [(0, 0)], num_heads=1)
+        batch.q.fill_(1.0)
+        batch.keys[0].fill_(-math.inf)
+        assert batch.check()[0, 0, NONFINITE] == 1
+
+
+class TestMerge:
+    @given(batch=batches())
+    def test_tiles_merge_to_the_whole(self, batch: Batch) -> None:
+        """Runs of one block each, merged, equal one run over all keys."""
+        whole, pieces = batch.measure(key_budget=1 << 22), batch.measure(key_budget=1)
+        assert torch.allclose(whole, pieces, rtol=2e-4, atol=2e-5 * batch.magnitude(), equal_nan=True)
+
+
+class TestReference:
+    """The reference itself, against torch.softmax and torch.distributions."""
+
+    @given(seed=st.integers(0, 99), n=st.sampled_from([2, 5, 40]))
+    def test_probabilities_and_entropy(self, seed: int, n: int) -> None:
+        """Masses are sums of torch.softmax; the entropy is that of torch.distributions.Categorical."""
+        batch = Batch(
+            [(n, 1, max(1, n // 2))], [(0, 0)], num_heads=3, seed=seed, sink_tokens=2, local_window=3
+        )
+        got = batch.reference()[0]
+        for head in range(3):
+            logits = 0.125 * (batch.keys[0][:, 0].double() @ batch.q[0, head].double())
+            p = torch.softmax(logits, 0)
+            prompt = max(1, n // 2)
+            c, g = p[:prompt].mean(), p[prompt:].mean()
+            expected = {
+                "entropy_ratio": Categorical(logits=logits).entropy() / math.log(n),
+                "effective_keys": 1 / (p**2).sum(),
+                "max_logit": logits.max(),
+                "top1_ratio": p.max(),
+                "sink_ratio": p[:2].sum(),
+                "local_ratio": p[-3:].sum(),
+                "distance_tokens": (p * torch.arange(n - 1, -1, -1)).sum(),
+                "self_logprob": p[-1].log(),
+                "lookback_ratio": c / (c + g),
+            }
+            for name, value in expected.items():
+                assert got[head, INDEX[name]].item() == pytest.approx(float(value), rel=1e-11, abs=1e-12), (
+                    name
+                )
+
+    def test_learned_sink_is_one_more_score(self) -> None:
+        """With a learned sink, masses are those of a softmax over keys and sink; shapes ignore it."""
+        batch = Batch([(9, 1, 9)], [(0, 0)], num_heads=1, sinks=True)
+        assert batch.learned is not None
+        logits = 0.125 * (batch.keys[0][:, 0].double() @ batch.q[0, 0].double())
+        p = torch.softmax(torch.cat([logits, batch.learned.double()]), 0)[:-1]
+        got = batch.reference()[0, 0]
+        assert got[INDEX["top1_ratio"]].item() == pytest.approx(float(p.max()), rel=1e-12)
+        assert got[INDEX["sink_ratio"]].item() == pytest.approx(float(p[:4].sum()), rel=1e-12)
+        entropy = float(Categorical(logits=logits).entropy()) / math.log(9)
+        assert got[INDEX["entropy_ratio"]].item() == pytest.approx(entropy, rel=1e-12)
+
+    def test_window_and_prefill(self) -> None:
+        """A window of 3 sees three keys, the own included; a prefill row has no lookback."""
+        batch = Batch([(10, 10, 10)], [(0, 5)], num_heads=1, window=3)
+        logits = 0.125 * (batch.keys[0][3:6, 0].double() @ batch.q[5, 0].double())
+        got = batch.reference()[0, 0]
+        assert got[INDEX["top1_ratio"]].item() == pytest.approx(
+            float(torch.softmax(logits, 0).max()), rel=1e-12
+        )
+        assert got[INDEX["lookback_ratio"]].isnan()
+        assert got[INDEX["sink_ratio"]].item() == pytest.approx(float(torch.softmax(logits, 0)[0]), rel=1e-12)
+
+    def test_decode_without_visible_prompt(self) -> None:
+        """A decode row whose window holds no prompt key looks back 0."""
+        batch = Batch([(30, 1, 5)], [(0, 0)], window=8)
+        assert (batch.check()[..., INDEX["lookback_ratio"]] == 0).all()
