@@ -1,0 +1,339 @@
+"""Metric families: what is exported, neutral to how.
+
+Owns the names, kinds, labels and help texts of all metrics: those of attention come from
+`statistics.STATISTICS`, the others from the one table here. Prometheus, OTLP and the multiprocess files are
+written from the same families, so they cannot differ. It does no input or output.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy.typing as npt
+
+from glassbox.export.merge import Aggregate, Detail, MergedEngine, aggregate
+from glassbox.statistics import INDEX, NUM_BUCKETS, PHASES, STATISTICS, Phase, Statistic
+
+Kind = Literal["counter", "gauge", "histogram"]
+ENGINE_LABELS: Final = ("model_name", "engine")
+DETAIL_LABELS: Final[dict[Detail, tuple[str, ...]]] = {
+    "model": (),
+    "layer": ("layer",),
+    "head": ("layer", "head"),
+}
+_COARSER: Final[dict[Detail, Detail]] = {"head": "layer", "layer": "model"}
+
+
+class Series(NamedTuple):
+    """One time series of a family.
+
+    Attributes:
+        labels: values, in the order of the family's `label_names`.
+        value: of a counter or gauge; of a histogram the number of values.
+        start_time_s: Unix time since when it is cumulative.
+        buckets: of a histogram, values per bucket (not cumulative), the last one is +Inf.
+        sum: of a histogram; None if its values may be negative.
+    """
+
+    labels: tuple[str, ...]
+    value: float
+    start_time_s: float
+    buckets: tuple[int, ...] = ()
+    sum: float | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One metric and its series.
+
+    Attributes:
+        name: in Prometheus, with `_total` if it is a counter.
+        otel_name: in OpenTelemetry.
+        unit: OpenTelemetry unit (UCUM).
+        label_names: in the order of the series' labels.
+        bounds: of a histogram, the finite upper bounds.
+    """
+
+    name: str
+    otel_name: str
+    kind: Kind
+    help: str
+    unit: str
+    label_names: tuple[str, ...]
+    bounds: tuple[float, ...] = ()
+    series: tuple[Series, ...] = ()
+
+
+def _plain(  # noqa: PLR0917  # a table, one row per call
+    name: str, otel_name: str, kind: Kind, unit: str, help: str, labels: tuple[str, ...] = ()
+) -> Family:
+    return Family(f"glassbox_{name}", f"glassbox.{otel_name}", kind, help, unit, ENGINE_LABELS + labels)
+
+
+# Per engine, phase and detail, next to the histograms of the statistics.
+_WINDOW_MAX: Final = _plain(
+    "attention_max_logit_window_max",
+    "attention.max_logit_window_max",
+    "gauge",
+    "1",
+    "Largest attention score (scaled, before softmax) among the rows of the current window.",
+    ("phase",),
+)
+_ROWS: Final = _plain(
+    "attention_rows_total",
+    "attention.rows",
+    "counter",
+    "{row}",
+    "Attention rows measured; a row is one query token in one layer and one head.",
+    ("phase",),
+)
+_NONFINITE: Final = _plain(
+    "attention_nonfinite_rows_total",
+    "attention.nonfinite_rows",
+    "counter",
+    "{row}",
+    "Measured attention rows with a NaN or infinite score.",
+    ("phase",),
+)
+# Per engine.
+_STEPS: Final = _plain("steps_total", "steps", "counter", "{step}", "Engine steps seen.")
+_SAMPLED_STEPS: Final = _plain(
+    "sampled_steps_total", "sampled_steps", "counter", "{step}", "Engine steps of which rows were measured."
+)
+_DROPPED_ROWS: Final = _plain(
+    "dropped_rows_total",
+    "dropped_rows",
+    "counter",
+    "{row}",
+    "Rows that should have been measured but were not, by reason.",
+    ("reason",),
+)
+_ERRORS: Final = _plain(
+    "errors_total",
+    "errors",
+    "counter",
+    "{error}",
+    "Errors of glassbox itself, by stage; serving is not affected.",
+    ("stage",),
+)
+_OVERHEAD: Final = _plain(
+    "overhead_seconds_total", "overhead", "counter", "s", "Time spent on measuring, of the slowest rank."
+)
+_SAMPLE_RATE: Final = _plain(
+    "sample_rate",
+    "sample_rate",
+    "gauge",
+    "1",
+    "Share of engine steps that are measured, after the overhead budget.",
+)
+_LAYERS_OBSERVED: Final = _plain(
+    "layers_observed",
+    "layers_observed",
+    "gauge",
+    "{layer}",
+    "Layers of the model whose attention is observed.",
+)
+_LAYERS_BYPASSED: Final = _plain(
+    "layers_bypassed",
+    "layers_bypassed",
+    "gauge",
+    "{layer}",
+    "Layers of the model whose attention is not observed.",
+)
+_BUILD_INFO: Final = _plain(
+    "build_info",
+    "build_info",
+    "gauge",
+    "1",
+    "Always 1; the labels tell the versions and the observed attention backend.",
+    ("version", "vllm_version", "backend"),
+)
+_RELOAD_OK: Final = _plain(
+    "config_last_reload_successful",
+    "config.last_reload_successful",
+    "gauge",
+    "1",
+    "1 if the last (re)load of the configuration file succeeded in all workers, else 0.",
+)
+_RELOAD_TIME: Final = _plain(
+    "config_last_reload_timestamp_seconds",
+    "config.last_reload_timestamp",
+    "gauge",
+    "s",
+    "Unix time of the last (re)load of the configuration file.",
+)
+
+
+def _histogram(statistic: Statistic) -> Family:
+    return Family(
+        name=statistic.metric,
+        otel_name=f"glassbox.attention.{statistic.name}",
+        kind="histogram",
+        help=statistic.meaning,
+        unit=statistic.unit,
+        label_names=(*ENGINE_LABELS, "phase"),
+        bounds=statistic.buckets,
+    )
+
+
+_EXPORTED: Final = tuple(statistic for statistic in STATISTICS if statistic.exported)
+_HISTOGRAMS: Final = tuple(_histogram(statistic) for statistic in _EXPORTED)
+_BY_DETAIL: Final = (*_HISTOGRAMS, _WINDOW_MAX, _ROWS, _NONFINITE)
+# Every metric, without series; labels as at detail `model`. Docs and dashboards are checked against it.
+METRICS: Final = (
+    *_BY_DETAIL,
+    _STEPS,
+    _SAMPLED_STEPS,
+    _DROPPED_ROWS,
+    _ERRORS,
+    _OVERHEAD,
+    _SAMPLE_RATE,
+    _LAYERS_OBSERVED,
+    _LAYERS_BYPASSED,
+    _BUILD_INFO,
+    _RELOAD_OK,
+    _RELOAD_TIME,
+)
+
+
+def build_families(
+    engines: Sequence[MergedEngine], detail: Detail, errors: Mapping[str, int] | None = None
+) -> list[Family]:
+    """All families of a server that have a series.
+
+    At details model and layer a series exists from the first snapshot on, with zeros, so that `rate()` sees
+    the first increase; at detail head only heads with measured rows have series. lookback_ratio has none in
+    prefill.
+
+    Args:
+        engines: from `merge`.
+        detail: of the attention metrics; see `effective_detail`.
+        errors: of the exporting side, by stage. They belong to no engine and are added to the first one's.
+    """
+    series: dict[str, list[Series]] = {family.name: [] for family in METRICS}
+    for engine in engines:
+        part = aggregate(engine, detail)
+        for statistic in _EXPORTED:
+            series[statistic.metric] += _histogram_series(engine, part, statistic, detail)
+        numbers = ((_WINDOW_MAX, part.window_max), (_ROWS, part.rows), (_NONFINITE, part.nonfinite))
+        for family, values in numbers:
+            series[family.name] += _number_series(engine, part, values, detail)
+    for number, engine in enumerate(engines):
+        for family, labels, value in _engine_values(engine, (errors or {}) if number == 0 else {}):
+            all_labels = (engine.model_name, engine.engine, *labels)
+            series[family.name].append(Series(all_labels, value, engine.start_time_s))
+    with_detail = {family.name for family in _BY_DETAIL}
+    return [
+        replace(
+            family,
+            label_names=family.label_names + (DETAIL_LABELS[detail] if family.name in with_detail else ()),
+            series=tuple(series[family.name]),
+        )
+        for family in METRICS
+        if series[family.name]
+    ]
+
+
+def _places(
+    engine: MergedEngine, part: Aggregate, phases: Iterable[Phase], detail: Detail
+) -> Iterator[tuple[int, int, tuple[str, ...]]]:
+    """Row, phase column and label values of every place that has series."""
+    measured = part.rows.tolist()
+    for phase in phases:
+        p = PHASES.index(phase)
+        for k, labels in enumerate(part.labels):
+            if detail != "head" or measured[k][p]:
+                yield k, p, (engine.model_name, engine.engine, phase.value, *labels)
+
+
+def _histogram_series(
+    engine: MergedEngine, part: Aggregate, statistic: Statistic, detail: Detail
+) -> Iterator[Series]:
+    column = INDEX[statistic.name]
+    counts, sums = part.counts[:, :, column].tolist(), part.sums[:, :, column].tolist()
+    phases = (Phase.DECODE,) if statistic.decode_only else PHASES
+    for k, p, labels in _places(engine, part, phases, detail):
+        total = None if statistic.signed else sums[k][p]
+        yield Series(labels, sum(counts[k][p]), engine.start_time_s, tuple(counts[k][p]), total)
+
+
+def _number_series(
+    engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any], detail: Detail
+) -> Iterator[Series]:
+    numbers = values.tolist()
+    for k, p, labels in _places(engine, part, PHASES, detail):
+        if numbers[k][p] != -math.inf:  # no row in the window: nothing to show
+            yield Series(labels, numbers[k][p], engine.start_time_s)
+
+
+def _engine_values(
+    engine: MergedEngine, errors: Mapping[str, int]
+) -> Iterator[tuple[Family, tuple[str, ...], float]]:
+    """Values of the metrics per engine, with the values of their own labels."""
+    yield _STEPS, (), engine.steps
+    yield _SAMPLED_STEPS, (), engine.sampled_steps
+    for reason, count in engine.dropped_rows.items():
+        yield _DROPPED_ROWS, (reason,), count
+    for stage in sorted({*engine.errors, *errors}):
+        yield _ERRORS, (stage,), engine.errors.get(stage, 0) + errors.get(stage, 0)
+    yield _OVERHEAD, (), engine.overhead_seconds
+    yield _SAMPLE_RATE, (), engine.sample_rate
+    yield _LAYERS_OBSERVED, (), engine.layers_observed
+    yield _LAYERS_BYPASSED, (), engine.layers_bypassed
+    names = _BUILD_INFO.label_names[len(ENGINE_LABELS) :]
+    yield _BUILD_INFO, tuple(engine.build.get(name, "") for name in names), 1
+    yield _RELOAD_OK, (), int(engine.reload_successful)
+    yield _RELOAD_TIME, (), engine.reload_timestamp_s
+
+
+def samples_per_place() -> int:
+    """Prometheus samples of the attention metrics for one engine and one (layer, head) or whatever the detail
+    shows.
+
+    A histogram has a sample per bucket, `_count`, and `_sum` unless its values may be negative.
+    """
+    total = 0
+    for statistic in STATISTICS:
+        if statistic.exported:
+            phases = 1 if statistic.decode_only else len(PHASES)
+            total += phases * (NUM_BUCKETS + (1 if statistic.signed else 2))
+    return total + 3 * len(PHASES)  # window_max, rows and nonfinite
+
+
+def series_count(detail: Detail, num_layers: int, num_heads: int) -> int:
+    """Prometheus samples of the attention metrics of one engine when every series exists.
+
+    Args:
+        detail: model, layer or head.
+        num_layers: observed layers.
+        num_heads: query heads of the model, of all ranks.
+    """
+    places = {"model": 1, "layer": num_layers, "head": num_layers * num_heads}[detail]
+    return places * samples_per_place()
+
+
+def effective_detail(
+    detail: Detail, max_series: int, engines: Sequence[MergedEngine]
+) -> tuple[Detail, str | None]:
+    """The finest detail, at most the wanted one, that keeps a server within `max_series`.
+
+    Returns:
+        The detail, and a warning for the log if it is not the wanted one (or if even `model` is too many).
+    """
+
+    def needed(at: Detail) -> int:
+        return sum(series_count(at, len(engine.layers), engine.num_heads) for engine in engines)
+
+    used = detail
+    while needed(used) > max_series and used in _COARSER:
+        used = _COARSER[used]
+    if needed(detail) <= max_series:
+        return detail, None
+    result = f"using detail {used} with {needed(used)} series"
+    if needed(used) > max_series:
+        result += ", the coarsest there is"
+    return used, (
+        f"export.prometheus.max_series is {max_series}, but detail {detail} needs {needed(detail)} series; "
+        f"{result}; raise max_series to {needed(detail)} or set detail to {used}"
+    )

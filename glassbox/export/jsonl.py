@@ -1,0 +1,224 @@
+"""Window summaries as lines of JSON: what was measured since the line before.
+
+Owns the difference between two merged views, the quantiles, and the file with its rotation. Numbers are
+derived from the same histograms as the metrics, so a quantile is interpolated in its bucket, never exact.
+"""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from glassbox.export.families import DETAIL_LABELS
+from glassbox.export.merge import Aggregate, Detail, MergedEngine, aggregate
+from glassbox.statistics import PHASES, STATISTICS, Statistic
+
+KEPT_FILES: Final = 3
+BYTES_PER_MB: Final = 1_000_000
+
+
+def quantile(statistic: Statistic, counts: Sequence[int], q: float) -> float | None:
+    """The q-quantile of values of which only the bucket counts are known, linear within the bucket.
+
+    The lowest bucket begins at the statistic's lower bound and the highest ends at its upper bound; where it
+    has none, the bucket's own finite end is returned. None without values.
+    """
+    total = sum(counts)
+    if total == 0:
+        return None
+    rank, below = q * total, 0
+    for bucket, count in enumerate(counts):
+        if count and below + count >= rank:
+            lower = statistic.buckets[bucket - 1] if bucket > 0 else statistic.lower
+            upper = statistic.buckets[bucket] if bucket < len(statistic.buckets) else statistic.upper
+            if lower is None or upper is None:
+                return upper if lower is None else lower
+            return lower + (upper - lower) * max(rank - below, 0.0) / count
+        below += count
+    raise AssertionError("the buckets hold all values")
+
+
+class WindowSummaries:
+    """Turns consecutive merged views into one summary per engine and window."""
+
+    def __init__(self, skip_first: bool = False) -> None:
+        """Args:
+        skip_first: begin with the difference to the first view, not with everything up to it: for an exporter
+            that takes over from another, which has written that.
+        """
+        self._skip_first = skip_first
+        self._last: dict[tuple[str, str], MergedEngine] = {}
+
+    def summarize(self, engines: Sequence[MergedEngine], detail: Detail) -> list[dict[str, Any]]:
+        """One JSON object per engine that measured rows since the call before.
+
+        Keys: time, window_s (seconds), model_name, engine, detail, sample_rate, steps, sampled_steps, and
+        places: one object per layer (and head) and phase with rows, nonfinite, max_logit_max, and per
+        statistic count, mean, p50 and p95.
+        """
+        lines = []
+        for engine in engines:
+            key = (engine.model_name, engine.engine)
+            last = self._last.get(key)
+            if last is not None and (engine.steps < last.steps or engine.rows.sum() < last.rows.sum()):
+                last = None  # the run directory was emptied: everything in it is new
+            first_seen = key not in self._last
+            self._last[key] = engine
+            if first_seen and self._skip_first:
+                continue
+            line = _summary(engine, last, detail)
+            if line["places"]:
+                lines.append(line)
+        self._skip_first = False if engines else self._skip_first
+        return lines
+
+
+def _summary(engine: MergedEngine, last: MergedEngine | None, detail: Detail) -> dict[str, Any]:
+    part = aggregate(engine, detail)
+    window = _difference(part, aggregate(last, detail)) if last is not None else part
+    since = last.time_s if last is not None else engine.start_time_s
+    return {
+        "time": round(engine.time_s, 3),
+        "window_s": round(engine.time_s - since, 3),
+        "model_name": engine.model_name,
+        "engine": engine.engine,
+        "detail": detail,
+        "sample_rate": engine.sample_rate,
+        "steps": engine.steps - (last.steps if last else 0),
+        "sampled_steps": engine.sampled_steps - (last.sampled_steps if last else 0),
+        "places": list(_places(window, detail)),
+    }
+
+
+def _difference(part: Aggregate, last: Aggregate) -> Aggregate:
+    """What came since `last`; places that it did not have are new."""
+    old = {labels: k for k, labels in enumerate(last.labels)}
+    at = np.array([old.get(labels, -1) for labels in part.labels])
+
+    def since(now: npt.NDArray[Any], then: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        result = now.copy()
+        result[at >= 0] -= then[at[at >= 0]]
+        return result
+
+    return Aggregate(
+        labels=part.labels,
+        counts=since(part.counts, last.counts),
+        sums=since(part.sums, last.sums),
+        rows=since(part.rows, last.rows),
+        nonfinite=since(part.nonfinite, last.nonfinite),
+        window_max=part.window_max,
+    )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _places(window: Aggregate, detail: Detail) -> Iterator[dict[str, Any]]:
+    for k, labels in enumerate(window.labels):
+        for p, phase in enumerate(PHASES):
+            if window.rows[k, p] <= 0:
+                continue
+            place: dict[str, Any] = {
+                name: int(label) for name, label in zip(DETAIL_LABELS[detail], labels, strict=True)
+            }
+            place |= {
+                "phase": phase.value,
+                "rows": int(window.rows[k, p]),
+                "nonfinite": int(window.nonfinite[k, p]),
+                "max_logit_max": _finite(float(window.window_max[k, p])),
+                "statistics": {},
+            }
+            for s, statistic in enumerate(STATISTICS):
+                counts = window.counts[k, p, s].tolist()
+                if (count := sum(counts)) > 0:
+                    place["statistics"][statistic.name] = {
+                        "count": count,
+                        "mean": _finite(float(window.sums[k, p, s]) / count),
+                        "p50": quantile(statistic, counts, 0.5),
+                        "p95": quantile(statistic, counts, 0.95),
+                    }
+            yield place
+
+
+class RotatingFile:
+    """Appends lines to a file that never grows beyond a size: it becomes `path.1`, that `path.2`, and so on
+    to `path.3`.
+
+    Opened for each write, so it may be removed or moved by others (logrotate) at any time. A line is written
+    whole or not at all; the rest of a line that somebody was killed in is ended by a line break.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self._path = Path(path)
+        self._max_bytes = max_bytes
+
+    def append(self, lines: Sequence[str]) -> None:
+        """Append lines (without their line breaks).
+
+        Raises:
+            OSError: if they cannot be written; nothing of them stays in the file.
+        """
+        data = "".join(f"{line}\n" for line in lines).encode()
+        if not data:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._rotate_for(len(data))
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            status = os.fstat(handle)
+            regular = stat.S_ISREG(status.st_mode)
+            if regular and status.st_size and os.pread(handle, 1, status.st_size - 1) != b"\n":
+                data = b"\n" + data
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(handle, view) :]
+            except OSError:
+                if regular:
+                    os.ftruncate(handle, status.st_size)
+                raise
+        finally:
+            os.close(handle)
+
+    def _rotate_for(self, size: int) -> None:
+        try:
+            status = os.stat(self._path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISREG(status.st_mode) or not status.st_size or status.st_size + size <= self._max_bytes:
+            return
+        for number in range(KEPT_FILES, 0, -1):
+            older = self._path.with_name(f"{self._path.name}.{number}")
+            newer = self._path.with_name(f"{self._path.name}.{number - 1}") if number > 1 else self._path
+            if newer.exists():
+                newer.replace(older)
+
+
+class JsonlSink:
+    """Writes the window summaries of a server to a file."""
+
+    def __init__(self, path: Path, max_mb: int, skip_first: bool = False) -> None:
+        """Args:
+        path: of the file; its directory is made if there is none.
+        max_mb: size (in 10^6 bytes) at which it is rotated; `KEPT_FILES` older ones are kept.
+        skip_first: see `WindowSummaries`.
+        """
+        self._file = RotatingFile(path, max_mb * BYTES_PER_MB)
+        self._summaries = WindowSummaries(skip_first)
+
+    def write(self, engines: Sequence[MergedEngine], detail: Detail) -> None:
+        """Append one line per engine that measured rows since the call before.
+
+        Raises:
+            OSError: if it cannot be written; that window is lost.
+        """
+        lines = self._summaries.summarize(engines, detail)
+        self._file.append([json.dumps(line, allow_nan=False, separators=(",", ":")) for line in lines])

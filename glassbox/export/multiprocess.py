@@ -1,0 +1,143 @@
+"""The families as files of `prometheus_client`'s multiprocess mode.
+
+With several API servers, vLLM's /metrics shows only what lies in $PROMETHEUS_MULTIPROC_DIR, so glassbox
+writes its
+families there: one file per kind, always under the same names, because one exporter speaks for the whole
+server. Values are changed in place; when the set of series changes, the file is replaced. Same metrics as
+`prometheus.py`: `MultiProcessCollector` derives `_count` from the buckets, and neither has `_created`.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
+
+from glassbox.export.families import Family, Kind
+from glassbox.export.prometheus import bucket_names
+
+DIRECTORY_ENV: Final = "PROMETHEUS_MULTIPROC_DIR"
+# The part of a file's name after the last underscore is the process; gauges also say how processes are
+# combined.
+_FILES: Final[dict[Kind, str]] = {
+    "counter": "counter_glassbox.db",
+    "gauge": "gauge_mostrecent_glassbox.db",
+    "histogram": "histogram_glassbox.db",
+}
+_PAGE: Final = 1 << 16  # as prometheus_client's own first size
+_HEADER_BYTES: Final = 8
+_ENTRY_BYTES: Final = 4 + 8 + 16  # length, padding at most, value and timestamp
+
+
+def samples(family: Family) -> Iterator[tuple[str, float]]:
+    """Keys and values of a family as the collector wants them: buckets not cumulative, no `_count`."""
+    if family.kind != "histogram":
+        metric = family.name.removesuffix("_total") if family.kind == "counter" else family.name
+        for series in family.series:
+            yield (
+                mmap_key(metric, family.name, list(family.label_names), list(series.labels), family.help),
+                series.value,
+            )
+        return
+    names = [*family.label_names, "le"]
+    bounds = bucket_names(family.bounds)
+    for series in family.series:
+        for le, count in zip(bounds, series.buckets, strict=True):
+            key = mmap_key(family.name, f"{family.name}_bucket", names, [*series.labels, le], family.help)
+            yield key, count
+        if series.sum is not None:
+            name = f"{family.name}_sum"
+            yield (
+                mmap_key(family.name, name, list(family.label_names), list(series.labels), family.help),
+                series.sum,
+            )
+
+
+class _File:
+    """One file of the multiprocess directory, held open for changes in place."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._values: MmapedDict | None = None
+        self._keys: frozenset[str] = frozenset()
+        self._inode = -1
+
+    def write(self, values: dict[str, float], time_s: float) -> None:
+        if self._values is None or self._keys != values.keys() or not self._in_place():
+            self._replace(values, time_s)
+            return
+        for key, value in values.items():
+            self._values.write_value(key, value, time_s)
+
+    def _in_place(self) -> bool:
+        """False if somebody removed or replaced the file, so that nobody would see a change."""
+        try:
+            return os.stat(self._path).st_ino == self._inode
+        except OSError:
+            return False
+
+    def _replace(self, values: dict[str, float], time_s: float) -> None:
+        self.close()
+        # The collector reads *.db only.
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        used = _HEADER_BYTES + sum(len(key.encode()) + _ENTRY_BYTES for key in values)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+            with temporary.open("wb") as file:
+                # Blocks are taken now: on a full disk this raises, where writing to a mapped hole kills the
+                # process.
+                os.posix_fallocate(file.fileno(), 0, -(-used // _PAGE) * _PAGE)
+            mapped = MmapedDict(str(temporary))
+            try:
+                for key, value in values.items():
+                    mapped.write_value(key, value, time_s)
+                self._inode = os.stat(temporary).st_ino
+                os.replace(temporary, self._path)
+            except BaseException:
+                mapped.close()
+                raise
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        self._values, self._keys = mapped, frozenset(values)
+
+    def close(self) -> None:
+        if self._values is not None:
+            self._values.close()
+        self._values, self._keys = None, frozenset()
+
+
+class MultiprocessWriter:
+    """Keeps the families up to date in a multiprocess directory.
+
+    The files stay when the exporter ends, as those of any process do: removing one while a scrape reads the
+    directory would fail that scrape.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._files = {kind: _File(Path(directory) / name) for kind, name in _FILES.items()}
+
+    def write(self, families: Iterable[Family], time_s: float) -> None:
+        """Write all families; series that are in none of them disappear.
+
+        Args:
+            families: of the whole server.
+            time_s: Unix time, above 0.
+
+        Raises:
+            OSError: if a file cannot be written; the others and the older content stay.
+        """
+        values: dict[Kind, dict[str, float]] = {kind: {} for kind in _FILES}
+        for family in families:
+            values[family.kind].update(samples(family))
+        for kind, file in self._files.items():
+            file.write(values[kind], time_s)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self._files.values():
+            file.close()

@@ -1,0 +1,229 @@
+"""OpenTelemetry: the families as OTLP metrics, by gRPC or HTTP.
+
+Owns the translation into the SDK's data model and the sending thread. The SDK's instruments are not used:
+they would count a second time what the snapshots hold already, and lose it when the exporter restarts. Import
+this module only if OTLP is enabled; the SDK and gRPC double the exporter's memory.
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit, urlunsplit
+
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    Gauge,
+    Histogram,
+    HistogramDataPoint,
+    Metric,
+    MetricExporter,
+    MetricExportResult,
+    MetricsData,
+    NumberDataPoint,
+    ResourceMetrics,
+    ScopeMetrics,
+    Sum,
+)
+from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, OTELResourceDetector, Resource
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+
+from glassbox import __version__
+from glassbox.config import OtelConfig
+from glassbox.export.families import Family, Series
+from glassbox.export.faults import Faults
+
+DEFAULT_SERVICE_NAME: Final = "vllm"
+# An export may take this long, retries included, unless OTEL_EXPORTER_OTLP_TIMEOUT says otherwise.
+EXPORT_TIMEOUT_S: Final = 5.0
+# About 300 bytes each; gRPC receivers refuse messages above 4 MiB by default.
+_MAX_POINTS_PER_REQUEST: Final = 5000
+_TIMEOUT_ENV: Final = ("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT")
+_INSECURE_ENV: Final = ("OTEL_EXPORTER_OTLP_METRICS_INSECURE", "OTEL_EXPORTER_OTLP_INSECURE")
+# GenAI conventions where they have a name for it, the project's own prefix elsewhere.
+_ATTRIBUTES: Final = {"model_name": "gen_ai.request.model"}
+_NUMBERS: Final = frozenset({"layer", "head"})
+_NS_PER_S: Final = 1_000_000_000
+
+
+def _attributes(family: Family, series: Series) -> dict[str, str | int]:
+    return {
+        _ATTRIBUTES.get(name, f"glassbox.{name}"): int(label) if name in _NUMBERS else label
+        for name, label in zip(family.label_names, series.labels, strict=True)
+    }
+
+
+def to_otel(family: Family, time_s: float) -> Metric:
+    """A family as a metric of the SDK: counters and histograms are cumulative since the workers' start.
+
+    Histograms have neither minimum nor maximum, which are not known, and no sum if values may be negative.
+
+    Args:
+        family: with its series.
+        time_s: Unix time at which the values hold: that of sending, because an idle worker writes no new
+            snapshot and a backend drops points that bring no new time.
+    """
+
+    time_ns = int(time_s * _NS_PER_S)
+    points: list[Any]
+    data: Histogram | Sum | Gauge
+    if family.kind == "histogram":
+        points = [
+            HistogramDataPoint(
+                attributes=_attributes(family, series),
+                start_time_unix_nano=int(series.start_time_s * _NS_PER_S),
+                time_unix_nano=time_ns,
+                count=int(series.value),
+                sum=series.sum,  # type: ignore[arg-type]  # None leaves the optional protobuf field unset
+                bucket_counts=series.buckets,
+                explicit_bounds=family.bounds,
+                min=None,  # type: ignore[arg-type]
+                max=None,  # type: ignore[arg-type]
+            )
+            for series in family.series
+        ]
+        data = Histogram(data_points=points, aggregation_temporality=AggregationTemporality.CUMULATIVE)
+    else:
+        points = [
+            NumberDataPoint(
+                attributes=_attributes(family, series),
+                start_time_unix_nano=int(series.start_time_s * _NS_PER_S),
+                time_unix_nano=time_ns,
+                value=series.value,
+            )
+            for series in family.series
+        ]
+        if family.kind == "counter":
+            data = Sum(points, aggregation_temporality=AggregationTemporality.CUMULATIVE, is_monotonic=True)
+        else:
+            data = Gauge(points)
+    return Metric(name=family.otel_name, description=family.help, unit=family.unit, data=data)
+
+
+def to_metrics_data(families: Sequence[Family], resource: Resource, time_s: float) -> MetricsData:
+    """All families as one export of the SDK."""
+    scope = InstrumentationScope("glassbox", __version__)
+    metrics = [to_otel(family, time_s) for family in families]
+    scopes = [ScopeMetrics(scope=scope, metrics=metrics, schema_url="")]
+    return MetricsData([ResourceMetrics(resource=resource, scope_metrics=scopes, schema_url="")])
+
+
+def make_resource(run_dir: Path) -> Resource:
+    """Resource of a server: OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over the defaults.
+
+    The instance id stays the same when the exporter is restarted.
+    """
+    server = f"{socket.gethostname()}:{Path(run_dir).absolute()}"
+    defaults = {
+        SERVICE_NAME: DEFAULT_SERVICE_NAME,
+        SERVICE_INSTANCE_ID: str(uuid.uuid5(uuid.NAMESPACE_URL, server)),
+    }
+    # `Resource.create` alone would give an instance id of its own to each process, and a made-up service name.
+    environment = OTELResourceDetector().detect()
+    return Resource.create().merge(Resource(defaults)).merge(environment)
+
+
+def metrics_endpoint(endpoint: str | None, protocol: str, environ: Mapping[str, str]) -> str | None:
+    """The endpoint as the SDK wants it; None leaves it to the OTEL_* variables.
+
+    For HTTP, a URL without a path gets `/v1/metrics`. For gRPC, `host:port` means no TLS, as
+    `http://host:port` does, unless the environment says something about TLS.
+    """
+    if endpoint is None:
+        return None
+    if protocol == "http":
+        parts = urlsplit(endpoint)
+        return urlunsplit(parts._replace(path="/v1/metrics")) if parts.path in {"", "/"} else endpoint
+    if "://" not in endpoint and not any(name in environ for name in _INSECURE_ENV):
+        return f"http://{endpoint}"
+    return endpoint
+
+
+def make_exporter(config: OtelConfig, environ: Mapping[str, str] | None = None) -> MetricExporter:
+    """The SDK's exporter for a configuration.
+
+    Raises:
+        Exception: whatever the SDK finds wrong with the endpoint, a certificate or an OTEL_* variable.
+    """
+    environ = os.environ if environ is None else environ
+    endpoint = metrics_endpoint(config.endpoint, config.protocol, environ)
+    timeout = None if any(environ.get(name) for name in _TIMEOUT_ENV) else EXPORT_TIMEOUT_S
+    # gRPC forbids upper case in metadata.
+    headers = {name.lower(): value for name, value in config.headers.items()} or None
+    if config.protocol == "http":
+        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
+
+        return HttpExporter(endpoint=endpoint, headers=headers, timeout=timeout)
+    from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
+
+    return GrpcExporter(
+        endpoint=endpoint, headers=headers, timeout=timeout, max_export_batch_size=_MAX_POINTS_PER_REQUEST
+    )
+
+
+class OtelSink:
+    """Sends families from a thread of its own, so that a collector that is away delays nothing.
+
+    Only the newest families wait; those that a slow collector had no time for are dropped, which loses
+    nothing because all numbers are cumulative. Failures are counted as stage `otel`.
+    """
+
+    def __init__(
+        self, config: OtelConfig, run_dir: Path, faults: Faults, environ: Mapping[str, str] | None = None
+    ) -> None:
+        """Raises:
+        Exception: as `make_exporter`.
+        """
+        # The SDK logs every failed export; here it is logged once, by Faults.
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        self._faults = faults
+        self._resource = make_resource(run_dir)
+        self._exporter = make_exporter(config, environ)
+        self._target = config.endpoint or "the endpoint of the OTEL_* variables"
+        self._condition = threading.Condition()
+        self._next: list[Family] | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="glassbox-otel", daemon=True)
+        self._thread.start()
+
+    def send(self, families: Sequence[Family]) -> None:
+        """Hand families over to be sent; returns at once."""
+        with self._condition:
+            self._next = list(families)
+            self._condition.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._next is not None or self._closing)
+                families, self._next = self._next, None
+            if families is None:
+                return
+            if families:
+                self._export(families)
+
+    def _export(self, families: Sequence[Family]) -> None:
+        try:
+            result = self._exporter.export(to_metrics_data(families, self._resource, time.time()))
+        except Exception as error:
+            self._faults.failed("otel", error)
+            return
+        if result is MetricExportResult.SUCCESS:
+            self._faults.worked("otel")
+        else:
+            self._faults.failed("otel", f"{self._target} did not accept the metrics")
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """End the thread, after the families that still wait were sent or `timeout_s` seconds have passed."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        self._thread.join(timeout_s)
+        # Breaks off what is still under way: retries, and with gRPC the call itself.
+        self._exporter.shutdown()
+        self._thread.join(timeout_s / 2)

@@ -1,0 +1,141 @@
+"""Prometheus: a collector that shows the families in a `prometheus_client` registry.
+
+Owns the translation into `prometheus_client` metrics. What there is to show comes from `source.FamilySource`.
+"""
+
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, Protocol
+
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
+
+from glassbox import rundir
+from glassbox.config import GlassboxConfig
+from glassbox.export.families import Family
+from glassbox.export.source import ConfigFile, FamilySource, View
+from glassbox.logs import get_logger
+
+logger = get_logger(__name__)
+
+_INF: Final = float("inf")
+
+
+def bucket_names(bounds: Iterable[float]) -> list[str]:
+    """Values of the label `le`, +Inf included, as `prometheus_client` writes them."""
+    return [floatToGoString(bound) for bound in (*bounds, _INF)]
+
+
+def to_metric(family: Family) -> Metric:
+    """A family as a `prometheus_client` metric.
+
+    A histogram whose values may be negative has `_bucket` and `_count` but no `_sum`, which would not be a
+    counter (`HistogramMetricFamily` leaves out `_count` as well, the multiprocess collector never does).
+    """
+    name = family.name.removesuffix("_total") if family.kind == "counter" else family.name
+    metric = Metric(name, family.help, family.kind)
+    add = metric.samples.append
+    if family.kind != "histogram":
+        for series in family.series:
+            add(Sample(family.name, dict(zip(family.label_names, series.labels, strict=True)), series.value))
+        return metric
+    names = bucket_names(family.bounds)
+    for series in family.series:
+        labels = dict(zip(family.label_names, series.labels, strict=True))
+        below = 0
+        for le, count in zip(names, series.buckets, strict=True):
+            below += count
+            add(Sample(f"{name}_bucket", {**labels, "le": le}, below))
+        add(Sample(f"{name}_count", labels, below))
+        if series.sum is not None:
+            add(Sample(f"{name}_sum", labels, series.sum))
+    return metric
+
+
+class PrometheusCollector(Collector):
+    """Shows a server's families in a registry; reads the run directory on each scrape, never raises into it.
+
+    An error is counted (`glassbox_errors_total{stage="prometheus"}`), logged once, and the last good metrics
+    are shown.
+    """
+
+    def __init__(self, source: FamilySource) -> None:
+        self._source = source
+        self._lock = threading.Lock()
+        self._view: View | None = None
+        self._metrics: list[Metric] = []
+        self._failing = False
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not read files, and the names are known only with the first snapshot."""
+        return []
+
+    def collect(self) -> list[Metric]:
+        """The metrics of this moment; none if `export.prometheus.enabled` is false."""
+        with self._lock:
+            try:
+                if not self._source.config.export.prometheus.enabled:
+                    return []
+                view = self._source.view()
+                if view is not self._view:
+                    self._metrics = [to_metric(family) for family in view.families]
+                    self._view = view
+                self._failing = False
+            except Exception as error:  # a scrape also carries vLLM's own metrics: never break it
+                self._source.count_error("prometheus")
+                if not self._failing:
+                    logger.warning(
+                        "glassbox shows its last good metrics: %s: %s", type(error).__name__, error
+                    )
+                self._failing = True
+            return self._metrics
+
+
+class Handle:
+    """Undoes `install`, by `remove()` or by calling it."""
+
+    def __init__(self, registry: CollectorRegistry, collector: PrometheusCollector) -> None:
+        self._registry = registry
+        self.collector = collector
+
+    def remove(self) -> None:
+        """Unregister the collector; doing it twice is fine."""
+        try:
+            self._registry.unregister(self.collector)
+        except KeyError:
+            logger.debug("glassbox's collector was not registered any more")
+
+    def __call__(self) -> None:
+        self.remove()
+
+
+class _Settings(Protocol):
+    """What `install` needs of `glassbox.settings.Settings`."""
+
+    path: Path
+
+    @property
+    def config(self) -> GlassboxConfig: ...
+
+
+def install(
+    settings: _Settings, run_dir: Path | None = None, registry: CollectorRegistry = REGISTRY
+) -> Handle:
+    """Show a server's metrics in a registry, by default the one behind vLLM's own /metrics.
+
+    It starts no thread and reads nothing before the first scrape. Edits of the configuration are noticed at
+    the next scrape.
+
+    Args:
+        settings: path of the configuration file, and what it said when it was loaded.
+        run_dir: of the server; it need not exist yet. Default: `rundir.run_dir()`.
+        registry: to register in.
+    """
+    source = FamilySource(run_dir or rundir.run_dir(), ConfigFile(settings.path, settings.config))
+    collector = PrometheusCollector(source)
+    registry.register(collector)
+    return Handle(registry, collector)

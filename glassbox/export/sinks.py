@@ -1,0 +1,167 @@
+"""Everything the exporter process writes to, kept in line with the configuration.
+
+Owns which sinks are open: own port, multiprocess files, OTLP, JSONL. A sink that fails is counted and does
+not keep the others from working. When to do a round is the process's business (`process.py`).
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry
+
+from glassbox.config import GlassboxConfig
+from glassbox.export.faults import Faults
+from glassbox.export.http import MetricsServer, bind_address
+from glassbox.export.jsonl import JsonlSink
+from glassbox.export.multiprocess import DIRECTORY_ENV, MultiprocessWriter
+from glassbox.export.prometheus import PrometheusCollector
+from glassbox.export.source import ExporterStatus, FamilySource, View, read_status, write_status
+
+if TYPE_CHECKING:
+    from glassbox.export.otel import OtelSink
+
+FLUSH_TIMEOUT_S: Final = 1.0
+
+
+def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) -> bool:
+    """True if the configuration asks for anything that only an exporter process does.
+
+    vLLM's own /metrics with one API server needs none: it reads the snapshots itself.
+    """
+    environ = os.environ if environ is None else environ
+    export = config.export
+    if not config.enabled:
+        return False
+    pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
+    shown = export.prometheus.enabled and (
+        export.prometheus.port is not None or bool(environ.get(DIRECTORY_ENV))
+    )
+    return pushed or shown
+
+
+class Sinks:
+    """The open sinks of one server.
+
+    Attributes:
+        faults: errors by stage: config, http, multiprocess, otel, jsonl, read.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Callable[[], GlassboxConfig],
+        environ: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Args:
+        run_dir: of the server.
+        config: returns the configuration of the moment.
+        environ: PROMETHEUS_MULTIPROC_DIR, GLASSBOX_HTTP_ADDR, OTEL_*; by default the process's.
+        clock: Unix time in seconds.
+        """
+        self._run_dir = Path(run_dir)
+        self._config = config
+        self._environ = os.environ if environ is None else environ
+        self._clock = clock
+        before = read_status(self._run_dir)
+        self.faults = Faults(before.errors if before else None)
+        self._takes_over = before is not None
+        self._source = FamilySource(self._run_dir, config)
+        self._registry = CollectorRegistry()
+        self._registry.register(PrometheusCollector(self._source))
+        self._http: tuple[object, MetricsServer] | None = None
+        self._multiprocess: tuple[object, MultiprocessWriter] | None = None
+        self._otel: tuple[object, OtelSink] | None = None
+        self._jsonl: tuple[object, JsonlSink] | None = None
+
+    @property
+    def http_port(self) -> int | None:
+        """The port that is served, None if none is."""
+        return self._http[1].port if self._http else None
+
+    def apply(self) -> None:
+        """Open, change and close sinks so that they are what the configuration of the moment says."""
+        config = self._config()
+        self._apply_http(config)
+        self._apply_otel(config)
+        jsonl = config.export.jsonl
+        wanted = (
+            (jsonl.expanded_path, jsonl.max_mb)
+            if config.enabled and jsonl.expanded_path is not None
+            else None
+        )
+        if wanted is None:
+            self._jsonl = None
+        elif self._jsonl is None or self._jsonl[0] != wanted:
+            # A sink opened by an edit reports from now on, like one that takes over from a dead exporter.
+            self._jsonl = (wanted, JsonlSink(*wanted, skip_first=self._takes_over))
+        self._takes_over = True
+
+    def _apply_http(self, config: GlassboxConfig) -> None:
+        prometheus = config.export.prometheus
+        wanted = None
+        if config.enabled and prometheus.enabled and prometheus.port is not None:
+            wanted = (bind_address(self._environ), prometheus.port)
+        if self._http is not None and self._http[0] != wanted:
+            self._http[1].close()
+            self._http = None
+        if wanted is not None and self._http is None:
+            with self.faults.guard("http"):  # tried again each round: whoever holds the port may let go of it
+                self._http = (wanted, MetricsServer(wanted[1], self._registry, wanted[0]))
+
+    def _apply_otel(self, config: GlassboxConfig) -> None:
+        otel = config.export.otel
+        wanted = None
+        if config.enabled and otel.enabled and otel.metrics:
+            wanted = (otel.endpoint, otel.protocol, tuple(sorted(otel.headers.items())))
+        if self._otel is not None and self._otel[0] != wanted:
+            self._otel[1].close(FLUSH_TIMEOUT_S)
+            self._otel = None
+        if wanted is not None and self._otel is None:
+            try:
+                from glassbox.export.otel import OtelSink
+
+                self._otel = (wanted, OtelSink(otel, self._run_dir, self.faults, self._environ))
+            except Exception as error:  # the SDK raises what it likes about bad certificates and variables
+                self.faults.failed("otel", error)
+
+    def round(self) -> None:
+        """Read the snapshots and hand them to every sink; then note in the status file what failed."""
+        self.apply()
+        view: View | None = None
+        with self.faults.guard("read"):
+            view = self._source.view()
+        if view is not None:
+            self._write_multiprocess(view)
+            if self._otel is not None:
+                self._otel[1].send(view.families)
+            if self._jsonl is not None:
+                with self.faults.guard("jsonl"):
+                    self._jsonl[1].write(view.engines, view.detail)
+        with self.faults.guard("status"):
+            write_status(self._run_dir, ExporterStatus(os.getpid(), self._clock(), self.faults.counts()))
+
+    def _write_multiprocess(self, view: View) -> None:
+        directory = self._environ.get(DIRECTORY_ENV)
+        config = self._config()
+        shown = config.enabled and config.export.prometheus.enabled
+        if not directory or (not shown and self._multiprocess is None):
+            return
+        if self._multiprocess is None or self._multiprocess[0] != directory:
+            self._multiprocess = (directory, MultiprocessWriter(Path(directory)))
+        with self.faults.guard("multiprocess"):
+            # Switched off: empty files, because removing one under a scrape would fail that scrape.
+            self._multiprocess[1].write(view.families if shown else (), self._clock())
+
+    def close(self) -> None:
+        """Close all sinks; OTLP gets `FLUSH_TIMEOUT_S` seconds for what it still has to send."""
+        if self._http is not None:
+            self._http[1].close()
+        if self._otel is not None:
+            self._otel[1].close(FLUSH_TIMEOUT_S)
+        if self._multiprocess is not None:
+            self._multiprocess[1].close()
+        self._http = self._otel = self._multiprocess = self._jsonl = None

@@ -1,0 +1,103 @@
+"""Snapshots for tests of the exporting side: consistent in themselves, every number different from its neighbours."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from glassbox.export.snapshot import Snapshot
+from glassbox.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS, Phase
+
+
+def make_snapshot(
+    *,
+    seed: int = 0,
+    layers: tuple[int, ...] = (0, 1),
+    head_offset: int = 0,
+    heads: int = 2,
+    total_heads: int | None = None,
+    **changes: Any,
+) -> Snapshot:
+    """A worker's snapshot with random counts that obey counts = rows - nonfinite (lookback: decode rows only).
+
+    Sums are multiples of 1/4, so that they add up exactly in any order.
+    """
+    rng = np.random.default_rng(seed)
+    shape = (len(layers), heads, len(PHASES))
+    rows = rng.integers(5, 100, size=shape)
+    nonfinite = rng.integers(0, 5, size=shape)
+    share = rng.dirichlet(np.ones(NUM_BUCKETS), size=(*shape, NUM_STATISTICS))
+    counts = rng.multinomial((rows - nonfinite)[..., None], share)
+    sums = rng.integers(0, 400, size=(*shape, NUM_STATISTICS)) / 4
+    for s, statistic in enumerate(STATISTICS):
+        if statistic.decode_only:
+            prefill = PHASES.index(Phase.PREFILL)
+            counts[:, :, prefill, s] = 0
+            sums[:, :, prefill, s] = 0.0
+        if statistic.upper is not None and statistic.upper <= 0:
+            sums[..., s] *= -1
+    snapshot = Snapshot(
+        instance=f"i{seed}",
+        time_s=1_700_000_100.0,
+        start_time_s=1_700_000_000.0,
+        model_name="tiny/model",
+        engine="0",
+        rank=0,
+        layers=layers,
+        head_offset=head_offset,
+        num_heads_total=heads if total_heads is None else total_heads,
+        num_layers_total=4,
+        steps=1000,
+        sampled_steps=10,
+        dropped_rows={"max_rows": 3},
+        errors={"sampler": 1},
+        overhead_seconds=0.125,
+        sample_rate=0.01,
+        layers_observed=len(layers),
+        layers_bypassed=1,
+        reload_successful=True,
+        reload_timestamp_s=1_700_000_000.5,
+        build={"version": "0.1.0", "vllm_version": "0.32.0", "backend": "CPU_ATTN"},
+        counts=counts,
+        sums=sums,
+        rows=rows,
+        nonfinite=nonfinite,
+        window_max=rng.integers(-40, 80, size=shape).astype(np.float32) / 4,
+    )
+    return replace(snapshot, **changes)
+
+
+def split_heads(snapshot: Snapshot, at: int) -> tuple[Snapshot, Snapshot]:
+    """The snapshots of two tensor-parallel ranks that together measured what `snapshot` says."""
+    arrays = ("counts", "sums", "rows", "nonfinite", "window_max")
+    first = {name: getattr(snapshot, name)[:, :at] for name in arrays}
+    second = {name: getattr(snapshot, name)[:, at:] for name in arrays}
+    empty: dict[str, int] = {}
+    return (
+        replace(snapshot, instance="tp0", rank=0, **first),
+        replace(
+            snapshot,
+            instance="tp1",
+            rank=1,
+            head_offset=snapshot.head_offset + at,
+            **second,
+            dropped_rows=empty,
+            errors=empty,
+        ),
+    )
+
+
+def write_config(path: Path, **export: Any) -> Path:
+    """A configuration file with an `export` section; replaced by rename as editors do."""
+    temporary = path.with_suffix(".new")
+    temporary.write_text(yaml.safe_dump({"export": {"interval_s": 0.2, **export}}))
+    temporary.replace(path)
+    return path
+
+
+def logged(records: list[logging.LogRecord]) -> list[str]:
+    """Messages in order, each record once: pytest catches those of glassbox's logger there and at the root."""
+    return [record.getMessage() for record in {id(record): record for record in records}.values()]

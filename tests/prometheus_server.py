@@ -1,0 +1,144 @@
+"""A real Prometheus for tests: starts the `prometheus` on PATH with a scrape configuration, on loopback, and asks it.
+
+with PrometheusServer(tmp_path, ["127.0.0.1:9464"]) as server:
+    server.wait_for("glassbox_steps_total")
+"""
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+PROMETHEUS = shutil.which("prometheus")
+PROMTOOL = shutil.which("promtool")
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class PrometheusServer:
+    """A Prometheus process that scrapes targets every `interval_s` seconds; its data lies in `directory`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        targets: Sequence[str],
+        *,
+        interval_s: float = 0.5,
+        rule_files: Sequence[Path] = (),
+        job: str = "vllm",
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        """Args:
+        directory: for configuration, data and log (`prometheus.log`).
+        targets: host:port, scraped at /metrics.
+        interval_s: of scraping and of evaluating rules.
+        rule_files: alerting and recording rules.
+        job: value of the label `job`.
+        labels: further labels of the targets.
+
+        Raises:
+            RuntimeError: if there is no `prometheus` on PATH.
+        """
+        if PROMETHEUS is None:
+            raise RuntimeError("prometheus must be on PATH; install the Debian package prometheus")
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = directory / "prometheus.log"
+        interval = f"{int(interval_s * 1000)}ms"
+        config = {
+            "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval},
+            "rule_files": [str(path) for path in rule_files],
+            "scrape_configs": [
+                {"job_name": job, "static_configs": [{"targets": list(targets), "labels": dict(labels or {})}]}
+            ],
+        }
+        path = directory / "prometheus.yml"
+        path.write_text(yaml.safe_dump(config))
+        self._command = [
+            PROMETHEUS,
+            f"--config.file={path}",
+            f"--storage.tsdb.path={directory / 'tsdb'}",
+            f"--web.listen-address=127.0.0.1:{self.port}",
+            "--log.level=warn",
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the process and wait for it."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def _wait_until_ready(self, timeout_s: float = 30.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.url}/-/ready", timeout=2):
+                    return
+            except (urllib.error.URLError, OSError):
+                ended = self._process is None or self._process.poll() is not None
+                if ended or time.monotonic() > deadline:
+                    raise RuntimeError(f"prometheus is not ready: {self._log.read_text()}") from None
+                time.sleep(0.05)
+
+    def api(self, path: str, **parameters: str) -> Any:
+        """The field `data` of an answer of the HTTP API, e.g. `api("targets")`."""
+        query = urllib.parse.urlencode(parameters)
+        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def query(self, expression: str) -> dict[frozenset[tuple[str, str]], float]:
+        """An instant query: labels (without the name) and value of each series of the result."""
+        result = self.api("query", query=expression)["result"]
+        return {
+            frozenset((name, value) for name, value in series["metric"].items() if name != "__name__"): float(
+                series["value"][1]
+            )
+            for series in result
+        }
+
+    def wait_for(self, expression: str, timeout_s: float = 15.0) -> dict[frozenset[tuple[str, str]], float]:
+        """Ask until the answer is not empty.
+
+        Raises:
+            TimeoutError: if it stays empty; the message holds the state of the targets.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not (found := self.query(expression)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no answer to {expression!r}; targets: {self.api('targets')['activeTargets']}")
+            time.sleep(0.1)
+        return found
