@@ -1,0 +1,48 @@
+"""Naming the observed backends in vLLM's registry, and the collector in prometheus_client's."""
+
+from collections.abc import Callable
+
+from glassbox.backends.observed import observed_path
+from glassbox.config import SUPPORTED_INNER_BACKENDS
+from glassbox.export import prometheus
+from glassbox.settings import Settings
+
+_undo: list[Callable[[], None]] = []
+
+
+def attach(settings: Settings) -> None:
+    """Override vLLM's members by their observed subclasses as `attach` says; install the collector.
+
+    With `attach: custom` only CPU_ATTN is overridden: vLLM's CPU platform ignores `--attention-backend CUSTOM` and
+    would never ask the router.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    config = settings.started_with
+    if config.enabled:
+        names = SUPPORTED_INNER_BACKENDS if config.attach == "auto" else ("CPU_ATTN",)
+        for name in names:
+            member = AttentionBackendEnum[name]
+            register_backend(member, observed_path(name))
+            _undo.append(member.clear_override)
+        _forget_selection()
+    _undo.append(prometheus.install(settings))
+
+
+def detach() -> None:
+    """Undo `attach()`: vLLM selects its own classes again."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    while _undo:
+        _undo.pop()()
+    AttentionBackendEnum.CUSTOM.clear_override()
+    _forget_selection()
+
+
+def _forget_selection() -> None:
+    """vLLM caches which class a configuration resolves to."""
+    import sys
+
+    selector = sys.modules.get("vllm.v1.attention.selector")
+    if selector is not None:
+        selector._cached_get_attn_backend.cache_clear()

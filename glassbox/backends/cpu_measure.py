@@ -1,0 +1,124 @@
+"""Measuring on the CPU: right after the inner attention, on the calling thread, over K read from vLLM's packed pages."""
+
+import sys
+import time
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from glassbox.accumulate import AccumulatorArrays, Accumulators
+from glassbox.backends.cpu_cache import PackedKeyReader
+from glassbox.kernels.row_plan import RowPlan, plan_rows
+from glassbox.kernels.row_stats_cpu import LayerParams, row_stats_cpu
+from glassbox.sampling import ROW_PHASE
+
+# Statistics of several layers are added to the accumulators together: it costs a dozen torch calls either way.
+_FLUSH_ELEMENTS: Final = 1 << 21  # 8 MB of float32
+
+
+class CpuMeasurer:
+    """Measures rows with `kernels/row_stats_cpu.py`.
+
+    Args:
+        accumulators: on the CPU; [L, H] of the observed layers.
+        layer_rows: name of each observed layer -> its row in the accumulators.
+        sink_tokens, local_window: in tokens, see statistics.py.
+    """
+
+    def __init__(
+        self, accumulators: Accumulators, layer_rows: dict[str, int], *, sink_tokens: int, local_window: int
+    ) -> None:
+        self._accumulators, self._layer_rows = accumulators, layer_rows
+        self._sink_tokens, self._local_window = sink_tokens, local_window
+        self.max_rows = sys.maxsize
+        self._rows: np.ndarray | None = None
+        self._layers: frozenset[int] = frozenset()
+        self._plans: dict[tuple[int, int | None], RowPlan] = {}
+        self._metadata: list[Any] = []
+        self._pending: list[tuple[int, torch.Tensor]] = []
+        self._params: dict[str, LayerParams] = {}
+
+    def end_warm_up(self) -> None:
+        """Nothing was captured."""
+
+    def begin(self, rows: np.ndarray, layers: frozenset[int]) -> None:
+        """See observer.Measurer."""
+        self._rows, self._layers = rows, layers
+
+    def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
+        """Nothing to keep: the CPU's metadata holds all that is needed."""
+
+    def before_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
+        """Nothing to do: on the CPU nothing runs beside the attention."""
+
+    def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
+        """Measure this layer's rows, if it is one of the step's layers."""
+        row = self._layer_rows.get(layer.layer_name)
+        if self._rows is None or row is None or row not in self._layers:
+            return
+        name = layer.layer_name
+        params = self._params.get(name)
+        if params is None:
+            params = self._params[name] = self._read_params(impl)
+        plan = self._plan(attn_metadata, kv_cache.shape[2], params.sliding_window)
+        # Made for each call: it is a view, and keeping it would keep a KV cache alive that vLLM has freed.
+        reader = PackedKeyReader(kv_cache, layer.isa, impl.kv_cache_dtype, layer._k_scale_float)
+        self._pending.append((row, row_stats_cpu(query, reader, plan, params)))
+        if sum(stats.numel() for _, stats in self._pending) > _FLUSH_ELEMENTS:
+            self._flush()
+
+    def finish(self) -> None:
+        """Add what was measured in this step."""
+        try:
+            self._flush()
+        finally:
+            self._pending.clear()
+            self._rows = None
+            self._plans.clear()
+            self._metadata.clear()
+
+    def copy(self, now_s: float) -> AccumulatorArrays:
+        """See observer.Measurer."""
+        self._accumulators.rotate(now_s)
+        return self._accumulators.copy()
+
+    def _plan(self, metadata: Any, block_size: int, window: int | None) -> RowPlan:
+        # Layers of one KV-cache group share their metadata object; it is kept so that its id stays its own.
+        key = (id(metadata), window)
+        plan = self._plans.get(key)
+        if plan is None:
+            assert self._rows is not None
+            plan = self._plans[key] = plan_rows(
+                self._rows,
+                metadata.query_start_loc,
+                metadata.seq_lens,
+                metadata.block_table,
+                block_size=block_size,
+                sliding_window=window,
+                sink_tokens=self._sink_tokens,
+                local_window=self._local_window,
+            )
+            self._metadata.append(metadata)
+        return plan
+
+    def _flush(self) -> None:
+        if not self._pending or self._rows is None:
+            return
+        self._accumulators.rotate(time.monotonic())
+        layers = torch.tensor([row for row, _ in self._pending])
+        stats = torch.stack([stats for _, stats in self._pending])
+        phases = torch.from_numpy(self._rows[:, ROW_PHASE].astype(np.int64))
+        self._pending.clear()
+        self._accumulators.add(layers, stats, phases)
+
+    @staticmethod
+    def _read_params(impl: Any) -> LayerParams:
+        # vLLM's CPU impl writes "none" as -1 (window) and 0 (soft cap).
+        return LayerParams(
+            scale=impl.scale,
+            sliding_window=impl.sliding_window if impl.sliding_window > 0 else None,
+            soft_cap=impl.logits_soft_cap or None,
+            alibi_slopes=impl.alibi_slopes,
+            sinks=impl.sinks,
+        )

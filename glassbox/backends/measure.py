@@ -1,0 +1,37 @@
+"""Which measurer fits the worker's device."""
+
+from glassbox.accumulate import Accumulators
+from glassbox.observer import Measurer
+
+
+def make_measurer(
+    accumulators: Accumulators,
+    layer_rows: dict[str, int],
+    *,
+    sink_tokens: int,
+    local_window: int,
+    max_rows: int,
+) -> Measurer:
+    """The measurer for the device of `accumulators`.
+
+    Args:
+        accumulators: of the observed layers, on the worker's device.
+        layer_rows: name of each observed layer -> its row in the accumulators.
+        sink_tokens, local_window: in tokens, see statistics.py.
+        max_rows: largest row list; a GPU's buffers and graphs are made for it.
+
+    Raises:
+        RuntimeError: no kernel measures on that device.
+    """
+    device = accumulators.counts.device.type
+    if device == "cpu":
+        from glassbox.backends.cpu_measure import CpuMeasurer
+
+        return CpuMeasurer(accumulators, layer_rows, sink_tokens=sink_tokens, local_window=local_window)
+    if device == "cuda":
+        from glassbox.backends.gpu_measure import GpuMeasurer
+
+        return GpuMeasurer(
+            accumulators, layer_rows, sink_tokens=sink_tokens, local_window=local_window, max_rows=max_rows
+        )
+    raise RuntimeError(f"glassbox has no kernel for {device} devices; the server runs unobserved")

@@ -1,0 +1,207 @@
+"""The demo from end to end: model, server, traffic, table. Owns the order, what is shown, the clean end."""
+
+import contextlib
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import httpx
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from glassbox.demo.model import MODEL_NAME, DemoModelError, demo_model
+from glassbox.demo.server import ServerError, VllmServer
+from glassbox.demo.summary import Summary, summarise
+from glassbox.demo.table import missing_samples, report
+from glassbox.demo.traffic import Answer, TrafficError, demo_traffic, send_traffic
+
+SERVED_NAME: Final = MODEL_NAME.lower()
+_INTERVAL_S: Final = 1
+_SETTLE_S: Final = 30.0
+# Every step and more rows than by default: quick, telling numbers matter here, overhead doesn't.
+_CONFIG: Final = f"""\
+# Of `glassbox demo`. Edit and save it while the demo runs: it takes effect within two seconds.
+sample_rate: 1.0
+sampling:
+  prefill_rows_per_request: 16
+export:
+  interval_s: {_INTERVAL_S}
+  prometheus:
+    detail: layer
+    max_series: 20000
+"""
+# torch.compile would cost the start 40 s on two cores, each time, and change nothing of what is shown.
+SERVER_ARGS: Final = ("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16")
+_WIDTH_WITHOUT_TERMINAL: Final = 100
+
+
+class DemoError(RuntimeError):
+    """The demo can't go on; the message says why."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the command line chose: stop after the table, and the port (None: a free one)."""
+
+    once: bool = False
+    port: int | None = None
+
+
+def make_console() -> Console:
+    """A console that is wide enough for the table where no terminal says otherwise (a pipe, CI)."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+
+
+def run_demo(options: DemoOptions, console: Console) -> int:
+    """Run it.
+
+    Returns:
+        The exit status: 0 if every exported statistic had samples, or after Ctrl-C (without `once`); else 1.
+
+    Raises:
+        DemoError: something needed can't be had; what was started is stopped.
+    """
+    begin = time.monotonic()
+    with _interruptible(), tempfile.TemporaryDirectory(prefix="glassbox-demo-") as temporary:
+        folder = Path(temporary)
+        config = folder / "glassbox.yaml"
+        config.write_text(_CONFIG, encoding="utf-8")
+        try:
+            with contextlib.ExitStack() as stack:
+                server = _start(stack, folder, config, options, console)
+                summary = _measure(server, console)
+                console.print(report(summary))
+                _print_where(server, config, options, time.monotonic() - begin, console)
+                if not options.once:
+                    _keep(server, console)
+        except KeyboardInterrupt:
+            if options.once:
+                raise DemoError("interrupted") from None
+            console.print("Stopped.")
+            return 0
+        except (DemoModelError, ServerError, TrafficError, httpx.HTTPError) as error:
+            raise DemoError(str(error)) from error
+    return 1 if missing_samples(summary) else 0
+
+
+def _start(
+    stack: contextlib.ExitStack, folder: Path, config: Path, options: DemoOptions, console: Console
+) -> VllmServer:
+    """Get the model and start the server; `stack` stops it."""
+    log_path = folder / "server.log"
+    with _progress(console) as progress:
+        task = progress.add_task(f"model {MODEL_NAME}", total=None)
+        model = demo_model(report=lambda text: progress.update(task, description=text))
+        progress.update(task, description=f"model {MODEL_NAME}", total=1, completed=1)
+        task = progress.add_task(f"vllm serve (log: {log_path})", total=None)
+        server = VllmServer(
+            model,
+            args=("--served-model-name", SERVED_NAME, *SERVER_ARGS),
+            env={
+                "GLASSBOX_CONFIG": str(config),
+                # Inside the demo's own folder, so that it goes when the demo goes, however the server ends.
+                "GLASSBOX_RUN_DIR": str(folder / "run"),
+                "GLASSBOX_DISABLE": None,
+                "VLLM_PLUGINS": None,
+                "VLLM_CPU_KVCACHE_SPACE": "2",
+            },
+            log_path=log_path,
+            port=options.port,
+        )
+        stack.enter_context(server)
+        progress.update(task, total=1, completed=1)
+    return server
+
+
+def _measure(server: VllmServer, console: Console) -> Summary:
+    """Send the traffic, wait until its rows have reached `/metrics`, and read them."""
+    batches = demo_traffic()
+    with _progress(console) as progress:
+        task = progress.add_task("requests", total=sum(len(batch) for batch in batches))
+
+        def show(answer: Answer) -> None:
+            progress.console.print(
+                f"  [dim]{answer.request.name}: {answer.prompt_tokens:,} tokens in, "
+                f"{answer.completion_tokens} out, {answer.seconds:.1f} s[/dim]  "
+                f"{escape(_shorten(answer.text))}"
+            )
+            progress.advance(task)
+
+        send_traffic(server.url, SERVED_NAME, batches, show)
+        task = progress.add_task("waiting for the last snapshot", total=None)
+        summary = _settled(server)
+        progress.update(task, total=1, completed=1)
+    return summary
+
+
+def _settled(server: VllmServer) -> Summary:
+    """The metrics once they have stood still for two export intervals."""
+    deadline = time.monotonic() + _SETTLE_S
+    last, since = -1.0, time.monotonic()
+    while True:
+        summary = summarise(server.metrics())
+        now = time.monotonic()
+        if summary.total_rows != last:
+            last, since = summary.total_rows, now
+        settled = last > 0 and now - since > 2 * _INTERVAL_S + 0.5
+        if settled or now > deadline:
+            return summary
+        time.sleep(0.25)
+
+
+def _print_where(server: VllmServer, config: Path, options: DemoOptions, seconds: float, console: Console) -> None:
+    console.print(f"Took {seconds:.0f} s.", highlight=False)
+    if options.once:
+        return
+    console.print(
+        f"\nThe server goes on. Look at [bold]{server.url}/metrics[/bold] (lines that begin with glassbox_)\n"
+        f"Talk to it:  curl {server.url}/v1/completions -H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{SERVED_NAME}", "prompt": "The sea is"}}\'\n'
+        f"Edit its configuration while it runs: {config}\n"
+        f"Its log: {server.log_path}\nCtrl-C stops it.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _keep(server: VllmServer, console: Console) -> None:
+    """Return only by KeyboardInterrupt, or with an error when the server ends by itself."""
+    while server.running:
+        time.sleep(0.5)
+    raise ServerError(f"the server ended; its log:\n{server.log_tail()}")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM becomes KeyboardInterrupt: `timeout`, make and process managers leave no server behind."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(finished_text="[green]✓[/green]"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _shorten(text: str, width: int = 40) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else f"{flat[: width - 1]}…"

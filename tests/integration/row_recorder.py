@@ -1,0 +1,69 @@
+"""Records every measured row of an in-process vLLM with the request it belongs to."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY
+from glassbox.step import hook
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """One query token: statistics of all layers and heads, [L, H, NUM_STATISTICS + 1]."""
+
+    request_id: str
+    position: int
+    phase: int
+    stats: np.ndarray
+
+
+class RowRecorder:
+    """Listens at the two ends of the running observer's step: the chosen rows and what is accumulated."""
+
+    def __init__(self) -> None:
+        observer = hook().observer
+        assert observer is not None, "no observer: the plugin did not attach"
+        self.rows: list[MeasuredRow] = []
+        self._observer = observer
+        self._step: list[tuple[str, int, int]] = []
+        self._layers: dict[int, np.ndarray] = {}
+        measurer = observer.measurer
+        accumulators = measurer._accumulators
+        begin, finish, add = measurer.begin, measurer.finish, accumulators.add
+
+        def recording_begin(rows, layers):  # type: ignore[no-untyped-def]
+            batch = observer._runner.input_batch
+            starts = observer._runner.query_start_loc.np
+            computed = batch.num_computed_tokens_cpu
+            self._step = [
+                (
+                    batch.req_ids[row[ROW_BATCH]],
+                    int(computed[row[ROW_BATCH]] + row[ROW_QUERY] - starts[row[ROW_BATCH]]),
+                    int(row[ROW_PHASE]),
+                )
+                for row in rows
+            ]
+            begin(rows, layers)
+
+        def recording_add(layers, stats, phases):  # type: ignore[no-untyped-def]
+            for layer, values in zip(layers.tolist(), stats.numpy(), strict=True):
+                self._layers[layer] = values.copy()
+            add(layers, stats, phases)
+
+        def recording_finish():  # type: ignore[no-untyped-def]
+            finish()
+            if self._layers:
+                stacked = np.stack(
+                    [self._layers[layer] for layer in sorted(self._layers)]
+                )  # [L, R, H, S + 1]
+                for i, (request, position, phase) in enumerate(self._step):
+                    self.rows.append(MeasuredRow(request, position, phase, stacked[:, i]))
+            self._step, self._layers = [], {}
+
+        measurer.begin, measurer.finish, accumulators.add = recording_begin, recording_finish, recording_add
+
+    def take(self) -> list[MeasuredRow]:
+        """The rows recorded since the last call."""
+        rows, self.rows = self.rows, []
+        return rows

@@ -1,0 +1,85 @@
+"""The truth from outside: statistics of every attention row, from transformers' eager attention.
+
+The probabilities are what `output_attentions=True` returns; the largest logit, which it does not return, is taken from
+the query and key that the same eager function was called with.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+
+
+@dataclass(frozen=True)
+class SequenceTruth:
+    """Statistics of all rows of one sequence of T tokens; every array is [L, H, T] float64."""
+
+    values: dict[str, np.ndarray]
+
+
+class EagerModel:
+    """A Llama-family model run by transformers, one sequence at a time."""
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="eager"
+        ).eval()
+        self._max_logits: list[torch.Tensor] = []
+
+    def truth(
+        self, token_ids: list[int], prompt_len: int, sink_tokens: int, local_window: int
+    ) -> SequenceTruth:
+        """Run the sequence and reduce its attention."""
+        original = modeling_llama.eager_attention_forward
+        self._max_logits.clear()
+
+        def recording(module, query, key, value, attention_mask, scaling, **kwargs):  # type: ignore[no-untyped-def]
+            self._max_logits.append(_max_logit(query, key, scaling))
+            return original(module, query, key, value, attention_mask, scaling, **kwargs)
+
+        modeling_llama.eager_attention_forward = recording
+        try:
+            with torch.inference_mode():
+                output = self.model(torch.tensor([token_ids]), output_attentions=True, use_cache=False)
+        finally:
+            modeling_llama.eager_attention_forward = original
+        attention = torch.stack([a[0] for a in output.attentions]).double()  # [L, H, T, T]
+        values = _reduce(attention, prompt_len, sink_tokens, local_window)
+        values["max_logit"] = torch.stack(self._max_logits).double().numpy()
+        return SequenceTruth(values)
+
+
+def _max_logit(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    """[H, T] largest causal score per row, from query [1, H, T, D] and key [1, Hkv, T, D]."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = (query[0].float() @ key[0].float().transpose(1, 2)) * scaling
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -torch.inf).amax(dim=-1)
+
+
+def _reduce(p: torch.Tensor, prompt_len: int, sink_tokens: int, local_window: int) -> dict[str, np.ndarray]:
+    """Statistics of probabilities p [L, H, T, T] (rows sum to 1)."""
+    length = p.shape[-1]
+    position = torch.arange(length)
+    n = (position + 1).double()
+    entropy = torch.special.entr(p).sum(-1)
+    ratio = torch.where(n > 1, entropy / n.log().clamp_min(1e-30), torch.zeros(()).double())
+    distance = position[:, None] - position[None, :]
+    local = ((distance >= 0) & (distance < local_window)).double()
+    context_keys = torch.minimum(n, torch.tensor(float(prompt_len)).double())
+    context = p[..., :prompt_len].sum(-1) / context_keys
+    generated = p[..., prompt_len:].sum(-1) / (n - context_keys).clamp_min(1)
+    return {
+        "entropy": entropy.numpy(),
+        "entropy_ratio": ratio.numpy(),
+        "effective_keys": (1 / (p * p).sum(-1)).numpy(),
+        "top1_ratio": p.amax(-1).numpy(),
+        "sink_ratio": p[..., :sink_tokens].sum(-1).numpy(),
+        "local_ratio": (p * local).sum(-1).numpy(),
+        "distance_tokens": (p * distance.clamp_min(0)).sum(-1).numpy(),
+        "self_logprob": p.diagonal(dim1=-2, dim2=-1).log().numpy(),
+        "lookback_ratio": (context / (context + generated)).numpy(),
+    }

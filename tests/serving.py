@@ -1,0 +1,167 @@
+"""Servers for the end-to-end tests: `vllm serve` with glassbox, its YAML at hand, its metrics as numbers."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import httpx
+import pytest
+import yaml
+
+from glassbox.demo.server import VllmServer
+from glassbox.demo.summary import Summary, summarise
+
+MODEL_NAME: Final = "smollm2"
+# Everything is measured and exported each second, so that tests wait for no more than that.
+BASE_CONFIG: Final[dict[str, Any]] = {"sample_rate": 1.0, "export": {"interval_s": 1}}
+# No torch.compile: it would add 40 s to each start on two cores.
+BASE_ARGS: Final = ("--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16")
+REQUIRE_TOOLS_ENV: Final = "GLASSBOX_REQUIRE_TOOLS"
+
+_Value = TypeVar("_Value")
+
+
+def require_tool(name: str, package: str) -> str:
+    """Path of a program of the operating system; skips the test where it is missing, fails it under CI."""
+    path = shutil.which(name)
+    if path is None:
+        reason = f"needs the program {name} (Debian package {package})"
+        if os.environ.get(REQUIRE_TOOLS_ENV) == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+def wait_for(
+    read: Callable[[], _Value],
+    accept: Callable[[_Value], bool],
+    timeout_s: float = 10.0,
+    what: str = "a value",
+) -> _Value:
+    """Call `read` until `accept` likes what it gives, and return that; fail the test after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = read()
+        if accept(value):
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout_s:g} s for {what}; the last was {value!r}")
+        time.sleep(0.1)
+
+
+class GlassboxServer(VllmServer):
+    """`vllm serve` of the demo's model with glassbox in it.
+
+    Attributes:
+        folder: of this server alone; log, YAML and (unless `env` says otherwise) run directory are in it.
+        config_path: the YAML it watches.
+        run_dir: GLASSBOX_RUN_DIR.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        *,
+        config: Mapping[str, Any] | str | None = None,
+        args: Sequence[str] = (),
+        env: Mapping[str, str | None] | None = None,
+        base_args: Sequence[str] = BASE_ARGS,
+        start_timeout_s: float = 300.0,
+    ) -> None:
+        self.folder = folder
+        self.config_path = folder / "glassbox.yaml"
+        self.run_dir = folder / "run"
+        self.initial_config: Mapping[str, Any] | str = BASE_CONFIG if config is None else config
+        self.write_config(self.initial_config)
+        clean = {name: None for name in os.environ if name.startswith(("GLASSBOX_", "OTEL_", "VLLM_PLUGINS"))}
+        super().__init__(
+            model,
+            args=("--served-model-name", MODEL_NAME, *base_args, *args),
+            env={
+                **clean,
+                "GLASSBOX_CONFIG": str(self.config_path),
+                "GLASSBOX_RUN_DIR": str(self.run_dir),
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                **(env or {}),
+            },
+            log_path=folder / "server.log",
+            start_timeout_s=start_timeout_s,
+            # Not the repository's root: a glassbox.yaml or a package lying there must play no part.
+            cwd=folder,
+        )
+
+    def write_config(self, config: Mapping[str, Any] | str) -> None:
+        """Replace the YAML (atomically, as editors do); a text is written as it is."""
+        text = config if isinstance(config, str) else yaml.safe_dump(dict(config), sort_keys=False)
+        if (
+            self.config_path.is_file()
+            and self.config_path.read_text(encoding="utf-8", errors="replace") == text
+        ):
+            return
+        fresh = self.config_path.with_suffix(".new")
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(self.config_path)
+
+    def edit_config(self, **changes: Any) -> None:
+        """Write the configuration of the start with some top-level keys replaced."""
+        if isinstance(self.initial_config, str):
+            raise TypeError("edit_config needs a server that was started with a mapping; use write_config")
+        self.write_config({**self.initial_config, **changes})
+
+    def restore_config(self) -> None:
+        """Write the configuration of the start again, whatever a test put in its place."""
+        if self.config_path.is_dir() and not self.config_path.is_symlink():
+            shutil.rmtree(self.config_path)
+        elif self.config_path.is_file():
+            self.config_path.chmod(0o600)
+        self.write_config(self.initial_config)
+
+    def post(self, path: str, timeout_s: float = 120.0, **body: Any) -> dict[str, Any]:
+        """POST to the OpenAI API (`model` is filled in) and return the answer; an HTTP error raises."""
+        reply = httpx.post(f"{self.url}{path}", json={"model": MODEL_NAME, **body}, timeout=timeout_s)
+        return dict(reply.raise_for_status().json())
+
+    def complete(self, prompt: str | list[int], max_tokens: int = 8, **body: Any) -> str:
+        """Greedy text after `prompt`."""
+        answer = self.post(
+            "/v1/completions", **{"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **body}
+        )
+        return str(answer["choices"][0]["text"])
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        """Sum of the samples called `name` that have all these labels; None if there is none."""
+        values = [
+            sample.value
+            for family in self.metrics()
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+        return sum(values) if values else None
+
+    def summary(self) -> Summary:
+        """Glassbox's metrics, summarised."""
+        return summarise(self.metrics())
+
+    def wait_metric(
+        self, name: str, accept: Callable[[float | None], bool], timeout_s: float = 10.0, **labels: str
+    ) -> float | None:
+        """Wait until `metric(name, **labels)` is accepted and return it."""
+        return wait_for(lambda: self.metric(name, **labels), accept, timeout_s, f"{name}{labels or ''}")
+
+    def settled_rows(self, timeout_s: float = 15.0) -> float:
+        """`rows_total` over all labels, once it has stood still for more than two export intervals."""
+        last, since = -1.0, time.monotonic()
+
+        def still(value: float) -> bool:
+            nonlocal last, since
+            if value != last:
+                last, since = value, time.monotonic()
+            return time.monotonic() - since > 2.5
+
+        return wait_for(
+            lambda: self.metric("glassbox_attention_rows_total") or 0.0, still, timeout_s, "rows to settle"
+        )
