@@ -1,0 +1,15 @@
+# vLLM's official image with glassbox in it; `vllm serve` stays the entry point.
+#   docker build -t vllm-glassbox .
+#   docker run --gpus all --ipc=host -p 8000:8000 vllm-glassbox MODEL
+FROM vllm/vllm-openai:v0.32.0
+
+# vLLM is in the image, so no extra is named; pip leaves installed packages that satisfy it as they are.
+WORKDIR /opt/glassbox
+COPY . .
+RUN python3 -m pip install --no-cache-dir . \
+    && useradd --create-home --uid 10001 vllm
+
+# The image's own user is root; the server needs no more than a home for its caches.
+USER 10001
+ENV HOME=/home/vllm
+WORKDIR /home/vllm

