@@ -30,7 +30,6 @@ from glassbox.config_yaml import MAX_CONFIG_BYTES, ConfigError, parse_mapping, r
 
 __all__ = [
     "CONFIG_ENV",
-    "DISABLE_ENV",
     "MAX_CONFIG_BYTES",
     "MAX_ROWS_PER_STEP",
     "MAX_TRACED_REQUESTS",
@@ -47,7 +46,6 @@ __all__ = [
     "SamplingConfig",
     "StatisticsConfig",
     "find_config",
-    "is_disabled",
     "load_config",
     "packaged_config",
     "parse_config",
@@ -56,7 +54,6 @@ __all__ = [
 ]
 
 CONFIG_ENV: Final = "GLASSBOX_CONFIG"
-DISABLE_ENV: Final = "GLASSBOX_DISABLE"
 _LOCAL_NAME: Final = "glassbox.yaml"
 
 # A change of these is noticed but waits for a restart: they are built into the backend classes and compiled
@@ -68,11 +65,6 @@ RESTART_FIELDS: Final = (
     "statistics.local_window",
     "enabled",
 )
-
-
-def is_disabled(environ: Mapping[str, str] = os.environ) -> bool:
-    """True if the kill switch GLASSBOX_DISABLE is set to anything but nothing, 0, false, no or off."""
-    return environ.get(DISABLE_ENV, "").strip().lower() not in {"", "0", "false", "no", "off"}
 
 
 def packaged_config() -> Path:

@@ -217,7 +217,8 @@ class PrometheusConfig(_Section):
         "use layer if in doubt",
     )
     max_series: int = _field(
-        5000,
+        # 80 layers at detail layer are 17,120 series.
+        20_000,
         "Time series of a server, 1 to 10000000; a detail that would make more falls back one level, "
         "because series are what Prometheus pays for.",
         "must be between 1 and 10000000",

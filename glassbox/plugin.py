@@ -7,11 +7,17 @@ somebody scrapes, in the API server.
 
 import atexit
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from glassbox.config import GlassboxConfig
+
+
+def is_disabled(environ: Mapping[str, str] = os.environ) -> bool:
+    """True if the kill switch GLASSBOX_DISABLE is set to anything but nothing, 0, false, no or off."""
+    return environ.get("GLASSBOX_DISABLE", "").strip().lower() not in {"", "0", "false", "no", "off"}
 
 
 def register() -> None:
@@ -21,7 +27,7 @@ def register() -> None:
         SystemExit: the YAML is unusable; the message is one line. vLLM stops, nothing is served with a
             configuration that was not meant.
     """
-    if os.environ.get("GLASSBOX_DISABLE") == "1":
+    if is_disabled():
         return
     from glassbox import vllm_compat
     from glassbox.config import ConfigError, find_config, load_config

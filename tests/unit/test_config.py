@@ -17,7 +17,6 @@ from glassbox.config import (
     GlassboxConfig,
     LayerSelection,
     find_config,
-    is_disabled,
     load_config,
     packaged_config,
     restart_needed,
@@ -405,28 +404,6 @@ class TestFindConfig:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "glassbox.yaml").symlink_to("nowhere")
         assert find_config({}) == tmp_path / "glassbox.yaml"
-
-
-class TestIsDisabled:
-    @pytest.mark.parametrize(
-        ("value", "disabled"),
-        [
-            ("1", True),
-            ("true", True),
-            ("yes", True),
-            ("0", False),
-            ("", False),
-            ("false", False),
-            ("Off", False),
-        ],
-    )
-    def test_values(self, value: str, disabled: bool) -> None:
-        """GLASSBOX_DISABLE=1 switches off."""
-        assert is_disabled({"GLASSBOX_DISABLE": value}) is disabled
-
-    def test_unset(self) -> None:
-        """Without the variable glassbox is on."""
-        assert not is_disabled({})
 
 
 class TestRestartNeeded:
