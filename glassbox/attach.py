@@ -3,9 +3,13 @@
 from collections.abc import Callable
 
 from glassbox.backends.observed import observed_path
-from glassbox.config import SUPPORTED_INNER_BACKENDS
+from glassbox.config import SUPPORTED_INNER_BACKENDS, GlassboxConfig, restart_needed
 from glassbox.export import prometheus
+from glassbox.export.source import ConfigFile
+from glassbox.logs import get_logger, set_level
 from glassbox.settings import Settings
+
+logger = get_logger(__name__)
 
 _undo: list[Callable[[], None]] = []
 
@@ -26,7 +30,14 @@ def attach(settings: Settings) -> None:
             register_backend(member, observed_path(name))
             _undo.append(member.clear_override)
         _forget_selection()
-    _undo.append(prometheus.install(settings))
+
+    def on_change(edited: GlassboxConfig) -> None:
+        set_level(edited.log_level)
+        if not config.enabled:  # then there is no worker of glassbox that would say it
+            for message in restart_needed(config, edited):
+                logger.warning("%s: %s", settings.path.name, message)
+
+    _undo.append(prometheus.install(ConfigFile(settings.path, config, on_change)))
 
 
 def detach() -> None:

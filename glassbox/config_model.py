@@ -291,7 +291,7 @@ def _is_host_port(value: str) -> bool:
 
 
 class JsonlConfig(_Section):
-    """Traced requests as lines of JSON in a file."""
+    """Summaries of each export interval as lines of JSON in a file."""
 
     path: Annotated[StrictStr, Field(min_length=1)] | None = _field(
         None,

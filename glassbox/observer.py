@@ -163,9 +163,7 @@ class Observer:
 
     def _choose_rows(self, common_attn_metadata: Any) -> None:
         batch = vllm_compat.read_batch(self._runner, common_attn_metadata)
-        rows, dropped = self._rows.select(
-            batch.num_scheduled, batch.num_computed, batch.prompt_len, batch.query_start
-        )
+        rows, dropped = self._rows.select(batch.num_scheduled, batch.num_computed, batch.prompt_len, batch.query_start)
         if dropped:
             # In rows_total's unit: one per layer and head.
             self.counters.dropped_rows["max_rows_per_step"] += dropped * len(self._layers) * self._num_heads

@@ -61,7 +61,6 @@ class Settings:
         self._watcher: ConfigWatcher | None = None
         self._subscribers: list[Callable[[], None]] = []
         self._lock = threading.Lock()
-        self._log_reloads = False
         publish(config)
         set_level(config.log_level)
 
@@ -87,14 +86,9 @@ class Settings:
         self._subscribers.append(on_reload)
         return lambda: self._subscribers.remove(on_reload)
 
-    def watch(self, *, log_reloads: bool) -> None:
-        """Start following the file; does nothing the second time.
-
-        Args:
-            log_reloads: say in the log what an edit led to. One process of a server should: its worker.
-        """
+    def watch(self) -> None:
+        """Start following the file; does nothing the second time. Workers do; others look when they are scraped."""
         with self._lock:
-            self._log_reloads |= log_reloads
             if self._watcher is None:
                 self._watcher = ConfigWatcher(self.path, self._on_change, self._on_error, initial=self.config)
                 self._watcher.start()
@@ -107,20 +101,15 @@ class Settings:
             watcher.stop()
 
     def _on_change(self, config: GlassboxConfig) -> None:
-        old = self.config
         set_level(config.log_level)
         self._publish(config)
-        if self._log_reloads:
-            logger.info(
-                "Reloaded %s: sample_rate %g, log_level %s", self.path, config.sample_rate, config.log_level
-            )
-            for message in restart_needed(self.started_with, config) if config != old else ():
-                logger.warning("%s: %s", self.path.name, message)
+        logger.info("Reloaded %s: sample_rate %g, log_level %s", self.path, config.sample_rate, config.log_level)
+        for message in restart_needed(self.started_with, config):
+            logger.warning("%s: %s", self.path.name, message)
         self._notify()
 
     def _on_error(self, error: ConfigError) -> None:
-        if self._log_reloads:
-            logger.error("%s. The last good configuration stays in force.", error)
+        logger.error("%s. The last good configuration stays in force.", error)
         self._notify()
 
     def _notify(self) -> None:

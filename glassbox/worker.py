@@ -90,9 +90,7 @@ class Worker:
         self._layers = find_layers(model_layers, self._unobservable)
         self._backend = _backend_names([model_layers[name] for name in self._layers.names])
         config = settings.config
-        self._accumulators = Accumulators(
-            len(self._layers.names), self._layers.num_heads, _device_of(vllm_worker)
-        )
+        self._accumulators = Accumulators(len(self._layers.names), self._layers.num_heads, _device_of(vllm_worker))
         measurer = make_measurer(
             self._accumulators,
             {name: row for row, name in enumerate(self._layers.names)},
@@ -122,7 +120,7 @@ class Worker:
         rundir.create()
         rundir.purge_dead()
         self._log_coverage()
-        self._settings.watch(log_reloads=True)
+        self._settings.watch()
         self._thread = threading.Thread(target=self._run, name="glassbox-snapshots", daemon=True)
         self._thread.start()
         atexit.register(self.close)

@@ -132,17 +132,9 @@ class RowPlan:
         listed = rows[order].astype(np.int64)
         batch = listed[:, _BATCH]
         position = lens[batch].astype(np.int64) - starts[batch + 1] + listed[:, _QUERY]
-        if (
-            (listed[:, _QUERY] < starts[batch]) | (listed[:, _QUERY] >= starts[batch + 1]) | (position < 0)
-        ).any():
-            raise ValueError(
-                "every row must be a token of its request, got a query index outside of its batch row"
-            )
-        first = (
-            np.zeros_like(position)
-            if sliding_window is None
-            else np.maximum(position - sliding_window + 1, 0)
-        )
+        if ((listed[:, _QUERY] < starts[batch]) | (listed[:, _QUERY] >= starts[batch + 1]) | (position < 0)).any():
+            raise ValueError("every row must be a token of its request, got a query index outside of its batch row")
+        first = np.zeros_like(position) if sliding_window is None else np.maximum(position - sliding_window + 1, 0)
         self.num_rows: Final = len(rows)
         self.sliding_window: Final = sliding_window
         self.sink_tokens: Final = sink_tokens
@@ -157,9 +149,7 @@ class RowPlan:
         n = (position - first + 1)[inverse, None]
         context = np.clip((listed[:, _PROMPT_LEN] - first)[inverse, None], 0, n)
         log_n = np.log(n.astype(np.float64))
-        self.inverse_log_n: Final = np.divide(1.0, log_n, out=np.zeros_like(log_n), where=n > 1).astype(
-            np.float32
-        )
+        self.inverse_log_n: Final = np.divide(1.0, log_n, out=np.zeros_like(log_n), where=n > 1).astype(np.float32)
         self.num_keys: Final = n.astype(np.float32)
         self.num_context: Final = np.maximum(context, 1).astype(np.float32)
         self.num_generated: Final = np.maximum(n - context, 1).astype(np.float32)
@@ -240,9 +230,7 @@ class RowPlan:
             real=real,
             position=torch.from_numpy(self._position[index, None]),
             prompt_len=torch.from_numpy(self._listed[index, _PROMPT_LEN][:, None]),
-            tiles=tuple(
-                self._tile(items, at, min(step, num_blocks - at)) for at in range(0, num_blocks, step)
-            ),
+            tiles=tuple(self._tile(items, at, min(step, num_blocks - at)) for at in range(0, num_blocks, step)),
         )
 
     def _tile(self, items: _Items, at: int, num_blocks: int) -> Tile:
@@ -276,9 +264,7 @@ class RowPlan:
         )
 
 
-def _hidden_columns(
-    begin: NDArray[np.int64], end: NDArray[np.int64], keys: int
-) -> tuple[tuple[int, int, Tensor], ...]:
+def _hidden_columns(begin: NDArray[np.int64], end: NDArray[np.int64], keys: int) -> tuple[tuple[int, int, Tensor], ...]:
     """The columns that not all rows see, as (first, end, mask [R', 1, end - first]).
 
     Masking costs five times what adding costs, so only the edges are masked (0.55 ns a score, AVX-512).

@@ -92,9 +92,7 @@ def row_stats_cpu(q: Tensor, reader: KeyReader, plan: RowPlan, params: LayerPara
             queries = q.index_select(0, group.query_index).float() * (params.scale * reader.key_scale)
             # One workspace for all tiles of a group: fresh memory costs more than the arithmetic (page faults).
             wide = torch.empty(group.items * max(tile.keys for tile in group.tiles), key_numbers)
-            done = [
-                _measure(queries, reader, group, tile, plan=plan, params=params, wide=wide) for tile in group.tiles
-            ]
+            done = [_measure(queries, reader, group, tile, plan=plan, params=params, wide=wide) for tile in group.tiles]
             merged = done[0] if len(done) == 1 else _merge(np.stack(done), group.tiles)
             partial[:, group.rows] = merged[:, group.real]
         return torch.from_numpy(_finish(partial, plan, params))

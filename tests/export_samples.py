@@ -65,7 +65,7 @@ def make_snapshot(
         sums=sums,
         rows=rows,
         nonfinite=nonfinite,
-        window_max=rng.integers(-40, 80, size=shape).astype(np.float32) / 4,
+        window_max=(rng.integers(-40, 80, size=shape) / 4).astype(np.float32),
     )
     return replace(snapshot, **changes)
 

@@ -58,7 +58,7 @@ class OtlpReceiver:
     """Receives OTLP metrics and traces by gRPC and by HTTP/protobuf on 127.0.0.1, at free ports.
 
     Attributes:
-        requests: everything received, in order; `message` is an ExportMetricsServiceRequest or ExportTraceServiceRequest.
+        requests: everything received, in order; `message` is the protobuf request of metrics or of traces.
         delay_s: how long each answer is held back, to play a slow collector.
     """
 

@@ -31,7 +31,19 @@ def free_port() -> int:
 
 
 class PrometheusServer:
-    """A Prometheus process that scrapes targets every `interval_s` seconds; its data lies in `directory`."""
+    """A Prometheus process that scrapes targets every `interval_s` seconds; its data lies in `directory`.
+
+    Args:
+        directory: for configuration, data and log (`prometheus.log`).
+        targets: host:port, scraped at /metrics.
+        interval_s: of scraping and of evaluating rules.
+        rule_files: alerting and recording rules.
+        job: value of the label `job`.
+        labels: further labels of the targets.
+
+    Raises:
+        RuntimeError: if there is no `prometheus` on PATH.
+    """
 
     def __init__(
         self,
@@ -43,17 +55,6 @@ class PrometheusServer:
         job: str = "vllm",
         labels: Mapping[str, str] | None = None,
     ) -> None:
-        """Args:
-        directory: for configuration, data and log (`prometheus.log`).
-        targets: host:port, scraped at /metrics.
-        interval_s: of scraping and of evaluating rules.
-        rule_files: alerting and recording rules.
-        job: value of the label `job`.
-        labels: further labels of the targets.
-
-        Raises:
-            RuntimeError: if there is no `prometheus` on PATH.
-        """
         if PROMETHEUS is None:
             raise RuntimeError("prometheus must be on PATH; install the Debian package prometheus")
         self.port = free_port()

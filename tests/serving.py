@@ -97,10 +97,7 @@ class GlassboxServer(VllmServer):
     def write_config(self, config: Mapping[str, Any] | str) -> None:
         """Replace the YAML (atomically, as editors do); a text is written as it is."""
         text = config if isinstance(config, str) else yaml.safe_dump(dict(config), sort_keys=False)
-        if (
-            self.config_path.is_file()
-            and self.config_path.read_text(encoding="utf-8", errors="replace") == text
-        ):
+        if self.config_path.is_file() and self.config_path.read_text(encoding="utf-8", errors="replace") == text:
             return
         fresh = self.config_path.with_suffix(".new")
         fresh.write_text(text, encoding="utf-8")
@@ -127,9 +124,7 @@ class GlassboxServer(VllmServer):
 
     def complete(self, prompt: str | list[int], max_tokens: int = 8, **body: Any) -> str:
         """Greedy text after `prompt`."""
-        answer = self.post(
-            "/v1/completions", **{"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **body}
-        )
+        answer = self.post("/v1/completions", **{"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **body})
         return str(answer["choices"][0]["text"])
 
     def metric(self, name: str, **labels: str) -> float | None:
@@ -162,6 +157,4 @@ class GlassboxServer(VllmServer):
                 last, since = value, time.monotonic()
             return time.monotonic() - since > 2.5
 
-        return wait_for(
-            lambda: self.metric("glassbox_attention_rows_total") or 0.0, still, timeout_s, "rows to settle"
-        )
+        return wait_for(lambda: self.metric("glassbox_attention_rows_total") or 0.0, still, timeout_s, "rows to settle")

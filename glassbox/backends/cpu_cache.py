@@ -24,6 +24,7 @@ _FP8_DTYPES: Final = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+_INTEGERS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Digits written per probing pass must be exact in the narrowest type of a cache: e5m2 has two mantissa bits,
 # so 0..7.
 _DIGIT_BASE: Final = 8
@@ -70,16 +71,29 @@ class KeyLayout:
         Returns:
             [N, Hkv, block, D]; a view of `pages` if `is_view`.
         """
-        num_pages, num_heads, page = pages.shape
-        shape = (num_pages, num_heads, self.block_size, self.head_size)
         if not self.token_dims:
+            shape = (*pages.shape[:2], self.block_size, self.head_size)
             return pages.index_select(2, self.offsets).view(shape)
         dims = self.token_dims + self.head_dims
-        strided = pages.as_strided(
-            (num_pages, num_heads, *(size for size, _ in dims)),
-            (num_heads * page, page, *(stride for _, stride in dims)),
-        )
-        return strided if self.is_view else strided.reshape(shape)
+        if self.is_view:
+            return _nested(pages, dims)
+        # Neighbours that stay neighbours are moved as one integer: six times as fast for AMX's pairs of bf16.
+        size, stride = dims[-1]
+        wide = _INTEGERS.get(size * pages.element_size()) if stride == 1 else None
+        if wide is None or any(stride % size for _, stride in dims[:-1]):
+            return _nested(pages, dims).reshape(*pages.shape[:2], self.block_size, self.head_size)
+        narrowed = tuple((outer, stride // size) for outer, stride in dims[:-1])
+        moved = _nested(pages.view(wide), narrowed).reshape(*pages.shape[:2], self.block_size, -1)
+        return moved.view(pages.dtype)
+
+
+def _nested(pages: Tensor, dims: Dims) -> Tensor:
+    """Contiguous pages [N, Hkv, page] as a view [N, Hkv, *sizes of dims]."""
+    num_pages, num_heads, page = pages.shape
+    return pages.as_strided(
+        (num_pages, num_heads, *(size for size, _ in dims)),
+        (num_heads * page, page, *(stride for _, stride in dims)),
+    )
 
 
 class PackedKeyReader:
@@ -119,9 +133,7 @@ class PackedKeyReader:
                 f"got {kv_cache_dtype}; its layers can't be observed"
             )
         if fp8 is not None and kv_cache.element_size() != 1:
-            raise CacheLayoutError(
-                f"a cache of kv_cache_dtype {kv_cache_dtype} must hold bytes, got {kv_cache.dtype}"
-            )
+            raise CacheLayoutError(f"a cache of kv_cache_dtype {kv_cache_dtype} must hold bytes, got {kv_cache.dtype}")
         if kv_cache.stride(3) != 1 or kv_cache.stride(2) != twice_head_size:
             raise CacheLayoutError(
                 f"a head's page of the CPU cache must be contiguous, got strides {kv_cache.stride()}"
@@ -132,9 +144,7 @@ class PackedKeyReader:
         stored = kv_cache.view(torch.uint8) if fp8 else kv_cache
         page = block_size * head_size
         # Keys are the first half of each head's page.
-        self._pages = stored.as_strided(
-            (kv_cache.shape[0], num_heads, page), (stored.stride(0), stored.stride(1), 1)
-        )
+        self._pages = stored.as_strided((kv_cache.shape[0], num_heads, page), (stored.stride(0), stored.stride(1), 1))
         self._fp8: Final = fp8
         self.num_kv_heads: Final = num_heads
         self.key_scale: Final = 1.0 if fp8 is None else k_scale * _half_scale(fp8)
@@ -199,9 +209,7 @@ def probe_layout(
     try:
         found = _written_numbers(isa, block_size, head_size, dtype, kv_cache_dtype)
     except RuntimeError as error:
-        raise CacheLayoutError(
-            f"vLLM can't write a CPU cache of {name}: {str(error).splitlines()[0]}"
-        ) from error
+        raise CacheLayoutError(f"vLLM can't write a CPU cache of {name}: {str(error).splitlines()[0]}") from error
     # found[b, h, x] is the number of the key element that page (b, h) holds at x.
     own = torch.arange(_PROBE_BLOCKS * _PROBE_HEADS).view(_PROBE_BLOCKS, _PROBE_HEADS, 1) * page
     order = found - own

@@ -1,4 +1,4 @@
-"""Measuring on the CPU: right after the inner attention, on the calling thread, over K read from vLLM's packed pages."""
+"""Measuring on the CPU: after the inner attention, on the calling thread, over K read from vLLM's packed pages."""
 
 import sys
 import time

@@ -67,9 +67,7 @@ class GpuMeasurer:
     @property
     def nbytes(self) -> int:
         """Bytes on the GPU."""
-        return (
-            self._accumulators.nbytes + self._workspace.nbytes + self._row_list.nbytes + self._num_rows.nbytes
-        )
+        return self._accumulators.nbytes + self._workspace.nbytes + self._row_list.nbytes + self._num_rows.nbytes
 
     def end_warm_up(self) -> None:
         """See observer.Measurer."""

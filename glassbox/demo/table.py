@@ -38,6 +38,7 @@ def layer_table(summary: Summary, phase: Phase) -> Table:
     statistics = [s for s in exported_statistics() if not (s.decode_only and phase != Phase.DECODE)]
     table = Table(
         title=f"{phase} rows, by layer: mean over rows and heads (max_logit: median)",
+        box=box.SIMPLE_HEAD,
         title_justify="left",
         pad_edge=False,
     )

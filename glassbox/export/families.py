@@ -65,7 +65,7 @@ class Family:
     series: tuple[Series, ...] = ()
 
 
-def _plain(  # noqa: PLR0917  # a table, one row per call
+def _plain(  # a table, one row per call
     name: str, otel_name: str, kind: Kind, unit: str, help: str, labels: tuple[str, ...] = ()
 ) -> Family:
     return Family(f"glassbox_{name}", f"glassbox.{otel_name}", kind, help, unit, ENGINE_LABELS + labels)
@@ -247,9 +247,7 @@ def _places(
                 yield k, p, (engine.model_name, engine.engine, phase.value, *labels)
 
 
-def _histogram_series(
-    engine: MergedEngine, part: Aggregate, statistic: Statistic, detail: Detail
-) -> Iterator[Series]:
+def _histogram_series(engine: MergedEngine, part: Aggregate, statistic: Statistic, detail: Detail) -> Iterator[Series]:
     column = INDEX[statistic.name]
     counts, sums = part.counts[:, :, column].tolist(), part.sums[:, :, column].tolist()
     phases = (Phase.DECODE,) if statistic.decode_only else PHASES
@@ -258,18 +256,14 @@ def _histogram_series(
         yield Series(labels, sum(counts[k][p]), engine.start_time_s, tuple(counts[k][p]), total)
 
 
-def _number_series(
-    engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any], detail: Detail
-) -> Iterator[Series]:
+def _number_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any], detail: Detail) -> Iterator[Series]:
     numbers = values.tolist()
     for k, p, labels in _places(engine, part, PHASES, detail):
         if numbers[k][p] != -math.inf:  # no row in the window: nothing to show
             yield Series(labels, numbers[k][p], engine.start_time_s)
 
 
-def _engine_values(
-    engine: MergedEngine, errors: Mapping[str, int]
-) -> Iterator[tuple[Family, tuple[str, ...], float]]:
+def _engine_values(engine: MergedEngine, errors: Mapping[str, int]) -> Iterator[tuple[Family, tuple[str, ...], float]]:
     """Values of the metrics per engine, with the values of their own labels."""
     yield _STEPS, (), engine.steps
     yield _SAMPLED_STEPS, (), engine.sampled_steps
@@ -313,9 +307,7 @@ def series_count(detail: Detail, num_layers: int, num_heads: int) -> int:
     return places * samples_per_place()
 
 
-def effective_detail(
-    detail: Detail, max_series: int, engines: Sequence[MergedEngine]
-) -> tuple[Detail, str | None]:
+def effective_detail(detail: Detail, max_series: int, engines: Sequence[MergedEngine]) -> tuple[Detail, str | None]:
     """The finest detail, at most the wanted one, that keeps a server within `max_series`.
 
     Returns:

@@ -10,12 +10,13 @@ logger = get_logger(__name__)
 
 
 class Faults:
-    """Counts by stage; thread-safe. A missing collector is one line in the log, not one per interval."""
+    """Counts by stage; thread-safe. A missing collector is one line in the log, not one per interval.
+
+    Args:
+        counts: to go on from, e.g. those of an exporter that died, so that the counters never fall.
+    """
 
     def __init__(self, counts: Mapping[str, int] | None = None) -> None:
-        """Args:
-        counts: to go on from, e.g. those of an exporter that died, so that the counters never fall.
-        """
         self._counts = dict(counts or {})
         self._failing: set[str] = set()
         self._lock = threading.Lock()

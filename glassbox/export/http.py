@@ -25,12 +25,12 @@ class MetricsServer:
     Attributes:
         address: it listens on.
         port: it listens on, also if 0 (any free one) was asked for.
+
+    Raises:
+        OSError: if the port is taken, not permitted, or the address is none of this host.
     """
 
     def __init__(self, port: int, registry: CollectorRegistry, address: str = DEFAULT_ADDRESS) -> None:
-        """Raises:
-        OSError: if the port is taken, not permitted, or the address is none of this host.
-        """
         self._server, self._thread = start_http_server(port, addr=address, registry=registry)
         self.address = address
         self.port: int = self._server.server_port

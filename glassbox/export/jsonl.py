@@ -45,13 +45,14 @@ def quantile(statistic: Statistic, counts: Sequence[int], q: float) -> float | N
 
 
 class WindowSummaries:
-    """Turns consecutive merged views into one summary per engine and window."""
+    """Turns consecutive merged views into one summary per engine and window.
 
-    def __init__(self, skip_first: bool = False) -> None:
-        """Args:
+    Args:
         skip_first: begin with the difference to the first view, not with everything up to it: for an exporter
             that takes over from another, which has written that.
-        """
+    """
+
+    def __init__(self, skip_first: bool = False) -> None:
         self._skip_first = skip_first
         self._last: dict[tuple[str, str], MergedEngine] = {}
 
@@ -203,14 +204,15 @@ class RotatingFile:
 
 
 class JsonlSink:
-    """Writes the window summaries of a server to a file."""
+    """Writes the window summaries of a server to a file.
 
-    def __init__(self, path: Path, max_mb: int, skip_first: bool = False) -> None:
-        """Args:
+    Args:
         path: of the file; its directory is made if there is none.
         max_mb: size (in 10^6 bytes) at which it is rotated; `KEPT_FILES` older ones are kept.
         skip_first: see `WindowSummaries`.
-        """
+    """
+
+    def __init__(self, path: Path, max_mb: int, skip_first: bool = False) -> None:
         self._file = RotatingFile(path, max_mb * BYTES_PER_MB)
         self._summaries = WindowSummaries(skip_first)
 

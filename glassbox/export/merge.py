@@ -107,10 +107,7 @@ def _merge_engine(snapshots: list[Snapshot]) -> MergedEngine:
     places: dict[tuple[int, int], list[Snapshot]] = {}
     for stage, snapshot in zip(_stages(snapshots), snapshots, strict=True):
         places.setdefault((stage, snapshot.rank), []).append(snapshot)
-    live = {
-        place: max(group, key=lambda s: (s.time_s, s.start_time_s, s.instance))
-        for place, group in places.items()
-    }
+    live = {place: max(group, key=lambda s: (s.time_s, s.start_time_s, s.instance)) for place, group in places.items()}
     newest = max(live.values(), key=lambda s: (s.time_s, s.start_time_s, s.instance))
     layers = tuple(sorted({layer for snapshot in snapshots for layer in snapshot.layers}))
     heads = max(snapshot.num_heads_total for snapshot in snapshots)
@@ -183,9 +180,7 @@ def _merge_arrays(
         rows[at] += snapshot.rows * mine[..., None]
         nonfinite[at] += snapshot.nonfinite * mine[..., None]
         if id(snapshot) in live:
-            window_max[at] = np.maximum(
-                window_max[at], np.where(mine[..., None], snapshot.window_max, -np.inf)
-            )
+            window_max[at] = np.maximum(window_max[at], np.where(mine[..., None], snapshot.window_max, -np.inf))
     return {"counts": counts, "sums": sums, "rows": rows, "nonfinite": nonfinite, "window_max": window_max}
 
 

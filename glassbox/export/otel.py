@@ -171,14 +171,14 @@ class OtelSink:
 
     Only the newest families wait; those that a slow collector had no time for are dropped, which loses
     nothing because all numbers are cumulative. Failures are counted as stage `otel`.
+
+    Raises:
+        Exception: as `make_exporter`.
     """
 
     def __init__(
         self, config: OtelConfig, run_dir: Path, faults: Faults, environ: Mapping[str, str] | None = None
     ) -> None:
-        """Raises:
-        Exception: as `make_exporter`.
-        """
         # The SDK logs every failed export; here it is logged once, by Faults.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         self._faults = faults

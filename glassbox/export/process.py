@@ -90,9 +90,7 @@ class ExporterLock:
                 return True
         except FileNotFoundError:
             if not self._path.parent.is_dir():
-                return (
-                    True  # there is nothing to be the exporter of, until a worker makes the directory again
-                )
+                return True  # there is nothing to be the exporter of, until a worker makes the directory again
         again = ExporterLock.acquire(self._path.parent)
         if again is None:
             return False
@@ -160,9 +158,7 @@ class _Wakeups:
                 os.close(handle)
 
 
-def _run(
-    run_dir: Path, config_path: Path, config: GlassboxConfig, parent_pid: int, lock: ExporterLock
-) -> None:
+def _run(run_dir: Path, config_path: Path, config: GlassboxConfig, parent_pid: int, lock: ExporterLock) -> None:
     """Export every interval, at each edit of the configuration and once more at the end."""
     stop = False
 
@@ -193,9 +189,7 @@ def _run(
                 return
             seen, next_round = current, time.monotonic() + current.export.interval_s
             sinks.round()
-            while (
-                not stop and not wakeups.parent_gone() and current is seen and time.monotonic() < next_round
-            ):
+            while not stop and not wakeups.parent_gone() and current is seen and time.monotonic() < next_round:
                 wakeups.sleep(next_round - time.monotonic())
         sinks.round()
     finally:
@@ -249,6 +243,12 @@ class ExporterProcess:
 
     Attributes:
         deaths: how many exporters of this worker ended by themselves with an error.
+
+    Args:
+        config_path: the YAML file, absolute.
+        run_dir: of the server. Default: `rundir.run_dir()`.
+        environ: of the exporter. Default: this process's, as it is when the exporter is started.
+        clock: seconds, for the time between restarts.
     """
 
     def __init__(
@@ -258,12 +258,6 @@ class ExporterProcess:
         environ: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args:
-        config_path: the YAML file, absolute.
-        run_dir: of the server. Default: `rundir.run_dir()`.
-        environ: of the exporter. Default: this process's, as it is when the exporter is started.
-        clock: seconds, for the time between restarts.
-        """
         self._config_path = Path(config_path)
         self._run_dir = run_dir
         self._environ = environ
@@ -325,9 +319,7 @@ class ExporterProcess:
         backoff = min(2.0**self._failures, _LONGEST_BACKOFF_S)
         self._failures += 1
         self._not_before = now + backoff
-        raise RuntimeError(
-            f"the exporter ended with exit status {code}; it is started again in {backoff:g} s"
-        )
+        raise RuntimeError(f"the exporter ended with exit status {code}; it is started again in {backoff:g} s")
 
     def stop(self) -> None:
         """End this worker's exporter after its last export; waits at most a few seconds."""

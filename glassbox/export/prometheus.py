@@ -4,9 +4,9 @@ Owns the translation into `prometheus_client` metrics. What there is to show com
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import Metric
@@ -17,7 +17,7 @@ from prometheus_client.utils import floatToGoString
 from glassbox import rundir
 from glassbox.config import GlassboxConfig
 from glassbox.export.families import Family
-from glassbox.export.source import ConfigFile, FamilySource, View
+from glassbox.export.source import FamilySource, View
 from glassbox.logs import get_logger
 
 logger = get_logger(__name__)
@@ -88,9 +88,7 @@ class PrometheusCollector(Collector):
             except Exception as error:  # a scrape also carries vLLM's own metrics: never break it
                 self._source.count_error("prometheus")
                 if not self._failing:
-                    logger.warning(
-                        "glassbox shows its last good metrics: %s: %s", type(error).__name__, error
-                    )
+                    logger.warning("glassbox shows its last good metrics: %s: %s", type(error).__name__, error)
                 self._failing = True
             return self._metrics
 
@@ -113,17 +111,8 @@ class Handle:
         self.remove()
 
 
-class _Settings(Protocol):
-    """What `install` needs of `glassbox.settings.Settings`."""
-
-    path: Path
-
-    @property
-    def config(self) -> GlassboxConfig: ...
-
-
 def install(
-    settings: _Settings, run_dir: Path | None = None, registry: CollectorRegistry = REGISTRY
+    config: Callable[[], GlassboxConfig], run_dir: Path | None = None, registry: CollectorRegistry = REGISTRY
 ) -> Handle:
     """Show a server's metrics in a registry, by default the one behind vLLM's own /metrics.
 
@@ -131,11 +120,11 @@ def install(
     the next scrape.
 
     Args:
-        settings: path of the configuration file, and what it said when it was loaded.
+        config: returns the configuration of the moment, e.g. a `source.ConfigFile`.
         run_dir: of the server; it need not exist yet. Default: `rundir.run_dir()`.
         registry: to register in.
     """
-    source = FamilySource(run_dir or rundir.run_dir(), ConfigFile(settings.path, settings.config))
+    source = FamilySource(run_dir or rundir.run_dir(), config)
     collector = PrometheusCollector(source)
     registry.register(collector)
     return Handle(registry, collector)

@@ -36,9 +36,7 @@ def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) 
     if not config.enabled:
         return False
     pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
-    shown = export.prometheus.enabled and (
-        export.prometheus.port is not None or bool(environ.get(DIRECTORY_ENV))
-    )
+    shown = export.prometheus.enabled and (export.prometheus.port is not None or bool(environ.get(DIRECTORY_ENV)))
     return pushed or shown
 
 
@@ -46,7 +44,13 @@ class Sinks:
     """The open sinks of one server.
 
     Attributes:
-        faults: errors by stage: config, http, multiprocess, otel, jsonl, read.
+        faults: errors by stage: http, multiprocess, otel, jsonl, read (of the run directory), status (its file).
+
+    Args:
+        run_dir: of the server.
+        config: returns the configuration of the moment.
+        environ: PROMETHEUS_MULTIPROC_DIR, GLASSBOX_HTTP_ADDR, OTEL_*; by default the process's.
+        clock: Unix time in seconds.
     """
 
     def __init__(
@@ -56,12 +60,6 @@ class Sinks:
         environ: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Args:
-        run_dir: of the server.
-        config: returns the configuration of the moment.
-        environ: PROMETHEUS_MULTIPROC_DIR, GLASSBOX_HTTP_ADDR, OTEL_*; by default the process's.
-        clock: Unix time in seconds.
-        """
         self._run_dir = Path(run_dir)
         self._config = config
         self._environ = os.environ if environ is None else environ
@@ -88,11 +86,7 @@ class Sinks:
         self._apply_http(config)
         self._apply_otel(config)
         jsonl = config.export.jsonl
-        wanted = (
-            (jsonl.expanded_path, jsonl.max_mb)
-            if config.enabled and jsonl.expanded_path is not None
-            else None
-        )
+        wanted = (jsonl.expanded_path, jsonl.max_mb) if config.enabled and jsonl.expanded_path is not None else None
         if wanted is None:
             self._jsonl = None
         elif self._jsonl is None or self._jsonl[0] != wanted:

@@ -44,18 +44,26 @@ class ConfigFile:
     """The configuration file, read again when it changed: for processes that may not run a watcher thread.
 
     An edit that makes the file invalid keeps the last good configuration (the workers report it).
+
+    Args:
+        path: of the YAML file.
+        config: what the caller loaded from it already; else it is loaded now.
+        on_change: called, by whoever asks for the configuration, after a good edit was read.
+
+    Raises:
+        ConfigError: if there is no `config` and the file is bad.
     """
 
-    def __init__(self, path: Path, config: GlassboxConfig | None = None) -> None:
-        """Args:
-            path: of the YAML file.
-            config: what the caller loaded from it already; else it is loaded now.
-
-        Raises:
-            ConfigError: if there is no `config` and the file is bad.
-        """
+    def __init__(
+        self,
+        path: Path,
+        config: GlassboxConfig | None = None,
+        on_change: Callable[[GlassboxConfig], None] = lambda _: None,
+    ) -> None:
         self._path = Path(path)
-        self._version = self._stat()
+        self._on_change = on_change
+        # What the caller loaded may be older than the file is now: the first call reads it.
+        self._version = self._stat() if config is None else None
         self._config = load_config(self._path) if config is None else config
 
     def _stat(self) -> FileVersion | None:
@@ -74,6 +82,8 @@ class ConfigFile:
                 self._config = load_config(self._path)
             except ConfigError as error:
                 logger.debug("glassbox keeps the last good configuration: %s", error)
+            else:
+                self._on_change(self._config)
         return self._config
 
 
@@ -113,13 +123,14 @@ def read_status(run_dir: Path) -> ExporterStatus | None:
 
 
 class FamilySource:
-    """The current families of the server whose workers write to one run directory."""
+    """The current families of the server whose workers write to one run directory.
 
-    def __init__(self, run_dir: Path, config: Callable[[], GlassboxConfig]) -> None:
-        """Args:
+    Args:
         run_dir: where the snapshot files are; it need not exist yet.
         config: returns the configuration of the moment, e.g. a `ConfigFile`.
-        """
+    """
+
+    def __init__(self, run_dir: Path, config: Callable[[], GlassboxConfig]) -> None:
         self._run_dir = Path(run_dir)
         self._config = config
         self._reader = SnapshotReader(self._run_dir)

@@ -54,9 +54,7 @@ class RowRecorder:
         def recording_finish():  # type: ignore[no-untyped-def]
             finish()
             if self._layers:
-                stacked = np.stack(
-                    [self._layers[layer] for layer in sorted(self._layers)]
-                )  # [L, R, H, S + 1]
+                stacked = np.stack([self._layers[layer] for layer in sorted(self._layers)])  # [L, R, H, S + 1]
                 for i, (request, position, phase) in enumerate(self._step):
                     self.rows.append(MeasuredRow(request, position, phase, stacked[:, i]))
             self._step, self._layers = [], {}

@@ -1,5 +1,6 @@
 """Statistics of a real model in vLLM equal those of transformers' eager attention, row by row."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -142,9 +143,7 @@ def assert_rows_equal(served: Served, truth: SequenceTruth) -> None:
             err_msg=where,
         )
         for name in ("top1_ratio", "sink_ratio", "local_ratio"):
-            np.testing.assert_allclose(
-                measured[name], expected[name], rtol=0, atol=MASS, err_msg=f"{name}, {where}"
-            )
+            np.testing.assert_allclose(measured[name], expected[name], rtol=0, atol=MASS, err_msg=f"{name}, {where}")
         for name in ("max_logit", "effective_keys", "distance_tokens", "self_logprob"):
             np.testing.assert_allclose(
                 measured[name], expected[name], rtol=RELATIVE, atol=RELATIVE, err_msg=f"{name}, {where}"
@@ -174,9 +173,7 @@ class TestFloat32:
         for one in served:
             positions = sorted(row.position for row in one.rows)
             # The last sampled token is never fed back, so it has no row.
-            expected = expected_prefill_positions(one.prompt_len) + list(
-                range(one.prompt_len, len(one.tokens) - 1)
-            )
+            expected = expected_prefill_positions(one.prompt_len) + list(range(one.prompt_len, len(one.tokens) - 1))
             assert positions == expected
             assert_rows_equal(one, truth_of(eager, one))
 
@@ -200,9 +197,7 @@ class TestFloat32:
         assert (first.stats[..., INDEX["top1_ratio"]] == 1).all()
         assert_rows_equal(served, truth_of(eager, served))
 
-    def test_accumulators_hold_exactly_the_measured_rows(
-        self, engine: Engine, prompts: list[list[int]]
-    ) -> None:
+    def test_accumulators_hold_exactly_the_measured_rows(self, engine: Engine, prompts: list[list[int]]) -> None:
         """Row counts, bucket counts and sums are those of the rows, counted by hand."""
         from glassbox.step import hook
 
@@ -223,10 +218,7 @@ class TestFloat32:
                     continue
                 edges = np.array([-np.inf, *statistic.buckets, np.inf], dtype=np.float32)
                 expected = np.stack(
-                    [
-                        ((values > low) & (values <= high)).sum(0)
-                        for low, high in zip(edges, edges[1:], strict=False)
-                    ],
+                    [((values > low) & (values <= high)).sum(0) for low, high in itertools.pairwise(edges)],
                     -1,
                 )
                 np.testing.assert_array_equal((after.counts - before.counts)[:, :, phase, column], expected)

@@ -81,9 +81,7 @@ def stored(keys: Tensor, kind: Kind, k_scale: float) -> Tensor:
 
 def write(cache: Tensor, kind: Kind, keys: Tensor, values: Tensor, slots: Tensor, *, k_scale: float) -> None:
     key_half, value_half = kind.halves(cache)
-    ops.cpu_attn_reshape_and_cache(
-        keys, values, key_half, value_half, slots, kind.isa, k_scale, 1.0, kind.kv_dtype
-    )
+    ops.cpu_attn_reshape_and_cache(keys, values, key_half, value_half, slots, kind.isa, k_scale, 1.0, kind.kv_dtype)
 
 
 def _flipped(found: Tensor) -> Tensor:
@@ -108,9 +106,7 @@ class TestReadBack:
         reader = PackedKeyReader(cache, kind.isa, kind.kv_dtype, k_scale)
         got = reader.read(blocks)
         assert got.shape == (3, NUM_HEADS, kind.block_size, kind.head_size)
-        expected = (
-            stored(keys, kind, k_scale).view(3, kind.block_size, NUM_HEADS, kind.head_size).transpose(1, 2)
-        )
+        expected = stored(keys, kind, k_scale).view(3, kind.block_size, NUM_HEADS, kind.head_size).transpose(1, 2)
         assert torch.equal(got.double() * reader.key_scale, expected)
         assert reader.num_kv_heads == NUM_HEADS
 

@@ -24,14 +24,10 @@ class EagerModel:
     """A Llama-family model run by transformers, one sequence at a time."""
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="eager"
-        ).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
         self._max_logits: list[torch.Tensor] = []
 
-    def truth(
-        self, token_ids: list[int], prompt_len: int, sink_tokens: int, local_window: int
-    ) -> SequenceTruth:
+    def truth(self, token_ids: list[int], prompt_len: int, sink_tokens: int, local_window: int) -> SequenceTruth:
         """Run the sequence and reduce its attention."""
         original = modeling_llama.eager_attention_forward
         self._max_logits.clear()
@@ -43,12 +39,14 @@ class EagerModel:
         modeling_llama.eager_attention_forward = recording
         try:
             with torch.inference_mode():
-                output = self.model(torch.tensor([token_ids]), output_attentions=True, use_cache=False)
+                output = self.model(
+                    torch.tensor([token_ids], device=self._device), output_attentions=True, use_cache=False
+                )
         finally:
             modeling_llama.eager_attention_forward = original
-        attention = torch.stack([a[0] for a in output.attentions]).double()  # [L, H, T, T]
+        attention = torch.stack([a[0] for a in output.attentions]).double().cpu()  # [L, H, T, T]
         values = _reduce(attention, prompt_len, sink_tokens, local_window)
-        values["max_logit"] = torch.stack(self._max_logits).double().numpy()
+        values["max_logit"] = torch.stack(self._max_logits).double().cpu().numpy()
         return SequenceTruth(values)
 
 
@@ -56,7 +54,7 @@ def _max_logit(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.
     """[H, T] largest causal score per row, from query [1, H, T, D] and key [1, Hkv, T, D]."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = (query[0].float() @ key[0].float().transpose(1, 2)) * scaling
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
     return scores.masked_fill(future, -torch.inf).amax(dim=-1)
 
 

@@ -117,9 +117,7 @@ class Batch:
 
     def measure(self, **options: int) -> Tensor:
         pages, table = self.cache()
-        return row_stats_cpu(
-            self.q, PlainReader(pages, self.transposed), self.plan(table, **options), self.params
-        )
+        return row_stats_cpu(self.q, PlainReader(pages, self.transposed), self.plan(table, **options), self.params)
 
     def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:
         rows = self.row_list
@@ -230,6 +228,16 @@ class TestAgainstReference:
         assert batch.magnitude() > 1e4
         assert batch.check(key_budget=budget).isfinite()[..., INDEX["max_logit"]].all()
 
+    @pytest.mark.parametrize("soft_cap", [None, 30.0])
+    def test_all_scores_far_below_zero(self, soft_cap: float | None) -> None:
+        """Where every visible score is -10^7, hidden columns still count for nothing."""
+        batch = Batch([(40, 1, 20), (23, 1, 5)], [(0, 0), (1, 0)], gain=1e6, soft_cap=soft_cap)
+        batch.q.abs_()
+        for keys in batch.keys:
+            keys.abs_().neg_()
+        batch.check()
+        batch.check(key_budget=1)
+
     def test_sink_far_above_keys(self) -> None:
         """A learned sink that takes everything leaves masses 0 and shapes whole."""
         batch = Batch([(20, 1, 10)], [(0, 0)], sinks=True)
@@ -248,6 +256,23 @@ class TestAgainstReference:
         reader = PlainReader(pages)
         row_stats_cpu(batch.q, reader, batch.plan(table, key_budget=1 << 16), batch.params)
         assert reader.blocks_read <= 188 + 20 * 2 + 20
+
+    @pytest.mark.parametrize("num_heads", [1, 128])
+    def test_tiles_are_bounded(self, num_heads: int) -> None:
+        """No tile holds more than 4 MB of widened keys or of scores, however long or many the requests are."""
+        lengths = [(131_072, 1, 5), *[(4000, 300, 300)] * 5, *[(100, 1, 5)] * 200]
+        rows = [(0, 0), *[(b, x) for b in range(1, 6) for x in range(60)], *[(b, 0) for b in range(6, 206)]]
+        starts = np.r_[0, np.cumsum([query for _, query, _ in lengths])]
+        listed = np.array([(starts[b] + x, b, 0, lengths[b][2], -1) for b, x in rows], dtype=np.int32)
+        table = np.zeros((len(lengths), 131_072 // 32), dtype=np.int32)
+        plan = plan_rows(listed, starts, np.array([n for n, _, _ in lengths]), table, 32)
+        groups = plan.groups(num_heads, 8 * 128)
+        assert sorted(np.concatenate([group.rows for group in groups]).tolist()) == list(range(len(rows)))
+        for group in groups:
+            for tile in group.tiles:
+                assert 4 * group.items * tile.keys * 8 * 128 <= 4 << 20
+                assert 4 * group.items * group.rows_per_item * num_heads * tile.keys <= 4 << 20
+                assert tile.weights is None or tile.weights.nbytes <= 16 << 20
 
     def test_window_reads_only_its_blocks(self) -> None:
         """With a sliding window only blocks that some row sees are read."""
@@ -282,6 +307,15 @@ class TestAgainstReference:
                 np.array([[5, 0, 0, 5, -1]], dtype=np.int32), batch.starts, np.array([10]), np.zeros((1, 1)),
                 16,
             )  # fmt: skip
+
+    def test_plan_of_another_window_is_an_error(self) -> None:
+        """A plan can't be used for layers of another sliding window."""
+        batch = Batch([(10, 1, 5)], [(0, 0)])
+        pages, table = batch.cache()
+        plan = batch.plan(table)
+        batch.window = 4
+        with pytest.raises(ValueError, match="sliding_window of a plan must be its layers', 4, got None"):
+            row_stats_cpu(batch.q, PlainReader(pages), plan, batch.params)
 
 
 class TestNonfinite:
@@ -329,9 +363,7 @@ class TestReference:
     @given(seed=st.integers(0, 99), n=st.sampled_from([2, 5, 40]))
     def test_probabilities_and_entropy(self, seed: int, n: int) -> None:
         """Masses are sums of torch.softmax; the entropy is that of torch.distributions.Categorical."""
-        batch = Batch(
-            [(n, 1, max(1, n // 2))], [(0, 0)], num_heads=3, seed=seed, sink_tokens=2, local_window=3
-        )
+        batch = Batch([(n, 1, max(1, n // 2))], [(0, 0)], num_heads=3, seed=seed, sink_tokens=2, local_window=3)
         got = batch.reference()[0]
         for head in range(3):
             logits = 0.125 * (batch.keys[0][:, 0].double() @ batch.q[0, head].double())
@@ -350,9 +382,7 @@ class TestReference:
                 "lookback_ratio": c / (c + g),
             }
             for name, value in expected.items():
-                assert got[head, INDEX[name]].item() == pytest.approx(float(value), rel=1e-11, abs=1e-12), (
-                    name
-                )
+                assert got[head, INDEX[name]].item() == pytest.approx(float(value), rel=1e-11, abs=1e-12), name
 
     def test_learned_sink_is_one_more_score(self) -> None:
         """With a learned sink, masses are those of a softmax over keys and sink; shapes ignore it."""
@@ -371,9 +401,7 @@ class TestReference:
         batch = Batch([(10, 10, 10)], [(0, 5)], num_heads=1, window=3)
         logits = 0.125 * (batch.keys[0][3:6, 0].double() @ batch.q[5, 0].double())
         got = batch.reference()[0, 0]
-        assert got[INDEX["top1_ratio"]].item() == pytest.approx(
-            float(torch.softmax(logits, 0).max()), rel=1e-12
-        )
+        assert got[INDEX["top1_ratio"]].item() == pytest.approx(float(torch.softmax(logits, 0).max()), rel=1e-12)
         assert got[INDEX["lookback_ratio"]].isnan()
         assert got[INDEX["sink_ratio"]].item() == pytest.approx(float(torch.softmax(logits, 0)[0]), rel=1e-12)
 

@@ -53,9 +53,7 @@ def rounding(magnitude: float, max_keys: int) -> Tensor:
     return out
 
 
-def assert_two_oracles(
-    actual: Tensor, expected: Tensor, same_dtype: Tensor, magnitude: float, max_keys: int
-) -> None:
+def assert_two_oracles(actual: Tensor, expected: Tensor, same_dtype: Tensor, magnitude: float, max_keys: int) -> None:
     """Checks statistics [R, H, NUM_STATISTICS + 1] against the float64 reference and the same-dtype oracle.
 
     NaN must stand in the same places. Statistics named in the message failed, with error and bound.

@@ -193,7 +193,9 @@ class TestFamilies:
             "distance_tokens",
             "lookback_ratio",
         ]
-        expected = {f"glassbox_attention_{name}": ("histogram", phase) for name in statistics}
+        expected: dict[str, tuple[str, tuple[str, ...]]] = {
+            f"glassbox_attention_{name}": ("histogram", phase) for name in statistics
+        }
         expected |= {
             "glassbox_attention_max_logit_window_max": ("gauge", phase),
             "glassbox_attention_rows_total": ("counter", phase),

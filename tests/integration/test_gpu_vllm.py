@@ -1,0 +1,250 @@
+"""vLLM on a GPU with CUDA graphs: the accumulated statistics are transformers', the tokens are vLLM's own."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glassbox.statistics import INDEX, STATISTICS
+from tests.integration.gpu_engine import EngineSpec
+
+pytestmark = [pytest.mark.gpu, pytest.mark.integration]
+
+SINK_TOKENS, LOCAL_WINDOW, PREFILL_ROWS = 4, 128, 8
+CONFIG: dict[str, Any] = {
+    "sample_rate": 1.0,
+    "sampling": {"max_rows_per_step": 256, "prefill_rows_per_request": PREFILL_ROWS},
+    "statistics": {"sink_tokens": SINK_TOKENS, "local_window": LOCAL_WINDOW},
+}
+MAX_ADDED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one engine left behind."""
+
+    spec: EngineSpec
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        import json
+
+        report: dict[str, Any] = json.loads(Path(f"{self.spec.out}.json").read_text())
+        return report
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return dict(np.load(f"{self.spec.out}.npz"))
+
+    @property
+    def sequences(self) -> list[tuple[list[int], int]]:
+        """(all tokens, prompt length) of each request."""
+        tokens = self.report["tokens"]
+        return [(prompt + answer, len(prompt)) for prompt, answer in zip(self.spec.prompts, tokens, strict=True)]
+
+
+def _prompts(model: Path) -> tuple[list[list[int]], list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = (
+        "The attention of a language model decides which earlier words each new word is made from. "
+        "Operators seldom see it, although a broken template or a wrong rotary base shows there first. "
+    )
+    long = tokenizer.encode(text * 40)
+    lengths = [3, 17, 700, 64, 250, 1, 128, 31, 900, 5, 77, 300, 12, 40, 500, 9]
+    starts = [7 * i for i in range(len(lengths))]
+    prompts = [long[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+    return prompts, [24 + 3 * i for i in range(len(lengths))]
+
+
+def _variants(base: EngineSpec) -> dict[str, EngineSpec]:
+    """All engines of this module, by name."""
+    flash = replace(base, backend="FLASH_ATTN")
+    triton = replace(base, backend="TRITON_ATTN")
+    return {
+        "flash": flash,
+        "flash-plain": replace(flash, config=None),
+        "flash-eager": replace(flash, eager=True),
+        "flash-v1": replace(flash, v2_runner=False),
+        "flash-v1-plain": replace(flash, v2_runner=False, config=None),
+        "triton": triton,
+        "triton-plain": replace(triton, config=None),
+        "triton-float32": replace(triton, dtype="float32"),
+        "auto": base,
+        "custom": replace(base, backend="CUSTOM", config={**CONFIG, "attach": "custom"}),
+        "fp8": replace(flash, kv_cache_dtype="fp8"),
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Run all engines, each in its own process, a few side by side."""
+    from glassbox.demo.model import demo_model
+
+    model = Path(os.environ["GLASSBOX_TEST_MODEL"]) if "GLASSBOX_TEST_MODEL" in os.environ else demo_model()
+    folder = tmp_path_factory.mktemp("gpu")
+    prompts, max_tokens = _prompts(model)
+    base = EngineSpec(str(model), prompts, max_tokens, out="", config=CONFIG)
+    specs = {name: replace(spec, out=str(folder / name)) for name, spec in _variants(base).items()}
+    waiting, running = list(specs.items()), []
+    while waiting or running:
+        while waiting and len(running) < 6:
+            name, spec = waiting.pop(0)
+            spec.write(folder / f"{name}.spec.json")
+            log = (folder / f"{name}.log").open("w")
+            command = [sys.executable, "-m", "tests.integration.gpu_engine", str(folder / f"{name}.spec.json")]
+            running.append((name, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
+        name, process = running.pop(0)
+        if process.wait(timeout=400) != 0:
+            print(f"--- {name}\n{(folder / f'{name}.log').read_text()[-6000:]}")
+    return {name: Result(spec) for name, spec in specs.items()}
+
+
+def measured_positions(prompt_len: int, length: int) -> tuple[list[int], list[int]]:
+    """(prompt positions, generated positions) that have a row; the last sampled token is never fed back."""
+    if prompt_len <= PREFILL_ROWS:
+        prompt = list(range(prompt_len))
+    else:
+        prompt = [-(-(k + 1) * prompt_len // PREFILL_ROWS) - 1 for k in range(PREFILL_ROWS)]
+    return prompt, list(range(prompt_len, length - 1))
+
+
+def truth_sums(result: Result, dtype: Any) -> np.ndarray:
+    """[L, H, 2, S] sums that transformers gives for the rows that glassbox should have measured."""
+    from tests.integration.transformers_truth import EagerModel
+
+    model = EagerModel(Path(result.spec.model), dtype, device="cuda")
+    total: np.ndarray | None = None
+    for tokens, prompt_len in result.sequences:
+        truth = model.truth(tokens, prompt_len, SINK_TOKENS, LOCAL_WINDOW)
+        for phase, positions in enumerate(measured_positions(prompt_len, len(tokens))):
+            for s, statistic in enumerate(STATISTICS):
+                if statistic.decode_only and phase == 0:
+                    continue
+                values = truth.values[statistic.name]
+                if total is None:
+                    total = np.zeros((*values.shape[:2], 2, len(STATISTICS)))
+                total[:, :, phase, s] += values[..., positions].sum(-1)
+    assert total is not None
+    return total
+
+
+def mean_errors(result: Result, exact: np.ndarray) -> dict[str, float]:
+    """Root mean square over layers, heads and phases of the error of the mean, per statistic."""
+    rows = result.arrays["rows"].astype(np.float64)[..., None]
+    difference = (result.arrays["sums"] - exact) / rows
+    return {name: float(np.sqrt(np.mean(np.square(difference[..., i])))) for name, i in INDEX.items()}
+
+
+OBSERVED = ("flash", "flash-eager", "flash-v1", "triton", "triton-float32", "auto", "custom", "fp8")
+
+
+class TestCounts:
+    """Every row is counted once, whatever the graph mode, runner and backend."""
+
+    @pytest.mark.parametrize("name", OBSERVED)
+    def test_rows_are_exactly_those_served(self, results: dict[str, Result], name: str) -> None:
+        """Padding, warm-up and captures add nothing; replays miss nothing."""
+        result = results[name]
+        assert result.report["errors"] == {}
+        positions = [measured_positions(prompt_len, len(tokens)) for tokens, prompt_len in result.sequences]
+        expected = [sum(len(p) for p, _ in positions), sum(len(d) for _, d in positions)]
+        rows = result.arrays["rows"]
+        assert rows.shape[0] == 30
+        np.testing.assert_array_equal(rows, np.broadcast_to(expected, rows.shape))
+        assert result.arrays["nonfinite"].sum() == 0
+        for i, statistic in enumerate(STATISTICS):
+            counted = result.arrays["counts"][..., i, :].sum(-1)
+            if statistic.decode_only:
+                assert (counted[..., 0] == 0).all()
+                np.testing.assert_array_equal(counted[..., 1], rows[..., 1])
+            else:
+                np.testing.assert_array_equal(counted, rows)
+
+    def test_backends_and_runners_are_those_asked_for(self, results: dict[str, Result]) -> None:
+        """The inner backend's own name is reported, and both model runners were used."""
+        assert results["flash"].report["backend"] == "FLASH_ATTN"
+        assert results["triton"].report["backend"] == "TRITON_ATTN"
+        assert results["custom"].report["backend"] == results["auto"].report["backend"]
+        assert results["flash"].report["runner"] == "vllm.v1.worker.gpu.model_runner"
+        assert results["flash-v1"].report["runner"] == "vllm.v1.worker.gpu_model_runner"
+
+
+class TestValues:
+    """As near to float32 transformers as transformers in the same arithmetic is, within a factor of two."""
+
+    @pytest.mark.parametrize("name", ["flash", "flash-eager", "flash-v1", "triton", "custom"])
+    def test_bfloat16(self, results: dict[str, Result], name: str) -> None:
+        """bfloat16 weights and cache, CUDA graphs on (but for the eager one)."""
+        import torch
+
+        result = results[name]
+        exact = truth_sums(result, torch.float32)
+        rows = result.arrays["rows"].astype(np.float64)[..., None]
+        yardstick = (truth_sums(result, torch.bfloat16) - exact) / rows
+        for statistic, ours in mean_errors(result, exact).items():
+            theirs = float(np.sqrt(np.mean(np.square(yardstick[..., INDEX[statistic]]))))
+            print(f"{name} {statistic}: rms error of the mean {ours:.3g}, transformers in bfloat16 {theirs:.3g}")
+            assert ours <= 2 * theirs, statistic
+
+    def test_float32(self, results: dict[str, Result]) -> None:
+        """Triton attention in float32 computes its products in TF32, so transformers is asked to as well."""
+        import torch
+
+        result = results["triton-float32"]
+        exact = truth_sums(result, torch.float32)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            tf32 = truth_sums(result, torch.float32)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+        rows = result.arrays["rows"].astype(np.float64)[..., None]
+        yardstick = (tf32 - exact) / rows
+        for statistic, ours in mean_errors(result, exact).items():
+            theirs = float(np.sqrt(np.mean(np.square(yardstick[..., INDEX[statistic]]))))
+            print(f"float32 {statistic}: rms error of the mean {ours:.3g}, transformers in TF32 {theirs:.3g}")
+            assert ours <= 2 * theirs, statistic
+
+    def test_fp8_cache_is_read_with_its_scale(self, results: dict[str, Result]) -> None:
+        """K in FP8 changes the statistics a little, a forgotten scale or a wrong type would by far more."""
+        fp8, bf16 = results["fp8"], results["flash"]
+        means = [r.arrays["sums"].sum((0, 1, 2)) / r.arrays["rows"].sum() for r in (fp8, bf16)]
+        for name in ("entropy_ratio", "top1_ratio", "sink_ratio", "local_ratio"):
+            assert means[0][INDEX[name]] == pytest.approx(means[1][INDEX[name]], rel=0.05), name
+
+    def test_graphs_equal_eager_mode(self, results: dict[str, Result]) -> None:
+        """Where both modes generated the same tokens, counts are the same; values differ by rounding."""
+        graphs, eager = results["flash"], results["flash-eager"]
+        np.testing.assert_array_equal(graphs.arrays["rows"], eager.arrays["rows"])
+        if graphs.report["tokens"] == eager.report["tokens"]:
+            rows = graphs.arrays["rows"][..., None]
+            difference = np.abs(graphs.arrays["sums"] - eager.arrays["sums"]) / rows
+            for name in ("entropy_ratio", "top1_ratio", "sink_ratio", "local_ratio"):
+                assert difference[..., INDEX[name]].max() < 0.02, name
+
+
+class TestServing:
+    """What is served stays as it is."""
+
+    @pytest.mark.parametrize(
+        ("observed", "plain"),
+        [("flash", "flash-plain"), ("triton", "triton-plain"), ("flash-v1", "flash-v1-plain")],
+    )
+    def test_tokens_are_those_without_the_plugin(self, results: dict[str, Result], observed: str, plain: str) -> None:
+        """Greedy, token for token, at sample rate 1."""
+        assert results[observed].report["tokens"] == results[plain].report["tokens"]
+
+    def test_memory(self, results: dict[str, Result]) -> None:
+        """Allocated on the device, against the same engine without the plugin."""
+        added = results["flash"].report["allocated"] - results["flash-plain"].report["allocated"]
+        reserved = results["flash"].report["reserved"] - results["flash-plain"].report["reserved"]
+        print(f"allocated +{added / 2**20:.1f} MiB, reserved +{reserved / 2**20:.1f} MiB")
+        assert 0 < added <= MAX_ADDED_BYTES
+        assert reserved <= MAX_ADDED_BYTES
