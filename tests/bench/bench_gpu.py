@@ -1,0 +1,282 @@
+"""Throughput of vLLM on one GPU with glassbox and without, in turns.
+
+Each arm is an engine in a process of its own, all on the same GPU, started once; the parent runs them one at a time.
+
+    python tests/bench/bench_gpu.py start DIR            # engines `plain` and `glassbox`, wait until both are ready
+    python tests/bench/bench_gpu.py run DIR --out CSV    # rounds over all cases and settings
+    python tests/bench/bench_gpu.py stop DIR
+
+The model has the shape of Llama-3.1-8B and random weights. The ratio of a setting is taken against the plain run next
+to it; reported are the median and the extremes of these ratios. `replay_ms` is the GPU time of one replayed decode
+graph by CUDA events, which the host's noise does not reach.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
+from typing import Any
+
+MODEL: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+ARMS = ("plain", "glassbox")
+CASES = ("64:512:256", "1:512:128", "16:8192:64", "256:128:128", "32:4096:8")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sample_rate 0": {"sample_rate": 0.0},
+    "sample_rate 0.01": {"sample_rate": 0.01},
+    "sample_rate 0.1": {"sample_rate": 0.1},
+    "sample_rate 1.0": {"sample_rate": 1.0},
+}
+KV_CACHE_BYTES = 24 << 30
+CONFIG_EFFECT_S = 1.5  # an edit is in force within two seconds of saving; observed: well under one
+
+
+def serve(folder: Path, arm: str) -> None:
+    """One engine: answers `case` by (seconds, output tokens, median GPU milliseconds of a graph replay)."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["GLASSBOX_DISABLE"] = "1" if arm == "plain" else "0"
+    os.environ["GLASSBOX_CONFIG"] = str(folder / "glassbox.yaml")
+    os.environ["GLASSBOX_RUN_DIR"] = str(folder / "run")
+    import torch
+    from vllm import LLM, SamplingParams
+
+    model = folder / "model"
+    llm = LLM(
+        str(model),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=32768,
+        gpu_memory_utilization=0.4,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        enable_prefix_caching=False,
+        attention_backend=os.environ.get("BACKEND") or None,
+    )
+    replays: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    _record_replays(replays)
+
+    def run(case: str) -> dict[str, float]:
+        batch, inputs, outputs = map(int, case.split(":"))
+        random.seed(0)
+        prompts = [{"prompt_token_ids": random.choices(range(1000, 100000), k=inputs)} for _ in range(batch)]
+        params = SamplingParams(max_tokens=outputs, ignore_eos=True, temperature=0, detokenize=False)
+        replays.clear()
+        start = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) for a, b in replays]
+        # Decode steps replay one full graph each; a prefill's piecewise graphs are short and many.
+        decode = [t for t in times if t > 0.5 * max(times)] if times else []
+        return {
+            "seconds": seconds,
+            "tokens_per_s": batch * outputs / seconds,
+            "replay_ms": statistics.median(decode) if decode else float("nan"),
+            "replays": len(decode),
+        }
+
+    def info() -> dict[str, Any]:
+        report: dict[str, Any] = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "allocated_mib": torch.cuda.memory_allocated() / 2**20,
+            "reserved_mib": torch.cuda.memory_reserved() / 2**20,
+        }
+        if arm != "plain":
+            from glassbox.step import hook
+
+            hooked = hook()
+            report["errors"] = hooked._errors.counts()
+            if hooked.observer is not None and hooked._worker is not None:
+                snapshot = hooked._worker.snapshot()
+                report |= {
+                    "steps": snapshot.steps,
+                    "sampled_steps": snapshot.sampled_steps,
+                    "rows": int(snapshot.rows.sum()),
+                    "backend": snapshot.build["backend"],
+                    "glassbox_mib": hooked.observer.measurer.nbytes / 2**20,
+                }
+        return report
+
+    for case in ("8:128:16", *CASES):
+        run(case)
+    with Listener(str(folder / f"{arm}.sock"), "AF_UNIX") as listener:
+        while True:
+            with listener.accept() as connection:
+                request = connection.recv()
+                if request == "stop":
+                    return
+                connection.send(info() if request == "info" else run(request))
+
+
+def _record_replays(replays: list[Any]) -> None:
+    """Put a CUDA event before and after every graph replay of this process."""
+    import torch
+
+    original = torch.cuda.CUDAGraph.replay
+
+    def replay(self: Any) -> None:
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        original(self)
+        after.record()
+        replays.append((before, after))
+
+    torch.cuda.CUDAGraph.replay = replay
+
+
+def ask(folder: Path, arm: str, request: str) -> Any:
+    """Send one request to an arm and wait for the answer."""
+    with Client(str(folder / f"{arm}.sock"), "AF_UNIX") as connection:
+        connection.send(request)
+        return None if request == "stop" else connection.recv()
+
+
+def start(folder: Path) -> None:
+    """Start the arms one after the other (each measures free memory) and return when all are ready."""
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(MODEL))
+    write_config(folder, SETTINGS["sample_rate 1.0"])
+    for arm in ARMS:
+        log = (folder / f"{arm}.log").open("w")
+        process = subprocess.Popen(
+            [sys.executable, __file__, "serve", str(folder), "--arm", arm],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        began = time.monotonic()
+        while not (folder / f"{arm}.sock").exists():
+            if process.poll() is not None:
+                sys.exit(f"{arm} ended:\n{(folder / f'{arm}.log').read_text()[-5000:]}")
+            time.sleep(0.5)
+        print(f"{arm} ready after {time.monotonic() - began:.0f} s", flush=True)
+
+
+def write_config(folder: Path, setting: dict[str, Any]) -> None:
+    """Put a setting in force in the arm `glassbox`."""
+    fresh = folder / "glassbox.new"
+    fresh.write_text(json.dumps(setting))
+    fresh.replace(folder / "glassbox.yaml")
+
+
+def run_rounds(folder: Path, rounds: int, cases: list[str], out: Path, deadline_s: float) -> None:
+    """Measure and append to `out` after each round, so that a time-out loses at most one round."""
+    info = {arm: ask(folder, arm, "info") for arm in ARMS}
+    print(json.dumps(info), flush=True)
+    began = time.monotonic()
+    results: list[dict[str, Any]] = []
+    for number in range(rounds):
+        if number and (time.monotonic() - began) * (number + 1) / number > deadline_s:
+            print(f"stopped after {number} rounds: no time for another", flush=True)
+            break
+        settings = list(SETTINGS.items())
+        settings = settings[number % len(settings) :] + settings[: number % len(settings)]
+        plain: dict[str, Any] = {}
+        for place, (name, setting) in enumerate(settings):
+            write_config(folder, setting)
+            if place % 2 == 0:
+                plain = {case: ask(folder, "plain", case) for case in cases}
+            else:
+                time.sleep(CONFIG_EFFECT_S)
+            for case in cases:
+                results.append(_compare(number, case, name, plain[case], ask(folder, "glassbox", case)))
+        _write(out, results, info)
+    _summarise(results, cases)
+    print(json.dumps({arm: ask(folder, arm, "info") for arm in ARMS}), flush=True)
+
+
+def _compare(
+    number: int, case: str, setting: str, plain: dict[str, float], observed: dict[str, float]
+) -> dict[str, Any]:
+    return {
+        "round": number,
+        "case": case,
+        "setting": setting,
+        "plain_tokens_per_s": round(plain["tokens_per_s"], 2),
+        "tokens_per_s": round(observed["tokens_per_s"], 2),
+        "ratio": round(observed["tokens_per_s"] / plain["tokens_per_s"], 5),
+        "plain_replay_ms": round(plain["replay_ms"], 5),
+        "replay_ms": round(observed["replay_ms"], 5),
+        "replay_ratio": round(plain["replay_ms"] / observed["replay_ms"], 5),
+    }
+
+
+def _write(out: Path, results: list[dict[str, Any]], info: dict[str, Any]) -> None:
+    import torch
+    import triton
+    import vllm
+
+    with out.open("w", newline="") as file:
+        file.write(
+            f"# {info['plain']['gpu']}, vllm {vllm.__version__}, torch {torch.__version__}, "
+            f"triton {triton.__version__}, backend {info['glassbox'].get('backend')}, commit {os.environ.get('COMMIT', 'unknown')}\n"
+            f"# command: python tests/bench/bench_gpu.py start DIR && python tests/bench/bench_gpu.py run DIR\n"
+        )
+        writer = csv.DictWriter(file, list(results[0]))
+        writer.writeheader()
+        writer.writerows(results)
+
+
+def _summarise(results: list[dict[str, Any]], cases: list[str]) -> None:
+    for name in SETTINGS:
+        for case in cases:
+            mine = [r for r in results if r["setting"] == name and r["case"] == case]
+            if mine:
+                ratios = sorted(r["ratio"] for r in mine)
+                replay = statistics.median(r["replay_ratio"] for r in mine)
+                print(
+                    f"{name:18} {case:12} n={len(mine)} throughput ratio {statistics.median(ratios):.4f} "
+                    f"[{ratios[0]:.4f}, {ratios[-1]:.4f}]  decode graph {replay:.4f}",
+                    flush=True,
+                )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["start", "serve", "run", "stop"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--arm", choices=ARMS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument("--out", type=Path, default=Path("bench_gpu.csv"))
+    parser.add_argument("--deadline-s", type=float, default=1e9)
+    args = parser.parse_args()
+    if args.command == "serve":
+        serve(args.folder, args.arm)
+    elif args.command == "start":
+        start(args.folder)
+    elif args.command == "run":
+        run_rounds(args.folder, args.rounds, args.cases, args.out, args.deadline_s)
+    else:
+        for arm in ARMS:
+            ask(args.folder, arm, "stop")
+
+
+if __name__ == "__main__":
+    main()
