@@ -11,7 +11,7 @@ DEMO_ARGS ?=
 # make test PYTEST_ARGS="tests/unit -k config"
 PYTEST_ARGS ?=
 # make bench BENCH=tests/bench/bench_row_stats.py (the benchmarks of single kernels need a GPU)
-BENCH ?= tests/bench/bench_throughput.py
+BENCH ?= tests/bench/bench_serving.py
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help

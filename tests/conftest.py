@@ -17,6 +17,8 @@ def pytest_configure() -> None:
     """SIGTERM ends the session as Ctrl-C does, so that fixtures stop their servers."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
+        # Only once: make passes on what the whole process group has had already.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)

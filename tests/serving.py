@@ -11,7 +11,7 @@ import httpx
 import pytest
 import yaml
 
-from glassbox.demo.server import VllmServer
+from glassbox.demo.server import HOST, VllmServer
 from glassbox.demo.summary import Summary, summarise
 
 MODEL_NAME: Final = "smollm2"
@@ -33,6 +33,14 @@ def require_tool(name: str, package: str) -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return path
+
+
+def unprivileged() -> tuple[str, ...]:
+    """Words before a command that take from root the right to read any file; empty for other users."""
+    if os.geteuid() != 0:
+        return ()
+    drop = "-dac_override,-dac_read_search"
+    return (require_tool("setpriv", "util-linux"), f"--bounding-set={drop}", "--inh-caps=-all")
 
 
 def wait_for(
@@ -71,6 +79,7 @@ class GlassboxServer(VllmServer):
         env: Mapping[str, str | None] | None = None,
         base_args: Sequence[str] = BASE_ARGS,
         start_timeout_s: float = 300.0,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.config_path = folder / "glassbox.yaml"
@@ -85,6 +94,7 @@ class GlassboxServer(VllmServer):
                 **clean,
                 "GLASSBOX_CONFIG": str(self.config_path),
                 "GLASSBOX_RUN_DIR": str(self.run_dir),
+                "GLASSBOX_HTTP_ADDR": HOST,
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 **(env or {}),
             },
@@ -92,6 +102,7 @@ class GlassboxServer(VllmServer):
             start_timeout_s=start_timeout_s,
             # Not the repository's root: a glassbox.yaml or a package lying there must play no part.
             cwd=folder,
+            prefix=prefix,
         )
 
     def write_config(self, config: Mapping[str, Any] | str) -> None:

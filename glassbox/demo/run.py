@@ -34,7 +34,6 @@ export:
   interval_s: {_INTERVAL_S}
   prometheus:
     detail: layer
-    max_series: 20000
 """
 # torch.compile would cost the start 40 s on two cores, each time, and change nothing of what is shown.
 SERVER_ARGS: Final = ("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16")
@@ -180,16 +179,24 @@ def _keep(server: VllmServer, console: Console) -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM becomes KeyboardInterrupt: `timeout`, make and process managers leave no server behind."""
+    """SIGTERM ends the demo as Ctrl-C does: `timeout`, make and process managers leave no server behind.
+
+    Only the first signal counts. A second one (make passes on what the whole group has had already) would break
+    off the stopping of the server, which takes a bounded time.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = [signal.signal(number, interrupt) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _progress(console: Console) -> Progress:

@@ -24,6 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 HOST: Final = "127.0.0.1"
 _POLL_S: Final = 0.2
 _TERM_S: Final = 20.0
+# While it starts, vLLM doesn't listen to SIGTERM, and there is nothing yet to end in order.
+_TERM_STARTING_S: Final = 3.0
 _KILL_S: Final = 10.0
 
 
@@ -50,6 +52,7 @@ class VllmServer:
         start_timeout_s: how long `/health` may take to answer.
         on_wait: called every 0.2 s while waiting for `/health`.
         cwd: working directory of the server; None is this process's.
+        prefix: words before the command; what they name must `exec` the rest (`nice`, `setpriv`).
 
     Raises:
         ServerError: (on enter) the server ended or wasn't healthy in time.
@@ -66,6 +69,7 @@ class VllmServer:
         start_timeout_s: float = 300.0,
         on_wait: Callable[[], None] = lambda: None,
         cwd: Path | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.port = free_port() if port is None else port
         self.url = f"http://{HOST}:{self.port}"
@@ -76,7 +80,9 @@ class VllmServer:
         self._start_timeout_s = start_timeout_s
         self._on_wait = on_wait
         self._cwd = cwd
+        self._prefix = tuple(prefix)
         self._process: subprocess.Popen[bytes] | None = None
+        self._healthy = False
 
     def __enter__(self) -> Self:
         self.start()
@@ -107,7 +113,7 @@ class VllmServer:
         """
         if self._process is not None:
             raise ServerError("the server is started already; call stop() first")
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self._model]
+        command = [*self._prefix, sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self._model]
         command += ["--host", HOST, "--port", str(self.port), *self._args]
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
@@ -127,7 +133,10 @@ class VllmServer:
             raise
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL for whoever is left after 20 s; returns when all its processes are gone."""
+        """SIGTERM, then SIGKILL for whoever is left after 20 s (3 s if it was still starting).
+
+        Returns when all its processes are gone; does nothing if it isn't started.
+        """
         if self._process is None:
             return
         # Looked up before anything dies: a process that moved to a group of its own is still a descendant.
@@ -135,7 +144,7 @@ class VllmServer:
         if self._process.poll() is None:
             self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_TERM_S)
+            self._process.wait(_TERM_S if self._healthy else _TERM_STARTING_S)
         family = _unique([*family, *self.processes()])
         for number, limit_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, _KILL_S)):
             for process in family:
@@ -145,7 +154,7 @@ class VllmServer:
             if not family:
                 break
         self._process.wait(_KILL_S)
-        self._process = None
+        self._process, self._healthy = None, False
 
     def processes(self) -> list[psutil.Process]:
         """The server's living processes: its descendants and all of its process group (zombies left out)."""
@@ -197,6 +206,7 @@ class VllmServer:
                 # Refused, reset or slow answers mean: not yet.
                 with contextlib.suppress(httpx.TransportError):
                     if client.get(f"{self.url}/health").status_code == httpx.codes.OK:
+                        self._healthy = True
                         return
                 self._on_wait()
                 time.sleep(_POLL_S)

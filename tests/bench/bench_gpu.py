@@ -234,7 +234,8 @@ def _write(out: Path, results: list[dict[str, Any]], info: dict[str, Any]) -> No
     with out.open("w", newline="") as file:
         file.write(
             f"# {info['plain']['gpu']}, vllm {vllm.__version__}, torch {torch.__version__}, "
-            f"triton {triton.__version__}, backend {info['glassbox'].get('backend')}, commit {os.environ.get('COMMIT', 'unknown')}\n"
+            f"triton {triton.__version__}, backend {info['glassbox'].get('backend')}, "
+            f"commit {os.environ.get('COMMIT', 'unknown')}\n"
             f"# command: python tests/bench/bench_gpu.py start DIR && python tests/bench/bench_gpu.py run DIR\n"
         )
         writer = csv.DictWriter(file, list(results[0]))

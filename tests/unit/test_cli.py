@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from glassbox import __version__
 from glassbox.cli import main
-from glassbox.config import load_config
+from glassbox.config import load_config, packaged_config
 from glassbox.demo.model import DemoModelError, cache_dir, demo_model
 
 
@@ -75,6 +75,15 @@ class TestStart:
     def test_the_port_is_checked_by_the_command_line(self, runner: CliRunner) -> None:
         """A port that can't exist is a usage error, before anything starts."""
         assert 2 == runner.invoke(main, ["demo", "--port", "70000"]).exit_code
+
+
+class TestReadme:
+    def test_its_yaml_is_the_default_configuration(self, tmp_path: Path) -> None:
+        """The values shown are valid, and they are the defaults."""
+        readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+        path = tmp_path / "glassbox.yaml"
+        path.write_text(readme.split("```yaml\n")[1].split("```")[0])
+        assert load_config(packaged_config()) == load_config(path)
 
 
 class TestModelCache:
