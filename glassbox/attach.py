@@ -27,6 +27,14 @@ def attach(settings: Settings) -> None:
         names = SUPPORTED_INNER_BACKENDS if config.attach == "auto" else ("CPU_ATTN",)
         for name in names:
             member = AttentionBackendEnum[name]
+            if member.is_overridden():
+                # Deriving from vLLM's class would change what is served, from theirs may change it as well.
+                logger.warning(
+                    "%s is overridden by %s already; glassbox leaves it alone and does not observe it",
+                    name,
+                    member.get_path(),
+                )
+                continue
             register_backend(member, observed_path(name))
             _undo.append(member.clear_override)
         _forget_selection()

@@ -167,6 +167,8 @@ class ConfigWatcher:
         on_change: called with the new configuration when the file is good and means something new.
         on_error: called once for each distinct bad content in a row; the last good configuration stays in
             use.
+        on_recovery: called with the configuration that stays when a bad file is good again and says what it said
+            before, so that `on_change` has nothing to tell.
         initial: what the caller has loaded from `path` already, so that an edit between its loading and
             `start` is not missed. Without it, what the file says at `start` is the first configuration, and
             `on_change` is not called for it.
@@ -179,12 +181,14 @@ class ConfigWatcher:
         on_change: Callable[[GlassboxConfig], None],
         on_error: Callable[[ConfigError], None],
         *,
+        on_recovery: Callable[[GlassboxConfig], None] = lambda config: None,
         initial: GlassboxConfig | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = Path(path)
         self._on_change = on_change
         self._on_error = on_error
+        self._on_recovery = on_recovery
         self._clock = clock
         self._current = initial
         self._status = ReloadStatus(successful=True, timestamp_s=clock())
@@ -228,10 +232,13 @@ class ConfigWatcher:
             return
         # The configuration at the start is news to nobody; the first good one after a bad start is.
         news = outcome != self._current and not (at_start and self._current is None)
+        recovered = not self._status.successful
         self._current = outcome
         self._status = ReloadStatus(True, self._clock())
         if news:
             self._call(self._on_change, outcome)
+        elif recovered:
+            self._call(self._on_recovery, outcome)
 
     def _read(self) -> tuple[bytes | str, GlassboxConfig | ConfigError]:
         content: bytes | str

@@ -4,6 +4,7 @@ Owns a step from `begin_step` to `end_step` and the worker's cumulative numbers.
 compute statistics (`backends/*_measure.py`, `kernels/`) or write files (`worker.py`).
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -108,8 +109,8 @@ class Observer:
 
     @property
     def effective_sample_rate(self) -> float:
-        """Share of steps measured now, after the overhead budget."""
-        return self._steps.effective_rate
+        """Share of steps measured after the overhead budget; an edit shows before the next step takes it up."""
+        return math.ldexp(self._rate(self._read_config()), -self._steps.level)
 
     @staticmethod
     def _rate(config: GlassboxConfig) -> float:

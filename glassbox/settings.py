@@ -90,7 +90,13 @@ class Settings:
         """Start following the file; does nothing the second time. Workers do; others look when they are scraped."""
         with self._lock:
             if self._watcher is None:
-                self._watcher = ConfigWatcher(self.path, self._on_change, self._on_error, initial=self.config)
+                self._watcher = ConfigWatcher(
+                    self.path,
+                    self._on_change,
+                    self._on_error,
+                    on_recovery=self._on_recovery,
+                    initial=self.config,
+                )
                 self._watcher.start()
 
     def close(self) -> None:
@@ -110,6 +116,10 @@ class Settings:
 
     def _on_error(self, error: ConfigError) -> None:
         logger.error("%s. The last good configuration stays in force.", error)
+        self._notify()
+
+    def _on_recovery(self, _config: GlassboxConfig) -> None:
+        logger.info("%s is good again and says what is in force", self.path)
         self._notify()
 
     def _notify(self) -> None:

@@ -40,6 +40,11 @@ class StepHook:
         """`inner_backend` as the server started with it."""
         return self.settings.started_with.inner_backend if self.settings else "auto"
 
+    @property
+    def enabled(self) -> bool:
+        """`enabled` as the server started with it: what was not attached then needs a restart."""
+        return self.settings is None or self.settings.started_with.enabled
+
     def install(self) -> None:
         """Patch the runner and worker classes that are loaded; does nothing for those patched already."""
         for cls in vllm_compat.runner_classes():
@@ -53,6 +58,11 @@ class StepHook:
         for restore in self._restores.values():
             restore()
         self._restores.clear()
+
+    def forget(self) -> None:
+        """`remove()`, and know no settings any more."""
+        self.remove()
+        self.settings = None
 
     def disarm(self) -> None:
         """End the observation of this process's worker; its last numbers are written first."""

@@ -164,6 +164,7 @@ class Worker:
         if state != self._last_written:
             write_snapshot(rundir.run_dir(), self.snapshot())
             self._last_written = state
+            logger.debug("Snapshot written: %d steps, %d of them measured", counters.steps, counters.sampled_steps)
 
     def snapshot(self) -> Snapshot:
         """All numbers of this worker as they stand now."""

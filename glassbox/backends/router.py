@@ -42,9 +42,15 @@ class GlassboxBackend:
 
     @classmethod
     def full_cls_name(cls) -> tuple[str, str]:
-        """Module and qualified name of the observed subclass chosen by the last `validate_configuration`."""
+        """Module and qualified name of the class chosen by the last `validate_configuration`.
+
+        That is the observed subclass; with `enabled: false` vLLM's own, as CUSTOM must stand for something.
+        """
         if cls._inner_name is None:
             raise RuntimeError("the CUSTOM backend was resolved before its configuration was validated")
+        if not step.hook().enabled:
+            unobserved = inner_class(cls._inner_name)
+            return unobserved.__module__, unobserved.__qualname__
         module, _, qualname = observed_path(cls._inner_name).rpartition(".")
         return module, qualname
 
