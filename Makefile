@@ -38,6 +38,7 @@ lint: $(STAMP)  ## Check style, types, shell scripts and the Dockerfile
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/glassbox dashboards --check
 	$(VENV)/bin/shellcheck .ci/run tools/*.sh
 	@# hadolint has no package for every platform; where it is missing its absence is said, not hidden.
 	@if [ -x $(VENV)/bin/hadolint ]; then $(VENV)/bin/hadolint Dockerfile; else echo "hadolint: not available here"; fi

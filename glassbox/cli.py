@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from glassbox import __version__
+from glassbox.dashboards.command import dashboards
 
 main = typer.Typer(
     name="glassbox",
@@ -90,6 +91,9 @@ def demo(
     except DemoError as error:
         raise _fail(str(error)) from None
     raise typer.Exit(status)
+
+
+main.command()(dashboards)
 
 
 if __name__ == "__main__":

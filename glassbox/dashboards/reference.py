@@ -1,0 +1,78 @@
+"""`docs/metrics.md`: every metric, recording rule and alert, from the tables that define them."""
+
+from collections.abc import Sequence
+
+from glassbox.dashboards.rule_model import Group, RuleSettings
+from glassbox.dashboards.rules import alerts, recordings
+from glassbox.export.families import METRICS, Family
+from glassbox.statistics import STATISTICS, Statistic
+
+_INTRODUCTION = """\
+# Metrics
+
+The names are those of Prometheus; in OpenTelemetry dots stand for the first underscores and units are in the unit field
+(`glassbox.attention.entropy_ratio`). All have the labels `model_name` and `engine`, the same as vLLM's own metrics, so
+that joins work. Those with `phase` (`prefill` or `decode`) also have `layer` at `export.prometheus.detail: layer`, and
+`layer` and `head` at `detail: head`; both are global indices. A **row** is one query token of one request in one layer
+and one head.
+"""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [headings, tuple("---" for _ in headings), *(tuple(map(_cell, row)) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _range(row: Statistic) -> str:
+    low = "-∞" if row.lower is None else f"{row.lower:g}"
+    return f"{low} .. {'∞' if row.upper is None else f'{row.upper:g}'}"
+
+
+def _statistic(row: Statistic) -> tuple[str, ...]:
+    phases = "decode" if row.decode_only else "prefill, decode"
+    metric = f"`{row.metric}`" if row.exported else "none: in traced requests only"
+    bounds = ", ".join(f"{bound:g}" for bound in row.buckets) if row.exported else ""
+    return metric, row.meaning, f"`{row.formula}`", _range(row), phases, bounds
+
+
+def _family(family: Family) -> tuple[str, ...]:
+    labels = ", ".join(f"`{label}`" for label in family.label_names)
+    return f"`{family.name}`", family.kind, family.unit, labels, family.help
+
+
+def render(groups: tuple[Group, ...]) -> str:
+    """The page, without its header."""
+    recorded = [(f"`{rule.record}`", rule.comment) for rule in recordings(groups)]
+    hold = RuleSettings().hold
+    alarms = [
+        (f"[{rule.title}](runbooks/{rule.title}.md)", rule.severity, hold[rule.name], rule.when)
+        for rule in alerts(groups)
+    ]
+    signed = ", ".join(f"`{row.metric}`" for row in STATISTICS if row.exported and row.signed)
+    return "\n".join(
+        [
+            _INTRODUCTION,
+            "## Statistics of the attention\n",
+            "Histograms over the measured rows. The symbols of the formulas are explained in `glassbox/statistics.py`. "
+            f"{signed} has `_bucket` and `_count` but no `_sum`: its values may be negative.\n",
+            _table(
+                ("Metric", "Meaning", "Formula", "Range", "Phases", "Buckets (`le`)"),
+                [_statistic(row) for row in STATISTICS],
+            ),
+            "## Other metrics\n",
+            _table(
+                ("Metric", "Kind", "Unit", "Labels", "Meaning"),
+                [_family(family) for family in METRICS if family.kind != "histogram"],
+            ),
+            "## Recording rules\n",
+            "Of `deploy/prometheus/rules.yaml`. The part before the first colon tells what a series stands for: an "
+            "engine, a layer of it, or a model on all its servers, each per phase.\n",
+            _table(("Series", "Meaning"), recorded),
+            "## Alerts\n",
+            _table(("Alert", "Severity", "For", "Fires when"), alarms),
+        ]
+    )

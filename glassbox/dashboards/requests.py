@@ -1,0 +1,110 @@
+"""The dashboard Requests: what the model does with its context while it answers."""
+
+from grafana_foundation_sdk.models import dashboard
+
+from glassbox.dashboards import promql
+from glassbox.dashboards.common import (
+    RATE_UNIT,
+    config_tile,
+    rows_tile,
+    sample_rate_tile,
+    statistic_line,
+)
+from glassbox.dashboards.layout import Page, Section
+from glassbox.dashboards.panels import Query, lines, tile
+
+UID = "glassbox-requests"
+_DECODE = 'phase="decode"'
+_LOW = 0.1  # a bucket bound of lookback_ratio
+
+
+def _top() -> list[dashboard.Panel]:
+    return [
+        tile(
+            "Lookback",
+            "Median attention per prompt key against attention per generated key.",
+            Query(promql.quantile(0.5, "lookback_ratio")),
+            "percentunit",
+        ),
+        tile(
+            "Rows with low lookback",
+            f"Share of decode rows whose lookback ratio is at most {_LOW:g}: they hardly use the prompt.",
+            Query(promql.share_up_to("lookback_ratio", _LOW)),
+            "percentunit",
+        ),
+        tile(
+            "Distance",
+            "Mean distance, in tokens, from a generated token to the keys it attends to.",
+            Query(promql.mean("distance_tokens", _DECODE)),
+            "short",
+            decimals=1,
+        ),
+        rows_tile("Decode rows measured", _DECODE),
+        sample_rate_tile(),
+        config_tile(),
+    ]
+
+
+def _context() -> list[dashboard.Panel]:
+    by_model = Query(promql.mean("lookback_ratio", by=("model_name", "engine")), "{{model_name}} engine {{engine}}")
+    low = Query(promql.share_up_to("lookback_ratio", _LOW, by=("model_name",)), "{{model_name}}")
+    return [
+        *statistic_line("lookback_ratio"),
+        lines(
+            "Lookback by model and engine",
+            "Mean lookback ratio of each engine: one that differs from its siblings is broken.",
+            [by_model],
+            "percentunit",
+            bounds=(0.0, 1.0),
+            size=(12, 8),
+        ),
+        lines(
+            "Rows with low lookback by model",
+            f"Share of decode rows whose lookback ratio is at most {_LOW:g}.",
+            [low],
+            "percentunit",
+            bounds=(0.0, 1.0),
+            size=(12, 8),
+        ),
+    ]
+
+
+def _measured() -> list[dashboard.Panel]:
+    return [
+        lines(
+            "Rows measured by phase",
+            "Attention rows measured per second, of prompts and of generated tokens.",
+            [Query(promql.total("glassbox_attention_rows_total", by=("phase",)), "{{phase}}")],
+            RATE_UNIT,
+            bounds=(0.0, None),
+            stacked=True,
+            size=(12, 8),
+        ),
+        lines(
+            "Dropped rows by reason",
+            "Rows per second that should have been measured but were not.",
+            [Query(promql.total("glassbox_dropped_rows_total", by=("reason",)), "{{reason}}")],
+            RATE_UNIT,
+            bounds=(0.0, None),
+            size=(12, 8),
+        ),
+    ]
+
+
+def page() -> Page:
+    """All requests together; single requests are not in Prometheus, because a request id is no label."""
+    return Page(
+        uid=UID,
+        title="glassbox / Requests",
+        description="How the requests being answered use their context: lookback, reach, keys of generated tokens. "
+        "All requests together: single ones are not in Prometheus.",
+        sections=[
+            Section("Answers now", _top()),
+            Section("Use of the prompt", _context()),
+            Section(
+                "Reach of generated tokens",
+                [*statistic_line("distance_tokens", _DECODE), *statistic_line("effective_keys", _DECODE)],
+            ),
+            Section("What was measured", _measured()),
+        ],
+    )

@@ -1,0 +1,384 @@
+"""Texts of the stack's files, with `%{name}` where a value of `stack.Stack` stands. Owns wording and structure only."""
+
+from typing import Final
+
+COMPOSE: Final = """\
+# vLLM with glassbox, Prometheus with the rules, Grafana with the dashboards, an OpenTelemetry collector. Needs one GPU.
+#   docker compose -f deploy/compose.yaml up --build
+#   http://127.0.0.1:%{grafana_port}  (MODEL, HF_TOKEN and GRAFANA_PASSWORD may be set in deploy/.env)
+name: glassbox
+
+services:
+  vllm:
+    build:
+      context: ..
+      dockerfile: Dockerfile
+    image: %{image}
+    command: ["${MODEL:-%{model}}", "--port", "%{vllm_port}", "--max-model-len", "%{max_model_len}"]
+    environment:
+      GLASSBOX_CONFIG: %{config_dir}/glassbox.yaml
+      HF_TOKEN: ${HF_TOKEN:-}
+    volumes:
+      # The directory, not the file: an editor replaces the file, and a mounted file would stay the old one.
+      - ./glassbox:%{config_dir}:ro
+      - model-cache:%{home}/.cache
+    ports:
+      - "127.0.0.1:%{vllm_port}:%{vllm_port}"
+    ipc: host
+    deploy:
+      resources:
+        reservations:
+          devices:
+            - driver: nvidia
+              count: 1
+              capabilities: [gpu]
+    healthcheck:
+      test:
+        - CMD
+        - python3
+        - -c
+        - import urllib.request as r; r.urlopen('http://127.0.0.1:%{vllm_port}/health', timeout=5)
+      interval: 10s
+      timeout: 6s
+      retries: 3
+      start_period: 10m
+    restart: unless-stopped
+
+  prometheus:
+    image: %{prometheus_image}
+    command:
+      - --config.file=/etc/prometheus/prometheus.yaml
+      - --storage.tsdb.path=/prometheus
+      - --storage.tsdb.retention.time=%{retention}
+      - --web.listen-address=:%{prometheus_port}
+    volumes:
+      - ./prometheus:/etc/prometheus:ro
+      - prometheus-data:/prometheus
+    ports:
+      - "127.0.0.1:%{prometheus_port}:%{prometheus_port}"
+    restart: unless-stopped
+
+  grafana:
+    image: %{grafana_image}
+    environment:
+      GF_SERVER_HTTP_PORT: "%{grafana_port}"
+      GF_SECURITY_ADMIN_PASSWORD: ${GRAFANA_PASSWORD:-admin}
+      # Whoever reaches the port (this machine only, see below) may look, not edit.
+      GF_AUTH_ANONYMOUS_ENABLED: "true"
+      GF_AUTH_ANONYMOUS_ORG_ROLE: Viewer
+      GF_ANALYTICS_REPORTING_ENABLED: "false"
+      GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH: %{dashboards_dir}/glassbox-overview.json
+    volumes:
+      - ../dashboards/provisioning:/etc/grafana/provisioning:ro
+      - ../dashboards:%{dashboards_dir}:ro
+      - grafana-data:/var/lib/grafana
+    ports:
+      - "127.0.0.1:%{grafana_port}:%{grafana_port}"
+    depends_on:
+      - prometheus
+    restart: unless-stopped
+
+  otel-collector:
+    image: %{collector_image}
+    command: ["--config=/etc/otel-collector/config.yaml"]
+    volumes:
+      - ./otel-collector:/etc/otel-collector:ro
+    restart: unless-stopped
+
+volumes:
+  model-cache:
+  prometheus-data:
+  grafana-data:
+"""
+
+GLASSBOX: Final = """\
+# What is measured, and where it goes. Save it while the server runs: it takes effect within two seconds (in Kubernetes
+# as soon as the kubelet has brought the new ConfigMap, about a minute). All keys: configs/glassbox.yaml.
+sample_rate: %{sample_rate}
+
+sampling:
+  overhead_budget: %{overhead_budget}   # the sample rate falls by itself when measuring would cost more
+
+export:
+  interval_s: %{export_interval_s}
+  prometheus:
+    detail: layer          # head: a series for each head, for the dashboard Heads
+  otel:
+    enabled: %{otel_enabled}
+    endpoint: http://otel-collector:%{otlp_grpc_port}
+    protocol: grpc
+    metrics: false         # Prometheus reads vLLM's /metrics; by OTLP as well every number would be there twice
+    traces: true
+"""
+
+PROMETHEUS: Final = """\
+global:
+  scrape_interval: %{scrape_interval_s}s
+  scrape_timeout: 10s
+  evaluation_interval: 30s
+
+rule_files:
+  - rules.yaml
+
+# No Alertmanager is part of the stack; name yours here to be told of alerts:
+# alerting: {alertmanagers: [{static_configs: [{targets: ["alertmanager:9093"]}]}]}
+
+scrape_configs:
+  - job_name: %{job}
+    static_configs:
+      - targets: ["vllm:%{vllm_port}"]
+  - job_name: prometheus
+    static_configs:
+      - targets: ["localhost:%{prometheus_port}"]
+  # The collector itself. What it received (port %{collector_port}) is not scraped: vLLM's own /metrics has the same.
+  - job_name: otel-collector
+    static_configs:
+      - targets: ["otel-collector:%{collector_metrics_port}"]
+"""
+
+COLLECTOR: Final = """\
+# Takes OTLP from vLLM and glassbox. Traces go to the log: name your own backend as a further exporter.
+receivers:
+  otlp:
+    protocols:
+      grpc:
+        endpoint: 0.0.0.0:%{otlp_grpc_port}
+      http:
+        endpoint: 0.0.0.0:%{otlp_http_port}
+
+processors:
+  memory_limiter:
+    check_interval: 1s
+    limit_mib: 256
+  batch: {}
+
+exporters:
+  debug:
+    verbosity: basic
+  prometheus:
+    endpoint: 0.0.0.0:%{collector_port}
+    resource_to_telemetry_conversion:
+      enabled: true
+
+service:
+  telemetry:
+    metrics:
+      readers:
+        - pull:
+            exporter:
+              prometheus:
+                host: 0.0.0.0
+                port: %{collector_metrics_port}
+  pipelines:
+    traces:
+      receivers: [otlp]
+      processors: [memory_limiter, batch]
+      exporters: [debug]
+    metrics:
+      receivers: [otlp]
+      processors: [memory_limiter, batch]
+      exporters: [prometheus]
+"""
+
+GRAFANA_DATASOURCES: Final = """\
+apiVersion: 1
+datasources:
+  - name: Prometheus
+    uid: %{datasource_uid}
+    type: prometheus
+    access: proxy
+    url: http://prometheus:%{prometheus_port}
+    isDefault: true
+    jsonData:
+      httpMethod: POST
+      timeInterval: %{scrape_interval_s}s   # the scrape interval: $__rate_interval follows from it
+"""
+
+GRAFANA_DASHBOARDS: Final = """\
+apiVersion: 1
+providers:
+  - name: glassbox
+    folder: glassbox
+    type: file
+    allowUiUpdates: false
+    options:
+      path: %{dashboards_dir}
+"""
+
+DASHBOARDS_KUSTOMIZATION: Final = """\
+# The dashboards as ConfigMaps, found by Grafana's sidecar by their label.
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+generatorOptions:
+  disableNameSuffixHash: true
+  labels:
+    grafana_dashboard: "1"
+  annotations:
+    grafana_folder: glassbox
+configMapGenerator:
+  - name: glassbox-overview
+    files: [glassbox-overview.json]
+  - name: glassbox-heads
+    files: [glassbox-heads.json]
+  - name: glassbox-requests
+    files: [glassbox-requests.json]
+"""
+
+KUSTOMIZATION: Final = """\
+# kubectl apply --server-side -k deploy/kubernetes
+# Needs the Prometheus operator (PodMonitor, PrometheusRule) and the image in a registry that the cluster reaches:
+#   kustomize edit set image vllm-glassbox=REGISTRY/vllm-glassbox:TAG
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+namespace: %{namespace}
+resources:
+  - namespace.yaml
+  - deployment.yaml
+  - service.yaml
+  - podmonitor.yaml
+  - prometheusrule.yaml
+  - ../../dashboards
+configMapGenerator:
+  # Without a hash in its name: an edit reaches the running server, which takes it over, and no pod is restarted.
+  - name: glassbox-config
+    files: [glassbox.yaml]
+    options:
+      disableNameSuffixHash: true
+"""
+
+NAMESPACE: Final = """\
+apiVersion: v1
+kind: Namespace
+metadata:
+  name: %{namespace}
+"""
+
+DEPLOYMENT: Final = """\
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: vllm
+  labels:
+    app.kubernetes.io/name: vllm
+    app.kubernetes.io/part-of: glassbox
+spec:
+  replicas: 1
+  # A new pod would wait for the GPU that the old one holds.
+  strategy:
+    type: Recreate
+  selector:
+    matchLabels:
+      app.kubernetes.io/name: vllm
+  template:
+    metadata:
+      labels:
+        app.kubernetes.io/name: vllm
+        app.kubernetes.io/part-of: glassbox
+    spec:
+      automountServiceAccountToken: false
+      securityContext:
+        runAsNonRoot: true
+        runAsUser: %{uid}
+        runAsGroup: %{uid}
+        fsGroup: %{uid}
+        seccompProfile:
+          type: RuntimeDefault
+      containers:
+        - name: vllm
+          image: %{image}
+          args: ["%{model}", "--port", "%{vllm_port}", "--max-model-len", "%{max_model_len}"]
+          env:
+            - name: GLASSBOX_CONFIG
+              value: %{config_dir}/glassbox.yaml
+          ports:
+            - name: http
+              containerPort: %{vllm_port}
+          securityContext:
+            allowPrivilegeEscalation: false
+            capabilities:
+              drop: [ALL]
+          resources:
+            requests:
+              cpu: "4"
+              memory: 16Gi
+            limits:
+              memory: 32Gi
+              nvidia.com/gpu: "1"
+          # The model is fetched and compiled before the server answers: up to 30 minutes.
+          startupProbe:
+            httpGet: {path: /health, port: http}
+            periodSeconds: 10
+            failureThreshold: 180
+          readinessProbe:
+            httpGet: {path: /health, port: http}
+            periodSeconds: 5
+          livenessProbe:
+            httpGet: {path: /health, port: http}
+            periodSeconds: 10
+            timeoutSeconds: 5
+            failureThreshold: 6
+          volumeMounts:
+            # The whole directory: with subPath an edited ConfigMap would not arrive.
+            - name: config
+              mountPath: %{config_dir}
+              readOnly: true
+            - name: cache
+              mountPath: %{home}/.cache
+            - name: shm
+              mountPath: /dev/shm
+      volumes:
+        - name: config
+          configMap:
+            name: glassbox-config
+        - name: cache
+          emptyDir: {}
+        - name: shm
+          emptyDir:
+            medium: Memory
+            sizeLimit: 8Gi
+"""
+
+SERVICE: Final = """\
+apiVersion: v1
+kind: Service
+metadata:
+  name: vllm
+  labels:
+    app.kubernetes.io/name: vllm
+    app.kubernetes.io/part-of: glassbox
+spec:
+  selector:
+    app.kubernetes.io/name: vllm
+  ports:
+    - name: http
+      port: %{vllm_port}
+      targetPort: http
+"""
+
+POD_MONITOR: Final = """\
+apiVersion: monitoring.coreos.com/v1
+kind: PodMonitor
+metadata:
+  name: %{job}
+  labels:
+    app.kubernetes.io/part-of: glassbox
+spec:
+  jobLabel: app.kubernetes.io/name   # the label `job` becomes %{job}, as with compose
+  selector:
+    matchLabels:
+      app.kubernetes.io/name: vllm
+  podMetricsEndpoints:
+    - port: http
+      path: /metrics
+      interval: %{scrape_interval_s}s
+"""
+
+PROMETHEUS_RULE: Final = """\
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: glassbox
+  labels:
+    app.kubernetes.io/part-of: glassbox
+spec:
+"""
