@@ -58,6 +58,8 @@ _MERGE_BLOCK = tl.constexpr(16)
 # Query heads of one KV head that share a tile; more of them (wide MQA) are done in groups of this many.
 _MAX_BLOCK_HEADS: Final = 16
 _NO_WINDOW: Final = 2**31 - 1
+# Offsets within a page are int32 in the kernel; those of pages are int64.
+_MAX_PAGE_ELEMENTS: Final = 2**31 - 1
 
 
 @triton.jit
@@ -88,12 +90,45 @@ def _load_partial(partial_ptr, slots, field: tl.constexpr, heads, present, other
     return tl.load(partial_ptr + offsets, mask=present[:, None], other=other, cache_modifier=".cg")
 
 
-# What changes from layer to layer or is configured must not compile another variant.
-@triton.jit(
-    do_not_specialize=["window", "sink_tokens", "local_window", "max_rows"],
-    do_not_specialize_on_alignment=["num_rows_ptr", "window_slot_ptr"],
-)
-def _row_stats_kernel(
+# What differs between layers or is configured must not compile another variant; nor need the host look at it to know
+# which variant a launch takes (see `row_stats`).
+_FREE_POINTERS: Final = [
+    "block_table_ptr",
+    "query_start_loc_ptr",
+    "seq_lens_ptr",
+    "rows_ptr",
+    "num_rows_ptr",
+    "q_scale_ptr",
+    "k_scale_ptr",
+    "alibi_slopes_ptr",
+    "sinks_ptr",
+    "counts_ptr",
+    "sums_ptr",
+    "row_counts_ptr",
+    "nonfinite_ptr",
+    "window_max_ptr",
+    "window_slot_ptr",
+    "bounds_ptr",
+    "ring_ptr",
+    "out_ptr",
+    "partial_ptr",
+    "arrivals_ptr",
+]
+_FREE_INTEGERS: Final = [
+    "stride_block_table",
+    "stride_q_scale",
+    "stride_k_scale",
+    "stride_window",
+    "stride_ring",
+    "window",
+    "sink_tokens",
+    "local_window",
+    "max_rows",
+]
+
+
+@triton.jit(do_not_specialize=_FREE_INTEGERS, do_not_specialize_on_alignment=_FREE_POINTERS)
+def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     q_ptr,  # [T, H, D]
     k_ptr,  # [num_blocks, Hkv, PAGE, D]
     block_table_ptr,  # [num_seqs, max_blocks] int32
@@ -148,7 +183,6 @@ def _row_stats_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MIN_TILES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     num_rows = tl.load(num_rows_ptr)
@@ -176,11 +210,12 @@ def _row_stats_kernel(
     ends = tl.cumsum(tiles, 0)
 
     total = tl.max(ends, 0) * HEAD_BLOCKS
-    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_TILES)
+    share = tl.cdiv(total, tl.num_programs(0))
     start = tl.program_id(0) * share
     stop = tl.minimum(start + share, total)
 
     offs_n = tl.arange(0, BLOCK_N)
+    offs_p = tl.arange(0, BLOCK_N // PAGE if BLOCK_N % PAGE == 0 else 1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_h = tl.arange(0, BLOCK_H)
     offs_s = tl.arange(0, _BLOCK_STATISTICS)
@@ -202,6 +237,7 @@ def _row_stats_kernel(
         is_head = in_group < GROUP
 
         lowest = tl.maximum(position + 1 - window, 0)
+        n_visible = (position + 1 - lowest).to(tl.uint32, bitcast=True)
         first_tile = lowest // BLOCK_N + (unit - begin)
         last_tile = lowest // BLOCK_N + (tl.minimum(end, stop) - begin)
         # [BLOCK_D, DOT_H]; the dot's further heads and the padding of HEAD_SIZE are 0.
@@ -222,9 +258,10 @@ def _row_stats_kernel(
         k_head_ptr = k_ptr + kv_head.to(tl.int64) * stride_k_head
         table_ptr = block_table_ptr + batch.to(tl.int64) * stride_block_table
 
-        # The loop has no barrier and rescales nothing: its exponents are relative to `reference`, the maximum of the first
-        # tile, and its sums stay per element. Only if a later score is far above that, the keys are read once more,
-        # with the maximum now known.
+        # The loop has no barrier and rescales nothing: its exponents are relative to `reference`, the maximum of the
+        # first tile, and its sums stay per element (with a running maximum and all 16 columns of the dot: 182 us, not
+        # 140, at 64 x 4,096 keys on an H200). Only if a later score is far above the reference, the keys are read once
+        # more, with the maximum now known.
         reference = tl.full([BLOCK_H], 0.0, tl.float32)
         m = tl.full([BLOCK_H], 0.0, tl.float32)
         row_zc = tl.zeros([BLOCK_H], tl.float32)
@@ -252,14 +289,29 @@ def _row_stats_kernel(
             bad = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
             for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
                 j = tile * BLOCK_N + offs_n
-                visible = (j >= lowest) & (j <= position)
-                block = tl.load(table_ptr + j // PAGE, mask=visible, other=0)
+                # lowest <= j <= position in one comparison
+                visible = (j - lowest).to(tl.uint32, bitcast=True) < n_visible
+                if BLOCK_N % PAGE == 0:
+                    # Whole pages a tile: one table entry per page, and where a key lies in its page never changes.
+                    entry = tl.load(
+                        table_ptr + tile * (BLOCK_N // PAGE) + offs_p,
+                        mask=tile * BLOCK_N + offs_p * PAGE <= position,
+                        other=0,
+                    )
+                    block = tl.reshape(tl.broadcast_to(entry[:, None], [BLOCK_N // PAGE, PAGE]), [BLOCK_N])
+                    slot = offs_n % PAGE
+                else:
+                    block = tl.load(table_ptr + j // PAGE, mask=j <= position, other=0)
+                    slot = j % PAGE
+                wanted = visible[:, None]
+                if HEAD_SIZE < BLOCK_D:
+                    wanted = wanted & (offs_d < HEAD_SIZE)[None, :]
                 k = tl.load(
                     k_head_ptr
                     + block.to(tl.int64)[:, None] * stride_k_block
-                    + (j % PAGE).to(tl.int64)[:, None] * stride_k_slot
-                    + offs_d[None, :],
-                    mask=visible[:, None] & (offs_d < HEAD_SIZE)[None, :],
+                    # int32 within a page: int64 here costs 40 registers
+                    + (slot[:, None] * stride_k_slot + offs_d[None, :]),
+                    mask=wanted,
                     other=0.0,
                 )
                 # [BLOCK_N, BLOCK_D] @ [BLOCK_D, DOT_H] -> [BLOCK_N, DOT_H]
@@ -418,7 +470,7 @@ def _row_stats_kernel(
                 tl.store(out + _NUM_STATISTICS, row_bad, mask=is_head)
             if HAS_RING:
                 ring_slot = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_SLOT)
-                traced = is_head & (ring_slot >= 0)
+                traced = in_group < tl.where(ring_slot >= 0, GROUP, 0)
                 ring = ring_ptr + ring_slot.to(tl.int64) * stride_ring + heads * (_NUM_STATISTICS + 1)
                 tl.store(ring[None, :] + column, value, mask=is_value & traced[None, :])
                 tl.store(ring + _NUM_STATISTICS, row_bad, mask=traced)
@@ -434,7 +486,7 @@ def _row_stats_kernel(
                 mask=is_head & (row_bad == 0.0),
                 sem="relaxed",
             )
-            counted = is_value & (value == value)
+            counted = is_value & (value == value)  # noqa: PLR0124 (NaN is no value)
             bucket = tl.zeros([_BLOCK_STATISTICS, BLOCK_H], tl.int32)
             for i in tl.static_range(_NUM_BUCKETS - 1):
                 bound = tl.load(bounds_ptr + offs_s * (_NUM_BUCKETS - 1) + i, mask=offs_s < _NUM_STATISTICS, other=0.0)
@@ -452,16 +504,18 @@ def _row_stats_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a launch is compiled: keys of one tile, warps of a program, stages of the software pipeline."""
+    """How a launch is compiled: keys of one tile, warps of a program, stages of the software pipeline, and the limit
+    of registers per thread (None is the compiler's choice)."""
 
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerParams:
-    """What an attention layer computes; constant over the life of the layer.
+    """What an attention layer computes; made once per layer (launches are remembered by its identity).
 
     Attributes:
         scale: of q.k.
@@ -532,6 +586,8 @@ class RowStatsWorkspace:
         fields = 2 * _STATE_FIELDS.value * _MAX_BLOCK_HEADS
         self.partial = torch.empty(num_programs * fields, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(max_rows * num_heads, dtype=torch.int32, device=device)
+        # Compiled kernels and their constants, by all that decides which one a launch takes.
+        self.compiled: dict[tuple[object, ...], tuple[Any, tuple[Any, ...]]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -542,6 +598,7 @@ class RowStatsWorkspace:
 def _default_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
+    # Two fit beside each other. Up to here an empty list costs 1.2 us in a graph; with four it costs 2.3 us.
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -558,9 +615,14 @@ def _dot_dtype(q: torch.dtype, k: torch.dtype, on_cpu: bool) -> Any:
 
 
 def _tiling(q: torch.Tensor, k_cache: torch.Tensor) -> Tiling:
-    if q.dtype == torch.float32 or k_cache.dtype == torch.float32:
-        return Tiling(keys=32, warps=4, stages=3)
-    return Tiling(keys=64, warps=4, stages=4)
+    """The fastest of those measured on an H200 (bench_row_stats, suites tune and shapes, 2026-11)."""
+    if torch.float32 in (q.dtype, k_cache.dtype):
+        return Tiling(keys=32, warps=4, stages=3)  # not tuned: float32 serves tests
+    # A tile of small heads is too few bytes in flight: 81 us against 93 us at 64 x 4,096 keys of size 64. With more
+    # heads per KV head, 128 keys spill.
+    if q.shape[2] <= 64 and q.shape[1] <= 4 * k_cache.shape[1]:
+        return Tiling(keys=128, warps=4, stages=5)
+    return Tiling(keys=64, warps=4, stages=5)
 
 
 def row_stats(
@@ -599,7 +661,7 @@ def row_stats(
         ValueError: for a shape the kernel does not do.
     """
     _, num_heads, head_size = q.shape
-    _, num_kv_heads, page, _ = k_cache.shape
+    num_kv_heads, page = k_cache.shape[1:3]
     max_rows = rows.shape[0]
     if head_size > MAX_HEAD_SIZE or head_size != k_cache.shape[3] or num_heads % num_kv_heads:
         raise ValueError(
@@ -611,12 +673,32 @@ def row_stats(
             f"workspace must hold {max_rows} rows and {num_heads} heads, got {workspace.max_rows} and "
             f"{workspace.num_heads}; make it larger"
         )
+    if page * k_cache.stride(2) > _MAX_PAGE_ELEMENTS:
+        raise ValueError(
+            f"a page of k_cache must span at most {_MAX_PAGE_ELEMENTS} elements, got {page * k_cache.stride(2)}; "
+            f"do not observe this layer"
+        )
     if q.stride(2) != 1 or k_cache.stride(3) != 1 or block_table.stride(1) != 1:
         raise ValueError("q, k_cache and block_table must be contiguous in their last dimension; pass such views")
     tiling = tiling or _tiling(q, k_cache)
-    group = num_heads // num_kv_heads
+    # Everything that Triton specialises the kernel on: known again, its own look-up is skipped (33 instead of 76 us).
+    key = (
+        params,
+        tiling,
+        q.dtype,
+        k_cache.dtype,
+        q.shape[1:],
+        k_cache.shape[1:],
+        q.stride(),
+        k_cache.stride(),
+        q.data_ptr() % 16,
+        k_cache.data_ptr() % 16,
+        max_rows,
+        ring is None,
+        out is None,
+    )
     q_scale, k_scale = params.q_scale, params.k_scale
-    _row_stats_kernel[(workspace.num_programs,)](
+    arguments = (
         q,
         k_cache,
         block_table,
@@ -655,23 +737,48 @@ def row_stats(
         params.sink_tokens,
         params.local_window,
         max_rows,
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        HEAD_SIZE=head_size,
-        PAGE=page,
-        DOT_DTYPE=_dot_dtype(q.dtype, k_cache.dtype, not q.is_cuda),
-        HAS_Q_SCALE=q_scale is not None,
-        HAS_K_SCALE=k_scale is not None,
-        HAS_SOFT_CAP=params.soft_cap > 0.0,
-        HAS_ALIBI=params.alibi_slopes is not None,
-        HAS_SINKS=params.sinks is not None,
-        HAS_RING=ring is not None,
-        HAS_OUT=out is not None,
-        BLOCK_ROWS=triton.next_power_of_2(max_rows),
-        BLOCK_H=min(triton.next_power_of_2(group), _MAX_BLOCK_HEADS),
-        BLOCK_D=max(triton.next_power_of_2(head_size), 16),
-        BLOCK_N=tiling.keys,
-        MIN_TILES=1,
-        STAGES=tiling.stages,
-        num_warps=tiling.warps,
+    )
+    known = workspace.compiled.get(key)
+    if known is not None:
+        compiled, constants = known
+        compiled[(workspace.num_programs, 1, 1)](*arguments, *constants)
+        return
+    constants = _constants(q, k_cache, max_rows, params, ring is not None, out is not None, tiling)
+    compiled = _row_stats_kernel[(workspace.num_programs,)](
+        *arguments, *constants, num_warps=tiling.warps, maxnreg=tiling.registers
+    )
+    if compiled is not None:  # None from the interpreter
+        workspace.compiled[key] = (compiled, constants)
+
+
+def _constants(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    max_rows: int,
+    params: LayerParams,
+    has_ring: bool,
+    has_out: bool,
+    tiling: Tiling,
+) -> tuple[Any, ...]:
+    """The kernel's constexpr arguments, in order."""
+    _, num_heads, head_size = q.shape
+    _, num_kv_heads, page, _ = k_cache.shape
+    return (
+        num_heads,
+        num_kv_heads,
+        head_size,
+        page,
+        _dot_dtype(q.dtype, k_cache.dtype, not q.is_cuda),
+        params.q_scale is not None,
+        params.k_scale is not None,
+        params.soft_cap > 0.0,
+        params.alibi_slopes is not None,
+        params.sinks is not None,
+        has_ring,
+        has_out,
+        triton.next_power_of_2(max_rows),
+        min(triton.next_power_of_2(num_heads // num_kv_heads), _MAX_BLOCK_HEADS),
+        max(triton.next_power_of_2(head_size), 16),
+        tiling.keys,
+        tiling.stages,
     )

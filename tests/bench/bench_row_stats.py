@@ -4,32 +4,35 @@
     python tests/bench/bench_row_stats.py --suite tune --csv-dir out     # every tiling and grid
 
 Time is the GPU's, from CUDA events around replayed graphs; bandwidth is the bytes of K a perfect kernel reads, over
-that time. Pages lie in random blocks with V interleaved, as vLLM keeps them. Every launch of a graph reads other blocks than
-the one before, so that nothing larger than L2 is measured from it (short contexts fit and say so by their rate).
+that time. Pages lie in random blocks with V interleaved, as vLLM keeps them. Every launch of a graph reads other blocks
+than the one before, so that nothing larger than L2 is measured from it (short contexts fit, and say so by their rate).
 """
 
 import argparse
 import csv
+import itertools
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
+sys.path.insert(0, str(ROOT))
 
 from glassbox.kernels.row_stats import LayerParams, RowStatsWorkspace, Tiling, row_stats  # noqa: E402
-from row_stats_cases import make_accumulators  # noqa: E402
+from tests.kernels.row_stats_cases import make_accumulators  # noqa: E402
 
 DEVICE = "cuda"
-HEADS, KV_HEADS, HEAD_SIZE, PAGE = 32, 8, 128, 16
+HEADS, KV_HEADS, HEAD_SIZE, PAGE, LAYERS = 32, 8, 128, 16, 32
 PARAMS = LayerParams(scale=HEAD_SIZE**-0.5)
-KEY_BYTES = KV_HEADS * HEAD_SIZE * 2
 Row = dict[str, object]
 
 
@@ -48,12 +51,22 @@ class Batch:
 
 
 class Cache:
-    """One KV cache for all cases, filled once: [blocks, PAGE, KV_HEADS, 2 * HEAD_SIZE] bfloat16."""
+    """One KV cache for all cases, filled once: [blocks, PAGE, kv_heads, 2 * head_size]."""
 
-    def __init__(self, gib: float) -> None:
-        blocks = int(gib * 2**30) // (PAGE * KEY_BYTES * 2)
-        self.kv = torch.empty(blocks, PAGE, KV_HEADS, 2 * HEAD_SIZE, dtype=torch.bfloat16, device=DEVICE).normal_()
+    def __init__(
+        self,
+        gib: float,
+        heads: int = HEADS,
+        kv_heads: int = KV_HEADS,
+        head_size: int = HEAD_SIZE,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        blocks = int(gib * 2**30) // (PAGE * kv_heads * head_size * 2 * dtype.itemsize)
+        self.kv = torch.empty(blocks, PAGE, kv_heads, 2 * head_size, dtype=dtype, device=DEVICE)
+        for part in self.kv.split(2**14):
+            part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=DEVICE))
         self.order = torch.randperm(blocks, device=DEVICE, dtype=torch.int32)
+        self.heads, self.head_size = heads, head_size
 
     def batch(self, batch: int, context: int, max_rows: int = 256) -> Batch:
         """Rows over blocks in random order."""
@@ -66,8 +79,8 @@ class Cache:
         rows[:batch, 0] = rows[:batch, 1] = torch.arange(batch)
         rows[:, 2], rows[:, 3], rows[:, 4] = 1, context // 2, -1
         return Batch(
-            q=torch.randn(batch, HEADS, HEAD_SIZE, dtype=torch.bfloat16, device=DEVICE),
-            k=self.kv.transpose(1, 2)[..., :HEAD_SIZE],
+            q=torch.randn(batch, self.heads, self.head_size, dtype=torch.bfloat16, device=DEVICE),
+            k=self.kv.transpose(1, 2)[..., : self.head_size],
             kv=self.kv,
             tables=tables,
             starts=torch.arange(batch + 1, dtype=torch.int32, device=DEVICE),
@@ -87,18 +100,23 @@ def graph_time_us(launch: Callable[[int], None], launches: int, replays: int = 7
     with torch.cuda.graph(graph):
         for i in range(launches):
             launch(i)
+    # The clock of an idle GPU takes some time to rise.
+    ready = time.monotonic() + 0.1
+    while time.monotonic() < ready:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
-    for _ in range(replays + 1):
+    for _ in range(replays):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3 / launches)
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
-def eager_time_us(call: Callable[[], None], repeats: int = 7) -> float:
+def eager_time_us(call: Callable[[], object], repeats: int = 7) -> float:
     """Median GPU time of a call that allocates, in microseconds."""
     times = []
     for _ in range(repeats + 2):
@@ -111,14 +129,14 @@ def eager_time_us(call: Callable[[], None], repeats: int = 7) -> float:
     return statistics.median(times[2:])
 
 
-def kernel_time_us(
-    b: Batch, tiling: Tiling | None = None, programs_per_sm: int | None = None, params: LayerParams = PARAMS
-) -> float:
+def kernel_time_us(b: Batch, tiling: Tiling | None = None, programs_per_sm: int | None = None) -> float:
     """Time of row_stats on a batch."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     programs = None if programs_per_sm is None else programs_per_sm * sms
-    workspace = RowStatsWorkspace(DEVICE, b.rows.shape[0], HEADS, programs)
-    accumulators = make_accumulators(HEADS, DEVICE)
+    heads, head_size = b.q.shape[1:]
+    params = LayerParams(scale=head_size**-0.5)
+    workspace = RowStatsWorkspace(DEVICE, b.rows.shape[0], heads, programs)
+    accumulators = make_accumulators(heads, DEVICE)
 
     def launch(i: int) -> None:
         row_stats(
@@ -130,37 +148,44 @@ def kernel_time_us(
 
 
 def copy_gb_s() -> float:
-    """Device-to-device copy bandwidth, bytes read plus bytes written."""
-    source = torch.empty(2**31, dtype=torch.uint8, device=DEVICE).random_()
+    """Device-to-device copy bandwidth, bytes read plus bytes written: the best of a memcpy and two copy kernels."""
+    source = torch.empty(2**30, dtype=torch.float32, device=DEVICE).normal_()
     target = torch.empty_like(source)
-    time_us = graph_time_us(lambda _: target.copy_(source), launches=4)
-    return 2 * source.numel() / time_us / 1e3
+    ways: tuple[Callable[[], object], ...] = (
+        lambda: target.copy_(source),
+        lambda: torch.add(source, 0.0, out=target),
+        lambda: torch.neg(source.view(torch.int32), out=target.view(torch.int32)),
+    )
+    rates = [2 * source.nbytes / eager_time_us(way) / 1e3 for way in ways]
+    print("copy", *(f"{rate:.0f}" for rate in rates), "GB/s: memcpy, float32 add, int32 neg", flush=True)
+    return max(rates)
 
 
 def measure(case: str, b: Batch, copy: float, **more: object) -> Row:
     """One line of the result: time and share of the copy bandwidth."""
     batch, context = len(b.seq_lens), int(b.seq_lens[0])
     time_us = kernel_time_us(b, **more)  # type: ignore[arg-type]
-    rate = batch * context * KEY_BYTES / time_us / 1e3
+    key_bytes = b.k.shape[1] * b.k.shape[3] * b.k.itemsize
+    rate = batch * context * key_bytes / time_us / 1e3
     row: Row = {"case": case, "batch": batch, "context": context, "time_us": round(time_us, 2)}
     row |= {"k_gb_s": round(rate, 1), "copy_gb_s": round(copy, 1), "share_of_copy": round(rate / copy, 4)}
     return row
 
 
 def suite_tune(cache: Cache, copy: float) -> list[Row]:
-    """Every tiling and grid on the two target shapes, a small one and many short rows."""
+    """Tilings and grids on the two target shapes, on small ones and on many short rows."""
     result = []
-    shapes = [cache.batch(64, 4096), cache.batch(1, 131072), cache.batch(1, 1024), cache.batch(256, 256)]
-    for keys, warps in ((64, 4), (128, 8), (128, 4), (32, 4), (64, 8)):
-        for stages in (3, 5, 7):
-            for per_sm in (1, 2, 3, 4):
-                for b in shapes:
-                    tiling = Tiling(keys, warps, stages)
-                    try:
-                        row = measure("tune", b, copy, tiling=tiling, programs_per_sm=per_sm)
-                    except triton.runtime.errors.OutOfResources:
-                        continue
-                    result.append(row | {"keys": keys, "warps": warps, "stages": stages, "programs_per_sm": per_sm})
+    shapes = [
+        cache.batch(*s) for s in ((64, 4096), (1, 131072), (1, 1024), (16, 8192), (64, 512), (256, 256), (256, 64))
+    ]
+    for keys, stages, registers in itertools.product((64, 128), (3, 5), (None, 168, 128)):
+        tiling = Tiling(keys, 4, stages, registers)
+        for per_sm, b in itertools.product((2, 3, 4), shapes):
+            try:
+                row = measure("tune", b, copy, tiling=tiling, programs_per_sm=per_sm)
+            except triton.runtime.errors.OutOfResources:
+                continue
+            result.append(row | asdict(tiling) | {"programs_per_sm": per_sm})
     return result
 
 
@@ -174,6 +199,19 @@ def suite_sweep(cache: Cache, copy: float) -> list[Row]:
     shapes = [(b, 2**c) for b in (1, 16, 64) for c in range(7, 18) if b * 2**c <= 2**21]
     shapes += [(2**r, 4096) for r in range(9)] + [(2**r, 256) for r in range(9)]
     return [measure("sweep", cache.batch(*shape), copy) for shape in dict.fromkeys(shapes)]
+
+
+def suite_shapes(cache: Cache, copy: float) -> list[Row]:
+    """Other head counts, head sizes and types than the target's, at 64 x 4,096 keys."""
+    result = []
+    fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
+    kinds = ((32, 8, 128, fp8), (32, 32, 128, bf16), (32, 8, 64, bf16), (64, 8, 128, bf16), (64, 4, 128, bf16))
+    for heads, kv_heads, head_size, dtype in (*kinds, (16, 8, 256, bf16), (32, 8, 80, bf16), (32, 8, 64, fp8)):
+        made = Cache(8.0, heads, kv_heads, head_size, dtype)
+        row = measure("shape", made.batch(64, 4096), copy)
+        row |= {"heads": heads, "kv_heads": kv_heads, "head_size": head_size, "kv_dtype": str(dtype).split(".")[1]}
+        result.append(row)
+    return result
 
 
 def _statistics(s: torch.Tensor, m: torch.Tensor, p: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -231,47 +269,69 @@ def suite_alternatives(cache: Cache, copy: float) -> list[Row]:
         for name, call in (("torch", torch_alternative), ("flash LSE + torch", lse_alternative)):
             # bfloat16 scores: the alternatives are the less exact side.
             torch.testing.assert_close(call(b), out[: len(b.seq_lens), :, :9], rtol=0.05, atol=0.05)
-            time_us = eager_time_us(lambda b=b, call=call: call(b))
+            time_us = eager_time_us(partial(call, b))
             row: Row = {"case": name, "batch": shape[0], "context": shape[1], "time_us": round(time_us, 2)}
             result.append(row | {"ratio_to_row_stats": round(time_us / float(str(ours["time_us"])), 2)})
     return result
 
 
+@triton.jit
+def _empty_kernel(num_rows_ptr):
+    """What every gated kernel must cost."""
+    if tl.load(num_rows_ptr) == 0:
+        return
+    tl.store(num_rows_ptr, 0)
+
+
 def suite_gate(cache: Cache, copy: float) -> list[Row]:
-    """Cost of a launch with an empty row list in a graph of 32 layers: in line, and on a branch beside the layer's kernel."""
+    """Cost of a launch with an empty row list in a graph of 32 layers: in line, and on a branch beside a kernel."""
     b = cache.batch(64, 4096)
     empty = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     accumulators, side = make_accumulators(HEADS, DEVICE), torch.cuda.Stream()
     a = torch.randn(64, 4096, dtype=torch.bfloat16, device=DEVICE)
     w = torch.randn(4096, 4096, dtype=torch.bfloat16, device=DEVICE) / 64
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+
+    def gated(per_sm: int) -> None:
+        if per_sm == 0:
+            _empty_kernel[(sms,)](empty)
+            return
+        row_stats(b.q, b.k, b.tables[0], b.starts, b.seq_lens, b.rows, empty, PARAMS, accumulators, spaces[per_sm])
+
+    pending: list[torch.cuda.Event] = []
+
+    def layer(how: str, per_sm: int, i: int) -> None:
+        main, forked = torch.cuda.current_stream(), how.startswith("forked")
+        x = a @ w
+        if how == "in line":
+            gated(per_sm)
+        if forked:
+            if how == "forked, joined a layer later" and i > 0:
+                main.wait_event(pending.pop())
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                gated(per_sm)
+                pending[:] = [side.record_event()]
+        x = x @ w
+        # The warm-up call stands alone.
+        if how == "forked" or not torch.cuda.is_current_stream_capturing():
+            main.wait_stream(side)
+        torch.relu_(x)
+        if forked and i == LAYERS - 1:
+            main.wait_stream(side)
+
+    spaces = {per_sm: RowStatsWorkspace(DEVICE, b.rows.shape[0], HEADS, per_sm * sms) for per_sm in (1, 2, 4)}
     result = []
-    for per_sm in (1, 2, 4):
-        sms = torch.cuda.get_device_properties(0).multi_processor_count
-        workspace = RowStatsWorkspace(DEVICE, b.rows.shape[0], HEADS, per_sm * sms)
-
-        def gated(workspace: RowStatsWorkspace = workspace) -> None:
-            row_stats(b.q, b.k, b.tables[0], b.starts, b.seq_lens, b.rows, empty, PARAMS, accumulators, workspace)
-
-        def layer(how: str, gated: Callable[[], None] = gated) -> None:
-            x = a @ w
-            if how == "in line":
-                gated()
-            if how == "forked":
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    gated()
-            x = x @ w
-            if how == "forked":
-                torch.cuda.current_stream().wait_stream(side)
-            torch.relu_(x)
-
-        times: dict[str, list[float]] = {"none": [], "in line": [], "forked": []}
+    ways = ("in line", "forked", "forked, joined a layer later", "forked, joined at the end")
+    for per_sm in (0, *spaces):
+        times: dict[str, list[float]] = {how: [] for how in ("none", *ways)}
         for _ in range(5):
             for how, values in times.items():
-                values.append(graph_time_us(lambda _, how=how: layer(how), launches=32, replays=31))
-        for how in ("in line", "forked"):
+                values.append(graph_time_us(partial(layer, how, per_sm), launches=LAYERS, replays=31))
+        for how in ways:
             deltas = [x - y for x, y in zip(times[how], times["none"], strict=True)]
-            row: Row = {"case": f"gated {how}", "programs_per_sm": per_sm, "layer_us": round(times["none"][0], 2)}
+            name = f"{'row_stats' if per_sm else 'empty kernel'}, {how}"
+            row: Row = {"case": name, "programs": (per_sm or 1) * sms, "layer_us": round(times["none"][0], 2)}
             row |= {"added_us": round(statistics.median(deltas), 3)}
             result.append(row | {"added_us_min": round(min(deltas), 3), "added_us_max": round(max(deltas), 3)})
     return result
@@ -281,13 +341,16 @@ SUITES = {
     "tune": suite_tune,
     "targets": suite_targets,
     "sweep": suite_sweep,
+    "shapes": suite_shapes,
     "alternatives": suite_alternatives,
     "gate": suite_gate,
 }
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -320,7 +383,6 @@ def main() -> None:
         parser.error("needs a CUDA device")
     names = [n for n in SUITES if n != "tune"] if args.suite == "all" else [args.suite]
     copy = copy_gb_s()
-    print(f"copy {copy:.0f} GB/s (read + written)", flush=True)
     cache = Cache(args.cache_gib)
     for name in names:
         rows = SUITES[name](cache, copy)

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from glassbox.statistics import NUM_BUCKETS, NUM_STATISTICS, STATISTICS
 from glassbox.kernels.row_stats import LayerAccumulators, LayerParams
+from glassbox.statistics import NUM_BUCKETS, NUM_STATISTICS, STATISTICS
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BAD_BLOCK = 2**30  # an unused block table entry: following it is an illegal access
@@ -91,10 +91,10 @@ def _paged(case: Case, keys: list[torch.Tensor], generator: torch.Generator) -> 
     return cache, table
 
 
-def _scale_tensor(value: float | tuple[float, ...] | None) -> torch.Tensor | None:
+def _scale_tensor(value: float | tuple[float, ...] | None, device: str) -> torch.Tensor | None:
     if value is None:
         return None
-    return torch.tensor([value] if isinstance(value, float) else value)
+    return torch.tensor([value] if isinstance(value, float) else value, device=device)
 
 
 def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
@@ -130,8 +130,8 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
         local_window=case.local_window,
         alibi_slopes=slopes.to(device) if case.alibi else None,
         sinks=sinks.to(torch.bfloat16).to(device) if case.sinks else None,
-        q_scale=None if case.q_scale is None else torch.tensor([case.q_scale], device=device),
-        k_scale=None if case.k_scale is None else _scale_tensor(case.k_scale).to(device),
+        q_scale=_scale_tensor(case.q_scale, device),
+        k_scale=_scale_tensor(case.k_scale, device),
     )
     return Inputs(
         q=q.to(case.dtype).to(device),
@@ -202,6 +202,12 @@ CASES: tuple[Case, ...] = (
     replace(BASE, name="late", sequences=(Sequence(1, 300, 20),), keys=((0, 280, 0, 900.0),), num_programs=1),
     replace(BASE, name="zero-q", q_magnitude=0.0),
     replace(MIXED, name="thinned", rows=((0, 4), (3, 1), (1, 0)), num_programs=3),
+)
+# For every tiling: pages smaller than a tile, larger, and neither a divisor nor a multiple.
+TILE_CASES: tuple[Case, ...] = (
+    replace(BASE, name="page-16"),
+    replace(BASE, name="page-256", page=256),
+    replace(BASE, name="page-24", page=24, kv_dtype=torch.float8_e4m3fn),
 )
 LARGE: tuple[Case, ...] = (
     Case(

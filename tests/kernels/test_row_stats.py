@@ -1,22 +1,341 @@
-"""The Triton kernel against the float64 reference: in Triton's interpreter without a GPU, compiled with one."""
+"""The Triton kernel equals the float64 reference: in Triton's interpreter without a GPU, compiled with one."""
 
 import os
+import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("triton came without its interpreter; run tests/kernels by itself", allow_module_level=True)
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-from glassbox.kernels.reference.row_stats import row_stats_ref
-from glassbox.kernels.row_stats import LayerAccumulators, LayerParams, RowStatsWorkspace, Tiling, row_stats
-from glassbox.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, STATISTICS
-from tests.kernels.row_stats_cases import BASE, CASES, LARGE, MIXED, Case, Inputs, Sequence, make_accumulators, make_inputs
-from tests.kernels.tolerances import assert_two_oracles
+from glassbox.kernels.reference.row_stats import row_stats_ref  # noqa: E402
+from glassbox.kernels.row_stats import LayerAccumulators, LayerParams, RowStatsWorkspace, Tiling, row_stats  # noqa: E402
+from glassbox.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, STATISTICS  # noqa: E402
+from tests.kernels import row_stats_cases as made  # noqa: E402
+from tests.kernels.row_stats_cases import BASE, MIXED, Case, Inputs, Sequence, make_accumulators, make_inputs  # noqa: E402
+from tests.kernels.tolerances import assert_two_oracles  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 UNWRITTEN = -7.5
 MAX_LOGIT = INDEX["max_logit"]
+
+# The interpreter computes in numpy, which warns where the kernel means to reach infinity or NaN.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+class Run:
+    """A launch on a made case and what it left behind, on the CPU."""
+
+    def __init__(
+        self,
+        case: Case,
+        inputs: Inputs | None = None,
+        tiling: Tiling | None = None,
+        ring: Tensor | None = None,
+    ) -> None:
+        self.inputs = inputs or make_inputs(case, DEVICE)
+        self.accumulators = make_accumulators(case.heads, DEVICE)
+        self.workspace = RowStatsWorkspace(DEVICE, case.max_rows, case.heads, case.num_programs)
+        self.dense = torch.full((case.max_rows, case.heads, NUM_STATISTICS + 1), UNWRITTEN, device=DEVICE)
+        self.ring, self.tiling = ring, tiling
+        self.launch()
+
+    def launch(self) -> None:
+        i = self.inputs
+        row_stats(
+            i.q, i.k_cache, i.block_table, i.query_start_loc, i.seq_lens, i.rows, i.num_rows, i.params,
+            self.accumulators, self.workspace, self.ring, self.dense, self.tiling,
+        )  # fmt: skip
+
+    @property
+    def out(self) -> Tensor:
+        return self.dense.cpu()[: int(self.inputs.num_rows)]
+
+    @property
+    def phases(self) -> Tensor:
+        return self.inputs.rows.cpu()[: int(self.inputs.num_rows), 2].long()
+
+
+def oracle(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """The reference on a case; scales of quantised operands go into q and K."""
+    p = inputs.params
+    rows = inputs.rows.cpu()[: int(inputs.num_rows)]
+    starts, lengths = inputs.query_start_loc.tolist(), inputs.seq_lens.tolist()
+    batch = rows[:, 1].tolist()
+    q = inputs.q.cpu().float().to(dtype)[rows[:, 0].long()]
+    keys = [k.float().to(dtype) for k in inputs.keys]
+    if p.q_scale is not None:
+        q = q * p.q_scale.cpu().to(dtype)
+    if p.k_scale is not None:
+        keys = [k * p.k_scale.cpu().to(dtype).view(1, -1, 1) for k in keys]
+    return row_stats_ref(
+        q,
+        keys,
+        [lengths[b] - starts[b + 1] + token for token, b in zip(rows[:, 0].tolist(), batch, strict=True)],
+        request=batch,
+        phase=rows[:, 2].tolist(),
+        prompt_len=rows[:, 3].tolist(),
+        scale=p.scale,
+        sliding_window=p.sliding_window,
+        soft_cap=p.soft_cap or None,
+        alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes.cpu(),
+        sinks=None if p.sinks is None else p.sinks.cpu().float(),
+        sink_tokens=p.sink_tokens,
+        local_window=p.local_window,
+        dtype=dtype,
+    )
+
+
+def magnitude(inputs: Inputs) -> float:
+    """Largest sum over d of |scale * q_d * k_d|, plus the largest bias."""
+    p = inputs.params
+    rows = inputs.rows.cpu()[: int(inputs.num_rows), 0].long()
+    q = inputs.q.cpu().double()[rows].nan_to_num(0, 0, 0).abs()
+    largest = 0.0
+    for k in inputs.keys:
+        if len(k):
+            heads = k.double().nan_to_num(0, 0, 0).abs().repeat_interleave(q.shape[1] // k.shape[1], 1)
+            largest = max(largest, float(torch.einsum("rhd,nhd->rhn", q, heads).max()))
+    for factor in (p.q_scale, p.k_scale):
+        largest *= 1.0 if factor is None else float(factor.max())
+    longest = int(inputs.seq_lens.max())
+    return p.scale * largest + (0.0 if p.alibi_slopes is None else float(p.alibi_slopes.max()) * longest)
+
+
+def assert_equals_reference(run: Run) -> None:
+    expected, same_dtype = oracle(run.inputs, torch.float64), oracle(run.inputs, torch.float32)
+    most = int(run.inputs.seq_lens.max())
+    assert_two_oracles(run.out, expected, same_dtype, magnitude(run.inputs), most)
+
+
+def bucketed(out: Tensor, phases: Tensor, accumulators: LayerAccumulators) -> Tensor:
+    """Histogram counts [H, 2, S, B] of dense rows, one value at a time."""
+    counts = torch.zeros(out.shape[1], 2, NUM_STATISTICS, NUM_BUCKETS, dtype=torch.int64)
+    bounds = accumulators.bounds.cpu()
+    for row, phase in zip(out, phases.tolist(), strict=True):
+        for head, values in enumerate(row[:NUM_STATISTICS] if row.dim() == 1 else row):
+            for s in range(NUM_STATISTICS):
+                if not values[s].isnan():
+                    counts[head, phase, s, int((values[s] > bounds[s]).sum())] += 1
+    return counts
+
+
+class TestValues:
+    @pytest.mark.parametrize("case", made.CASES, ids=lambda case: case.name)
+    def test_every_statistic_is_as_near_to_float64_as_torch_is(self, case: Case) -> None:
+        """Error <= 2 x float32 torch's error + rounding, NaN in the same places, for every feature."""
+        assert_equals_reference(Run(case))
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not ON_GPU, reason="too large for the interpreter")
+    @pytest.mark.parametrize("case", made.LARGE, ids=lambda case: case.name)
+    def test_long_and_many_rows(self, case: Case) -> None:
+        """The same over the whole GPU."""
+        run = Run(case)
+        assert_equals_reference(run)
+        assert torch.equal(run.accumulators.counts.cpu(), bucketed(run.out, run.phases, run.accumulators))
+
+    @pytest.mark.parametrize("case", made.TILE_CASES, ids=lambda case: case.name)
+    @pytest.mark.parametrize("tiling", [Tiling(32, 4, 3), Tiling(128, 4, 3), Tiling(64, 4, 3, 168)], ids=str)
+    def test_the_tiling_is_not_seen_in_the_values(self, case: Case, tiling: Tiling) -> None:
+        """Tiles smaller and larger than a page, and a register limit, give the reference's values too."""
+        assert_equals_reference(Run(case, tiling=tiling))
+
+    @pytest.mark.parametrize("num_programs", [1, 2, 7, 40])
+    def test_the_split_is_not_seen_in_the_values(self, num_programs: int) -> None:
+        """One program or more than there are tiles: the merge changes rounding only, and leaves no arrival behind."""
+        run = Run(replace(MIXED, num_programs=num_programs))
+        assert_equals_reference(run)
+        assert not run.workspace.arrivals.any()
+
+    def test_a_nonfinite_score_marks_its_heads_only(self) -> None:
+        """NaN in KV head 1 marks query heads 2 and 3 of that row; the rest is as if it were not there."""
+        run = Run(replace(BASE, keys=((0, 3, 1, float("nan")),)))
+        clean = Run(BASE).out
+        assert run.out[:, :, NUM_STATISTICS].tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+        assert torch.equal(run.out[0, :2], clean[0, :2])
+        assert run.out[0, 2:, :NUM_STATISTICS].isnan().all()
+
+
+class TestAccumulators:
+    def test_counts_are_the_buckets_of_the_dense_rows(self) -> None:
+        """Exactly, over two launches; every phase, head and statistic."""
+        run = Run(MIXED)
+        run.launch()
+        assert torch.equal(run.accumulators.counts.cpu(), 2 * bucketed(run.out, run.phases, run.accumulators))
+
+    def test_a_value_on_a_bound_belongs_to_the_bucket_below(self) -> None:
+        """One key: entropy_ratio 0, top1_ratio 1 and effective_keys 1 are where `le` puts them."""
+        run = Run(replace(BASE, sequences=(Sequence(1, 1, 1),)))
+        counts = run.accumulators.counts.cpu()
+        assert run.out[0, 0, INDEX["max_logit"]] != 0
+        for name, value in (("entropy_ratio", 0.0), ("top1_ratio", 1.0), ("effective_keys", 1.0)):
+            bucket = sum(value > bound for bound in STATISTICS[INDEX[name]].buckets)
+            assert counts[0, :, INDEX[name]].sum(0).nonzero().tolist() == [[bucket]]
+
+    def test_rows_sums_and_nonfinite(self) -> None:
+        """rows counts every row, nonfinite those with a NaN or Inf score; sums leave them out."""
+        case = replace(MIXED, keys=((0, 67, 0, float("nan")), (3, 0, 1, float("inf"))))
+        run = Run(case)
+        out, phases, acc = run.out, run.phases, run.accumulators
+        for phase in (0, 1):
+            of_phase = out[phases == phase]
+            assert acc.rows.cpu()[:, phase].tolist() == [len(of_phase)] * case.heads
+            assert torch.equal(acc.nonfinite.cpu()[:, phase], of_phase[..., NUM_STATISTICS].sum(0).long())
+            sums = of_phase[..., :NUM_STATISTICS].double().nansum(0)
+            torch.testing.assert_close(acc.sums.cpu()[:, phase], sums, rtol=1e-12, atol=1e-9)
+        assert acc.nonfinite.sum() > 0
+
+    def test_the_window_maximum_goes_to_the_slot_in_use(self) -> None:
+        """Slot 1 holds the largest max_logit of each head and phase, negative ones too; the others are untouched."""
+        run = Run(replace(MIXED, sequences=(Sequence(2, 9, 20), Sequence(1, 1, 0))))
+        maxima = run.accumulators.window_max.cpu()
+        assert (maxima[[0, 2]] == -torch.inf).all()
+        for phase in (0, 1):
+            assert torch.equal(maxima[1, :, phase], run.out[run.phases == phase][..., MAX_LOGIT].amax(0))
+        assert (maxima[1] < 0).any()
+
+    def test_a_maximum_of_minus_zero_counts(self) -> None:
+        """q = 0 scores 0 or -0 everywhere: the window maximum is 0, not -inf."""
+        run = Run(replace(BASE, q_magnitude=-0.0))
+        assert (run.accumulators.window_max.cpu()[1, :, 1] == 0).all()
+
+
+class TestRowList:
+    def test_an_empty_list_leaves_everything_as_it_is(self) -> None:
+        """Zero rows: nothing is read but the count, nothing is written."""
+        inputs = make_inputs(BASE, DEVICE)
+        inputs.num_rows.zero_()
+        run = Run(BASE, inputs)
+        assert (run.dense == UNWRITTEN).all()
+        assert not run.accumulators.rows.any()
+        assert (run.accumulators.window_max == -torch.inf).all()
+
+    def test_rows_behind_the_list_are_not_measured(self) -> None:
+        """Entries from `num_rows` on, which hold rubbish, write nothing."""
+        run = Run(MIXED)
+        assert (run.dense[int(run.inputs.num_rows) :] == UNWRITTEN).all()
+
+    def test_padding_rows_are_skipped(self) -> None:
+        """A row of a sequence with query length 0 and length 0 counts nowhere; its neighbours do."""
+        inputs = make_inputs(MIXED, DEVICE)
+        rows = inputs.rows.cpu()
+        rows[1] = torch.tensor([inputs.query_start_loc.tolist()[2], 2, 1, 0, -1])
+        inputs.rows.copy_(rows)
+        run = Run(MIXED, inputs)
+        assert (run.out[1] == UNWRITTEN).all()
+        assert (run.out[[0, 2]] != UNWRITTEN).any()
+        assert run.accumulators.rows.sum() == (len(run.out) - 1) * MIXED.heads
+
+    def test_traced_rows_are_in_the_ring_and_the_others_are_not(self) -> None:
+        """Rows with a slot are written there as in the dense result; other slots stay as they were."""
+        case = replace(BASE, slots=(3, -1, 0))
+        # One layer of a [slots, layers, H, S + 1] ring.
+        ring = torch.full((5, 2, case.heads, NUM_STATISTICS + 1), UNWRITTEN, device=DEVICE)
+        run = Run(case, ring=ring[:, 1])
+        assert torch.equal(ring[3, 1].cpu(), run.out[0])
+        assert torch.equal(ring[0, 1].cpu(), run.out[2])
+        assert (ring[[1, 2, 4]] == UNWRITTEN).all()
+        assert (ring[:, 0] == UNWRITTEN).all()
+
+
+class TestErrors:
+    def test_a_head_size_over_256(self) -> None:
+        """Names the shapes and the remedy."""
+        with pytest.raises(ValueError, match=r"head size of at most 256 .* do not observe this layer"):
+            Run(replace(BASE, head_size=288))
+
+    def test_a_workspace_too_small(self) -> None:
+        """Names what it must hold and what it holds."""
+        inputs = make_inputs(BASE, DEVICE)
+        with pytest.raises(ValueError, match="must hold 16 rows and 4 heads, got 8 and 4; make it larger"):
+            row_stats(
+                inputs.q, inputs.k_cache, inputs.block_table, inputs.query_start_loc, inputs.seq_lens, inputs.rows,
+                inputs.num_rows, inputs.params, make_accumulators(4, DEVICE), RowStatsWorkspace(DEVICE, 8, 4),
+            )  # fmt: skip
+
+    def test_a_cache_not_contiguous_in_the_head(self) -> None:
+        """K with a stride in its last dimension is refused."""
+        inputs = make_inputs(BASE, DEVICE)
+        inputs.k_cache = inputs.k_cache.repeat_interleave(2, 3)[..., ::2]
+        with pytest.raises(ValueError, match="contiguous in their last dimension"):
+            Run(BASE, inputs)
+
+    def test_a_page_beyond_32_bit_offsets(self) -> None:
+        """A slot stride that a page of 16 takes over 2^31 elements is refused, not wrapped around."""
+        inputs = make_inputs(BASE, DEVICE)
+        strides = (1, 1, 2**28, 1)
+        inputs.k_cache = torch.empty_strided((1, 2, 16, 64), strides, dtype=torch.bfloat16, device="meta")
+        with pytest.raises(ValueError, match="must span at most 2147483647 elements, got 4294967296"):
+            Run(BASE, inputs)
+
+    def test_no_rows(self) -> None:
+        """A workspace for no rows is refused."""
+        with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
+            RowStatsWorkspace(DEVICE, 0, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+class TestGraph:
+    def test_replays_follow_the_device_memory(self) -> None:
+        """Captured once with an empty list on a forked stream; each replay measures what the list says then."""
+        case = replace(MIXED, heads=8, head_size=128)
+        full, thin = make_inputs(case, DEVICE), make_inputs(replace(case, rows=((0, 4), (3, 1), (1, 0))), DEVICE)
+        inputs = replace(full, rows=full.rows.clone(), num_rows=torch.zeros_like(full.num_rows))
+        run = Run(case, inputs)
+        main_work, main_result = torch.randn(2, 2**20, device=DEVICE)
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            torch.add(main_work, 1, out=main_result)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run.launch()
+            torch.add(main_work, 2, out=main_result)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.add(main_work, 3, out=main_result)
+        graph.replay()
+        assert (run.dense == UNWRITTEN).all()
+        expected_rows = 0
+        for source in (full, thin, full):
+            inputs.rows.copy_(source.rows)
+            inputs.num_rows.copy_(source.num_rows)
+            run.dense.fill_(UNWRITTEN)
+            graph.replay()
+            assert_equals_reference(run)
+            expected_rows += int(source.num_rows)
+            assert (run.dense[int(source.num_rows) :] == UNWRITTEN).all()
+            assert run.accumulators.rows.sum() == expected_rows * case.heads
+        inputs.num_rows.zero_()
+        graph.replay()
+        assert run.accumulators.rows.sum() == expected_rows * case.heads
+
+    def test_lengths_grow_between_replays(self) -> None:
+        """A graph captured at short lengths measures long ones: loop bounds come from the device."""
+        case = made.LARGE[0]
+        inputs = make_inputs(case, DEVICE)
+        lengths = inputs.seq_lens.clone()
+        inputs.seq_lens.fill_(1)
+        run = Run(case, inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run.launch()
+        inputs.seq_lens.copy_(lengths)
+        graph.replay()
+        assert_equals_reference(run)
+
+    def test_params_of_another_layer_take_another_variant(self) -> None:
+        """Launches are remembered per layer: the same workspace serves a capped and a plain layer in turns."""
+        plain, capped = make_inputs(BASE, DEVICE), make_inputs(replace(BASE, soft_cap=2.0), DEVICE)
+        run = Run(BASE, plain)
+        for inputs in (capped, plain, capped):
+            run.inputs = inputs
+            run.launch()
+            assert_equals_reference(run)
+        assert isinstance(plain.params, LayerParams)
