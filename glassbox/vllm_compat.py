@@ -244,3 +244,11 @@ def unobservable_reason(vllm_config: Any) -> str | None:
     if parallel.use_ubatching:
         return "micro-batching (--enable-dbo) splits a step's row list"
     return None
+
+
+def is_piecewise_forward() -> bool:
+    """True while a forward pass runs that is captured, or replayed, in pieces around the attention."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    return is_forward_context_available() and get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE

@@ -16,6 +16,7 @@ import torch
 
 from glassbox import __version__, rundir, vllm_compat
 from glassbox.accumulate import Accumulators
+from glassbox.affinity import leave_workers_cores
 from glassbox.backends.measure import make_measurer
 from glassbox.errors import ErrorCounter
 from glassbox.export.process import ExporterProcess
@@ -97,6 +98,7 @@ class Worker:
             sink_tokens=config.statistics.sink_tokens,
             local_window=config.statistics.local_window,
             max_rows=config.sampling.max_rows_per_step,
+            errors=errors,
         )
         self.observer = Observer(
             measurer,
@@ -140,6 +142,7 @@ class Worker:
         self._exporter.stop()
 
     def _run(self) -> None:
+        leave_workers_cores(0)
         while True:
             with self._errors.guard("snapshot"):
                 self._write_if_changed()

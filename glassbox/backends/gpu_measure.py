@@ -1,8 +1,9 @@
 """Measuring on a GPU: one kernel launch per layer on a side stream, forked before the inner attention, joined after it.
 
 Owns the device's row list and control words, the streams, and the asynchronous copy for the exporter. The launch is
-part of vLLM's CUDA graphs; which rows a replay measures is decided by what the step hook wrote to the device before it,
-in stream order. No call here waits for the GPU, except `copy`, which runs on the exporter's thread.
+part of vLLM's CUDA graphs, where it is disabled unless the step is sampled (`graph_nodes.py`); which rows a replay
+measures is decided by what the step hook wrote to the device before it, in stream order. No call here waits for the
+GPU, except `copy`, which runs on the exporter's thread.
 """
 
 import threading
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 
 from glassbox.accumulate import AccumulatorArrays, Accumulators
+from glassbox.backends.graph_nodes import GraphNodes
+from glassbox.errors import ErrorCounter
 from glassbox.kernels.row_stats import LayerAccumulators, LayerParams, RowStatsWorkspace, row_stats
 from glassbox.sampling import NUM_ROW_COLUMNS
 
@@ -31,6 +34,7 @@ class GpuMeasurer:
         layer_rows: name of each observed layer -> its row in the accumulators.
         sink_tokens, local_window: in tokens, see statistics.py.
         max_rows: length of the row list; captured graphs hold it.
+        errors: counts what goes wrong with the graphs.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class GpuMeasurer:
         sink_tokens: int,
         local_window: int,
         max_rows: int,
+        errors: ErrorCounter,
     ) -> None:
         device = accumulators.counts.device
         self.max_rows = max_rows
@@ -52,6 +57,8 @@ class GpuMeasurer:
         self._num_rows = torch.zeros(num_layers, dtype=torch.int32, device=device)
         self._workspace = RowStatsWorkspace(device, max_rows, num_heads)
         self._host = [t.new_empty(t.shape, device="cpu").pin_memory() for t in self._exported()]
+        self._graphs = GraphNodes(errors)
+        self._graphs.watch()
         self._side = torch.cuda.Stream(device)
         self._copy_stream = torch.cuda.Stream(device)
         self._step_done = torch.cuda.Event()
@@ -72,6 +79,7 @@ class GpuMeasurer:
     def end_warm_up(self) -> None:
         """See observer.Measurer."""
         self._warming = False
+        self._graphs.unwatch()
 
     def begin(self, rows: np.ndarray, layers: frozenset[int]) -> None:
         """See observer.Measurer. Queues two small copies on the current stream."""
@@ -84,6 +92,7 @@ class GpuMeasurer:
             self._row_list[: len(rows)].copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
             self._num_rows.copy_(torch.from_numpy(counts).pin_memory(), non_blocking=True)
         self._layers, self._active = layers, True
+        self._graphs.measuring = True
 
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
         """Keep what FlashInfer's own metadata lacks: its block table and sequence lengths."""
@@ -117,6 +126,7 @@ class GpuMeasurer:
 
     def finish(self) -> None:
         """See observer.Measurer. Later replays find no rows."""
+        self._graphs.measuring = False
         with self._lock:
             if self._active:
                 self._num_rows.zero_()
@@ -160,6 +170,7 @@ class GpuMeasurer:
                 self._layer_accumulators(row, query.shape[1]),
                 self._workspace,
             )
+            self._graphs.record(self._side)
 
     def _batch(self, name: str, metadata: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block_table = getattr(metadata, "block_table", None)

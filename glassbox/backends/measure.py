@@ -1,6 +1,7 @@
 """Which measurer fits the worker's device."""
 
 from glassbox.accumulate import Accumulators
+from glassbox.errors import ErrorCounter
 from glassbox.observer import Measurer
 
 
@@ -11,6 +12,7 @@ def make_measurer(
     sink_tokens: int,
     local_window: int,
     max_rows: int,
+    errors: ErrorCounter,
 ) -> Measurer:
     """The measurer for the device of `accumulators`.
 
@@ -19,6 +21,7 @@ def make_measurer(
         layer_rows: name of each observed layer -> its row in the accumulators.
         sink_tokens, local_window: in tokens, see statistics.py.
         max_rows: largest row list; a GPU's buffers and graphs are made for it.
+        errors: counts what goes wrong.
 
     Raises:
         RuntimeError: no kernel measures on that device.
@@ -32,6 +35,11 @@ def make_measurer(
         from glassbox.backends.gpu_measure import GpuMeasurer
 
         return GpuMeasurer(
-            accumulators, layer_rows, sink_tokens=sink_tokens, local_window=local_window, max_rows=max_rows
+            accumulators,
+            layer_rows,
+            sink_tokens=sink_tokens,
+            local_window=local_window,
+            max_rows=max_rows,
+            errors=errors,
         )
     raise RuntimeError(f"glassbox has no kernel for {device} devices; the server runs unobserved")

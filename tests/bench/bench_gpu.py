@@ -156,20 +156,22 @@ def ask(folder: Path, arm: str, request: str) -> Any:
 
 
 def start(folder: Path) -> None:
-    """Start the arms one after the other (each measures free memory) and return when all are ready."""
+    """Start the arms side by side (their KV caches have a fixed size) and return when all are ready."""
     (folder / "model").mkdir(parents=True, exist_ok=True)
     (folder / "model" / "config.json").write_text(json.dumps(MODEL))
     write_config(folder, SETTINGS["sample_rate 1.0"])
+    processes = {}
     for arm in ARMS:
         log = (folder / f"{arm}.log").open("w")
-        process = subprocess.Popen(
+        processes[arm] = subprocess.Popen(
             [sys.executable, __file__, "serve", str(folder), "--arm", arm],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        began = time.monotonic()
+    began = time.monotonic()
+    for arm, process in processes.items():
         while not (folder / f"{arm}.sock").exists():
             if process.poll() is not None:
                 sys.exit(f"{arm} ended:\n{(folder / f'{arm}.log').read_text()[-5000:]}")

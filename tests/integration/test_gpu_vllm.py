@@ -195,22 +195,24 @@ class TestValues:
             assert ours <= 2 * theirs, statistic
 
     def test_float32(self, results: dict[str, Result]) -> None:
-        """Triton attention in float32 computes its products in TF32, so transformers is asked to as well."""
+        """float32 weights and cache: the means of every layer and head as near as the rows are on the CPU.
+
+        Triton attention multiplies float32 in TF32 (11 bits), so the hidden states differ from transformers' by more
+        than rounding; means over the rows of a head are compared, at the tolerances of the CPU test.
+        """
         import torch
 
         result = results["triton-float32"]
-        exact = truth_sums(result, torch.float32)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        try:
-            tf32 = truth_sums(result, torch.float32)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = False
         rows = result.arrays["rows"].astype(np.float64)[..., None]
-        yardstick = (tf32 - exact) / rows
-        for statistic, ours in mean_errors(result, exact).items():
-            theirs = float(np.sqrt(np.mean(np.square(yardstick[..., INDEX[statistic]]))))
-            print(f"float32 {statistic}: rms error of the mean {ours:.3g}, transformers in TF32 {theirs:.3g}")
-            assert ours <= 2 * theirs, statistic
+        expected = truth_sums(result, torch.float32) / rows
+        measured = result.arrays["sums"] / rows
+        error = {name: np.abs(measured - expected)[..., i].max() for name, i in INDEX.items()}
+        print("float32", {name: f"{value:.2g}" for name, value in error.items()})
+        for name in ("entropy_ratio", "top1_ratio", "sink_ratio", "local_ratio", "lookback_ratio"):
+            assert error[name] <= 1e-3, name
+        for name in ("max_logit", "effective_keys", "distance_tokens", "self_logprob"):
+            i = INDEX[name]
+            np.testing.assert_allclose(measured[..., i], expected[..., i], rtol=2e-3, atol=2e-3, err_msg=name)
 
     def test_fp8_cache_is_read_with_its_scale(self, results: dict[str, Result]) -> None:
         """K in FP8 changes the statistics a little, a forgotten scale or a wrong type would by far more."""

@@ -23,8 +23,10 @@ class SequenceTruth:
 class EagerModel:
     """A Llama-family model run by transformers, one sequence at a time."""
 
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+    def __init__(self, path: Path, dtype: torch.dtype, device: str = "cpu") -> None:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+        self._device = device
+        self.model = model.to(device).eval()
         self._max_logits: list[torch.Tensor] = []
 
     def truth(self, token_ids: list[int], prompt_len: int, sink_tokens: int, local_window: int) -> SequenceTruth:
