@@ -55,17 +55,13 @@ class TestAdd:
                     atol=1e-12,
                 )
             if mine.shape[1]:
-                largest = np.where(
-                    np.isnan(mine[..., INDEX["max_logit"]]), -np.inf, mine[..., INDEX["max_logit"]]
-                )
+                largest = np.where(np.isnan(mine[..., INDEX["max_logit"]]), -np.inf, mine[..., INDEX["max_logit"]])
                 np.testing.assert_array_equal(got.window_max[1:, :, phase], largest.max(1))
 
     def test_no_rows_change_nothing(self) -> None:
         """An empty batch is not an error."""
         accumulators = Accumulators(1, 2)
-        accumulators.add(
-            torch.tensor([0]), torch.zeros(1, 0, 2, NUM_STATISTICS + 1), torch.zeros(0, dtype=torch.int64)
-        )
+        accumulators.add(torch.tensor([0]), torch.zeros(1, 0, 2, NUM_STATISTICS + 1), torch.zeros(0, dtype=torch.int64))
         assert accumulators.copy().rows.sum() == 0
 
     def test_fewer_heads_than_the_widest_layer(self) -> None:

@@ -1,0 +1,160 @@
+"""What is observed under which setting, and that everything else of vLLM stays as it is."""
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.e2e import attach_run, speculative_run
+from tests.program import Finished, environment, run_program
+
+pytestmark = pytest.mark.e2e
+
+NUM_LAYERS, NUM_HEADS = 30, 9
+PREFILL_ROWS: Final = 8
+# vLLM and transformers both compute in float32, with their own order of summation.
+ENTROPY_NATS, MASS = 1e-3, 1e-4
+INNER: Final = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
+OBSERVED: Final = "glassbox.backends.observed.ObservedCPU_ATTN"
+# Rows of one layer and head: some positions of each prompt, and every generated token but the last.
+EXPECTED_ROWS: Final = (
+    sum(min(PREFILL_ROWS, len(prompt)) for prompt in attach_run.PROMPTS),
+    sum(tokens - 1 for tokens in attach_run.MAX_TOKENS),
+)
+
+
+def serve(model: Path, folder: Path, config: str, **arguments: Any) -> Finished:
+    """Two prompts through a vLLM of its own."""
+    path = folder / "glassbox.yaml"
+    path.write_text(f"sample_rate: 1.0\nsampling: {{prefill_rows_per_request: {PREFILL_ROWS}}}\n{config}\n")
+    env = environment(path, folder / "run")
+    return run_program("e2e/attach_run.py", [str(model), json.dumps(arguments)], env, folder)
+
+
+def assert_observed(result: Mapping[str, Any]) -> None:
+    assert result["backends"] == [OBSERVED]
+    assert result["impls"] == ["ObservedCPU_ATTNImpl"]
+    assert result["builders"] == ["ObservedCPU_ATTNBuilder"]
+    assert result["num_layers"] == NUM_LAYERS
+    assert result["patched"] == ["compile_or_warm_up_model", "execute_model"]
+    # Profile runs and warm-up come before the first step and are not among them.
+    assert result["steps"] == result["counted_steps"] == result["sampled_steps"] > 0
+    assert [[count] * (NUM_LAYERS * NUM_HEADS) for count in EXPECTED_ROWS] == result["rows"]
+
+
+def assert_untouched(result: Mapping[str, Any]) -> None:
+    assert result["backends"] == [INNER]
+    assert result["impls"] == ["CPUAttentionBackendImpl"]
+    assert result["builders"] == ["CPUAttentionMetadataBuilder"]
+    assert result["patched"] == []
+    assert result["observer"] is False
+
+
+class TestAttach:
+    def test_auto_needs_no_flag(self, demo_model_path: Path, tmp_path: Path) -> None:
+        """Every layer is observed and exactly the real steps are counted, torch.compile and its warm-up included."""
+        finished = serve(demo_model_path, tmp_path, "attach: auto", enforce_eager=False)
+        assert finished.result["compiled"]
+        assert_observed(finished.result)
+        assert f"Observing {NUM_LAYERS} of {NUM_LAYERS} attention layers (CPU_ATTN)" in finished.log
+
+    def test_custom_without_the_flag(self, demo_model_path: Path, tmp_path: Path) -> None:
+        """vLLM's own classes run, nothing is patched, nothing written."""
+        finished = serve(demo_model_path, tmp_path, "attach: custom")
+        assert_untouched(finished.result)
+        assert not (tmp_path / "run").exists()
+
+    def test_custom_with_the_flag(self, demo_model_path: Path, tmp_path: Path) -> None:
+        """`--attention-backend CUSTOM` observes on the CPU as well, whose platform ignores that flag."""
+        finished = serve(demo_model_path, tmp_path, "attach: custom", attention_backend="CUSTOM")
+        assert_observed(finished.result)
+
+    def test_enabled_false(self, demo_model_path: Path, tmp_path: Path) -> None:
+        """No member of vLLM is overridden; CUSTOM alone is named, so that the flag does no harm."""
+        finished = serve(demo_model_path, tmp_path, "enabled: false", attention_backend="CUSTOM")
+        assert_untouched(finished.result)
+        assert finished.result["overridden"] == ["CUSTOM"]
+        assert "nothing is observed" in finished.log
+        assert not (tmp_path / "run").exists()
+
+
+class TestSpeculativeDecoding:
+    @pytest.mark.parametrize("method", ["ngram", "draft_model"])
+    def test_rows_are_the_models(self, demo_model_path: Path, tmp_path: Path, method: str) -> None:
+        """Tokens that a step verifies are decode rows, at their own positions; the drafter's rows are not counted."""
+        path = tmp_path / "glassbox.yaml"
+        path.write_text(
+            "sample_rate: 1.0\n"
+            "sampling: {max_rows_per_step: 4096, prefill_rows_per_request: 8}\n"
+            "statistics: "
+            f"{{sink_tokens: {speculative_run.SINK_TOKENS}, local_window: {speculative_run.LOCAL_WINDOW}}}\n"
+        )
+        env = environment(path, tmp_path / "run")
+        result = run_program("e2e/speculative_run.py", [str(demo_model_path), method], env, tmp_path).result
+
+        prompt_len, num_tokens = result["prompt_len"], result["num_tokens"]
+        assert num_tokens == prompt_len + speculative_run.NUM_TOKENS
+        assert result["steps"] < speculative_run.NUM_TOKENS, "drafts must have been accepted"
+        assert result["shape"][:2] == [NUM_LAYERS, NUM_HEADS], "the drafter's layers are not among them"
+        assert result["rows_per_layer_and_head"] == [result["num_rows"]]
+        assert result["num_decode_rows"] >= speculative_run.NUM_TOKENS - 1
+        phases = dict(result["phase_of_position"])
+        assert all(phase == (position >= prompt_len) for position, phase in phases.items())
+        assert set(range(prompt_len, num_tokens - 1)) <= phases.keys(), "no generated token is left out"
+        assert result["errors"].pop("entropy_ratio") < ENTROPY_NATS
+        assert all(error < MASS for error in result["errors"].values()), result["errors"]
+
+
+def states(folder: Path, *actions: str, **env: str) -> list[dict[str, Any]]:
+    """States of a vLLM process: after its imports, and after each action."""
+    folder.mkdir(exist_ok=True)
+    found: list[dict[str, Any]] = run_state(folder, *actions, **env).result["states"]
+    return found
+
+
+def run_state(folder: Path, *actions: str, **env: str) -> Finished:
+    return run_program("e2e/plugin_state.py", actions, environment(**env), folder)
+
+
+class TestUntouched:
+    """The state of a process: vLLM's modules and classes, collectors, threads, files, environment, exit functions."""
+
+    def test_disabled_is_as_if_not_installed(self, tmp_path: Path) -> None:
+        """With GLASSBOX_DISABLE=1 nothing differs from a process that does not load the plugin at all."""
+        plugins = {entry.name for entry in entry_points(group="vllm.general_plugins")}
+        assert "glassbox" in plugins
+        absent = run_state(tmp_path, "load", VLLM_PLUGINS=",".join(sorted(plugins - {"glassbox"})))
+        disabled = run_state(tmp_path, "load", VLLM_PLUGINS=",".join(sorted(plugins)), GLASSBOX_DISABLE="1")
+        assert absent.result["loaded"] == []
+        assert disabled.result["loaded"] == ["glassbox", "glassbox.plugin"], "it was found, and did nothing"
+        for expected, found in zip(absent.result["states"], disabled.result["states"], strict=True):
+            assert expected.keys() == found.keys()
+            for key, value in expected.items():
+                assert value == found[key], key
+
+    def test_register_starts_and_writes_nothing(self, tmp_path: Path) -> None:
+        """No thread, no child, no open file and no file at all, in whatever process; vLLM's workers aren't patched."""
+        before, after = states(tmp_path, "register")
+        for key in ("threads", "children", "open_files", "files", "signals", "import_hooks", "vllm_loggers"):
+            assert before[key] == after[key], key
+        run_dir = Path(after["environment"]["GLASSBOX_RUN_DIR"])
+        assert not run_dir.exists()
+        changed = {name for name, content in after["classes"].items() if before["classes"][name] != content}
+        enums = {name for name in changed if name.endswith("AttentionBackendEnum")}
+        assert changed == enums, "only the registry's enums get methods"
+        assert len(after["collectors"]) == len(before["collectors"]) + 1
+
+    def test_register_twice_and_unregister(self, tmp_path: Path) -> None:
+        """The second registration changes nothing; unregister takes all of the first back, exactly, and again."""
+        found = states(tmp_path, "register", "register", "unregister", "register", "unregister")
+        for state in found:
+            del state["exit_functions"]  # Python counts those that were taken back, too
+        first, once, twice, without, again, last = found
+        assert once == twice
+        assert once != first
+        assert first == without
+        assert once == again
+        assert first == last

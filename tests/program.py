@@ -1,0 +1,68 @@
+"""Runs one of the tests' own programs in a fresh Python, in an environment without this session's glassbox."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+RESULT: Final = "RESULT "
+_ROOT: Final = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A program that has ended: the JSON of its RESULT line, and all that it wrote."""
+
+    result: Any
+    log: str
+
+
+def environment(config: Path | None = None, run_dir: Path | None = None, **more: str) -> dict[str, str]:
+    """This process's environment for a program that loads vLLM on the CPU, offline.
+
+    Args:
+        config: GLASSBOX_CONFIG.
+        run_dir: GLASSBOX_RUN_DIR.
+        more: further variables.
+    """
+    dropped = ("GLASSBOX_", "OTEL_", "VLLM_PLUGINS", "PROMETHEUS_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    named = {"GLASSBOX_CONFIG": config, "GLASSBOX_RUN_DIR": run_dir}
+    return {
+        **clean,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": str(_ROOT),
+        **{name: str(path) for name, path in named.items() if path is not None},
+        **more,
+    }
+
+
+def run_program(
+    program: str, args: Sequence[str], env: Mapping[str, str], cwd: Path, timeout_s: float = 300.0
+) -> Finished:
+    """Run `tests/<program>` to its end; the test fails if the program does."""
+    finished = subprocess.run(
+        [sys.executable, str(_ROOT / "tests" / program), *args],
+        env=dict(env),
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=timeout_s,
+        check=False,
+    )
+    results = [line for line in finished.stdout.splitlines() if line.startswith(RESULT)]
+    if finished.returncode or len(results) != 1:
+        pytest.fail(f"{program} ended with {finished.returncode}:\n{finished.stdout[-6000:]}")
+    return Finished(json.loads(results[0].removeprefix(RESULT)), finished.stdout)

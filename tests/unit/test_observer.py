@@ -1,0 +1,346 @@
+"""The observer: which steps and rows it hands to the measurer, what it counts, and that it never fails serving."""
+
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Final
+
+import numpy as np
+import pytest
+import torch
+
+from glassbox.config import GlassboxConfig
+from glassbox.errors import ErrorCounter
+from glassbox.observer import Observer
+from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY
+
+LAYERS: Final = (0, 1, 2, 3)
+NAMES: Final = tuple(f"model.layers.{layer}.self_attn.attn" for layer in LAYERS)
+NUM_HEADS: Final = 5
+
+
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeMeasurer:
+    """Writes down what it is asked to do; fails, and takes time, where it is told to."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.max_rows = 1000
+        self.calls: list[str] = []
+        self.rows: list[np.ndarray] = []
+        self.layers: list[frozenset[int]] = []
+        self.failing: set[str] = set()
+        self.seconds: dict[str, float] = {}
+        self._clock = clock
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        self._clock.now += self.seconds.get(name, 0.0)
+        if name in self.failing:
+            raise RuntimeError(f"{name} is broken")
+
+    def end_warm_up(self) -> None:
+        self._called("end_warm_up")
+
+    def begin(self, rows: np.ndarray, layers: frozenset[int]) -> None:
+        self.rows.append(rows)
+        self.layers.append(layers)
+        self._called("begin")
+
+    def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
+        self._called("on_build")
+
+    def before_attention(self, *args: Any) -> None:
+        self._called("before_attention")
+
+    def after_attention(self, *args: Any) -> None:
+        self._called("after_attention")
+
+    def finish(self) -> None:
+        self._called("finish")
+
+    def copy(self, now_s: float) -> Any:
+        raise NotImplementedError
+
+
+class Setup:
+    """An observer, and what a step of vLLM does to it."""
+
+    def __init__(self, **config: Any) -> None:
+        self.clock = Clock()
+        self.measurer = FakeMeasurer(self.clock)
+        self.errors = ErrorCounter(logging.getLogger("test.observer"))
+        self.config = GlassboxConfig.model_validate({"sample_rate": 1.0, **config})
+        self.observer = Observer(
+            self.measurer,
+            layers=LAYERS,
+            layer_names=NAMES,
+            num_layers_total=len(LAYERS),
+            num_heads=NUM_HEADS,
+            config=lambda: self.config,
+            errors=self.errors,
+            max_spec_tokens=0,
+            clock=self.clock,
+        )
+        self.observer.arm()
+
+    def edit(self, **config: Any) -> None:
+        """A reload."""
+        self.config = GlassboxConfig.model_validate({"sample_rate": 1.0, **config})
+
+    def step(
+        self,
+        requests: list[tuple[int, int, int]],
+        *,
+        step_s: float = 0.0,
+        groups: tuple[tuple[str, ...], ...] = (NAMES,),
+        in_forward: Callable[[], None] = lambda: None,
+    ) -> None:
+        """One step of `(scheduled, computed, prompt length)` requests, whose forward takes `step_s` seconds."""
+        scheduled, computed, prompt = (np.array(column, dtype=np.int32) for column in zip(*requests, strict=True))
+        starts = np.concatenate([[0], np.cumsum(scheduled)]).astype(np.int32)
+        # vLLM's buffers are longer than the batch; what is behind it is old.
+        batch = SimpleNamespace(
+            num_reqs=len(requests),
+            num_computed_tokens_cpu=np.append(computed, 77),
+            num_prompt_tokens=np.append(prompt, 99),
+        )
+        metadata = SimpleNamespace(query_start_loc_cpu=torch.from_numpy(np.append(starts, starts[-1])))
+        self.observer.begin_step(SimpleNamespace(input_batch=batch))
+        try:
+            for names in groups:
+                self.observer.on_build(list(names), metadata)
+            for _ in NAMES:
+                self.observer.before_attention(None, None, None, None, None)
+                self.observer.after_attention(None, None, None, None, None)
+            in_forward()
+            self.clock.now += step_s
+        finally:
+            self.observer.end_step()
+
+
+PREFILL: Final = (6, 0, 6)
+DECODE: Final = (1, 9, 7)
+
+
+class TestArming:
+    def test_armed_after_warm_up(self) -> None:
+        """Arming tells the measurer that capture is over; until then no step counts."""
+        setup = Setup()
+        assert setup.measurer.calls == ["end_warm_up"]
+        assert setup.observer.armed
+        setup.observer.disarm()
+        assert not setup.observer.armed
+
+
+class TestSampledStep:
+    def test_order_of_calls(self) -> None:
+        """Metadata, then the row list, then the layers, then the end."""
+        setup = Setup()
+        setup.step([PREFILL, DECODE])
+        layers = ["before_attention", "after_attention"] * len(NAMES)
+        assert ["end_warm_up", "on_build", "begin", *layers, "finish"] == setup.measurer.calls
+
+    def test_rows(self) -> None:
+        """Positions of the prompt and the generated token, at their places among the step's tokens."""
+        setup = Setup(sampling={"prefill_rows_per_request": 2})
+        setup.step([PREFILL, DECODE])
+        (rows,) = setup.measurer.rows
+        expected = [(2, 0, 0), (5, 0, 0), (6, 1, 1)]
+        assert [tuple(row) for row in rows[:, [ROW_QUERY, ROW_BATCH, ROW_PHASE]]] == expected
+        assert setup.measurer.layers == [frozenset(range(4))]
+
+    def test_chosen_once(self) -> None:
+        """Metadata is built for each group of layers; the rows are those of the step, not of the group."""
+        setup = Setup()
+        setup.step([DECODE], groups=(NAMES[:2], NAMES[2:]))
+        assert setup.measurer.calls.count("begin") == 1
+        assert setup.measurer.calls.count("on_build") == 2
+
+    def test_drafters_metadata(self) -> None:
+        """Layers that are not observed choose no rows."""
+        setup = Setup()
+        setup.step([DECODE], groups=(("draft_model.layers.0.attn",), NAMES))
+        assert setup.measurer.calls.count("on_build") == setup.measurer.calls.count("begin") == 1
+
+    def test_no_rows(self) -> None:
+        """A chunk in which no position is chosen counts as measured, and asks nothing of the measurer."""
+        setup = Setup(sampling={"prefill_rows_per_request": 1})
+        setup.step([(3, 0, 100)])
+        assert "begin" not in setup.measurer.calls
+        assert setup.observer.counters.sampled_steps == 1
+
+    def test_dropped_rows(self) -> None:
+        """What exceeds max_rows_per_step is counted as rows are: once per measured layer and head."""
+        setup = Setup(sampling={"max_rows_per_step": 2, "layers": [1, 3]})
+        setup.step([DECODE] * 5)
+        assert setup.observer.counters.dropped_rows == {"max_rows_per_step": 3 * 2 * NUM_HEADS}
+        assert len(setup.measurer.rows[0]) == 2
+
+    def test_measurers_limit(self) -> None:
+        """A GPU's row list has a fixed size that no edit exceeds."""
+        setup = Setup()
+        setup.measurer.max_rows = 3
+        setup.edit(sampling={"max_rows_per_step": 4000})
+        setup.step([DECODE] * 5)
+        assert len(setup.measurer.rows[0]) == 3
+
+
+class TestSteps:
+    def test_unsampled_step(self) -> None:
+        """It is counted; no rows are chosen and the measurer isn't asked to finish."""
+        setup = Setup(sample_rate=0.0)
+        setup.step([PREFILL])
+        assert (setup.observer.counters.steps, setup.observer.counters.sampled_steps) == (1, 0)
+        assert "begin" not in setup.measurer.calls
+        assert "finish" not in setup.measurer.calls
+
+    def test_share(self) -> None:
+        """Of 1,000 steps at a rate of 0.05 there are 50 measured."""
+        setup = Setup(sample_rate=0.05)
+        for _ in range(1000):
+            setup.step([DECODE])
+        assert (setup.observer.counters.steps, setup.observer.counters.sampled_steps) == (1000, 50)
+        assert setup.measurer.calls.count("finish") == 50
+
+    def test_build_outside_of_a_step(self) -> None:
+        """A dummy run builds metadata, too: the measurer may keep it, but nothing is measured."""
+        setup = Setup()
+        setup.observer.on_build(list(NAMES), SimpleNamespace())
+        setup.observer.after_attention(None, None, None, None, None)
+        assert "begin" not in setup.measurer.calls
+        assert setup.observer.counters.steps == 0
+        assert setup.errors.counts() == {}
+
+
+class TestEdits:
+    def test_at_the_next_step(self) -> None:
+        """Rate, layers and rows of a new configuration hold from the next step on."""
+        setup = Setup(sample_rate=0.0)
+        setup.step([PREFILL])
+        setup.edit(sampling={"layers": {"every": 2}, "prefill_rows_per_request": 1})
+        setup.step([PREFILL])
+        assert setup.observer.counters.sampled_steps == 1
+        assert setup.measurer.layers == [frozenset({0, 2})]
+        assert [row[ROW_QUERY] for row in setup.measurer.rows[0]] == [5]
+
+    def test_rate_shows_at_once(self) -> None:
+        """The exported rate is that of the configuration in force, also while no step comes."""
+        setup = Setup(sample_rate=0.25)
+        assert setup.observer.effective_sample_rate == 0.25
+        setup.edit(sample_rate=0.5)
+        assert setup.observer.effective_sample_rate == 0.5
+
+    def test_enabled_false(self) -> None:
+        """It stops measuring, and the rate shows it."""
+        setup = Setup()
+        setup.edit(enabled=False)
+        setup.step([DECODE])
+        assert setup.observer.effective_sample_rate == 0
+        assert setup.observer.counters.sampled_steps == 0
+
+    def test_same_configuration(self) -> None:
+        """Rows that take turns go on taking turns as long as the configuration is the same object."""
+        setup = Setup(sampling={"max_rows_per_step": 1})
+        for _ in range(3):
+            setup.step([DECODE] * 3)
+        assert [int(rows[0, ROW_BATCH]) for rows in setup.measurer.rows] == [0, 1, 2]
+
+
+class TestOverhead:
+    def test_all_parts_and_nothing_else(self) -> None:
+        """Seconds spent choosing rows, measuring layers and finishing; not those of the model."""
+        setup = Setup()
+        setup.measurer.seconds = {"begin": 0.25, "after_attention": 0.5, "finish": 1.0}
+        setup.step([DECODE], step_s=8.0)
+        assert setup.observer.counters.overhead_s == 0.25 + 4 * 0.5 + 1.0
+
+    def test_unsampled(self) -> None:
+        """A step that isn't measured costs what keeping the metadata costs."""
+        setup = Setup(sample_rate=0.0)
+        setup.measurer.seconds = {"on_build": 0.125, "begin": 9.0, "finish": 9.0}
+        setup.step([DECODE], step_s=8.0)
+        assert setup.observer.counters.overhead_s == 0.125
+
+    def test_budget(self) -> None:
+        """With a budget that every step would exceed fewfold the share of time stays within it, in the long run."""
+        setup = Setup(sampling={"overhead_budget": 0.01})
+        setup.measurer.seconds = {"finish": 0.01}
+        start = setup.clock.now
+        for _ in range(4000):
+            setup.step([DECODE], step_s=0.05)
+        share = setup.observer.counters.overhead_s / (setup.clock.now - start)
+        assert 0.002 < share <= 0.0105
+        assert setup.observer.effective_sample_rate < 1
+
+    def test_budget_lifted(self) -> None:
+        """Without the budget the rate is what the file says, at once."""
+        setup = Setup(sampling={"overhead_budget": 0.01})
+        setup.measurer.seconds = {"finish": 0.01}
+        for _ in range(50):
+            setup.step([DECODE], step_s=0.05)
+        assert setup.observer.effective_sample_rate < 1
+        setup.edit()
+        setup.step([DECODE])
+        assert setup.observer.effective_sample_rate == 1
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("call", "stage"),
+        [
+            ("on_build", "choose_rows"),
+            ("begin", "choose_rows"),
+            ("before_attention", "observe"),
+            ("after_attention", "observe"),
+            ("finish", "end_step"),
+        ],
+    )
+    def test_counted_and_swallowed(self, call: str, stage: str) -> None:
+        """Whatever the measurer raises, the step goes on; the next one is measured again."""
+        setup = Setup()
+        setup.measurer.failing = {call}
+        setup.step([PREFILL, DECODE])
+        assert set(setup.errors.counts()) == {stage}
+        setup.measurer.failing = set()
+        setup.measurer.calls.clear()
+        setup.step([DECODE])
+        assert setup.measurer.calls.count("begin") == setup.measurer.calls.count("finish") == 1
+        assert setup.observer.counters.steps == 2
+
+    def test_unreadable_configuration(self) -> None:
+        """A step whose configuration can't be read is served unmeasured."""
+        setup = Setup()
+        good = setup.config
+
+        def fail() -> GlassboxConfig:
+            raise ValueError("no")
+
+        setup.observer._read_config = fail
+        setup.step([DECODE])
+        assert setup.errors.counts() == {"begin_step": 1}
+        assert setup.measurer.rows == []
+        setup.observer._read_config = lambda: good
+        setup.step([DECODE])
+        assert len(setup.measurer.rows) == 1
+
+    def test_step_that_raises(self) -> None:
+        """An exception of vLLM's own passes through, and leaves no half step behind."""
+        setup = Setup()
+
+        def fail() -> None:
+            raise MemoryError
+
+        with pytest.raises(MemoryError):
+            setup.step([DECODE], in_forward=fail)
+        assert setup.measurer.calls[-1] == "finish"
+        setup.observer.on_build(list(NAMES), SimpleNamespace())
+        assert setup.measurer.calls.count("begin") == 1
