@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from glassbox import rundir
+from glassbox.affinity import leave_workers_cores
 from glassbox.config import ConfigError, GlassboxConfig, load_config
 from glassbox.config_watch import ConfigWatcher
 from glassbox.export.sinks import Sinks, is_needed
@@ -37,6 +38,7 @@ _PARENT_POLL_S: Final = 0.5
 _NICENESS: Final = 10
 _LONGEST_BACKOFF_S: Final = 60.0
 _STOP_TIMEOUT_S: Final = 3.0
+_BINDING_VARIABLES: Final = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
 
 
 class ExporterLock:
@@ -229,8 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _child_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """Environment in which the child finds this very package and numpy starts no threads."""
-    child = {**environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    """Environment in which the child finds this very package, and numpy starts no threads and binds none."""
+    # Without what binds the worker's threads to its cores: the child's OpenMP would bind it there again.
+    child = {name: value for name, value in environ.items() if name not in _BINDING_VARIABLES}
+    child |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[2]
     # Not for an installed package: its directory would come before the standard library.
     if root.name not in {"site-packages", "dist-packages"}:
@@ -304,6 +308,7 @@ class ExporterProcess:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
+        leave_workers_cores(self._process.pid)
 
     def _reap(self) -> None:
         if self._process is None or (code := self._process.poll()) is None:
