@@ -6,11 +6,15 @@ included: vLLM compares it with enum members and hashes it. The classes are foun
 because vLLM imports a backend by `module.qualname`, more than once.
 """
 
+import logging
 from functools import cache
 from typing import Any, Final
 
 from glassbox import step, vllm_compat
 from glassbox.config import SUPPORTED_INNER_BACKENDS
+from glassbox.logs import get_logger, log_once
+
+logger = get_logger(__name__)
 
 _PREFIX: Final = "Observed"
 
@@ -26,9 +30,30 @@ def __getattr__(attribute: str) -> type:
         raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
     # vLLM's CPU platform ignores `--attention-backend CUSTOM` and takes CPU_ATTN's class, so that member is
     # overridden for both values of `attach`, and it is decided here whether anything is observed.
-    if name == "CPU_ATTN" and step.hook().attach == "custom" and not vllm_compat.custom_is_selected():
-        return inner_class(name)
+    if name == "CPU_ATTN":
+        _say_what_cpu_ignores()
+        if step.hook().attach == "custom" and not vllm_compat.custom_is_selected():
+            log_once(
+                logger,
+                logging.INFO,
+                "custom",
+                "Nothing is observed: `attach: custom` wants --attention-backend CUSTOM; use `attach: auto` to need "
+                "no flag",
+            )
+            return inner_class(name)
     return observed_class(name)
+
+
+def _say_what_cpu_ignores() -> None:
+    wanted = step.hook().inner_backend
+    if wanted not in {"auto", "CPU_ATTN"}:
+        log_once(
+            logger,
+            logging.WARNING,
+            "inner_backend",
+            "inner_backend %s is not used: on a CPU vLLM always runs CPU_ATTN; use inner_backend: auto",
+            wanted,
+        )
 
 
 def inner_class(name: str) -> type:

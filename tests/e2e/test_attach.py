@@ -66,11 +66,17 @@ class TestAttach:
         finished = serve(demo_model_path, tmp_path, "attach: custom")
         assert_untouched(finished.result)
         assert not (tmp_path / "run").exists()
+        assert "Nothing is observed: `attach: custom` wants --attention-backend CUSTOM" in finished.log
 
     def test_custom_with_the_flag(self, demo_model_path: Path, tmp_path: Path) -> None:
-        """`--attention-backend CUSTOM` observes on the CPU as well, whose platform ignores that flag."""
-        finished = serve(demo_model_path, tmp_path, "attach: custom", attention_backend="CUSTOM")
+        """`--attention-backend CUSTOM` observes on the CPU as well, whose platform ignores that flag.
+
+        It has one backend, so that another `inner_backend` is said not to be used.
+        """
+        config = "attach: custom\ninner_backend: FLASH_ATTN"
+        finished = serve(demo_model_path, tmp_path, config, attention_backend="CUSTOM")
         assert_observed(finished.result)
+        assert finished.log.count("inner_backend FLASH_ATTN is not used") == 1
 
     def test_enabled_false(self, demo_model_path: Path, tmp_path: Path) -> None:
         """No member of vLLM is overridden; CUSTOM alone is named, so that the flag does no harm."""
