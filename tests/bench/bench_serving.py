@@ -1,0 +1,360 @@
+"""What glassbox costs a real `vllm serve` on this CPU: throughput and memory, against a server without it.
+
+    python tests/bench/bench_serving.py
+    python tests/bench/bench_serving.py --rounds 12 --csv docs/data/serving_cpu.csv
+
+Two servers of the same model stay up: one with GLASSBOX_DISABLE=1, one with the plugin. Short, identical batches of
+requests go to them in turns, in an order that is shuffled for each round and after a few unmeasured tokens, so that
+whatever else the machine does hits all arms alike:
+
+    off        the server without the plugin
+    default    the plugin with the packaged configuration (sample_rate 0.01)
+    rate 1.0   the same server, its YAML edited to sample_rate 1.0
+
+A round gives one ratio per arm, throughput over that without the plugin in the same round; the table shows the median
+over the rounds and its quartiles, and the median for CPU time. `off` is measured twice in each round, and the mean is
+what the others are compared to: how far `off` and `off again` are from 1 is what this machine's noise amounts to.
+"""
+
+import argparse
+import contextlib
+import csv
+import os
+import platform
+import random
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import psutil
+import yaml
+
+from glassbox.config import load_config
+from glassbox.demo.model import demo_model
+from glassbox.demo.server import VllmServer, free_port
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+PACKAGED_CONFIG: Final = ROOT / "configs" / "glassbox.yaml"
+MODEL_NAME: Final = "bench"
+BYTES_PER_MB: Final = 1_000_000
+MAX_LOAD: Final = 0.5
+WARM_TOKENS: Final = 4
+RELOAD_S: Final = 2.0  # an edit is in force by then; the deadline of the configuration watcher
+
+OFF: Final = "off"
+DEFAULT: Final = "default"
+RATE_1: Final = "rate 1.0"
+AGAIN: Final = "off again"
+# Arm -> the least ratio of throughput that is promised.
+TARGETS: Final = {DEFAULT: 0.98, RATE_1: 0.60}
+MEMORY_TARGET_MB: Final = 100.0
+
+
+@dataclass
+class Arm:
+    """One thing that is measured: a server and the changes to its configuration."""
+
+    name: str
+    server: VllmServer
+    config_path: Path
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def apply(self, base: dict[str, Any]) -> None:
+        """Write this arm's configuration; waits until it is in force if it is another one."""
+        text = yaml.safe_dump({**base, **self.changes})
+        if self.config_path.read_text() == text:
+            return
+        fresh = self.config_path.with_suffix(".new")
+        fresh.write_text(text)
+        fresh.replace(self.config_path)
+        time.sleep(RELOAD_S)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that are sent at the same time; `prompts` are token ids."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One batch on one arm: output tokens per second, and CPU seconds of all the server's processes."""
+
+    tokens_per_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    rounds: int
+    batch_size: int
+    prompt_tokens: int
+    max_tokens: int
+    eager: bool
+
+
+def batches(options: Options, count: int) -> Iterator[Batch]:
+    """Batches of random tokens: no two share a prefix that a cache could serve."""
+    rng = random.Random(0)
+    for _ in range(count):
+        prompts = tuple(
+            # The vocabulary's ordinary tokens; special ones are below.
+            tuple(rng.randrange(1000, 40000) for _ in range(options.prompt_tokens))
+            for _ in range(options.batch_size)
+        )
+        yield Batch(prompts, options.max_tokens)
+
+
+def cpu_seconds(server: VllmServer) -> float:
+    """CPU time that the living processes of a server have used."""
+    total = 0.0
+    for process in server.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def memory_mb(server: VllmServer) -> dict[int, float]:
+    """Proportional set size of each of a server's processes, in MB: pages that n processes share count 1/n."""
+    sizes = {}
+    for process in server.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sizes[process.pid] = process.memory_full_info().pss / BYTES_PER_MB
+    return sizes
+
+
+def run_batch(client: httpx.Client, pool: ThreadPoolExecutor, server: VllmServer, batch: Batch) -> Sample:
+    """Send a batch and wait for all answers."""
+
+    def send(prompt: tuple[int, ...]) -> int:
+        body = {"model": MODEL_NAME, "prompt": list(prompt), "max_tokens": batch.max_tokens}
+        # Every answer has the same length, whatever the model says.
+        body |= {"temperature": 0, "ignore_eos": True}
+        reply = client.post(f"{server.url}/v1/completions", json=body).raise_for_status()
+        return int(reply.json()["usage"]["completion_tokens"])
+
+    cpu = cpu_seconds(server)
+    begin = time.perf_counter()
+    tokens = sum(pool.map(send, batch.prompts))
+    seconds = time.perf_counter() - begin
+    expected = batch.max_tokens * len(batch.prompts)
+    if tokens != expected:
+        raise RuntimeError(f"the answers must have {expected} tokens, got {tokens}")
+    return Sample(tokens / seconds, cpu_seconds(server) - cpu)
+
+
+def measure(arms: Sequence[Arm], base: dict[str, Any], options: Options) -> dict[str, list[Sample]]:
+    """One sample per arm and round; the order of the arms rotates."""
+    samples: dict[str, list[Sample]] = {arm.name: [] for arm in arms}
+    work = list(batches(options, options.rounds + 2))
+    with httpx.Client(timeout=300.0) as client, ThreadPoolExecutor(options.batch_size) as pool:
+        for arm in arms:  # compiled graphs, caches, allocators
+            arm.apply(base)
+            for batch in work[:2]:
+                run_batch(client, pool, arm.server, batch)
+        order = random.Random(1)
+        for number, batch in enumerate(work[2:]):
+            for arm in order.sample(arms, len(arms)):
+                arm.apply(base)
+                # What the other server or the pause has put out of caches.
+                run_batch(client, pool, arm.server, Batch(work[0].prompts, WARM_TOKENS))
+                # The same prompts for all arms; two arms of one server must not find them cached.
+                httpx.post(f"{arm.server.url}/reset_prefix_cache", timeout=30.0).raise_for_status()
+                samples[arm.name].append(run_batch(client, pool, arm.server, batch))
+            shown = "  ".join(f"{arm.name} {samples[arm.name][-1].tokens_per_s:6.1f}" for arm in arms)
+            print(f"round {number + 1:2d}/{options.rounds}  tokens/s: {shown}", flush=True)
+    return samples
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result: median and quartiles of the ratio to a server without the plugin."""
+
+    arm: str
+    tokens_per_s: float
+    ratio: float
+    low: float
+    high: float
+    cpu_ratio: float
+    target: float | None
+
+
+def summarise(samples: dict[str, list[Sample]]) -> list[Row]:
+    """Ratios within each round, then their median: a slow minute of the machine hits a whole round."""
+    rows = []
+    without = list(zip(samples[OFF], samples.get(AGAIN, samples[OFF]), strict=True))
+    baseline = [
+        Sample(statistics.fmean(s.tokens_per_s for s in both), statistics.fmean(s.cpu_s for s in both))
+        for both in without
+    ]
+    for name, of_arm in samples.items():
+        pairs = list(zip(of_arm, baseline, strict=True))
+        ratios = [mine.tokens_per_s / theirs.tokens_per_s for mine, theirs in pairs]
+        low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        cpu = statistics.median(theirs.cpu_s / mine.cpu_s for mine, theirs in pairs)
+        speed = statistics.median(sample.tokens_per_s for sample in of_arm)
+        rows.append(Row(name, speed, ratio, low, high, cpu, TARGETS.get(name)))
+    return rows
+
+
+@contextlib.contextmanager
+def server(folder: Path, options: Options, *, plugin: bool) -> Iterator[tuple[VllmServer, Path]]:
+    """A server and its configuration file."""
+    folder.mkdir()
+    config_path = folder / "glassbox.yaml"
+    config_path.write_text(PACKAGED_CONFIG.read_text())
+    longest = options.prompt_tokens + options.max_tokens
+    args = ["--served-model-name", MODEL_NAME, "--max-model-len", str(max(2048, longest))]
+    args += ["--max-num-seqs", str(max(16, options.batch_size))]
+    args += ["--enforce-eager"] if options.eager else []
+    env = {
+        "GLASSBOX_CONFIG": str(config_path),
+        "GLASSBOX_DISABLE": None if plugin else "1",
+        "GLASSBOX_RUN_DIR": str(folder / "run"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
+    }
+    print(f"starting the server {'with' if plugin else 'without'} the plugin ...", flush=True)
+    with VllmServer(demo_model(), args=args, env=env, log_path=folder / "server.log", cwd=folder) as running:
+        yield running, config_path
+
+
+def otel_memory_mb(arm: Arm, base: dict[str, Any]) -> float:
+    """PSS of the exporter process that OTLP needs, once it has tried to send (nobody listens at the endpoint)."""
+    before = set(memory_mb(arm.server))
+    otel = {"enabled": True, "endpoint": f"http://127.0.0.1:{free_port()}"}
+    arm.changes = {"export": {"interval_s": 1, "otel": otel}}
+    arm.apply(base)
+    time.sleep(6.0)
+    added = {pid: size for pid, size in memory_mb(arm.server).items() if pid not in before}
+    if not added:
+        raise RuntimeError("no exporter process was started; see the server's log")
+    return sum(added.values())
+
+
+def cpu_model() -> str:
+    """Name of the CPU and the number of its cores that may be used."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {psutil.cpu_count()} cores"
+
+
+def commit() -> str:
+    """Commit of the working tree, with `+` if it has changes."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def write_csv(path: Path, rows: Sequence[Row], memory: dict[str, float], options: Options, load: float) -> None:
+    """The result with what is needed to repeat it, as comment lines; `load` is the load average before it began."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "command": shlex.join(["python", "tests/bench/bench_serving.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "cpu": f"{cpu_model()}, load average {load:.1f} at the start",
+        "versions": f"vllm {version('vllm')}, torch {version('torch')}, python {platform.python_version()}",
+        "workload": f"{options.rounds} rounds of {options.batch_size} requests at once, {options.prompt_tokens} prompt "
+        f"and {options.max_tokens} output tokens, {'eager' if options.eager else 'torch.compile'}",
+    }
+    with path.open("w", newline="") as file:
+        for key, value in facts.items():
+            file.write(f"# {key}: {value}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["measure", "arm", "median", "lower_quartile", "upper_quartile", "target"])
+        for row in rows:
+            writer.writerow(["tokens_per_s", row.arm, f"{row.tokens_per_s:.1f}", "", "", ""])
+            spread = [f"{row.ratio:.3f}", f"{row.low:.3f}", f"{row.high:.3f}"]
+            writer.writerow(["throughput_ratio", row.arm, *spread, row.target or ""])
+            writer.writerow(["cpu_time_ratio", row.arm, f"{row.cpu_ratio:.3f}", "", "", ""])
+        for name, size in memory.items():
+            writer.writerow(["memory_mb", name, f"{size:.1f}", "", "", MEMORY_TARGET_MB])
+
+
+def show(rows: Sequence[Row], memory: dict[str, float]) -> bool:
+    """Print the tables; True if every target is met."""
+    met = True
+    print(f"\n{'arm':<11}{'tokens/s':>10}{'ratio':>8}{'quartiles':>16}{'CPU time':>10}{'target':>9}")
+    for row in rows:
+        ok = row.target is None or row.ratio >= row.target
+        met &= ok
+        target = "" if row.target is None else f">= {row.target:.2f}"
+        print(
+            f"{row.arm:<11}{row.tokens_per_s:>10.1f}{row.ratio:>8.3f}{f'{row.low:.3f} .. {row.high:.3f}':>16}"
+            f"{row.cpu_ratio:>10.3f}{target:>9}{'' if ok else '  MISSED'}"
+        )
+    print(f"\n{'memory added':<24}{'MB':>8}{'target':>10}")
+    for name, size in memory.items():
+        ok = size < MEMORY_TARGET_MB
+        met &= ok
+        print(f"{name:<24}{size:>8.1f}{f'< {MEMORY_TARGET_MB:.0f}':>10}{'' if ok else '  MISSED'}")
+    return met
+
+
+def bench(options: Options) -> tuple[list[Row], dict[str, float]]:
+    """Start the servers, measure, stop them."""
+    base = load_config(PACKAGED_CONFIG).model_dump(mode="json", exclude_defaults=True)
+    with tempfile.TemporaryDirectory(prefix="glassbox-bench-") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        off, off_config = stack.enter_context(server(folder / "off", options, plugin=False))
+        on, on_config = stack.enter_context(server(folder / "on", options, plugin=True))
+        arms = [
+            Arm(OFF, off, off_config),
+            Arm(DEFAULT, on, on_config),
+            Arm(RATE_1, on, on_config, {"sample_rate": 1.0}),
+            Arm(AGAIN, off, off_config),
+        ]
+        rows = summarise(measure(arms, base, options))
+        httpx.get(f"{on.url}/metrics", timeout=30.0).raise_for_status()
+        memory = {"plugin": sum(memory_mb(on).values()) - sum(memory_mb(off).values())}
+        memory["plugin and OTLP"] = memory["plugin"] + otel_memory_mb(arms[1], base)
+    return rows, memory
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 if every target was met, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=8, help="of one batch per arm (at least 2)")
+    parser.add_argument("--batch-size", type=int, default=8, help="requests at once")
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--eager", action="store_true", help="vLLM's --enforce-eager: no torch.compile")
+    parser.add_argument("--csv", type=Path, help="also write the result there")
+    given = parser.parse_args(argv)
+    options = Options(given.rounds, given.batch_size, given.prompt_tokens, given.max_tokens, given.eager)
+    # SIGTERM ends it as Ctrl-C does, so that the servers are stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    load = os.getloadavg()[0]
+    if load > MAX_LOAD:
+        print(f"note: the machine is busy (load average {load:.1f}); numbers will scatter, see the arm {AGAIN}")
+    rows, memory = bench(options)
+    met = show(rows, memory)
+    if given.csv:
+        write_csv(given.csv, rows, memory, options, load)
+        print(f"\nwritten to {given.csv}")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

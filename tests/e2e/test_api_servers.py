@@ -1,0 +1,112 @@
+"""Two API servers: /metrics of either shows the whole server, once."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from glassbox.export.families import build_families
+from glassbox.export.merge import merge
+from glassbox.export.prometheus import to_metric
+from glassbox.export.snapshot import read_snapshots
+from tests.e2e.samples import Key, counts_against_rows, glassbox_samples
+from tests.serving import GlassboxServer
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+REQUESTS = 12
+TOKENS = 6
+PROMPT = list(range(1000, 1020))
+
+
+@pytest.fixture(scope="module")
+def pair(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GlassboxServer]:
+    """A server with two API processes that has answered some requests and rests."""
+    folder = tmp_path_factory.mktemp("pair")
+    with GlassboxServer(demo_model_path, folder, args=("--api-server-count", "2")) as server:
+        with ThreadPoolExecutor(4) as pool:
+            # Different first tokens, so that no prompt is served from the prefix cache.
+            list(
+                pool.map(lambda n: server.complete([n, *PROMPT], TOKENS, ignore_eos=True), range(2000, 2000 + REQUESTS))
+            )
+        server.settled_rows()
+        yield server
+
+
+def scrape(server: GlassboxServer, processes: list[psutil.Process]) -> tuple[int, str]:
+    """`/metrics` over a connection of its own, and the id of the one of the processes that answered (0 if none did)."""
+    with httpx.Client(base_url=server.url, timeout=30.0) as client, client.stream("GET", "/metrics/") as reply:
+        port = reply.extensions["network_stream"].get_extra_info("client_addr")[1]
+        answering = 0
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                peers = {connection.raddr.port for connection in process.net_connections("tcp") if connection.raddr}
+                answering = process.pid if port in peers else answering
+        reply.read()
+        return answering, reply.raise_for_status().text
+
+
+@pytest.fixture(scope="module")
+def scrapes(pair: GlassboxServer) -> dict[int, list[dict[Key, float]]]:
+    """Many scrapes, by the process that answered."""
+    found: dict[int, list[dict[Key, float]]] = {}
+    deadline = time.monotonic() + 60.0
+    processes = pair.processes()
+    with ThreadPoolExecutor(4) as pool:
+        while len(found) < 2 or min(len(texts) for texts in found.values()) < 5:
+            assert time.monotonic() < deadline, f"scrapes by process: { {pid: len(s) for pid, s in found.items()} }"
+            for pid, text in pool.map(lambda _: scrape(pair, processes), range(8)):
+                found.setdefault(pid, []).append(glassbox_samples(text))
+    return found
+
+
+def settled(samples: dict[Key, float]) -> dict[Key, float]:
+    """Without what changes while nothing is served: window maxima fade, as time goes by."""
+    return {key: value for key, value in samples.items() if "window_max" not in key[0]}
+
+
+class TestTwoApiServers:
+    def test_both_processes_show_the_same_numbers(self, scrapes: dict[int, list[dict[Key, float]]]) -> None:
+        """Two processes answered, several times each, and all that they said is the same."""
+        assert 0 not in scrapes, "the process that answered wasn't found"
+        assert len(scrapes) == 2
+        shown = [settled(samples) for of_process in scrapes.values() for samples in of_process]
+        assert all(samples == shown[0] for samples in shown)
+
+    def test_metrics_equal_the_run_directory(
+        self, pair: GlassboxServer, scrapes: dict[int, list[dict[Key, float]]]
+    ) -> None:
+        """Each sample is what the workers' snapshots say, no more and no less."""
+        engines = merge(read_snapshots(pair.run_dir))
+        families = build_families(engines, "layer")
+        expected = glassbox_samples(to_metric(family) for family in families)
+        for of_process in scrapes.values():
+            assert settled(of_process[-1]) == settled(expected)
+
+    def test_rows_are_counted_once(self, scrapes: dict[int, list[dict[Key, float]]]) -> None:
+        """N requests of 6 tokens make N * 5 decode rows and N * 8 prefill rows per head: nothing is doubled."""
+        samples = next(iter(scrapes.values()))[0]
+
+        def rows(phase: str) -> float:
+            name = "glassbox_attention_rows_total"
+            return sum(
+                value for (found, labels), value in samples.items() if found == name and ("phase", phase) in labels
+            )
+
+        assert rows("decode") == REQUESTS * (TOKENS - 1) * 30 * 9
+        assert rows("prefill") == REQUESTS * 8 * 30 * 9
+        assert counts_against_rows(samples) == {}
+
+    def test_one_exporter_speaks_for_the_server(self, pair: GlassboxServer) -> None:
+        """There is one exporter process, not one per API server."""
+        exporters = [process for process in pair.processes() if "glassbox.export" in process.cmdline()]
+        assert len(exporters) == 1
+
+    def test_vllms_own_metrics_are_still_there(self, pair: GlassboxServer) -> None:
+        """And count the requests: glassbox's files don't disturb their merging."""
+        assert pair.metric("vllm:request_success_total") == REQUESTS
