@@ -10,6 +10,7 @@ export PYTHON
 DEMO_ARGS ?=
 # make test PYTEST_ARGS="tests/unit -k config"
 PYTEST_ARGS ?=
+PYTEST := $(PY) -m pytest -m "not gpu and not slow" --timeout 900
 # make bench BENCH=tests/bench/bench_row_stats.py (the benchmarks of single kernels need a GPU)
 BENCH ?= tests/bench/bench_serving.py
 BENCH_ARGS ?=
@@ -31,8 +32,10 @@ $(STAMP): pyproject.toml tools/setup_venv.sh tools/vllm_metadata.py
 demo: $(STAMP)  ## Serve a small real model and show its attention; DEMO_ARGS=--once stops by itself
 	@$(VENV)/bin/glassbox demo $(DEMO_ARGS)
 
+# The kernels' tests have a process of their own: Triton's interpreter must be chosen before anything imports Triton.
 test: lint  ## Lint, then run all tests that need neither a GPU nor hours
-	$(PY) -m pytest -m "not gpu and not slow" --timeout 900 $(PYTEST_ARGS)
+	$(PYTEST) tests/kernels
+	$(PYTEST) --ignore=tests/kernels $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Check style, types, shell scripts and the Dockerfile
 	$(PY) -m ruff check .
