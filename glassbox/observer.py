@@ -85,6 +85,8 @@ class Observer:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.armed = False
+        # Whether layers need to call: in warm-up, since graphs are captured there, and then in sampled steps.
+        self.listening = True
         self.counters = Counters()
         self.measurer = measurer
         self._all_layers, self._num_layers_total, self._num_heads = layers, num_layers_total, num_heads
@@ -101,7 +103,7 @@ class Observer:
     def arm(self) -> None:
         """Count steps from now on."""
         self.measurer.end_warm_up()
-        self.armed = True
+        self.armed, self.listening = True, False
 
     def disarm(self) -> None:
         """Count no more steps."""
@@ -140,7 +142,7 @@ class Observer:
             if config is not self._config:
                 self._apply(config)
             self.counters.steps += 1
-            self._sampled = self._steps.next_step()
+            self._sampled = self.listening = self._steps.next_step()
             if self._sampled:
                 self.counters.sampled_steps += 1
         except Exception as error:
@@ -173,14 +175,14 @@ class Observer:
             self.measurer.begin(rows, self._layers)
 
     def before_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """Called by every observed layer, in every step and during capture."""
+        """Called by every observed layer while `listening`."""
         try:
             self.measurer.before_attention(impl, layer, query, kv_cache, attn_metadata)
         except Exception as error:
             self._errors.count("observe", error)
 
     def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """Called by every observed layer, in every step and during capture."""
+        """Called by every observed layer while `listening`."""
         started = self._clock() if self._sampled else 0.0
         try:
             self.measurer.after_attention(impl, layer, query, kv_cache, attn_metadata)
@@ -201,5 +203,5 @@ class Observer:
             self._steps.record(self._step_overhead_s, now - self._step_started_s, self._sampled)
         except Exception as error:
             self._errors.count("end_step", error)
-        self._in_step = self._sampled = False
+        self._in_step = self._sampled = self.listening = False
         self._runner = None

@@ -1,6 +1,9 @@
 """Snapshots for tests of the exporting side: consistent in themselves, every number different from its neighbours."""
 
 import logging
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,3 +104,17 @@ def write_config(path: Path, **export: Any) -> Path:
 def logged(records: list[logging.LogRecord]) -> list[str]:
     """Messages in order, each record once: pytest catches those of glassbox's logger there and at the root."""
     return [record.getMessage() for record in {id(record): record for record in records}.values()]
+
+
+@contextmanager
+def limited_file_size(limit: int) -> Iterator[None]:
+    """Within it, any file of this process that grows beyond `limit` bytes fails, as on a full disk.
+
+    For single calls only: pytest's own output may be a file, which it writes to between a test and its teardown.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

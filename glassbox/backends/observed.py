@@ -104,7 +104,7 @@ def _observe_impl(inner: type, name: str) -> type:
             **kw: Any,
         ) -> Any:
             observer = step.hook().observer
-            if observer is None or attn_metadata is None or not self.glassbox_observed:
+            if observer is None or not observer.listening or attn_metadata is None or not self.glassbox_observed:
                 return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kw)
             observer.before_attention(self, layer, query, kv_cache, attn_metadata)
             output = super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kw)

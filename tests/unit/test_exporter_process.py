@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -24,7 +23,7 @@ from glassbox.export.process import ExporterLock, ExporterProcess, main
 from glassbox.export.sinks import Sinks, is_needed
 from glassbox.export.snapshot import write_snapshot
 from glassbox.export.source import read_status
-from tests.export_samples import make_snapshot, write_config
+from tests.export_samples import limited_file_size, make_snapshot, write_config
 from tests.otlp_receiver import OtlpReceiver
 from tests.prometheus_server import free_port
 
@@ -177,12 +176,8 @@ class TestSinks:
     def test_a_full_disk_is_counted(self, sinks: Sinks, current: dict[str, GlassboxConfig], run_dir: Path) -> None:
         """Neither JSONL nor the status file stops the round."""
         current["config"] = config(jsonl={"path": "/dev/full"})
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
-        try:
+        with limited_file_size(1):
             sinks.round()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert sinks.faults.counts() == {"jsonl": 1, "status": 1}
         assert not [path.name for path in run_dir.iterdir() if path.name.endswith(".tmp")]
 

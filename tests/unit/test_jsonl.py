@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import resource
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from glassbox.export.jsonl import JsonlSink, RotatingFile, WindowSummaries, quan
 from glassbox.export.merge import MergedEngine, merge
 from glassbox.export.snapshot import Snapshot
 from glassbox.statistics import INDEX, NUM_BUCKETS, STATISTICS
-from tests.export_samples import make_snapshot
+from tests.export_samples import limited_file_size, make_snapshot
 
 
 def later(snapshot: Snapshot, seed: int, seconds: float = 5.0) -> Snapshot:
@@ -217,19 +215,11 @@ class TestFile:
         assert error.value.errno == errno.ENOSPC
         assert not os.path.lexists("/dev/full.1")
 
-    @pytest.fixture
-    def file_size_limit(self) -> Iterator[None]:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
-        yield
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    @pytest.mark.usefixtures("file_size_limit")
     def test_a_line_that_does_not_fit_leaves_no_part(self, tmp_path: Path) -> None:
         """The disk fills up in the middle of a line: the file ends with the line before."""
         file = RotatingFile(tmp_path / "a", 1000)
         file.append(["1234"])
-        with pytest.raises(OSError, match="File too large"):
+        with limited_file_size(8), pytest.raises(OSError, match="File too large"):
             file.append(["123456789"])
         assert (tmp_path / "a").read_text() == "1234\n"
 

@@ -1,10 +1,8 @@
 """Snapshot files: what is written is what is read; nothing that lies about breaks a reader."""
 
 import errno
-import resource
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 
 from glassbox.export.snapshot import Snapshot, SnapshotReader, read_snapshots, snapshot_name, write_snapshot
-from tests.export_samples import make_snapshot
+from tests.export_samples import limited_file_size, make_snapshot
 
 ARRAYS = {"counts", "sums", "rows", "nonfinite", "window_max"}
 
@@ -26,15 +24,6 @@ def assert_same(expected: Snapshot, found: Snapshot) -> None:
         else:
             assert left == right, field.name
             assert type(left) is type(right), field.name
-
-
-@pytest.fixture
-def file_size_limit() -> Iterator[int]:
-    """Any file that grows beyond 4 KiB fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield 4096
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class TestRoundTrip:
@@ -190,11 +179,11 @@ class TestDirectory:
 
 
 class TestFullDisk:
-    def test_the_error_is_raised_and_the_old_snapshot_stays(self, tmp_path: Path, file_size_limit: int) -> None:
+    def test_the_error_is_raised_and_the_old_snapshot_stays(self, tmp_path: Path) -> None:
         """When a snapshot does not fit, the caller gets the OSError, the older file stays, nothing is left over."""
         small = make_snapshot(layers=(), instance="w")
         write_snapshot(tmp_path, small)
-        with pytest.raises(OSError, match="File too large") as error:
+        with limited_file_size(4096), pytest.raises(OSError, match="File too large") as error:
             write_snapshot(tmp_path, make_snapshot(layers=tuple(range(40)), instance="w"))
         assert error.value.errno == errno.EFBIG
         assert [path.name for path in tmp_path.iterdir()] == ["worker-0-0-w.npz"]
