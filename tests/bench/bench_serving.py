@@ -1,11 +1,12 @@
 """What glassbox costs a real `vllm serve` on this CPU: throughput and memory, against a server without it.
 
     python tests/bench/bench_serving.py
-    python tests/bench/bench_serving.py --rounds 12 --csv docs/data/serving_cpu.csv
+    python tests/bench/bench_serving.py --pairs 8 --csv docs/data/serving_cpu.csv
 
 Two servers of the same model stay up: one with GLASSBOX_DISABLE=1, one with the plugin. Short, identical batches of
 requests go to them in turns, in an order that is shuffled for each round and after a few unmeasured tokens, so that
-whatever else the machine does hits all arms alike:
+whatever else the machine does hits all arms alike. Several pairs of servers are started one after the other, because
+two servers without the plugin differ, too, by up to 3 % for as long as they live (2-core AVX-512 server, 2026-11):
 
     off        the server without the plugin
     default    the plugin with the packaged configuration (sample_rate 0.01)
@@ -13,7 +14,7 @@ whatever else the machine does hits all arms alike:
 
 A round gives one ratio per arm, throughput over that without the plugin in the same round; the table shows the median
 over the rounds and its quartiles, and the median for CPU time. `off` is measured twice in each round, and the mean is
-what the others are compared to: how far `off` and `off again` are from 1 is what this machine's noise amounts to.
+what the others are compared to: how far `off` and `off again` are from 1 is the noise within a pair.
 """
 
 import argparse
@@ -101,6 +102,7 @@ class Sample:
 class Options:
     """What is measured."""
 
+    pairs: int
     rounds: int
     batch_size: int
     prompt_tokens: int
@@ -159,8 +161,8 @@ def run_batch(client: httpx.Client, pool: ThreadPoolExecutor, server: VllmServer
     return Sample(tokens / seconds, cpu_seconds(server) - cpu)
 
 
-def measure(arms: Sequence[Arm], base: dict[str, Any], options: Options) -> dict[str, list[Sample]]:
-    """One sample per arm and round; the order of the arms rotates."""
+def measure(arms: Sequence[Arm], base: dict[str, Any], options: Options, seed: int) -> dict[str, list[Sample]]:
+    """One sample per arm and round; the order of the arms is shuffled for each round."""
     samples: dict[str, list[Sample]] = {arm.name: [] for arm in arms}
     work = list(batches(options, options.rounds + 2))
     with httpx.Client(timeout=300.0) as client, ThreadPoolExecutor(options.batch_size) as pool:
@@ -168,7 +170,7 @@ def measure(arms: Sequence[Arm], base: dict[str, Any], options: Options) -> dict
             arm.apply(base)
             for batch in work[:2]:
                 run_batch(client, pool, arm.server, batch)
-        order = random.Random(1)
+        order = random.Random(seed)
         for number, batch in enumerate(work[2:]):
             for arm in order.sample(arms, len(arms)):
                 arm.apply(base)
@@ -275,8 +277,10 @@ def write_csv(path: Path, rows: Sequence[Row], memory: dict[str, float], options
         "commit": commit(),
         "cpu": f"{cpu_model()}, load average {load:.1f} at the start",
         "versions": f"vllm {version('vllm')}, torch {version('torch')}, python {platform.python_version()}",
-        "workload": f"{options.rounds} rounds of {options.batch_size} requests at once, {options.prompt_tokens} prompt "
-        f"and {options.max_tokens} output tokens, {'eager' if options.eager else 'torch.compile'}",
+        "servers": f"{options.pairs} pairs, {options.rounds} rounds each, "
+        f"{'eager' if options.eager else 'torch.compile'}",
+        "batch": f"{options.batch_size} requests at once, {options.prompt_tokens} prompt and {options.max_tokens} "
+        "output tokens",
     }
     with path.open("w", newline="") as file:
         for key, value in facts.items():
@@ -313,36 +317,55 @@ def show(rows: Sequence[Row], memory: dict[str, float]) -> bool:
 
 
 def bench(options: Options) -> tuple[list[Row], dict[str, float]]:
-    """Start the servers, measure, stop them."""
+    """Measure pairs of servers, one pair after the other."""
+    samples: dict[str, list[Sample]] = {}
+    memory: dict[str, list[float]] = {}
+    for number in range(options.pairs):
+        print(f"pair {number + 1} of {options.pairs}", flush=True)
+        of_pair, memory_of_pair = bench_pair(options, number)
+        for arm, more in of_pair.items():
+            samples.setdefault(arm, []).extend(more)
+        for what, size in memory_of_pair.items():
+            memory.setdefault(what, []).append(size)
+    return summarise(samples), {what: statistics.median(sizes) for what, sizes in memory.items()}
+
+
+def bench_pair(options: Options, number: int) -> tuple[dict[str, list[Sample]], dict[str, float]]:
+    """Start a server with and one without the plugin, measure, stop them."""
     base = load_config(PACKAGED_CONFIG).model_dump(mode="json", exclude_defaults=True)
     with tempfile.TemporaryDirectory(prefix="glassbox-bench-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        off, off_config = stack.enter_context(server(folder / "off", options, plugin=False))
-        on, on_config = stack.enter_context(server(folder / "on", options, plugin=True))
+        started: dict[bool, tuple[VllmServer, Path]] = {}
+        # The one that is started first is often the faster one, so they take turns.
+        for plugin in (False, True) if number % 2 == 0 else (True, False):
+            started[plugin] = stack.enter_context(server(folder / ("on" if plugin else "off"), options, plugin=plugin))
+        off, off_config = started[False]
+        on, on_config = started[True]
         arms = [
             Arm(OFF, off, off_config),
             Arm(DEFAULT, on, on_config),
             Arm(RATE_1, on, on_config, {"sample_rate": 1.0}),
             Arm(AGAIN, off, off_config),
         ]
-        rows = summarise(measure(arms, base, options))
+        samples = measure(arms, base, options, number)
         httpx.get(f"{on.url}/metrics", timeout=30.0).raise_for_status()
         memory = {"plugin": sum(memory_mb(on).values()) - sum(memory_mb(off).values())}
         memory["plugin and OTLP"] = memory["plugin"] + otel_memory_mb(arms[1], base)
-    return rows, memory
+    return samples, memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if every target was met, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8, help="of one batch per arm (at least 2)")
+    parser.add_argument("--pairs", type=int, default=4, help="of servers, with and without the plugin")
+    parser.add_argument("--rounds", type=int, default=4, help="of one batch per arm, for each pair")
     parser.add_argument("--batch-size", type=int, default=8, help="requests at once")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--eager", action="store_true", help="vLLM's --enforce-eager: no torch.compile")
     parser.add_argument("--csv", type=Path, help="also write the result there")
     given = parser.parse_args(argv)
-    options = Options(given.rounds, given.batch_size, given.prompt_tokens, given.max_tokens, given.eager)
+    options = Options(given.pairs, given.rounds, given.batch_size, given.prompt_tokens, given.max_tokens, given.eager)
     # SIGTERM ends it as Ctrl-C does, so that the servers are stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     load = os.getloadavg()[0]

@@ -39,7 +39,7 @@ class TestSummarise:
 
     def test_batches_share_no_prefix(self) -> None:
         """The prefix cache can serve no prompt."""
-        options = Options(rounds=3, batch_size=4, prompt_tokens=16, max_tokens=8, eager=True)
+        options = Options(pairs=1, rounds=3, batch_size=4, prompt_tokens=16, max_tokens=8, eager=True)
         prompts = [prompt for batch in batches(options, 5) for prompt in batch.prompts]
         assert len(prompts) == 20
         assert len({prompt[:4] for prompt in prompts}) == 20
@@ -53,7 +53,7 @@ class TestShort:
     ) -> None:
         """sample_rate 1.0 against 0, in turns, in CPU time: at least 0.4 (`make bench` measures it properly)."""
         monkeypatch.setattr(bench_serving, "MODEL_NAME", MODEL_NAME)
-        options = Options(rounds=4, batch_size=8, prompt_tokens=256, max_tokens=24, eager=True)
+        options = Options(pairs=1, rounds=4, batch_size=8, prompt_tokens=256, max_tokens=24, eager=True)
         cpu_s: dict[float, list[float]] = {0.0: [], 1.0: []}
         rates = [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
         with httpx.Client(timeout=300.0) as client, ThreadPoolExecutor(options.batch_size) as pool:
