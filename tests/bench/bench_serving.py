@@ -271,8 +271,10 @@ def commit() -> str:
 def write_csv(path: Path, rows: Sequence[Row], memory: dict[str, float], options: Options, load: float) -> None:
     """The result with what is needed to repeat it, as comment lines; `load` is the load average before it began."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The servers inherit them: VLLM_CPU_OMP_THREADS_BIND alone moves the worker to another core.
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(("VLLM_", "OMP_"))]
     facts = {
-        "command": shlex.join(["python", "tests/bench/bench_serving.py", *sys.argv[1:]]),
+        "command": shlex.join([*settings, "python", "tests/bench/bench_serving.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
         "cpu": f"{cpu_model()}, load average {load:.1f} at the start",
