@@ -129,7 +129,7 @@ class OtlpReceiver:
             self.requests.append(request)
             self._changed.notify_all()
 
-    def wait_until(self, condition: Callable[["OtlpReceiver"], bool], timeout_s: float = 10.0) -> None:
+    def wait_until(self, condition: Callable[["OtlpReceiver"], bool], timeout_s: float = 30.0) -> None:
         """Wait until `condition(self)` holds after some request.
 
         Raises:
@@ -139,7 +139,7 @@ class OtlpReceiver:
             if not self._changed.wait_for(lambda: condition(self), timeout_s):
                 raise TimeoutError(f"{len(self.requests)} requests came, but not what was waited for")
 
-    def wait_for_metrics(self, timeout_s: float = 10.0) -> dict[str, Metric]:
+    def wait_for_metrics(self, timeout_s: float = 30.0) -> dict[str, Metric]:
         """Wait for a request with metrics; the newest metrics by name."""
         self.wait_until(lambda receiver: bool(receiver.metrics()), timeout_s)
         return self.metrics()

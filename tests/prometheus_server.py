@@ -20,6 +20,8 @@ import yaml
 
 PROMETHEUS = shutil.which("prometheus")
 PROMTOOL = shutil.which("promtool")
+# Prometheus's own limit of a query is 120 s; beside a vLLM that keeps every core busy some do take over 10.
+ANSWER_TIMEOUT_S = 120.0
 
 
 def free_port() -> int:
@@ -118,7 +120,7 @@ class PrometheusServer:
     def api(self, path: str, **parameters: str) -> Any:
         """The field `data` of an answer of the HTTP API, e.g. `api("targets")`."""
         query = urllib.parse.urlencode(parameters)
-        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=ANSWER_TIMEOUT_S) as answer:
             return json.load(answer)["data"]
 
     def query(self, expression: str) -> dict[frozenset[tuple[str, str]], float]:
@@ -131,7 +133,7 @@ class PrometheusServer:
             for series in result
         }
 
-    def wait_for(self, expression: str, timeout_s: float = 15.0) -> dict[frozenset[tuple[str, str]], float]:
+    def wait_for(self, expression: str, timeout_s: float = 60.0) -> dict[frozenset[tuple[str, str]], float]:
         """Ask until the answer is not empty.
 
         Raises:

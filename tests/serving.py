@@ -46,7 +46,7 @@ def unprivileged() -> tuple[str, ...]:
 def wait_for(
     read: Callable[[], _Value],
     accept: Callable[[_Value], bool],
-    timeout_s: float = 10.0,
+    timeout_s: float = 30.0,
     what: str = "a value",
 ) -> _Value:
     """Call `read` until `accept` likes what it gives, and return that; fail the test after `timeout_s`."""
@@ -153,12 +153,12 @@ class GlassboxServer(VllmServer):
         return summarise(self.metrics())
 
     def wait_metric(
-        self, name: str, accept: Callable[[float | None], bool], timeout_s: float = 10.0, **labels: str
+        self, name: str, accept: Callable[[float | None], bool], timeout_s: float = 30.0, **labels: str
     ) -> float | None:
         """Wait until `metric(name, **labels)` is accepted and return it."""
         return wait_for(lambda: self.metric(name, **labels), accept, timeout_s, f"{name}{labels or ''}")
 
-    def settled_rows(self, timeout_s: float = 15.0) -> float:
+    def settled_rows(self, timeout_s: float = 60.0) -> float:
         """`rows_total` over all labels, once it has stood still for more than two export intervals."""
         last, since = -1.0, time.monotonic()
 

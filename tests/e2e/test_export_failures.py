@@ -64,7 +64,7 @@ def assert_counts_rows(server: GlassboxServer) -> None:
     before = server.settled_rows()
     decode = server.metric(ROWS, phase="decode") or 0.0
     assert_serves(server)
-    server.wait_metric(ROWS, lambda rows: rows == decode + 5 * 30 * 9, timeout_s=15.0, phase="decode")
+    server.wait_metric(ROWS, lambda rows: rows == decode + 5 * 30 * 9, timeout_s=60.0, phase="decode")
     assert server.settled_rows() > before
     assert counts_against_rows(glassbox_samples(server.metrics())) == {}
 
@@ -115,7 +115,7 @@ class TestRunDirectory:
             assert_serves(server)
             assert (server.metric(ROWS) or 0.0) in {0.0, before}
         server.wait_metric(ERRORS, bool, timeout_s=20.0, stage="snapshot")
-        server.wait_metric(ROWS, lambda rows: rows == decode + 2 * 5 * 30 * 9, timeout_s=15.0, phase="decode")
+        server.wait_metric(ROWS, lambda rows: rows == decode + 2 * 5 * 30 * 9, timeout_s=60.0, phase="decode")
         assert logged(server, "snapshot failed") == lines + 1
         assert_counts_rows(server)
 
@@ -155,7 +155,7 @@ class TestExporterProcess:
             what="another exporter",
         )
         assert successor.is_running()
-        server.wait_metric(ERRORS, lambda count: count == begin + 1, timeout_s=15.0, stage="exporter")
+        server.wait_metric(ERRORS, lambda count: count == begin + 1, timeout_s=60.0, stage="exporter")
         assert logged(server, "exporter failed") == 1
         windows = len(path.read_text().splitlines())
         server.settled_rows()
@@ -181,7 +181,7 @@ class TestOwnPort:
                 return ROWS in httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5.0).text
             return False
 
-        wait_for(shown, bool, timeout_s=15.0, what="glassbox's own port")
+        wait_for(shown, bool, timeout_s=60.0, what="glassbox's own port")
 
 
 class TestJsonl:

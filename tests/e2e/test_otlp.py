@@ -126,7 +126,7 @@ class TestOwnPort:
         wait_for(
             lambda: differences(glassbox_samples(server.metrics()), glassbox_samples(text())),
             lambda found: not found,
-            timeout_s=15.0,
+            timeout_s=60.0,
             what="the port's numbers to be those of /metrics",
         )
         assert all(
