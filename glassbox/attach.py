@@ -5,7 +5,7 @@ from collections.abc import Callable
 from glassbox.backends.observed import observed_path
 from glassbox.config import SUPPORTED_INNER_BACKENDS, GlassboxConfig, restart_needed
 from glassbox.export import prometheus
-from glassbox.export.source import ConfigFile
+from glassbox.export.source import ConfigFile, FamilySource
 from glassbox.logs import get_logger, set_level
 from glassbox.settings import Settings
 
@@ -46,6 +46,11 @@ def attach(settings: Settings) -> None:
                 logger.warning("%s: %s", settings.path.name, message)
 
     _undo.append(prometheus.install(ConfigFile(settings.path, config, on_change)))
+
+
+def shown_source() -> FamilySource | None:
+    """What this process's collector shows, for others who show it in another way; None if glassbox isn't attached."""
+    return next((undo.source for undo in _undo if isinstance(undo, prometheus.Handle)), None)
 
 
 def detach() -> None:

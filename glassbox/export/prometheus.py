@@ -94,9 +94,14 @@ class PrometheusCollector(Collector):
 
 
 class Handle:
-    """Undoes `install`, by `remove()` or by calling it."""
+    """Undoes `install`, by `remove()` or by calling it.
 
-    def __init__(self, registry: CollectorRegistry, collector: PrometheusCollector) -> None:
+    Attributes:
+        source: of what is shown.
+    """
+
+    def __init__(self, registry: CollectorRegistry, collector: PrometheusCollector, source: FamilySource) -> None:
+        self.source = source
         self._registry = registry
         self.collector = collector
 
@@ -127,4 +132,4 @@ def install(
     source = FamilySource(run_dir or rundir.run_dir(), config)
     collector = PrometheusCollector(source)
     registry.register(collector)
-    return Handle(registry, collector)
+    return Handle(registry, collector, source)

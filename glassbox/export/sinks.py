@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from glassbox.config import GlassboxConfig
 from glassbox.export.faults import Faults
-from glassbox.export.http import MetricsServer, bind_address
+from glassbox.export.http import HttpServer, bind_address
 from glassbox.export.jsonl import JsonlSink
 from glassbox.export.multiprocess import DIRECTORY_ENV, MultiprocessWriter
 from glassbox.export.prometheus import PrometheusCollector
@@ -70,7 +70,7 @@ class Sinks:
         self._source = FamilySource(self._run_dir, config)
         self._registry = CollectorRegistry()
         self._registry.register(PrometheusCollector(self._source))
-        self._http: tuple[object, MetricsServer] | None = None
+        self._http: tuple[object, HttpServer] | None = None
         self._multiprocess: tuple[object, MultiprocessWriter] | None = None
         self._otel: tuple[object, OtelSink] | None = None
         self._jsonl: tuple[object, JsonlSink] | None = None
@@ -104,7 +104,13 @@ class Sinks:
             self._http = None
         if wanted is not None and self._http is None:
             with self.faults.guard("http"):  # tried again each round: whoever holds the port may let go of it
-                self._http = (wanted, MetricsServer(wanted[1], self._registry, wanted[0]))
+                self._http = (wanted, self._serve(*wanted))
+
+    def _serve(self, address: str, port: int) -> HttpServer:
+        # Not at the top: an exporter without a port of its own needs no web framework in its memory.
+        from glassbox.web.app import make_app
+
+        return HttpServer(port, make_app(self._source, metrics=self._registry), address)
 
     def _apply_otel(self, config: GlassboxConfig) -> None:
         otel = config.export.otel

@@ -24,6 +24,19 @@ STATUS_NAME: Final = "exporter.json"
 
 
 @dataclass(frozen=True, eq=False)
+class Merged:
+    """All that the workers of a server have measured up to one moment.
+
+    Attributes:
+        versions: of the snapshot files it was made of, by name.
+        engines: merged snapshots.
+    """
+
+    versions: Mapping[str, FileVersion]
+    engines: tuple[MergedEngine, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class View:
     """What a server looks like at one moment.
 
@@ -136,6 +149,7 @@ class FamilySource:
         self._reader = SnapshotReader(self._run_dir)
         self._lock = threading.Lock()
         self._errors: dict[str, int] = {}
+        self._merged: Merged | None = None
         self._view: View | None = None
         self._warning: str | None = None
 
@@ -144,10 +158,37 @@ class FamilySource:
         """The configuration of the moment."""
         return self._config()
 
+    @property
+    def run_dir(self) -> Path:
+        """Where the snapshot files are."""
+        return self._run_dir
+
     def count_error(self, stage: str) -> None:
         """Count an error of the reading side; it appears in glassbox_errors_total of the next view."""
         with self._lock:
             self._errors[stage] = self._errors.get(stage, 0) + 1
+
+    def versions(self) -> dict[str, FileVersion]:
+        """Versions of the snapshot files of the moment: what tells whether `merged()` would change; reads no file.
+
+        Raises:
+            OSError: if the run directory may not be read.
+        """
+        return self._reader.versions()
+
+    def merged(self) -> Merged:
+        """What was measured up to this moment, without the families; the same object as long as no file changed.
+
+        Raises:
+            OSError: if the run directory may not be read.
+        """
+        with self._lock:
+            return self._merge(self._reader.versions())
+
+    def _merge(self, versions: dict[str, FileVersion]) -> Merged:
+        if self._merged is None or self._merged.versions != versions:
+            self._merged = Merged(versions, tuple(merge(self._reader.read(versions))))
+        return self._merged
 
     def view(self) -> View:
         """The state of the moment; the same object as long as nothing changed.
@@ -164,7 +205,7 @@ class FamilySource:
             key = (versions, prometheus.detail, prometheus.max_series, exporter_errors, dict(self._errors))
             if self._view is not None and self._view.key == key:
                 return self._view
-            engines = tuple(merge(self._reader.read(versions)))
+            engines = self._merge(versions).engines
             detail, warning = effective_detail(prometheus.detail, prometheus.max_series, engines)
             if warning is not None and warning != self._warning:
                 logger.warning("%s", warning)

@@ -1,7 +1,7 @@
 """The routes of glassbox, and the application that serves them on its own port.
 
 Owns which path leads where. What is answered there is `snapshot.py`, `stream.py` and `assets.py`; who listens is
-`server.py` (own port) and `endpoint.py` (vLLM's).
+`glassbox.export.http` (own port) and `endpoint.py` (vLLM's API server).
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,50 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from glassbox.export.source import FamilySource
-from glassbox.web.answers import guarded
+from glassbox.web.answers import Endpoint, guarded, json_answer
+from glassbox.web.assets import INDEX, asset_answer
+from glassbox.web.selection import parse_snapshot
+from glassbox.web.snapshot import snapshot_answer
+from glassbox.web.stream import Feed, stream_answer
 
+PAGE_PATH: Final = "/glassbox/"
+SNAPSHOT_PATH: Final = "/glassbox/v1/snapshot"
+STREAM_PATH: Final = "/glassbox/v1/stream"
 # On single routes: a stream of events must not wait for a compressor, and vLLM's application has its own middleware.
-COMPRESSED: Final = Middleware(GZipMiddleware, minimum_size=1024, compresslevel=4)
+_COMPRESSED: Final = Middleware(GZipMiddleware, minimum_size=1024, compresslevel=4)
 
 
-def make_routes(source: FamilySource) -> list[BaseRoute]:
-    """Everything below /glassbox: what vLLM's API server gets, too."""
-    return []
+def make_routes(source: FamilySource, feed: Feed | None = None) -> list[BaseRoute]:
+    """Everything below /glassbox: what vLLM's API server gets, too. GET only.
+
+    Args:
+        source: what there is to show; errors are counted in it, as `http`.
+        feed: of the stream. Default: a new one.
+    """
+    shown = Feed(source) if feed is None else feed
+
+    async def page(request: Request) -> Response:
+        return asset_answer(request.path_params.get("path", INDEX), request)
+
+    async def snapshot(request: Request) -> Response:
+        selection = parse_snapshot(request.query_params)
+        return json_answer(await run_in_threadpool(snapshot_answer, source, selection))
+
+    async def stream(request: Request) -> Response:
+        return await stream_answer(shown, request)
+
+    def route(path: str, endpoint: Endpoint, compressed: bool = True) -> Route:
+        guard = guarded(endpoint, source.count_error)
+        return Route(path, guard, middleware=[_COMPRESSED] if compressed else None)
+
+    return [
+        # Relative: right behind a proxy that adds a prefix, too.
+        Route(PAGE_PATH.rstrip("/"), _redirect("glassbox/")),
+        route(PAGE_PATH, page),
+        route(f"{PAGE_PATH}page/{{path:path}}", page),
+        route(SNAPSHOT_PATH, snapshot),
+        route(STREAM_PATH, stream, compressed=False),
+    ]
 
 
 def make_app(
@@ -39,17 +74,20 @@ def make_app(
         routes: further ones, which come before glassbox's.
         metrics: shown at /metrics; None: there is no /metrics.
     """
-
-    async def home(_: Request) -> Response:
-        return RedirectResponse("glassbox/")
-
-    own: list[BaseRoute] = [Route("/", home)]
+    own: list[BaseRoute] = [Route("/", _redirect("glassbox/"))]
     if metrics is not None:
-        own.append(metrics_route(metrics))
+        own.append(_metrics_route(metrics))
     return Starlette(routes=[*routes, *make_routes(source), *own])
 
 
-def metrics_route(registry: CollectorRegistry) -> Route:
+def _redirect(url: str) -> Endpoint:
+    async def endpoint(_: Request) -> Response:
+        return RedirectResponse(url)
+
+    return endpoint
+
+
+def _metrics_route(registry: CollectorRegistry) -> Route:
     """GET /metrics: the registry in the format that the scraper asks for (OpenMetrics or Prometheus's text)."""
 
     def metrics(request: Request) -> Response:
@@ -61,4 +99,4 @@ def metrics_route(registry: CollectorRegistry) -> Route:
     async def endpoint(request: Request) -> Response:
         return await run_in_threadpool(metrics, request)
 
-    return Route("/metrics", guarded(endpoint), middleware=[COMPRESSED])
+    return Route("/metrics", guarded(endpoint), middleware=[_COMPRESSED])

@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+import socket
 import subprocess
 import time
 import urllib.request
@@ -18,13 +19,14 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from glassbox.config import GlassboxConfig, load_config
 from glassbox.export.families import build_families
-from glassbox.export.http import ADDRESS_ENV, MetricsServer, bind_address
+from glassbox.export.http import ADDRESS_ENV, HttpServer, bind_address
 from glassbox.export.merge import merge
 from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import PrometheusCollector, install
 from glassbox.export.snapshot import write_snapshot
 from glassbox.export.source import ConfigFile, ExporterStatus, FamilySource, write_status
 from glassbox.statistics import INDEX, STATISTICS
+from glassbox.web.app import make_app
 from tests.export_samples import logged, make_snapshot, write_config
 from tests.prometheus_server import PROMETHEUS, PROMTOOL, PrometheusServer
 
@@ -381,29 +383,41 @@ class TestMultiprocess:
 
 
 @pytest.fixture
-def server(run_dir: Path) -> Iterator[MetricsServer]:
-    server = MetricsServer(0, registry_of(run_dir, config), "127.0.0.1")
+def server(run_dir: Path) -> Iterator[HttpServer]:
+    app = make_app(FamilySource(run_dir, config), metrics=registry_of(run_dir, config))
+    server = HttpServer(0, app, "127.0.0.1")
     yield server
     server.close()
 
 
 class TestOwnPort:
-    def test_it_serves_the_same_text(self, run_dir: Path, server: MetricsServer) -> None:
+    def test_it_serves_the_same_text(self, run_dir: Path, server: HttpServer) -> None:
         """GET /metrics is the exposition of the collector."""
         with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=5) as answer:
             assert answer.read().decode() == exposition(registry_of(run_dir, config))
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
 
-    def test_a_taken_port_is_an_os_error(self, server: MetricsServer) -> None:
+    def test_openmetrics_is_served_to_who_asks_for_it(self, run_dir: Path, server: HttpServer) -> None:
+        """By the Accept header, as Prometheus sends it."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{server.port}/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"}
+        )
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            assert answer.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+            assert answer.read() == generate_openmetrics(registry_of(run_dir, config))
+
+    def test_a_taken_port_is_an_os_error(self, run_dir: Path, server: HttpServer) -> None:
         """The caller counts it and tries again."""
         with pytest.raises(OSError, match="Address already in use"):
-            MetricsServer(server.port, CollectorRegistry(), "127.0.0.1")
+            HttpServer(server.port, make_app(FamilySource(run_dir, config)), "127.0.0.1")
 
     def test_closing_frees_the_port(self, run_dir: Path) -> None:
         """After `close` nobody listens, and the port can be opened again at once."""
-        first = MetricsServer(0, CollectorRegistry(), "127.0.0.1")
+        first = HttpServer(0, make_app(FamilySource(run_dir, config)), "127.0.0.1")
         first.close()
-        second = MetricsServer(first.port, CollectorRegistry(), "127.0.0.1")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", first.port), timeout=5)
+        second = HttpServer(first.port, make_app(FamilySource(run_dir, config)), "127.0.0.1")
         second.close()
 
     def test_the_address_is_that_of_the_environment(self) -> None:
@@ -412,9 +426,7 @@ class TestOwnPort:
         assert bind_address({ADDRESS_ENV: "127.0.0.1"}) == "127.0.0.1"
 
     @pytest.mark.e2e
-    def test_a_real_prometheus_reads_the_same_numbers(
-        self, run_dir: Path, server: MetricsServer, tmp_path: Path
-    ) -> None:
+    def test_a_real_prometheus_reads_the_same_numbers(self, run_dir: Path, server: HttpServer, tmp_path: Path) -> None:
         """Every sample of the exposition is in the server's database with its value."""
         if PROMETHEUS is None:
             pytest.skip("prometheus is not on PATH (Debian package prometheus)")

@@ -1,0 +1,165 @@
+"""Numbers of an engine as matrices, layer x head, over all its time or over a part of it.
+
+Owns the arithmetic: what was measured between two moments, means, quantiles, and what of them is sent. Pure numpy;
+which numbers somebody wants is `selection.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from glassbox.export.merge import MergedEngine
+from glassbox.statistics import INDEX, PHASES, Phase, Statistic
+
+QUANTILES: Final = {"p50": 0.5, "p95": 0.95}
+# Quantiles are interpolated in a dozen buckets: more digits would be noise, and bytes on each frame.
+SIGNIFICANT_DIGITS: Final = 5
+
+Floats = npt.NDArray[np.float64]
+
+
+def between(old: MergedEngine | None, new: MergedEngine) -> MergedEngine:
+    """What was measured after `old` and up to `new`, as an engine that began to count at `old.time_s`.
+
+    Where the two can't be subtracted (there is no old one, other layers or heads, or counters that fell because the
+    run directory was emptied) that is everything `new` holds.
+    """
+    if (
+        old is None
+        or (old.model_name, old.engine, old.layers, old.num_heads)
+        != (new.model_name, new.engine, new.layers, new.num_heads)
+        or bool((new.rows < old.rows).any())
+        or bool((new.counts < old.counts).any())
+    ):
+        return new
+    return replace(
+        new,
+        start_time_s=old.time_s,
+        steps=max(0, new.steps - old.steps),
+        sampled_steps=max(0, new.sampled_steps - old.sampled_steps),
+        dropped_rows=_less(new.dropped_rows, old.dropped_rows),
+        errors=_less(new.errors, old.errors),
+        overhead_seconds=max(0.0, new.overhead_seconds - old.overhead_seconds),
+        counts=new.counts - old.counts,
+        sums=new.sums - old.sums,
+        rows=new.rows - old.rows,
+        nonfinite=new.nonfinite - old.nonfinite,
+    )
+
+
+def _less(new: dict[str, int], old: dict[str, int]) -> dict[str, int]:
+    return {name: max(0, count - old.get(name, 0)) for name, count in new.items()}
+
+
+def means(engine: MergedEngine, statistic: Statistic, phase: Phase) -> Floats:
+    """Mean over the rows with finite scores, float64 [L, H]; NaN where there is none."""
+    s, p = INDEX[statistic.name], PHASES.index(phase)
+    rows = engine.counts[:, :, p, s].sum(axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(rows > 0, engine.sums[:, :, p, s] / rows, np.nan)
+
+
+def quantiles(counts: npt.NDArray[np.int64], statistic: Statistic, share: float) -> Floats:
+    """Value below which `share` (0..1) of the rows lie, interpolated inside its bucket.
+
+    The first bucket begins at the statistic's lower bound, the last one ends at its upper one; where its range has no
+    such end, that bucket's finite bound is the answer, as with Prometheus's `histogram_quantile`.
+
+    Args:
+        counts: int64 [..., B], values per bucket, not cumulative.
+
+    Returns:
+        float64 [...]; NaN where there is no row.
+    """
+    bounds = np.array(statistic.buckets, dtype=np.float64)
+    begin = np.concatenate(([np.nan if statistic.lower is None else statistic.lower], bounds))
+    end = np.concatenate((bounds, [np.nan if statistic.upper is None else statistic.upper]))
+    begin = np.where(np.isnan(begin), end, begin)
+    end = np.where(np.isnan(end), begin, end)
+    cumulative = counts.cumsum(axis=-1)
+    total = cumulative[..., -1]
+    wanted = share * total
+    # The first bucket that holds rows and reaches the wanted one.
+    reached = (cumulative >= wanted[..., None]) & (counts > 0)
+    bucket = reached.argmax(axis=-1)
+    inside = np.take_along_axis(counts, bucket[..., None], axis=-1)[..., 0]
+    below = np.take_along_axis(cumulative, bucket[..., None], axis=-1)[..., 0] - inside
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = begin[bucket] + (end[bucket] - begin[bucket]) * (wanted - below) / inside
+    return np.where(total > 0, value, np.nan)
+
+
+def rounded(values: Floats) -> Floats:
+    """The same numbers with `SIGNIFICANT_DIGITS` significant decimal digits."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        magnitude = np.floor(np.log10(np.abs(values)))
+    digits = SIGNIFICANT_DIGITS - 1 - np.where(np.isfinite(magnitude), magnitude, 0)
+    # Powers of ten are exact as floats, their inverses are not: divide by the one or by the other.
+    up, down = 10.0 ** np.maximum(digits, 0), 10.0 ** np.maximum(-digits, 0)
+    return np.round(values * up / down) / up * down
+
+
+def listed(values: Floats) -> list[Any]:
+    """Nested lists for JSON, rounded; None for what is NaN or infinite."""
+    finite = np.isfinite(values)
+    cells = rounded(np.where(finite, values, 0.0)).astype(object)
+    cells[~finite] = None
+    return list(cells.tolist())
+
+
+def number(value: float) -> float | None:
+    """The value, or None if JSON can't say it."""
+    return value if math.isfinite(value) else None
+
+
+def phase_answer(engine: MergedEngine, statistics: Sequence[Statistic], phase: Phase) -> dict[str, Any]:
+    """Matrices of one phase for JSON: outer lists are layers, inner ones heads.
+
+    `rows` and `nonfinite` are counts; per statistic `mean` and quantiles in its unit, None where there is no row.
+    """
+    p = PHASES.index(phase)
+    found: dict[str, Any] = {}
+    for statistic in statistics:
+        if statistic.decode_only and phase is not Phase.DECODE:
+            continue
+        counts = engine.counts[:, :, p, INDEX[statistic.name]]
+        matrices = {"mean": listed(means(engine, statistic, phase))}
+        for name, share in QUANTILES.items():
+            matrices[name] = listed(quantiles(counts, statistic, share))
+        if statistic.name == "max_logit":
+            matrices["window_max"] = listed(engine.window_max[:, :, p].astype(np.float64))
+        found[statistic.name] = matrices
+    return {
+        "rows": engine.rows[:, :, p].tolist(),
+        "nonfinite": engine.nonfinite[:, :, p].tolist(),
+        "statistics": found,
+    }
+
+
+def head_answer(engine: MergedEngine, statistics: Sequence[Statistic], phase: Phase, at: int, head: int) -> Any:
+    """Histograms of one head for JSON: rows per bucket (the last one is what lies above all bounds) and the sum.
+
+    Args:
+        at: index of the layer among `engine.layers`.
+        head: global index.
+    """
+    p = PHASES.index(phase)
+    histograms = {}
+    for statistic in statistics:
+        if statistic.decode_only and phase is not Phase.DECODE:
+            continue
+        s = INDEX[statistic.name]
+        histograms[statistic.name] = {
+            "bounds": list(statistic.buckets),
+            "counts": engine.counts[at, head, p, s].tolist(),
+            "sum": number(float(engine.sums[at, head, p, s])),
+        }
+    return {
+        "rows": int(engine.rows[at, head, p]),
+        "nonfinite": int(engine.nonfinite[at, head, p]),
+        "histograms": histograms,
+    }
