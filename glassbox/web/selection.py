@@ -102,15 +102,14 @@ def parse_stream(query: QueryParams) -> Selection:
         RequestError: as in `parse_snapshot`.
     """
     _check_names(query, _OF_ALL | {"window"})
-    window = _single(query, "window") or "last"
+    window = _single(query, "window", "last")
     if window not in WINDOWS:
         raise _not_one_of("window", window, WINDOWS)
-    engine, model = _single(query, "engine"), _single(query, "model")
     return Selection(
-        statistics=_statistics([_single(query, "statistic") or STATISTICS[0].name]),
-        phases=_phases([_single(query, "phase") or Phase.DECODE.value]),
-        engines=() if engine is None else (engine,),
-        models=() if model is None else (model,),
+        statistics=_statistics([_single(query, "statistic", STATISTICS[0].name)]),
+        phases=_phases([_single(query, "phase", Phase.DECODE.value)]),
+        engines=_optional(query, "engine"),
+        models=_optional(query, "model"),
         head=_head(query),
         window=window,
     )
@@ -126,11 +125,15 @@ def _check_names(query: QueryParams, known: frozenset[str]) -> None:
             raise RequestError(f"parameters must be among {', '.join(sorted(known))}, got {name[:80]!r}; leave it out")
 
 
-def _single(query: QueryParams, name: str) -> str | None:
-    values = query.getlist(name)
+def _single(query: QueryParams, name: str, default: str) -> str:
+    values = query.getlist(name) or [default]
     if len(values) > 1:
         raise RequestError(f"{name} must be given once, got it {len(values)} times; leave out all but one")
-    return values[0] if values else None
+    return values[0]
+
+
+def _optional(query: QueryParams, name: str) -> tuple[str, ...]:
+    return (_single(query, name, ""),) if name in query else ()
 
 
 def _statistics(names: Sequence[str]) -> tuple[Statistic, ...]:
@@ -158,9 +161,9 @@ def _head(query: QueryParams) -> tuple[int, int] | None:
 
 
 def _index(query: QueryParams, name: str) -> int | None:
-    text = _single(query, name)
-    if text is None:
+    if name not in query:
         return None
+    text = _single(query, name, "")
     # Not int(): it takes blanks, underscores, signs and other alphabets' digits.
     if not (text.isascii() and text.isdigit() and len(text) <= 6):
         raise RequestError(f"{name} must be a whole number from 0, got {text[:80]!r}; use the global index")

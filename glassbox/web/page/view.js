@@ -1,0 +1,54 @@
+// What the user looks at: the selection, kept in the address so that it can be sent to somebody.
+
+const DEFAULTS = {
+  statistic: "entropy_ratio",
+  value: "mean",
+  phase: "decode",
+  window: "last",
+  fit: "full",
+  model: "",
+  engine: "",
+  layer: "",
+  head: "",
+  compare: "",
+};
+
+export class View {
+  constructor() {
+    this.read();
+  }
+
+  /** Take over what the address says. */
+  read() {
+    const given = new URLSearchParams(location.hash.slice(1));
+    for (const [name, value] of Object.entries(DEFAULTS)) this[name] = given.get(name) ?? value;
+    if (!["last", "total"].includes(this.window)) this.window = DEFAULTS.window;
+    if (!/^\d{1,6}$/.test(this.layer) || !/^\d{1,6}$/.test(this.head)) this.layer = this.head = "";
+  }
+
+  reset() {
+    Object.assign(this, DEFAULTS);
+  }
+
+  write() {
+    const changed = Object.entries(DEFAULTS).filter(([name, value]) => this[name] !== value);
+    const hash = new URLSearchParams(changed.map(([name]) => [name, this[name]])).toString();
+    history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+  }
+
+  get hasHead() {
+    return this.layer !== "";
+  }
+
+  #query(...names) {
+    return new URLSearchParams(names.filter((name) => this[name] !== "").map((name) => [name, this[name]])).toString();
+  }
+
+  get streamUrl() {
+    return `v1/stream?${this.#query("statistic", "phase", "window", "model", "engine", "layer", "head")}`;
+  }
+
+  get snapshotUrl() {
+    return `v1/snapshot?${this.#query("statistic", "phase", "model", "engine", "layer", "head")}`;
+  }
+}
