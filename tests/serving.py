@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from glassbox.demo.server import HOST, VllmServer
-from glassbox.demo.summary import Summary, summarise
+from glassbox.view.measured import Measured
+from glassbox.view.scrape import read_families
 
 MODEL_NAME: Final = "smollm2"
 # Everything is measured and exported each second, so that tests wait for no more than that.
@@ -148,9 +149,9 @@ class GlassboxServer(VllmServer):
         ]
         return sum(values) if values else None
 
-    def summary(self) -> Summary:
-        """Glassbox's metrics, summarised."""
-        return summarise(self.metrics())
+    def measured(self) -> Measured:
+        """Glassbox's metrics as arrays."""
+        return read_families(self.metrics(), self.url, time.time())
 
     def wait_metric(
         self, name: str, accept: Callable[[float | None], bool], timeout_s: float = 30.0, **labels: str

@@ -17,9 +17,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from glassbox.demo.model import MODEL_NAME, DemoModelError, demo_model
 from glassbox.demo.server import ServerError, VllmServer
-from glassbox.demo.summary import Summary, summarise
 from glassbox.demo.table import missing_samples, report
 from glassbox.demo.traffic import Answer, TrafficError, demo_traffic, send_traffic
+from glassbox.view.measured import Measured
+from glassbox.view.scrape import read_families
 
 SERVED_NAME: Final = MODEL_NAME.lower()
 _INTERVAL_S: Final = 1
@@ -75,8 +76,8 @@ def run_demo(options: DemoOptions, console: Console) -> int:
         try:
             with contextlib.ExitStack() as stack:
                 server = _start(stack, folder, config, options, console)
-                summary = _measure(server, console)
-                console.print(report(summary))
+                measured = _measure(server, console)
+                console.print(report(measured))
                 _print_where(server, config, options, time.monotonic() - begin, console)
                 if not options.once:
                     _keep(server, console)
@@ -87,7 +88,7 @@ def run_demo(options: DemoOptions, console: Console) -> int:
             return 0
         except (DemoModelError, ServerError, TrafficError, httpx.HTTPError) as error:
             raise DemoError(str(error)) from error
-    return 1 if missing_samples(summary) else 0
+    return 1 if missing_samples(measured) else 0
 
 
 def _start(
@@ -119,7 +120,7 @@ def _start(
     return server
 
 
-def _measure(server: VllmServer, console: Console) -> Summary:
+def _measure(server: VllmServer, console: Console) -> Measured:
     """Send the traffic, wait until its rows have reached `/metrics`, and read them."""
     batches = demo_traffic()
     with _progress(console) as progress:
@@ -135,23 +136,23 @@ def _measure(server: VllmServer, console: Console) -> Summary:
 
         send_traffic(server.url, SERVED_NAME, batches, show)
         task = progress.add_task("waiting for the last snapshot", total=None)
-        summary = _settled(server)
+        measured = _settled(server)
         progress.update(task, total=1, completed=1)
-    return summary
+    return measured
 
 
-def _settled(server: VllmServer) -> Summary:
+def _settled(server: VllmServer) -> Measured:
     """The metrics once they have stood still for two export intervals."""
     deadline = time.monotonic() + _SETTLE_S
     last, since = -1.0, time.monotonic()
     while True:
-        summary = summarise(server.metrics())
+        measured = read_families(server.metrics(), server.url, time.time())
         now = time.monotonic()
-        if summary.total_rows != last:
-            last, since = summary.total_rows, now
+        if measured.rows.sum() != last:
+            last, since = measured.rows.sum(), now
         settled = last > 0 and now - since > 2 * _INTERVAL_S + 0.5
         if settled or now > deadline:
-            return summary
+            return measured
         time.sleep(0.25)
 
 

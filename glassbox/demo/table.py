@@ -1,6 +1,5 @@
-"""The demo's tables: a `Summary` as `rich` renderables. Owns wording, columns and number formats."""
+"""The demo's tables: what was measured as `rich` renderables. Owns wording and columns."""
 
-import math
 from typing import Final
 
 from rich import box
@@ -8,34 +7,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from glassbox.demo.summary import Distribution, Summary, exported_statistics
-from glassbox.statistics import PHASES, Phase, Statistic
+from glassbox.statistics import PHASES, Phase
+from glassbox.view.measured import Measured, exported_statistics
+from glassbox.view.text import format_value
 
 _QUANTILE: Final = 0.95
 
 
-def format_value(value: float) -> str:
-    """Three decimals below 1, fewer above, none from 100; `~0` for what would look like 0; `-` for no value."""
-    if math.isnan(value):
-        return "-"
-    magnitude = abs(value)
-    if 0 < magnitude < 0.0005:
-        return "~0"
-    if magnitude < 10:
-        return f"{value:.3f}" if magnitude < 1 else f"{value:.2f}"
-    return f"{value:.1f}" if magnitude < 100 else f"{value:,.0f}"
-
-
-def typical(statistic: Statistic, distribution: Distribution) -> float:
-    """The mean; for a statistic that may be negative (no sum is exported) the median."""
-    if statistic.signed:
-        return distribution.quantile(0.5, statistic.lower, statistic.upper)
-    return distribution.mean
-
-
-def layer_table(summary: Summary, phase: Phase) -> Table:
+def layer_table(measured: Measured, phase: Phase) -> Table:
     """One line per layer: rows, and the typical value of each statistic."""
-    statistics = [s for s in exported_statistics() if not (s.decode_only and phase != Phase.DECODE)]
+    statistics = exported_statistics(phase)
     table = Table(
         title=f"{phase} rows, by layer: mean over rows and heads (max_logit: median)",
         box=box.SIMPLE_HEAD,
@@ -46,15 +27,17 @@ def layer_table(summary: Summary, phase: Phase) -> Table:
     table.add_column("rows", justify="right", style="dim")
     for statistic in statistics:
         table.add_column(statistic.name.replace("_", "\n", 1), justify="right")
-    for layer in summary.layers:
-        cells = [
-            format_value(typical(s, summary.histograms.get((s.name, phase, layer), Distribution()))) for s in statistics
-        ]
-        table.add_row("all" if layer is None else str(layer), f"{summary.rows.get((phase, layer), 0):,.0f}", *cells)
+    if measured.detail == "head":
+        measured = measured.coarser("layer")
+    rows = measured.rows_of(phase)
+    values = [measured.typical(statistic, phase) for statistic in statistics]
+    for i, layer in enumerate(measured.layers):
+        cells = [format_value(column[i, 0]) for column in values]
+        table.add_row("all" if layer is None else str(layer), f"{rows[i, 0]:,.0f}", *cells)
     return table
 
 
-def totals_table(summary: Summary) -> Table:
+def totals_table(measured: Measured) -> Table:
     """One line per statistic and phase, over all layers: rows, mean, median, 95th percentile."""
     table = Table(
         title="All layers (p50 and p95 interpolated in the buckets)",
@@ -66,48 +49,48 @@ def totals_table(summary: Summary) -> Table:
     table.add_column("phase")
     for name in ("rows", "mean", "p50", "p95"):
         table.add_column(name, justify="right")
+    whole = measured.coarser("model")
     for statistic in exported_statistics():
         for phase in PHASES:
-            if statistic.decode_only and phase != Phase.DECODE:
+            if statistic not in exported_statistics(phase):
                 continue
-            distribution = summary.over_layers(statistic, phase)
-            ends = statistic.lower, statistic.upper
-            quantiles = [distribution.quantile(share, *ends) for share in (0.5, _QUANTILE)]
-            cells = [format_value(value) for value in (distribution.mean, *quantiles)]
-            rows = f"{distribution.count:,.0f}" if distribution.count else Text("none", style="bold red")
-            table.add_row(statistic.name, str(phase), rows, *cells)
+            count = whole.counts_of(statistic, phase).sum()
+            numbers = [whole.mean(statistic, phase)]
+            numbers += [whole.quantile(statistic, phase, q) for q in (0.5, _QUANTILE)]
+            rows = f"{count:,.0f}" if count else Text("none", style="bold red")
+            table.add_row(statistic.name, str(phase), rows, *(format_value(number.item()) for number in numbers))
     return table
 
 
-def totals_line(summary: Summary) -> str:
+def totals_line(measured: Measured) -> str:
     """Steps, rows, layers and cost in one line."""
-    get = summary.scalars.get
-    sampled, steps = get("glassbox_sampled_steps_total", 0), get("glassbox_steps_total", 0)
+    engines = measured.engines
     return (
-        f"{sampled:,.0f} of {steps:,.0f} steps measured, "
-        f"{summary.total_rows:,.0f} rows (a token in one layer and head), "
-        f"{get('glassbox_layers_observed', 0):.0f} layers observed, "
-        f"{summary.nonfinite_rows:,.0f} rows with NaN or Inf"
+        f"{engines.sampled_steps:,.0f} of {engines.steps:,.0f} steps measured, "
+        f"{measured.rows.sum():,.0f} rows (a token in one layer and head), "
+        f"{engines.layers_observed or 0:.0f} layers observed, "
+        f"{measured.nonfinite.sum():,.0f} rows with NaN or Inf"
     )
 
 
-def missing_samples(summary: Summary) -> list[str]:
+def missing_samples(measured: Measured) -> list[str]:
     """`statistic (phase)` of every exported statistic that had no samples; empty if all had."""
     return [
         f"{statistic.name} ({phase})"
         for statistic in exported_statistics()
-        for phase in summary.phases_without_samples(statistic)
+        for phase in PHASES
+        if statistic in exported_statistics(phase) and not measured.counts_of(statistic, phase).any()
     ]
 
 
-def report(summary: Summary) -> RenderableType:
+def report(measured: Measured) -> RenderableType:
     """Everything the demo prints about one scrape."""
-    missing = missing_samples(summary)
+    missing = missing_samples(measured)
     number = len(exported_statistics())
     verdict = (
         Text(f"No samples for {', '.join(missing)}.", style="bold red")
         if missing
         else Text(f"All {number} exported statistics had samples.", style="green")
     )
-    layers = [layer_table(summary, phase) for phase in PHASES]
-    return Group(*layers, totals_table(summary), Text(totals_line(summary)), verdict)
+    layers = [layer_table(measured, phase) for phase in PHASES]
+    return Group(*layers, totals_table(measured), Text(totals_line(measured)), verdict)

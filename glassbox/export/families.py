@@ -308,14 +308,22 @@ def series_count(detail: Detail, num_layers: int, num_heads: int) -> int:
 
 
 def effective_detail(detail: Detail, max_series: int, engines: Sequence[MergedEngine]) -> tuple[Detail, str | None]:
+    """`fitting_detail` for the engines of a server."""
+    return fitting_detail(detail, max_series, [(len(engine.layers), engine.num_heads) for engine in engines])
+
+
+def fitting_detail(detail: Detail, max_series: int, shapes: Sequence[tuple[int, int]]) -> tuple[Detail, str | None]:
     """The finest detail, at most the wanted one, that keeps a server within `max_series`.
+
+    Args:
+        shapes: observed layers and query heads of each engine.
 
     Returns:
         The detail, and a warning for the log if it is not the wanted one (or if even `model` is too many).
     """
 
     def needed(at: Detail) -> int:
-        return sum(series_count(at, len(engine.layers), engine.num_heads) for engine in engines)
+        return sum(series_count(at, num_layers, num_heads) for num_layers, num_heads in shapes)
 
     used = detail
     while needed(used) > max_series and used in _COARSER:

@@ -1,6 +1,6 @@
 """Window summaries as lines of JSON: what was measured since the line before.
 
-Owns the difference between two merged views, the quantiles, and the file with its rotation. Numbers are
+Owns the difference between two merged views, and the file with its rotation. Numbers are
 derived from the same histograms as the metrics, so a quantile is interpolated in its bucket, never exact.
 """
 
@@ -17,31 +17,11 @@ import numpy.typing as npt
 
 from glassbox.export.families import DETAIL_LABELS
 from glassbox.export.merge import Aggregate, Detail, MergedEngine, aggregate
-from glassbox.statistics import PHASES, STATISTICS, Statistic
+from glassbox.histograms import quantiles
+from glassbox.statistics import PHASES, STATISTICS
 
 KEPT_FILES: Final = 3
 BYTES_PER_MB: Final = 1_000_000
-
-
-def quantile(statistic: Statistic, counts: Sequence[int], q: float) -> float | None:
-    """The q-quantile of values of which only the bucket counts are known, linear within the bucket.
-
-    The lowest bucket begins at the statistic's lower bound and the highest ends at its upper bound; where it
-    has none, the bucket's own finite end is returned. None without values.
-    """
-    total = sum(counts)
-    if total == 0:
-        return None
-    rank, below = q * total, 0
-    for bucket, count in enumerate(counts):
-        if count and below + count >= rank:
-            lower = statistic.buckets[bucket - 1] if bucket > 0 else statistic.lower
-            upper = statistic.buckets[bucket] if bucket < len(statistic.buckets) else statistic.upper
-            if lower is None or upper is None:
-                return upper if lower is None else lower
-            return lower + (upper - lower) * max(rank - below, 0.0) / count
-        below += count
-    raise AssertionError("the buckets hold all values")
 
 
 class WindowSummaries:
@@ -61,7 +41,7 @@ class WindowSummaries:
 
         Keys: time, window_s (seconds), model_name, engine, detail, sample_rate, steps, sampled_steps, and
         places: one object per layer (and head) and phase with rows, nonfinite, max_logit_max, and per
-        statistic count, mean, p50 and p95.
+        statistic count, mean, p50, p95, and the rows in each of its buckets.
         """
         lines = []
         for engine in engines:
@@ -123,6 +103,9 @@ def _finite(value: float) -> float | None:
 
 
 def _places(window: Aggregate, detail: Detail) -> Iterator[dict[str, Any]]:
+    median, high = (
+        [quantiles(statistic, window.counts[:, :, s], q) for s, statistic in enumerate(STATISTICS)] for q in (0.5, 0.95)
+    )
     for k, labels in enumerate(window.labels):
         for p, phase in enumerate(PHASES):
             if window.rows[k, p] <= 0:
@@ -143,8 +126,9 @@ def _places(window: Aggregate, detail: Detail) -> Iterator[dict[str, Any]]:
                     place["statistics"][statistic.name] = {
                         "count": count,
                         "mean": _finite(float(window.sums[k, p, s]) / count),
-                        "p50": quantile(statistic, counts, 0.5),
-                        "p95": quantile(statistic, counts, 0.95),
+                        "p50": float(median[s][k, p]),
+                        "p95": float(high[s][k, p]),
+                        "buckets": counts,
                     }
             yield place
 

@@ -1,4 +1,4 @@
-"""The demo's numbers are those of the scrape, and its tables say what is missing."""
+"""The demo's tables, and what they say is missing."""
 
 import math
 
@@ -6,17 +6,18 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console, RenderableType
 
-from glassbox.demo.summary import Distribution, Summary, exported_statistics, summarise
-from glassbox.demo.table import format_value, layer_table, missing_samples, report, totals_table
+from glassbox.demo.table import layer_table, missing_samples, report, totals_table
 from glassbox.statistics import STATISTICS, Phase, Statistic
+from glassbox.view.measured import Measured, exported_statistics
+from glassbox.view.scrape import read_families
+from glassbox.view.text import format_value
 
 LABELS = 'model_name="m",engine="0"'
-ENTROPY = "glassbox_attention_entropy_ratio"
 BY_NAME = {statistic.name: statistic for statistic in STATISTICS}
 
 
-def scrape(text: str) -> Summary:
-    return summarise(text_string_to_metric_families(text))
+def scrape(text: str) -> Measured:
+    return read_families(text_string_to_metric_families(text), "a page", 0.0)
 
 
 def histogram(metric: str, labels: str, buckets: dict[str, int], total: float | None = None) -> str:
@@ -51,75 +52,6 @@ def full_scrape() -> str:
     parts += [f"glassbox_steps_total{{{LABELS}}} 20", f"glassbox_sampled_steps_total{{{LABELS}}} 10"]
     parts += [f"glassbox_layers_observed{{{LABELS}}} 12", ""]
     return "\n".join(parts)
-
-
-class TestQuantile:
-    @pytest.mark.parametrize(
-        ("expected", "share"),
-        [
-            (0.5, 0.25),  # 5 of 20 rows: half of the first bucket, which holds 10
-            (1.0, 0.5),  # exactly its end
-            (2.0, 0.75),  # half of the 10 rows between 1 and 3
-            (3.0, 1.0),
-        ],
-    )
-    def test_is_interpolated_in_its_bucket(self, expected: float, share: float) -> None:
-        """Rows are taken as evenly spread inside a bucket, as histogram_quantile does."""
-        distribution = Distribution({1.0: 10, 3.0: 20, math.inf: 20})
-        assert expected == distribution.quantile(share, lower=0.0)
-
-    def test_beyond_the_last_bound_ends_at_the_upper_end_of_the_range(self) -> None:
-        """A ratio ends at 1, so rows above the last bound lie between it and 1."""
-        assert 0.95 == pytest.approx(Distribution({0.9: 0, math.inf: 8}).quantile(0.5, 0.0, 1.0))
-
-    def test_beyond_the_last_bound_of_an_open_range_is_that_bound(self) -> None:
-        """Nothing is invented above the largest finite bound."""
-        assert 4096.0 == Distribution({4096.0: 0, math.inf: 8}).quantile(0.5, 1.0)
-
-    def test_below_the_first_bound_of_an_open_range_is_that_bound(self) -> None:
-        """Nothing is invented below the smallest bound."""
-        assert -10.0 == Distribution({-10.0: 8, 0.0: 8, math.inf: 8}).quantile(0.5)
-
-    def test_empty_buckets_are_passed_over(self) -> None:
-        """A bucket without rows holds no quantile."""
-        assert 2.5 == Distribution({1.0: 0, 2.0: 0, 3.0: 4, math.inf: 4}).quantile(0.5, 0.0)
-
-    def test_has_no_value_without_rows(self) -> None:
-        """No rows, no number."""
-        assert math.isnan(Distribution({1.0: 0, math.inf: 0}).quantile(0.5, 0.0))
-
-
-class TestSummarise:
-    def test_reads_mean_and_rows_per_layer_and_phase(self) -> None:
-        """A layer's mean is its sum over its count; rows come from their own counter."""
-        labels = f'{LABELS},phase="decode",layer="7"'
-        summary = scrape(
-            histogram(ENTROPY, labels, {"0.5": 1, "+Inf": 4}, 3.0) + f"glassbox_attention_rows_total{{{labels}}} 4\n"
-        )
-        assert 0.75 == summary.histograms["entropy_ratio", Phase.DECODE, 7].mean
-        assert {(Phase.DECODE, 7): 4.0} == summary.rows
-
-    def test_adds_heads_and_engines(self) -> None:
-        """Series that differ in head or engine are one distribution of their layer."""
-        series = [
-            f'model_name="m",engine="{engine}",phase="decode",layer="0",head="{head}"'
-            for engine in (0, 1)
-            for head in (0, 1, 2)
-        ]
-        text = "".join(histogram(ENTROPY, labels, {"0.5": 1, "+Inf": 2}, 1.5) for labels in series)
-        merged = scrape(text).histograms["entropy_ratio", Phase.DECODE, 0]
-        assert ({0.5: 6.0, math.inf: 12.0}, 9.0) == (merged.cumulative, merged.total)
-
-    def test_a_histogram_without_sum_has_a_median_and_no_mean(self) -> None:
-        """`max_logit` may be negative and is exported without a sum."""
-        text = histogram(BY_NAME["max_logit"].metric, f'{LABELS},phase="prefill"', {"0.0": 2, "5.0": 4, "+Inf": 4})
-        distribution = scrape(text).histograms["max_logit", Phase.PREFILL, None]
-        assert math.isnan(distribution.mean)
-        assert 0.0 == distribution.quantile(0.5)
-
-    def test_ignores_what_is_not_of_glassbox(self) -> None:
-        """vLLM's own metrics stand in the same scrape."""
-        assert Summary() == scrape('vllm:num_requests_running{engine="0"} 3\n')
 
 
 class TestMissing:

@@ -1,4 +1,4 @@
-"""Window summaries: exact differences, quantiles against numpy, and a file that survives whatever happens to it."""
+"""Window summaries: exact differences, and a file that survives whatever happens to it."""
 
 import errno
 import json
@@ -9,69 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from glassbox.export.jsonl import JsonlSink, RotatingFile, WindowSummaries, quantile
+from glassbox.export.jsonl import JsonlSink, RotatingFile, WindowSummaries
 from glassbox.export.merge import MergedEngine, merge
 from glassbox.export.snapshot import Snapshot
-from glassbox.statistics import INDEX, NUM_BUCKETS, STATISTICS
+from glassbox.statistics import INDEX, STATISTICS
 from tests.export_samples import limited_file_size, make_snapshot
-
-
-def later(snapshot: Snapshot, seed: int, seconds: float = 5.0) -> Snapshot:
-    """The same worker, some seconds and some rows later."""
-    more = make_snapshot(seed=seed, layers=snapshot.layers, heads=snapshot.rows.shape[1])
-    names = ("counts", "sums", "rows", "nonfinite")
-    return replace(
-        snapshot,
-        time_s=snapshot.time_s + seconds,
-        steps=snapshot.steps + 100,
-        sampled_steps=snapshot.sampled_steps + 1,
-        window_max=more.window_max,
-        **{name: getattr(snapshot, name) + getattr(more, name) for name in names},
-    )
+from tests.metrics_pages import later
 
 
 def summarize(summaries: WindowSummaries, *snapshots: Snapshot, detail: Any = "layer") -> list[dict[str, Any]]:
     return summaries.summarize(merge(snapshots), detail)
-
-
-class TestQuantile:
-    @settings(max_examples=100, deadline=None)
-    @given(
-        values=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=200),
-        q=st.sampled_from([0.05, 0.5, 0.95]),
-    )
-    def test_it_lies_in_the_bucket_of_the_true_one(self, values: list[float], q: float) -> None:
-        """numpy's quantile of the values themselves falls into the bucket in which it is interpolated."""
-        statistic = STATISTICS[INDEX["top1_ratio"]]
-        edges = [0.0, *statistic.buckets, 1.0]
-        buckets = np.searchsorted(statistic.buckets, values, side="left")
-        found = quantile(statistic, np.bincount(buckets, minlength=NUM_BUCKETS).tolist(), q)
-        true = float(np.quantile(values, q, method="inverted_cdf"))
-        bucket = int(np.searchsorted(statistic.buckets, true, side="left"))
-        assert found is not None
-        assert edges[bucket] <= found <= edges[bucket + 1]
-
-    def test_linear_within_a_bucket(self) -> None:
-        """10 values in (0.1, 0.2]: the median is in its middle."""
-        counts = [0, 0, 0, 10] + [0] * 8
-        assert quantile(STATISTICS[INDEX["top1_ratio"]], counts, 0.5) == pytest.approx(0.15)
-
-    @pytest.mark.parametrize(
-        ("name", "bucket", "expected"),
-        [("max_logit", 0, -10.0), ("max_logit", 11, 1000.0), ("self_logprob", 11, -0.05), ("effective_keys", 0, 1.05)],
-    )
-    def test_open_buckets(self, name: str, bucket: int, expected: float) -> None:
-        """Where a bucket has no end, its finite one is the answer; where the statistic has a bound, that is its end."""
-        counts = [0] * NUM_BUCKETS
-        counts[bucket] = 2
-        assert quantile(STATISTICS[INDEX[name]], counts, 0.5) == pytest.approx(expected)
-
-    def test_no_values_no_quantile(self) -> None:
-        """None, not NaN: JSON has none."""
-        assert quantile(STATISTICS[0], [0] * NUM_BUCKETS, 0.5) is None
 
 
 class TestWindow:
@@ -100,6 +48,7 @@ class TestWindow:
         column = INDEX["self_logprob"]
         count = int(snapshot.counts[1, :, 1, column].sum())
         assert place["statistics"]["self_logprob"]["count"] == count
+        assert place["statistics"]["self_logprob"]["buckets"] == snapshot.counts[1, :, 1, column].sum(axis=0).tolist()
         assert place["statistics"]["self_logprob"]["mean"] == snapshot.sums[1, :, 1, column].sum() / count
 
     @pytest.mark.parametrize("detail", ["model", "layer", "head"])

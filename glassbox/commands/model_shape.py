@@ -1,0 +1,74 @@
+"""How many layers and heads a model has, by the config.json of its folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from glassbox.view.measured import ViewError
+
+_LAYERS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_HEADS: Final = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+# Multimodal models keep the language model's settings in a section.
+_SECTIONS: Final = ("text_config", "language_config", "llm_config", "thinker_config")
+# Hybrid models name the kind of each layer; only attention is observed, Mamba and linear attention have no rows.
+_KINDS: Final = ("layer_types", "layers_block_type")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Attention layers and query heads."""
+
+    layers: int
+    heads: int
+
+
+def read_shape(path: Path) -> ModelShape:
+    """Shape of the model in a folder (or of a config.json itself).
+
+    Raises:
+        ViewError: there is no such file, or it doesn't tell.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ViewError(
+            f"can't read {file}: {error.strerror}; --model needs the folder of a model, else use --layers and --heads"
+        ) from None
+    except ValueError as error:
+        raise ViewError(f"{file} is no JSON ({error}); use --layers and --heads") from None
+    for section in _sections(config):
+        layers, heads = _number(section, _LAYERS), _number(section, _HEADS)
+        if layers and heads:
+            return ModelShape(_attention_layers(section, layers), heads)
+    wanted = f"neither {' nor '.join((_LAYERS[0], _HEADS[0]))}"
+    raise ViewError(f"{file} has {wanted}; use --layers and --heads")
+
+
+def _sections(config: Any) -> list[dict[str, Any]]:
+    """The configuration and the language model's sections in it, the innermost first."""
+    if not isinstance(config, dict):
+        return []
+    return [inner for name in _SECTIONS for inner in _sections(config.get(name))] + [config]
+
+
+def _number(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
+    """The first of the names that is there; of a list, one number a layer, the largest."""
+    for name in names:
+        value = config.get(name)
+        numbers = value if isinstance(value, list) else [value]
+        if numbers and all(type(number) is int and number > 0 for number in numbers):
+            return max(numbers)
+    return None
+
+
+def _attention_layers(config: dict[str, Any], layers: int) -> int:
+    for name in _KINDS:
+        kinds = config.get(name)
+        if isinstance(kinds, list) and len(kinds) == layers:
+            return sum("attention" in str(kind) and "linear" not in str(kind) for kind in kinds) or layers
+    pattern = config.get("hybrid_override_pattern")
+    if isinstance(pattern, str) and len(pattern) == layers:
+        return pattern.count("*") or layers
+    return layers

@@ -1,0 +1,173 @@
+"""The loop of `glassbox top`: asks the server in a thread, takes keys, draws when there is something new.
+
+Owns the terminal's state while it runs, and gives it back as it was.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import termios
+import threading
+import time
+import tty
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from typing import Any, Final, TypeVar
+
+from rich.console import Console
+from rich.live import Live
+
+from glassbox.statistics import Phase
+from glassbox.view.frame import Look, frame, lines_of, sort_keys
+from glassbox.view.measured import Measured, ViewError, exported_statistics
+from glassbox.view.watch import Watch
+
+_Item = TypeVar("_Item")
+
+_TICK_S: Final = 0.1
+MIN_INTERVAL_S: Final = 0.2
+MAX_INTERVAL_S: Final = 3600.0
+_ESCAPES: Final = {
+    "[A": "up", "[B": "down", "[5~": "page up", "[6~": "page down", "[H": "home", "[F": "end", "OA": "up", "OB": "down",
+}  # fmt: skip
+
+
+class _Poller(threading.Thread):
+    """Asks again and again; a daemon, because an answer that doesn't come must not keep the program."""
+
+    def __init__(self, ask: Callable[[], Measured], interval_s: float) -> None:
+        super().__init__(name="glassbox-top", daemon=True)
+        self.interval_s = interval_s
+        self.answers: SimpleQueue[Measured | ViewError] = SimpleQueue()
+        self.again = threading.Event()
+        self._ask = ask
+
+    def run(self) -> None:
+        while True:
+            self.again.wait(self.interval_s)
+            self.again.clear()
+            try:
+                self.answers.put(self._ask())
+            except ViewError as error:
+                self.answers.put(error)
+
+
+def run(ask: Callable[[], Measured], first: Measured, look: Look, console: Console) -> None:
+    """Show the server until `q` or Ctrl-C.
+
+    Args:
+        ask: gives its totals of the moment, or raises ViewError.
+        first: what it gave already.
+        look: at the beginning; keys change it.
+        console: a terminal.
+    """
+    watch = Watch()
+    watch.take(first)
+    poller = _Poller(ask, look.interval_s)
+    poller.start()
+    with _terminal() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
+        drawn: object = None
+        while True:
+            while True:
+                try:
+                    answer = poller.answers.get_nowait()
+                except Empty:
+                    break
+                if isinstance(answer, ViewError):
+                    watch.fail(str(answer), time.time())
+                elif not look.paused:
+                    watch.take(answer)
+            # Once a second at least: "No answer for ..." counts on.
+            state = (look, console.size, watch.answered_s, watch.problem, int(time.time()))
+            if state != drawn:
+                live.update(frame(watch, look, time.time(), *console.size), refresh=True)
+                drawn = state
+            for key in keys(_TICK_S):
+                if key == "q":
+                    return
+                assert watch.rows is not None
+                look = press(key, look, lines_of(watch.rows, look))
+                poller.interval_s = look.interval_s
+                if key in "+-":
+                    poller.again.set()
+
+
+def press(key: str, look: Look, lines: int) -> Look:
+    """What is shown after a key. An unknown key changes nothing.
+
+    Args:
+        lines: of the table now, which scrolling keeps within.
+    """
+    scroll = {"up": -1, "down": 1, "page up": -10, "page down": 10, "home": -lines, "end": lines}
+    if key in scroll:
+        return replace(look, scroll=min(max(look.scroll + scroll[key], 0), max(lines - 1, 0)))
+    statistics, sorts, phases = exported_statistics(), sort_keys(), [Phase.DECODE, Phase.PREFILL, None]
+    changes: dict[str, Callable[[], dict[str, Any]]] = {
+        "t": lambda: {"focus": _next(statistics, look.focus)},
+        "T": lambda: {"focus": _next(statistics, look.focus, -1)},
+        "s": lambda: {"sort": _next(sorts, look.sort), "scroll": 0},
+        "S": lambda: {"sort": _next(sorts, look.sort, -1), "scroll": 0},
+        "r": lambda: {"reverse": not look.reverse, "scroll": 0},
+        "p": lambda: {"phase": _next(phases, look.phase)},
+        "h": lambda: {"by_head": not look.by_head, "scroll": 0},
+        " ": lambda: {"paused": not look.paused},
+        "+": lambda: {"interval_s": min(look.interval_s * 2, MAX_INTERVAL_S)},
+        "-": lambda: {"interval_s": max(look.interval_s / 2, MIN_INTERVAL_S)},
+    }
+    return replace(look, **changes[key]()) if key in changes else look
+
+
+def _next(items: Sequence[_Item], item: _Item, step: int = 1) -> _Item:
+    return items[(items.index(item) + step) % len(items)]
+
+
+def parse_keys(text: str) -> list[str]:
+    """What a terminal sent, as characters and names of keys."""
+    keys = []
+    while text:
+        escape = next((code for code in _ESCAPES if text.startswith(f"\x1b{code}")), None)
+        if escape is not None:
+            keys.append(_ESCAPES[escape])
+            text = text[1 + len(escape) :]
+        else:
+            keys.append(text[0])
+            text = text[1:]
+    return keys
+
+
+@contextlib.contextmanager
+def _terminal() -> Iterator[Callable[[float], list[str]]]:
+    """Keys come at once and unseen, SIGTERM ends in order; all of it is taken back.
+
+    Gives a function that waits so many seconds for keys. Without a terminal to type at it only waits.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    handle = sys.stdin.fileno() if sys.stdin.isatty() else None
+    settings = termios.tcgetattr(handle) if handle is not None else None
+
+    def keys(timeout_s: float) -> list[str]:
+        if handle is None:
+            time.sleep(timeout_s)
+            return []
+        ready, _, _ = select.select([handle], [], [], timeout_s)
+        if not ready:
+            return []
+        data = os.read(handle, 256)
+        # A terminal that is gone gives nothing, again and again.
+        return parse_keys(data.decode(errors="ignore")) if data else ["q"]
+
+    try:
+        if handle is not None:
+            tty.setcbreak(handle)
+        yield keys
+    finally:
+        if handle is not None and settings is not None:
+            termios.tcsetattr(handle, termios.TCSADRAIN, settings)
+        signal.signal(signal.SIGTERM, before)

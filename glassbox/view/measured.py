@@ -1,0 +1,241 @@
+"""What one run measured, as arrays; means, quantiles and differences of it.
+
+Owns the one form in which everything that looks from outside has a run, wherever it was read from. It does no
+input or output.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from glassbox.export.merge import DETAILS, Detail
+from glassbox.histograms import quantiles
+from glassbox.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS, Phase, Statistic
+
+Floats = npt.NDArray[np.float64]
+_ARRAYS: Final = ("counts", "sums", "rows", "nonfinite")
+
+
+class ViewError(ValueError):
+    """What was asked for can't be read or shown. `str()` is one line with the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What is known of the engines beside attention. None: the source doesn't tell.
+
+    Attributes:
+        steps, sampled_steps: of all engines.
+        sample_rate: the largest.
+        overhead_s: seconds spent on measuring, of the slowest engine.
+        dropped: rows by reason; errors: by stage.
+        layers_observed, layers_bypassed: of one engine, the largest.
+        build: version, vllm_version, backend.
+    """
+
+    steps: float = 0.0
+    sampled_steps: float = 0.0
+    sample_rate: float | None = None
+    overhead_s: float | None = None
+    dropped: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] | None = None
+    layers_observed: float | None = None
+    layers_bypassed: float | None = None
+    build: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """The attention of one run, all engines added.
+
+    L = len(layers), H = len(heads), phases in the order of PHASES, S and B of `statistics`.
+
+    Attributes:
+        source: URL or file.
+        model_name: as served.
+        engine_names: those that were added.
+        time_s: Unix time of the last number; window_s: seconds that the numbers cover, None if unknown.
+        detail: model has the one layer and head None, layer the one head None.
+        layers, heads: global indices, ascending.
+        counts: [L, H, 2, S, B]; sums: [L, H, 2, S], NaN where none is exported; rows, nonfinite: [L, H, 2].
+        window_max: [L, H, 2], largest score; -inf if unknown.
+    """
+
+    source: str
+    model_name: str
+    engine_names: tuple[str, ...]
+    time_s: float
+    window_s: float | None
+    detail: Detail
+    layers: tuple[int | None, ...]
+    heads: tuple[int | None, ...]
+    counts: Floats
+    sums: Floats
+    rows: Floats
+    nonfinite: Floats
+    window_max: Floats
+    engines: Engines = Engines()
+
+    def counts_of(self, statistic: Statistic, phase: Phase | None) -> Floats:
+        """[L, H, B], rows per bucket; `phase` None is both."""
+        counts = self.counts[:, :, :, INDEX[statistic.name]]
+        return counts.sum(axis=2) if phase is None else counts[:, :, PHASES.index(phase)]
+
+    def rows_of(self, phase: Phase | None) -> Floats:
+        """[L, H], rows measured."""
+        return self.rows.sum(axis=2) if phase is None else self.rows[:, :, PHASES.index(phase)]
+
+    def mean(self, statistic: Statistic, phase: Phase | None) -> Floats:
+        """[L, H]; NaN without rows, and for a statistic of which no sum is known."""
+        sums = self.sums[:, :, :, INDEX[statistic.name]]
+        total = sums.sum(axis=2) if phase is None else sums[:, :, PHASES.index(phase)]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return total / self.counts_of(statistic, phase).sum(axis=-1)
+
+    def quantile(self, statistic: Statistic, phase: Phase | None, q: float) -> Floats:
+        """[L, H], interpolated in the buckets; NaN without rows."""
+        return quantiles(statistic, self.counts_of(statistic, phase), q)
+
+    def typical(self, statistic: Statistic, phase: Phase | None) -> Floats:
+        """[L, H], the mean; for a statistic that may be negative (Prometheus has no sum of it) the median."""
+        return self.quantile(statistic, phase, 0.5) if statistic.signed else self.mean(statistic, phase)
+
+    def coarser(self, detail: Detail) -> "Measured":
+        """The same at a coarser detail.
+
+        Raises:
+            ViewError: if that is finer than what there is.
+        """
+        if DETAILS.index(detail) > DETAILS.index(self.detail):
+            raise ViewError(
+                f"{self.source} has detail {self.detail}, {detail} is needed; "
+                f"set export.prometheus.detail: {detail} in the server's YAML (takes effect within two seconds)"
+            )
+        if detail == self.detail:
+            return self
+        axes = (1,) if detail == "layer" else (0, 1)
+        summed = {name: getattr(self, name).sum(axis=axes, keepdims=True) for name in _ARRAYS}
+        return replace(
+            self,
+            detail=detail,
+            layers=self.layers if detail == "layer" else (None,),
+            heads=(None,),
+            window_max=self.window_max.max(axis=axes, keepdims=True, initial=-np.inf),
+            **summed,
+        )
+
+    def plus(self, other: "Measured") -> "Measured":
+        """Both together, of the same detail: rows add up, of the largest score the larger counts.
+
+        The time covered reaches from the earlier beginning to the later end.
+        """
+        layers, heads = places([*product(self.layers, self.heads), *product(other.layers, other.heads)])
+        both = replace(self, layers=layers, heads=heads)
+        arrays = {name: _placed(getattr(self, name), self, both) for name in _ARRAYS}
+        for name in _ARRAYS:
+            arrays[name] += _placed(getattr(other, name), other, both)
+        largest = np.maximum(*(_placed(m.window_max, m, both, fill=-np.inf) for m in (self, other)))
+        end = max(self.time_s, other.time_s)
+        begin = min(m.time_s - (m.window_s or 0.0) for m in (self, other))
+        return replace(
+            both,
+            engine_names=tuple(sorted({*self.engine_names, *other.engine_names})),
+            time_s=end,
+            window_s=end - begin,
+            window_max=largest,
+            engines=replace(
+                self.engines if self.time_s > other.time_s else other.engines,
+                steps=self.engines.steps + other.engines.steps,
+                sampled_steps=self.engines.sampled_steps + other.engines.sampled_steps,
+            ),
+            **arrays,
+        )
+
+    def since(self, earlier: "Measured") -> "Measured":
+        """What came after `earlier`, of the same source; all of it if the server began anew in between."""
+        same = (self.model_name, self.detail) == (earlier.model_name, earlier.detail)
+        then = {name: _placed(getattr(earlier, name), earlier, self) for name in _ARRAYS} if same else {}
+        steps = self.engines.steps - earlier.engines.steps
+        if not same or steps < 0 or any(np.any(getattr(self, n) < then[n]) for n in ("rows", "counts")):
+            return replace(self, window_s=None)
+        return replace(
+            self,
+            window_s=self.time_s - earlier.time_s,
+            engines=_engines_since(self.engines, earlier.engines),
+            **{name: getattr(self, name) - then[name] for name in _ARRAYS},
+        )
+
+
+def exported_statistics(phase: Phase | None = None) -> list[Statistic]:
+    """The statistics that have a histogram metric (and values in that phase), in the order of the table."""
+    return [s for s in STATISTICS if s.exported and not (s.decode_only and phase == Phase.PREFILL)]
+
+
+def find_statistic(name: str) -> Statistic:
+    """A statistic by its name.
+
+    Raises:
+        ViewError: if there is none; names those that there are.
+    """
+    if name not in INDEX:
+        raise ViewError(f"statistic must be one of {', '.join(INDEX)}, got {name!r}")
+    return STATISTICS[INDEX[name]]
+
+
+def empty_arrays(num_layers: int, num_heads: int) -> dict[str, Floats]:
+    """The arrays of a `Measured` before anything is in them."""
+    base = (num_layers, num_heads, len(PHASES))
+    return {
+        "counts": np.zeros((*base, NUM_STATISTICS, NUM_BUCKETS)),
+        "sums": np.zeros((*base, NUM_STATISTICS)),
+        "rows": np.zeros(base),
+        "nonfinite": np.zeros(base),
+        "window_max": np.full(base, -np.inf),
+    }
+
+
+def places(keys: Iterable[tuple[int | None, int | None]]) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
+    """Layers and heads, ascending, of (layer, head) pairs; without any, one place that stands for all."""
+    pairs = set(keys) or {(None, None)}
+    layers = sorted({layer for layer, _ in pairs}, key=_none_first)
+    return tuple(layers), tuple(sorted({head for _, head in pairs}, key=_none_first))
+
+
+def _none_first(index: int | None) -> int:
+    return -1 if index is None else index
+
+
+def _placed(values: Floats, of: Measured, like: Measured, fill: float = 0.0) -> Floats:
+    """An array of one run at the layers and heads of another; `fill` where it has none."""
+    result = np.full((len(like.layers), len(like.heads), *values.shape[2:]), fill)
+    rows = {layer: i for i, layer in enumerate(of.layers)}
+    columns = {head: i for i, head in enumerate(of.heads)}
+    to_rows = [i for i, layer in enumerate(like.layers) if layer in rows]
+    to_columns = [i for i, head in enumerate(like.heads) if head in columns]
+    source = np.ix_([rows[like.layers[i]] for i in to_rows], [columns[like.heads[i]] for i in to_columns])
+    result[np.ix_(to_rows, to_columns)] = values[source]
+    return result
+
+
+def _engines_since(now: Engines, then: Engines) -> Engines:
+    def less(new: Mapping[str, float] | None, old: Mapping[str, float] | None) -> dict[str, float]:
+        return {key: value - (old or {}).get(key, 0.0) for key, value in (new or {}).items()}
+
+    overhead = None
+    if now.overhead_s is not None and then.overhead_s is not None:
+        overhead = now.overhead_s - then.overhead_s
+    return replace(
+        now,
+        steps=now.steps - then.steps,
+        sampled_steps=now.sampled_steps - then.sampled_steps,
+        overhead_s=overhead,
+        dropped=less(now.dropped, then.dropped),
+        errors=None if now.errors is None else less(now.errors, then.errors),
+    )
