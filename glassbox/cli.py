@@ -13,6 +13,8 @@ from glassbox import __version__
 from glassbox.commands.check import check
 from glassbox.commands.common import fail
 from glassbox.commands.diff import diff
+from glassbox.commands.heatmap import heatmap
+from glassbox.commands.report import report
 from glassbox.commands.top import top
 from glassbox.dashboards.command import dashboards
 
@@ -73,6 +75,8 @@ def demo(
 
 
 main.command()(top)
+main.command()(heatmap)
+main.command()(report)
 main.command()(diff)
 main.command()(dashboards)
 

@@ -287,8 +287,9 @@ def _table(measured: Measured, look: Look, columns: tuple[Statistic, ...], lines
         _heading("rows/s" if window_s else "rows", look.sort == "rows"), width=_ROWS_WIDTH, justify="right"
     )
     for statistic in columns:
-        heading = _heading(statistic.name.replace("_", "\n", 1), look.sort == statistic.name, statistic is look.focus)
-        table.add_column(heading, width=_VALUE_WIDTH, justify="right")
+        words = statistic.name.replace("_", "\n", 1)
+        heading = _heading(words, look.sort == statistic.name, statistic is look.focus, _VALUE_WIDTH)
+        table.add_column(heading, width=_VALUE_WIDTH, no_wrap=True)
     if any(line.strip for line in lines):
         what = "head" if measured.detail == "head" else "bucket"
         what += "" if look.coloured or what == "bucket" else ", 0 to 9"
@@ -299,12 +300,19 @@ def _table(measured: Measured, look: Look, columns: tuple[Statistic, ...], lines
             place = Text(f"{line.place} !", style="bold red")
         rows = format_count(line.rows) if not window_s else format_value(line.rows / window_s) if line.rows else "-"
         strip = [Text("  ") + line.strip] if any(one.strip for one in lines) else []
-        table.add_row(place, Text(rows, style="dim"), *cells, *strip)
+        table.add_row(place, Text(_right(rows, _ROWS_WIDTH), style="dim"), *cells, *strip)
     return table
 
 
-def _heading(text: str, sorted_by: bool, focus: bool = False) -> Text:
-    return Text(text, style=Style(bold=focus, dim=not (focus or sorted_by), underline=sorted_by))
+def _right(text: str, width: int) -> str:
+    """At the right but for one column, so that neighbours don't touch (rich would cut the blank off)."""
+    return f"{text} ".rjust(width)
+
+
+def _heading(text: str, sorted_by: bool, focus: bool = False, width: int = 0) -> Text:
+    style = Style(bold=focus, dim=not (focus or sorted_by), underline=sorted_by)
+    lines = [Text(" " * max(width - len(line) - 1, 0)) + Text(line, style=style) for line in text.split("\n")]
+    return Text("\n").join(lines)
 
 
 def _cells(columns: tuple[Statistic, ...], lines: list[_Line]) -> list[list[Text]]:
@@ -314,7 +322,7 @@ def _cells(columns: tuple[Statistic, ...], lines: list[_Line]) -> list[list[Text
     for i, line in enumerate(lines):
         cells = []
         for k in range(len(columns)):
-            text = f"{format_value(line.values[k])} ".rjust(_VALUE_WIDTH)
+            text = _right(format_value(line.values[k]), _VALUE_WIDTH)
             share = float(shares[k][i])
             cells.append(Text(text, style="dim" if np.isnan(share) else _background(share)))
         result.append(cells)

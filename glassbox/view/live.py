@@ -46,13 +46,17 @@ class _Poller(threading.Thread):
         self._ask = ask
 
     def run(self) -> None:
+        took_s = 0.0
         while True:
-            self.again.wait(self.interval_s)
+            # A page with all heads is megabytes, which the server must write: it has most of the time to itself.
+            self.again.wait(max(self.interval_s, 4 * took_s))
             self.again.clear()
+            begin = time.monotonic()
             try:
                 self.answers.put(self._ask())
             except ViewError as error:
                 self.answers.put(error)
+            took_s = time.monotonic() - begin
 
 
 def run(ask: Callable[[], Measured], first: Measured, look: Look, console: Console) -> None:

@@ -138,10 +138,9 @@ class Measured:
         """
         layers, heads = places([*product(self.layers, self.heads), *product(other.layers, other.heads)])
         both = replace(self, layers=layers, heads=heads)
-        arrays = {name: _placed(getattr(self, name), self, both) for name in _ARRAYS}
-        for name in _ARRAYS:
-            arrays[name] += _placed(getattr(other, name), other, both)
-        largest = np.maximum(*(_placed(m.window_max, m, both, fill=-np.inf) for m in (self, other)))
+        mine, others = _arrays_at(self, both), _arrays_at(other, both)
+        arrays = {name: mine[name] + others[name] for name in _ARRAYS}
+        arrays["window_max"] = np.maximum(mine["window_max"], others["window_max"])
         end = max(self.time_s, other.time_s)
         begin = min(m.time_s - (m.window_s or 0.0) for m in (self, other))
         return replace(
@@ -149,7 +148,6 @@ class Measured:
             engine_names=tuple(sorted({*self.engine_names, *other.engine_names})),
             time_s=end,
             window_s=end - begin,
-            window_max=largest,
             engines=replace(
                 self.engines if self.time_s > other.time_s else other.engines,
                 steps=self.engines.steps + other.engines.steps,
@@ -158,10 +156,14 @@ class Measured:
             **arrays,
         )
 
+    def only(self, part: "Measured") -> "Measured":
+        """Of a part of this run the numbers, at all layers and heads of the run."""
+        return replace(part, layers=self.layers, heads=self.heads, **_arrays_at(part, self))
+
     def since(self, earlier: "Measured") -> "Measured":
         """What came after `earlier`, of the same source; all of it if the server began anew in between."""
         same = (self.model_name, self.detail) == (earlier.model_name, earlier.detail)
-        then = {name: _placed(getattr(earlier, name), earlier, self) for name in _ARRAYS} if same else {}
+        then = _arrays_at(earlier, self) if same else {}
         steps = self.engines.steps - earlier.engines.steps
         if not same or steps < 0 or any(np.any(getattr(self, n) < then[n]) for n in ("rows", "counts")):
             return replace(self, window_s=None)
@@ -222,6 +224,12 @@ def _placed(values: Floats, of: Measured, like: Measured, fill: float = 0.0) -> 
     source = np.ix_([rows[like.layers[i]] for i in to_rows], [columns[like.heads[i]] for i in to_columns])
     result[np.ix_(to_rows, to_columns)] = values[source]
     return result
+
+
+def _arrays_at(run: Measured, like: Measured) -> dict[str, Floats]:
+    """All arrays of one run at the layers and heads of another."""
+    arrays = {name: _placed(getattr(run, name), run, like) for name in _ARRAYS}
+    return arrays | {"window_max": _placed(run.window_max, run, like, fill=-np.inf)}
 
 
 def _engines_since(now: Engines, then: Engines) -> Engines:

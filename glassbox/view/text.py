@@ -42,8 +42,8 @@ def format_seconds(seconds: float) -> str:
 
 
 def title(statistic: Statistic) -> str:
-    """`Effective keys`, `Sink ratio`."""
-    return statistic.name.replace("_", " ").capitalize()
+    """`Effective keys`, `Sink ratio`, `Distance` (in tokens, which is its unit)."""
+    return statistic.name.removesuffix("_tokens").replace("_", " ").replace("top1", "top-1").capitalize()
 
 
 def unit(statistic: Statistic) -> str:

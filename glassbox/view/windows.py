@@ -7,6 +7,7 @@ between. A line that can't be read is left out and counted: a killed exporter le
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,8 @@ from glassbox.statistics import INDEX, NUM_BUCKETS, PHASES, Phase
 from glassbox.view.measured import Engines, Measured, ViewError, empty_arrays, places
 
 MAX_WINDOWS: Final = 240
+# At detail head a stage of a model of 80 layers x 64 heads is 9 MB.
+MAX_STAGES: Final = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +26,13 @@ class Run:
 
     Attributes:
         total: all windows added.
-        windows: in the order of time, at detail layer (or model); neighbours are added where there would be more
-            than 240, so each covers a second or an hour.
+        stages: up to 8 parts of it, in the order of time, at the same detail.
+        windows: up to 240 parts, in the order of time, at detail layer (or model).
         lines: that were read; unreadable: that were not; coarser: left out, because others have a finer detail.
     """
 
     total: Measured
+    stages: tuple[Measured, ...]
     windows: tuple[Measured, ...]
     lines: int
     unreadable: int
@@ -52,11 +56,44 @@ def read_run(paths: Sequence[Path], engine: str | None = None) -> Run:
     return reader.result()
 
 
+class _Parts:
+    """Consecutive windows; neighbours are added where there would be too many."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._parts: list[Measured] = []
+
+    def add(self, window: Measured) -> None:
+        last = self._parts[-1] if self._parts else None
+        if (
+            last is not None
+            and not set(window.engine_names) & set(last.engine_names)
+            and window.time_s - (window.window_s or 0.0) < last.time_s
+        ):
+            # Of another engine and of the same time.
+            self._parts[-1] = last.plus(window)
+            return
+        self._parts.append(window)
+        if len(self._parts) > 2 * self._most:
+            self._halve()
+
+    def result(self) -> tuple[Measured, ...]:
+        if len(self._parts) > self._most:
+            self._halve()
+        return tuple(self._parts)
+
+    def _halve(self) -> None:
+        parts = self._parts
+        pairs = [first.plus(second) for first, second in zip(parts[::2], parts[1::2], strict=False)]
+        self._parts = pairs + parts[len(pairs) * 2 :]
+
+
 class _Reader:
     def __init__(self, source: str) -> None:
         self._source = source
-        self._total: Measured | None = None
-        self._windows: list[Measured] = []
+        self._first: Measured | None = None
+        self._detail: Detail = "model"
+        self._stages, self._windows = _Parts(MAX_STAGES), _Parts(MAX_WINDOWS)
         self._engines: set[str] = set()
         self._lines = self._unreadable = self._coarser = 0
 
@@ -71,56 +108,32 @@ class _Reader:
         self._engines.update(window.engine_names)
         if engine not in (None, *window.engine_names):
             return
-        if self._total is not None and window.model_name != self._total.model_name:
-            models = f"{self._total.model_name} and {window.model_name}"
+        if self._first is None:
+            self._first, self._detail = window, window.detail
+        if window.model_name != self._first.model_name:
+            models = f"{self._first.model_name} and {window.model_name}"
             raise ViewError(f"{self._source} is of several models ({models}); give the files of one")
+        finer = DETAILS.index(window.detail) - DETAILS.index(self._detail)
         self._lines += 1
-        finer = 0 if self._total is None else DETAILS.index(window.detail) - DETAILS.index(self._total.detail)
         if finer < 0:
             self._coarser += 1
-        elif self._total is None or finer > 0:
+            return
+        if finer > 0:
             # What came before doesn't tell the places apart that this does.
-            self._coarser = self._lines - 1
-            self._total = window
-        else:
-            self._total = self._total.plus(window)
-        self._take_window(window)
-
-    def _take_window(self, window: Measured) -> None:
-        detail: Detail = "model" if window.detail == "model" else "layer"
-        window = window.coarser(detail)
-        if self._windows and self._windows[-1].detail != detail:
-            if detail == "model":
-                return
-            self._windows.clear()
-        last = self._windows[-1] if self._windows else None
-        if (
-            last is not None
-            and not set(window.engine_names) & set(last.engine_names)
-            and window.time_s - (window.window_s or 0.0) < last.time_s
-        ):
-            # Of another engine and of the same time.
-            self._windows[-1] = last.plus(window)
-        else:
-            self._windows.append(window)
-        if len(self._windows) > 2 * MAX_WINDOWS:
-            self._windows = _in_pairs(self._windows)
+            self._coarser, self._detail = self._lines - 1, window.detail
+            self._stages, self._windows = _Parts(MAX_STAGES), _Parts(MAX_WINDOWS)
+        self._stages.add(window)
+        self._windows.add(window.coarser("model" if window.detail == "model" else "layer"))
 
     def result(self) -> Run:
-        if self._total is None:
-            if self._lines == 0 and self._engines:
+        stages = self._stages.result()
+        if not stages:
+            if self._engines:
                 raise ViewError(f"{self._source} has no such engine; it has {', '.join(sorted(self._engines))}")
             what = f"{self._unreadable} lines, none of them a window" if self._unreadable else "no lines"
             raise ViewError(f"{self._source} has {what}; give a file that export.jsonl.path named in the server's YAML")
-        windows = self._windows
-        if len(windows) > MAX_WINDOWS:
-            windows = _in_pairs(windows)
-        return Run(self._total, tuple(windows), self._lines, self._unreadable, self._coarser)
-
-
-def _in_pairs(windows: Sequence[Measured]) -> list[Measured]:
-    pairs = [first.plus(second) for first, second in zip(windows[::2], windows[1::2], strict=False)]
-    return pairs + list(windows[len(pairs) * 2 :])
+        total = reduce(Measured.plus, stages)
+        return Run(total, stages, self._windows.result(), self._lines, self._unreadable, self._coarser)
 
 
 def _lines(path: Path) -> Iterator[str]:
