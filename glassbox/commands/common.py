@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -54,6 +55,18 @@ def one_line_errors(status: int = 1) -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise fail(f"{where}{error.strerror or error}; choose another path", status) from None
+
+
+def check_output(path: Path, *suffixes: str) -> None:
+    """End before the work begins if its result could not be written.
+
+    Raises:
+        typer.Exit: the suffix is none of those, or there is no such directory.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise fail(f"--output must end with {' or '.join(suffixes)}, got {path.name!r}")
+    if not path.parent.is_dir():
+        raise fail(f"--output must be in a directory that exists, got {str(path)!r}; make {path.parent} first")
 
 
 def complete_statistic(incomplete: str) -> list[tuple[str, str]]:

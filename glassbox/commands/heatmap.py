@@ -11,6 +11,7 @@ from glassbox.commands.common import (
     EngineOption,
     PhaseChoice,
     PhaseOption,
+    check_output,
     complete_statistic,
     fail,
     one_line_errors,
@@ -66,10 +67,9 @@ def heatmap(
     from glassbox.view.source import is_url, load
     from glassbox.view.windows import read_run
 
+    check_output(output, *charts.SUFFIXES)
     with one_line_errors():
         chosen = find_statistic(statistic)
-        if output.suffix.lower() not in charts.SUFFIXES:
-            raise ViewError(f"--output must end with {' or '.join(charts.SUFFIXES)}, got {output.name!r}")
         if len(sources) == 1:
             measured = load(sources[0], engine)
         elif any(is_url(source) for source in sources):

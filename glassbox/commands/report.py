@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from glassbox.commands.common import EngineOption, fail, one_line_errors, require
+from glassbox.commands.common import EngineOption, check_output, one_line_errors, require
 
 
 def report(
@@ -29,8 +29,7 @@ def report(
     from glassbox.view.report import render
     from glassbox.view.windows import read_run
 
-    if output.suffix.lower() not in {".html", ".htm"}:
-        raise fail(f"--output must end with .html, got {output.name!r}")
+    check_output(output, ".html")
     with one_line_errors():
         run = read_run(files, engine)
         output.write_text(render(run, files), encoding="utf-8")

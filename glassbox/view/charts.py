@@ -4,6 +4,7 @@ Owns what a chart looks like. Figures are made without pyplot: no window system,
 """
 
 import io
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,6 +165,9 @@ def inline_svg(figure: Figure, salt: str) -> str:
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
+    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', text))
+    # matplotlib numbers its groups (`axes_1`) anew in each figure.
+    text = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text)
     return text[text.index("<svg") :]
 
 

@@ -1,7 +1,7 @@
 """Which places of a run stand out, and why. Pure; `report` shows them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Final
 
@@ -85,7 +85,7 @@ def _changed(stages: Sequence[Measured]) -> Finding:
     title = "Changed in the course of the run"
     meaning = (
         "Entropy ratio of the second half against the first, in standard deviations (standardised mean difference); "
-        f"listed from {_CHANGE} on."
+        f"listed from {_CHANGE} on. Other prompts change it too."
     )
     headings = ("change", "first half", "second half")
     if len(stages) < 2:
@@ -108,7 +108,9 @@ def _changed(stages: Sequence[Measured]) -> Finding:
 def _sinks(total: Measured) -> Finding:
     statistic = STATISTICS[INDEX["sink_ratio"]]
     score = {phase: total.mean(statistic, phase) for phase in (Phase.PREFILL, Phase.DECODE)}
-    meaning = f"Mean sink ratio above {_SINK}: nearly all attention rests on the first tokens; such a head does little."
+    meaning = (
+        f"Mean sink ratio above {_SINK}: nearly all attention rests on the first tokens, as that of an idle head does."
+    )
     return _finding(total, "Attention sinks", meaning, ("sink ratio",), score, _SINK)
 
 
@@ -132,4 +134,5 @@ def _largest(total: Measured) -> Finding:
     meaning = (
         "Largest score before softmax; growth over versions or time comes before overflow. QK-clip acts from 100 on."
     )
-    return _finding(total, "Largest logits", meaning, ("largest score",), score, -np.inf)
+    # Every place has one, so how many others there are tells nothing.
+    return replace(_finding(total, "Largest logits", meaning, ("largest score",), score, -np.inf), others=0)

@@ -60,7 +60,6 @@ def _moment(seconds: float) -> str:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     total, engines = run.total, run.total.engines
-    share = f" ({engines.sampled_steps / engines.steps:.2%})" if engines.steps else ""
     rates = sorted({window.engines.sample_rate for window in run.windows if window.engines.sample_rate is not None})
     between = f"{rates[0]:g} to {rates[-1]:g}" if len(rates) > 1 else f"{rates[0]:g}" if rates else "?"
     return [
@@ -69,7 +68,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("covers", format_seconds(total.window_s or 0.0)),
         ("windows", f"{run.lines - run.coarser:,}"),
         ("shape", shape_words(total)),
-        ("steps measured", f"{engines.sampled_steps:,.0f} of {engines.steps:,.0f}{share}"),
+        ("steps measured", f"{engines.sampled_steps:,.0f} of {engines.steps:,.0f}"),
         ("sample rate", between),
         *((f"{phase} rows", f"{total.rows_of(phase).sum():,.0f}") for phase in PHASES),
         ("rows with NaN or Inf", f"{total.nonfinite.sum():,.0f}"),
