@@ -56,8 +56,9 @@ def diff(
 
     A and B are two servers, two JSONL files, or one of each. Each statistic is
     compared in its histogram buckets: the population stability index (PSI; below
-    0.1 no change, above 0.25 a lot), and the standardised mean difference (SMD: in
-    standard deviations). "Excess" is the PSI less what so few rows have by chance.
+    0.1 no change, above 0.25 a lot) and the standardised mean difference (SMD, in
+    standard deviations). The excess is the PSI less what so few rows have by
+    chance; it is what --fail-above judges.
 
     Exit status: 0; 1 if --fail-above is exceeded; 2 if A or B can't be used.
 

@@ -15,10 +15,10 @@ def report(
 ) -> None:
     """Write a report of what was measured, as one HTML page.
 
-    Statistics by layer, by head and over time, and which heads stand out. The page
-    needs nothing else: it can be mailed, and printed. Give rotated files (.1, .2,
-    .3) along, in any order. Lines that can't be read are left out, and counted.
-    Exit status: 0, or 1 if a file can't be used or the page not written.
+    Statistics by layer, by head and over time, and which heads stand out. The
+    page needs nothing else: it can be mailed, and printed. Give rotated files
+    (.1, .2, .3) along, in any order. Lines that can't be read are left out, and
+    counted. Exit status: 0, or 1 if a file can't be used or the page not written.
 
     \b
     Examples:

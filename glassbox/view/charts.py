@@ -30,7 +30,7 @@ SUFFIXES: Final = (".png", ".svg")
 _DPI: Final = 150
 _PHASE_COLOURS: Final = {Phase.PREFILL: "#2c6fbb", Phase.DECODE: "#c8442e"}
 _NOT_MEASURED: Final = "#d9d9d9"
-_STYLE: Final[dict[str, Any]] = {
+_STYLE: Final[Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -239,7 +239,7 @@ def _draw_matrix(figure: Figure, axes: Axes, measured: Measured, matrix: _Matrix
         axes.grid(which="minor", color="white", linewidth=0.6)
         axes.tick_params(which="minor", length=0)
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_label(matrix.unit)
     if isinstance(matrix.norm, LogNorm):
         # 20, 50, 100, not 2 x 10^1.

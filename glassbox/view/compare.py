@@ -113,14 +113,13 @@ def compare(
 def _compare(
     first: Measured, second: Measured, statistic: Statistic, phase: Phase, min_rows: int
 ) -> tuple[list[Difference], int]:
-    counts = [run.counts_of(statistic, phase) for run in (first, second)]
-    rows = [count.sum(axis=-1) for count in counts]
+    expected, actual = first.counts_of(statistic, phase), second.counts_of(statistic, phase)
+    rows = expected.sum(axis=-1), actual.sum(axis=-1)
     enough = (rows[0] >= min_rows) & (rows[1] >= min_rows)
     values = [run.typical(statistic, phase) for run in (first, second)]
-    used = ((counts[0] + counts[1]) > 0).sum(axis=-1)
-    index = population_stability_index(*counts)
-    chance = expected_index(*rows, used)
-    shift = standardised_mean_difference(*counts, bucket_midpoints(statistic))
+    index = population_stability_index(expected, actual)
+    chance = expected_index(rows[0], rows[1], (expected + actual > 0).sum(axis=-1))
+    shift = standardised_mean_difference(expected, actual, bucket_midpoints(statistic))
     found = [
         Difference(
             statistic=statistic,

@@ -83,7 +83,9 @@ def frame(watch: Watch, look: Look, now_s: float, width: int, height: int | None
     """
     assert watch.now is not None
     assert watch.rows is not None
-    head = [*_header(watch, width), *_problems(watch, now_s)]
+    # A small terminal needs its lines for the table.
+    most = 2 if height is None or height >= 24 else 1
+    head = [_cut(text, most * width) for text in (*_header(watch), *_problems(watch, now_s))]
     columns = _fitting(look, watch.rows, width)
     lines = _sorted(_lines(watch.rows, look, columns, width), look, columns)
     if height is None:
@@ -108,7 +110,7 @@ def _height(text: Text, width: int) -> int:
     return max(1, -(-text.cell_len // width))
 
 
-def _header(watch: Watch, width: int) -> list[Text]:
+def _header(watch: Watch) -> list[Text]:
     """Who it is, and the numbers of the engine."""
     assert watch.now is not None
     assert watch.pulse is not None
@@ -142,12 +144,11 @@ def _header(watch: Watch, width: int) -> list[Text]:
         third.append(format_count(value), style="bold red" if value and name != "dropped" else None)
         if name == "errors" and value:
             third.append(f" ({', '.join(s for s, n in (engines.errors or {}).items() if n)})", style="red")
-    return [_cut(text, width) for text in (first, second, third)]
+    return [first, second, third]
 
 
-def _cut(text: Text, width: int) -> Text:
-    """Up to two lines of it: a narrow terminal needs its lines for the table."""
-    text.truncate(2 * width, overflow="ellipsis")
+def _cut(text: Text, most: int) -> Text:
+    text.truncate(most, overflow="ellipsis")
     return text
 
 
@@ -156,7 +157,7 @@ def _overhead(pulse: Measured) -> str:
     if pulse.engines.overhead_s is None:
         return "?"
     if pulse.window_s:
-        return f"{pulse.engines.overhead_s / pulse.window_s:.2%} of time"
+        return f"{pulse.engines.overhead_s / pulse.window_s:.2%}"
     return f"{format_seconds(pulse.engines.overhead_s)} in all"
 
 
@@ -283,9 +284,8 @@ def _table(measured: Measured, look: Look, columns: tuple[Statistic, ...], lines
     table = Table(box=None, padding=0, pad_edge=False, header_style="")
     by_head = look.by_head and measured.detail == "head"
     table.add_column(_heading("head" if by_head else "layer", look.sort == "layer"), width=_PLACE_WIDTH)
-    table.add_column(
-        _heading("rows/s" if window_s else "rows", look.sort == "rows"), width=_ROWS_WIDTH, justify="right"
-    )
+    rows_heading = _heading("rows/s" if window_s else "rows", look.sort == "rows", width=_ROWS_WIDTH)
+    table.add_column(rows_heading, width=_ROWS_WIDTH, no_wrap=True)
     for statistic in columns:
         words = statistic.name.replace("_", "\n", 1)
         heading = _heading(words, look.sort == statistic.name, statistic is look.focus, _VALUE_WIDTH)

@@ -7,7 +7,7 @@ input or output.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -139,7 +139,7 @@ class Measured:
         layers, heads = places([*product(self.layers, self.heads), *product(other.layers, other.heads)])
         both = replace(self, layers=layers, heads=heads)
         mine, others = _arrays_at(self, both), _arrays_at(other, both)
-        arrays = {name: mine[name] + others[name] for name in _ARRAYS}
+        arrays: dict[str, Any] = {name: mine[name] + others[name] for name in _ARRAYS}
         arrays["window_max"] = np.maximum(mine["window_max"], others["window_max"])
         end = max(self.time_s, other.time_s)
         begin = min(m.time_s - (m.window_s or 0.0) for m in (self, other))
@@ -226,10 +226,10 @@ def _placed(values: Floats, of: Measured, like: Measured, fill: float = 0.0) -> 
     return result
 
 
-def _arrays_at(run: Measured, like: Measured) -> dict[str, Floats]:
+def _arrays_at(run: Measured, like: Measured) -> dict[str, Any]:
     """All arrays of one run at the layers and heads of another."""
     arrays = {name: _placed(getattr(run, name), run, like) for name in _ARRAYS}
-    return arrays | {"window_max": _placed(run.window_max, run, like, fill=-np.inf)}
+    return {**arrays, "window_max": _placed(run.window_max, run, like, fill=-np.inf)}
 
 
 def _engines_since(now: Engines, then: Engines) -> Engines:

@@ -1,6 +1,6 @@
 """Which places of a run stand out, and why. Pure; `report` shows them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Final
@@ -54,7 +54,7 @@ def _finding(
     headings: tuple[str, ...],
     score: dict[Phase, Floats],
     least: float,
-    columns: dict[Phase, tuple[list[str], ...]] | None = None,
+    columns: Mapping[Phase, tuple[list[str], ...]] | None = None,
 ) -> Finding:
     """The places with the highest scores, [L, H] a phase; `columns` are texts in the order of the flattened places."""
     found = []
@@ -96,9 +96,9 @@ def _changed(stages: Sequence[Measured]) -> Finding:
     halves = [whole.only(reduce(Measured.plus, part)) for part in (stages[:middle], stages[middle:])]
     score, columns = {}, {}
     for phase in (Phase.PREFILL, Phase.DECODE):
-        counts = [half.counts_of(statistic, phase) for half in halves]
-        shift = standardised_mean_difference(*counts, bucket_midpoints(statistic))
-        enough = np.all([count.sum(axis=-1) >= _MIN_ROWS for count in counts], axis=0)
+        before, after = (half.counts_of(statistic, phase) for half in halves)
+        shift = standardised_mean_difference(before, after, bucket_midpoints(statistic))
+        enough = (before.sum(axis=-1) >= _MIN_ROWS) & (after.sum(axis=-1) >= _MIN_ROWS)
         score[phase] = np.where(enough, np.abs(shift), np.nan)
         values = [[format_value(v) for v in half.mean(statistic, phase).ravel()] for half in halves]
         columns[phase] = ([f"{value:+.2f}" for value in shift.ravel()], *values)

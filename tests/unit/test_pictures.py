@@ -187,23 +187,31 @@ class _Page(HTMLParser):
         self.text.append(data)
 
 
+@pytest.fixture(scope="module")
+def reported(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The report of that run and a torn line: the page, and what the command said on stderr."""
+    folder = tmp_path_factory.mktemp("report")
+    torn = folder / "torn.jsonl"
+    torn.write_text(run_file.read_text() + '{"time": 17')
+    result = invoke("report", torn, "-o", folder / "report.html")
+    assert (0, f"{folder / 'report.html'}\n") == (result.exit_code, result.stdout)
+    return (folder / "report.html").read_text(), result.stderr
+
+
 class TestReport:
-    def test_needs_nothing_else(self, run_file: Path, tmp_path: Path) -> None:
+    def test_needs_nothing_else(self, reported: tuple[str, str]) -> None:
         """No file, no network; each link within it leads somewhere; tags are closed; no id twice."""
-        out = tmp_path / "report.html"
-        assert 0 == invoke("report", run_file, "-o", out).exit_code
-        page = _Page(out.read_text())
+        html, _ = reported
+        page = _Page(html)
         assert [] == page.open
         assert all(value.startswith("data:image/png;base64,") for value in page.loaded)
-        assert not re.findall(r"@import|url\((?!#)", out.read_text())
+        assert not re.findall(r"@import|url\((?!#)", html)
         assert {link[1:] for link in page.links} <= set(page.ids)
         assert sorted(set(page.ids)) == sorted(page.ids)
 
-    def test_has_the_numbers_of_the_run(self, run_file: Path, tmp_path: Path) -> None:
+    def test_has_the_numbers_of_the_run(self, run_file: Path, reported: tuple[str, str]) -> None:
         """Rows, non-finite rows, means, and a chart and two heatmaps for each statistic."""
-        out = tmp_path / "report.html"
-        invoke("report", run_file, "-o", out)
-        html = out.read_text()
+        html, _ = reported
         total = read_run([run_file]).total
         text = " ".join(" ".join(_Page(html).text).split())
         for words in (
@@ -233,13 +241,11 @@ class TestReport:
             assert f"The files have detail {detail}, so there are no heatmaps" in html
             assert "mean of decode rows" not in html
 
-    def test_unreadable_lines_are_said(self, run_file: Path, tmp_path: Path) -> None:
+    def test_unreadable_lines_are_said(self, reported: tuple[str, str]) -> None:
         """On stderr and in the page."""
-        torn = tmp_path / "torn.jsonl"
-        torn.write_text(run_file.read_text() + '{"time": 17')
-        result = invoke("report", torn, "-o", tmp_path / "r.html")
-        assert (0, "glassbox: 1 lines couldn't be read and are left out\n") == (result.exit_code, result.stderr)
-        assert "1 lines couldn&#39;t be read" in (tmp_path / "r.html").read_text()
+        html, said = reported
+        assert "glassbox: 1 lines couldn't be read and are left out\n" == said
+        assert "1 lines couldn&#39;t be read" in html
 
     @pytest.mark.parametrize(
         ("args", "message"),

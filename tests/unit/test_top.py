@@ -78,7 +78,7 @@ class TestNumbers:
         assert format_value(added / 4) in row
         assert "decode rows, last 4 s, 12 layers x 4 heads" in text
         assert "steps 1,100 (25.0/s)" in text
-        assert "overhead 6.25% of time" in text
+        assert "overhead 6.25%" in text
 
     def test_the_header_tells_model_engine_and_faults(self) -> None:
         """Who is looked at, and what is wrong."""
