@@ -1,6 +1,6 @@
 """Numbers of an engine as matrices, layer x head, over all its time or over a part of it.
 
-Owns the arithmetic: what was measured between two moments, means, quantiles, and what of them is sent. Pure numpy;
+Owns the arithmetic: what was measured between two moments, means, and what of them is sent. Pure numpy;
 which numbers somebody wants is `selection.py`.
 """
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.export.merge import MergedEngine
+from glassbox.histograms import quantiles
 from glassbox.statistics import INDEX, PHASES, Phase, Statistic
 
 QUANTILES: Final = {"p50": 0.5, "p95": 0.95}
@@ -63,36 +64,6 @@ def means(engine: MergedEngine, statistic: Statistic, phase: Phase) -> Floats:
         return np.where(rows > 0, engine.sums[:, :, p, s] / rows, np.nan)
 
 
-def quantiles(counts: npt.NDArray[np.int64], statistic: Statistic, share: float) -> Floats:
-    """Value below which `share` (0..1) of the rows lie, interpolated inside its bucket.
-
-    The first bucket begins at the statistic's lower bound, the last one ends at its upper one; where its range has no
-    such end, that bucket's finite bound is the answer, as with Prometheus's `histogram_quantile`.
-
-    Args:
-        counts: int64 [..., B], values per bucket, not cumulative.
-
-    Returns:
-        float64 [...]; NaN where there is no row.
-    """
-    bounds = np.array(statistic.buckets, dtype=np.float64)
-    begin = np.concatenate(([np.nan if statistic.lower is None else statistic.lower], bounds))
-    end = np.concatenate((bounds, [np.nan if statistic.upper is None else statistic.upper]))
-    begin = np.where(np.isnan(begin), end, begin)
-    end = np.where(np.isnan(end), begin, end)
-    cumulative = counts.cumsum(axis=-1)
-    total = cumulative[..., -1]
-    wanted = share * total
-    # The first bucket that holds rows and reaches the wanted one.
-    reached = (cumulative >= wanted[..., None]) & (counts > 0)
-    bucket = reached.argmax(axis=-1)
-    inside = np.take_along_axis(counts, bucket[..., None], axis=-1)[..., 0]
-    below = np.take_along_axis(cumulative, bucket[..., None], axis=-1)[..., 0] - inside
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = begin[bucket] + (end[bucket] - begin[bucket]) * (wanted - below) / inside
-    return np.where(total > 0, value, np.nan)
-
-
 def rounded(values: Floats) -> Floats:
     """The same numbers with `SIGNIFICANT_DIGITS` significant decimal digits."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -129,7 +100,7 @@ def phase_answer(engine: MergedEngine, statistics: Sequence[Statistic], phase: P
         counts = engine.counts[:, :, p, INDEX[statistic.name]]
         matrices = {"mean": listed(means(engine, statistic, phase))}
         for name, share in QUANTILES.items():
-            matrices[name] = listed(quantiles(counts, statistic, share))
+            matrices[name] = listed(quantiles(statistic, counts, share))
         if statistic.name == "max_logit":
             matrices["window_max"] = listed(engine.window_max[:, :, p].astype(np.float64))
         found[statistic.name] = matrices

@@ -1,14 +1,13 @@
-"""Matrices: what was measured between two snapshots, means, quantiles, and the digits that are sent."""
+"""Matrices: what was measured between two snapshots, means, and the digits that are sent."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from glassbox.demo.summary import Distribution
 from glassbox.export.merge import MergedEngine, merge
-from glassbox.statistics import INDEX, STATISTICS, Phase, Statistic
-from glassbox.web.matrices import between, head_answer, listed, means, phase_answer, quantiles, rounded
+from glassbox.statistics import INDEX, STATISTICS, Phase
+from glassbox.web.matrices import between, head_answer, listed, means, phase_answer, rounded
 from tests.export_samples import make_snapshot
 
 
@@ -70,24 +69,6 @@ class TestMeans:
         engine.counts[0, 1, 1] = 0
         assert np.isnan(means(engine, STATISTICS[0], Phase.DECODE)[0, 1])
         assert listed(means(engine, STATISTICS[0], Phase.DECODE))[0][1] is None
-
-
-class TestQuantiles:
-    @pytest.mark.parametrize("statistic", STATISTICS, ids=lambda statistic: statistic.name)
-    @pytest.mark.parametrize("share", [0.05, 0.5, 0.95, 1.0])
-    def test_the_same_as_of_the_histogram_metric(self, statistic: Statistic, share: float) -> None:
-        """What the demo's table and PromQL's histogram_quantile say, for every head at once."""
-        rng = np.random.default_rng(3)
-        counts = rng.integers(0, 4, size=(6, 5, len(statistic.buckets) + 1)) * rng.integers(0, 2, size=(6, 5, 12))
-        found = quantiles(counts, statistic, share)
-        for place in np.ndindex(6, 5):
-            cumulative = dict(zip((*statistic.buckets, np.inf), counts[place].cumsum().tolist(), strict=True))
-            expected = Distribution(cumulative).quantile(share, statistic.lower, statistic.upper)
-            np.testing.assert_allclose(found[place], expected, rtol=1e-12)
-
-    def test_no_row_has_no_quantile(self) -> None:
-        """NaN, not a bound."""
-        assert np.isnan(quantiles(np.zeros((1, 12), dtype=np.int64), STATISTICS[0], 0.5)[0])
 
 
 class TestDigits:
