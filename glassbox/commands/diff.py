@@ -43,7 +43,7 @@ def diff(
             show_default=False,
         ),
     ] = None,
-    min_rows: Annotated[int, typer.Option(min=1, help="Leave out places with fewer rows in A or in B.")] = 100,
+    min_rows: Annotated[int, typer.Option(min=1, help="Leave out places with fewer rows in A or in B.")] = 300,
     limit: Annotated[int, typer.Option(min=0, help="How many of the largest differences to show; 0 is all.")] = 20,
     fail_above: Annotated[
         float | None,

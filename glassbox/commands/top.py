@@ -75,7 +75,7 @@ def top(
         first = fetch(url, engine=engine)
     columns = tuple(chosen or exported_statistics())
     console = Console(highlight=False)
-    coloured = console.color_system is not None
+    coloured = console.color_system is not None and not console.no_color
     look = Look(columns, columns[0], sort, reverse, phase.phase, heads, interval_s=interval, coloured=coloured)
     if once or not console.is_terminal:
         if not console.is_terminal:

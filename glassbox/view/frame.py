@@ -165,7 +165,9 @@ def _problems(watch: Watch, now_s: float) -> list[Text]:
     if watch.problem is not None:
         since = format_seconds(max(now_s - watch.problem_since_s, 0))
         return [Text(f"No answer for {since}; trying on. {watch.problem}", style="bold white on red")]
-    silent_s = now_s - watch.changed_s
+    if now_s - watch.answered_s > _IDLE_S:
+        return [Text(f"These are the numbers of {format_seconds(now_s - watch.answered_s)} ago.", style="yellow")]
+    silent_s = watch.answered_s - watch.changed_s
     if silent_s > _IDLE_S:
         return [Text(f"No new step for {format_seconds(silent_s)}; these are the last numbers.", style="yellow")]
     if watch.restarts and watch.pulse is not None and watch.pulse.window_s is None:

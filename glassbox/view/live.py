@@ -49,7 +49,7 @@ class _Poller(threading.Thread):
         took_s = 0.0
         while True:
             # A page with all heads is megabytes, which the server must write: it has most of the time to itself.
-            self.again.wait(max(self.interval_s, 4 * took_s))
+            self.again.wait(max(self.interval_s, 2 * took_s))
             self.again.clear()
             begin = time.monotonic()
             try:

@@ -60,6 +60,11 @@ class TestCompare:
         assert {0.0} == {one.index for one in comparison.differences} | {one.shift for one in comparison.differences}
         assert [] == comparison.above(0.0)
 
+    def test_a_run_ten_times_as_long(self) -> None:
+        """With the same shares: no index either, whatever the sizes."""
+        long = replace(sampled(1), counts=sampled(1).counts * 10)
+        assert 0.0 == pytest.approx(max(one.index for one in compare(measured(sampled(1)), measured(long)).differences))
+
     def test_two_runs_of_the_same_model(self) -> None:
         """Only chance, which the excess leaves out: on average it is nothing."""
         comparison = compare(measured(sampled(1)), measured(sampled(2)))

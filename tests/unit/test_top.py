@@ -171,9 +171,15 @@ class TestWatch:
         """Between two snapshots of the server the last change stays."""
         watch = watching(look_at(), look_at(later(SNAPSHOT, 1), time_s=NOW + 2))
         before = watch.rows
-        watch.take(look_at(later(SNAPSHOT, 1), time_s=NOW + 4))
-        assert (before, NOW + 2, NOW + 4) == (watch.rows, watch.changed_s, watch.answered_s)
-        assert "No new step for 28 s; these are the last numbers." in shown(watch, now_s=NOW + 30)
+        watch.take(look_at(later(SNAPSHOT, 1), time_s=NOW + 30))
+        assert (before, NOW + 2, NOW + 30) == (watch.rows, watch.changed_s, watch.answered_s)
+        assert "No new step for 28 s; these are the last numbers." in shown(watch, now_s=NOW + 31)
+
+    def test_an_answer_that_takes_long_is_no_idle_server(self) -> None:
+        """A large page from a busy server: the age of the numbers is told, and nothing of its steps."""
+        text = shown(watching(look_at()), now_s=NOW + 20)
+        assert "These are the numbers of 20 s ago." in text
+        assert "No new step" not in text
 
     def test_steps_without_rows_keep_the_rows(self) -> None:
         """At low sample rates most changes have none."""
