@@ -1,0 +1,270 @@
+"""What a request may ask of glassbox: the keys of `vllm_xargs`, their rules, and what an error says.
+
+Owns the options' names and limits. It is pure (standard library only), so that the API server checks a request by the
+very rules that the worker follows. Where options come from and what is done about a bad one belongs to those two.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+# Every limit bounds what one request can cost: memory of a row is at most
+# layers x heads x (statistics + 2 top_k + spans) numbers, and MAX_ROW_KEYS half-precision ones with full rows.
+MAX_TOP_K: Final = 32
+MAX_SPANS: Final = 16
+MAX_ROW_KEYS: Final = 8192
+MAX_SPAN_NAME: Final = 64
+# Token positions and indices are int32 in the records.
+MAX_POSITION: Final = 2**31 - 1
+MAX_INDEX: Final = 65_535
+MAX_INDICES: Final = 1024
+
+PREFIX: Final = "glassbox"
+CHOICE_KEY: Final = "glassbox"
+LAYERS_KEY: Final = "glassbox_layers"
+HEADS_KEY: Final = "glassbox_heads"
+TOP_K_KEY: Final = "glassbox_top_k"
+SPANS_KEY: Final = "glassbox_spans"
+ROWS_KEY: Final = "glassbox_rows"
+TRACEPARENT_KEY: Final = "glassbox_traceparent"
+_DETAIL_KEYS: Final = (LAYERS_KEY, HEADS_KEY, TOP_K_KEY, SPANS_KEY, ROWS_KEY)
+CLIENT_KEYS: Final = (CHOICE_KEY, *_DETAIL_KEYS)
+
+_SPAN: Final = re.compile(r"(?P<name>[^=]*)=(?P<start>[^:]*):(?P<end>.*)", re.DOTALL)
+_SPAN_NAME: Final = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_SPAN_NAME}}}")
+_MESSAGE: Final = "message"
+_INTEGER: Final = re.compile(r"[+-]?[0-9]{1,18}")
+# W3C trace context, version 00: neither id may be all zeros.
+_TRACEPARENT: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_SHOWN: Final = 80  # characters of a value that an error repeats
+
+
+class OptionError(ValueError):
+    """An option breaks its rule; the message says field, rule, value and remedy."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A named range of token positions of a sequence; `end` is exclusive and may lie beyond the sequence."""
+
+    name: str
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.start}:{self.end}"
+
+
+@dataclass(frozen=True)
+class MessageSpan:
+    """The tokens of one message of a chat, by index (negative counts from the last), not yet resolved."""
+
+    name: str
+    message: int
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """What a traced request wants kept of each row beside its statistics.
+
+    Attributes:
+        layers, heads: global indices, ascending; None is all that are observed. Indices that the model lacks are
+            left out.
+        top_k: most attended positions per layer and head, and of their mean; 0 is none, at most MAX_TOP_K.
+        spans: token ranges whose attention mass is wanted, at most MAX_SPANS, names distinct.
+        rows: whether the full attention rows are kept (of at most their latest MAX_ROW_KEYS keys).
+    """
+
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    top_k: int = 0
+    spans: tuple[Span, ...] = ()
+    rows: bool = False
+
+    @property
+    def probes(self) -> bool:
+        """True if the statistics of a row are not enough: its probabilities must be computed."""
+        return bool(self.top_k or self.spans or self.rows)
+
+
+@dataclass(frozen=True)
+class ClientChoice:
+    """What one request said.
+
+    Attributes:
+        choice: trace, off, or None if it said nothing.
+        options: of a request that asked to be traced.
+        message_spans: spans that the API server has to turn into token ranges.
+        traceparent: W3C trace context of the request, None if there is none.
+    """
+
+    choice: Literal["trace", "off"] | None = None
+    options: TraceOptions = field(default_factory=TraceOptions)
+    message_spans: tuple[MessageSpan, ...] = ()
+    traceparent: str | None = None
+
+
+_NOTHING: Final = ClientChoice()
+
+
+def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = False) -> ClientChoice:
+    """Check a request's keys that start with `glassbox` and say what they mean.
+
+    Args:
+        extra_args: a client's `vllm_xargs`, in the worker the `extra_args` of the sampling parameters; other keys are
+            not looked at. Values are str, int, float, bool or lists of them.
+        from_client: True in the API server, before spans by message are resolved: these are allowed, and
+            `glassbox_traceparent`, which glassbox sets itself, is not.
+
+    Raises:
+        OptionError: a key is unknown or breaks its rule.
+    """
+    given = {key: value for key, value in (extra_args or {}).items() if str(key).startswith(PREFIX)}
+    if not given:
+        return _NOTHING
+    traceparent = given.pop(TRACEPARENT_KEY, None)
+    if traceparent is not None and from_client:
+        raise OptionError(
+            f"{TRACEPARENT_KEY} must not be given, got {_shown(traceparent)}; send a traceparent header instead"
+        )
+    for key in given:
+        if key not in CLIENT_KEYS:
+            raise OptionError(f"{_shown(key)} must be one of {', '.join(CLIENT_KEYS)}; correct or remove it")
+    choice = _parse_choice(given.get(CHOICE_KEY))
+    details = [key for key in _DETAIL_KEYS if key in given]
+    if details and choice != "trace":
+        raise OptionError(
+            f'{details[0]} must come with "{CHOICE_KEY}": "trace", got {_shown(given.get(CHOICE_KEY))}; '
+            f"add that, or remove {details[0]}"
+        )
+    spans, message_spans = _parse_spans(given.get(SPANS_KEY), from_client)
+    return ClientChoice(
+        choice=choice,
+        options=TraceOptions(
+            layers=_parse_indices(LAYERS_KEY, given.get(LAYERS_KEY)),
+            heads=_parse_indices(HEADS_KEY, given.get(HEADS_KEY)),
+            top_k=_parse_top_k(given.get(TOP_K_KEY)),
+            spans=spans,
+            rows=_parse_rows(given.get(ROWS_KEY)),
+        ),
+        message_spans=message_spans,
+        traceparent=traceparent if isinstance(traceparent, str) and _TRACEPARENT.fullmatch(traceparent) else None,
+    )
+
+
+def _parse_choice(value: object) -> Literal["trace", "off"] | None:
+    if value is None:
+        return None
+    if value == "trace":
+        return "trace"
+    if value == "off":
+        return "off"
+    raise OptionError(f"{CHOICE_KEY} must be trace or off, got {_shown(value)}; leave it out for neither")
+
+
+def _parse_indices(key: str, value: object) -> tuple[int, ...] | None:
+    if value is None or value == "all":
+        return None
+    rule = f"{key} must be all or a list of 1 to {MAX_INDICES} different whole numbers from 0 to {MAX_INDEX}"
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise OptionError(f"{rule}, got an empty list; leave it out for all")
+    if len(items) > MAX_INDICES:
+        raise OptionError(f"{rule}, got {len(items)}; leave it out for all")
+    indices = [_whole(item) for item in items]
+    found = [index for index in indices if index is not None and 0 <= index <= MAX_INDEX]
+    if len(found) < len(items):
+        wrong = next(
+            item for item, index in zip(items, indices, strict=True) if index is None or not 0 <= index <= MAX_INDEX
+        )
+        raise OptionError(f"{rule}, got {_shown(wrong)}; use a list such as [0, 5, 11]")
+    if len(set(found)) < len(found):
+        raise OptionError(f"{rule}, got {_shown(value)}; delete the repeated one")
+    return tuple(sorted(found))
+
+
+def _parse_top_k(value: object) -> int:
+    if value is None:
+        return 0
+    number = _whole(value)
+    if number is None or not 0 <= number <= MAX_TOP_K:
+        raise OptionError(
+            f"{TOP_K_KEY} must be a whole number from 0 to {MAX_TOP_K}, got {_shown(value)}; use 8, or 0 for none"
+        )
+    return number
+
+
+def _parse_rows(value: object) -> bool:
+    if value is None:
+        return False
+    text = value.lower() if isinstance(value, str) else value
+    if isinstance(text, str | int | float) and text in {1, "1", "true"}:
+        return True
+    if isinstance(text, str | int | float) and text in {0, "0", "false"}:
+        return False
+    raise OptionError(f"{ROWS_KEY} must be true or false, got {_shown(value)}; use 1 or 0")
+
+
+def _parse_spans(value: object, from_client: bool) -> tuple[tuple[Span, ...], tuple[MessageSpan, ...]]:
+    if value is None:
+        return (), ()
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if len(items) > MAX_SPANS:
+        raise OptionError(f"{SPANS_KEY} must list at most {MAX_SPANS} spans, got {len(items)}; ask for fewer")
+    parsed = [_parse_span(item, from_client) for item in items]
+    names = [span.name for span in parsed]
+    repeated = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if repeated is not None:
+        raise OptionError(f"{SPANS_KEY} must have different names, got {_shown(repeated)} twice; rename one")
+    return (
+        tuple(span for span in parsed if isinstance(span, Span)),
+        tuple(span for span in parsed if isinstance(span, MessageSpan)),
+    )
+
+
+def _parse_span(item: object, from_client: bool) -> Span | MessageSpan:
+    form = f"{SPANS_KEY} must be name=start:end" + (" or name=message:index" if from_client else "")
+    match = _SPAN.fullmatch(item) if isinstance(item, str) else None
+    if match is None:
+        raise OptionError(f"{form}, got {_shown(item)}; write such as system=0:25")
+    name = match["name"]
+    if not _SPAN_NAME.fullmatch(name):
+        raise OptionError(
+            f"{SPANS_KEY} must have names of 1 to {MAX_SPAN_NAME} letters, digits, _ . or -, got {_shown(name)}; "
+            f"write such as system=0:25"
+        )
+    end = _whole(match["end"])
+    if match["start"] == _MESSAGE:
+        if not from_client:
+            raise OptionError(f"{form}, got {_shown(item)}; only chats have messages, give token positions instead")
+        if end is None or abs(end) > MAX_INDEX:
+            raise OptionError(f"{form}, the index a whole number, got {_shown(item)}; write such as user=message:-1")
+        return MessageSpan(name, end)
+    start = _whole(match["start"])
+    if start is None or end is None:
+        raise OptionError(f"{form}, start and end whole numbers, got {_shown(item)}; write such as system=0:25")
+    if not 0 <= start < end <= MAX_POSITION:
+        raise OptionError(
+            f"{SPANS_KEY} must have 0 <= start < end <= {MAX_POSITION}, got {_shown(item)}; the end is exclusive"
+        )
+    return Span(name, start, end)
+
+
+def _whole(value: object) -> int | None:
+    """The whole number that `value` is or spells; None if it is none. Clients in JavaScript send 3 as 3.0 at times."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    if isinstance(value, str) and _INTEGER.fullmatch(value):
+        return int(value)
+    return None
+
+
+def _shown(value: object) -> str:
+    """`value` as an error shows it: a client may send megabytes, and this goes into its log."""
+    text = repr(value[:_SHOWN] if isinstance(value, str | list | tuple) else value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -1,0 +1,80 @@
+"""Traces for tests: consistent in themselves, every number different from its neighbours."""
+
+from typing import Any
+
+import numpy as np
+
+from glassbox.statistics import NUM_STATISTICS
+from glassbox.trace_record import RequestTrace, Span, TraceOptions
+
+
+def make_trace(
+    *,
+    seed: int = 0,
+    request_id: str = "cmpl-1-0",
+    prompt_len: int = 6,
+    positions: tuple[int, ...] = (2, 5, 6, 7, 8),
+    layers: tuple[int, ...] = (0, 3),
+    heads: tuple[int, ...] = (0, 1, 2),
+    top_k: int = 2,
+    spans: tuple[Span, ...] = (Span("system", 0, 3), Span("user", 3, 6)),
+    rows: bool = True,
+    **changes: Any,
+) -> RequestTrace:
+    """A trace of random attention; everything but `stats` is computed from it, in numpy."""
+    rng = np.random.default_rng(seed)
+    place = (len(layers), len(heads))
+    attention = [rng.dirichlet(np.ones(position + 1), size=place) for position in positions]
+    k = max(top_k, 0)
+    topk_positions = np.full((len(positions), *place, k), -1, dtype=np.int32)
+    topk_mass = np.zeros((len(positions), *place, k), dtype=np.float32)
+    mean_positions = np.full((len(positions), k), -1, dtype=np.int32)
+    mean_mass = np.zeros((len(positions), k), dtype=np.float32)
+    span_mass = np.zeros((len(positions), *place, len(spans)), dtype=np.float32)
+    for t, p in enumerate(attention):
+        best = np.argsort(-p, axis=-1)[..., :k]
+        topk_positions[t, ..., : best.shape[-1]] = best
+        topk_mass[t, ..., : best.shape[-1]] = np.take_along_axis(p, best, axis=-1)
+        mean = p.mean(axis=(0, 1))
+        best = np.argsort(-mean)[:k]
+        mean_positions[t, : len(best)], mean_mass[t, : len(best)] = best, mean[best]
+        for s, span in enumerate(spans):
+            span_mass[t, ..., s] = p[..., span.start : span.end].sum(-1)
+    flat = [p.astype(np.float16).ravel() for p in attention] if rows else []
+    offsets = np.concatenate([[0], np.cumsum([len(values) for values in flat])]).astype(np.int64)
+    stats = rng.random((len(positions), *place, NUM_STATISTICS + 1)).astype(np.float32)
+    stats[..., NUM_STATISTICS] = 0
+    fields: dict[str, Any] = {
+        "request_id": request_id,
+        "internal_id": f"{request_id}-{seed:08x}",
+        "engine": "0",
+        "rank": 0,
+        "model_name": "tiny/model",
+        "instance": "i0",
+        "why": "opt_in",
+        "status": "finished",
+        "start_time_s": 1_700_000_000.5 + seed,
+        "end_time_s": 1_700_000_002.5 + seed,
+        "prompt_len": prompt_len,
+        "num_generated": 4,
+        "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        "layers": layers,
+        "heads": heads,
+        "positions": np.array(positions, dtype=np.int32),
+        "phases": (np.array(positions) >= prompt_len).astype(np.uint8),
+        "stats": stats,
+        "topk_positions": topk_positions,
+        "topk_mass": topk_mass,
+        "mean_topk_positions": mean_positions,
+        "mean_topk_mass": mean_mass,
+        "span_names": tuple(span.name for span in spans),
+        "span_ranges": np.array([(span.start, span.end) for span in spans], dtype=np.int32).reshape(-1, 2),
+        "span_mass": span_mass,
+        "row_values": np.concatenate(flat) if flat else np.zeros(0, dtype=np.float16),
+        "row_offsets": offsets if rows else offsets[:0],
+        "row_starts": np.zeros(len(positions) if rows else 0, dtype=np.int32),
+        "options": TraceOptions(top_k=top_k, spans=spans, rows=rows),
+        "truncated": False,
+        "token_ids": np.arange(prompt_len + 4, dtype=np.int32),
+    }
+    return RequestTrace(**{**fields, **changes})
