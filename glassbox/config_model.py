@@ -175,6 +175,36 @@ class StatisticsConfig(_Section):
     )
 
 
+class RecordsConfig(_Section):
+    """Traced requests that have ended, as records in a file."""
+
+    path: Annotated[StrictStr, Field(min_length=1)] | None = _field(
+        None,
+        "File that records are appended to; a leading ~ is the home directory. null: none are written.",
+        "must be a file's path or null",
+        "use null to write none",
+    )
+    format: Literal["jsonl", "parquet"] = _field(
+        "jsonl",
+        "jsonl: one line per request; parquet: tables of rows, for pyarrow or pandas (needs the extra `tables`).",
+        "must be jsonl or parquet",
+        "use jsonl if in doubt",
+    )
+    max_mb: int = _field(
+        256,
+        "MB, 1 to 1048576: size at which the file is rotated, so that it can't fill the disk.",
+        "must be between 1 and 1048576",
+        "use path: null to write none",
+        ge=1,
+        le=1_048_576,
+    )
+
+    @property
+    def expanded_path(self) -> Path | None:
+        """`path` with ~ replaced, None if nothing is to be written."""
+        return None if self.path is None else Path(self.path).expanduser()
+
+
 class RequestsConfig(_Section):
     """Traced requests: those of which every measured row is kept."""
 
@@ -196,6 +226,42 @@ class RequestsConfig(_Section):
         le=MAX_TRACED_REQUESTS,
     )
     opt_in: bool = _switch(True, "Whether a client may ask for a trace of its own request.")
+    max_trace_mb: int = _field(
+        16,
+        "MB, 1 to 4096: memory that one traced request may take in a worker; what would go beyond is left out.",
+        "must be between 1 and 4096",
+        "use 16",
+        ge=1,
+        le=4096,
+    )
+    max_active_mb: int = _field(
+        256,
+        "MB, 1 to 65536: memory that all traced requests together may take in a worker.",
+        "must be between 1 and 65536",
+        "use 256",
+        ge=1,
+        le=65_536,
+    )
+    include_text: bool = _switch(
+        False, "Whether traces hold the tokens of the prompt and the answer; prompts are private."
+    )
+    keep: int = _field(
+        200,
+        "Traces kept in the run directory, 1 to 100000; the oldest go first.",
+        "must be between 1 and 100000",
+        "use trace_rate: 0 and opt_in: false to trace nothing",
+        ge=1,
+        le=100_000,
+    )
+    keep_mb: int = _field(
+        64,
+        "MB, 1 to 65536: size of the traces that a worker keeps in the run directory.",
+        "must be between 1 and 65536",
+        "use 64",
+        ge=1,
+        le=65_536,
+    )
+    records: RecordsConfig = _section(RecordsConfig)
 
 
 class PrometheusConfig(_Section):

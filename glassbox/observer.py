@@ -17,7 +17,9 @@ from glassbox import vllm_compat
 from glassbox.accumulate import AccumulatorArrays
 from glassbox.config import GlassboxConfig
 from glassbox.errors import ErrorCounter
-from glassbox.sampling import ROW_BATCH, RowSampler, StepSampler
+from glassbox.requests import RequestTracker
+from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_UNCOUNTED, RowSampler, StepSampler
+from glassbox.trace_step import TracedStep
 
 
 class Measurer(Protocol):
@@ -28,8 +30,11 @@ class Measurer(Protocol):
     def end_warm_up(self) -> None:
         """Warm-up and graph capture are over; what follows are real steps and dummies."""
 
-    def begin(self, rows: np.ndarray, layers: frozenset[int]) -> None:
-        """Measure `rows` ([R, 5] int32, see sampling.py) in the local `layers` during this step."""
+    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None) -> None:
+        """Measure `rows` ([R, 5] int32, see sampling.py) in the local `layers` during this step.
+
+        What is measured of rows with a trace slot goes to `traced` as well, before `finish` returns.
+        """
 
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
         """vLLM built the attention metadata of these layers."""
@@ -67,6 +72,7 @@ class Observer:
         num_layers_total: of the model; `sampling.layers` selects among these.
         num_heads: query heads local to the worker.
         config: returns the configuration in force; called at every step.
+        requests: which requests are traced.
         max_spec_tokens: draft tokens a decode step may verify (0 without speculative decoding).
         clock: seconds, monotonic.
     """
@@ -80,21 +86,25 @@ class Observer:
         num_layers_total: int,
         num_heads: int,
         config: Callable[[], GlassboxConfig],
+        requests: RequestTracker,
         errors: ErrorCounter,
         max_spec_tokens: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.armed = False
-        # Whether layers need to call: in warm-up, since graphs are captured there, and then in sampled steps.
+        # Whether layers need to call: in warm-up, since graphs are captured there, and then in measured steps.
         self.listening = True
         self.counters = Counters()
-        self.measurer = measurer
+        self.measurer, self.requests = measurer, requests
         self._all_layers, self._num_layers_total, self._num_heads = layers, num_layers_total, num_heads
         self._layer_names = frozenset(layer_names)
         self._read_config, self._errors, self._clock = config, errors, clock
         self._max_spec_tokens = max_spec_tokens
         self._runner: Any = None
-        self._in_step = self._sampled = self._rows_chosen = False
+        # A step is measured if the step sampler says so, or for the rows of traced requests only.
+        self._in_step = self._sampled = self._measured = self._rows_chosen = False
+        self._traced: TracedStep | None = None
+        self._counted_share = 1.0
         self._step_overhead_s = self._step_started_s = 0.0
         self._config = config()
         self._steps = StepSampler(self._rate(self._config), self._config.sampling.overhead_budget)
@@ -131,22 +141,31 @@ class Observer:
         selected = set(sampling.layers.select(self._num_layers_total))
         self._layers = frozenset(row for row, layer in enumerate(self._all_layers) if layer in selected)
 
-    def begin_step(self, runner: Any) -> None:
-        """A real engine step starts."""
+    def idle_step(self, runner: Any, scheduler_output: Any) -> None:
+        """A scheduler output without tokens: it only tells which requests are gone."""
+        try:
+            self.requests.begin_step(runner, scheduler_output, self._config, self._layers)
+        except Exception as error:
+            self._errors.count("requests", error)
+
+    def begin_step(self, runner: Any, scheduler_output: Any) -> None:
+        """A real engine step starts; the runner has not seen its scheduler output yet."""
         self._step_started_s = self._clock()
         self._in_step, self._rows_chosen = True, False
-        self._step_overhead_s = 0.0
+        self._step_overhead_s, self._counted_share = 0.0, 1.0
         self._runner = runner
         try:
             config = self._read_config()
             if config is not self._config:
                 self._apply(config)
             self.counters.steps += 1
-            self._sampled = self.listening = self._steps.next_step()
+            self._sampled = self._steps.next_step()
             if self._sampled:
                 self.counters.sampled_steps += 1
+            self._measured = self.listening = self._sampled
+            if self.requests.begin_step(runner, scheduler_output, config, self._layers):
+                self._measured = self.listening = True
         except Exception as error:
-            self._sampled = False
             self._errors.count("begin_step", error)
 
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
@@ -156,23 +175,35 @@ class Observer:
         started = self._clock()
         try:
             self.measurer.on_build(layer_names, common_attn_metadata)
-            if self._in_step and self._sampled and not self._rows_chosen:
+            if self._in_step and self._measured and not self._rows_chosen:
                 self._rows_chosen = True
                 self._choose_rows(common_attn_metadata)
         except Exception as error:
-            self._sampled = False
+            self._measured = False
             self._errors.count("choose_rows", error)
         self._step_overhead_s += self._clock() - started
 
     def _choose_rows(self, common_attn_metadata: Any) -> None:
         batch = vllm_compat.read_batch(self._runner, common_attn_metadata)
-        rows, dropped = self._rows.select(batch.num_scheduled, batch.num_computed, batch.prompt_len, batch.query_start)
+        traced, excluded = self.requests.marks(batch.req_ids)
+        rows, dropped = self._rows.select(
+            batch.num_scheduled,
+            batch.num_computed,
+            batch.prompt_len,
+            batch.query_start,
+            traced=traced,
+            excluded=excluded,
+            sampled=self._sampled,
+        )
         if dropped:
             # In rows_total's unit: one per layer and head.
             self.counters.dropped_rows["max_rows_per_step"] += dropped * len(self._layers) * self._num_heads
         if len(rows):
             assert rows[:, ROW_BATCH].max() < len(batch.prompt_len)
-            self.measurer.begin(rows, self._layers)
+            if traced is not None:
+                self._traced = self.requests.trace_rows(self._runner, batch, rows)
+                self._counted_share = 1 - np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED) / len(rows)
+            self.measurer.begin(rows, self._layers, self._traced)
 
     def before_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
         """Called by every observed layer while `listening`."""
@@ -183,25 +214,29 @@ class Observer:
 
     def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
         """Called by every observed layer while `listening`."""
-        started = self._clock() if self._sampled else 0.0
+        started = self._clock() if self._measured else 0.0
         try:
             self.measurer.after_attention(impl, layer, query, kv_cache, attn_metadata)
         except Exception as error:
             self._errors.count("observe", error)
-        if self._sampled:
+        if self._measured:
             self._step_overhead_s += self._clock() - started
 
     def end_step(self) -> None:
         """The step's `execute_model` is about to return."""
         started = self._clock()
         try:
-            if self._sampled:
+            if self._measured:
                 self.measurer.finish()
+                if self._traced is not None:
+                    self._traced.commit()
             now = self._clock()
             self._step_overhead_s += now - started
             self.counters.overhead_s += self._step_overhead_s
-            self._steps.record(self._step_overhead_s, now - self._step_started_s, self._sampled)
+            # The budget is that of the sample: what traced requests cost besides is bounded by their number.
+            overhead_s = self._step_overhead_s * self._counted_share
+            self._steps.record(overhead_s, now - self._step_started_s, self._sampled)
         except Exception as error:
             self._errors.count("end_step", error)
-        self._in_step = self._sampled = self.listening = False
-        self._runner = None
+        self._in_step = self._sampled = self._measured = self.listening = False
+        self._runner = self._traced = None

@@ -13,10 +13,14 @@ import numpy.typing as npt
 # Columns of the row list, int32 [R, NUM_ROW_COLUMNS].
 ROW_QUERY: Final = 0  # index into the step's flattened tokens
 ROW_BATCH: Final = 1  # batch row
-ROW_PHASE: Final = 2  # 0 prefill, 1 decode: index into statistics.PHASES
+ROW_PHASE: Final = 2  # bit 0: 0 prefill, 1 decode, index into statistics.PHASES; bit 1: ROW_UNCOUNTED
 ROW_PROMPT_LEN: Final = 3  # tokens of the request's prompt
-ROW_SLOT: Final = 4  # trace ring slot, -1 if the request is not traced
+ROW_SLOT: Final = 4  # trace ring slot: number among the step's traced rows, -1 if the request is not traced
 NUM_ROW_COLUMNS: Final = 5
+
+# In ROW_PHASE of a row that is measured only because its request is traced. It must not enter the accumulators:
+# traced requests are measured in every step and would outweigh the sample.
+ROW_UNCOUNTED: Final = 2
 
 # Fixed point: with floats two ranks could disagree, and the share would drift after many steps.
 _RATE_BITS: Final = 32
@@ -214,7 +218,7 @@ class RowSampler:
         self._max_rows = max_rows_per_step
         self._prefill_rows = prefill_rows_per_request
         self._max_decode_tokens = 1 + max_spec_tokens
-        self._cursor = 0
+        self._turns, self._traced_turns = _Turns(), _Turns()
 
     def select(
         self,
@@ -222,7 +226,10 @@ class RowSampler:
         num_computed: npt.ArrayLike,
         prompt_len: npt.ArrayLike,
         query_start: npt.ArrayLike,
-        slot: npt.ArrayLike | None = None,
+        *,
+        traced: npt.NDArray[np.bool_] | None = None,
+        excluded: npt.NDArray[np.bool_] | None = None,
+        sampled: bool = True,
     ) -> tuple[npt.NDArray[np.int32], int]:
         """Choose the rows of one step.
 
@@ -231,11 +238,14 @@ class RowSampler:
             num_computed: [B] tokens of it that were computed before.
             prompt_len: [B] tokens of its prompt.
             query_start: [B+1] index of its first token among the step's flattened tokens.
-            slot: [B] trace ring slot, -1 is none; None is none at all.
+            traced: [B] requests all of whose candidates are wanted; None is none.
+            excluded: [B] requests that have no candidates; None is none.
+            sampled: False in a step that is measured for traced requests only.
 
         Returns:
             rows int32 [R, NUM_ROW_COLUMNS], R <= max_rows_per_step, ascending in ROW_QUERY, and the number of
-            candidates that were left out.
+            candidates that were left out. Rows of traced requests come first in that budget. Those that the sample
+            alone, over what remains of it, would not have chosen are marked ROW_UNCOUNTED.
         """
         scheduled = np.asarray(num_scheduled, dtype=np.int64)
         first = np.asarray(num_computed, dtype=np.int64)
@@ -250,10 +260,18 @@ class RowSampler:
 
         generated = np.minimum(np.maximum(end - prompt, 0), scheduled)
         num_decode = np.where(scheduled <= self._max_decode_tokens, generated, np.minimum(generated, 1))
+        absent = excluded
+        if not sampled:
+            absent = np.ones(scheduled.size, dtype=bool) if traced is None else ~traced
+        if absent is not None:
+            num_prefill, num_decode = np.where(absent, 0, num_prefill), np.where(absent, 0, num_decode)
 
         last = np.cumsum(num_prefill + num_decode)
         total = int(last[-1]) if last.size else 0
-        candidate = self._take(total)
+        if traced is None:
+            candidate, counted = self._turns.take(total, self._max_rows), None
+        else:
+            candidate, counted = self._take_traced(np.repeat(traced, num_prefill + num_decode), sampled)
         request = np.searchsorted(last, candidate, side="right")
         within = candidate - (last - num_prefill - num_decode)[request]
         is_decode = within >= num_prefill[request]
@@ -269,13 +287,42 @@ class RowSampler:
         rows[:, ROW_BATCH] = request
         rows[:, ROW_PHASE] = is_decode
         rows[:, ROW_PROMPT_LEN] = prompt[request]
-        rows[:, ROW_SLOT] = -1 if slot is None else np.asarray(slot, dtype=np.int64)[request]
+        rows[:, ROW_SLOT] = -1
+        if traced is not None and counted is not None:
+            rows[~counted, ROW_PHASE] |= ROW_UNCOUNTED
+            is_traced = traced[request]
+            rows[is_traced, ROW_SLOT] = np.arange(np.count_nonzero(is_traced))
         return rows, total - candidate.size
 
-    def _take(self, total: int) -> npt.NDArray[np.int64]:
-        """Ascending numbers of the candidates whose turn it is, of `total`."""
-        if total <= self._max_rows:
+    def _take_traced(
+        self, traced: npt.NDArray[np.bool_], sampled: bool
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Ascending numbers of the candidates to measure, and which of them are the sample.
+
+        The sample is taken over all candidates, traced ones included, so that it stays one of all traffic.
+
+        Args:
+            traced: for each candidate, whether its request is traced.
+        """
+        wanted = np.flatnonzero(traced)
+        if wanted.size > self._max_rows:
+            wanted = wanted[self._traced_turns.take(wanted.size, self._max_rows)]
+        room = self._max_rows - wanted.size
+        sample = self._turns.take(traced.size, room) if sampled else np.zeros(0, dtype=np.int64)
+        candidate = np.union1d(sample, wanted)
+        return candidate, np.isin(candidate, sample, assume_unique=True)
+
+
+class _Turns:
+    """A window that moves over candidates from step to step."""
+
+    def __init__(self) -> None:
+        self._cursor = 0
+
+    def take(self, total: int, room: int) -> npt.NDArray[np.int64]:
+        """Ascending numbers of the `room` candidates whose turn it is, of `total`."""
+        if total <= room:
             return np.arange(total, dtype=np.int64)
         start = self._cursor % total
-        self._cursor = (start + self._max_rows) % total
-        return np.sort((start + np.arange(self._max_rows, dtype=np.int64)) % total)
+        self._cursor = (start + room) % total
+        return np.sort((start + np.arange(room, dtype=np.int64)) % total)

@@ -102,14 +102,12 @@ class StepHook:
         @wraps(original)
         def execute_model(runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             observer = self.observer
-            if (
-                observer is None
-                or not observer.armed
-                or not scheduler_output.total_num_scheduled_tokens
-                or vllm_compat.is_dummy_run(args, kwargs)
-            ):
+            if observer is None or not observer.armed or vllm_compat.is_dummy_run(args, kwargs):
                 return original(runner, scheduler_output, *args, **kwargs)
-            observer.begin_step(runner)
+            if not scheduler_output.total_num_scheduled_tokens:
+                observer.idle_step(runner, scheduler_output)
+                return original(runner, scheduler_output, *args, **kwargs)
+            observer.begin_step(runner, scheduler_output)
             try:
                 return original(runner, scheduler_output, *args, **kwargs)
             finally:

@@ -173,7 +173,7 @@ def _summarise(headers: Mapping[str, Mapping[str, Any]]) -> TraceSummary:
         start_time_s=_start(headers),
         end_time_s=None if active else max(ends, default=None),
         prompt_len=first["prompt_len"],
-        num_generated=min(part["num_generated"] for part in parts),
+        num_generated=max(part["num_generated"] for part in parts),
         num_rows=min(part["num_rows"] for part in parts),
         truncated=any(part["truncated"] for part in parts),
     )

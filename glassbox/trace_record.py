@@ -48,6 +48,7 @@ __all__ = [
     "read_header",
     "read_trace",
     "trace_name",
+    "trace_prefix",
     "write_trace",
 ]
 
@@ -211,8 +212,13 @@ def trace_name(engine: str, rank: int, instance: str, internal_id: str) -> str:
     A client chooses a part of the id: it is cut and cleaned, and a digest keeps names apart.
     """
     digest = hashlib.sha256(internal_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    parts = [_UNSAFE.sub("_", part) for part in (engine, instance, internal_id[:_NAME_CHARS])]
-    return f"trace-{parts[0]}-{rank}-{parts[1]}-{parts[2]}-{digest}.npz"
+    clean = [_UNSAFE.sub("_", part) for part in (instance, internal_id[:_NAME_CHARS])]
+    return f"{trace_prefix(engine, rank)}{clean[0]}-{clean[1]}-{digest}.npz"
+
+
+def trace_prefix(engine: str, rank: int) -> str:
+    """How the names of a worker's files begin, and those of its predecessors after a restart."""
+    return f"trace-{_UNSAFE.sub('_', engine)}-{rank}-"
 
 
 def write_trace(directory: Path, trace: RequestTrace) -> Path:
@@ -344,7 +350,7 @@ def merge_ranks(traces: Sequence[RequestTrace]) -> RequestTrace:
         status="active" if active else first.status,
         start_time_s=min(part.start_time_s for part in parts),
         end_time_s=None if active else max((end for end in ends if end is not None), default=None),
-        num_generated=min(part.num_generated for part in parts),
+        num_generated=max(part.num_generated for part in parts),
         layers=layers,
         heads=heads,
         truncated=any(part.truncated for part in parts),

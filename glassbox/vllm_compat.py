@@ -171,12 +171,14 @@ class Batch:
         num_computed: [B] tokens whose K and V were in the cache before it.
         prompt_len: [B] tokens of the prompt.
         query_start: [B + 1] offsets into the step's flattened tokens.
+        req_ids: [B] internal ids.
     """
 
     num_scheduled: np.ndarray
     num_computed: np.ndarray
     prompt_len: np.ndarray
     query_start: np.ndarray
+    req_ids: tuple[str, ...]
 
 
 def read_batch(runner: Any, common_attn_metadata: Any) -> Batch:
@@ -189,19 +191,68 @@ def read_batch(runner: Any, common_attn_metadata: Any) -> Batch:
         n = batch.num_reqs
         num_computed = batch.num_computed_tokens_cpu[:n]
         prompt_len = batch.num_prompt_tokens[:n]
+        req_ids = tuple(batch.req_ids[:n])
     else:  # V2 runner: vllm/v1/worker/gpu/states.py
         states = runner.req_states
         index = np.asarray(common_attn_metadata.req_idx)
         n = len(index)
         num_computed = states.num_computed_tokens_np[index]
         prompt_len = states.prompt_len.np[index]
+        req_ids = tuple(states.index_to_req_id[i] for i in index.tolist())
     query_start = common_attn_metadata.query_start_loc_cpu[: n + 1].numpy()
     return Batch(
         num_scheduled=np.diff(query_start),
         num_computed=np.asarray(num_computed),
         prompt_len=np.asarray(prompt_len),
         query_start=query_start,
+        req_ids=req_ids,
     )
+
+
+@dataclass(frozen=True)
+class RequestTokens:
+    """What the V1 runner knows of a request's tokens.
+
+    Attributes:
+        prompt: token ids; None if the prompt was given as embeddings.
+        generated: token ids, vLLM's own list that goes on growing; -1 stands for those that the runner has not read
+            back from the device.
+        sampling_params: vLLM's, None for a pooling request.
+    """
+
+    prompt: list[int] | None
+    generated: list[int]
+    sampling_params: Any
+
+
+def request_tokens(runner: Any, req_id: str) -> RequestTokens | None:
+    """The tokens of a request that has not been removed yet; None in the V2 runner, which keeps them on the device."""
+    state = getattr(runner, "requests", {}).get(req_id)
+    if state is None:
+        return None
+    return RequestTokens(state.prompt_token_ids, state.output_token_ids, state.sampling_params)
+
+
+def was_aborted(tokens: RequestTokens, max_model_len: int) -> bool:
+    """Whether a request that is gone can't have ended by itself.
+
+    The scheduler tells workers that a request is gone, not why. These are its own rules
+    (vllm/v1/core/sched/utils.py::check_stop); stop strings are found in the API server, so with them it can't be told.
+    """
+    params = tokens.sampling_params
+    if params is None or params.stop or getattr(params, "repetition_detection", None) is not None:
+        return False
+    generated = tokens.generated
+    prompt_len = len(tokens.prompt) if tokens.prompt is not None else 0
+    if generated and (generated[-1] == -1 or generated[-1] in {params.eos_token_id, *(params.stop_token_ids or ())}):
+        return False
+    return len(generated) < (params.max_tokens or 0) and prompt_len + len(generated) < max_model_len
+
+
+def is_resumption(new_request: Any) -> bool:
+    """Whether an entry of `scheduled_new_reqs` is a preempted request: the V2 runner gets those anew."""
+    prefill = new_request.prefill_token_ids
+    return prefill is not None and len(prefill) > new_request.prompt_len
 
 
 def patch_method(cls: type, name: str, make: Callable[[Any], Any]) -> Callable[[], None]:

@@ -23,7 +23,10 @@ from glassbox.export.process import ExporterProcess
 from glassbox.export.snapshot import Snapshot, write_snapshot
 from glassbox.logs import get_logger
 from glassbox.observer import Observer
+from glassbox.requests import RequestTracker
 from glassbox.settings import Settings
+from glassbox.trace_active import TraceHost
+from glassbox.trace_writer import TraceWriter
 
 logger = get_logger(__name__)
 
@@ -91,7 +94,8 @@ class Worker:
         self._layers = find_layers(model_layers, self._unobservable)
         self._backend = _backend_names([model_layers[name] for name in self._layers.names])
         config = settings.config
-        self._accumulators = Accumulators(len(self._layers.names), self._layers.num_heads, _device_of(vllm_worker))
+        device = _device_of(vllm_worker)
+        self._accumulators = Accumulators(len(self._layers.names), self._layers.num_heads, device)
         measurer = make_measurer(
             self._accumulators,
             {name: row for row, name in enumerate(self._layers.names)},
@@ -100,6 +104,20 @@ class Worker:
             max_rows=config.sampling.max_rows_per_step,
             errors=errors,
         )
+        host = TraceHost(
+            engine=self._info.engine,
+            rank=self._info.rank,
+            model_name=self._info.model_name,
+            instance=self._instance,
+            layers=self._layers.indices,
+            head_offset=self._info.rank * self._layers.num_heads,
+            num_heads=self._layers.num_heads,
+            num_heads_total=self._info.num_heads,
+            max_model_len=vllm_config.model_config.max_model_len,
+            on_gpu=device.type != "cpu",
+        )
+        self._requests = RequestTracker(host)
+        self._traces = TraceWriter(rundir.run_dir(), host, self._requests)
         self.observer = Observer(
             measurer,
             layers=self._layers.indices,
@@ -107,6 +125,7 @@ class Worker:
             num_layers_total=self._info.num_layers,
             num_heads=self._layers.num_heads,
             config=lambda: settings.config,
+            requests=self._requests,
             errors=errors,
             max_spec_tokens=vllm_compat.max_spec_tokens(vllm_config),
         )
@@ -134,6 +153,7 @@ class Worker:
             return
         self._closing = True
         self.observer.disarm()
+        self._requests.close()
         self._unsubscribe()
         atexit.unregister(self.close)
         self._wake.set()
@@ -146,6 +166,8 @@ class Worker:
         while True:
             with self._errors.guard("snapshot"):
                 self._write_if_changed()
+            with self._errors.guard("traces"):
+                self._traces.write(self._settings.config.requests)
             with self._errors.guard("exporter"):
                 self._exporter.ensure(self._settings.config)
             if self._closing:
@@ -160,6 +182,8 @@ class Worker:
             self.observer.effective_sample_rate,
             status.successful,
             status.timestamp_s,
+            len(self._requests.active()),
+            self._requests.counts(),
             # Window maxima fade while nothing is served.
             int(time.monotonic() // 15),
             tuple(sorted(self._errors.counts().items())),
@@ -173,6 +197,7 @@ class Worker:
         """All numbers of this worker as they stand now."""
         arrays = self.observer.measurer.copy(time.monotonic())
         counters, status = self.observer.counters, self._settings.status
+        refused, traced = self._requests.counts()
         return Snapshot(
             instance=self._instance,
             time_s=time.time(),
@@ -204,6 +229,9 @@ class Worker:
             rows=arrays.rows,
             nonfinite=arrays.nonfinite,
             window_max=arrays.window_max,
+            trace_refused=refused,
+            traced_requests=traced,
+            traced_requests_active=len(self._requests.active()),
         )
 
     def _log_coverage(self) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 _QUERY, _BATCH, _PHASE, _PROMPT_LEN = range(4)
-_DECODE: Final = 1
+_DECODE: Final = 1  # bit of the phase; others don't concern the statistics
 
 # Float32 numbers of one tile's keys: 4 MB. Tiles of a quarter of that cost more calls, of twice that more
 # cache misses (64 requests x 2000 keys and 1 x 131072, 2-core AVX-512 server, 2026-11).
@@ -153,7 +153,7 @@ class RowPlan:
         self.num_keys: Final = n.astype(np.float32)
         self.num_context: Final = np.maximum(context, 1).astype(np.float32)
         self.num_generated: Final = np.maximum(n - context, 1).astype(np.float32)
-        self.decode: Final = listed[inverse, _PHASE, None] == _DECODE
+        self.decode: Final = (listed[inverse, _PHASE, None] & _DECODE) == _DECODE
 
     def groups(self, num_heads: int, key_numbers: int) -> tuple[Group, ...]:
         """The step's work, cut to the size of a layer and kept for other layers of that size.

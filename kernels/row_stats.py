@@ -29,6 +29,7 @@ _ROW_BATCH = tl.constexpr(1)
 _ROW_PHASE = tl.constexpr(2)
 _ROW_PROMPT_LEN = tl.constexpr(3)
 _ROW_SLOT = tl.constexpr(4)
+_ROW_UNCOUNTED = tl.constexpr(2)
 _ROW_COLUMNS = tl.constexpr(ROW_COLUMNS)
 
 _ENTROPY_RATIO = tl.constexpr(INDEX["entropy_ratio"])
@@ -429,7 +430,9 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                     m = m_new
 
         if complete:
-            phase = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_PHASE)
+            marks = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_PHASE)
+            phase = marks & 1
+            in_sample = in_group < tl.where((marks & _ROW_UNCOUNTED) == 0, GROUP, 0)
             zk = row_zc + row_zg
             top = m
             z = zk
@@ -477,16 +480,16 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
 
             cell = heads * 2 + phase  # into [H, 2]
             ones = tl.full([BLOCK_H], 1, tl.int64)
-            tl.atomic_add(row_counts_ptr + cell, ones, mask=is_head, sem="relaxed")
-            tl.atomic_add(nonfinite_ptr + cell, ones, mask=is_head & (row_bad > 0.0), sem="relaxed")
+            tl.atomic_add(row_counts_ptr + cell, ones, mask=in_sample, sem="relaxed")
+            tl.atomic_add(nonfinite_ptr + cell, ones, mask=in_sample & (row_bad > 0.0), sem="relaxed")
             # + 0.0 turns -0.0 into 0.0, which the integer ordering of float atomics needs.
             tl.atomic_max(
                 window_max_ptr + tl.load(window_slot_ptr).to(tl.int64) * stride_window + cell,
                 m + 0.0,
-                mask=is_head & (row_bad == 0.0),
+                mask=in_sample & (row_bad == 0.0),
                 sem="relaxed",
             )
-            counted = is_value & (value == value)  # noqa: PLR0124 (NaN is no value)
+            counted = is_value & in_sample[None, :] & (value == value)  # noqa: PLR0124 (NaN is no value)
             bucket = tl.zeros([_BLOCK_STATISTICS, BLOCK_H], tl.int32)
             for i in tl.static_range(_NUM_BUCKETS - 1):
                 bound = tl.load(bounds_ptr + offs_s * (_NUM_BUCKETS - 1) + i, mask=offs_s < _NUM_STATISTICS, other=0.0)
@@ -648,7 +651,8 @@ def row_stats(
         block_table: [num_seqs, max_blocks] int32, the last dimension contiguous.
         query_start_loc: [num_seqs + 1] int32, first token of each sequence's queries.
         seq_lens: [num_seqs] int32, keys of each sequence including this step's; 0 is padding.
-        rows: [max_rows, 5] int32 row list (query, batch row, phase, prompt length, ring slot or -1).
+        rows: [max_rows, 5] int32 row list (query, batch row, phase, prompt length, ring slot or -1); a phase with
+            bit 1 set is a row that is not added to the accumulators.
         num_rows: int32, its first element is the number of rows in use; 0 leaves everything as it is.
         params: of the layer.
         accumulators: of the layer.

@@ -19,10 +19,10 @@ from torch import Tensor
 from glassbox.kernels.row_plan import DISTANCE, NUM_WEIGHTS, Group, RowPlan, Tile, plan_rows
 from glassbox.statistics import INDEX, NUM_STATISTICS
 
-__all__ = ["KeyReader", "LayerParams", "RowPlan", "plan_rows", "row_stats_cpu"]
+__all__ = ["HIDDEN", "KeyReader", "LayerParams", "RowPlan", "plan_rows", "row_stats_cpu", "tile_scores"]
 
-# Stands for "invisible": below every score, and finite so that 0 * (_HIDDEN - m) is 0, not NaN.
-_HIDDEN: Final = -1e38
+# Stands for "invisible": below every score, and finite so that 0 * (HIDDEN - m) is 0, not NaN.
+HIDDEN: Final = -1e38
 
 # Partial results of a tile; the sums over weighted columns come last, in the order of `row_plan`.
 _MAX, _TOP, _ENERGY, _SQUARES, _OWN, _OVERFLOW, _SUMS = range(7)
@@ -109,22 +109,11 @@ def _measure(
     wide: Tensor,  # [>= items * keys, Hkv * D] float32, scratch
 ) -> NDArray[np.float32]:
     """Partial results of one tile, [_NUM_PARTIAL, R', Hq]."""
-    pages = reader.read(tile.block_ids)
-    scores = _scores(queries, pages, group, tile, wide)  # [R', Hq, keys]
-    _hide(scores, tile)
+    weights = plan.weights(group, tile)
+    scores, overflow = tile_scores(queries, reader, group, tile, weights=weights, params=params, wide=wide)
     num_rows, num_heads, _ = scores.shape
     out = torch.empty(_NUM_PARTIAL, num_rows, num_heads)
-    weights = plan.weights(group, tile)
-    out[_OVERFLOW] = 0.0
-    if params.soft_cap is not None:
-        # tanh makes an infinite score finite: look at the raw ones.
-        least, most = scores.aminmax(dim=-1)
-        out[_OVERFLOW] = (most - most) + (least - least)
-        scores.div_(params.soft_cap).tanh_().mul_(params.soft_cap)
-        _hide(scores, tile)
-    if params.alibi_slopes is not None:
-        slopes = params.alibi_slopes.float()[None, :, None]  # [1, Hq, 1]
-        scores.addcmul_(slopes, weights[:, DISTANCE, None, :], value=-1)
+    out[_OVERFLOW] = overflow
     torch.amax(scores, -1, out=out[_MAX])
     scores.sub_(out[_MAX].unsqueeze(-1))
     # torch's softmax has a faster exponential than torch.exp (10 against 29 us for 8 x 9 x 320 on one core).
@@ -137,6 +126,44 @@ def _measure(
     # [R', W, keys] @ [R', keys, Hq]
     out[_SUMS:].copy_(torch.bmm(weights, share.transpose(1, 2)).transpose(0, 1))
     return out.numpy()
+
+
+def tile_scores(
+    queries: Tensor,
+    reader: KeyReader,
+    group: Group,
+    tile: Tile,
+    *,
+    weights: Tensor,
+    params: LayerParams,
+    wide: Tensor,
+) -> tuple[Tensor, Tensor | float]:
+    """Scores of a tile after soft cap, bias and masks.
+
+    Args:
+        queries: [R', Hq, D] float32, times scale and key scale.
+        reader, group, tile, params: see `row_stats_cpu`.
+        weights: of the tile's columns, as `RowPlan.weights` gives them.
+        wide: [>= items * keys, Hkv * D] float32, scratch.
+
+    Returns:
+        [R', Hq, keys] float32, HIDDEN where a row does not see a key, and what is NaN [R', Hq] where the soft cap
+        hides that a raw score is not finite, else 0.
+    """
+    pages = reader.read(tile.block_ids)
+    scores = _scores(queries, pages, group, tile, wide)
+    _hide(scores, tile)
+    overflow: Tensor | float = 0.0
+    if params.soft_cap is not None:
+        # tanh makes an infinite score finite: look at the raw ones.
+        least, most = scores.aminmax(dim=-1)
+        overflow = (most - most) + (least - least)
+        scores.div_(params.soft_cap).tanh_().mul_(params.soft_cap)
+        _hide(scores, tile)
+    if params.alibi_slopes is not None:
+        slopes = params.alibi_slopes.float()[None, :, None]  # [1, Hq, 1]
+        scores.addcmul_(slopes, weights[:, DISTANCE, None, :], value=-1)
+    return scores, overflow
 
 
 def _scores(queries: Tensor, pages: Tensor, group: Group, tile: Tile, wide: Tensor) -> Tensor:
@@ -165,13 +192,13 @@ def _scores(queries: Tensor, pages: Tensor, group: Group, tile: Tile, wide: Tens
 
 def _hide(scores: Tensor, tile: Tile) -> None:
     for first, end, mask in tile.hidden:
-        scores[:, :, first:end].masked_fill_(mask, _HIDDEN)
+        scores[:, :, first:end].masked_fill_(mask, HIDDEN)
 
 
 def _merge(parts: NDArray[np.float32], tiles: tuple[Tile, ...]) -> NDArray[np.float32]:
     """Merges partial results of runs of keys, [C, _NUM_PARTIAL, R', Hq] -> [_NUM_PARTIAL, R', Hq].
 
-    A run of which a row sees nothing has maximum `_HIDDEN`, so its share of the whole is exactly 0.
+    A run of which a row sees nothing has maximum `HIDDEN`, so its share of the whole is exactly 0.
     """
     whole = parts.astype(np.float64)
     highest = whole[:, _MAX].max(axis=0)

@@ -1,11 +1,51 @@
 """Traces for tests: consistent in themselves, every number different from its neighbours."""
 
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from glassbox.statistics import NUM_STATISTICS
+from glassbox.trace_active import TraceHost
 from glassbox.trace_record import RequestTrace, Span, TraceOptions
+
+
+@dataclass
+class Scheduled:
+    """What glassbox reads of vLLM's SchedulerOutput."""
+
+    scheduled_new_reqs: list[Any] = field(default_factory=list)
+    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
+    finished_req_ids: set[str] = field(default_factory=set)
+
+
+def new_request(
+    req_id: str, prompt_len: int, extra_args: dict[str, Any] | None = None, prefill_token_ids: list[int] | None = None
+) -> Any:
+    """What glassbox reads of vLLM's NewRequestData."""
+    return SimpleNamespace(
+        req_id=req_id,
+        prompt_len=prompt_len,
+        sampling_params=SimpleNamespace(extra_args=extra_args),
+        prefill_token_ids=prefill_token_ids,
+    )
+
+
+def make_host(layers: tuple[int, ...] = (0, 1), num_heads: int = 2, **changes: Any) -> TraceHost:
+    """A worker with all heads of its model."""
+    fields: dict[str, Any] = {
+        "engine": "0",
+        "rank": 0,
+        "model_name": "tiny/model",
+        "instance": "i0",
+        "layers": layers,
+        "head_offset": 0,
+        "num_heads": num_heads,
+        "num_heads_total": num_heads,
+        "max_model_len": 1000,
+    }
+    return TraceHost(**{**fields, **changes})
 
 
 def make_trace(

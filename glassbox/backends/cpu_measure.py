@@ -10,8 +10,10 @@ import torch
 from glassbox.accumulate import AccumulatorArrays, Accumulators
 from glassbox.backends.cpu_cache import PackedKeyReader
 from glassbox.kernels.row_plan import RowPlan, plan_rows
+from glassbox.kernels.row_probe_cpu import row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerParams, row_stats_cpu
-from glassbox.sampling import ROW_PHASE
+from glassbox.sampling import ROW_PHASE, ROW_UNCOUNTED
+from glassbox.trace_step import TracedStep
 
 # Statistics of several layers are added to the accumulators together: it costs a dozen torch calls either way.
 _FLUSH_ELEMENTS: Final = 1 << 21  # 8 MB of float32
@@ -34,7 +36,10 @@ class CpuMeasurer:
         self.max_rows = sys.maxsize
         self._rows: np.ndarray | None = None
         self._layers: frozenset[int] = frozenset()
-        self._plans: dict[tuple[int, int | None], RowPlan] = {}
+        self._traced: TracedStep | None = None
+        # Of the rows that enter the accumulators, None is all.
+        self._counted: torch.Tensor | None = None
+        self._plans: dict[tuple[int, int | None, bool], RowPlan] = {}
         self._metadata: list[Any] = []
         self._pending: list[tuple[int, torch.Tensor]] = []
         self._params: dict[str, LayerParams] = {}
@@ -42,9 +47,11 @@ class CpuMeasurer:
     def end_warm_up(self) -> None:
         """Nothing was captured."""
 
-    def begin(self, rows: np.ndarray, layers: frozenset[int]) -> None:
+    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None) -> None:
         """See observer.Measurer."""
-        self._rows, self._layers = rows, layers
+        self._rows, self._layers, self._traced = rows, layers, traced
+        counted = (rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0
+        self._counted = None if counted.all() else torch.from_numpy(np.flatnonzero(counted))
 
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
         """Nothing to keep: the CPU's metadata holds all that is needed."""
@@ -61,10 +68,18 @@ class CpuMeasurer:
         params = self._params.get(name)
         if params is None:
             params = self._params[name] = self._read_params(impl)
-        plan = self._plan(attn_metadata, kv_cache.shape[2], params.sliding_window)
+        plan = self._plan(self._rows, attn_metadata, kv_cache.shape[2], params.sliding_window)
         # Made for each call: it is a view, and keeping it would keep a KV cache alive that vLLM has freed.
         reader = PackedKeyReader(kv_cache, layer.isa, impl.kv_cache_dtype, layer._k_scale_float)
-        self._pending.append((row, row_stats_cpu(query, reader, plan, params)))
+        stats = row_stats_cpu(query, reader, plan, params)
+        if self._traced is not None:
+            self._traced.add_stats(row, stats.numpy())
+        if self._counted is not None:
+            stats = stats[self._counted]
+        self._pending.append((row, stats))
+        if self._traced is not None and (questions := self._traced.questions(row, query.shape[1])):
+            plan = self._plan(self._traced.probed, attn_metadata, kv_cache.shape[2], params.sliding_window)
+            self._traced.add_answers(row, row_probe_cpu(query, reader, plan, params, questions))
         if sum(stats.numel() for _, stats in self._pending) > _FLUSH_ELEMENTS:
             self._flush()
 
@@ -74,7 +89,7 @@ class CpuMeasurer:
             self._flush()
         finally:
             self._pending.clear()
-            self._rows = None
+            self._rows = self._traced = self._counted = None
             self._plans.clear()
             self._metadata.clear()
 
@@ -83,14 +98,13 @@ class CpuMeasurer:
         self._accumulators.rotate(now_s)
         return self._accumulators.copy()
 
-    def _plan(self, metadata: Any, block_size: int, window: int | None) -> RowPlan:
+    def _plan(self, rows: np.ndarray, metadata: Any, block_size: int, window: int | None) -> RowPlan:
         # Layers of one KV-cache group share their metadata object; it is kept so that its id stays its own.
-        key = (id(metadata), window)
+        key = (id(metadata), window, rows is self._rows)
         plan = self._plans.get(key)
         if plan is None:
-            assert self._rows is not None
             plan = self._plans[key] = plan_rows(
-                self._rows,
+                rows,
                 metadata.query_start_loc,
                 metadata.seq_lens,
                 metadata.block_table,
@@ -109,6 +123,8 @@ class CpuMeasurer:
         layers = torch.tensor([row for row, _ in self._pending])
         stats = torch.stack([stats for _, stats in self._pending])
         phases = torch.from_numpy(self._rows[:, ROW_PHASE].astype(np.int64))
+        if self._counted is not None:
+            phases = phases[self._counted]
         self._pending.clear()
         self._accumulators.add(layers, stats, phases)
 

@@ -18,6 +18,7 @@ from glassbox.backends.graph_nodes import GraphNodes
 from glassbox.errors import ErrorCounter
 from glassbox.kernels.row_stats import LayerAccumulators, LayerParams, RowStatsWorkspace, row_stats
 from glassbox.sampling import NUM_ROW_COLUMNS
+from glassbox.trace_step import TracedStep
 
 _FP8_DTYPES: Final = {
     "fp8": torch.float8_e4m3fn,
@@ -81,8 +82,11 @@ class GpuMeasurer:
         self._warming = False
         self._graphs.unwatch()
 
-    def begin(self, rows: np.ndarray, layers: frozenset[int]) -> None:
-        """See observer.Measurer. Queues two small copies on the current stream."""
+    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None) -> None:
+        """See observer.Measurer. Queues two small copies on the current stream.
+
+        `traced` is always None: requests are not traced on a GPU (see requests.py).
+        """
         counts = np.zeros(len(self._num_rows), dtype=np.int32)
         counts[list(layers)] = len(rows)
         with self._lock:

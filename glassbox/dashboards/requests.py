@@ -91,6 +91,34 @@ def _measured() -> list[dashboard.Panel]:
     ]
 
 
+def _traced() -> list[dashboard.Panel]:
+    running = promql.reduce("sum", ("model_name", "engine"), promql.select("glassbox_traced_requests_active"))
+    return [
+        lines(
+            "Traced requests",
+            "Requests that are being traced: all of their measured rows are kept.",
+            [Query(running, "{{model_name}} engine {{engine}}")],
+            "short",
+            bounds=(0.0, None),
+            steps=True,
+        ),
+        lines(
+            "Requests traced by why",
+            "Requests traced per second, because the client asked (opt_in) or by requests.trace_rate (sampled).",
+            [Query(promql.total("glassbox_traced_requests_total", by=("why",)), "{{why}}")],
+            RATE_UNIT,
+            bounds=(0.0, None),
+        ),
+        lines(
+            "Traces refused by reason",
+            "Requests per second that should have been traced but were not. They were served as any other.",
+            [Query(promql.total("glassbox_trace_refused_total", by=("reason",)), "{{reason}}")],
+            RATE_UNIT,
+            bounds=(0.0, None),
+        ),
+    ]
+
+
 def page() -> Page:
     """All requests together; single requests are not in Prometheus, because a request id is no label."""
     return Page(
@@ -106,5 +134,6 @@ def page() -> Page:
                 [*statistic_line("distance_tokens", _DECODE), *statistic_line("effective_keys", _DECODE)],
             ),
             Section("What was measured", _measured()),
+            Section("Traced requests", _traced()),
         ],
     )

@@ -141,6 +141,29 @@ _LAYERS_BYPASSED: Final = _plain(
     "{layer}",
     "Layers of the model whose attention is not observed.",
 )
+_TRACED_ACTIVE: Final = _plain(
+    "traced_requests_active",
+    "traced_requests_active",
+    "gauge",
+    "{request}",
+    "Requests that are being traced.",
+)
+_TRACED: Final = _plain(
+    "traced_requests_total",
+    "traced_requests",
+    "counter",
+    "{request}",
+    "Requests traced, because the client asked (opt_in) or by requests.trace_rate (sampled).",
+    ("why",),
+)
+_TRACE_REFUSED: Final = _plain(
+    "trace_refused_total",
+    "trace_refused",
+    "counter",
+    "{request}",
+    "Requests that should have been traced but were not, by reason; they were served as any other.",
+    ("reason",),
+)
 _BUILD_INFO: Final = _plain(
     "build_info",
     "build_info",
@@ -191,6 +214,9 @@ METRICS: Final = (
     _SAMPLE_RATE,
     _LAYERS_OBSERVED,
     _LAYERS_BYPASSED,
+    _TRACED_ACTIVE,
+    _TRACED,
+    _TRACE_REFUSED,
     _BUILD_INFO,
     _RELOAD_OK,
     _RELOAD_TIME,
@@ -275,6 +301,11 @@ def _engine_values(engine: MergedEngine, errors: Mapping[str, int]) -> Iterator[
     yield _SAMPLE_RATE, (), engine.sample_rate
     yield _LAYERS_OBSERVED, (), engine.layers_observed
     yield _LAYERS_BYPASSED, (), engine.layers_bypassed
+    yield _TRACED_ACTIVE, (), engine.traced_requests_active
+    for why, count in engine.traced_requests.items():
+        yield _TRACED, (why,), count
+    for reason, count in engine.trace_refused.items():
+        yield _TRACE_REFUSED, (reason,), count
     names = _BUILD_INFO.label_names[len(ENGINE_LABELS) :]
     yield _BUILD_INFO, tuple(engine.build.get(name, "") for name in names), 1
     yield _RELOAD_OK, (), int(engine.reload_successful)

@@ -50,6 +50,9 @@ class MergedEngine:
     reload_successful: bool
     reload_timestamp_s: float
     build: dict[str, str]
+    trace_refused: dict[str, int]
+    traced_requests: dict[str, int]
+    traced_requests_active: int
     counts: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float64]
     rows: npt.NDArray[np.int64]
@@ -130,6 +133,9 @@ def _merge_engine(snapshots: list[Snapshot]) -> MergedEngine:
         reload_successful=all(snapshot.reload_successful for snapshot in live.values()),
         reload_timestamp_s=max(snapshot.reload_timestamp_s for snapshot in live.values()),
         build=dict(newest.build),
+        trace_refused=_most_counts(places.values(), "trace_refused"),
+        traced_requests=_most_counts(places.values(), "traced_requests"),
+        traced_requests_active=max(snapshot.traced_requests_active for snapshot in live.values()),
         **_merge_arrays(snapshots, {id(s) for s in live.values()}, layers, heads),
     )
 
@@ -140,6 +146,15 @@ def _sum_counts(counts: Iterable[object]) -> dict[str, int]:
         for key, value in dict(count).items():  # type: ignore[call-overload]
             total[key] = total.get(key, 0) + int(value)
     return dict(sorted(total.items()))
+
+
+def _most_counts(places: Iterable[Sequence[Snapshot]], name: str) -> dict[str, int]:
+    """All workers of an engine see the same requests: of each count the largest, restarts of a worker summed."""
+    most: dict[str, int] = {}
+    for group in places:
+        for key, value in _sum_counts(getattr(snapshot, name) for snapshot in group).items():
+            most[key] = max(most.get(key, 0), value)
+    return dict(sorted(most.items()))
 
 
 def _per_stage(live: dict[tuple[int, int], Snapshot], name: str) -> int:

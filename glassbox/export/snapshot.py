@@ -23,7 +23,7 @@ from glassbox.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES
 
 logger = get_logger(__name__)
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 _ARRAYS: Final = ("counts", "sums", "rows", "nonfinite", "window_max")
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
 # (inode, mtime in ns, size) of a file: changes whenever a writer renamed a new file into place.
@@ -51,6 +51,8 @@ class Snapshot:
         layers_observed, layers_bypassed: number of this worker's layers with and without observed attention.
         reload_successful, reload_timestamp_s: of the last (re)load of the configuration.
         build: `version`, `vllm_version`, `backend`.
+        trace_refused, traced_requests: numbers of requests by reason and by why.
+        traced_requests_active: requests that are traced now.
         counts: int64 [L, H, 2, S, B], values per bucket, not cumulative over buckets.
         sums: float64 [L, H, 2, S].
         rows, nonfinite: int64 [L, H, 2]; rows includes the nonfinite ones.
@@ -81,6 +83,9 @@ class Snapshot:
     reload_successful: bool
     reload_timestamp_s: float
     build: Mapping[str, str]
+    trace_refused: Mapping[str, int]
+    traced_requests: Mapping[str, int]
+    traced_requests_active: int
     counts: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float64]
     rows: npt.NDArray[np.int64]

@@ -32,7 +32,7 @@ class RowRecorder:
         accumulators = measurer._accumulators
         begin, finish, add = measurer.begin, measurer.finish, accumulators.add
 
-        def recording_begin(rows, layers):  # type: ignore[no-untyped-def]
+        def recording_begin(rows, layers, traced):  # type: ignore[no-untyped-def]
             batch = observer._runner.input_batch
             starts = observer._runner.query_start_loc.np
             computed = batch.num_computed_tokens_cpu
@@ -44,7 +44,7 @@ class RowRecorder:
                 )
                 for row in rows
             ]
-            begin(rows, layers)
+            begin(rows, layers, traced)
 
         def recording_add(layers, stats, phases):  # type: ignore[no-untyped-def]
             for layer, values in zip(layers.tolist(), stats.numpy(), strict=True):

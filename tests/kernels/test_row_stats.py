@@ -244,6 +244,27 @@ class TestRowList:
         assert (ring[[1, 2, 4]] == UNWRITTEN).all()
         assert (ring[:, 0] == UNWRITTEN).all()
 
+    def test_uncounted_rows_are_measured_but_not_added(self) -> None:
+        """Rows that are marked so have the same numbers, in the ring, too, and none in the accumulators."""
+        case = replace(MIXED, keys=((0, 67, 0, float("nan")),))
+        marked = [r % 2 == 0 for r in range(len(Run(case).out))]
+        inputs, others = make_inputs(case, DEVICE), make_inputs(case, DEVICE)
+        inputs.rows[: len(marked), 2] |= torch.tensor([2 * mark for mark in marked], dtype=torch.int32, device=DEVICE)
+        inputs.rows[0, 4] = 1
+        # The same list without the marked rows.
+        kept = others.rows[: len(marked)][[not mark for mark in marked]].clone()
+        others.rows[: len(kept)] = kept
+        others.num_rows.fill_(len(kept))
+        ring = torch.full((2, case.heads, NUM_STATISTICS + 1), UNWRITTEN, device=DEVICE)
+        run, without, plain = Run(case, inputs, ring=ring), Run(case, others), Run(case)
+        torch.testing.assert_close(run.out, plain.out, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(ring[1].cpu(), plain.out[0], rtol=0, atol=0, equal_nan=True)
+        for name in ("counts", "rows", "nonfinite", "window_max"):
+            expected = getattr(without.accumulators, name)
+            assert torch.equal(expected, getattr(run.accumulators, name)), name
+            assert not torch.equal(getattr(plain.accumulators, name), expected), name
+        torch.testing.assert_close(run.accumulators.sums, without.accumulators.sums, rtol=1e-12, atol=1e-9)
+
 
 class TestErrors:
     def test_a_head_size_over_256(self) -> None:

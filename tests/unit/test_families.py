@@ -208,6 +208,9 @@ class TestFamilies:
             "glassbox_sample_rate": ("gauge", engine),
             "glassbox_layers_observed": ("gauge", engine),
             "glassbox_layers_bypassed": ("gauge", engine),
+            "glassbox_traced_requests_active": ("gauge", engine),
+            "glassbox_traced_requests_total": ("counter", (*engine, "why")),
+            "glassbox_trace_refused_total": ("counter", (*engine, "reason")),
             "glassbox_build_info": ("gauge", (*engine, "version", "vllm_version", "backend")),
             "glassbox_config_last_reload_successful": ("gauge", engine),
             "glassbox_config_last_reload_timestamp_seconds": ("gauge", engine),
@@ -230,6 +233,7 @@ class TestFamilies:
             "glassbox_sample_rate": 0.01,
             "glassbox_layers_observed": 2,
             "glassbox_layers_bypassed": 1,
+            "glassbox_traced_requests_active": 1,
             "glassbox_config_last_reload_successful": 1,
             "glassbox_config_last_reload_timestamp_seconds": 1_700_000_000.5,
         }
@@ -289,7 +293,8 @@ class TestFamilies:
         """Cardinality is bounded by the model, not by the traffic."""
         names = {name for f in build_families(merge([make_snapshot()]), "head") for name in f.label_names}
         assert names == {
-            "model_name", "engine", "phase", "layer", "head", "reason", "stage", "version", "vllm_version", "backend",
+            "model_name", "engine", "phase", "layer", "head", "reason", "stage", "why",
+            "version", "vllm_version", "backend",
         }  # fmt: skip
 
 

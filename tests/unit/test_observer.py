@@ -12,7 +12,10 @@ import torch
 from glassbox.config import GlassboxConfig
 from glassbox.errors import ErrorCounter
 from glassbox.observer import Observer
-from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY
+from glassbox.requests import RequestTracker
+from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
+from glassbox.trace_step import TracedStep
+from tests.trace_samples import Scheduled, make_host, new_request
 
 LAYERS: Final = (0, 1, 2, 3)
 NAMES: Final = tuple(f"model.layers.{layer}.self_attn.attn" for layer in LAYERS)
@@ -50,9 +53,10 @@ class FakeMeasurer:
     def end_warm_up(self) -> None:
         self._called("end_warm_up")
 
-    def begin(self, rows: np.ndarray, layers: frozenset[int]) -> None:
+    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None) -> None:
         self.rows.append(rows)
         self.layers.append(layers)
+        self.traced = traced
         self._called("begin")
 
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
@@ -79,6 +83,7 @@ class Setup:
         self.measurer = FakeMeasurer(self.clock)
         self.errors = ErrorCounter(logging.getLogger("test.observer"))
         self.config = GlassboxConfig.model_validate({"sample_rate": 1.0, **config})
+        self.requests = RequestTracker(make_host(layers=LAYERS, num_heads=NUM_HEADS))
         self.observer = Observer(
             self.measurer,
             layers=LAYERS,
@@ -86,6 +91,7 @@ class Setup:
             num_layers_total=len(LAYERS),
             num_heads=NUM_HEADS,
             config=lambda: self.config,
+            requests=self.requests,
             errors=self.errors,
             max_spec_tokens=0,
             clock=self.clock,
@@ -102,9 +108,13 @@ class Setup:
         *,
         step_s: float = 0.0,
         groups: tuple[tuple[str, ...], ...] = (NAMES,),
+        new: dict[int, dict[str, Any]] | None = None,
         in_forward: Callable[[], None] = lambda: None,
     ) -> None:
-        """One step of `(scheduled, computed, prompt length)` requests, whose forward takes `step_s` seconds."""
+        """One step of `(scheduled, computed, prompt length)` requests, whose forward takes `step_s` seconds.
+
+        `new`: extra_args of those that the runner hears of for the first time.
+        """
         scheduled, computed, prompt = (np.array(column, dtype=np.int32) for column in zip(*requests, strict=True))
         starts = np.concatenate([[0], np.cumsum(scheduled)]).astype(np.int32)
         # vLLM's buffers are longer than the batch; what is behind it is old.
@@ -112,9 +122,16 @@ class Setup:
             num_reqs=len(requests),
             num_computed_tokens_cpu=np.append(computed, 77),
             num_prompt_tokens=np.append(prompt, 99),
+            req_ids=[*(f"request-{i}" for i in range(len(requests))), "old"],
         )
         metadata = SimpleNamespace(query_start_loc_cpu=torch.from_numpy(np.append(starts, starts[-1])))
-        self.observer.begin_step(SimpleNamespace(input_batch=batch))
+        output = Scheduled(
+            scheduled_new_reqs=[
+                new_request(f"request-{i}", requests[i][2], extra_args) for i, extra_args in (new or {}).items()
+            ],
+            num_scheduled_tokens={f"request-{i}": int(n) for i, n in enumerate(scheduled)},
+        )
+        self.observer.begin_step(SimpleNamespace(input_batch=batch), output)
         try:
             for names in groups:
                 self.observer.on_build(list(names), metadata)
@@ -253,6 +270,82 @@ class TestEdits:
         for _ in range(3):
             setup.step([DECODE] * 3)
         assert [int(rows[0, ROW_BATCH]) for rows in setup.measurer.rows] == [0, 1, 2]
+
+
+class TestTracedRequests:
+    def test_every_step(self) -> None:
+        """A traced request's rows are measured in steps that are not sampled, too, and are marked there."""
+        setup = Setup(sample_rate=0.0)
+        setup.step([DECODE, DECODE], new={1: {"glassbox": "trace"}})
+        setup.step([DECODE, DECODE])
+        assert setup.observer.counters.sampled_steps == 0
+        for rows in setup.measurer.rows:
+            assert rows[:, [ROW_BATCH, ROW_PHASE, ROW_SLOT]].tolist() == [[1, 1 | ROW_UNCOUNTED, 0]]
+        assert setup.measurer.calls.count("finish") == 2
+
+    def test_sampled_step(self) -> None:
+        """There its rows belong to the sample, as any other's."""
+        setup = Setup()
+        setup.step([DECODE, DECODE], new={1: {"glassbox": "trace"}})
+        (rows,) = setup.measurer.rows
+        assert rows[:, [ROW_BATCH, ROW_PHASE, ROW_SLOT]].tolist() == [[0, 1, -1], [1, 1, 0]]
+
+    def test_off(self) -> None:
+        """A request that wants to be left out is in no row list."""
+        setup = Setup()
+        setup.step([DECODE, DECODE], new={0: {"glassbox": "off"}})
+        assert setup.measurer.rows[0][:, ROW_BATCH].tolist() == [1]
+
+    def test_rows_reach_the_trace(self) -> None:
+        """What the measurer adds in the step is in the request's record after it."""
+        setup = Setup(sample_rate=0.0)
+        stats = np.arange(NUM_HEADS * 10, dtype=np.float32).reshape(1, NUM_HEADS, 10)
+
+        def measure() -> None:
+            assert setup.measurer.traced is not None
+            setup.measurer.traced.add_stats(2, stats)
+
+        setup.step([DECODE], new={0: {"glassbox": "trace"}}, in_forward=measure)
+        (trace,) = setup.requests.active()
+        record = trace.record()
+        assert (record.positions.tolist(), record.phases.tolist(), record.prompt_len) == ([9], [1], 7)
+        np.testing.assert_array_equal(stats, record.stats[:, 2])
+        assert np.isnan(record.stats[:, [0, 1, 3]]).all(), "nobody measured those"
+
+    def test_a_step_that_fails(self) -> None:
+        """Rows that could not be measured hold no numbers; the next step's do."""
+        setup = Setup(sample_rate=0.0)
+        setup.measurer.failing = {"finish"}
+        setup.step([DECODE], new={0: {"glassbox": "trace"}})
+        setup.measurer.failing = set()
+        setup.step([(1, 10, 7)])
+        (trace,) = setup.requests.active()
+        assert trace.record().positions.tolist() == [10]
+
+    def test_budget(self) -> None:
+        """The sample's budget is not charged with what traced requests cost."""
+        setup = Setup(sample_rate=0.01, sampling={"overhead_budget": 0.01})
+        setup.measurer.seconds = {"begin": 0.02}
+        for step in range(400):
+            setup.step([DECODE], step_s=0.05, new={} if step else {0: {"glassbox": "trace"}})
+        assert setup.observer.counters.overhead_s == pytest.approx(400 * 0.02)
+        assert setup.observer.effective_sample_rate == 0.01
+
+    def test_gone_with_a_step_without_tokens(self) -> None:
+        """The last request's end comes with an output that schedules nothing."""
+        setup = Setup()
+        setup.step([DECODE], new={0: {"glassbox": "trace"}})
+        setup.observer.idle_step(SimpleNamespace(), Scheduled(finished_req_ids={"request-0"}))
+        assert (setup.requests.active(), len(setup.requests.ended())) == ([], 1)
+        assert setup.observer.counters.steps == 1
+
+    def test_a_scheduler_output_of_another_shape(self) -> None:
+        """An error in following requests is counted; the step is sampled all the same."""
+        setup = Setup()
+        setup.observer.idle_step(SimpleNamespace(), SimpleNamespace())
+        assert setup.errors.counts() == {"requests": 1}
+        setup.step([DECODE], new={0: {"glassbox": object()}})
+        assert len(setup.measurer.rows) == 1
 
 
 class TestOverhead:

@@ -117,12 +117,15 @@ class TestExposition:
             "glassbox_dropped_rows_total",
             "glassbox_errors_total",
             "glassbox_overhead_seconds_total",
+            "glassbox_traced_requests_total",
+            "glassbox_trace_refused_total",
         }
         assert {name for name, kind in types.items() if kind == "gauge"} == {
             "glassbox_attention_max_logit_window_max",
             "glassbox_sample_rate",
             "glassbox_layers_observed",
             "glassbox_layers_bypassed",
+            "glassbox_traced_requests_active",
             "glassbox_build_info",
             "glassbox_config_last_reload_successful",
             "glassbox_config_last_reload_timestamp_seconds",

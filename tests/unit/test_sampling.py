@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from glassbox.sampling import (
     NUM_ROW_COLUMNS,
     ROW_BATCH,
     ROW_PHASE,
-    ROW_PROMPT_LEN,
     ROW_QUERY,
     ROW_SLOT,
+    ROW_UNCOUNTED,
     RowSampler,
     StepSampler,
     is_sampled_step,
@@ -251,12 +252,10 @@ def brute_force(
     return candidates
 
 
-def select(
-    sampler: RowSampler, batch: list[tuple[int, int, int]], slot: list[int] | None = None
-) -> tuple[np.ndarray, int]:
+def select(sampler: RowSampler, batch: list[tuple[int, int, int]], **marks: Any) -> tuple[np.ndarray, int]:
     columns = np.array(batch, dtype=np.int32).reshape(-1, 3)
     query_start = np.concatenate([[0], np.cumsum(columns[:, 0])]).astype(np.int32)
-    return sampler.select(columns[:, 0], columns[:, 1], columns[:, 2], query_start, slot)
+    return sampler.select(columns[:, 0], columns[:, 1], columns[:, 2], query_start, **marks)
 
 
 requests = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60), st.integers(1, 70)), max_size=12)
@@ -319,14 +318,6 @@ class TestRowSampler:
         rows, _ = select(RowSampler(256, 8), [(1, 20, 9)])
         assert rows.tolist() == [[0, 0, 1, 9, -1]]
 
-    def test_slots(self) -> None:
-        """Rows of a traced request carry its slot."""
-        rows, _ = select(RowSampler(256, 1), [(4, 0, 4), (1, 9, 9), (1, 30, 9)], slot=[-1, 5, 63])
-        assert rows[:, ROW_BATCH].tolist() == [0, 1, 2]
-        assert rows[:, ROW_SLOT].tolist() == [-1, 5, 63]
-        assert rows[:, ROW_PHASE].tolist() == [0, 1, 1]
-        assert rows[:, ROW_PROMPT_LEN].tolist() == [4, 9, 9]
-
     def test_first_decode_step(self) -> None:
         """The last prompt token is prefill; the first generated one, at position prompt_len, is decode."""
         sampler = RowSampler(256, 8)
@@ -361,3 +352,78 @@ class TestRowSampler:
         prompt_len = 10_000_000
         rows, _ = select(RowSampler(5000, 4096), [(prompt_len, 0, prompt_len)])
         assert rows[:, ROW_QUERY].tolist() == sorted(fixed_positions(prompt_len, 4096))
+
+
+marked = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 60), st.integers(1, 70), st.booleans(), st.booleans()), max_size=12
+)
+
+
+class TestTracedRows:
+    """Rows of traced requests come first, in every step, and don't change what the sample is."""
+
+    def columns(self, batch: list[tuple[int, int, int, bool, bool]]) -> tuple[Any, np.ndarray, np.ndarray]:
+        return [one[:3] for one in batch], *(np.array([one[i] for one in batch], dtype=bool) for i in (3, 4))
+
+    @given(marked, st.booleans())
+    @settings(max_examples=300, deadline=None)
+    def test_with_room_for_all(self, batch: list[tuple[int, int, int, bool, bool]], sampled: bool) -> None:
+        """A sampled step has all candidates, all of them counted; another one those of traced requests, uncounted."""
+        plain, traced, excluded = self.columns(batch)
+        traced &= ~excluded
+        rows, dropped = select(RowSampler(10_000, 8), plain, traced=traced, excluded=excluded, sampled=sampled)
+        uncounted = 0 if sampled else ROW_UNCOUNTED
+        expected = [
+            (query, row, phase | uncounted, prompt_len)
+            for query, row, phase, prompt_len in brute_force(plain, 8, 0)
+            if not excluded[row] and (sampled or traced[row])
+        ]
+        assert [tuple(row[:4]) for row in rows.tolist()] == expected
+        assert dropped == 0
+        slots = rows[traced[rows[:, ROW_BATCH]], ROW_SLOT]
+        assert slots.tolist() == list(range(len(slots))), "traced rows are numbered"
+        assert (rows[~traced[rows[:, ROW_BATCH]], ROW_SLOT] == -1).all()
+
+    @given(marked, st.integers(1, 30))
+    @settings(max_examples=200, deadline=None)
+    def test_limit(self, batch: list[tuple[int, int, int, bool, bool]], max_rows: int) -> None:
+        """Never more than max_rows; all traced rows as long as they fit; what is left out is counted."""
+        plain, traced, _ = self.columns(batch)
+        rows, dropped = select(RowSampler(max_rows, 8), plain, traced=traced)
+        candidates = brute_force(plain, 8, 0)
+        wanted = sum(bool(traced[row[1]]) for row in candidates)
+        assert len(rows) <= max_rows
+        assert dropped == len(candidates) - len(rows)
+        assert (rows[:, ROW_SLOT] >= 0).sum() == min(wanted, max_rows)
+        if wanted == 0:
+            assert len(rows) == min(max_rows, len(candidates))
+
+    def test_the_sample_stays_fair(self) -> None:
+        """Of 100 requests of which 10 are traced, each is counted as often as any other."""
+        sampler = RowSampler(30, 8)
+        traced = np.arange(100) < 10
+        turns = np.zeros(100, dtype=int)
+        for _ in range(50):
+            rows, _ = select(sampler, [(1, 50, 10)] * 100, traced=traced)
+            assert set(range(10)) <= set(rows[:, ROW_BATCH].tolist()), "traced ones are in every step"
+            turns[rows[(rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0, ROW_BATCH]] += 1
+        assert set(turns.tolist()) == {10}
+
+    def test_more_traced_rows_than_room(self) -> None:
+        """They take turns, and nothing else is measured."""
+        sampler = RowSampler(4, 8)
+        turns = np.zeros(8, dtype=int)
+        for _ in range(6):
+            rows, dropped = select(sampler, [(1, 50, 10)] * 10, traced=np.arange(10) < 8)
+            assert (len(rows), dropped) == (4, 6)
+            turns[rows[:, ROW_BATCH]] += 1
+        assert set(turns.tolist()) == {3}
+
+    def test_a_step_without_traced_requests_is_as_before(self) -> None:
+        """Marks that mark nothing change nothing."""
+        batch = [(1, 50, 10)] * 10
+        nobody = np.zeros(10, dtype=bool)
+        plain, marks = RowSampler(4, 8), RowSampler(4, 8)
+        for _ in range(5):
+            expected, _ = select(plain, batch)
+            np.testing.assert_array_equal(expected, select(marks, batch, traced=nobody, excluded=nobody)[0])

@@ -1,0 +1,168 @@
+"""The traced rows of one step: what is measured of them beyond the sample, and how it gets to their traces.
+
+Owns the buffers of a step. A measurer adds what it measured layer by layer; when the step is over, `commit` gives each
+trace its part. It neither decides who is traced (`requests.py`) nor measures (`backends/`, `kernels/`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from glassbox.kernels.row_probe_cpu import NO_POSITION, RowAnswer, RowQuestion
+from glassbox.statistics import NUM_STATISTICS
+from glassbox.trace_active import ActiveTrace, Chunk
+from glassbox.trace_record import MAX_ROW_KEYS
+
+
+@dataclass(frozen=True)
+class TracedRows:
+    """Consecutive traced rows of one request.
+
+    Attributes:
+        trace: of the request.
+        first: number of the first row among the step's traced rows.
+        positions: int32 [n], in the sequence; phases: uint8 [n].
+    """
+
+    trace: ActiveTrace
+    first: int
+    positions: npt.NDArray[np.int32]
+    phases: npt.NDArray[np.uint8]
+
+    @property
+    def numbers(self) -> slice:
+        """Of these rows among the step's traced rows."""
+        return slice(self.first, self.first + len(self.positions))
+
+
+class TracedStep:
+    """What is measured of traced requests in one step.
+
+    Args:
+        members: the rows, in the order of the row list.
+        row_list: int32 [R, NUM_ROW_COLUMNS] of the step.
+        indices: int64 [n], where the members' rows stand in `row_list`.
+        num_layers, num_heads: of the worker.
+
+    Attributes:
+        probed: int32 [m, NUM_ROW_COLUMNS], rows of requests that asked for more than statistics.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[TracedRows],
+        row_list: npt.NDArray[np.int32],
+        indices: npt.NDArray[np.int64],
+        num_layers: int,
+        num_heads: int,
+    ) -> None:
+        self._members, self._indices = members, indices
+        self._stats = np.full((len(indices), num_layers, num_heads, NUM_STATISTICS + 1), np.nan, dtype=np.float32)
+        self._probes = [_Probe(member, num_heads) for member in members if member.trace.options.probes]
+        numbers = [np.arange(p.rows.numbers.start, p.rows.numbers.stop) for p in self._probes]
+        self.probed = row_list[indices[np.concatenate(numbers)]] if numbers else row_list[:0]
+        self._probed_layers = {row for probe in self._probes for row in probe.rows.trace.layer_rows}
+
+    def add_stats(self, layer_row: int, stats: npt.NDArray[np.float32]) -> None:
+        """Keep the statistics of a layer.
+
+        Args:
+            layer_row: of the layer among the observed ones.
+            stats: [R, H, NUM_STATISTICS + 1] of the whole row list.
+        """
+        self._stats[:, layer_row, : stats.shape[1]] = stats[self._indices]
+
+    def questions(self, layer_row: int, num_heads: int) -> list[RowQuestion]:
+        """What is asked of each probed row in a layer of `num_heads`; empty if nothing is."""
+        if layer_row not in self._probed_layers:
+            return []
+        return [question for probe in self._probes for question in probe.questions(layer_row, num_heads)]
+
+    def add_answers(self, layer_row: int, answers: Sequence[RowAnswer]) -> None:
+        """Keep the answers to `questions`, in their order."""
+        at = 0
+        for probe in self._probes:
+            probe.add(layer_row, answers[at : at + len(probe.rows.positions)])
+            at += len(probe.rows.positions)
+
+    def commit(self) -> None:
+        """Give every trace its rows."""
+        probes = {id(probe.rows): probe for probe in self._probes}
+        for member in self._members:
+            trace = member.trace
+            place = np.ix_(trace.layer_rows, trace.head_columns)
+            probe = probes.get(id(member)) or _Probe(member, 0)
+            trace.append(probe.chunk(self._stats[member.numbers][:, place[0], place[1]]))
+
+
+class _Probe:
+    """Answers of one request's rows, collected over the layers; empty arrays for a request that asked nothing."""
+
+    def __init__(self, rows: TracedRows, num_heads: int) -> None:
+        trace, options = rows.trace, rows.trace.options
+        n, k = len(rows.positions), options.top_k
+        place = (len(trace.layer_rows), len(trace.head_columns))
+        self.rows = rows
+        self._place = {layer_row: i for i, layer_row in enumerate(trace.layer_rows)}
+        self._topk_positions = np.full((n, *place, k), NO_POSITION, dtype=np.int32)
+        self._topk_mass = np.zeros((n, *place, k), dtype=np.float32)
+        self._span_mass = np.full((n, *place, len(options.spans)), np.nan, dtype=np.float32)
+        lengths = rows.positions.tolist() if num_heads else []
+        self._summed_places = 0
+        self._sums = [np.zeros(position + 1) for position in lengths] if k else []
+        self._rows = (
+            [np.zeros((*place, min(position + 1, MAX_ROW_KEYS)), dtype=np.float16) for position in lengths]
+            if options.rows
+            else []
+        )
+
+    def questions(self, layer_row: int, num_heads: int) -> list[RowQuestion]:
+        """One per row; nothing is wanted in a layer that the request did not choose."""
+        trace, options = self.rows.trace, self.rows.trace.options
+        if layer_row not in self._place:
+            return [RowQuestion(heads=())] * len(self.rows.positions)
+        heads = tuple(column for column in trace.head_columns if column < num_heads)
+        spans = tuple((span.start, span.end) for span in options.spans)
+        return [RowQuestion(options.top_k, spans, heads, options.rows)] * len(self.rows.positions)
+
+    def add(self, layer_row: int, answers: Sequence[RowAnswer]) -> None:
+        """Keep what was asked of a layer."""
+        layer = self._place.get(layer_row)
+        if layer is None:
+            return
+        columns = [c for c in self.rows.trace.head_columns if c < len(answers[0].span_mass)]
+        self._summed_places += len(columns)
+        heads = slice(0, len(columns))  # a layer with fewer heads than others has the first of them
+        for i, answer in enumerate(answers):
+            self._topk_positions[i, layer, heads] = answer.topk_positions[columns]
+            self._topk_mass[i, layer, heads] = answer.topk_mass[columns]
+            self._span_mass[i, layer, heads] = answer.span_mass[columns]
+            if self._sums:
+                self._sums[i][answer.first :] += answer.head_sum
+            if self._rows and answer.row is not None:
+                keys = answer.row[columns][:, -MAX_ROW_KEYS:]
+                self._rows[i][layer, heads, self._rows[i].shape[-1] - keys.shape[-1] :] = keys
+
+    def chunk(self, stats: npt.NDArray[np.float32]) -> Chunk:
+        """Of these rows, with their statistics [n, L, H, NUM_STATISTICS + 1]."""
+        k = self._topk_mass.shape[-1]
+        mean_positions = np.full((len(stats), k), NO_POSITION, dtype=np.int32)
+        mean_mass = np.zeros((len(stats), k), dtype=np.float32)
+        places = max(self._summed_places, 1)
+        for i, total in enumerate(self._sums):
+            # A head without finite scores leaves no mean.
+            best = np.argsort(-total, kind="stable")[:k] if np.isfinite(total).all() else []
+            mean_positions[i, : len(best)], mean_mass[i, : len(best)] = best, total[best] / places
+        return Chunk(
+            positions=self.rows.positions,
+            phases=self.rows.phases,
+            stats=stats,
+            topk_positions=self._topk_positions,
+            topk_mass=self._topk_mass,
+            mean_topk_positions=mean_positions,
+            mean_topk_mass=mean_mass,
+            span_mass=self._span_mass,
+            rows=tuple(self._rows),
+        )

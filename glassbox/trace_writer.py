@@ -1,0 +1,77 @@
+"""Writes traces into the run directory, on a worker's export thread.
+
+Owns when a trace is written and which files of the worker are removed. The format is `trace_record.py`, the memory
+`trace_active.py`.
+"""
+
+from pathlib import Path
+
+from glassbox.config import RequestsConfig
+from glassbox.logs import get_logger
+from glassbox.requests import RequestTracker
+from glassbox.trace_active import ActiveTrace, TraceHost
+from glassbox.trace_directory import prune, traces_path
+from glassbox.trace_record import trace_name, trace_prefix, write_trace
+
+logger = get_logger(__name__)
+
+
+class TraceWriter:
+    """Writes the traces of one worker.
+
+    Args:
+        run_dir: of the server.
+        host: the worker.
+        tracker: its requests.
+    """
+
+    def __init__(self, run_dir: Path, host: TraceHost, tracker: RequestTracker) -> None:
+        self._directory = traces_path(run_dir)
+        self._host, self._tracker = host, tracker
+        # Version of each running request's trace that lies in the directory, by internal id.
+        self._written: dict[str, int] = {}
+
+    def write(self, config: RequestsConfig) -> int:
+        """Write what has changed: ended requests once, running ones again and again. Ended ones are released.
+
+        Returns:
+            Number of files written.
+
+        Raises:
+            OSError: something can't be written; ended requests are released all the same, so that a full disk does
+                not fill the memory.
+        """
+        active = self._tracker.active()
+        ended = self._tracker.ended()
+        written = 0
+        failure: OSError | None = None
+        for trace in dict.fromkeys((*ended, *active)):  # one may have ended between the two calls
+            if trace.status != "active" or self._written.get(trace.internal_id) != trace.version:
+                try:
+                    self._write(trace)
+                    written += 1
+                except OSError as error:
+                    failure = error
+        for trace in ended:
+            self._tracker.release(trace)
+        running = {trace.internal_id for trace in active}
+        self._written = {internal_id: v for internal_id, v in self._written.items() if internal_id in running}
+        if written:
+            self._prune(config, running)
+        if failure is not None:
+            raise failure
+        return written
+
+    def _write(self, trace: ActiveTrace) -> None:
+        version = trace.version
+        path = write_trace(self._directory, trace.record())
+        self._written[trace.internal_id] = version
+        logger.debug("Trace written: %s", path.name)
+
+    def _prune(self, config: RequestsConfig, running: set[str]) -> None:
+        host = self._host
+        names = {trace_name(host.engine, host.rank, host.instance, internal_id) for internal_id in running}
+        prefix = trace_prefix(host.engine, host.rank)
+        removed = prune(self._directory, prefix, keep=config.keep, keep_mb=config.keep_mb, active=names)
+        if removed:
+            logger.debug("Removed %d old traces", len(removed))
