@@ -58,11 +58,12 @@ class TraceDirectory:
     Arrays are not kept: each call that returns a RequestTrace reads them.
 
     Attributes:
+        path: of the directory, which need not exist.
         unreadable: how many file versions could not be read so far.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._directory = traces_path(run_dir)
+        self.path = traces_path(run_dir)
         self._cache: dict[str, tuple[FileVersion, dict[str, Any] | None]] = {}
         self._seen: dict[str, FileVersion] = {}
         self.unreadable = 0
@@ -70,7 +71,7 @@ class TraceDirectory:
     def versions(self) -> dict[str, FileVersion]:
         """Name and version of every trace file; empty if there is no directory."""
         versions: dict[str, FileVersion] = {}
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._directory) as entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.path) as entries:
             for entry in entries:
                 if entry.name.startswith("trace-") and entry.name.endswith(".npz"):
                     with contextlib.suppress(FileNotFoundError):  # went between listing and stat
@@ -139,7 +140,7 @@ class TraceDirectory:
 
     def _try(self, read: Any, name: str) -> Any:
         try:
-            return read(self._directory / name)
+            return read(self.path / name)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

@@ -31,6 +31,17 @@ class EagerModel:
 
     def truth(self, token_ids: list[int], prompt_len: int, sink_tokens: int, local_window: int) -> SequenceTruth:
         """Run the sequence and reduce its attention."""
+        attention, max_logits = self._run(token_ids)
+        values = _reduce(attention.double(), prompt_len, sink_tokens, local_window)
+        values["max_logit"] = max_logits
+        return SequenceTruth(values)
+
+    def attention(self, token_ids: list[int]) -> np.ndarray:
+        """Attention of every row to every position, [L, H, T, T] in the model's precision or float32."""
+        return self._run(token_ids)[0].float().numpy()
+
+    def _run(self, token_ids: list[int]) -> tuple[torch.Tensor, np.ndarray]:
+        """Attention [L, H, T, T], and the largest logits [L, H, T] float64, on the CPU."""
         original = modeling_llama.eager_attention_forward
         self._max_logits.clear()
 
@@ -46,10 +57,8 @@ class EagerModel:
                 )
         finally:
             modeling_llama.eager_attention_forward = original
-        attention = torch.stack([a[0] for a in output.attentions]).double().cpu()  # [L, H, T, T]
-        values = _reduce(attention, prompt_len, sink_tokens, local_window)
-        values["max_logit"] = torch.stack(self._max_logits).double().cpu().numpy()
-        return SequenceTruth(values)
+        attention = torch.stack([a[0] for a in output.attentions]).cpu()
+        return attention, torch.stack(self._max_logits).double().cpu().numpy()
 
 
 def _max_logit(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:

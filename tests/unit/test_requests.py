@@ -195,7 +195,7 @@ class TestEnds:
         requests = tracker()
         arrive(requests, "a", extra_args=TRACE)
         arrive(requests, "b", extra_args=TRACE, settings_=config(max_active=1))
-        again = [new_request(i, 5, TRACE, prefill_token_ids=[0] * 9) for i in ("a", "b", "c")]
+        again = [new_request(i, 5, TRACE, [0] * n) for i, n in (("a", 9), ("b", 5), ("c", 9))]
         requests.begin_step(NO_RUNNER, Scheduled(again, dict.fromkeys("abc", 9)), config(), LAYER_ROWS)
         assert [trace.internal_id for trace in requests.active()] == ["a"]
         assert refused(requests) == {"max_active": 1}
