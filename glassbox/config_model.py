@@ -24,7 +24,7 @@ from pydantic import (
 
 SUPPORTED_INNER_BACKENDS: Final = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 
-# Row list and trace ring live on the device at addresses that captured graphs hold, so they are allocated
+# The row list lives on the device at an address that captured graphs hold, so it is allocated
 # once, for the largest value that a live edit may set: 4096 rows x 5 int32 are 80 KiB.
 MAX_ROWS_PER_STEP: Final = 4096
 MAX_TRACED_REQUESTS: Final = 1024
@@ -218,8 +218,8 @@ class RequestsConfig(_Section):
     )
     max_active: int = _field(
         64,
-        f"Requests traced at the same time, 1 to {MAX_TRACED_REQUESTS} (each has a slot of the trace ring "
-        "on the device).",
+        f"Requests traced at the same time, 1 to {MAX_TRACED_REQUESTS} (each takes time in every step, and memory); "
+        "more are refused.",
         f"must be between 1 and {MAX_TRACED_REQUESTS}",
         "use trace_rate: 0 and opt_in: false to trace nothing",
         ge=1,

@@ -130,7 +130,7 @@ class TestExposition:
             "glassbox_config_last_reload_successful",
             "glassbox_config_last_reload_timestamp_seconds",
         }
-        assert len(types) == len(histograms) + 14
+        assert len(types) == len(histograms) + 17
 
     def test_signed_histograms_have_buckets_and_count_only(self, run_dir: Path) -> None:
         """max_logit has no _sum, the others do."""
