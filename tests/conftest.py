@@ -58,7 +58,9 @@ def _shared_server(
             if current and current[-1].running:
                 return current[-1]
             stack.close()
-            server = GlassboxServer(demo_model_path, tmp_path_factory.mktemp("server"))
+            # Named, because vLLM takes routes only from plugins that are; for everything else it makes no difference.
+            routes = {"VLLM_PLUGINS": "glassbox"}
+            server = GlassboxServer(demo_model_path, tmp_path_factory.mktemp("server"), env=routes)
             current.append(stack.enter_context(server))
             return server
 

@@ -105,7 +105,8 @@ function spread(labels, distance) {
 }
 
 function short(bound) {
-  return Math.abs(bound) >= 1000 ? `${number(bound / 1024)}k`.replace(/^(\d+)\.\d+k$/, "$1k") : number(bound);
+  if (Math.abs(bound) < 1000) return number(bound);
+  return `${number(bound % 1024 ? bound / 1000 : bound / 1024)}k`;
 }
 
 /** "0.1 to 0.2"; the first and the last bucket are open. */

@@ -4,6 +4,7 @@ const three = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const day = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", year: "numeric" });
 const UNITS = { 1: "", "{key}": "keys", "{token}": "tokens", "{row}": "rows" };
 
 /** Three significant digits; a dash for what is no number. */
@@ -43,6 +44,12 @@ export function title(name) {
 
 export function time(seconds) {
   return clock.format(seconds * 1000);
+}
+
+/** With the date if it is not of today. */
+export function moment(seconds) {
+  const date = new Date(seconds * 1000);
+  return date.toDateString() === new Date().toDateString() ? time(seconds) : `${day.format(date)}, ${time(seconds)}`;
 }
 
 export function duration(seconds) {

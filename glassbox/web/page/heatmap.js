@@ -17,9 +17,13 @@ export class Heatmap {
   #shown = null;
   #marked = { active: -1, selected: -1 };
 
-  constructor(canvas, host) {
-    this.canvas = canvas;
-    this.host = host;
+  /**
+   * @param {HTMLCanvasElement} canvas
+   * @param {HTMLElement} host the canvas is as wide as it
+   * @param {() => void} onPaint
+   */
+  constructor(canvas, host, onPaint) {
+    Object.assign(this, { canvas, host, onPaint });
     this.context = canvas.getContext("2d");
     this.retheme();
     new ResizeObserver(() => this.#request()).observe(host);
@@ -100,6 +104,7 @@ export class Heatmap {
     this.#frame(this.#marked.active, 2);
     this.frames += 1;
     this.host.dataset.frames = String(this.frames);
+    this.onPaint();
   }
 
   #paintCells(cellWidth, cellHeight) {

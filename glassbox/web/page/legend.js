@@ -7,12 +7,13 @@ import { number, signed, unit } from "./format.js";
  * @param {{scale: object, ramp: object, difference: boolean, name: string, ucum: string}} shown
  */
 export function showLegend(element, { scale, ramp, difference, name, ucum }) {
-  const key = [scale.low, scale.high, scale.log, difference, name, document.documentElement.dataset.theme].join();
+  const gradient = ramp.gradient();
+  const key = [scale.low, scale.high, scale.log, difference, name, ucum, gradient].join();
   if (element.dataset.key === key) return;
   element.dataset.key = key;
   const caption = make("div", "caption", [name, unit(ucum) && `in ${unit(ucum)}`].filter(Boolean).join(", "));
   const bar = make("div", "bar");
-  bar.style.background = ramp.gradient();
+  bar.style.background = gradient;
   const ticks = make("div", "ticks");
   for (const value of scale.ticks()) {
     const at = scale.position(value);

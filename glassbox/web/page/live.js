@@ -2,7 +2,7 @@
 
 import { Baselines } from "./baseline.js";
 import { diverging, sequential } from "./colours.js";
-import { number, signed, time, title, withUnit } from "./format.js";
+import { moment, number, signed, time, title, withUnit } from "./format.js";
 import { Grid } from "./grid.js";
 import { Heatmap } from "./heatmap.js";
 import { History } from "./history.js";
@@ -30,9 +30,12 @@ let shown = null; // {key, matrix, frame, window}: the newest that has rows
 let painted = null; // {values, scale, baseline, kind}: of `shown`
 let headFrame = null; // {histogram, window} of the selected head
 let lastScale = { of: "", scale: null };
+const timing = {};
 let connection = { state: "connecting", message: "", until: 0 };
 
-const heatmap = new Heatmap($("canvas"), $("map"));
+const heatmap = new Heatmap($("canvas"), $("map"), () => {
+  timing.painted ??= performance.now();
+});
 const panel = new Panel({ select, step, close: closeHead });
 const grid = new Grid(
   { grid: $("grid"), row: $("grid-row"), cell: $("grid-cell"), tooltip: $("tooltip"), heatmap },
@@ -43,6 +46,7 @@ const stream = new Stream(onEvent, onState, onRefused);
 // ---- the stream
 
 function connect() {
+  timing.connected ??= performance.now();
   view.write();
   $("snapshot-link").href = view.snapshotUrl;
   stream.open(view.streamUrl);
@@ -62,6 +66,7 @@ function onAbout(data) {
 }
 
 function onFrame(data) {
+  timing.received ??= performance.now();
   frame = data;
   const names = frame.engines.map(({ model, engine }) => [`${model}|${engine}`, `${model}, engine ${engine}`]);
   const own = frame.engine ? `${frame.engine.model}|${frame.engine.engine}` : "";
@@ -118,6 +123,7 @@ function render() {
   const waiting = shown.window !== view.window ? " (until the first interval has passed)" : "";
   const lines = [`${windowText(shown.matrix, shown.window)}${waiting}: ${sampledText(shown.frame, shown.matrix, view.phase)}.`];
   if (usable && reason) lines.push(`Newest interval, until ${time(frame.engine.time_s)}: ${reason}`);
+  if (painted.comparing) lines.push(`The baseline is of ${moment(painted.baseline.timeS)}.`);
   $("sampled").textContent = lines.join(" ");
 }
 
@@ -268,7 +274,7 @@ function showBaselineButtons() {
   const pinned = painted.baseline;
   $("compare").disabled = !pinned;
   $("compare").setAttribute("aria-pressed", String(painted.comparing));
-  $("compare").title = pinned ? `Pinned at ${time(pinned.timeS)}` : "Nothing is pinned for this view";
+  $("compare").title = pinned ? `Pinned at ${moment(pinned.timeS)}` : "Nothing is pinned for this view";
   $("unpin").hidden = !pinned;
 }
 
@@ -396,10 +402,15 @@ setInterval(showStatus, 1000);
 syncControls();
 connect();
 
-// For the console and for tests: what is on the screen, as numbers.
+// For the console and for tests: what is on the screen, as numbers, and when the page did what (ms after its start).
 globalThis.glassbox = {
+  timing,
+  heatmap,
+  onFrame,
+  get frame() {
+    return frame;
+  },
   get shown() {
     return shown && { ...painted, layers: shown.matrix.layers, heads: shown.matrix.heads, kinds: shown.matrix.kinds, window: shown.window };
   },
-  heatmap,
 };

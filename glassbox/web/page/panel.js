@@ -1,7 +1,7 @@
 // The panel of one head: its numbers, histogram and history; without a head, the extreme ones.
 
 import { bucketName, Histogram, HistoryChart } from "./charts.js";
-import { count, number, signed, time, withUnit } from "./format.js";
+import { count, number, signed, withUnit } from "./format.js";
 import { KINDS } from "./matrix.js";
 
 const EXTREMES = 5;
@@ -100,7 +100,7 @@ export class Panel {
       const text = withUnit(number(value), statistic.unit);
       const before = baseline?.of(kind)[index];
       const compared = baseline && !Number.isNaN(before) && !Number.isNaN(value);
-      return [KINDS[kind], text, compared ? `${signed(value - before)} against ${number(before)} pinned at ${time(baseline.timeS)}` : ""];
+      return [KINDS[kind], text, compared ? `${signed(value - before)} from ${number(before)}` : ""];
     });
     entries.push(["Rows", count(matrix.kinds.rows[index]), ""]);
     const bad = matrix.kinds.nonfinite[index];

@@ -1,6 +1,6 @@
 // The line below the map: what the numbers are made of, so that an empty cell is understood.
 
-import { count, duration, number, time } from "./format.js";
+import { count, duration, moment, number, time } from "./format.js";
 
 function plural(n, word) {
   return `${count(n)} ${word}${n === 1 ? "" : "s"}`;
@@ -8,7 +8,7 @@ function plural(n, word) {
 
 /** Which time a matrix covers. */
 export function windowText(matrix, window) {
-  const span = `${time(matrix.startS)} to ${time(matrix.timeS)} (${duration(Math.max(0, matrix.timeS - matrix.startS))})`;
+  const span = `${moment(matrix.startS)} to ${time(matrix.timeS)} (${duration(Math.max(0, matrix.timeS - matrix.startS))})`;
   return window === "last" ? `Last interval, ${span}` : `Since start, ${span}`;
 }
 
