@@ -270,7 +270,7 @@ class PrometheusConfig(_Section):
     enabled: bool = _switch(True, "Whether metrics are shown at vLLM's /metrics (and at `port`).")
     port: int | None = _field(
         None,
-        "TCP port of glassbox's own /metrics, 1 to 65535; null: only vLLM's.",
+        "TCP port of glassbox's own /metrics and live page, 1 to 65535; null: only vLLM's.",
         "must be between 1 and 65535, or null",
         "use null to serve only at vLLM's own /metrics",
         ge=1,

@@ -61,10 +61,10 @@ class Watched:
         return dict(
             self.page.evaluate(
                 """() => {
-                    const { values, kinds, layers, heads, window, kind, comparing, scale } = glassbox.shown;
+                    const { values, kinds, layers, heads, window, startS, kind, comparing, scale } = glassbox.shown;
                     const plain = (numbers) => Array.from(numbers, (value) => (Number.isNaN(value) ? null : value));
                     return {
-                        values: plain(values), rows: plain(kinds.rows), layers, heads, window, kind, comparing,
+                        values: plain(values), rows: plain(kinds.rows), layers, heads, window, startS, kind, comparing,
                         low: scale.low, high: scale.high,
                     };
                 }"""

@@ -109,7 +109,7 @@ def _start(
                 # Inside the demo's own folder, so that it goes when the demo goes, however the server ends.
                 "GLASSBOX_RUN_DIR": str(folder / "run"),
                 "GLASSBOX_DISABLE": None,
-                "VLLM_PLUGINS": None,
+                "VLLM_PLUGINS": "glassbox",  # for the live page; without it the rest works as well
                 "VLLM_CPU_KVCACHE_SPACE": "2",
             },
             log_path=log_path,
@@ -161,7 +161,8 @@ def _print_where(server: VllmServer, config: Path, options: DemoOptions, seconds
     if options.once:
         return
     console.print(
-        f"\nThe server goes on. Look at [bold]{server.url}/metrics[/bold] (lines that begin with glassbox_)\n"
+        f"\nThe server goes on. Look at [bold]{server.url}/glassbox/[/bold] (the live page)\n"
+        f"and at [bold]{server.url}/metrics[/bold] (lines that begin with glassbox_)\n"
         f"Talk to it:  curl {server.url}/v1/completions -H 'Content-Type: application/json' "
         f'-d \'{{"model": "{SERVED_NAME}", "prompt": "The sea is"}}\'\n'
         f"Edit its configuration while it runs: {config}\n"

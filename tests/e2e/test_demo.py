@@ -49,6 +49,7 @@ class TestDemo:
             printed = wait_for_line(process, "Ctrl-C stops it.", START_TO_TABLE_S)
             family = psutil.Process(process.pid).children(recursive=True)
             metrics = httpx.get(f"http://{HOST}:{port}/metrics", follow_redirects=True).text
+            page = httpx.get(f"http://{HOST}:{port}/glassbox/").text
             process.send_signal(signal.SIGINT)
             status = process.wait(60)
         finally:
@@ -57,6 +58,7 @@ class TestDemo:
                 process.wait(60)
         assert "All 8 exported statistics had samples." in printed
         assert "glassbox_attention_rows_total" in metrics
+        assert "<title>glassbox live</title>" in page
         assert 0 == status
         assert [] == [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
         assert [] == list(tmp_path.glob("glassbox-demo-*"))

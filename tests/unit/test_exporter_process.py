@@ -173,6 +173,18 @@ class TestSinks:
         text = scrape(port) or ""
         assert 'glassbox_errors_total{engine="0",model_name="tiny/model",stage="http"} 2.0' in text
 
+    def test_the_own_port_has_page_and_snapshot(self, sinks: Sinks, current: dict[str, GlassboxConfig]) -> None:
+        """Besides /metrics; they go with it when the port is taken out of the configuration."""
+        port = free_port()
+        current["config"] = config(prometheus={"port": port})
+        sinks.round()
+        for path, expected in (("", b"<!doctype html>"), ("v1/snapshot?phase=decode", b'"model":"tiny/model"')):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/glassbox/{path}", timeout=5) as answer:
+                assert expected in answer.read()
+        current["config"] = config()
+        sinks.round()
+        assert scrape(port) is None
+
     def test_a_full_disk_is_counted(self, sinks: Sinks, current: dict[str, GlassboxConfig], run_dir: Path) -> None:
         """Neither JSONL nor the status file stops the round."""
         current["config"] = config(jsonl={"path": "/dev/full"})

@@ -124,7 +124,8 @@ export class HistoryChart extends Chart {
    * @param {number | null} baseline of the mean
    */
   show({ times, mean, p50, p95 }, baseline) {
-    if ((baseline !== null) !== this.#withBaseline) this.clear();
+    if ((baseline !== null) !== this.#withBaseline || !times.length) this.clear();
+    if (!times.length) return;
     this.#withBaseline = baseline !== null;
     const data = [times, mean, p50, p95];
     if (baseline !== null) data.push(times.map(() => baseline));

@@ -89,12 +89,14 @@ function onFrame(data) {
 }
 
 function onState(state, message, pauseS) {
-  if (connection.state !== state || connection.message !== message) {
+  const before = connection.state;
+  if (before !== state || connection.message !== message) {
     if (state === "waiting") announce(`No connection: ${message}`);
     if (state === "open" && connection.message) announce("Connected again");
   }
   connection = { state, message: state === "connecting" ? connection.message : message, until: performance.now() + pauseS * 1000 };
-  showStatus();
+  if (shown && before !== state) render();
+  else showStatus();
 }
 
 function onRefused(message) {
@@ -411,6 +413,8 @@ globalThis.glassbox = {
     return frame;
   },
   get shown() {
-    return shown && { ...painted, layers: shown.matrix.layers, heads: shown.matrix.heads, kinds: shown.matrix.kinds, window: shown.window };
+    if (!shown) return null;
+    const { layers, heads, kinds, startS, timeS } = shown.matrix;
+    return { ...painted, layers, heads, kinds, startS, timeS, window: shown.window };
   },
 };

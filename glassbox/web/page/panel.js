@@ -89,7 +89,7 @@ export class Panel {
     }
     const points = history.times.length;
     element("history-title").textContent = "History since this page was opened";
-    element("history-readout").textContent = points < 2 ? "A second point comes with the next interval." : "";
+    element("history-readout").textContent = points < 2 ? "Each interval adds a point." : "";
     this.history.show(history, baseline && !Number.isNaN(baseline.of("mean")[index]) ? baseline.of("mean")[index] : null);
   }
 
