@@ -1,10 +1,12 @@
 """Two API servers: /metrics of either shows the whole server, once."""
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -28,7 +30,8 @@ PROMPT = list(range(1000, 1020))
 def pair(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GlassboxServer]:
     """A server with two API processes that has answered some requests and rests."""
     folder = tmp_path_factory.mktemp("pair")
-    with GlassboxServer(demo_model_path, folder, args=("--api-server-count", "2")) as server:
+    routes = {"VLLM_PLUGINS": "glassbox"}
+    with GlassboxServer(demo_model_path, folder, args=("--api-server-count", "2"), env=routes) as server:
         with ThreadPoolExecutor(4) as pool:
             # Different first tokens, so that no prompt is served from the prefix cache.
             list(
@@ -38,9 +41,9 @@ def pair(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield server
 
 
-def scrape(server: GlassboxServer, processes: list[psutil.Process]) -> tuple[int, str]:
-    """`/metrics` over a connection of its own, and the id of the one of the processes that answered (0 if none did)."""
-    with httpx.Client(base_url=server.url, timeout=30.0) as client, client.stream("GET", "/metrics/") as reply:
+def scrape(server: GlassboxServer, processes: list[psutil.Process], path: str = "/metrics/") -> tuple[int, str]:
+    """A path over a connection of its own, and the id of the one of the processes that answered (0 if none did)."""
+    with httpx.Client(base_url=server.url, timeout=30.0) as client, client.stream("GET", path) as reply:
         port = reply.extensions["network_stream"].get_extra_info("client_addr")[1]
         answering = 0
         for process in processes:
@@ -101,6 +104,22 @@ class TestTwoApiServers:
         assert rows("decode") == REQUESTS * (TOKENS - 1) * 30 * 9
         assert rows("prefill") == REQUESTS * 8 * 30 * 9
         assert counts_against_rows(samples) == {}
+
+    def test_both_processes_serve_the_snapshot(self, pair: GlassboxServer) -> None:
+        """glassbox's routes are in each of them, and all that they show comes from the one run directory."""
+        found: dict[int, list[Any]] = {}
+        deadline = time.monotonic() + 60.0
+        processes = pair.processes()
+        path = "/glassbox/v1/snapshot?statistic=sink_ratio&phase=decode"
+        with ThreadPoolExecutor(4) as pool:
+            while len(found) < 2:
+                assert time.monotonic() < deadline, f"only {list(found)} answered"
+                for pid, text in pool.map(lambda _: scrape(pair, processes, path), range(8)):
+                    found[pid] = json.loads(text)["engines"]
+        assert 0 not in found, "the process that answered wasn't found"
+        (engine,) = merge(read_snapshots(pair.run_dir))
+        for answer in found.values():
+            assert [engine.rows[:, :, 1].tolist()] == [shown["phases"]["decode"]["rows"] for shown in answer]
 
     def test_one_exporter_speaks_for_the_server(self, pair: GlassboxServer) -> None:
         """There is one exporter process, not one per API server."""

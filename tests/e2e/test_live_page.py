@@ -1,7 +1,7 @@
 """The live page in a real browser: served by vLLM itself, and by a source of any size."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import httpx
@@ -34,9 +34,11 @@ def watched(browser: Browser) -> Iterator[Watched]:
         assert [] == watched.complaints
 
 
-@pytest.fixture
-def measured(server: GlassboxServer) -> GlassboxServer:
+@pytest.fixture(scope="module")
+def measured(_shared_server: Callable[[], GlassboxServer]) -> GlassboxServer:
     """The shared server, after it has measured something and rests."""
+    server = _shared_server()
+    server.restore_config()
     server.complete("The quick brown fox jumps over the lazy dog because", 12)
     server.settled_rows()
     return server

@@ -15,7 +15,8 @@ export function number(value) {
 
 /** With as many decimals as matter on a scale of this span: short, and as long as its neighbours. */
 export function inSpan(value, span) {
-  return value.toFixed(Math.min(4, Math.max(0, 2 - Math.floor(Math.log10(span * 1.0001))))).replace("-", "−");
+  const text = value.toFixed(Math.min(4, Math.max(0, 2 - Math.floor(Math.log10(span * 1.0001)))));
+  return Number(text) === 0 ? text.replace("-", "") : text.replace("-", "−");
 }
 
 export function signed(value) {

@@ -6,6 +6,12 @@ function niceStep(value) {
   return [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((step) => step >= value * 0.999999);
 }
 
+/** The largest of them that is at most `value`. */
+function niceFloor(value) {
+  const power = 10 ** Math.floor(Math.log10(value));
+  return [5, 2.5, 2, 1].map((factor) => factor * power).find((step) => step <= value * 1.000001);
+}
+
 function linearTicks(low, high) {
   const step = niceStep((high - low) / 5);
   const first = Math.ceil(low / step - 1e-9);
@@ -16,7 +22,9 @@ function linearTicks(low, high) {
 function logTicks(low, high) {
   const ticks = [];
   for (let power = 1; power <= high; power *= 10) {
-    for (const factor of [1, 3]) if (factor * power >= low && factor * power <= high) ticks.push(factor * power);
+    for (const factor of high / Math.max(low, 1) > 30 ? [1, 3] : [1, 2, 5]) {
+      if (factor * power >= low && factor * power <= high) ticks.push(factor * power);
+    }
   }
   const all = low === 0 ? [0, ...ticks] : ticks;
   return all.length > 7 ? all.filter((tick) => tick === 0 || Number.isInteger(Math.log10(tick))) : all;
@@ -74,7 +82,7 @@ export function valueScale(values, { lower, upper, log, fit }, previous) {
   if (lower !== null && upper !== null && fit !== "data") return new Scale(lower, upper);
   const found = extent(values) ?? [lower ?? 0, upper ?? 1];
   let [low, high] = found;
-  if (log) [low, high] = [lower ?? 0, niceStep(Math.max(high, (lower ?? 0) + 1))];
+  if (log) [low, high] = [low >= 1 ? niceFloor(low) : (lower ?? 0), niceStep(Math.max(high, low + 1))];
   else [low, high] = nice(low, high);
   const inside = previous && previous.log === log && previous.low <= found[0] && previous.high >= found[1];
   if (inside && high - low >= (previous.high - previous.low) / 2) return previous;
