@@ -3,6 +3,7 @@
 Owns the layout of the answer, which the frames of the stream share. The numbers are `matrices.py`'s.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def about_answer(config: GlassboxConfig, statistics: Sequence[Statistic] = STATI
     """What the numbers mean and how often there are new ones."""
     return {
         "version": __version__,
+        "now_s": time.time(),
         "enabled": config.enabled,
         "interval_s": config.export.interval_s,
         "statistics": [statistic_answer(statistic) for statistic in statistics],

@@ -172,7 +172,8 @@ class Feed:
                 text = str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
                 if text != fault:
                     fault, message = text, event("fault", {"error": text})
-                    self.source.count_error("http")
+                    if not isinstance(error, RequestError):
+                        self.source.count_error("http")
             if not message and time.monotonic() - quiet_since > KEEP_ALIVE_S:
                 message = b":\n\n"
             if message:

@@ -2,15 +2,20 @@
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, expect
 
+from glassbox.config import GlassboxConfig
 from glassbox.export.http import HttpServer
+from glassbox.export.snapshot import write_snapshot
+from glassbox.export.source import FamilySource
 from glassbox.web.app import make_app
 from tests.browser import TIMEOUT_MS, Watched, chromium, watched_page
+from tests.export_samples import make_snapshot
 from tests.serving import GlassboxServer, wait_for
 from tests.synthetic_source import SyntheticSource
 
@@ -19,6 +24,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 LAYERS: Final = 30
 HEADS: Final = 9
 LARGE: Final = (80, 64)
+CONFIG: Final = GlassboxConfig.model_validate({"export": {"interval_s": 0.1}})
 
 
 @pytest.fixture(scope="module")
@@ -302,15 +308,47 @@ class TestStates:
         # What the browser itself says about refused connections is no complaint of the page.
         watched.complaints[:] = [text for text in watched.complaints if "ERR_" not in text]
 
-    def test_no_data_yet(self, watched: Watched, tmp_path: Any) -> None:
-        """A server that is still starting says so, instead of an empty map."""
-        from glassbox.config import GlassboxConfig
-        from glassbox.export.source import FamilySource
-
-        server = HttpServer(0, make_app(FamilySource(tmp_path / "run", GlassboxConfig)), "127.0.0.1")
+    def test_no_data_yet(self, watched: Watched, tmp_path: Path) -> None:
+        """A server that is still starting says so, instead of an empty map; the first snapshot is shown by itself."""
+        server = HttpServer(0, make_app(FamilySource(tmp_path, lambda: CONFIG)), "127.0.0.1")
         watched.page.goto(f"http://127.0.0.1:{server.port}/glassbox/")
         expect(watched.page.locator("#notice")).to_contain_text("No data yet")
         expect(watched.page.locator("#status")).to_contain_text("no data yet")
+        write_snapshot(tmp_path, make_snapshot())
+        watched.page.wait_for_selector("#map[data-frames]")
+        expect(watched.page.locator("#notice")).to_be_hidden()
+        server.close()
+
+    def test_an_interval_without_rows_does_not_blank_the_map(self, watched: Watched, tmp_path: Path) -> None:
+        """What was on the screen stays, faded, and the reason is told."""
+        write_snapshot(tmp_path, make_snapshot())
+        server = HttpServer(0, make_app(FamilySource(tmp_path, lambda: CONFIG)), "127.0.0.1")
+        watched.open(f"http://127.0.0.1:{server.port}/glassbox/")
+        before = watched.shown()["values"]
+        write_snapshot(tmp_path, make_snapshot(time_s=1_700_000_105.0, steps=1250))
+        expect(watched.page.locator("#sampled")).to_contain_text("None of 250 steps was measured at sample rate 0.01.")
+        expect(watched.page.locator("#map")).to_have_class("map stale")
+        assert before == watched.shown()["values"]
+        server.close()
+
+    def test_a_head_without_rows_and_one_with_nan(self, watched: Watched, tmp_path: Path) -> None:
+        """Told in words as well as by hatching and colour."""
+        snapshot = make_snapshot()
+        for array in (snapshot.rows, snapshot.nonfinite, snapshot.counts, snapshot.sums):
+            array[0, 0] = 0
+        snapshot.nonfinite[0, 1] = snapshot.rows[0, 1] = 3
+        snapshot.counts[0, 1] = 0
+        write_snapshot(tmp_path, snapshot)
+        server = HttpServer(0, make_app(FamilySource(tmp_path, lambda: CONFIG)), "127.0.0.1")
+        watched.open(f"http://127.0.0.1:{server.port}/glassbox/")
+        watched.page.focus("#grid")
+        watched.page.keyboard.press("Home")
+        expect(watched.page.locator("#grid-cell")).to_have_text("Layer 0, head 0: no rows")
+        watched.page.keyboard.press("ArrowRight")
+        expect(watched.page.locator("#grid-cell")).to_have_text(
+            "Layer 0, head 1: mean –, 3 rows, 3 rows with NaN or Inf"
+        )
+        expect(watched.page.locator("#sampled")).to_contain_text("rows with NaN or Inf")
         server.close()
 
     def test_a_link_from_another_server(self, large: str, browser: Browser) -> None:

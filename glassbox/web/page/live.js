@@ -25,8 +25,9 @@ const view = new View();
 const past = new History();
 const baselines = new Baselines();
 let about = null; // the table of statistics
-let frame = null; // the newest one
-let shown = null; // {key, matrix, frame, window}: the newest that has rows
+let clockAheadS = 0; // this machine's clock before the server's
+let newest = null; // {frame, matrix, statistic, phase}: what came last; its matrix is null before there is data
+let shown = null; // the same with {key, window, wanted}: the newest that has rows, which is on the screen
 let painted = null; // {values, scale, baseline, kind}: of `shown`
 let headFrame = null; // {histogram, window} of the selected head
 let lastScale = { of: "", scale: null };
@@ -60,32 +61,35 @@ function onEvent(name, data) {
 
 function onAbout(data) {
   about = data;
+  clockAheadS = Date.now() / 1000 - about.now_s;
   $("version").textContent = `glassbox ${about.version}`;
   options($("statistic"), about.statistics.map(({ name }) => [name, title(name)]), view.statistic);
   fillStatistic();
 }
 
-function onFrame(data) {
+function onFrame(frame) {
   timing.received ??= performance.now();
-  frame = data;
+  const { statistic, phase } = view; // the stream is opened anew when they change
   const names = frame.engines.map(({ model, engine }) => [`${model}|${engine}`, `${model}, engine ${engine}`]);
   const own = frame.engine ? `${frame.engine.model}|${frame.engine.engine}` : "";
   options($("engine"), names.length ? names : [["", "none yet"]], own);
-  if (!frame.engine) {
-    render();
-    return;
-  }
-  const matrix = new Matrix(frame.engine, view.statistic, view.phase);
-  const key = `${own}|${view.statistic}|${view.phase}`;
+  const matrix = frame.engine && new Matrix(frame.engine, statistic, phase);
+  newest = { frame, matrix, statistic, phase };
+  if (matrix) take(`${own}|${statistic}|${phase}`);
+  render();
+}
+
+/** Remember the newest matrix, and put it on the screen unless what is there tells more. */
+function take(key) {
+  const { frame, matrix, statistic, phase } = newest;
   if (frame.window === view.window) past.add(`${key}|${view.window}`, matrix);
-  const asked = frame.engine.head?.phases[view.phase].histograms[view.statistic];
-  headFrame = asked && { histogram: asked, window: frame.window };
+  const histogram = frame.engine.head?.phases[phase].histograms[statistic];
+  headFrame = histogram && { histogram, window: frame.window };
   const same = shown?.key === key && shown.wanted === view.window && shown.matrix.matches(matrix);
   // An interval without rows, or the whole time of an API server that has not seen an interval yet, tells less than the
   // interval that is on the screen.
   const better = !same || (matrix.totalRows > 0 && (frame.window === view.window || shown.window !== view.window));
-  if (better) shown = { key, matrix, frame, window: frame.window, wanted: view.window };
-  render();
+  if (better) shown = { ...newest, key, window: frame.window, wanted: view.window };
 }
 
 function onState(state, message, pauseS) {
@@ -101,41 +105,43 @@ function onState(state, message, pauseS) {
 
 function onRefused(message) {
   // A link from another server, say: show what this one has.
+  if (view.isDefault) return false;
   announce(message);
   view.reset();
   syncControls();
   connect();
+  return true;
 }
 
 /** Names what is on the screen, for what is remembered of it. */
 function viewKey() {
-  return `${shown.key}|${view.window}`;
+  return `${shown.key}|${shown.wanted}`;
 }
 
 // ---- showing
 
 function render() {
-  const reason = frame ? emptyReason(frame, frame.engine && currentMatrix(), view.phase) : "";
-  const usable = shown && shown.matrix.totalRows > 0 && shown.key.endsWith(`|${view.statistic}|${view.phase}`);
+  const reason = newest ? emptyReason(newest.frame, newest.matrix, newest.phase) : "";
+  const usable = shown && shown.matrix.totalRows > 0 && newest.matrix && isOf(newest, shown);
   showStatus();
-  notify(usable && frame?.engine ? "" : reason);
+  notify(usable ? "" : reason);
   $("map").classList.toggle("stale", Boolean(usable && (reason || connection.state === "waiting")));
   if (!shown) return;
   paintMatrix();
-  const waiting = shown.window !== view.window ? " (until the first interval has passed)" : "";
-  const lines = [`${windowText(shown.matrix, shown.window)}${waiting}: ${sampledText(shown.frame, shown.matrix, view.phase)}.`];
-  if (usable && reason) lines.push(`Newest interval, until ${time(frame.engine.time_s)}: ${reason}`);
+  const waiting = shown.window !== shown.wanted ? " (until the first interval has passed)" : "";
+  const lines = [`${windowText(shown.matrix, shown.window)}${waiting}: ${sampledText(shown.frame, shown.matrix, shown.phase)}.`];
+  if (usable && reason) lines.push(`Newest interval, until ${time(newest.matrix.timeS)}: ${reason}`);
   if (painted.comparing) lines.push(`The baseline is of ${moment(painted.baseline.timeS)}.`);
   $("sampled").textContent = lines.join(" ");
 }
 
-function currentMatrix() {
-  return frame === shown?.frame ? shown.matrix : new Matrix(frame.engine, view.statistic, view.phase);
+function isOf(one, other) {
+  return one.statistic === other.statistic && one.phase === other.phase;
 }
 
 function paintMatrix() {
   const { matrix } = shown;
-  const statistic = about.statistics.find(({ name }) => name === view.statistic);
+  const statistic = about.statistics.find(({ name }) => name === shown.statistic);
   const kind = matrix.kinds[view.value] ? view.value : "mean";
   const baseline = baselines.of(viewKey(), matrix);
   const comparing = Boolean(view.compare && baseline);
@@ -222,16 +228,17 @@ function showStatus() {
     kind = "gone";
     const left = Math.max(0, Math.ceil((until - performance.now()) / 1000));
     words = `No connection: ${message}. Trying again${left ? ` in ${left} s` : ""}`;
-  } else if (state === "open" && frame?.engine) {
-    const age = Math.max(0, Date.now() / 1000 - frame.engine.time_s);
-    const idle = age > Math.max(20, 3 * frame.interval_s);
+  } else if (state === "open" && newest?.matrix) {
+    const { frame } = newest;
+    const age = Date.now() / 1000 - clockAheadS - frame.engine.time_s;
+    const idle = age > Math.max(20, 3 * frame.interval_s) || (frame.window === "last" && !frame.engine.steps);
     kind = idle ? "idle" : "live";
-    words = idle ? `Idle, newest data ${time(frame.engine.time_s)}` : `Live, every ${number(frame.interval_s)} s`;
+    words = idle ? `Idle, newest data of ${moment(frame.engine.time_s)}` : `Live, every ${number(frame.interval_s)} s`;
   } else if (state === "open") {
     [kind, words] = ["idle", "Connected, no data yet"];
   } else if (connection.message) {
     [kind, words] = ["gone", "Connecting again"];
-  } else if (frame) {
+  } else if (newest) {
     return; // another selection: a moment without a stream is no news
   }
   element.dataset.state = kind;
@@ -410,7 +417,7 @@ globalThis.glassbox = {
   heatmap,
   onFrame,
   get frame() {
-    return frame;
+    return newest?.frame ?? null;
   },
   get shown() {
     if (!shown) return null;

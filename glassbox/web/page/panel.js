@@ -86,6 +86,11 @@ export class Panel {
     if (histogram) {
       this.histogram.show(histogram);
       this.#showTable(histogram);
+    } else {
+      // Another head or statistic: its own comes with the next frame.
+      this.histogram.clear();
+      element("histogram-readout").textContent = "";
+      element("histogram-rows").replaceChildren();
     }
     const points = history.times.length;
     element("history-title").textContent = "History since this page was opened";

@@ -16,7 +16,8 @@ export class Stream {
   /**
    * @param {(name: string, data: object) => void} onEvent
    * @param {(state: "connecting" | "open" | "waiting", message: string, pauseS: number) => void} onState
-   * @param {(message: string) => void} onRefused the address asks for something that the server does not have
+   * @param {(message: string) => boolean} onRefused the address asks for something that the server does not have; true
+   *     if another one has been opened
    */
   constructor(onEvent, onState, onRefused) {
     Object.assign(this, { onEvent, onState, onRefused });
@@ -64,9 +65,8 @@ export class Stream {
       } catch {
         // Not glassbox's own answer but, say, a proxy's: the status has to do.
       }
-      if (answer.status !== 400) throw new Error(message);
-      if (abort === this.#abort) this.onRefused(message);
-      throw new Error("");
+      const elsewhere = answer.status === 400 && abort === this.#abort && this.onRefused(message);
+      throw new Error(elsewhere ? "" : message);
     }
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";

@@ -26,6 +26,10 @@ export class View {
     if (!/^\d{1,6}$/.test(this.layer) || !/^\d{1,6}$/.test(this.head)) this.layer = this.head = "";
   }
 
+  get isDefault() {
+    return Object.entries(DEFAULTS).every(([name, value]) => this[name] === value);
+  }
+
   reset() {
     Object.assign(this, DEFAULTS);
   }
