@@ -346,7 +346,7 @@ class TestStates:
         expect(watched.page.locator("#grid-cell")).to_have_text("Layer 0, head 0: no rows")
         watched.page.keyboard.press("ArrowRight")
         expect(watched.page.locator("#grid-cell")).to_have_text(
-            "Layer 0, head 1: mean –, 3 rows, 3 rows with NaN or Inf"
+            "Layer 0, head 1: no row with finite scores, 3 rows, 3 rows with NaN or Inf"
         )
         expect(watched.page.locator("#sampled")).to_contain_text("rows with NaN or Inf")
         server.close()

@@ -207,6 +207,7 @@ function describe(index) {
   const lines = [];
   const value = matrix.of(painted.kind)[index];
   if (rows === 0) lines.push(matrix.unsampled.has(layer) ? "no rows: the layer is left out by sampling.layers" : "no rows");
+  else if (Number.isNaN(value)) lines.push("no row with finite scores");
   else lines.push(`${KINDS[painted.kind].toLowerCase()} ${withUnit(number(value), painted.ucum)}`);
   if (painted.comparing) {
     lines.push(`baseline ${number(painted.baseline.of(painted.kind)[index])}, difference ${signed(painted.values[index])}`);
