@@ -1,27 +1,23 @@
 """Window summaries as lines of JSON: what was measured since the line before.
 
-Owns the difference between two merged views, and the file with its rotation. Numbers are
-derived from the same histograms as the metrics, so a quantile is interpolated in its bucket, never exact.
+Owns the difference between two merged views. Numbers are derived from the same histograms as the metrics, so a
+quantile is interpolated in its bucket, never exact. How the file is rotated is `rotation.py`'s.
 """
 
 import json
 import math
-import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from glassbox.export.families import DETAIL_LABELS
 from glassbox.export.merge import Aggregate, Detail, MergedEngine, aggregate
+from glassbox.export.rotation import BYTES_PER_MB, RotatingFile
 from glassbox.histograms import quantiles
 from glassbox.statistics import PHASES, STATISTICS
-
-KEPT_FILES: Final = 3
-BYTES_PER_MB: Final = 1_000_000
 
 
 class WindowSummaries:
@@ -131,60 +127,6 @@ def _places(window: Aggregate, detail: Detail) -> Iterator[dict[str, Any]]:
                         "buckets": counts,
                     }
             yield place
-
-
-class RotatingFile:
-    """Appends lines to a file that never grows beyond a size: it becomes `path.1`, that `path.2`, and so on
-    to `path.3`.
-
-    Opened for each write, so it may be removed or moved by others (logrotate) at any time. A line is written
-    whole or not at all; the rest of a line that somebody was killed in is ended by a line break.
-    """
-
-    def __init__(self, path: Path, max_bytes: int) -> None:
-        self._path = Path(path)
-        self._max_bytes = max_bytes
-
-    def append(self, lines: Sequence[str]) -> None:
-        """Append lines (without their line breaks).
-
-        Raises:
-            OSError: if they cannot be written; nothing of them stays in the file.
-        """
-        data = "".join(f"{line}\n" for line in lines).encode()
-        if not data:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._rotate_for(len(data))
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        try:
-            status = os.fstat(handle)
-            regular = stat.S_ISREG(status.st_mode)
-            if regular and status.st_size and os.pread(handle, 1, status.st_size - 1) != b"\n":
-                data = b"\n" + data
-            try:
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(handle, view) :]
-            except OSError:
-                if regular:
-                    os.ftruncate(handle, status.st_size)
-                raise
-        finally:
-            os.close(handle)
-
-    def _rotate_for(self, size: int) -> None:
-        try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
-            return
-        if not stat.S_ISREG(status.st_mode) or not status.st_size or status.st_size + size <= self._max_bytes:
-            return
-        for number in range(KEPT_FILES, 0, -1):
-            older = self._path.with_name(f"{self._path.name}.{number}")
-            newer = self._path.with_name(f"{self._path.name}.{number - 1}") if number > 1 else self._path
-            if newer.exists():
-                newer.replace(older)
 
 
 class JsonlSink:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glassbox.export.jsonl import JsonlSink, RotatingFile, WindowSummaries
+from glassbox.export.jsonl import JsonlSink, WindowSummaries
 from glassbox.export.merge import MergedEngine, merge
+from glassbox.export.rotation import RotatingFile
 from glassbox.export.snapshot import Snapshot
 from glassbox.statistics import INDEX, STATISTICS
 from tests.export_samples import limited_file_size, make_snapshot
