@@ -1,7 +1,8 @@
-"""Naming the observed backends in vLLM's registry, and the collector in prometheus_client's."""
+"""Naming the observed backends in vLLM's registry, the collector in prometheus_client's, and wrapping the intake."""
 
 from collections.abc import Callable
 
+from glassbox import intake, rundir
 from glassbox.backends.observed import observed_path
 from glassbox.config import SUPPORTED_INNER_BACKENDS, GlassboxConfig, restart_needed
 from glassbox.export import prometheus
@@ -45,7 +46,10 @@ def attach(settings: Settings) -> None:
             for message in restart_needed(config, edited):
                 logger.warning("%s: %s", settings.path.name, message)
 
-    _undo.append(prometheus.install(ConfigFile(settings.path, config, on_change)))
+    live = ConfigFile(settings.path, config, on_change)
+    _undo.append(prometheus.install(live))
+    if config.enabled:
+        _undo.append(intake.install(live, rundir.run_dir()))
 
 
 def shown_source() -> FamilySource | None:
