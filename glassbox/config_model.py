@@ -180,19 +180,19 @@ class RecordsConfig(_Section):
 
     path: Annotated[StrictStr, Field(min_length=1)] | None = _field(
         None,
-        "File that records are appended to; a leading ~ is the home directory. null: none are written.",
-        "must be a file's path or null",
+        "File (jsonl) or directory (parquet) of records; a leading ~ is the home directory. null: none are written.",
+        "must be a path or null",
         "use null to write none",
     )
     format: Literal["jsonl", "parquet"] = _field(
         "jsonl",
-        "jsonl: one line per request; parquet: tables of rows, for pyarrow or pandas (needs the extra `tables`).",
+        "jsonl: one line per request; parquet: files of one table, one row per request (needs the extra `tables`).",
         "must be jsonl or parquet",
         "use jsonl if in doubt",
     )
     max_mb: int = _field(
         256,
-        "MB, 1 to 1048576: size at which the file is rotated, so that it can't fill the disk.",
+        "MB, 1 to 1048576: size at which the file is rotated; four times as much is kept, as of parquet files.",
         "must be between 1 and 1048576",
         "use path: null to write none",
         ge=1,

@@ -42,6 +42,7 @@ class PrometheusServer:
         rule_files: alerting and recording rules.
         job: value of the label `job`.
         labels: further labels of the targets.
+        features: experimental ones to switch on, such as exemplar-storage.
 
     Raises:
         RuntimeError: if there is no `prometheus` on PATH.
@@ -56,6 +57,7 @@ class PrometheusServer:
         rule_files: Sequence[Path] = (),
         job: str = "vllm",
         labels: Mapping[str, str] | None = None,
+        features: Sequence[str] = (),
     ) -> None:
         if PROMETHEUS is None:
             raise RuntimeError("prometheus must be on PATH; install the Debian package prometheus")
@@ -78,6 +80,7 @@ class PrometheusServer:
             f"--storage.tsdb.path={directory / 'tsdb'}",
             f"--web.listen-address=127.0.0.1:{self.port}",
             "--log.level=warn",
+            *(f"--enable-feature={name}" for name in features),
         ]
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -193,7 +193,7 @@ def _run(run_dir: Path, config_path: Path, config: GlassboxConfig, parent_pid: i
             sinks.round()
             while not stop and not wakeups.parent_gone() and current is seen and time.monotonic() < next_round:
                 wakeups.sleep(next_round - time.monotonic())
-        sinks.round()
+        sinks.round(last=True)
     finally:
         watcher.stop()
         sinks.close()

@@ -11,11 +11,13 @@ from typing import Final
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar as PrometheusExemplar
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
 from glassbox import rundir
 from glassbox.config import GlassboxConfig
+from glassbox.export.exemplars import NONE, Exemplar, Exemplars, TraceExemplars
 from glassbox.export.families import Family
 from glassbox.export.source import FamilySource, View
 from glassbox.logs import get_logger
@@ -30,8 +32,8 @@ def bucket_names(bounds: Iterable[float]) -> list[str]:
     return [floatToGoString(bound) for bound in (*bounds, _INF)]
 
 
-def to_metric(family: Family) -> Metric:
-    """A family as a `prometheus_client` metric.
+def to_metric(family: Family, exemplars: Exemplars = NONE) -> Metric:
+    """A family as a `prometheus_client` metric, with the exemplars of its buckets (which only OpenMetrics shows).
 
     A histogram whose values may be negative has `_bucket` and `_count` but no `_sum`, which would not be a
     counter (`HistogramMetricFamily` leaves out `_count` as well, the multiprocess collector never does).
@@ -47,13 +49,20 @@ def to_metric(family: Family) -> Metric:
     for series in family.series:
         labels = dict(zip(family.label_names, series.labels, strict=True))
         below = 0
-        for le, count in zip(names, series.buckets, strict=True):
+        shown = exemplars.get((name, series.labels), (None,) * len(names))
+        for le, count, exemplar in zip(names, series.buckets, shown, strict=True):
             below += count
-            add(Sample(f"{name}_bucket", {**labels, "le": le}, below))
+            add(Sample(f"{name}_bucket", {**labels, "le": le}, below, None, _exemplar(exemplar)))
         add(Sample(f"{name}_count", labels, below))
         if series.sum is not None:
             add(Sample(f"{name}_sum", labels, series.sum))
     return metric
+
+
+def _exemplar(exemplar: Exemplar | None) -> PrometheusExemplar | None:
+    if exemplar is None:
+        return None
+    return PrometheusExemplar(dict(exemplar.labels), exemplar.value, round(exemplar.time_s, 3))
 
 
 class PrometheusCollector(Collector):
@@ -61,10 +70,16 @@ class PrometheusCollector(Collector):
 
     An error is counted (`glassbox_errors_total{stage="prometheus"}`), logged once, and the last good metrics
     are shown.
+
+    Args:
+        source: of the families.
+        exemplars: of the traced requests; None where reading traces would hold up others (vLLM's event loop).
     """
 
-    def __init__(self, source: FamilySource) -> None:
+    def __init__(self, source: FamilySource, exemplars: TraceExemplars | None = None) -> None:
         self._source = source
+        self._exemplars = exemplars
+        self._shown: Exemplars = NONE
         self._lock = threading.Lock()
         self._view: View | None = None
         self._metrics: list[Metric] = []
@@ -81,9 +96,10 @@ class PrometheusCollector(Collector):
                 if not self._source.config.export.prometheus.enabled:
                     return []
                 view = self._source.view()
-                if view is not self._view:
-                    self._metrics = [to_metric(family) for family in view.families]
-                    self._view = view
+                shown = NONE if self._exemplars is None else self._exemplars.current(view.detail)
+                if view is not self._view or shown is not self._shown:
+                    self._metrics = [to_metric(family, shown) for family in view.families]
+                    self._view, self._shown = view, shown
                 self._failing = False
             except Exception as error:  # a scrape also carries vLLM's own metrics: never break it
                 self._source.count_error("prometheus")

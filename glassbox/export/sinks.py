@@ -1,7 +1,8 @@
 """Everything the exporter process writes to, kept in line with the configuration.
 
-Owns which sinks are open: own port, multiprocess files, OTLP, JSONL. A sink that fails is counted and does
-not keep the others from working. When to do a round is the process's business (`process.py`).
+Owns which sinks are open: own port, multiprocess files, OTLP, JSONL; those of traced requests are
+`trace_sinks.py`. A sink that fails is counted and does not keep the others from working. When to do a round is
+the process's business (`process.py`).
 """
 
 import os
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client import CollectorRegistry
 
 from glassbox.config import GlassboxConfig
+from glassbox.export.exemplars import TraceExemplars
 from glassbox.export.faults import Faults
 from glassbox.export.http import HttpServer, bind_address
 from glassbox.export.jsonl import JsonlSink
 from glassbox.export.multiprocess import DIRECTORY_ENV, MultiprocessWriter
 from glassbox.export.prometheus import PrometheusCollector
 from glassbox.export.source import ExporterStatus, FamilySource, View, read_status, write_status
+from glassbox.export.trace_sinks import TraceSinks, wants_records, wants_spans
 
 if TYPE_CHECKING:
     from glassbox.export.otel import OtelSink
@@ -36,6 +39,7 @@ def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) 
     if not config.enabled:
         return False
     pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
+    pushed = pushed or wants_records(config) or wants_spans(config)
     shown = export.prometheus.enabled and (export.prometheus.port is not None or bool(environ.get(DIRECTORY_ENV)))
     return pushed or shown
 
@@ -44,7 +48,8 @@ class Sinks:
     """The open sinks of one server.
 
     Attributes:
-        faults: errors by stage: http, multiprocess, otel, jsonl, read (of the run directory), status (its file).
+        faults: errors by stage: http, multiprocess, otel, jsonl, records and otel_traces (of traced requests), read
+            (of the run directory), status (its file).
 
     Args:
         run_dir: of the server.
@@ -69,11 +74,12 @@ class Sinks:
         self._takes_over = before is not None
         self._source = FamilySource(self._run_dir, config)
         self._registry = CollectorRegistry()
-        self._registry.register(PrometheusCollector(self._source))
+        self._registry.register(PrometheusCollector(self._source, TraceExemplars(self._run_dir)))
         self._http: tuple[object, HttpServer] | None = None
         self._multiprocess: tuple[object, MultiprocessWriter] | None = None
         self._otel: tuple[object, OtelSink] | None = None
         self._jsonl: tuple[object, JsonlSink] | None = None
+        self._traces = TraceSinks(self._run_dir, config, self.faults, self._environ, clock)
 
     @property
     def http_port(self) -> int | None:
@@ -92,6 +98,7 @@ class Sinks:
         elif self._jsonl is None or self._jsonl[0] != wanted:
             # A sink opened by an edit reports from now on, like one that takes over from a dead exporter.
             self._jsonl = (wanted, JsonlSink(*wanted, skip_first=self._takes_over))
+        self._traces.apply(skip_present=self._takes_over)
         self._takes_over = True
 
     def _apply_http(self, config: GlassboxConfig) -> None:
@@ -128,8 +135,12 @@ class Sinks:
             except Exception as error:  # the SDK raises what it likes about bad certificates and variables
                 self.faults.failed("otel", error)
 
-    def round(self) -> None:
-        """Read the snapshots and hand them to every sink; then note in the status file what failed."""
+    def round(self, last: bool = False) -> None:
+        """Read the snapshots and hand them to every sink; then note in the status file what failed.
+
+        Args:
+            last: there will be no later round.
+        """
         self.apply()
         view: View | None = None
         with self.faults.guard("read"):
@@ -141,6 +152,8 @@ class Sinks:
             if self._jsonl is not None:
                 with self.faults.guard("jsonl"):
                     self._jsonl[1].write(view.engines, view.detail)
+        with self.faults.guard("traces"):
+            self._traces.round(last)
         with self.faults.guard("status"):
             write_status(self._run_dir, ExporterStatus(os.getpid(), self._clock(), self.faults.counts()))
 
@@ -164,4 +177,5 @@ class Sinks:
             self._otel[1].close(FLUSH_TIMEOUT_S)
         if self._multiprocess is not None:
             self._multiprocess[1].close()
+        self._traces.close()
         self._http = self._otel = self._multiprocess = self._jsonl = None

@@ -95,7 +95,8 @@ class TestIsNeeded:
             ({}, {"PROMETHEUS_MULTIPROC_DIR": "/x"}, True),
             ({"prometheus": {"enabled": False}}, {"PROMETHEUS_MULTIPROC_DIR": "/x"}, False),
             ({"otel": {"enabled": True}}, {}, True),
-            ({"otel": {"enabled": True, "metrics": False}}, {}, False),
+            ({"otel": {"enabled": True, "metrics": False, "traces": False}}, {}, False),
+            ({"otel": {"enabled": True, "metrics": False}}, {}, True),
             ({"jsonl": {"path": "/x"}}, {}, True),
         ],
     )

@@ -1,0 +1,158 @@
+"""Exemplars: for a bucket of a histogram, a traced request whose row fell into it.
+
+Owns which request and which row. How they are written is `prometheus.py`'s: only OpenMetrics has a place for them.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from glassbox.export.families import DETAIL_LABELS
+from glassbox.export.llm_spans import LlmSpanReader
+from glassbox.export.merge import Detail
+from glassbox.statistics import NUM_BUCKETS, PHASES, STATISTICS
+from glassbox.trace_directory import TraceDirectory
+from glassbox.trace_record import RequestTrace
+
+# Newest traces that are looked at; older ones have usually been replaced in every bucket.
+MAX_TRACES: Final = 32
+# Of all buckets together: detail `head` has many, and each is some hundred bytes in every scrape.
+MAX_EXEMPLARS: Final = 20_000
+# Between two readings of changed traces; those of running requests change with every export interval.
+_REFRESH_S: Final = 5.0
+# OpenMetrics: names and values of an exemplar's labels together.
+MAX_LABEL_CHARS: Final = 128
+# Printable ASCII without what must be escaped: prometheus_client 0.26 can't read escaped quotes in exemplars.
+_SHOWN: Final = re.compile(r"[ !#-\[\]-~]+")
+
+
+@dataclass(frozen=True)
+class Exemplar:
+    """A measured value of a traced request.
+
+    Attributes:
+        labels: request_id and, if the request belongs to a trace, trace_id and span_id.
+        value: of the row.
+        time_s: Unix seconds, of the request's end (of now while it runs).
+    """
+
+    labels: Mapping[str, str]
+    value: float
+    time_s: float
+
+
+# By metric name and label values as in its family, one per bucket.
+Exemplars = Mapping[tuple[str, tuple[str, ...]], Sequence[Exemplar | None]]
+NONE: Final[Exemplars] = {}
+
+
+def labels_of(trace: RequestTrace, ids: tuple[str, str] | None) -> dict[str, str] | None:
+    """The labels, as many as there is room for; None if there is none for the request's id.
+
+    Args:
+        ids: trace id and span id.
+    """
+    if not _SHOWN.fullmatch(trace.request_id):
+        return None  # a client chooses it, and one that a parser stumbles over would spoil the whole answer
+    wanted = {"request_id": trace.request_id}
+    if ids is not None:
+        wanted |= {"trace_id": ids[0], "span_id": ids[1]}
+    labels: dict[str, str] = {}
+    for name, value in wanted.items():
+        if sum(map(len, (*labels, *labels.values(), name, value))) <= MAX_LABEL_CHARS:
+            labels[name] = value
+    return labels if "request_id" in labels else None
+
+
+def collect(
+    traces: Sequence[tuple[RequestTrace, Mapping[str, str]]], detail: Detail, now_s: float
+) -> dict[tuple[str, tuple[str, ...]], list[Exemplar | None]]:
+    """An exemplar for every bucket that a row of a trace fell into, up to `MAX_EXEMPLARS`.
+
+    Args:
+        traces: with their labels; of several the first one wins, so newest first.
+        detail: of the families.
+        now_s: Unix seconds.
+    """
+    found: dict[tuple[str, tuple[str, ...]], list[Exemplar | None]] = {}
+    left = MAX_EXEMPLARS
+    for trace, labels in traces:
+        time_s = now_s if trace.end_time_s is None else trace.end_time_s
+        for s, statistic in enumerate(STATISTICS):
+            if not statistic.exported:
+                continue
+            values = trace.stats[..., s]
+            t, layer, head = np.nonzero(np.isfinite(values) & (trace.stats[..., -1] == 0))
+            chosen = values[t, layer, head]
+            bucket = np.searchsorted(statistic.buckets, chosen, side="left")
+            place = (layer if "layer" in DETAIL_LABELS[detail] else 0) * len(trace.heads)
+            place = place + (head if "head" in DETAIL_LABELS[detail] else 0)
+            code = (place * len(PHASES) + trace.phases[t].astype(np.int64)) * NUM_BUCKETS + bucket
+            _, first = np.unique(code, return_index=True)
+            for i in first[:left].tolist():
+                where = {"layer": str(trace.layers[layer[i]]), "head": str(trace.heads[head[i]])}
+                key = (
+                    trace.model_name,
+                    trace.engine,
+                    PHASES[trace.phases[t[i]]].value,
+                    *(where[name] for name in DETAIL_LABELS[detail]),
+                )
+                buckets = found.setdefault((statistic.metric, key), [None] * NUM_BUCKETS)
+                if buckets[bucket[i]] is None:
+                    buckets[bucket[i]] = Exemplar(labels, float(chosen[i]), time_s)
+                    left -= 1
+    return found
+
+
+class TraceExemplars:
+    """The exemplars of a server's newest traces; read again only when a trace was written, and not all the time.
+
+    Args:
+        run_dir: of the server.
+        clock: seconds.
+    """
+
+    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._not_before = -math.inf
+        self._directory = TraceDirectory(run_dir)
+        self._spans = LlmSpanReader(run_dir)
+        self._key: object = None
+        self._exemplars: Exemplars = NONE
+
+    def current(self, detail: Detail) -> Exemplars:
+        """Those of some seconds ago or later; the same object as long as nothing changed.
+
+        Raises:
+            OSError: the run directory may not be read.
+        """
+        key = (self._directory.versions(), detail)
+        if key != self._key and self._clock() >= self._not_before:
+            self._not_before = self._clock() + _REFRESH_S
+            self._spans.refresh()
+            newest = self._directory.summaries()[:MAX_TRACES]
+            labelled = []
+            for one in newest:
+                trace = self._directory.get(one.internal_id)
+                labels = labels_of(trace, self._ids(trace)) if trace is not None else None
+                if trace is not None and labels is not None:
+                    labelled.append((trace, labels))
+            self._exemplars = collect(labelled, detail, time.time())
+            self._key = key
+        return self._exemplars
+
+    def _ids(self, trace: RequestTrace) -> tuple[str, str] | None:
+        """Trace and span of the request: vLLM's own if it has one, else the client's."""
+        spans = self._spans.of(trace.request_id)
+        if spans:
+            return spans[-1].trace_id, spans[-1].span_id
+        if trace.traceparent is not None:
+            _, trace_id, span_id, _ = trace.traceparent.split("-")
+            return trace_id, span_id
+        return None

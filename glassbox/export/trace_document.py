@@ -1,0 +1,237 @@
+"""A traced request as a JSON document: what the HTTP interface answers and what the records hold.
+
+Owns the document's fields, the choice of layers, heads and tokens, and its bounds. Without a choice it holds means, so
+that its size grows with the tokens and with layers x heads, but not with their product; with one it adds the numbers of
+each token, layer and head chosen. NaN ("no value") is null. It reads no file.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from glassbox.signals import request_signals
+from glassbox.statistics import PHASES, STATISTICS
+from glassbox.trace_directory import TraceSummary
+from glassbox.trace_record import RequestTrace
+
+# Kept rows shown without a choice of tokens; the newest ones.
+MAX_TOKENS: Final = 4096
+# Numbers of a chosen part: about 4 MB of JSON.
+MAX_NUMBERS: Final = 500_000
+# Token texts of a document; the last ones.
+MAX_TEXTS: Final = 32_768
+_DIGITS: Final = 6
+
+Texts = Callable[[Sequence[int]], list[str]]
+
+
+class SelectionError(ValueError):
+    """A choice breaks its rule; the message says field, rule, value and remedy."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which numbers of a trace are wanted one by one.
+
+    Attributes:
+        layers, heads: global indices; None is all.
+        tokens: positions of the sequence, end exclusive; None is all.
+    """
+
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    tokens: tuple[int, int] | None = None
+
+
+def plain(values: npt.NDArray[Any]) -> list[Any]:
+    """An array as nested lists for JSON: six significant digits, null for NaN and infinity."""
+    array = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(array)
+    safe = np.where(finite & (array != 0), array, 1.0)
+    scale = 10.0 ** (_DIGITS - 1 - np.floor(np.log10(np.abs(safe))))
+    rounded = np.where(array == 0, 0.0, np.round(safe * scale) / scale)
+    result = rounded.astype(object)
+    result[~finite] = None
+    nested: list[Any] = result.tolist()
+    return nested
+
+
+def mean(values: npt.NDArray[Any], axis: int | tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """Mean over axes of the finite values; NaN where there is none."""
+    finite = np.isfinite(values)
+    count = finite.sum(axis=axis)
+    total = np.where(finite, values, 0.0).sum(axis=axis, dtype=np.float64)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def summary(trace: TraceSummary) -> dict[str, Any]:
+    """The line of a traced request in a list of them."""
+    return {name: getattr(trace, name) for name in TraceSummary.__dataclass_fields__}
+
+
+def flat_signals(signals: Mapping[Any, Any], prefix: str = "") -> dict[str, float | None]:
+    """Signals without nesting: `{"a": {"b": 1}}` is `{"a.b": 1}`; a value that is not finite is None."""
+    flat: dict[str, float | None] = {}
+    for name, value in signals.items():
+        if isinstance(value, Mapping):
+            flat |= flat_signals(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = float(value) if value is not None and np.isfinite(value) else None
+    return flat
+
+
+def document(trace: RequestTrace, texts: Texts | None = None) -> dict[str, Any]:
+    """A trace with its signals and means.
+
+    Fields: those of RequestTrace that are no arrays; `signals`; `tokens`, lists along the kept rows, of the attention
+    averaged over layers and heads; `places`, per phase and statistic [layer][head], averaged over the rows; with
+    `texts` also `text`.
+
+    Args:
+        trace: of a request, merged over workers.
+        texts: makes texts of token ids; None, or a trace without ids: the document holds no text.
+    """
+    rows = slice(max(len(trace.positions) - MAX_TOKENS, 0), None)
+    shown: dict[str, Any] = {
+        "request_id": trace.request_id,
+        "internal_id": trace.internal_id,
+        "engine": trace.engine,
+        "model_name": trace.model_name,
+        "why": trace.why,
+        "status": trace.status,
+        "start_time_s": trace.start_time_s,
+        "end_time_s": trace.end_time_s,
+        "prompt_len": trace.prompt_len,
+        "num_generated": trace.num_generated,
+        "num_rows": len(trace.positions),
+        "truncated": trace.truncated,
+        "traceparent": trace.traceparent,
+        "options": _options(trace),
+        "layers": list(trace.layers),
+        "heads": list(trace.heads),
+        "signals": _finite(request_signals(trace)),
+        "tokens": {"left_out": rows.start, **_tokens(trace, rows)},
+        "places": {"axes": ["layer", "head"], **_places(trace)},
+    }
+    if texts is not None and len(trace.token_ids):
+        shown["text"] = _text(trace, texts)
+    return shown
+
+
+def _options(trace: RequestTrace) -> dict[str, Any]:
+    return {
+        "layers": trace.options.layers,
+        "heads": trace.options.heads,
+        "top_k": trace.options.top_k,
+        "spans": {name: [int(a), int(b)] for name, (a, b) in zip(trace.span_names, trace.span_ranges, strict=True)},
+        "rows": trace.options.rows,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {str(name): _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_finite(part) for part in value]
+    if value is None or isinstance(value, str | int):
+        return value
+    number = float(value)
+    return float(f"{number:.{_DIGITS}g}") if np.isfinite(number) else None
+
+
+def _tokens(trace: RequestTrace, rows: slice) -> dict[str, Any]:
+    averaged = mean(trace.stats[rows], axis=(1, 2))
+    spans = mean(trace.span_mass[rows], axis=(1, 2))
+    found: dict[str, Any] = {
+        "position": trace.positions[rows].tolist(),
+        "phase": [PHASES[phase].value for phase in trace.phases[rows]],
+        "statistics": {statistic.name: plain(averaged[:, s]) for s, statistic in enumerate(STATISTICS)},
+        "nonfinite": [bool(value > 0) for value in averaged[:, -1]],
+        "spans": {name: plain(spans[:, s]) for s, name in enumerate(trace.span_names)},
+    }
+    if trace.mean_topk_mass.shape[-1]:
+        found["top_k"] = {
+            "position": trace.mean_topk_positions[rows].tolist(),
+            "mass": plain(trace.mean_topk_mass[rows]),
+        }
+    return found
+
+
+def _places(trace: RequestTrace) -> dict[str, Any]:
+    found = {}
+    for number, phase in enumerate(PHASES):
+        stats = trace.stats[trace.phases == number]
+        if len(stats):
+            averaged = mean(stats, axis=0)
+            found[phase.value] = {statistic.name: plain(averaged[..., s]) for s, statistic in enumerate(STATISTICS)}
+    return found
+
+
+def _text(trace: RequestTrace, texts: Texts) -> dict[str, Any]:
+    # The page shows what was looked at, which is mostly the start of the prompt or near the end: the end is kept.
+    first = max(len(trace.token_ids) - MAX_TEXTS, 0)
+    return {"first_position": first, "tokens": texts(trace.token_ids[first:].tolist())}
+
+
+def detail(trace: RequestTrace, chosen: Selection) -> dict[str, Any]:
+    """The numbers of each chosen token, layer and head, as nested lists in the order of `axes`.
+
+    Raises:
+        SelectionError: a layer or head is not in the trace, or there would be more than `MAX_NUMBERS` numbers.
+    """
+    layers = pick("layers", chosen.layers, trace.layers)
+    heads = pick("heads", chosen.heads, trace.heads)
+    rows = np.arange(len(trace.positions))
+    if chosen.tokens is not None:
+        rows = rows[(trace.positions >= chosen.tokens[0]) & (trace.positions < chosen.tokens[1])]
+    _check_size(trace, rows, len(layers) * len(heads))
+    at = np.ix_(rows, np.asarray(layers), np.asarray(heads))
+    shown: dict[str, Any] = {
+        "axes": ["token", "layer", "head"],
+        "position": trace.positions[rows].tolist(),
+        "phase": [PHASES[phase].value for phase in trace.phases[rows]],
+        "layers": [trace.layers[index] for index in layers],
+        "heads": [trace.heads[index] for index in heads],
+        "statistics": {statistic.name: plain(trace.stats[at][..., s]) for s, statistic in enumerate(STATISTICS)},
+        "spans": {name: plain(trace.span_mass[at][..., s]) for s, name in enumerate(trace.span_names)},
+    }
+    if trace.topk_mass.shape[-1]:
+        shown["top_k"] = {"position": trace.topk_positions[at].tolist(), "mass": plain(trace.topk_mass[at])}
+    if trace.has_rows:
+        shown["rows"] = [
+            {"first_position": int(trace.row_starts[t]), "attention": plain(trace.row(t)[at[1][0], at[2][0]])}
+            for t in rows.tolist()
+        ]
+    return shown
+
+
+def pick(field: str, wanted: tuple[int, ...] | None, there: tuple[int, ...]) -> list[int]:
+    """Where the wanted indices stand among those of a trace; None is all of them.
+
+    Raises:
+        SelectionError: one is not among them.
+    """
+    if wanted is None:
+        return list(range(len(there)))
+    for index in wanted:
+        if index not in there:
+            named = ", ".join(map(str, there[:64])) + (", ..." if len(there) > 64 else "")
+            raise SelectionError(f"{field} must be among those of the trace ({named}), got {index}; or use all")
+    return [there.index(index) for index in wanted]
+
+
+def _check_size(trace: RequestTrace, rows: npt.NDArray[np.int_], places: int) -> None:
+    per_place = len(STATISTICS) + len(trace.span_names) + 2 * trace.topk_mass.shape[-1]
+    numbers = len(rows) * places * per_place
+    if trace.has_rows and len(trace.layers) and len(trace.heads):
+        keys = np.diff(trace.row_offsets)[rows].sum() // (len(trace.layers) * len(trace.heads))
+        numbers += int(keys) * places
+    if numbers > MAX_NUMBERS:
+        raise SelectionError(
+            f"the answer must have at most {MAX_NUMBERS} numbers, got {numbers}; choose fewer layers and heads, or "
+            "tokens=start:end"
+        )
