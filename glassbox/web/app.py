@@ -1,7 +1,7 @@
 """The routes of glassbox, and the application that serves them on its own port.
 
-Owns which path leads where. What is answered there is `snapshot.py`, `stream.py` and `assets.py`; who listens is
-`glassbox.export.http` (own port) and `endpoint.py` (vLLM's API server).
+Owns which path leads where. What is answered there is `snapshot.py`, `stream.py`, `requests.py` and `assets.py`; who
+listens is `glassbox.export.http` (own port) and `endpoint.py` (vLLM's API server).
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute, Route
 from glassbox.export.source import FamilySource
 from glassbox.web.answers import Endpoint, guarded, json_answer
 from glassbox.web.assets import INDEX, asset_answer
+from glassbox.web.requests import request_routes
 from glassbox.web.selection import parse_snapshot
 from glassbox.web.snapshot import snapshot_answer
 from glassbox.web.stream import Feed, stream_answer
@@ -61,6 +62,7 @@ def make_routes(source: FamilySource, feed: Feed | None = None) -> list[BaseRout
         route(f"{PAGE_PATH}page/{{path:path}}", page),
         route(SNAPSHOT_PATH, snapshot),
         route(STREAM_PATH, stream, compressed=False),
+        *request_routes(source.run_dir, lambda: source.config, source.count_error),
     ]
 
 
