@@ -1,0 +1,173 @@
+"""Many clients at once, a tenth of them traced, some of which go away: no error, no growth, nobody slowed down.
+
+The short form runs with the other tests; the long one (`make soak`, GLASSBOX_SOAK_S seconds, 600 unless set) has 200
+clients, watches the memory of each process, and compares the throughput of untraced requests with and without tracing.
+"""
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.test_soak import growth_mb_per_h, unharmed
+from tests.serving import MODEL_NAME, GlassboxServer, wait_for
+
+pytestmark = pytest.mark.e2e
+
+SHORT_S: Final = 30.0
+LONG_S: Final = float(os.environ.get("GLASSBOX_SOAK_S", "600"))
+TRACED_SHARE: Final = 0.1
+ABORTED_SHARE: Final = 0.1
+# Of one process: 1 MB a minute.
+MAX_GROWTH_MB_PER_H: Final = 60.0
+WINDOW_S: Final = 30.0
+_OPTIONS: Final = (
+    {},
+    {"glassbox_top_k": 8},
+    {"glassbox_top_k": 32, "glassbox_layers": [0, 15, 29]},
+    {"glassbox_spans": ["start=0:4", "rest=4:2000"]},
+    {"glassbox_rows": 1, "glassbox_layers": [29], "glassbox_heads": [0, 1]},
+)
+
+
+@dataclass
+class Load:
+    """Clients that ask one after the other, until told to stop.
+
+    Attributes:
+        traced_share: of the requests that ask for a trace.
+        answered: finished requests by kind: untraced, traced, aborted.
+        tokens: generated for untraced requests.
+        failures: what went wrong, a text each.
+    """
+
+    url: str
+    clients: int
+    traced_share: float = TRACED_SHARE
+    answered: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    async def run(self, seconds: float, watch: Callable[[float], None] = lambda _: None) -> None:
+        """Ask for so long; `watch` is called with the seconds since the start about each second."""
+        end = time.monotonic() + seconds
+        limits = httpx.Limits(max_connections=self.clients)
+        async with httpx.AsyncClient(base_url=self.url, timeout=120.0, limits=limits) as client:
+            asking = [asyncio.create_task(self._client(client, number, end)) for number in range(self.clients)]
+            while time.monotonic() < end:
+                await asyncio.to_thread(watch, seconds - (end - time.monotonic()))
+                await asyncio.sleep(1.0)
+            await asyncio.gather(*asking)
+
+    async def _client(self, client: httpx.AsyncClient, number: int, end: float) -> None:
+        rng = random.Random(number)
+        while time.monotonic() < end:
+            kind = "traced" if rng.random() < self.traced_share else "untraced"
+            leaves = rng.random() < ABORTED_SHARE
+            try:
+                tokens = await self._ask(client, rng, kind == "traced", leaves)
+            except Exception as error:  # kept for the test, which names it in its message
+                self.failures.append(f"{kind}: {type(error).__name__}: {error}")
+                await asyncio.sleep(1.0)
+                continue
+            self.answered["aborted" if leaves else kind] += 1
+            if kind == "untraced":
+                self.tokens += tokens
+
+    async def _ask(self, client: httpx.AsyncClient, rng: random.Random, traced: bool, leaves: bool) -> int:
+        body: dict[str, Any] = {
+            "model": MODEL_NAME,
+            "prompt": [rng.randrange(1000, 40_000) for _ in range(rng.randrange(4, 60))],
+            "max_tokens": rng.randrange(2, 12),
+            "ignore_eos": True,
+            "stream": True,
+        }
+        if traced:
+            body["vllm_xargs"] = {"glassbox": "trace", **rng.choice(_OPTIONS)}
+        tokens = 0
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code != 200:
+                raise RuntimeError(f"{answer.status_code}: {(await answer.aread())[:200]!r}")
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    chunk = json.loads(line[6:])
+                    if "error" in chunk:
+                        raise RuntimeError(line)
+                    tokens += 1
+                    if leaves:
+                        break
+        return tokens
+
+
+def settle(server: GlassboxServer) -> None:
+    """Nobody is traced any more, once the worker has heard that all are gone."""
+
+    def active() -> float:
+        server.complete("Wake up", max_tokens=1)
+        return server.metric("glassbox_traced_requests_active") or 0.0
+
+    wait_for(active, lambda count: count == 0.0, 30.0, "traces to end")
+
+
+class TestShort:
+    @pytest.mark.timeout(300)
+    def test_everybody_is_answered(self, server: GlassboxServer) -> None:
+        """30 seconds, 60 clients: no failure, no error, requests were traced, and all of them have ended."""
+        load = Load(server.url, clients=60)
+        before = server.metric("glassbox_traced_requests_total") or 0.0
+        with unharmed(server):
+            asyncio.run(load.run(SHORT_S))
+            assert [] == load.failures
+            assert {"untraced", "traced", "aborted"} == set(load.answered)
+            settle(server)
+            # Those that were refused (max_active) are counted elsewhere.
+            assert before < (server.metric("glassbox_traced_requests_total") or 0.0)
+
+
+@pytest.mark.slow
+class TestLong:
+    @pytest.mark.timeout(LONG_S + 600)
+    def test_memory_and_throughput(self, start_server: Callable[..., GlassboxServer]) -> None:
+        """200 clients: every process' memory is flat after warm-up; windows with and without tracing take turns."""
+        server = start_server(config={"sample_rate": 0.01, "export": {"interval_s": 1, "prometheus": {"port": None}}})
+        memory: dict[int, list[tuple[float, float]]] = {}
+        begin = time.monotonic()
+
+        def watch(_: float) -> None:
+            for process in server.processes():
+                try:
+                    size = process.memory_info().rss / 1e6
+                except psutil.NoSuchProcess:
+                    continue
+                memory.setdefault(process.pid, []).append((time.monotonic() - begin, size))
+
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        with unharmed(server):
+            while time.monotonic() - begin < LONG_S:
+                for traced in (False, True):
+                    load = Load(server.url, clients=200, traced_share=TRACED_SHARE if traced else 0.0)
+                    started = time.monotonic()
+                    asyncio.run(load.run(WINDOW_S, watch))
+                    assert [] == load.failures
+                    # Nine tenths of the clients' requests are untraced with tracing, all of them without.
+                    share = 1 - TRACED_SHARE if traced else 1.0
+                    rates[traced].append(load.tokens / share / (time.monotonic() - started))
+            settle(server)
+        mean = {traced: sum(found) / len(found) for traced, found in rates.items()}
+        print(
+            f"untraced tokens per second and share of clients: {mean[False]:.1f} without, {mean[True]:.1f} with traces"
+        )
+        print(f"ratio {mean[True] / mean[False]:.3f}")
+        growth = {pid: growth_mb_per_h(points) for pid, points in memory.items() if len(points) >= 20}
+        for pid, slope in growth.items():
+            print(f"{pid}: {memory[pid][0][1]:.0f} -> {memory[pid][-1][1]:.0f} MB, {slope:+.1f} MB/h")
+        assert {pid: slope for pid, slope in growth.items() if slope > MAX_GROWTH_MB_PER_H} == {}

@@ -1,0 +1,262 @@
+"""Traced requests of a real OpenAI client: over HTTP, in records, as exemplars and as spans of the client's trace."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from tests.otlp_receiver import OtlpReceiver, attributes
+from tests.prometheus_server import PrometheusServer, free_port
+from tests.serving import MODEL_NAME, GlassboxServer, require_tool, wait_for
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+SYSTEM, QUESTION = "You answer in one short sentence.", "Which harbour has the oldest lighthouse?"
+MESSAGES: Any = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
+TRACE = {"glassbox": "trace"}
+TOKENS = 12
+
+
+def ask(url: str, headers: dict[str, str] | None = None) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120.0, max_retries=0, default_headers=headers)
+
+
+def body(**xargs: Any) -> dict[str, Any]:
+    """What the client sends beside OpenAI's own fields; the answer has a known length."""
+    return {"ignore_eos": True, "vllm_xargs": xargs}
+
+
+class Shown:
+    """The own port of a running server."""
+
+    def __init__(self, server: GlassboxServer, **changes: Any) -> None:
+        self.server = server
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}/glassbox/v1/requests"
+        server.edit_config(export={"interval_s": 1, "prometheus": {"port": self.port}}, **changes)
+
+    def get(self, path: str = "", **parameters: Any) -> Any:
+        answer = httpx.get(f"{self.url}{path}", params=parameters, timeout=30.0)
+        return answer.raise_for_status().json()
+
+    def ended(self, request_id: str) -> dict[str, Any]:
+        """The document of a request, once the worker knows that it has ended.
+
+        It hears of it with its next step, so an idle server is woken.
+        """
+
+        def look() -> dict[str, Any]:
+            try:
+                found: dict[str, Any] = self.get(f"/{request_id}")
+            except (httpx.TransportError, httpx.HTTPStatusError):
+                return {"status": "not there"}
+            if found["status"] == "active":
+                self.server.complete("Wake up", max_tokens=1)
+            return found
+
+        return wait_for(look, lambda found: found["status"] == "finished", 30.0, f"the trace of {request_id}")
+
+
+@pytest.fixture
+def shown(server: GlassboxServer) -> Shown:
+    return Shown(server)
+
+
+class TestClient:
+    def test_chat(self, server: GlassboxServer, shown: Shown) -> None:
+        """Every generated token but the last has a row; spans by message are the texts' tokens; masses are shares."""
+        answer = ask(server.url).chat.completions.create(
+            model=MODEL_NAME,
+            messages=MESSAGES,
+            max_tokens=TOKENS,
+            extra_body=body(
+                **TRACE,
+                glassbox_top_k=3,
+                glassbox_layers=[0, 29],
+                glassbox_spans=["system=message:0", "question=message:-1"],
+            ),
+        )
+        assert answer.usage is not None
+        trace = shown.ended(answer.id)
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (
+            trace["prompt_len"],
+            trace["num_generated"],
+        )
+        assert [0, 29] == trace["layers"]
+        tokens = trace["tokens"]
+        decoded = [p for p, phase in zip(tokens["position"], tokens["phase"], strict=True) if phase == "decode"]
+        first = answer.usage.prompt_tokens
+        assert list(range(first, first + TOKENS - 1)) == decoded
+        for name, said in (("system", SYSTEM), ("question", QUESTION)):
+            start, end = trace["options"]["spans"][name]
+            ids = httpx.post(f"{server.url}/tokenize", json={"model": MODEL_NAME, "messages": MESSAGES}).json()[
+                "tokens"
+            ]
+            text = server.post("/detokenize", tokens=ids[start:end])["prompt"]
+            assert said == text
+            assert all(0 <= mass <= 1 for mass in tokens["spans"][name])
+        detail = shown.get(f"/{answer.id}", layers="29", heads="4")["detail"]
+        for row, position in enumerate(detail["position"]):
+            keys, masses = detail["top_k"]["position"][row][0][0], detail["top_k"]["mass"][row][0][0]
+            assert all(key <= position for key in keys)
+            assert sorted(masses, reverse=True) == masses
+            top1 = detail["statistics"]["top1_ratio"][row][0][0]
+            assert masses[0] == pytest.approx(top1, rel=1e-2, abs=1e-3)
+
+    def test_completions_and_responses(self, server: GlassboxServer, shown: Shown) -> None:
+        """By the id that the client got; whole and streamed."""
+        client = ask(server.url)
+        completion = client.completions.create(
+            model=MODEL_NAME, prompt="The lighthouse", max_tokens=4, extra_body=body(**TRACE)
+        )
+        chunks = list(
+            client.completions.create(
+                model=MODEL_NAME, prompt="The pier", max_tokens=4, stream=True, extra_body=body(**TRACE)
+            )
+        )
+        response = client.responses.create(
+            model=MODEL_NAME, input="The quay", max_output_tokens=4, extra_body={"vllm_xargs": TRACE}
+        )
+        for request_id in (completion.id, chunks[0].id, response.id):
+            assert shown.ended(request_id)["num_generated"] >= 1
+
+    def test_off_and_nothing(self, server: GlassboxServer, shown: Shown) -> None:
+        """Requests that say off, or nothing, leave no trace."""
+        client = ask(server.url)
+
+        def complete(xargs: dict[str, str]) -> str:
+            answer = client.completions.create(model=MODEL_NAME, prompt="Fog", max_tokens=2, extra_body=body(**xargs))
+            return answer.id
+
+        silent = [complete({"glassbox": "off"}), complete({})]
+        shown.ended(complete(TRACE))
+        for request_id in silent:
+            assert 404 == httpx.get(f"{shown.url}/{request_id}", timeout=30.0).status_code
+
+    def test_samples(self, server: GlassboxServer, shown: Shown) -> None:
+        """With n = 3 each sample has its trace."""
+        answer = ask(server.url).chat.completions.create(
+            model=MODEL_NAME, messages=MESSAGES, n=3, max_tokens=3, temperature=1.0, extra_body=body(**TRACE)
+        )
+        shown.ended(answer.id)
+        wait_for(lambda: len(shown.get(f"/{answer.id}")["others"]), lambda count: count == 2, 20.0, "three traces")
+
+    def test_text_only_with_the_setting(self, server: GlassboxServer) -> None:
+        """The page shows the answer with `include_text: true`, and positions alone without."""
+        for include_text in (True, False):
+            shown = Shown(server, requests={"include_text": include_text})
+            answer = ask(server.url).chat.completions.create(
+                model=MODEL_NAME, messages=MESSAGES, max_tokens=TOKENS, extra_body=body(**TRACE, glassbox_top_k=2)
+            )
+            trace = shown.ended(answer.id)
+            page = httpx.get(f"{shown.url}/{answer.id}", params={"format": "html"}, timeout=30.0).raise_for_status()
+            assert include_text == ("text" in trace)
+            assert include_text == ("lighthouse" in page.text)
+            if include_text:
+                said = "".join(trace["text"]["tokens"][trace["prompt_len"] :])
+                assert said.startswith(str(answer.choices[0].message.content))
+
+    def test_records(self, server: GlassboxServer, tmp_path: Path) -> None:
+        """One line of JSON with the request's id and signals, in the YAML's file."""
+        path = tmp_path / "records.jsonl"
+        shown = Shown(server, requests={"records": {"path": str(path)}})
+        # The exporter opens the file with its next round, and takes what ends from then on.
+        wait_for(lambda: httpx.get(shown.url, timeout=10.0).status_code if up(shown) else 0, lambda code: code == 200)
+        answer = ask(server.url).chat.completions.create(
+            model=MODEL_NAME, messages=MESSAGES, max_tokens=4, extra_body=body(**TRACE)
+        )
+        shown.ended(answer.id)
+
+        def lines() -> list[dict[str, Any]]:
+            written = path.read_text().splitlines() if path.exists() else []
+            return [one for one in map(json.loads, written) if one["request_id"] == answer.id]
+
+        (record,) = wait_for(lines, bool, 20.0, "the record")
+        assert record["signals"]
+
+
+def up(shown: Shown) -> bool:
+    try:
+        return httpx.get(shown.url, timeout=10.0).is_success
+    except httpx.TransportError:
+        return False
+
+
+class TestExemplars:
+    def test_prometheus_returns_them(self, server: GlassboxServer, tmp_path: Path) -> None:
+        """With the request's id and the client's trace, from a real Prometheus that stores exemplars."""
+        require_tool("prometheus", "prometheus")
+        shown = Shown(server)
+        trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+        client = ask(server.url, {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"})
+        answer = client.chat.completions.create(
+            model=MODEL_NAME, messages=MESSAGES, max_tokens=4, extra_body=body(**TRACE)
+        )
+        shown.ended(answer.id)
+        with PrometheusServer(tmp_path, [f"127.0.0.1:{shown.port}"], features=["exemplar-storage"]) as prometheus:
+
+            def exemplars() -> list[dict[str, str]]:
+                found = prometheus.api(
+                    "query_exemplars", query="glassbox_attention_entropy_ratio_bucket", start="0", end="4102444800"
+                )
+                stored = [exemplar["labels"] for series in found for exemplar in series["exemplars"]]
+                return [labels for labels in stored if labels["request_id"] == answer.id]
+
+            assert {trace_id} == {labels["trace_id"] for labels in wait_for(exemplars, bool, 30.0, "exemplars")}
+
+
+class TestOneTrace:
+    @pytest.fixture
+    def receiver(self) -> Iterator[OtlpReceiver]:
+        with OtlpReceiver() as receiver:
+            yield receiver
+
+    def test_from_the_client_to_the_attention(
+        self, start_server: Callable[..., GlassboxServer], receiver: OtlpReceiver
+    ) -> None:
+        """Client span -> llm_request -> glassbox.attention, with two API servers that tell nobody where spans go."""
+        collector = receiver.grpc_endpoint.removeprefix("http://")
+        server = start_server(
+            config={"sample_rate": 1.0, "export": {"interval_s": 1, "otel": {"enabled": True, "metrics": False}}},
+            args=("--otlp-traces-endpoint", collector, "--api-server-count", "2"),
+            env={"OTEL_BSP_SCHEDULE_DELAY": "500"},  # vLLM's own spans would come up to 5 s later
+        )
+        tracer = TracerProvider(shutdown_on_exit=False).get_tracer("client")
+        wanted: dict[str, str] = {}
+        for number in range(4):
+            with tracer.start_as_current_span(f"question {number}") as span:
+                headers: dict[str, str] = {}
+                TraceContextTextMapPropagator().inject(headers)
+                # A connection each, so that both API servers get some.
+                with ask(server.url, headers) as client:
+                    answer = client.chat.completions.create(
+                        model=MODEL_NAME, messages=MESSAGES, max_tokens=6, extra_body=body(**TRACE)
+                    )
+                context = span.get_span_context()
+                wanted[answer.id] = f"{context.trace_id:032x}/{context.span_id:016x}"
+        server.complete("Wake up", max_tokens=2)
+
+        def spans(received: OtlpReceiver, name: str) -> list[Span]:
+            return [span for span in received.spans() if span.name == name]
+
+        receiver.wait_until(lambda received: len(spans(received, "glassbox.attention")) >= len(wanted), 40.0)
+        # One more: that of the request that woke the server.
+        receiver.wait_until(lambda received: len(spans(received, "llm_request")) > len(wanted), 40.0)
+        parents = {span.span_id: span for span in spans(receiver, "llm_request")}
+        found = {}
+        for span in spans(receiver, "glassbox.attention"):
+            parent = parents[span.parent_span_id]
+            said = attributes(span.attributes)
+            assert said["gen_ai.request.id"] == attributes(parent.attributes)["gen_ai.request.id"]
+            assert span.trace_id == parent.trace_id
+            assert said["glassbox.status"] == "finished"
+            assert span.events
+            found[said["gen_ai.request.id"]] = f"{span.trace_id.hex()}/{parent.parent_span_id.hex()}"
+        assert wanted == found
