@@ -59,7 +59,7 @@ class Look:
 
 @dataclass(frozen=True)
 class _Line:
-    """One line of the table: its place, rows, non-finite rows, and a value and a share of the scale per statistic."""
+    """One line of the table: its place, rows, non-finite rows, a value per statistic, and what stands at the right."""
 
     place: str
     rows: float
@@ -83,15 +83,12 @@ def frame(watch: Watch, look: Look, now_s: float, width: int, height: int | None
     """
     assert watch.now is not None
     assert watch.rows is not None
-    # A small terminal needs its lines for the table.
-    most = 2 if height is None or height >= 24 else 1
-    head = [_cut(text, most * width) for text in (*_header(watch), *_problems(watch, now_s))]
+    head = _head(watch, now_s, width, height)
     columns = _fitting(look, watch.rows, width)
     lines = _sorted(_lines(watch.rows, look, columns, width), look, columns)
     if height is None:
         return Group(*head, Text(), _title(watch.rows, look), _table(watch.rows, look, columns, lines))
-    # Beside the head: a blank line, the title, two lines of headings, the line of keys.
-    room = max(height - sum(_height(text, width) for text in head) - 5, 1)
+    room = _room(head, width, height)
     begin = min(look.scroll, max(len(lines) - room, 0))
     part = lines[begin : begin + room]
     where = f"{begin + 1}-{begin + len(part)} of {len(lines)}  " if len(part) < len(lines) else ""
@@ -101,13 +98,22 @@ def frame(watch: Watch, look: Look, now_s: float, width: int, height: int | None
     return Group(*head, Text(), _title(watch.rows, look), _table(watch.rows, look, columns, part), *blank, foot)
 
 
-def lines_of(measured: Measured, look: Look) -> int:
-    """How many lines the table has, for scrolling."""
-    return len(measured.layers) * (len(measured.heads) if look.by_head else 1)
+def last_scroll(watch: Watch, look: Look, now_s: float, width: int, height: int) -> int:
+    """How far `look.scroll` goes until the last line is seen; arguments as of `frame`."""
+    assert watch.rows is not None
+    lines = len(watch.rows.layers) * (len(watch.rows.heads) if look.by_head else 1)
+    return max(lines - _room(_head(watch, now_s, width, height), width, height), 0)
 
 
-def _height(text: Text, width: int) -> int:
-    return max(1, -(-text.cell_len // width))
+def _head(watch: Watch, now_s: float, width: int, height: int | None) -> list[Text]:
+    # A small terminal needs its lines for the table.
+    most = 2 if height is None or height >= 24 else 1
+    return [_cut(text, most * width) for text in (*_header(watch), *_problems(watch, now_s))]
+
+
+def _room(head: list[Text], width: int, height: int) -> int:
+    """Lines of the table: without the head, a blank line, the title, two lines of headings, the line of keys."""
+    return max(height - sum(max(1, -(-text.cell_len // width)) for text in head) - 5, 1)
 
 
 def _header(watch: Watch) -> list[Text]:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.live import Live
 
 from glassbox.statistics import Phase
-from glassbox.view.frame import Look, frame, lines_of, sort_keys
+from glassbox.view.frame import Look, frame, last_scroll, sort_keys
 from glassbox.view.measured import Measured, ViewError, exported_statistics
 from glassbox.view.watch import Watch
 
@@ -92,22 +92,21 @@ def run(ask: Callable[[], Measured], first: Measured, look: Look, console: Conso
             for key in keys(_TICK_S):
                 if key == "q":
                     return
-                assert watch.rows is not None
-                look = press(key, look, lines_of(watch.rows, look))
+                look = press(key, look, last_scroll(watch, look, time.time(), *console.size))
                 poller.interval_s = look.interval_s
                 if key in "+-":
                     poller.again.set()
 
 
-def press(key: str, look: Look, lines: int) -> Look:
+def press(key: str, look: Look, last: int) -> Look:
     """What is shown after a key. An unknown key changes nothing.
 
     Args:
-        lines: of the table now, which scrolling keeps within.
+        last: the largest `scroll`, at which the table's last line is seen.
     """
-    scroll = {"up": -1, "down": 1, "page up": -10, "page down": 10, "home": -lines, "end": lines}
+    scroll = {"up": -1, "down": 1, "page up": -10, "page down": 10, "home": -last, "end": last}
     if key in scroll:
-        return replace(look, scroll=min(max(look.scroll + scroll[key], 0), max(lines - 1, 0)))
+        return replace(look, scroll=min(max(min(look.scroll, last) + scroll[key], 0), last))
     statistics, sorts, phases = exported_statistics(), sort_keys(), [Phase.DECODE, Phase.PREFILL, None]
     changes: dict[str, Callable[[], dict[str, Any]]] = {
         "t": lambda: {"focus": _next(statistics, look.focus)},

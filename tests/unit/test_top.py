@@ -13,7 +13,7 @@ from glassbox.export.merge import Detail
 from glassbox.export.snapshot import Snapshot
 from glassbox.statistics import INDEX, STATISTICS, Phase
 from glassbox.view import heat
-from glassbox.view.frame import Look, frame, sort_keys
+from glassbox.view.frame import Look, frame, last_scroll, sort_keys
 from glassbox.view.live import MAX_INTERVAL_S, MIN_INTERVAL_S, parse_keys, press
 from glassbox.view.measured import Measured, exported_statistics
 from glassbox.view.scrape import read_text
@@ -161,6 +161,8 @@ class TestSize:
         """Beyond the end the last lines stay."""
         watch = watching(look_at())
         assert "0" == places(shown(watch, LOOK, 100, 14))[0]
+        assert "12 of 12" in shown(watch, replace(LOOK, scroll=last_scroll(watch, LOOK, NOW, 100, 14)), 100, 14)
+        assert "11 of 12" in shown(watch, replace(LOOK, scroll=last_scroll(watch, LOOK, NOW, 100, 14) - 1), 100, 14)
         last = places(shown(watch, replace(LOOK, scroll=99), 100, 14))
         assert "11" == last[-1]
         assert "of 12  " in shown(watch, LOOK, 100, 14)
@@ -228,9 +230,11 @@ class TestKeys:
             assert bound == look.interval_s
 
     def test_scrolling_stays_within_the_table(self) -> None:
-        """From the first line to the last."""
+        """From the first line to the last, also when the window has grown in between."""
         assert 0 == press("up", LOOK, 12).scroll
-        assert 11 == press("end", LOOK, 12).scroll
+        assert 12 == press("end", LOOK, 12).scroll
+        assert 11 == press("up", press("end", LOOK, 12), 12).scroll
+        assert 2 == press("up", replace(LOOK, scroll=9), 3).scroll
         assert 10 == press("page down", LOOK, 12).scroll
         assert 0 == press("home", press("end", LOOK, 12), 12).scroll
 
