@@ -12,7 +12,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 PYTEST := $(PY) -m pytest -m "not gpu and not slow" --timeout 900
 # make bench BENCH=tests/bench/bench_row_stats.py (the benchmarks of single kernels need a GPU)
-BENCH ?= tests/bench/bench_serving.py
+BENCH ?= -m glassbox.cli bench
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help

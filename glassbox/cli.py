@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from glassbox import __version__
+from glassbox.commands.bench import CONTEXT_SETTINGS, bench
 from glassbox.commands.check import check
 from glassbox.commands.common import fail
 from glassbox.commands.diff import diff
@@ -78,6 +79,7 @@ main.command()(top)
 main.command()(heatmap)
 main.command()(report)
 main.command()(diff)
+main.command(context_settings=CONTEXT_SETTINGS)(bench)
 main.command()(dashboards)
 
 

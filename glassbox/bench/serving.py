@@ -1,7 +1,7 @@
 """What glassbox costs a real `vllm serve` on this CPU: throughput and memory, against a server without it.
 
-    python tests/bench/bench_serving.py
-    python tests/bench/bench_serving.py --pairs 8 --csv docs/data/serving_cpu.csv
+    glassbox bench
+    glassbox bench --pairs 8 --csv serving_cpu.csv
 
 Two servers of the same model stay up: one with GLASSBOX_DISABLE=1, one with the plugin. Short, identical batches of
 requests go to them in turns, in an order that is shuffled for each round and after a few unmeasured tokens, so that
@@ -41,12 +41,12 @@ import httpx
 import psutil
 import yaml
 
-from glassbox.config import load_config
+from glassbox import __version__
+from glassbox.config import load_config, packaged_config
 from glassbox.demo.model import demo_model
 from glassbox.demo.server import VllmServer, free_port
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-PACKAGED_CONFIG: Final = ROOT / "configs" / "glassbox.yaml"
 MODEL_NAME: Final = "bench"
 BYTES_PER_MB: Final = 1_000_000
 MAX_LOAD: Final = 0.5
@@ -220,7 +220,7 @@ def server(folder: Path, options: Options, *, plugin: bool) -> Iterator[tuple[Vl
     """A server and its configuration file."""
     folder.mkdir()
     config_path = folder / "glassbox.yaml"
-    config_path.write_text(PACKAGED_CONFIG.read_text())
+    config_path.write_text(packaged_config().read_text())
     longest = options.prompt_tokens + options.max_tokens
     args = ["--served-model-name", MODEL_NAME, "--max-model-len", str(max(2048, longest))]
     args += ["--max-num-seqs", str(max(16, options.batch_size))]
@@ -258,7 +258,9 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """Commit of the working tree, with `+` if it has changes."""
+    """Commit of the working tree, with `+` if it has changes; of an installed package its version."""
+    if not (ROOT / "pyproject.toml").is_file():
+        return f"glassbox {__version__}"
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -274,7 +276,7 @@ def write_csv(path: Path, rows: Sequence[Row], memory: dict[str, float], options
     # The servers inherit them: VLLM_CPU_OMP_THREADS_BIND alone moves the worker to another core.
     settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(("VLLM_", "OMP_"))]
     facts = {
-        "command": shlex.join([*settings, "python", "tests/bench/bench_serving.py", *sys.argv[1:]]),
+        "command": shlex.join([*settings, "glassbox", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
         "cpu": f"{cpu_model()}, load average {load:.1f} at the start",
@@ -334,7 +336,7 @@ def bench(options: Options) -> tuple[list[Row], dict[str, float]]:
 
 def bench_pair(options: Options, number: int) -> tuple[dict[str, list[Sample]], dict[str, float]]:
     """Start a server with and one without the plugin, measure, stop them."""
-    base = load_config(PACKAGED_CONFIG).model_dump(mode="json", exclude_defaults=True)
+    base = load_config(packaged_config()).model_dump(mode="json", exclude_defaults=True)
     with tempfile.TemporaryDirectory(prefix="glassbox-bench-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         started: dict[bool, tuple[VllmServer, Path]] = {}
@@ -358,7 +360,9 @@ def bench_pair(options: Options, number: int) -> tuple[dict[str, list[Sample]], 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if every target was met, else 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="glassbox bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=4, help="of servers, with and without the plugin")
     parser.add_argument("--rounds", type=int, default=4, help="of one batch per arm, for each pair")
     parser.add_argument("--batch-size", type=int, default=8, help="requests at once")
@@ -379,7 +383,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_csv(given.csv, rows, memory, options, load)
         print(f"\nwritten to {given.csv}")
     return 0 if met else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,12 +3,15 @@
 import math
 import statistics
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
-from tests.bench import bench_serving
-from tests.bench.bench_serving import OFF, Options, Sample, batches, run_batch, summarise
+from glassbox.bench import serving
+from glassbox.bench.serving import OFF, Options, Sample, batches, run_batch, summarise
+from glassbox.cli import main
 from tests.serving import MODEL_NAME, GlassboxServer
 
 # Far below what `make bench` promises (0.60): this is for a machine where other things run, too.
@@ -45,6 +48,29 @@ class TestSummarise:
         assert len({prompt[:4] for prompt in prompts}) == 20
 
 
+class TestCommand:
+    def test_help_tells_the_options_of_the_benchmark(self) -> None:
+        """`glassbox bench --help` is that of what it runs."""
+        result = CliRunner().invoke(main, ["bench", "--help"])
+        assert 0 == result.exit_code
+        assert "usage: glassbox bench" in result.stdout
+        for option in ("--pairs", "--rounds", "--batch-size", "--prompt-tokens", "--max-tokens", "--eager", "--csv"):
+            assert option in result.stdout
+
+    def test_a_bad_option_is_a_usage_error(self) -> None:
+        """Before any server is started."""
+        assert 2 == CliRunner().invoke(main, ["bench", "--pairs", "many"]).exit_code
+
+    def test_the_result_names_the_command_that_made_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So that it can be repeated."""
+        monkeypatch.setattr("sys.argv", ["/venv/bin/glassbox", "bench", "--pairs", "2"])
+        options = Options(pairs=2, rounds=3, batch_size=4, prompt_tokens=16, max_tokens=8, eager=True)
+        serving.write_csv(tmp_path / "a.csv", [], {}, options, 0.1)
+        first = (tmp_path / "a.csv").read_text().splitlines()[0]
+        assert first.startswith("# command: ")
+        assert first.endswith("glassbox bench --pairs 2")
+
+
 @pytest.mark.e2e
 class TestShort:
     @pytest.mark.timeout(600)
@@ -52,7 +78,7 @@ class TestShort:
         self, server: GlassboxServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """sample_rate 1.0 against 0, in turns, in CPU time: at least 0.4 (`make bench` measures it properly)."""
-        monkeypatch.setattr(bench_serving, "MODEL_NAME", MODEL_NAME)
+        monkeypatch.setattr(serving, "MODEL_NAME", MODEL_NAME)
         options = Options(pairs=1, rounds=4, batch_size=8, prompt_tokens=256, max_tokens=24, eager=True)
         cpu_s: dict[float, list[float]] = {0.0: [], 1.0: []}
         rates = [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
