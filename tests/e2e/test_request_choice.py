@@ -1,0 +1,98 @@
+"""Clients ask for traces over HTTP: what they get is their own, and it ends when they go."""
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from glassbox.trace_directory import TraceDirectory, TraceSummary
+from tests.serving import MODEL_NAME, wait_for
+
+if TYPE_CHECKING:
+    from tests.serving import GlassboxServer
+
+pytestmark = pytest.mark.e2e
+
+
+def ended(server: "GlassboxServer", request_id: str) -> list[TraceSummary]:
+    """Summaries of a request's traces that have ended; completions have a number per prompt behind their id."""
+    found = TraceDirectory(server.run_dir).summaries()
+    return [s for s in found if s.request_id.startswith(request_id) and s.status != "active"]
+
+
+def wait_trace(server: "GlassboxServer", request_id: str) -> list[TraceSummary]:
+    return wait_for(lambda: ended(server, request_id), bool, 20, f"a trace of {request_id}")
+
+
+class TestOptIn:
+    def test_chat_and_completions(self, server: "GlassboxServer") -> None:
+        """The id that the client was given finds its trace, with every generated token and what it asked for."""
+        xargs = {"glassbox": "trace", "glassbox_top_k": 4, "glassbox_spans": ["start=0:4"], "glassbox_layers": [0, 29]}
+        messages = [{"role": "user", "content": "Name three colours."}]
+        body: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "ignore_eos": True, "vllm_xargs": xargs}
+        chat = server.post("/v1/chat/completions", messages=messages, **body)
+        completion = server.post("/v1/completions", prompt="Once upon a time", n=2, **body | {"temperature": 1.0})
+        for answer, count in ((chat, 1), (completion, 2)):
+            request_id = answer["id"]
+            wait_for(lambda: len(ended(server, request_id)), lambda found: found == count, 20, "its traces")  # noqa: B023
+            traces = TraceDirectory(server.run_dir).find(answer["id"])
+            assert len(traces) == count
+            for trace in traces:
+                assert (trace.why, trace.status, trace.model_name) == ("opt_in", "finished", MODEL_NAME)
+                assert trace.prompt_len == answer["usage"]["prompt_tokens"]
+                assert trace.num_generated == 8
+                assert trace.layers == (0, 29)
+                assert int(trace.decode().sum()) == 7
+                assert (trace.topk_mass[..., 0] > 0).all()
+                assert trace.token_ids.size == 0, "prompts are private"
+
+    def test_a_client_that_goes(self, server: "GlassboxServer") -> None:
+        """The trace of an aborted stream ends, says so, and no request stays behind."""
+        body = {
+            "model": MODEL_NAME, "prompt": "Once upon a time", "max_tokens": 1500, "stream": True, "ignore_eos": True,
+            "temperature": 0, "vllm_xargs": {"glassbox": "trace"},
+        }  # fmt: skip
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as reply:
+            line = next(line for line in reply.iter_lines() if line.startswith("data: {"))
+        request_id = line.split('"id":"')[1].split('"')[0]
+        (summary,) = wait_trace(server, request_id)
+        assert summary.status == "aborted"
+        assert 0 < summary.num_generated < 1500
+        server.wait_metric("glassbox_traced_requests_active", lambda value: value == 0, 20)
+
+
+class TestOff:
+    def test_in_no_statistics(self, server: "GlassboxServer") -> None:
+        """Every step is measured, and a request that wants to be left out adds no row."""
+        server.complete("One two three", 4)
+        before = server.settled_rows()
+        server.complete("One two three four", 4, vllm_xargs={"glassbox": "off"})
+        steps = server.metric("glassbox_steps_total")
+        assert before == server.settled_rows()
+        assert steps
+        server.complete("One two three five", 4)
+        assert server.settled_rows() > before
+
+
+class TestRefusals:
+    def test_served_and_counted(self, server: "GlassboxServer") -> None:
+        """A request that may not be traced is answered as any other."""
+        name, labels = "glassbox_trace_refused_total", {"reason": "opt_in_off"}
+        before = server.metric(name, **labels) or 0.0
+        server.edit_config(requests={"opt_in": False})
+
+        def refused() -> float:
+            assert server.complete("One two three", 2, vllm_xargs={"glassbox": "trace"})
+            return server.metric(name, **labels) or 0.0
+
+        assert wait_for(refused, lambda value: value > before, 20, "a refusal") > before
+
+    def test_sampled_by_rate(self, server: "GlassboxServer") -> None:
+        """With trace_rate 1 nobody has to ask."""
+        server.edit_config(requests={"trace_rate": 1.0})
+
+        def sampled() -> list[TraceSummary]:
+            server.complete("One two three", 3)
+            return [s for s in TraceDirectory(server.run_dir).summaries() if s.why == "sampled"]
+
+        assert wait_for(sampled, bool, 20, "a sampled request")
