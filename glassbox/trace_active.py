@@ -118,9 +118,9 @@ class ActiveTrace:
         self.status: Status = "active"
         self.tokens: RequestTokens | None = None
         self._host, self._traceparent = host, traceparent
-        self._start_time_s, self._end_time_s = time.time(), None
-        self._chunks: list[Chunk] = []
+        self._start_time_s = time.time()
         self._end_time_s: float | None = None
+        self._chunks: list[Chunk] = []
 
     def row_nbytes(self, position: int) -> int:
         """Bytes that a row at `position` takes."""
@@ -156,8 +156,9 @@ class ActiveTrace:
         if self.tokens is not None:
             # vLLM's list may be used again; what is kept from here on is a copy.
             self.tokens = RequestTokens(self.tokens.prompt, list(self.tokens.generated), self.tokens.sampling_params)
-        self._end_time_s = time.time()
+        # In this order: whoever sees the end sees the status that goes with it.
         self.status = status
+        self._end_time_s = time.time()
         self.version += 1
 
     def record(self) -> RequestTrace:

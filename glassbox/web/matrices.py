@@ -1,7 +1,7 @@
 """Numbers of an engine as matrices, layer x head, over all its time or over a part of it.
 
-Owns the arithmetic: what was measured between two moments, means, and what of them is sent. Pure numpy;
-which numbers somebody wants is `selection.py`.
+Owns the arithmetic: what was measured between two moments, means, and what of them is sent. Pure numpy; which numbers
+somebody wants is `selection.py`.
 """
 
 import math

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from glassbox.export.merge import MergedEngine, merge
+from glassbox.histograms import quantiles
 from glassbox.statistics import INDEX, STATISTICS, Phase
 from glassbox.web.matrices import between, head_answer, listed, means, phase_answer, rounded
 from tests.export_samples import make_snapshot
@@ -95,6 +96,17 @@ class TestAnswers:
         assert engine.nonfinite[:, :, 0].tolist() == answer["nonfinite"]
         expected = engine.sums[:, :, 0, INDEX["top1_ratio"]] / engine.counts[:, :, 0, INDEX["top1_ratio"]].sum(axis=-1)
         np.testing.assert_allclose(answer["statistics"]["top1_ratio"]["mean"], expected, rtol=1e-4)
+
+    def test_quantiles_are_interpolated_in_the_buckets(self) -> None:
+        """As everywhere else in glassbox; null where there is no row."""
+        engine = engine_of()
+        engine.counts[0, 0, 1] = 0
+        found = phase_answer(engine, STATISTICS, Phase.DECODE)["statistics"]["sink_ratio"]
+        statistic = STATISTICS[INDEX["sink_ratio"]]
+        for name, share in (("p50", 0.5), ("p95", 0.95)):
+            expected = quantiles(statistic, engine.counts[1, 1, 1, INDEX["sink_ratio"]], share)
+            assert pytest.approx(float(expected), rel=1e-4) == found[name][1][1]
+            assert found[name][0][0] is None
 
     def test_lookback_is_of_decode_rows_only(self) -> None:
         """A statistic that prefill rows do not have is not there, rather than empty."""
