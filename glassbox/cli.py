@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from glassbox import __version__
+from glassbox.baseline_command import baseline_app
 from glassbox.commands.bench import CONTEXT_SETTINGS, bench
 from glassbox.commands.check import check
 from glassbox.commands.common import fail
@@ -81,6 +82,7 @@ main.command()(report)
 main.command()(diff)
 main.command(context_settings=CONTEXT_SETTINGS)(bench)
 main.command()(dashboards)
+main.add_typer(baseline_app, name="baseline")
 
 
 if __name__ == "__main__":

@@ -380,6 +380,40 @@ class JsonlConfig(_Section):
         return None if self.path is None else Path(self.path).expanduser()
 
 
+class BaselineConfig(_Section):
+    """The run that the drift metrics compare with (`glassbox baseline save` writes its file)."""
+
+    path: Annotated[StrictStr, Field(min_length=1)] | None = _field(
+        None,
+        "File of `glassbox baseline save`; a leading ~ is the home directory. null: nothing is compared.",
+        "must be a file's path or null",
+        "use null to compare with nothing",
+    )
+    min_rows: int = _field(
+        200,
+        "Rows, 1 to 1000000000, that a head must have on either side: two samples of n rows differ by an index of "
+        "22 / n without any change, 0.11 with 200.",
+        "must be between 1 and 1000000000",
+        "use 200",
+        ge=1,
+        le=1_000_000_000,
+    )
+    window_s: float = _field(
+        600.0,
+        "Seconds, 1 to 86400, of most recent rows that are compared; up to a quarter more, because only a few older "
+        "states are kept.",
+        "must be between 1 and 86400 seconds",
+        "use 600",
+        ge=1,
+        le=86_400,
+    )
+
+    @property
+    def expanded_path(self) -> Path | None:
+        """`path` with ~ replaced, None if nothing is compared."""
+        return None if self.path is None else Path(self.path).expanduser()
+
+
 class ExportConfig(_Section):
     """Where the numbers go."""
 
@@ -429,4 +463,5 @@ class GlassboxConfig(_Section):
     sampling: SamplingConfig = _section(SamplingConfig)
     statistics: StatisticsConfig = _section(StatisticsConfig)
     requests: RequestsConfig = _section(RequestsConfig)
+    baseline: BaselineConfig = _section(BaselineConfig)
     export: ExportConfig = _section(ExportConfig)

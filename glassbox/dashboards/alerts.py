@@ -6,7 +6,7 @@ What an alert means and what to do stands in `docs/runbooks/<alert>.md`.
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from glassbox.dashboards.rule_model import ENGINE_LABELS, MODEL_LABELS, PHASE_LABELS, Alert, RuleSettings
+from glassbox.dashboards.rule_model import ENGINE_LABELS, LAYER_LABELS, MODEL_LABELS, PHASE_LABELS, Alert, RuleSettings
 
 _WHERE: Final = "{{ $labels.model_name }}, engine {{ $labels.engine }} at {{ $labels.instance }}"
 _WHERE_PHASE: Final = _WHERE + " ({{ $labels.phase }})"
@@ -69,6 +69,17 @@ def attention_alerts(s: RuleSettings, now: Mapping[str, str], then: Mapping[str,
         summary=f"The model looks less at its prompt in {_WHERE}",
         found="Lookback ratio: {{ $value | humanize }}.",
         when=f"The mean lookback ratio is below {s.lookback_factor:g} times its mean of the last {s.history}.",
+    )
+    # At detail head there is a series per head, at layer one of the worst.
+    index = f'glassbox_attention_drift_psi{{statistic=~"{"|".join(s.drift_statistics)}"}}'
+    yield Alert(
+        "Drift",
+        "warning",
+        _layers(f"max by ({', '.join(LAYER_LABELS)}) ({index}) > {s.drift_psi}"),
+        summary=f"Attention is not as in the baseline in {_WHERE_PHASE}",
+        found=_LAYERS,
+        when=f"The population stability index of a head against the baseline is above {s.drift_psi:g}, for one of "
+        f"{', '.join(s.drift_statistics)}. Needs baseline.path in glassbox.yaml.",
     )
 
 

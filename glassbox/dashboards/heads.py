@@ -3,7 +3,7 @@
 from grafana_foundation_sdk.models import dashboard
 
 from glassbox.dashboards import promql
-from glassbox.dashboards.common import about, bounds, name_of, unit
+from glassbox.dashboards.common import SETTINGS, about, bounds, name_of, unit
 from glassbox.dashboards.layout import Page, Section, choice
 from glassbox.dashboards.panels import GREEN, NO_HEADS, RED, Levels, Query, listing, matrix, note, tile
 from glassbox.statistics import STATISTICS
@@ -82,6 +82,41 @@ def _drift_section() -> list[dashboard.Panel]:
     return [*lists, *matrices]
 
 
+def _baseline_section() -> list[dashboard.Panel]:
+    """Against the baseline's file, not against some time ago."""
+    text = "Population stability index of the recent rows of each head against the baseline of a healthy run"
+    needs = "Needs baseline.path in glassbox.yaml."
+
+    def of(metric: str, name: str) -> str:
+        return promql.reduce("max", _HEAD, promql.select(metric, *_MATCHERS, f'statistic="{name}"'))
+
+    return [
+        *(
+            matrix(
+                f"{name_of(promql.statistic(name))}: index",
+                f"{text}. Above 0.25 is by convention a major change, above {SETTINGS.drift_psi:g} the alert fires. "
+                f"{needs}",
+                Query(of("glassbox_attention_drift_psi", name)),
+                "short",
+                bounds=(0.0, 2 * SETTINGS.drift_psi),
+                colors=dashboard.FieldColorModeId.CONTINUOUS_REDS,
+            )
+            for name in SETTINGS.drift_statistics
+        ),
+        *(
+            matrix(
+                f"{name_of(promql.statistic(name))}: shift of the mean",
+                f"Mean now minus that of the baseline, in standard deviations; blue fell, red rose. {needs}",
+                Query(of("glassbox_attention_drift_mean_shift", name)),
+                "short",
+                bounds=(-1.0, 1.0),
+                colors=_DIVERGING,
+            )
+            for name in SETTINGS.drift_statistics
+        ),
+    ]
+
+
 def _numbers() -> list[dashboard.Panel]:
     window_max = promql.select("glassbox_attention_max_logit_window_max", *_MATCHERS)
     rows, nonfinite = (
@@ -119,6 +154,7 @@ def page() -> Page:
             Section("Heads of $model_name", _top()),
             Section(name_of(promql.statistic(shown)), [_matrix(shown)]),
             Section("Drift against $baseline ago", _drift_section(), folded=True),
+            Section("Drift from the baseline's file", _baseline_section(), folded=True),
             *(Section(name_of(promql.statistic(name)), [_matrix(name)], folded=True) for name in others),
             Section("Largest logits and non-finite rows", _numbers(), folded=True),
         ],

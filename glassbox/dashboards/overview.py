@@ -19,6 +19,9 @@ _ALERTS = 'alertname=~"Glassbox.+", alertstate="firing"'
 _NONFINITE = "glassbox_attention_nonfinite_rows_total"
 _ROWS = "glassbox_attention_rows_total"
 _WINDOW_MAX = "glassbox_attention_max_logit_window_max"
+_PSI = "glassbox_attention_drift_psi"
+_SHIFT = "glassbox_attention_drift_mean_shift"
+_NO_BASELINE = "no baseline: set baseline.path in glassbox.yaml"
 _ENGINE = ("instance", "engine")
 _NAMED = "{{instance}} engine {{engine}}"
 
@@ -160,6 +163,63 @@ def _where() -> list[dashboard.Panel]:
     ]
 
 
+def _drift() -> list[dashboard.Panel]:
+    """Against the baseline of a healthy run."""
+    settings = SETTINGS
+    labels = ("model_name", "engine", "phase", "layer", "statistic")
+    index = "Population stability index of the recent rows against the baseline"
+    psi, shift = promql.select(_PSI), promql.select(_SHIFT)
+    return [
+        lines(
+            "Drift by statistic",
+            f"{index}, of the worst head. By convention below 0.1 is no change and above 0.25 a major one; the alert "
+            f"fires above {settings.drift_psi:g} for {', '.join(settings.drift_statistics)}.",
+            [Query(promql.reduce("max", ("statistic",), psi), "{{statistic}}")],
+            "short",
+            bounds=(0.0, None),
+            limit=settings.drift_psi,
+        ),
+        lines(
+            "Drift by layers",
+            f"{index}, of the worst head and statistic, per band of ten layers.",
+            [Query(promql.reduce("max", (promql.BAND_LABEL,), promql.banded(psi)), "layers {{layers}}")],
+            "short",
+            bounds=(0.0, None),
+            limit=settings.drift_psi,
+        ),
+        lines(
+            "Shift of the mean",
+            "Mean of the recent rows minus that of the baseline, in standard deviations, of the heads that rose and "
+            "fell most. 0.2 is small, 0.8 is large.",
+            [
+                Query(promql.reduce("max", ("statistic",), f"{shift} > 0"), "{{statistic}} up"),
+                Query(promql.reduce("min", ("statistic",), f"{shift} < 0"), "{{statistic}} down"),
+            ],
+            "short",
+        ),
+        listing(
+            "Layers farthest from the baseline",
+            f"{index}: the 20 largest, by layer and statistic.",
+            Query(f"topk(20, {promql.reduce('max', labels, psi)})"),
+            "short",
+            labels,
+            value="index",
+            no_value=_NO_BASELINE,
+            size=(12, 8),
+        ),
+        listing(
+            "Means farthest from the baseline",
+            "Standardised shift of the mean, up or down: the 20 largest, by layer and statistic.",
+            Query(f"topk(20, {promql.reduce('max', labels, f'abs({shift})')})"),
+            "short",
+            labels,
+            value="standard deviations",
+            no_value=_NO_BASELINE,
+            size=(12, 8),
+        ),
+    ]
+
+
 def _work() -> list[dashboard.Panel]:
     """What glassbox does and costs."""
     return [
@@ -271,6 +331,7 @@ def page() -> Page:
             Section("Entropy and sink", [*statistic_line("entropy_ratio"), *statistic_line("sink_ratio")]),
             Section("Logits and saturation", _logits()),
             Section("Where", _where()),
+            Section("Drift from the baseline", _drift()),
             Section(
                 "Reach: keys, distance, locality, lookback",
                 [

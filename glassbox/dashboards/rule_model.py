@@ -33,6 +33,10 @@ class RuleSettings:
         saturation_bound: bound of a bucket of top1_ratio; a row above it is saturated.
         saturation_rise: by how much the share of saturated rows may rise over the history.
         lookback_factor: low is below factor x history.
+        drift_psi: population stability index of a layer's worst head above which it has drifted from the baseline. By
+            convention 0.25 is a major change (Siddiqi 2006); the worst of many heads needs more room, because the mix
+            of requests changes from hour to hour.
+        drift_statistics: those that count: the others follow the lengths of prompts and answers.
         overhead_budget: share of time that measuring may take, as `sampling.overhead_budget`.
         sampling_window: in which a busy server must have measured something.
         min_expected_samples: sampled steps that were to be expected in it, else its silence says nothing.
@@ -57,6 +61,8 @@ class RuleSettings:
     saturation_bound: float = 0.99
     saturation_rise: float = 0.25
     lookback_factor: float = 0.5
+    drift_psi: float = 0.5
+    drift_statistics: tuple[str, ...] = ("entropy_ratio", "max_logit", "top1_ratio", "sink_ratio")
     overhead_budget: float = 0.01
     sampling_window: str = "30m"
     min_expected_samples: int = 20
@@ -69,6 +75,7 @@ class RuleSettings:
             "LogitLimit": "5m",
             "Saturation": "15m",
             "LookbackLow": "30m",
+            "Drift": "10m",
             "ConfigReloadFailed": "1m",
             "NotSampling": "5m",
             "OverheadAboveBudget": "15m",

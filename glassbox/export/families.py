@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
+from glassbox.export.drift_watch import COMPARED, Drift, EngineKey
 from glassbox.export.merge import Aggregate, Detail, MergedEngine, aggregate
 from glassbox.statistics import INDEX, NUM_BUCKETS, PHASES, STATISTICS, Phase, Statistic
 
@@ -95,6 +97,23 @@ _NONFINITE: Final = _plain(
     "{row}",
     "Measured attention rows with a NaN or infinite score.",
     ("phase",),
+)
+# Per engine, phase, statistic and detail; only with a baseline.
+_DRIFT_PSI: Final = _plain(
+    "attention_drift_psi",
+    "attention.drift_psi",
+    "gauge",
+    "1",
+    "Population stability index of a statistic's recent rows against the baseline; of the worst head.",
+    ("phase", "statistic"),
+)
+_DRIFT_SHIFT: Final = _plain(
+    "attention_drift_mean_shift",
+    "attention.drift_mean_shift",
+    "gauge",
+    "1",
+    "Mean of a statistic's recent rows minus the baseline's, in standard deviations; of the head that moved most.",
+    ("phase", "statistic"),
 )
 # Per engine.
 _STEPS: Final = _plain("steps_total", "steps", "counter", "{step}", "Engine steps seen.")
@@ -202,7 +221,7 @@ def _histogram(statistic: Statistic) -> Family:
 
 _EXPORTED: Final = tuple(statistic for statistic in STATISTICS if statistic.exported)
 _HISTOGRAMS: Final = tuple(_histogram(statistic) for statistic in _EXPORTED)
-_BY_DETAIL: Final = (*_HISTOGRAMS, _WINDOW_MAX, _ROWS, _NONFINITE)
+_BY_DETAIL: Final = (*_HISTOGRAMS, _WINDOW_MAX, _ROWS, _NONFINITE, _DRIFT_PSI, _DRIFT_SHIFT)
 # Every metric, without series; labels as at detail `model`. Docs and dashboards are checked against it.
 METRICS: Final = (
     *_BY_DETAIL,
@@ -224,18 +243,22 @@ METRICS: Final = (
 
 
 def build_families(
-    engines: Sequence[MergedEngine], detail: Detail, errors: Mapping[str, int] | None = None
+    engines: Sequence[MergedEngine],
+    detail: Detail,
+    errors: Mapping[str, int] | None = None,
+    drift: Mapping[EngineKey, Drift] | None = None,
 ) -> list[Family]:
     """All families of a server that have a series.
 
     At details model and layer a series exists from the first snapshot on, with zeros, so that `rate()` sees
     the first increase; at detail head only heads with measured rows have series. lookback_ratio has none in
-    prefill.
+    prefill, and drift has one only where there are enough rows to compare.
 
     Args:
         engines: from `merge`.
         detail: of the attention metrics; see `effective_detail`.
         errors: of the exporting side, by stage. They belong to no engine and are added to the first one's.
+        drift: from the baseline, of the engines that can be compared.
     """
     series: dict[str, list[Series]] = {family.name: [] for family in METRICS}
     for engine in engines:
@@ -245,6 +268,9 @@ def build_families(
         numbers = ((_WINDOW_MAX, part.window_max), (_ROWS, part.rows), (_NONFINITE, part.nonfinite))
         for family, values in numbers:
             series[family.name] += _number_series(engine, part, values, detail)
+        if compared := (drift or {}).get((engine.model_name, engine.engine)):
+            series[_DRIFT_PSI.name] += _drift_series(engine, part, compared.psi, detail)
+            series[_DRIFT_SHIFT.name] += _drift_series(engine, part, compared.shift, detail)
     for number, engine in enumerate(engines):
         for family, labels, value in _engine_values(engine, (errors or {}) if number == 0 else {}):
             all_labels = (engine.model_name, engine.engine, *labels)
@@ -289,6 +315,20 @@ def _number_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[An
             yield Series(labels, numbers[k][p], engine.start_time_s)
 
 
+def _drift_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any], detail: Detail) -> Iterator[Series]:
+    """Of values [L, H, 2, E]: at a coarser detail than head the one that is farthest from 0."""
+    places = {"model": 1, "layer": len(engine.layers), "head": len(engine.layers) * engine.num_heads}[detail]
+    by_place = values.reshape(places, -1, *values.shape[2:])  # [K, heads of a place, 2, E]
+    known = np.where(np.isnan(by_place), 0.0, by_place)
+    worst = np.take_along_axis(known, np.abs(known).argmax(axis=1)[:, None], axis=1)[:, 0]
+    numbers = np.where(np.isnan(by_place).all(axis=1), np.nan, worst).tolist()
+    for k, p, labels in _places(engine, part, PHASES, detail):
+        for e, statistic in enumerate(COMPARED):
+            if not math.isnan(numbers[k][p][e]):
+                where = (*labels[: len(ENGINE_LABELS) + 1], statistic.name, *labels[len(ENGINE_LABELS) + 1 :])
+                yield Series(where, numbers[k][p][e], engine.start_time_s)
+
+
 def _engine_values(engine: MergedEngine, errors: Mapping[str, int]) -> Iterator[tuple[Family, tuple[str, ...], float]]:
     """Values of the metrics per engine, with the values of their own labels."""
     yield _STEPS, (), engine.steps
@@ -312,38 +352,45 @@ def _engine_values(engine: MergedEngine, errors: Mapping[str, int]) -> Iterator[
     yield _RELOAD_TIME, (), engine.reload_timestamp_s
 
 
-def samples_per_place() -> int:
+def samples_per_place(with_drift: bool = False) -> int:
     """Prometheus samples of the attention metrics for one engine and one (layer, head) or whatever the detail
     shows.
 
-    A histogram has a sample per bucket, `_count`, and `_sum` unless its values may be negative.
+    A histogram has a sample per bucket, `_count`, and `_sum` unless its values may be negative; with a baseline a
+    statistic has an index and a shift as well.
     """
     total = 0
     for statistic in STATISTICS:
         if statistic.exported:
             phases = 1 if statistic.decode_only else len(PHASES)
-            total += phases * (NUM_BUCKETS + (1 if statistic.signed else 2))
+            total += phases * (NUM_BUCKETS + (1 if statistic.signed else 2) + (2 if with_drift else 0))
     return total + 3 * len(PHASES)  # window_max, rows and nonfinite
 
 
-def series_count(detail: Detail, num_layers: int, num_heads: int) -> int:
+def series_count(detail: Detail, num_layers: int, num_heads: int, with_drift: bool = False) -> int:
     """Prometheus samples of the attention metrics of one engine when every series exists.
 
     Args:
         detail: model, layer or head.
         num_layers: observed layers.
         num_heads: query heads of the model, of all ranks.
+        with_drift: whether there is a baseline to compare with, which brings further series.
     """
     places = {"model": 1, "layer": num_layers, "head": num_layers * num_heads}[detail]
-    return places * samples_per_place()
+    return places * samples_per_place(with_drift)
 
 
-def effective_detail(detail: Detail, max_series: int, engines: Sequence[MergedEngine]) -> tuple[Detail, str | None]:
+def effective_detail(
+    detail: Detail, max_series: int, engines: Sequence[MergedEngine], with_drift: bool = False
+) -> tuple[Detail, str | None]:
     """`fitting_detail` for the engines of a server."""
-    return fitting_detail(detail, max_series, [(len(engine.layers), engine.num_heads) for engine in engines])
+    shapes = [(len(engine.layers), engine.num_heads) for engine in engines]
+    return fitting_detail(detail, max_series, shapes, with_drift)
 
 
-def fitting_detail(detail: Detail, max_series: int, shapes: Sequence[tuple[int, int]]) -> tuple[Detail, str | None]:
+def fitting_detail(
+    detail: Detail, max_series: int, shapes: Sequence[tuple[int, int]], with_drift: bool = False
+) -> tuple[Detail, str | None]:
     """The finest detail, at most the wanted one, that keeps a server within `max_series`.
 
     Args:
@@ -354,7 +401,7 @@ def fitting_detail(detail: Detail, max_series: int, shapes: Sequence[tuple[int, 
     """
 
     def needed(at: Detail) -> int:
-        return sum(series_count(at, num_layers, num_heads) for num_layers, num_heads in shapes)
+        return sum(series_count(at, num_layers, num_heads, with_drift) for num_layers, num_heads in shapes)
 
     used = detail
     while needed(used) > max_series and used in _COARSER:

@@ -7,12 +7,14 @@ so a scrape between two snapshots costs microseconds. It starts no thread; it ma
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from glassbox.config import ConfigError, GlassboxConfig, load_config
+from glassbox.export.drift_watch import DriftWatch
 from glassbox.export.families import Family, build_families, effective_detail
 from glassbox.export.merge import Detail, MergedEngine, merge
 from glassbox.export.snapshot import FileVersion, SnapshotReader, write_atomically
@@ -141,15 +143,20 @@ class FamilySource:
     Args:
         run_dir: where the snapshot files are; it need not exist yet.
         config: returns the configuration of the moment, e.g. a `ConfigFile`.
+        clock: Unix time in seconds.
     """
 
-    def __init__(self, run_dir: Path, config: Callable[[], GlassboxConfig]) -> None:
+    def __init__(
+        self, run_dir: Path, config: Callable[[], GlassboxConfig], clock: Callable[[], float] = time.time
+    ) -> None:
         self._run_dir = Path(run_dir)
         self._config = config
         self._reader = SnapshotReader(self._run_dir)
         self._lock = threading.Lock()
         self._errors: dict[str, int] = {}
         self._merged: Merged | None = None
+        self._clock = clock
+        self._drift = DriftWatch(self._on_drift_error)
         self._view: View | None = None
         self._warning: str | None = None
 
@@ -190,6 +197,13 @@ class FamilySource:
             self._merged = Merged(versions, tuple(merge(self._reader.read(versions))))
         return self._merged
 
+    def _on_drift_error(self, message: str) -> None:
+        # Within view(), which holds the lock.
+        self._errors["baseline"] = self._errors.get("baseline", 0) + 1
+        logger.error(
+            '%s (counted in glassbox_errors_total{stage="baseline"}; serving and the other metrics go on)', message
+        )
+
     def view(self) -> View:
         """The state of the moment; the same object as long as nothing changed.
 
@@ -202,18 +216,26 @@ class FamilySource:
             status = read_status(self._run_dir)
             prometheus = config.export.prometheus
             exporter_errors = dict(status.errors) if status else {}
-            key = (versions, prometheus.detail, prometheus.max_series, exporter_errors, dict(self._errors))
-            if self._view is not None and self._view.key == key:
+            baseline, now = self._drift.reload(config.baseline), self._clock()
+            key: object = (
+                (versions, prometheus.detail, prometheus.max_series),
+                (exporter_errors, dict(self._errors)),
+                (baseline, config.statistics),
+            )
+            if self._view is not None and self._view.key == key and now <= self._drift.expires_s:
                 return self._view
             engines = self._merge(versions).engines
-            detail, warning = effective_detail(prometheus.detail, prometheus.max_series, engines)
+            detail, warning = effective_detail(
+                prometheus.detail, prometheus.max_series, engines, with_drift=self._drift.active
+            )
             if warning is not None and warning != self._warning:
                 logger.warning("%s", warning)
             self._warning = warning
+            drift = self._drift.compare(engines, config, now)
             errors = _add(exporter_errors, self._errors)
             if self._reader.unreadable:
                 errors = _add(errors, {"snapshot": self._reader.unreadable})
-            self._view = View(key, engines, detail, tuple(build_families(engines, detail, errors)))
+            self._view = View(key, engines, detail, tuple(build_families(engines, detail, errors, drift)))
             return self._view
 
 

@@ -114,10 +114,11 @@ class TestGoodFiles:
         assert load_config(config_file).export.otel.endpoint == endpoint
 
     def test_home(self, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """~ in jsonl.path is the home directory."""
+        """~ in jsonl.path and baseline.path is the home directory."""
         monkeypatch.setenv("HOME", "/home/someone")
-        config_file.write_text("export: {jsonl: {path: ~/traces.jsonl}}")
+        config_file.write_text("{export: {jsonl: {path: ~/traces.jsonl}}, baseline: {path: ~/b.npz}}")
         assert load_config(config_file).export.jsonl.expanded_path == Path("/home/someone/traces.jsonl")
+        assert load_config(config_file).baseline.expanded_path == Path("/home/someone/b.npz")
 
     def test_no_secrets_in_repr(self, config_file: Path) -> None:
         """A header's value does not show in the configuration's repr."""
@@ -233,6 +234,11 @@ class TestBadValues:
                 "export: {otel: {endpoint: 'c:4317', protocol: http}}",
                 "export.otel.endpoint must be an http or https URL, got the string 'c:4317'; use a URL",
             ),
+            ("baseline: {path: ''}", "baseline.path must be a file's path or null, got the string '';"),
+            ("baseline: {path: 3}", "baseline.path must be"),
+            ("baseline: {min_rows: 0}", "baseline.min_rows must be between 1 and 1000000000, got 0; use 200"),
+            ("baseline: {window_s: 0.5}", "baseline.window_s must be between 1 and 86400 seconds, got 0.5; use 600"),
+            ("baseline: {windows: 5}", "baseline.windows is not a known key; did you mean baseline.window_s?"),
             (
                 "export: {jsonl: {path: ''}}",
                 "export.jsonl.path must be a file's path or null, got the string '';",
@@ -414,7 +420,8 @@ class TestRestartNeeded:
         """An edit of live settings needs no restart."""
         new = self.changed(
             "{sample_rate: 1.0, log_level: debug, sampling: {layers: [1], max_rows_per_step: 9}, "
-            "requests: {trace_rate: 1.0}, export: {interval_s: 1.0, prometheus: {detail: head}}}"
+            "requests: {trace_rate: 1.0}, baseline: {path: b.npz, min_rows: 9, window_s: 60}, "
+            "export: {interval_s: 1.0, prometheus: {detail: head}}}"
         )
         assert restart_needed(GlassboxConfig(), new) == []
 

@@ -200,6 +200,8 @@ class TestFamilies:
             "glassbox_attention_max_logit_window_max": ("gauge", phase),
             "glassbox_attention_rows_total": ("counter", phase),
             "glassbox_attention_nonfinite_rows_total": ("counter", phase),
+            "glassbox_attention_drift_psi": ("gauge", (*phase, "statistic")),
+            "glassbox_attention_drift_mean_shift": ("gauge", (*phase, "statistic")),
             "glassbox_steps_total": ("counter", engine),
             "glassbox_sampled_steps_total": ("counter", engine),
             "glassbox_dropped_rows_total": ("counter", (*engine, "reason")),

@@ -37,6 +37,8 @@ class Traffic:
     saturated: float = 0.2
     over_limit: float = 0.0
     max_logit: float = 12.0
+    drift: float = 0.1
+    drift_by_length: float = 0.1
     nonfinite: float = 0.0
     steps: float = 100.0
     sampled: float = 1.0
@@ -114,6 +116,8 @@ def engine_series(spans: list[Span], *, instance: str = "a:8000", start_min: int
             add(f"{a}_max_logit_bucket", f'{labels}, le="100.0"', _counter(mine, "within_limit"))
             add(f"{a}_max_logit_count", labels, _counter(mine, "rows"))
             add(f"{a}_max_logit_window_max", labels, _gauge(mine, "max_logit"))
+            for statistic, name in (("sink_ratio", "drift"), ("distance_tokens", "drift_by_length")):
+                add(f"{a}_drift_psi", f'{labels}, statistic="{statistic}"', _gauge(mine, name))
             add(f"{a}_rows_total", labels, _counter(mine, "rows"))
             add(f"{a}_nonfinite_rows_total", labels, _counter(mine, "nonfinite"))
     add("glassbox_steps_total", engine, _counter(spans, "steps"))
@@ -168,6 +172,7 @@ class TestFires:
             ({"max_logit": 150.0, "over_limit": 0.05}, ["LogitGrowth", "LogitLimit"]),
             ({"saturated": 0.6}, ["Saturation"]),
             ({"lookback": 0.1}, ["LookbackLow"]),
+            ({"drift": 0.6}, ["Drift"]),
             ({"reload_ok": 0.0}, ["ConfigReloadFailed"]),
             ({"rows": 0.0, "sampled": 0.0}, ["NotSampling"]),
             ({"layers": 0.0}, ["NotSampling"]),
@@ -200,6 +205,35 @@ class TestFires:
         """The first server of a new model fires after minutes."""
         series = engine_series([Span(30, replace(HEALTHY, over_limit=0.5, max_logit=500.0))])
         promtool_test(tmp_path, series, {29: ["LogitLimit"]})
+
+    def test_drift_needs_no_history_and_counts_layers_not_heads(self, tmp_path: Path) -> None:
+        """The first server of a model, at detail head: two heads of layer 1 and one of layer 4 are two layers."""
+        where = 'job="vllm", instance="a:8000", model_name="tiny/model", engine="0", phase="decode"'
+        series = [
+            {
+                "series": "glassbox_attention_drift_psi"
+                f'{{{where}, statistic="{name}", layer="{layer}", head="{head}"}}',
+                "values": f"{value}x30",
+            }
+            for layer, head, name, value in (
+                (1, 0, "sink_ratio", 0.7),
+                (1, 5, "entropy_ratio", 9.0),
+                (4, 2, "top1_ratio", 0.6),
+                (5, 2, "max_logit", 0.2),
+                (6, 2, "distance_tokens", 4.0),
+            )
+        ]
+        expected = [{"labels": f"{{{where}}}", "value": 2}]
+        rule = next(alert for alert in ALERTS if alert.name == "Drift")
+        count = {"expr": rule.expr, "eval_time": "20m", "exp_samples": expected}
+        fires = {
+            "expr": 'group by (alertname, severity) (ALERTS{alertstate="firing"})',
+            "eval_time": "12m",
+            "exp_samples": [{"labels": '{alertname="GlassboxDrift", severity="warning"}', "value": 1}],
+        }
+        silent = {**fires, "eval_time": "8m", "exp_samples": []}
+        tests = {"interval": "1m", "input_series": series, "promql_expr_test": [count, fires, silent]}
+        run_promtool(tmp_path, tests)
 
     def test_alert_tells_what_where_and_what_to_read(self, tmp_path: Path) -> None:
         """Labels and annotations of a firing alert, templates filled in."""
@@ -245,9 +279,14 @@ class TestStaysSilent:
         spans = [Span(60), Span(FAULT_MIN, odd)]
         promtool_test(tmp_path, engine_series(spans), {60 + FAULT_MIN - 1: []})
 
+    def test_drift_that_is_no_news(self, tmp_path: Path) -> None:
+        """A change that is less than major for the worst of many heads, and one that longer prompts alone make."""
+        spans = fault(drift=0.45, drift_by_length=5.0)
+        promtool_test(tmp_path, engine_series(spans), {END_MIN: []})
+
     def test_a_blip_is_over_before_anybody_is_called(self, tmp_path: Path) -> None:
         """Eight minutes of collapse, lost sink, saturation and overhead, then healthy again."""
-        odd = replace(HEALTHY, entropy=0.01, sink=0.01, saturated=0.9, lookback=0.01, overhead_s=2.0)
+        odd = replace(HEALTHY, entropy=0.01, sink=0.01, saturated=0.9, lookback=0.01, overhead_s=2.0, drift=5.0)
         spans = [Span(HEALTHY_MIN), Span(8, odd), Span(30)]
         minutes = range(HEALTHY_MIN, HEALTHY_MIN + 34, 3)
         promtool_test(tmp_path, engine_series(spans), {minute: [] for minute in minutes})
