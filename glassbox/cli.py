@@ -56,11 +56,27 @@ def demo(
         int | None,
         typer.Option(min=1, max=65535, help="Port of the server; without it a free one.", show_default=False),
     ] = None,
+    incident: Annotated[
+        bool,
+        typer.Option(
+            "--incident",
+            help="Break the model in ways that happen, and show which alert tells; exit with 0 only if each does. "
+            "Needs the program prometheus; takes some minutes.",
+        ),
+    ] = False,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(help="With --incident: only this fault; may be repeated.", show_default=False),
+    ] = None,
 ) -> None:
     """Serve a small real model, send it real traffic, and show its attention as a table.
 
     Then the server goes on until Ctrl-C.
     """
+    if incident and (once or port is not None):
+        raise _fail("--incident starts servers of its own and stops by itself; leave out --once and --port")
+    if fault and not incident:
+        raise _fail("--fault is for the incident; add --incident")
     missing = [name for name in ("vllm", "httpx") if importlib.util.find_spec(name) is None]
     if missing:
         raise fail(
@@ -70,6 +86,11 @@ def demo(
     from glassbox.demo.run import DemoError, DemoOptions, make_console, run_demo
 
     try:
+        if incident:
+            from glassbox.demo.incident import IncidentOptions, choose, passed, run_incident
+
+            outcomes = run_incident(IncidentOptions(choose(fault or [])), make_console())
+            raise typer.Exit(0 if passed(outcomes) else 1)
         status = run_demo(DemoOptions(once=once, port=port), make_console())
     except DemoError as error:
         raise fail(str(error)) from None

@@ -69,7 +69,7 @@ def run_demo(options: DemoOptions, console: Console) -> int:
         DemoError: something needed can't be had; what was started is stopped.
     """
     begin = time.monotonic()
-    with _interruptible(), tempfile.TemporaryDirectory(prefix="glassbox-demo-") as temporary:
+    with interruptible(), tempfile.TemporaryDirectory(prefix="glassbox-demo-") as temporary:
         folder = Path(temporary)
         config = folder / "glassbox.yaml"
         config.write_text(_CONFIG, encoding="utf-8")
@@ -96,7 +96,7 @@ def _start(
 ) -> VllmServer:
     """Get the model and start the server; `stack` stops it."""
     log_path = folder / "server.log"
-    with _progress(console) as progress:
+    with make_progress(console) as progress:
         task = progress.add_task(f"model {MODEL_NAME}", total=None)
         model = demo_model(report=lambda text: progress.update(task, description=text))
         progress.update(task, description=f"model {MODEL_NAME}", total=1, completed=1)
@@ -123,7 +123,7 @@ def _start(
 def _measure(server: VllmServer, console: Console) -> Measured:
     """Send the traffic, wait until its rows have reached `/metrics`, and read them."""
     batches = demo_traffic()
-    with _progress(console) as progress:
+    with make_progress(console) as progress:
         task = progress.add_task("requests", total=sum(len(batch) for batch in batches))
 
         def show(answer: Answer) -> None:
@@ -180,7 +180,7 @@ def _keep(server: VllmServer, console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """SIGTERM ends the demo as Ctrl-C does: `timeout`, make and process managers leave no server behind.
 
     Only the first signal counts. A second one (make passes on what the whole group has had already) would break
@@ -201,7 +201,7 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _progress(console: Console) -> Progress:
+def make_progress(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(finished_text="[green]✓[/green]"),
         TextColumn("{task.description}"),

@@ -13,9 +13,12 @@ import pytest
 
 pytest.importorskip("grafana_foundation_sdk", reason="needs the extra dashboards")
 
+from glassbox.baseline import from_engines, save_baseline
 from glassbox.dashboards import check, files, heads
 from glassbox.dashboards.rule_model import RuleSettings
 from glassbox.dashboards.rules import alerts, build_groups, recordings, to_data
+from glassbox.export.merge import merge
+from glassbox.export.snapshot import read_snapshots
 from tests.prometheus_server import PrometheusServer
 from tests.serving import require_tool, wait_for
 
@@ -74,6 +77,7 @@ EAGER: Final = replace(
     logit_limit_share=-1.0,
     saturation_rise=-2.0,
     lookback_factor=1e9,
+    drift_psi=-1.0,
     overhead_budget=-1.0,
 )
 
@@ -121,7 +125,16 @@ def wait_until_complete(prometheus: PrometheusServer, asked: Mapping[str, str], 
 
 
 def set_detail(server: "GlassboxServer", detail: str) -> None:
-    server.edit_config(export={"interval_s": 1, "prometheus": {"detail": detail, "max_series": 200_000}})
+    """Show that detail, and drift from what the server has measured up to now."""
+    if not (server.metric("glassbox_attention_rows_total") or 0):
+        server.complete("Once upon a time there was a small red fox", 8)
+        server.settled_rows()
+    path = server.folder / "baseline.npz"
+    save_baseline(path, from_engines(merge(read_snapshots(server.run_dir)), "the server of the tests"))
+    server.edit_config(
+        baseline={"path": str(path), "min_rows": 1, "window_s": WINDOW_S},
+        export={"interval_s": 1, "prometheus": {"detail": detail, "max_series": 200_000}},
+    )
 
 
 def dashboard_expressions() -> dict[str, str]:
@@ -156,8 +169,8 @@ class TestQueries:
             empty = wait_until_complete(prometheus, asked, allowed)
             assert set() == {f"{where}: {asked[where]}" for where in empty - allowed}
             firing = {dict(labels)["alertname"] for labels in prometheus.query('ALERTS{alertstate="firing"}')}
-        # Every step is measured here, on a CPU; and nothing is wrong.
-        assert {"GlassboxOverheadAboveBudget"} >= firing
+        # Every step is measured here, on a CPU, and the baseline had other requests; nothing else is wrong.
+        assert {"GlassboxOverheadAboveBudget", "GlassboxDrift"} >= firing
 
     @pytest.mark.parametrize("detail", ["layer", "model"])
     def test_at_coarser_details_only_heads_is_empty(
@@ -180,6 +193,7 @@ class TestQueries:
         set_detail(server, "head")
         server.complete("The quick brown fox", 4)
         server.wait_metric("glassbox_attention_rows_total", bool, head="0")
+        server.wait_metric("glassbox_attention_drift_psi", lambda index: index is not None, head="0")
         known = check.known_series(build_groups())
         seen = {
             sample.name: frozenset(sample.labels)
