@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from glassbox.baseline import Baseline
 
 baseline_app = typer.Typer(help="Save how a healthy run looks, for the server to compare with.", no_args_is_help=True)
-
-_FEW_ROWS: Final = 200  # as the default of baseline.min_rows
 
 
 def _fail(message: str) -> typer.Exit:
@@ -43,7 +41,7 @@ def save(
     Then name the file in the server's YAML: `baseline: {path: FILE}`.
     """
     from glassbox.baseline import BaselineError, save_baseline
-    from glassbox.config import ConfigError
+    from glassbox.config import BaselineConfig, ConfigError
 
     try:
         baseline = _take(source, model, config)
@@ -55,10 +53,11 @@ def save(
     for line in _description(baseline):
         typer.echo(line)
     typer.echo(f"saved to {out}; name it in the server's YAML as baseline.path")
-    few = int((baseline.rows.max(axis=-1) < _FEW_ROWS).sum())
+    least = BaselineConfig().min_rows
+    few = int((baseline.rows.max(axis=-1) < least).sum())
     if few:
         typer.echo(
-            f"glassbox: {few} of {baseline.rows.shape[0] * baseline.num_heads} heads have fewer than {_FEW_ROWS} rows "
+            f"glassbox: {few} of {baseline.rows.shape[0] * baseline.num_heads} heads have fewer than {least} rows "
             "and won't be compared by default (baseline.min_rows); save again after more traffic",
             err=True,
         )

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from glassbox.baseline import Baseline
+from glassbox.config import BaselineConfig
 from glassbox.dashboards.rule_model import RuleSettings
 from glassbox.demo.table import format_value
 from glassbox.export.drift_watch import COMPARED, compare
@@ -21,7 +22,7 @@ from glassbox.statistics import INDEX, PHASES
 # Of the alerts that compare a layer's mean with its history.
 _MEAN_OF: Final = {"SinkLost": ("sink_ratio", "sink_floor"), "EntropyCollapse": ("entropy_ratio", "entropy_floor")}
 _COLUMNS: Final = [INDEX[statistic.name] for statistic in COMPARED]
-_MIN_ROWS: Final = 200
+_MIN_ROWS: Final = BaselineConfig().min_rows
 _ANSWER_CHARACTERS: Final = 90
 
 

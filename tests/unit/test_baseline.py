@@ -261,7 +261,7 @@ class TestCommand:
         saved = run("save", tmp_path / "run", "-o", tmp_path / "b.npz", "--config", config)
         assert 0 == saved.exit_code, saved.output
         assert f"saved to {tmp_path / 'b.npz'}" in saved.stdout
-        assert "4 of 4 heads have fewer than 200 rows" in saved.stderr
+        assert "4 of 4 heads have fewer than 500 rows" in saved.stderr
         assert (2, 128) == (
             load_baseline(tmp_path / "b.npz").sink_tokens,
             load_baseline(tmp_path / "b.npz").local_window,

@@ -236,7 +236,7 @@ class TestBadValues:
             ),
             ("baseline: {path: ''}", "baseline.path must be a file's path or null, got the string '';"),
             ("baseline: {path: 3}", "baseline.path must be"),
-            ("baseline: {min_rows: 0}", "baseline.min_rows must be between 1 and 1000000000, got 0; use 200"),
+            ("baseline: {min_rows: 0}", "baseline.min_rows must be between 1 and 1000000000, got 0; use 500"),
             ("baseline: {window_s: 0.5}", "baseline.window_s must be between 1 and 86400 seconds, got 0.5; use 600"),
             ("baseline: {windows: 5}", "baseline.windows is not a known key; did you mean baseline.window_s?"),
             (
