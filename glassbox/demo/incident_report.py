@@ -15,7 +15,7 @@ from glassbox.baseline import Baseline
 from glassbox.config import BaselineConfig
 from glassbox.dashboards.rule_model import RuleSettings
 from glassbox.demo.table import format_value
-from glassbox.export.drift_watch import COMPARED, compare
+from glassbox.export.drift_watch import COMPARED, compare, expected_counts
 from glassbox.export.merge import MergedEngine
 from glassbox.statistics import INDEX, PHASES
 
@@ -135,7 +135,7 @@ def _lowest_mean(healthy: Rows, now: Rows, statistic: str, floor: str) -> Findin
 
 
 def _largest_index(healthy: Rows, now: Rows, baseline: Baseline) -> Finding | None:
-    psi = compare(baseline, now.layers, now.counts[:, :, :, _COLUMNS], _MIN_ROWS).psi
+    psi = compare(expected_counts(baseline, now.layers), now.counts[:, :, :, _COLUMNS], _MIN_ROWS).psi
     counting = [statistic.name in RuleSettings().drift_statistics for statistic in COMPARED]
     psi = np.where(counting, psi, np.nan)
     if np.isnan(psi).all():

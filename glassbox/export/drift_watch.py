@@ -22,7 +22,7 @@ from glassbox.drift import bucket_midpoints, population_stability_index, standar
 from glassbox.export.merge import MergedEngine
 from glassbox.export.snapshot import FileVersion
 from glassbox.logs import get_logger
-from glassbox.statistics import INDEX, STATISTICS, Statistic
+from glassbox.statistics import INDEX, NUM_BUCKETS, STATISTICS, Statistic
 
 logger = get_logger(__name__)
 
@@ -50,22 +50,25 @@ class Drift:
     shift: npt.NDArray[np.float64]
 
 
-def compare(baseline: Baseline, layers: Sequence[int], recent: npt.NDArray[np.int64], min_rows: int) -> Drift:
-    """Recent rows against the baseline, head by head.
+def expected_counts(baseline: Baseline, layers: Sequence[int]) -> npt.NDArray[np.int64]:
+    """The baseline's rows per bucket at these layers (global indices), int64 [L, H, 2, E, B]; 0 where it has none."""
+    expected = np.zeros((len(layers), *baseline.counts.shape[1:3], len(COMPARED), NUM_BUCKETS), dtype=np.int64)
+    place = {layer: k for k, layer in enumerate(baseline.layers)}
+    for k, layer in enumerate(layers):
+        if layer in place:
+            expected[k] = baseline.counts[place[layer]][:, :, _COLUMNS]
+    return expected
+
+
+def compare(expected: npt.NDArray[np.int64], recent: npt.NDArray[np.int64], min_rows: int) -> Drift:
+    """Recent rows against expected ones, head by head.
 
     Args:
-        baseline: of a model with the same heads.
-        layers: global index of each of the L layers of `recent`; those that the baseline lacks get NaN.
+        expected: of `expected_counts`.
         recent: int64 [L, H, 2, E, B], rows per bucket.
         min_rows: that a head must have on either side.
     """
     shape = recent.shape[:-1]
-    expected = np.zeros_like(recent)
-    place = {layer: k for k, layer in enumerate(baseline.layers)}
-    shared = [(k, place[layer]) for k, layer in enumerate(layers) if layer in place]
-    if shared:
-        ours, theirs = (list(indices) for indices in zip(*shared, strict=True))
-        expected[ours] = baseline.counts[theirs][:, :, :, _COLUMNS]
     enough = (expected.sum(axis=-1) >= min_rows) & (recent.sum(axis=-1) >= min_rows)
     psi, shift = np.full(shape, np.nan), np.full(shape, np.nan)
     for e, midpoints in enumerate(_MIDPOINTS):
@@ -129,6 +132,8 @@ class DriftWatch:
         self._baseline: Baseline | None = None
         self._refused: set[str] = set()
         self._recent: dict[EngineKey, RecentRows] = {}
+        # By the engine's layers; at 80 layers of 64 heads gathering it takes as long as the comparison.
+        self._expected: dict[tuple[int, ...], npt.NDArray[np.int64]] = {}
         self.expires_s = math.inf
 
     @property
@@ -148,6 +153,7 @@ class DriftWatch:
             self._version = version
             self._baseline = None
             self._refused.clear()
+            self._expected.clear()
             if path is not None:
                 self._load(path)
             if self._baseline is None:
@@ -186,7 +192,9 @@ class DriftWatch:
             rows = self._recent[key].update(engine, settings.window_s)
             # What an idle engine's last rows said is no news of now.
             if (expires_s := engine.time_s + settings.window_s) >= now_s:
-                found[key] = compare(self._baseline, engine.layers, rows, settings.min_rows)
+                if engine.layers not in self._expected:
+                    self._expected[engine.layers] = expected_counts(self._baseline, engine.layers)
+                found[key] = compare(self._expected[engine.layers], rows, settings.min_rows)
                 self.expires_s = min(self.expires_s, expires_s)
         return found
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from glassbox.baseline import Baseline, from_engines, save_baseline
 from glassbox.config import BaselineConfig, GlassboxConfig
-from glassbox.export.drift_watch import COMPARED, DriftWatch, RecentRows, compare
+from glassbox.export.drift_watch import COMPARED, DriftWatch, RecentRows, compare, expected_counts
 from glassbox.export.families import Family, build_families, effective_detail, samples_per_place, series_count
 from glassbox.export.merge import MergedEngine, merge
 from glassbox.export.prometheus import to_metric
@@ -55,7 +55,7 @@ class TestCompare:
     def test_against_scipy(self) -> None:
         """Each head: relative entropies of both directions; difference of the means over the pooled deviation."""
         before, now = make_snapshot(seed=1, heads=3), make_snapshot(seed=2, heads=3)
-        found = compare(baseline_of(before), (0, 1), columns(now.counts), 1)
+        found = compare(expected_counts(baseline_of(before), (0, 1)), columns(now.counts), 1)
         for e, statistic in enumerate(COMPARED):
             p = 1  # decode: every statistic has rows
             s = INDEX[statistic.name]
@@ -79,7 +79,7 @@ class TestCompare:
     def test_the_same_rows(self) -> None:
         """No drift: exactly 0."""
         snapshot = make_snapshot()
-        found = compare(baseline_of(snapshot), (0, 1), columns(snapshot.counts), 1)
+        found = compare(expected_counts(baseline_of(snapshot), (0, 1)), columns(snapshot.counts), 1)
         known = found.psi[:, :, 1]
         np.testing.assert_array_equal(np.zeros_like(known), known)
         np.testing.assert_array_equal(np.zeros_like(known), found.shift[:, :, 1])
@@ -89,7 +89,7 @@ class TestCompare:
         before, now = make_snapshot(seed=1), make_snapshot(seed=2)
         old, new = columns(before.counts).sum(axis=-1), columns(now.counts).sum(axis=-1)
         limit = int(np.median(np.minimum(old, new)[:, :, 1]))
-        found = compare(baseline_of(before), (0, 1), columns(now.counts), limit)
+        found = compare(expected_counts(baseline_of(before), (0, 1)), columns(now.counts), limit)
         np.testing.assert_array_equal((old >= limit) & (new >= limit), ~np.isnan(found.psi))
         np.testing.assert_array_equal(np.isnan(found.psi), np.isnan(found.shift))
         assert 0 < np.isnan(found.psi[:, :, 1]).sum() < found.psi[:, :, 1].size
@@ -98,7 +98,8 @@ class TestCompare:
         """A baseline of layers 1 and 3 against rows of layers 0 to 3."""
         four = make_snapshot(layers=(0, 1, 2, 3))
         arrays = {name: getattr(four, name)[[1, 3]] for name in ("counts", "sums", "rows", "nonfinite", "window_max")}
-        found = compare(baseline_of(replace(four, layers=(1, 3), **arrays)), (0, 1, 2, 3), columns(four.counts), 1)
+        two = baseline_of(replace(four, layers=(1, 3), **arrays))
+        found = compare(expected_counts(two, (0, 1, 2, 3)), columns(four.counts), 1)
         np.testing.assert_array_equal([True, False, True, False], np.isnan(found.psi[:, 0, 1, ENTROPY]))
         np.testing.assert_array_equal([0.0, 0.0], found.psi[[1, 3], 0, 1, ENTROPY])
 
@@ -108,7 +109,7 @@ class TestCompare:
         for snapshot, bucket in ((before, 3), (now, 7)):
             snapshot.counts[:] = 0
             snapshot.counts[..., bucket] = 50
-        found = compare(baseline_of(before), (0, 1), columns(now.counts), 1)
+        found = compare(expected_counts(baseline_of(before), (0, 1)), columns(now.counts), 1)
         assert {10.0} == set(found.shift[:, :, 1].ravel().tolist())
         assert np.isfinite(found.psi[:, :, 1]).all()
 
@@ -238,7 +239,7 @@ class TestSource:
             # The first ones bring fewer rows than were counted: one less of the healthy batches.
             server.measure(replace(broken, **now), 990 + 10 * n)
             family = server.family("attention_drift_psi")
-        expected = compare(baseline_of(healthy), (0, 1), columns(broken.counts) * 13, 1)
+        expected = compare(expected_counts(baseline_of(healthy), (0, 1)), columns(broken.counts) * 13, 1)
         assert family is not None
         found = next(s for s in family.series if s.labels[2:] == ("decode", "entropy_ratio", "0"))
         assert found.value == pytest.approx(expected.psi[0, :, 1, ENTROPY].max(), rel=0.2)
@@ -330,7 +331,7 @@ class TestFamilies:
     def drift(self, heads: int = 3) -> tuple[MergedEngine, dict[tuple[str, str], Any]]:
         engine = engine_of(make_snapshot(seed=2, layers=(3, 7), heads=heads, num_layers_total=9))
         baseline = baseline_of(make_snapshot(seed=1, layers=(3, 7), heads=heads, num_layers_total=9))
-        return engine, {KEY: compare(baseline, engine.layers, columns(engine.counts), 1)}
+        return engine, {KEY: compare(expected_counts(baseline, engine.layers), columns(engine.counts), 1)}
 
     def family(self, engine: MergedEngine, detail: Any, drift: Any, name: str) -> dict[tuple[str, ...], float]:
         families = build_families([engine], detail, None, drift)
