@@ -1,7 +1,7 @@
 """The baseline: how the heads of a healthy run were distributed, as a small file.
 
-Owns the file's format, what may stand in it, and making one from merged snapshots. Making one from a scrape is
-`baseline_scrape.py`, comparing with it `export/drift_watch.py`.
+Owns the file's format, what may stand in it, and making one of what was measured. Comparing with it is
+`export/drift_watch.py`.
 
 The file is a NumPy archive (npz, compressed, no pickles) with the arrays `counts`, `sums` and `rows` and, as UTF-8 JSON
 in `meta`, all other fields of `Baseline` plus `format` (`glassbox-baseline`), `format_version`, and `buckets`: the
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from glassbox.export.merge import MergedEngine
 from glassbox.export.snapshot import write_atomically
 from glassbox.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS
+from glassbox.view.measured import Measured
 
 FORMAT: Final = "glassbox-baseline"
 FORMAT_VERSION: Final = 1
@@ -118,7 +119,7 @@ def from_engines(
     shapes = {(engine.model_name, engine.num_layers, engine.num_heads, engine.layers) for engine in measured}
     if len(shapes) > 1:
         names = ", ".join(sorted({engine.model_name for engine in measured}))
-        raise BaselineError(f"{source} has engines of different models ({names}); name one with --model")
+        raise BaselineError(f"{source} has engines of different models ({names}); name that of one server")
     return Baseline(
         model_name=first.model_name,
         num_layers=first.num_layers,
@@ -133,6 +134,48 @@ def from_engines(
         counts=np.sum([engine.counts for engine in measured], axis=0),
         sums=np.sum([engine.sums for engine in measured], axis=0),
         rows=np.sum([engine.rows for engine in measured], axis=0),
+    )
+
+
+def from_measured(measured: Measured) -> Baseline:
+    """What a scrape at detail head shows, engines added up: statistics that aren't exported have no rows.
+
+    Raises:
+        BaselineError: it has no rows, or a coarser detail.
+    """
+    source = measured.source
+    if not measured.rows.any():
+        raise BaselineError(f"{source} has no measured rows; send some requests, and see that sample_rate is above 0")
+    if measured.detail != "head":
+        raise BaselineError(
+            f"{source} has detail {measured.detail}; set export.prometheus.detail: head (and max_series high enough) "
+            "in the server's YAML, wait two seconds and try again, or name its run directory instead of the URL"
+        )
+    layers = tuple(layer for layer in measured.layers if layer is not None)
+    heads = [head for head in measured.heads if head is not None]
+    num_heads = 1 + max(heads)
+    arrays = {name: getattr(measured, name) for name in _ARRAYS}
+    if len(heads) < num_heads:  # a head without a row has no series
+        whole = {name: np.zeros((array.shape[0], num_heads, *array.shape[2:])) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            whole[name][:, heads] = array
+        arrays = whole
+    found = int((measured.engines.layers_observed or 0) + (measured.engines.layers_bypassed or 0))
+    return Baseline(
+        model_name=measured.model_name,
+        # Fewer than the highest index: others have no attention, so these are not all.
+        num_layers=found if found > layers[-1] else None,
+        num_heads=num_heads,
+        layers=layers,
+        build=dict(measured.engines.build),
+        time_s=measured.time_s,
+        duration_s=measured.window_s,
+        source=source,
+        sink_tokens=None,
+        local_window=None,
+        counts=arrays["counts"].astype(np.int64),
+        sums=arrays["sums"],
+        rows=arrays["rows"].astype(np.int64),
     )
 
 

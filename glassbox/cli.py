@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from glassbox import __version__
-from glassbox.baseline_command import baseline_app
+from glassbox.commands.baseline import baseline
 from glassbox.commands.bench import CONTEXT_SETTINGS, bench
 from glassbox.commands.check import check
 from glassbox.commands.common import fail
@@ -74,9 +74,9 @@ def demo(
     Then the server goes on until Ctrl-C.
     """
     if incident and (once or port is not None):
-        raise _fail("--incident starts servers of its own and stops by itself; leave out --once and --port")
+        raise fail("--incident starts servers of its own and stops by itself; leave out --once and --port")
     if fault and not incident:
-        raise _fail("--fault is for the incident; add --incident")
+        raise fail("--fault is for the incident; add --incident")
     missing = [name for name in ("vllm", "httpx") if importlib.util.find_spec(name) is None]
     if missing:
         raise fail(
@@ -103,7 +103,7 @@ main.command()(report)
 main.command()(diff)
 main.command(context_settings=CONTEXT_SETTINGS)(bench)
 main.command()(dashboards)
-main.add_typer(baseline_app, name="baseline")
+main.add_typer(baseline, name="baseline")
 
 
 if __name__ == "__main__":

@@ -76,11 +76,13 @@ def _series_lines(config: "GlassboxConfig", shape: "ModelShape", whose: str, eng
     from glassbox.export.merge import DETAILS
 
     prometheus = config.export.prometheus
-    used, warning = fitting_detail(prometheus.detail, prometheus.max_series, [(shape.layers, shape.heads)] * engines)
+    drift = config.baseline.path is not None
+    shapes = [(shape.layers, shape.heads)] * engines
+    used, warning = fitting_detail(prometheus.detail, prometheus.max_series, shapes, with_drift=drift)
     many = "1 engine" if engines == 1 else f"{engines} engines"
     lines = [f"Time series of attention, {shape.layers} layers x {shape.heads} heads, {many}{whose}:"]
     for detail in DETAILS:
-        number = engines * series_count(detail, shape.layers, shape.heads)
+        number = engines * series_count(detail, shape.layers, shape.heads, with_drift=drift)
         notes = ["in effect"] if detail == used else []
         if number > prometheus.max_series:
             notes.append(f"more than max_series {prometheus.max_series}")

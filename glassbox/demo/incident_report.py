@@ -14,10 +14,10 @@ from rich.text import Text
 from glassbox.baseline import Baseline
 from glassbox.config import BaselineConfig
 from glassbox.dashboards.rule_model import RuleSettings
-from glassbox.demo.table import format_value
 from glassbox.export.drift_watch import COMPARED, compare, expected_counts
 from glassbox.export.merge import MergedEngine
 from glassbox.statistics import INDEX, PHASES
+from glassbox.view.text import format_value
 
 # Of the alerts that compare a layer's mean with its history.
 _MEAN_OF: Final = {"SinkLost": ("sink_ratio", "sink_floor"), "EntropyCollapse": ("entropy_ratio", "entropy_floor")}

@@ -12,19 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.parser import text_string_to_metric_families as parse
 from typer.testing import CliRunner
 
-from glassbox.baseline import Baseline, BaselineError, from_engines, load_baseline, save_baseline
-from glassbox.baseline_scrape import from_metrics, scrape_url
+from glassbox.baseline import (
+    Baseline,
+    BaselineError,
+    from_engines,
+    from_measured,
+    load_baseline,
+    save_baseline,
+)
 from glassbox.cli import main
 from glassbox.config import GlassboxConfig
-from glassbox.export.http import MetricsServer
+from glassbox.export.http import HttpServer
 from glassbox.export.merge import merge
 from glassbox.export.prometheus import PrometheusCollector
 from glassbox.export.snapshot import Snapshot, write_snapshot
 from glassbox.export.source import FamilySource
 from glassbox.statistics import INDEX, STATISTICS
+from glassbox.view.scrape import read_text
+from glassbox.web.app import make_app
 from tests.export_samples import make_snapshot, split_heads
 
 EXPORTED = [INDEX[statistic.name] for statistic in STATISTICS if statistic.exported]
@@ -41,10 +48,9 @@ def registry(run_dir: Path, detail: str) -> CollectorRegistry:
     return made
 
 
-def scraped(run_dir: Path, detail: str = "head", model: str | None = None) -> Baseline:
+def scraped(run_dir: Path, detail: str = "head") -> Baseline:
     """A baseline of what a server with that run directory shows."""
-    families = list(parse(generate_latest(registry(run_dir, detail)).decode()))
-    return from_metrics(families, "a page", model, 5.0)
+    return from_measured(read_text(generate_latest(registry(run_dir, detail)).decode(), "a page", 5.0))
 
 
 def assert_same(expected: Baseline, found: Baseline) -> None:
@@ -171,7 +177,7 @@ class TestFromEngines:
 
     def test_two_models(self) -> None:
         """Never added up."""
-        with pytest.raises(BaselineError, match=r"different models \(other, tiny/model\); name one with --model"):
+        with pytest.raises(BaselineError, match=r"different models \(other, tiny/model\); name that of one server"):
             baseline_of(make_snapshot(), make_snapshot(model_name="other", heads=3))
 
 
@@ -205,7 +211,10 @@ class TestScrape:
     def test_a_coarser_detail(self, tmp_path: Path, detail: str) -> None:
         """The message has both remedies."""
         write_snapshot(tmp_path, make_snapshot())
-        with pytest.raises(BaselineError, match=r"set export.prometheus.detail: head .* or name its run directory"):
+        with pytest.raises(
+            BaselineError,
+            match=r"a page has detail (layer|model); set .*detail: head .* or name its run",
+        ):
             scraped(tmp_path, detail)
 
     def test_nothing_measured(self, tmp_path: Path) -> None:
@@ -218,34 +227,15 @@ class TestScrape:
             with pytest.raises(BaselineError, match="a page has no measured rows; send some requests"):
                 scraped(tmp_path, detail)
 
-    def test_several_models(self, tmp_path: Path) -> None:
-        """One is named, or asked for."""
-        write_snapshot(tmp_path, make_snapshot())
-        write_snapshot(tmp_path, make_snapshot(seed=3, model_name="other", heads=5))
-        with pytest.raises(BaselineError, match="has several models: other, tiny/model; name one with --model"):
-            scraped(tmp_path)
-        assert 5 == scraped(tmp_path, model="other").num_heads
-        with pytest.raises(BaselineError, match="has no model third; it has other, tiny/model"):
-            scraped(tmp_path, model="third")
-
-    def test_no_glassbox(self) -> None:
-        """vLLM without the plugin."""
-        page = "# TYPE vllm:x gauge\nvllm:x 1\n"
-        with pytest.raises(BaselineError, match="has no metrics of glassbox; is the plugin installed"):
-            from_metrics(parse(page), "a page", None, 5.0)
-
-    @pytest.mark.parametrize(
-        ("url", "page"),
-        [
-            ("http://h:8000", "http://h:8000/metrics"),
-            ("http://h:8000/", "http://h:8000/metrics"),
-            ("http://h:8000/metrics", "http://h:8000/metrics"),
-            ("https://h/model/metrics", "https://h/model/metrics"),
-        ],
-    )
-    def test_url(self, url: str, page: str) -> None:
-        """A server's address is enough; a path is taken as it is."""
-        assert page == scrape_url(url)
+    def test_a_head_without_rows_has_no_series(self, tmp_path: Path) -> None:
+        """Its place is empty, and the others keep theirs."""
+        snapshot = make_snapshot(heads=4)
+        for name in ("counts", "sums", "rows", "nonfinite"):
+            getattr(snapshot, name)[:, 1] = 0
+        write_snapshot(tmp_path, snapshot)
+        found = scraped(tmp_path)
+        np.testing.assert_array_equal(snapshot.rows, found.rows)
+        np.testing.assert_array_equal(snapshot.counts[..., EXPORTED, :], found.counts[..., EXPORTED, :])
 
 
 class TestCommand:
@@ -275,7 +265,8 @@ class TestCommand:
         """A real HTTP server, by its address alone."""
         snapshot = make_snapshot()
         write_snapshot(tmp_path / "run", snapshot)
-        server = MetricsServer(0, registry(tmp_path / "run", "head"), "127.0.0.1")
+        source = FamilySource(tmp_path / "run", GlassboxConfig)
+        server = HttpServer(0, make_app(source, metrics=registry(tmp_path / "run", "head")), "127.0.0.1")
         try:
             before = time.time()
             result = run("save", f"http://127.0.0.1:{server.port}", "--out", tmp_path / "b.npz")
@@ -289,10 +280,10 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "expected"),
         [
-            (("save", "http://127.0.0.1:9", "-o", "b"), "http://127.0.0.1:9/metrics can't be asked"),
-            (("save", "none", "-o", "b"), "none must be a URL (http://host:port) or a run directory"),
-            (("save", "{run}", "-o", "{run}/none/b"), "can't write"),
-            (("save", "{run}", "-o", "{run}/b", "--model", "x"), "{run} has no measured rows"),
+            (("save", "http://127.0.0.1:9", "-o", "b"), "can't read http://127.0.0.1:9/metrics"),
+            (("save", "none", "-o", "b"), "none must be a URL (http://host:port) or the run directory"),
+            (("save", "{run}", "-o", "{run}/none/b"), "No such file or directory; choose another path"),
+            (("save", "{run}/run", "-o", "{run}/b"), "{run}/run must be a URL (http://host:port) or the run directory"),
             (("save", "{run}", "-o", "{run}/b", "--config", "{run}/none.yaml"), "none.yaml"),
             (("show", "{run}/none"), "baseline {run}/none does not exist"),
         ],
