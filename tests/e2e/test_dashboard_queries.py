@@ -135,6 +135,7 @@ def set_detail(server: "GlassboxServer", detail: str) -> None:
         baseline={"path": str(path), "min_rows": 1, "window_s": WINDOW_S},
         export={"interval_s": 1, "prometheus": {"detail": detail, "max_series": 200_000}},
     )
+    server.metrics()  # an old server's recent rows are those after the first look at them
 
 
 def dashboard_expressions() -> dict[str, str]:
