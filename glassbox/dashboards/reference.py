@@ -26,12 +26,12 @@ nor for an engine that was idle for a whole window.
 
 - The population stability index is the sum over the histogram's buckets of (a - e) ln(a / e), e and a the shares of the
   rows in the baseline and now, half a row having been added to each bucket. It is the symmetric Kullback-Leibler
-  divergence (Jeffreys 1946); by convention (Siddiqi, *Credit Risk Scorecards*, 2006) below 0.1 is no change, above 0.25
-  a major one. Without any change it is (B - 1)(1 / n + 1 / m) on average for n and m independent rows in B buckets
+  divergence (Jeffreys 1946); by convention (Siddiqi, *Credit Risk Scorecards*, 2006) below 0.1 is no change, above
+  0.25 a major one. Without any change it is (B - 1)(1 / n + 1 / m) on average for n and m independent rows in B buckets
   (Yurdakul 2018), and more for rows of few requests, which resemble each other.
-- The shift is (mean now - mean of the baseline) / sqrt((variance now + variance of the baseline) / 2), each row counting
-  as the middle of its bucket (Austin 2009, *Statistics in Medicine* 28:3083); 0.2 is small, 0.8 large (Cohen). It ends
-  at +-10.
+- The shift is (mean now - mean of the baseline) / sqrt((variance now + variance of the baseline) / 2), each row being
+  the middle of its bucket (Austin 2009, *Statistics in Medicine* 28:3083); 0.2 is small, 0.8 large (Cohen). It ends at
+  +-10.
 """
 
 
