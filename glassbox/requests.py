@@ -190,8 +190,8 @@ class RequestTracker:
 
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
         """Refused requests by reason and traced ones by why, since the start; those that never happened are 0."""
-        refused = {reason: self._refusals[reason] for reason in REFUSAL_REASONS}
-        return {**refused}, {why: self._traced[why] for why in WHYS}
+        refused: dict[str, int] = {reason: self._refusals[reason] for reason in REFUSAL_REASONS}
+        return refused, {why: self._traced[why] for why in WHYS}
 
     def _arrive(
         self, new: Any, extra_args: Mapping[str, Any] | None, config: GlassboxConfig, layer_rows: frozenset[int]
