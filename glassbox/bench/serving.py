@@ -371,6 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--eager", action="store_true", help="vLLM's --enforce-eager: no torch.compile")
     parser.add_argument("--csv", type=Path, help="also write the result there")
     given = parser.parse_args(argv)
+    if given.pairs < 1 or given.pairs * given.rounds < 2:
+        parser.error("--pairs times --rounds must be at least 2, a single ratio has no spread; use --rounds 2")
     options = Options(given.pairs, given.rounds, given.batch_size, given.prompt_tokens, given.max_tokens, given.eager)
     # SIGTERM ends it as Ctrl-C does, so that the servers are stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

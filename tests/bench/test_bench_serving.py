@@ -60,6 +60,9 @@ class TestCommand:
     def test_a_bad_option_is_a_usage_error(self) -> None:
         """Before any server is started."""
         assert 2 == CliRunner().invoke(main, ["bench", "--pairs", "many"]).exit_code
+        result = CliRunner().invoke(main, ["bench", "--pairs", "1", "--rounds", "1"])
+        assert 2 == result.exit_code
+        assert "--pairs times --rounds must be at least 2" in result.stderr
 
     def test_the_result_names_the_command_that_made_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """So that it can be repeated."""

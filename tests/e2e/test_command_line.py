@@ -31,6 +31,25 @@ def rows_of_table(text: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split() for line in text.splitlines() if line[:1].isdigit()}
 
 
+def ask(server: GlassboxServer) -> None:
+    """Some 1,400 decode rows for each layer."""
+    for number in range(5):
+        server.complete(f"{number + 2} sailors tell the story of {PROMPT}", max_tokens=32, ignore_eos=True)
+
+
+def record(server: GlassboxServer, path: Path) -> Path:
+    """What the server measured while it was asked, as a file of `export.jsonl`."""
+    server.edit_config(export={"interval_s": 1, "jsonl": {"path": str(path)}})
+
+    def told() -> int:
+        ask(server)
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    wait_for(told, lambda number: number >= 4, 90.0, "windows of all prompts")
+    server.settled_rows()
+    return path
+
+
 class TestLayers:
     def test_top_shows_what_the_page_says(self, server: GlassboxServer) -> None:
         """The means of all layers, as computed from the page itself; model and engine in the header."""
@@ -98,6 +117,31 @@ class TestHeads:
         against = glassbox("diff", server.url, lines, "--min-rows", 1, "--limit", 3)
         assert (0, "") == (against.returncode, against.stderr)
         assert f"3 of {(8 + 7) * NUM_LAYERS * NUM_HEADS:,} comparisons shown" in against.stdout
+
+
+class TestRollout:
+    def test_a_wrong_rotary_base_is_found(self, server: GlassboxServer, demo_model_path: Path, tmp_path: Path) -> None:
+        """The same weights with a tenth of rope_theta: status 1; the good server against itself: 0."""
+        runs = [record(server, tmp_path / name) for name in ("first.jsonl", "second.jsonl")]
+        limit = ("--phase", "decode", "--detail", "layer", "--fail-above", 0.25)
+        same = glassbox("diff", *runs, *limit)
+        assert (0, "") == (same.returncode, same.stderr), same.stdout
+
+        model = tmp_path / "model"
+        model.mkdir()
+        for file in demo_model_path.iterdir():
+            (model / file.name).symlink_to(file)
+        config = json.loads((demo_model_path / "config.json").read_text())
+        config["rope_parameters"]["rope_theta"] /= 10
+        (model / "config.json").unlink()
+        (model / "config.json").write_text(json.dumps(config))
+        folder = tmp_path / "wrong"
+        folder.mkdir()
+        with GlassboxServer(model, folder) as wrong:
+            ask(wrong)
+            wrong.settled_rows()
+            found = glassbox("diff", runs[0], wrong.url, *limit)
+        assert (1, "") == (found.returncode, found.stderr), found.stdout
 
 
 class TestGone:
