@@ -35,8 +35,8 @@ from glassbox.export.snapshot import read_snapshots
 
 QUESTION: Final = "What is the capital of France?"
 WINDOW_S: Final = 20
-# Ten minutes become 20 seconds and a day ten minutes; every threshold is as shipped. History ends 15 seconds ago, so
-# that a fault isn't in its own yardstick before its alert has fired.
+# Ten minutes become 20 seconds, a day ten minutes, an hour of history ten windows; every threshold is as shipped. The
+# history ends 15 seconds ago, so that a fault isn't in its own yardstick before its alert has fired.
 SHORT: Final = RuleSettings(
     window=f"{WINDOW_S}s",
     window_interval="1s",
@@ -74,7 +74,7 @@ def choose(names: Sequence[str]) -> tuple[Fault, ...]:
     for name in names:
         if name not in known:
             raise DemoError(f"--fault must be one of {', '.join(known)}, got {name}")
-    return tuple(known[name] for name in names) or FAULTS
+    return tuple(known[name] for name in dict.fromkeys(names)) or FAULTS
 
 
 def run_incident(options: IncidentOptions, console: Console) -> list[Outcome]:
@@ -95,7 +95,7 @@ def run_incident(options: IncidentOptions, console: Console) -> list[Outcome]:
             outcomes = _Incident(Path(temporary), model, options, console).run()
         except KeyboardInterrupt:
             raise DemoError("interrupted") from None
-        except (DemoModelError, ServerError, TrafficError, httpx.HTTPError, RuntimeError, TimeoutError) as error:
+        except (DemoModelError, ServerError, TrafficError, httpx.HTTPError, RuntimeError, OSError) as error:
             raise DemoError(str(error)) from error
     console.print(report(outcomes))
     console.print(f"Took {time.monotonic() - begin:.0f} s.", highlight=False)
@@ -111,7 +111,12 @@ class _Watch:
 
 
 class _Traffic:
-    """Sends batches again and again from a thread of its own, until the block ends; keeps the answers' number."""
+    """Sends batches again and again from a thread of its own, until the block ends.
+
+    Attributes:
+        rounds: how often all of them were answered.
+        error: what ended it before its time.
+    """
 
     def __init__(self, url: str, batches: Sequence[Sequence[Request]]) -> None:
         self._url, self._batches = url, batches
