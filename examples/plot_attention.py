@@ -8,7 +8,9 @@ spread out the attention is (entropy) and how much of it goes to the prompt (loo
 """
 
 import argparse
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +40,14 @@ def main() -> None:
     parser.add_argument("--keep-sink", action="store_true", help="show the first token, too, which takes the most")
     arguments = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "glassbox.yaml"
-        config.write_text(CONFIG)
-        # Before vLLM loads its plugins, glassbox among them.
-        os.environ.setdefault("GLASSBOX_CONFIG", str(config))
-        captured, words = run(arguments)
+    # Removed at the very end: the engine's processes watch the file as long as they live.
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    config = folder / "glassbox.yaml"
+    config.write_text(CONFIG)
+    # Before vLLM loads its plugins, glassbox among them.
+    os.environ.setdefault("GLASSBOX_CONFIG", str(config))
+    captured, words = run(arguments)
     draw(captured, words, arguments.out, keep_sink=arguments.keep_sink)
     print(f"{arguments.out}: {captured.requests['text'][0].as_py()!r}")  # noqa: T201
 

@@ -153,10 +153,9 @@ class _Probe:
         places = max(self._summed_places, 1)
         for i, total in enumerate(self._sums):
             # A head without finite scores leaves no mean.
-            if not np.isfinite(total).all():
-                continue
-            best = np.argsort(-total, kind="stable")[:k]
-            mean_positions[i, : len(best)], mean_mass[i, : len(best)] = best, total[best] / places
+            if np.isfinite(total).all():
+                best = np.argsort(-total, kind="stable")[:k]
+                mean_positions[i, : len(best)], mean_mass[i, : len(best)] = best, total[best] / places
         return Chunk(
             positions=self.rows.positions,
             phases=self.rows.phases,
