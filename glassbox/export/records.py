@@ -19,9 +19,10 @@ from glassbox.statistics import PHASES, STATISTICS
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# A part is written when it has so many records, or when the oldest has waited so long.
+# A part is written when it has so many records, or when the oldest has waited so long: what waits is lost if the
+# exporter is killed, as vLLM does to all of its processes when one of them takes too long to end.
 _PART_RECORDS: Final = 256
-_PART_AGE_S: Final = 30.0
+_PART_AGE_S: Final = 10.0
 _PART: Final = "traces-"
 _SUFFIX: Final = ".parquet"
 

@@ -70,7 +70,7 @@ class TestParquet:
             sink.flush()
         assert [] == list(tmp_path.iterdir())
         now = time.monotonic()
-        monkeypatch.setattr(records.time, "monotonic", lambda: now + 31)
+        monkeypatch.setattr(records.time, "monotonic", lambda: now + 11)
         sink.flush()
         assert 1 == len(list(tmp_path.iterdir()))
         assert 3 == len(self.read(tmp_path))
