@@ -56,6 +56,7 @@ class TestLive:
         assert 1 == log.count(f"baseline {path} is no file of glassbox")
 
         assert 0 == CliRunner().invoke(main, ["baseline", "save", str(server.run_dir), "-o", str(path)]).exit_code
+        server.metrics()
         server.complete(PROMPT, 8)
         server.wait_metric(PSI, lambda index: index is not None)
         edit(server, "layer", None)
