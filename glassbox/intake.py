@@ -13,10 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from glassbox import message_spans, rundir, vllm_server
+from glassbox import message_spans, vllm_server
 from glassbox.config import GlassboxConfig
 from glassbox.export.llm_spans import LlmSpanWatcher, watch
-from glassbox.export.token_text import write_source
 from glassbox.late_patch import LatePatches
 from glassbox.logs import get_logger
 from glassbox.requests import is_sampled_request
@@ -170,12 +169,11 @@ class Intake:
         return process_inputs
 
     def engine_init(self, original: Any) -> Any:
-        """Around the engine's `__init__`, after which the tokenizer is known, and vLLM's tracer provider is made."""
+        """Around the engine's `__init__`, in which vLLM's tracer provider is made."""
 
         @functools.wraps(original)
         def __init__(engine: Any, *args: Any, **kwargs: Any) -> None:
             original(engine, *args, **kwargs)
-            self._tell_tokenizer(engine.vllm_config.model_config)
             endpoint = engine.observability_config.otlp_traces_endpoint
             if endpoint is not None:
                 try:
@@ -187,14 +185,6 @@ class Intake:
                     )
 
         return __init__
-
-    def _tell_tokenizer(self, model_config: Any) -> None:
-        """For texts of traces (`requests.include_text`), which other processes show."""
-        try:
-            rundir.create()
-            write_source(self._run_dir, str(model_config.tokenizer), model_config.tokenizer_revision)
-        except Exception as error:
-            logger.warning("glassbox can't show texts of traces: %s: %s", type(error).__name__, error)
 
     def _wants_span(self, request_id: str) -> bool:
         config = self._config()

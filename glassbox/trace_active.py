@@ -31,6 +31,7 @@ class TraceHost:
         head_offset: global index of the first local head; num_heads: local ones; num_heads_total: of the model.
         max_model_len: most tokens of a sequence.
         on_gpu: whether the device is one on which requests can't be traced yet.
+        tokenizer, tokenizer_revision: folder or name of the model's tokenizer, empty if there is none.
     """
 
     engine: str
@@ -43,6 +44,8 @@ class TraceHost:
     num_heads_total: int
     max_model_len: int
     on_gpu: bool = False
+    tokenizer: str = ""
+    tokenizer_revision: str | None = None
 
 
 @dataclass(frozen=True)

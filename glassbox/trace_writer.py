@@ -7,6 +7,7 @@ Owns when a trace is written and which files of the worker are removed. The form
 from pathlib import Path
 
 from glassbox.config import RequestsConfig
+from glassbox.export.token_text import write_source
 from glassbox.logs import get_logger
 from glassbox.requests import RequestTracker
 from glassbox.trace_active import ActiveTrace, TraceHost
@@ -26,10 +27,11 @@ class TraceWriter:
     """
 
     def __init__(self, run_dir: Path, host: TraceHost, tracker: RequestTracker) -> None:
-        self._directory = traces_path(run_dir)
+        self._run_dir, self._directory = run_dir, traces_path(run_dir)
         self._host, self._tracker = host, tracker
         # Version of each running request's trace that lies in the directory, by internal id.
         self._written: dict[str, int] = {}
+        self._tokenizer_told = False
 
     def write(self, config: RequestsConfig) -> int:
         """Write what has changed: ended requests once, running ones again and again. Ended ones are released.
@@ -45,6 +47,11 @@ class TraceWriter:
         ended = self._tracker.ended()
         written = 0
         failure: OSError | None = None
+        if (active or ended) and config.include_text:
+            try:
+                self._tell_tokenizer()
+            except OSError as error:
+                failure = error
         for trace in dict.fromkeys((*ended, *active)):  # one may have ended between the two calls
             if trace.status != "active" or self._written.get(trace.internal_id) != trace.version:
                 try:
@@ -61,6 +68,12 @@ class TraceWriter:
         if failure is not None:
             raise failure
         return written
+
+    def _tell_tokenizer(self) -> None:
+        """For whoever makes texts of these traces' tokens."""
+        if self._host.tokenizer and not self._tokenizer_told:
+            write_source(self._run_dir, self._host.tokenizer, self._host.tokenizer_revision)
+            self._tokenizer_told = True
 
     def _write(self, trace: ActiveTrace) -> None:
         version = trace.version

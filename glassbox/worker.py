@@ -115,6 +115,8 @@ class Worker:
             num_heads_total=self._info.num_heads,
             max_model_len=vllm_config.model_config.max_model_len,
             on_gpu=device.type != "cpu",
+            tokenizer=str(vllm_config.model_config.tokenizer or ""),
+            tokenizer_revision=vllm_config.model_config.tokenizer_revision,
         )
         self._requests = RequestTracker(host)
         self._traces = TraceWriter(rundir.run_dir(), host, self._requests)

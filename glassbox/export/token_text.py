@@ -1,7 +1,7 @@
 """Texts of token ids, for traces whose text may be shown (`requests.include_text`).
 
 Owns finding and loading the served model's tokenizer, which happens at the first use and never without that setting.
-Where it lies is told by the API server in a small file of the run directory. Code that a model brings along is not run:
+Where it lies is told by the worker in a small file of the run directory. Code that a model brings along is not run:
 such a tokenizer gives no texts.
 """
 
@@ -59,7 +59,7 @@ class TokenTexts:
         try:
             source = self._path.read_text(encoding="utf-8")
         except OSError:
-            return None  # no request has named it yet
+            return None  # no worker has named it yet
         if source == self._failed:
             return None
         try:

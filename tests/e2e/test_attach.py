@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import pytest
 
+from glassbox.vllm_server import INTAKE_PATCHES
 from tests.e2e import attach_run, speculative_run
 from tests.program import Finished, environment, run_program
 
@@ -144,13 +145,18 @@ class TestUntouched:
     def test_register_starts_and_writes_nothing(self, tmp_path: Path) -> None:
         """No thread, no child, no open file and no file at all, in whatever process; vLLM's workers aren't patched."""
         before, after = states(tmp_path, "register")
-        for key in ("threads", "children", "open_files", "files", "signals", "import_hooks", "vllm_loggers"):
+        for key in ("threads", "children", "open_files", "files", "signals", "vllm_loggers"):
             assert before[key] == after[key], key
+        # One finder, which waits for the API server's modules; the paths are as they were.
+        finders, *paths = before["import_hooks"]
+        assert [finders + 1, *paths] == after["import_hooks"]
         run_dir = Path(after["environment"]["GLASSBOX_RUN_DIR"])
         assert not run_dir.exists()
         changed = {name for name, content in after["classes"].items() if before["classes"][name] != content}
         enums = {name for name in changed if name.endswith("AttentionBackendEnum")}
-        assert changed == enums, "only the registry's enums get methods"
+        assert enums, "the registry's enums get methods"
+        passed_by_requests = {patch.cls for patch in INTAKE_PATCHES}
+        assert {"AsyncLLM"} <= {name.rpartition(".")[2] for name in changed - enums} <= passed_by_requests
         assert len(after["collectors"]) == len(before["collectors"]) + 1
 
     def test_register_twice_and_unregister(self, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Traces on the export thread: what is written when, and that neither disk nor memory fills up."""
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ def chunk(position: int) -> Chunk:
 class Setup:
     """A worker's tracker and writer."""
 
-    def __init__(self, folder: Path, **requests: Any) -> None:
+    def __init__(self, folder: Path, tokenizer: str = "", **requests: Any) -> None:
         self.config = GlassboxConfig.model_validate({"requests": requests})
         self.tracker = RequestTracker(make_host())
-        self.writer = TraceWriter(folder, make_host(), self.tracker)
+        self.writer = TraceWriter(folder, make_host(tokenizer=tokenizer), self.tracker)
         self.directory = TraceDirectory(folder)
 
     def arrive(self, *ids: str) -> None:
@@ -71,6 +72,16 @@ class TestWrite:
         assert setup.tracker.ended() == []
         assert setup.write() == 0
         assert list(setup.writer._written) == ["b"]
+
+    def test_the_tokenizer_is_told_with_the_first_text(self, tmp_path: Path) -> None:
+        """Where it lies is written only if texts of traces may be shown."""
+        setup = Setup(tmp_path, tokenizer="some/model")
+        setup.arrive("a")
+        setup.write()
+        assert not (tmp_path / "tokenizer.json").exists()
+        setup.config = GlassboxConfig.model_validate({"requests": {"include_text": True}})
+        setup.write()
+        assert {"tokenizer": "some/model", "revision": None} == json.loads((tmp_path / "tokenizer.json").read_text())
 
     def test_nothing_traced(self, tmp_path: Path) -> None:
         """No directory is made."""
