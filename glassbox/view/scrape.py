@@ -177,13 +177,18 @@ def _add(arrays: dict[str, Any], name: str, labels: dict[str, str], value: float
 def _engines(samples: list[Any]) -> Engines:
     """Counters of the engines; where one speaks for all it is the largest."""
     values: dict[str, list[float]] = {}
-    by_label: dict[str, dict[str, float]] = {"reason": {}, "stage": {}}
+    dropped: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    by_label = {
+        f"{_PREFIX}dropped_rows_total": ("reason", dropped),
+        f"{_PREFIX}errors_total": ("stage", errors),
+    }
     build: dict[str, str] = {}
     for sample in samples:
         values.setdefault(sample.name, []).append(sample.value)
-        for label, found in by_label.items():
-            if label in sample.labels:
-                found[sample.labels[label]] = found.get(sample.labels[label], 0.0) + sample.value
+        if sample.name in by_label:
+            label, found = by_label[sample.name]
+            found[sample.labels[label]] = found.get(sample.labels[label], 0.0) + sample.value
         if sample.name == "glassbox_build_info":
             build = {key: sample.labels.get(key, "") for key in ("version", "vllm_version", "backend")}
 
@@ -198,8 +203,8 @@ def _engines(samples: list[Any]) -> Engines:
         sampled_steps=total("sampled_steps_total"),
         sample_rate=largest("sample_rate"),
         overhead_s=largest("overhead_seconds_total"),
-        dropped=by_label["reason"],
-        errors=by_label["stage"],
+        dropped=dropped,
+        errors=errors,
         layers_observed=largest("layers_observed"),
         layers_bypassed=largest("layers_bypassed"),
         build=build,
