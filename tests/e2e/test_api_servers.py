@@ -43,7 +43,7 @@ def pair(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def scrape(server: GlassboxServer, processes: list[psutil.Process], path: str = "/metrics/") -> tuple[int, str]:
     """A path over a connection of its own, and the id of the one of the processes that answered (0 if none did)."""
-    with httpx.Client(base_url=server.url, timeout=30.0) as client, client.stream("GET", path) as reply:
+    with httpx.Client(base_url=server.url, timeout=60.0) as client, client.stream("GET", path) as reply:
         port = reply.extensions["network_stream"].get_extra_info("client_addr")[1]
         answering = 0
         for process in processes:

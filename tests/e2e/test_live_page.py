@@ -56,7 +56,7 @@ def page_url(server: GlassboxServer) -> str:
 
 def snapshot(server: GlassboxServer, **query: Any) -> dict[str, Any]:
     """The only engine of the snapshot."""
-    answer = httpx.get(f"{server.url}/glassbox/v1/snapshot", params=query, timeout=30).raise_for_status()
+    answer = httpx.get(f"{server.url}/glassbox/v1/snapshot", params=query, timeout=60.0).raise_for_status()
     (engine,) = answer.json()["engines"]
     return dict(engine)
 
@@ -189,12 +189,12 @@ class TestInVllm:
         after = [value for layer in matrices["entropy_ratio"]["mean"] for value in layer]
         expected = [new - old for new, old in zip(after, before, strict=True)]
         assert any(expected)
-        wait_for(lambda: watched.shown()["values"], lambda values: values == expected, 20.0, "the differences")
+        wait_for(lambda: watched.shown()["values"], lambda values: values == expected, 90.0, "the differences")
         shown = watched.shown()
         assert shown["low"] == -shown["high"]
         page.reload()
         page.wait_for_selector("#map[data-frames]")
-        wait_for(watched.shown, lambda shown: bool(shown["comparing"]), 20.0, "the comparison")
+        wait_for(watched.shown, lambda shown: bool(shown["comparing"]), 90.0, "the comparison")
         assert expected == watched.shown()["values"]
         page.click("#unpin")
         expect(page.locator("#compare")).to_be_disabled()
@@ -202,10 +202,10 @@ class TestInVllm:
 
     def test_bad_requests_are_400_and_vllm_goes_on(self, measured: GlassboxServer) -> None:
         """JSON that names the parameter, from vLLM's own port."""
-        answer = httpx.get(f"{measured.url}/glassbox/v1/snapshot?statistic=none", timeout=30)
+        answer = httpx.get(f"{measured.url}/glassbox/v1/snapshot?statistic=none", timeout=60.0)
         assert 400 == answer.status_code
         assert "statistic must be one of" in answer.json()["error"]
-        assert 200 == httpx.get(f"{measured.url}/health", timeout=30).status_code
+        assert 200 == httpx.get(f"{measured.url}/health", timeout=60.0).status_code
 
 
 @pytest.fixture(scope="module")

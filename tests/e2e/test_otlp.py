@@ -72,12 +72,12 @@ class TestOtlp:
         """Every sample of /metrics, no other, with equal values, by the protocol the YAML asks for."""
         otel = {"enabled": True, "endpoint": receiver.endpoint(protocol), "protocol": protocol}
         server.edit_config(export={"interval_s": 1, "otel": otel})
-        receiver.wait_for_metrics(timeout_s=20.0)
+        receiver.wait_for_metrics(timeout_s=90.0)
         serve_some(server)
         wait_for(
             lambda: differences(glassbox_samples(server.metrics()), as_samples(receiver.metrics())),
             lambda found: not found,
-            timeout_s=20.0,
+            timeout_s=90.0,
             what="the receiver's numbers to be those of /metrics",
         )
         assert {request.protocol for request in receiver.requests} == {protocol}
@@ -118,7 +118,7 @@ class TestOwnPort:
 
         def text() -> str:
             try:
-                return httpx.get(url, timeout=10.0).raise_for_status().text
+                return httpx.get(url, timeout=60.0).raise_for_status().text
             except httpx.TransportError:
                 return ""
 

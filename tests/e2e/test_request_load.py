@@ -115,7 +115,7 @@ def settle(server: GlassboxServer) -> None:
         server.complete("Wake up", max_tokens=1)
         return server.metric("glassbox_traced_requests_active") or 0.0
 
-    wait_for(active, lambda count: count == 0.0, 30.0, "traces to end")
+    wait_for(active, lambda count: count == 0.0, 90.0, "traces to end")
 
 
 class TestShort:

@@ -43,7 +43,7 @@ class Shown:
         server.edit_config(export={"interval_s": 1, "prometheus": {"port": self.port}}, **changes)
 
     def get(self, path: str = "", **parameters: Any) -> Any:
-        answer = httpx.get(f"{self.url}{path}", params=parameters, timeout=30.0)
+        answer = httpx.get(f"{self.url}{path}", params=parameters, timeout=60.0)
         return answer.raise_for_status().json()
 
     def ended(self, request_id: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Shown:
                 self.server.complete("Wake up", max_tokens=1)
             return found
 
-        return wait_for(look, lambda found: found["status"] == "finished", 30.0, f"the trace of {request_id}")
+        return wait_for(look, lambda found: found["status"] == "finished", 90.0, f"the trace of {request_id}")
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ class TestClient:
         silent = [complete({"glassbox": "off"}), complete({})]
         shown.ended(complete(TRACE))
         for request_id in silent:
-            assert 404 == httpx.get(f"{shown.url}/{request_id}", timeout=30.0).status_code
+            assert 404 == httpx.get(f"{shown.url}/{request_id}", timeout=60.0).status_code
 
     def test_samples(self, server: GlassboxServer, shown: Shown) -> None:
         """With n = 3 each sample has its trace."""
@@ -146,7 +146,7 @@ class TestClient:
             model=MODEL_NAME, messages=MESSAGES, n=3, max_tokens=3, temperature=1.0, extra_body=body(**TRACE)
         )
         shown.ended(answer.id)
-        wait_for(lambda: len(shown.get(f"/{answer.id}")["others"]), lambda count: count == 2, 20.0, "three traces")
+        wait_for(lambda: len(shown.get(f"/{answer.id}")["others"]), lambda count: count == 2, 90.0, "three traces")
 
     def test_text_only_with_the_setting(self, server: GlassboxServer) -> None:
         """The page shows the answer with `include_text: true`, and positions alone without."""
@@ -156,7 +156,7 @@ class TestClient:
                 model=MODEL_NAME, messages=MESSAGES, max_tokens=TOKENS, extra_body=body(**TRACE, glassbox_top_k=2)
             )
             trace = shown.ended(answer.id)
-            page = httpx.get(f"{shown.url}/{answer.id}", params={"format": "html"}, timeout=30.0).raise_for_status()
+            page = httpx.get(f"{shown.url}/{answer.id}", params={"format": "html"}, timeout=60.0).raise_for_status()
             assert include_text == ("text" in trace)
             assert include_text == ("lighthouse" in page.text)
             if include_text:
@@ -168,7 +168,7 @@ class TestClient:
         path = tmp_path / "records.jsonl"
         shown = Shown(server, requests={"records": {"path": str(path)}})
         # The exporter opens the file with its next round, and takes what ends from then on.
-        wait_for(lambda: httpx.get(shown.url, timeout=10.0).status_code if up(shown) else 0, lambda code: code == 200)
+        wait_for(lambda: httpx.get(shown.url, timeout=60.0).status_code if up(shown) else 0, lambda code: code == 200)
         answer = ask(server.url).chat.completions.create(
             model=MODEL_NAME, messages=MESSAGES, max_tokens=4, extra_body=body(**TRACE)
         )
@@ -178,13 +178,13 @@ class TestClient:
             written = path.read_text().splitlines() if path.exists() else []
             return [one for one in map(json.loads, written) if one["request_id"] == answer.id]
 
-        (record,) = wait_for(lines, bool, 20.0, "the record")
+        (record,) = wait_for(lines, bool, 90.0, "the record")
         assert record["signals"]
 
 
 def up(shown: Shown) -> bool:
     try:
-        return httpx.get(shown.url, timeout=10.0).is_success
+        return httpx.get(shown.url, timeout=60.0).is_success
     except httpx.TransportError:
         return False
 
@@ -209,7 +209,7 @@ class TestExemplars:
                 stored = [exemplar["labels"] for series in found for exemplar in series["exemplars"]]
                 return [labels for labels in stored if labels["request_id"] == answer.id]
 
-            assert {trace_id} == {labels["trace_id"] for labels in wait_for(exemplars, bool, 30.0, "exemplars")}
+            assert {trace_id} == {labels["trace_id"] for labels in wait_for(exemplars, bool, 90.0, "exemplars")}
 
 
 class TestOneTrace:
