@@ -136,7 +136,8 @@ def development(windows: Sequence[Measured], statistic: Statistic) -> Figure:
             if not np.isnan(bands[1]).all():
                 _line(axes, at, bands[0], bands[1], bands[2], phase)
         _finish(axes, statistic, "over time")
-        locator = AutoDateLocator(maxticks=7)
+        # With more ticks at least, matplotlib finds none for some lengths (3 to 5 minutes or hours) and warns.
+        locator = AutoDateLocator(minticks=3, maxticks=7)
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     return figure

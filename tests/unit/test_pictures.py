@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,18 @@ class TestHeatmap:
         """One line that says what to do."""
         with pytest.raises(ViewError, match=message):
             charts.heatmap(measured, *args)
+
+
+class TestDevelopment:
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("seconds", [0.5, 7, 45, 170, 240, 290, 1200, 15_000, 17_900, 100_000, 400_000, 9e6])
+    def test_every_length_of_a_run_has_a_time_axis(self, seconds: float) -> None:
+        """Some ticks, not too many, and no warning on a user's screen."""
+        first = page()
+        windows = [replace(first, time_s=1.7e9 + part * seconds) for part in (0.0, 0.5, 1.0)]
+        figure = charts.development(windows, ENTROPY)
+        charts.inline_svg(figure, "salt")
+        assert 2 <= len(figure.axes[0].get_xticks()) <= 8
 
 
 class TestHeatmapCommand:
