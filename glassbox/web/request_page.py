@@ -69,17 +69,7 @@ def page_data(trace: RequestTrace, chosen: Selection, texts: Texts | None = None
     whole = len(layers) == len(trace.layers) and len(heads) == len(trace.heads)
     text: Mapping[str, Any] = shown.get("text") or {}
     length = max(trace.prompt_len + trace.num_generated, int(trace.positions.max(initial=-1)) + 1)
-    named = (
-        "request_id",
-        "model_name",
-        "status",
-        "truncated",
-        "prompt_len",
-        "num_generated",
-        "start_time_s",
-        "signals",
-    )
-    return {name: shown[name] for name in named} | {
+    return {name: shown[name] for name in _NAMED} | {
         "note": note,
         "layers": [trace.layers[index] for index in layers],
         "heads": [trace.heads[index] for index in heads],
