@@ -45,14 +45,18 @@ def name_of(row: Statistic) -> str:
     return row.name.replace("_", " ").capitalize()
 
 
-def phase_quantiles(name: str, *matchers: str, size: tuple[int, int] = (8, 8)) -> dashboard.Panel:
-    """p50, p95 and p99 of a statistic, per phase."""
+def phase_quantiles(
+    name: str, *matchers: str, size: tuple[int, int] = (8, 8), exemplars: bool = False
+) -> dashboard.Panel:
+    """p50, p95 and p99 of a statistic, per phase; with `exemplars` rows of traced requests as dots."""
     row = promql.statistic(name)
     queries = [
-        Query(promql.quantile(q, name, *matchers, by=("phase",)), f"{{{{phase}}}} p{q * 100:g}")
+        # All quantiles are of the same buckets: one of them brings the exemplars.
+        Query(promql.quantile(q, name, *matchers, by=("phase",)), f"{{{{phase}}}} p{q * 100:g}", exemplars and q == 0.5)
         for q in promql.QUANTILES
     ]
-    return lines(f"{name_of(row)}: quantiles", about(name), queries, unit(row), bounds=bounds(row), size=size)
+    text = f"{about(name)} A dot is a row of a traced request: click it." if exemplars else about(name)
+    return lines(f"{name_of(row)}: quantiles", text, queries, unit(row), bounds=bounds(row), size=size)
 
 
 def band_medians(name: str, *matchers: str, size: tuple[int, int] = (8, 8)) -> dashboard.Panel:
@@ -72,9 +76,13 @@ def distribution(name: str, *matchers: str, size: tuple[int, int] = (8, 8)) -> d
     )
 
 
-def statistic_line(name: str, *matchers: str) -> list[dashboard.Panel]:
-    """A line of three panels: when, where in the model, and how it is spread."""
-    return [phase_quantiles(name, *matchers), band_medians(name, *matchers), distribution(name, *matchers)]
+def statistic_line(name: str, *matchers: str, exemplars: bool = False) -> list[dashboard.Panel]:
+    """A line of three panels: when (with `exemplars`: and by whom), where in the model, and how it is spread."""
+    return [
+        phase_quantiles(name, *matchers, exemplars=exemplars),
+        band_medians(name, *matchers),
+        distribution(name, *matchers),
+    ]
 
 
 def config_tile() -> dashboard.Panel:

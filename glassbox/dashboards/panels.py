@@ -19,10 +19,15 @@ _MATRIX_CORNER: Final = "layer\\head"  # what "Grouping to matrix" calls the col
 
 @dataclass(frozen=True)
 class Query:
-    """A PromQL expression and the name of its series in the legend (`{{label}}` is replaced)."""
+    """A PromQL expression and the name of its series in the legend (`{{label}}` is replaced).
+
+    Attributes:
+        exemplar: also ask for the exemplars of its histogram; Grafana draws them as dots on time series.
+    """
 
     expr: str
     legend: str = ""
+    exemplar: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ def _targets(
             format_val=fmt,
             instant=instant,
             range_val=not instant,
+            exemplar=query.exemplar or None,
             editor_mode=prometheus.QueryEditorMode.CODE,
             datasource=DATASOURCE,
         )

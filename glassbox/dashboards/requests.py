@@ -11,7 +11,7 @@ from glassbox.dashboards.common import (
     statistic_line,
 )
 from glassbox.dashboards.layout import Page, Section
-from glassbox.dashboards.panels import Query, lines, tile
+from glassbox.dashboards.panels import Query, lines, note, tile
 
 UID = "glassbox-requests"
 _DECODE = 'phase="decode"'
@@ -49,7 +49,7 @@ def _context() -> list[dashboard.Panel]:
     by_model = Query(promql.mean("lookback_ratio", by=("model_name", "engine")), "{{model_name}} engine {{engine}}")
     low = Query(promql.share_up_to("lookback_ratio", _LOW, by=("model_name",)), "{{model_name}}")
     return [
-        *statistic_line("lookback_ratio"),
+        *statistic_line("lookback_ratio", exemplars=True),
         lines(
             "Lookback by model and engine",
             "Mean lookback ratio of each engine: one that differs from its siblings is broken.",
@@ -119,21 +119,40 @@ def _traced() -> list[dashboard.Panel]:
     ]
 
 
+def _one_request() -> dashboard.Panel:
+    return note(
+        "From here to one request",
+        "How to get from a dot to the request and to its trace.",
+        "The dots on the quantiles are **rows of traced requests**. Click one: `request_id` leads to its page "
+        "(the tokens that each generated token attended to, and the attention to the spans that the client named), "
+        "`trace_id` to the client's trace. They need Prometheus with exemplar storage and a scrape of glassbox's own "
+        "port, as in `deploy/`. A client asks for a trace with "
+        '`"vllm_xargs": {"glassbox": "trace", "glassbox_spans": ["question=message:-1"]}`.',
+        size=(24, 4),
+    )
+
+
 def page() -> Page:
-    """All requests together; single requests are not in Prometheus, because a request id is no label."""
+    """All requests together; single requests are not in Prometheus, because a request id is no label.
+
+    They are reached through exemplars.
+    """
     return Page(
         uid=UID,
         title="glassbox / Requests",
         description="How the requests being answered use their context: lookback, reach, keys of generated tokens. "
-        "All requests together: single ones are not in Prometheus.",
+        "All requests together; the dots lead to single traced ones.",
         sections=[
             Section("Answers now", _top()),
             Section("Use of the prompt", _context()),
             Section(
                 "Reach of generated tokens",
-                [*statistic_line("distance_tokens", _DECODE), *statistic_line("effective_keys", _DECODE)],
+                [
+                    *statistic_line("distance_tokens", _DECODE, exemplars=True),
+                    *statistic_line("effective_keys", _DECODE, exemplars=True),
+                ],
             ),
             Section("What was measured", _measured()),
-            Section("Traced requests", _traced()),
+            Section("Traced requests", [*_traced(), _one_request()]),
         ],
     )

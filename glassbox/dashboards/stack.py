@@ -25,13 +25,15 @@ class Stack:
         vllm_port, prometheus_port, grafana_port: of the services; the compose file opens them on loopback only.
         otlp_grpc_port, otlp_http_port, collector_port, collector_metrics_port: of the OpenTelemetry collector: OTLP,
             the metrics it received, its own metrics.
+        glassbox_port: glassbox's own: its /metrics with exemplars, the live page, the pages of traced requests.
+        traces_port: of the interface of Jaeger, which keeps the traces (in memory).
         uid: user of the image (see the Dockerfile).
         config_dir: where glassbox.yaml lies in the container. A directory is mounted, not the file: editors and
             Kubernetes replace the file, and a mounted file would stay the old one.
         sample_rate, overhead_budget, export_interval_s: of glassbox.
         scrape_interval_s: of Prometheus, and what Grafana derives $__rate_interval from.
         retention: of Prometheus; the rules look back one day.
-        job: the label of the scraped servers.
+        job: the label of the scraped servers, whichever of their ports is scraped.
         namespace: in Kubernetes.
     """
 
@@ -41,18 +43,22 @@ class Stack:
     prometheus_image: str = "prom/prometheus:v3.5.0"
     grafana_image: str = "grafana/grafana:11.6.0"
     collector_image: str = "otel/opentelemetry-collector-contrib:0.120.0"
+    jaeger_image: str = "jaegertracing/jaeger:2.13.0"
     vllm_port: int = 8000
+    glassbox_port: int = 9464
     prometheus_port: int = 9090
     grafana_port: int = 3000
     otlp_grpc_port: int = 4317
     otlp_http_port: int = 4318
     collector_port: int = 8889
     collector_metrics_port: int = 8888
+    traces_port: int = 16686
     uid: int = 10001
     home: str = "/home/vllm"
     config_dir: str = "/etc/glassbox"
     dashboards_dir: str = "/var/lib/grafana/dashboards"
     datasource_uid: str = "glassbox-prometheus"
+    traces_uid: str = "glassbox-traces"
     sample_rate: float = 0.01
     overhead_budget: float = RuleSettings().overhead_budget
     export_interval_s: int = 5

@@ -3,9 +3,11 @@
 from typing import Final
 
 COMPOSE: Final = """\
-# vLLM with glassbox, Prometheus with the rules, Grafana with the dashboards, an OpenTelemetry collector. Needs one GPU.
+# vLLM with glassbox, Prometheus with the rules, Grafana with the dashboards, an OpenTelemetry collector, and Jaeger for
+# the traces. Needs one GPU.
 #   docker compose -f deploy/compose.yaml up --build
 #   http://127.0.0.1:%{grafana_port}  (MODEL, HF_TOKEN and GRAFANA_PASSWORD may be set in deploy/.env)
+#   http://127.0.0.1:%{glassbox_port}/glassbox/  the live page
 name: glassbox
 
 services:
@@ -14,7 +16,12 @@ services:
       context: ..
       dockerfile: Dockerfile
     image: %{image}
-    command: ["${MODEL:-%{model}}", "--port", "%{vllm_port}", "--max-model-len", "%{max_model_len}"]
+    command:
+      - ${MODEL:-%{model}}
+      - --port=%{vllm_port}
+      - --max-model-len=%{max_model_len}
+      # vLLM's own span of a request, above glassbox's.
+      - --otlp-traces-endpoint=http://otel-collector:%{otlp_grpc_port}
     environment:
       GLASSBOX_CONFIG: %{config_dir}/glassbox.yaml
       HF_TOKEN: ${HF_TOKEN:-}
@@ -24,6 +31,7 @@ services:
       - model-cache:%{home}/.cache
     ports:
       - "127.0.0.1:%{vllm_port}:%{vllm_port}"
+      - "127.0.0.1:%{glassbox_port}:%{glassbox_port}"
     ipc: host
     deploy:
       resources:
@@ -51,6 +59,7 @@ services:
       - --storage.tsdb.path=/prometheus
       - --storage.tsdb.retention.time=%{retention}
       - --web.listen-address=:%{prometheus_port}
+      - --enable-feature=exemplar-storage   # the dots that lead from a panel to a traced request
     volumes:
       - ./prometheus:/etc/prometheus:ro
       - prometheus-data:/prometheus
@@ -85,6 +94,14 @@ services:
       - ./otel-collector:/etc/otel-collector:ro
     restart: unless-stopped
 
+  jaeger:
+    image: %{jaeger_image}
+    # Its receiver listens on localhost by default in some versions.
+    command: ["--set=receivers.otlp.protocols.grpc.endpoint=0.0.0.0:%{otlp_grpc_port}"]
+    ports:
+      - "127.0.0.1:%{traces_port}:%{traces_port}"
+    restart: unless-stopped
+
 volumes:
   model-cache:
   prometheus-data:
@@ -103,12 +120,18 @@ export:
   interval_s: %{export_interval_s}
   prometheus:
     detail: layer          # head: a series for each head, for the dashboard Heads
+    port: %{glassbox_port}             # its own: live page, pages of traced requests, /metrics with exemplars
   otel:
     enabled: %{otel_enabled}
     endpoint: http://otel-collector:%{otlp_grpc_port}
     protocol: grpc
     metrics: false         # Prometheus reads vLLM's /metrics; by OTLP as well every number would be there twice
     traces: true
+
+requests:
+  opt_in: true             # a client may ask for a trace of its own request
+  trace_rate: 0            # share of all others that are traced; to find out who it was, 0.001 or so
+  include_text: false      # prompts are private; true: the pages show the tokens' texts
 """
 
 PROMETHEUS: Final = """\
@@ -127,6 +150,15 @@ scrape_configs:
   - job_name: %{job}
     static_configs:
       - targets: ["vllm:%{vllm_port}"]
+    # vLLM's port has glassbox's metrics, too, but no exemplars: they come from glassbox's own port, and only once.
+    metric_relabel_configs:
+      - source_labels: [__name__]
+        regex: glassbox_.*
+        action: drop
+  - job_name: glassbox
+    static_configs:
+      - targets: ["vllm:%{glassbox_port}"]
+        labels: {job: %{job}}
   - job_name: prometheus
     static_configs:
       - targets: ["localhost:%{prometheus_port}"]
@@ -137,7 +169,7 @@ scrape_configs:
 """
 
 COLLECTOR: Final = """\
-# Takes OTLP from vLLM and glassbox. Traces go to the log: name your own backend as a further exporter.
+# Takes OTLP from vLLM and glassbox. Traces go to Jaeger; for another backend name it instead.
 receivers:
   otlp:
     protocols:
@@ -153,8 +185,10 @@ processors:
   batch: {}
 
 exporters:
-  debug:
-    verbosity: basic
+  otlp:
+    endpoint: jaeger:%{otlp_grpc_port}
+    tls:
+      insecure: true
   prometheus:
     endpoint: 0.0.0.0:%{collector_port}
     resource_to_telemetry_conversion:
@@ -173,7 +207,7 @@ service:
     traces:
       receivers: [otlp]
       processors: [memory_limiter, batch]
-      exporters: [debug]
+      exporters: [otlp]
     metrics:
       receivers: [otlp]
       processors: [memory_limiter, batch]
@@ -192,6 +226,19 @@ datasources:
     jsonData:
       httpMethod: POST
       timeInterval: %{scrape_interval_s}s   # the scrape interval: $__rate_interval follows from it
+      # From a dot on a panel to the request's page and to its trace. `$$`: Grafana replaces variables in this file.
+      exemplarTraceIdDestinations:
+        - name: request_id
+          url: http://127.0.0.1:%{glassbox_port}/glassbox/v1/requests/$${__value.raw}?format=html
+          urlDisplayLabel: Attention of this request
+        - name: trace_id
+          datasourceUid: %{traces_uid}
+          urlDisplayLabel: Trace of the client
+  - name: Traces
+    uid: %{traces_uid}
+    type: jaeger
+    access: proxy
+    url: http://jaeger:%{traces_port}
 """
 
 GRAFANA_DASHBOARDS: Final = """\
@@ -293,6 +340,8 @@ spec:
           ports:
             - name: http
               containerPort: %{vllm_port}
+            - name: glassbox
+              containerPort: %{glassbox_port}
           securityContext:
             allowPrivilegeEscalation: false
             capabilities:
@@ -353,6 +402,9 @@ spec:
     - name: http
       port: %{vllm_port}
       targetPort: http
+    - name: glassbox
+      port: %{glassbox_port}
+      targetPort: glassbox
 """
 
 POD_MONITOR: Final = """\
@@ -369,6 +421,14 @@ spec:
       app.kubernetes.io/name: vllm
   podMetricsEndpoints:
     - port: http
+      path: /metrics
+      interval: %{scrape_interval_s}s
+      # They come from the other port: with exemplars, and only once.
+      metricRelabelings:
+        - sourceLabels: [__name__]
+          regex: glassbox_.*
+          action: drop
+    - port: glassbox
       path: /metrics
       interval: %{scrape_interval_s}s
 """

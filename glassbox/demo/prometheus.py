@@ -36,6 +36,7 @@ class PrometheusServer:
         job: value of the label `job`.
         labels: further labels of the targets.
         changing_jobs: further jobs, whose targets are set while it runs (`set_targets`).
+        scrape_configs: further jobs in the words of Prometheus' own configuration.
         features: experimental ones to switch on, such as exemplar-storage.
 
     Raises:
@@ -53,6 +54,7 @@ class PrometheusServer:
         labels: Mapping[str, str] | None = None,
         evaluation_s: float | None = None,
         changing_jobs: Sequence[str] = (),
+        scrape_configs: Sequence[Mapping[str, object]] = (),
         features: Sequence[str] = (),
     ) -> None:
         if PROMETHEUS is None:
@@ -62,7 +64,7 @@ class PrometheusServer:
         self._directory = directory
         self._log = directory / "prometheus.log"
         interval, evaluation = (f"{int(seconds * 1000)}ms" for seconds in (interval_s, evaluation_s or interval_s))
-        jobs: list[dict[str, object]] = []
+        jobs: list[Mapping[str, object]] = [*scrape_configs]
         if targets:
             static = {"targets": list(targets), "labels": dict(labels or {})}
             jobs.append({"job_name": job, "static_configs": [static]})

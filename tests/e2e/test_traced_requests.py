@@ -8,10 +8,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import yaml
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from glassbox.dashboards import check, files
+from glassbox.dashboards.stack import Stack
+from tests.e2e.test_dashboard_queries import VALUES
 from tests.otlp_receiver import OtlpReceiver, attributes
 from tests.prometheus_server import PrometheusServer, free_port
 from tests.serving import MODEL_NAME, GlassboxServer, require_tool, wait_for
@@ -22,6 +26,8 @@ SYSTEM, QUESTION = "You answer in one short sentence.", "Which harbour has the o
 MESSAGES: Any = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
 TRACE = {"glassbox": "trace"}
 TOKENS = 12
+ROOT = Path(__file__).resolve().parents[2]
+STACK = Stack()
 
 
 def ask(url: str, headers: dict[str, str] | None = None) -> openai.OpenAI:
@@ -210,6 +216,53 @@ class TestExemplars:
                 return [labels for labels in stored if labels["request_id"] == answer.id]
 
             assert {trace_id} == {labels["trace_id"] for labels in wait_for(exemplars, bool, 90.0, "exemplars")}
+
+    def test_lead_from_the_dashboard_to_the_request(self, server: GlassboxServer, tmp_path: Path) -> None:
+        """With the stack's own jobs: nothing is there twice, and a dot of a panel opens the page of its request."""
+        require_tool("prometheus", "prometheus")
+        shown = Shown(server)
+        answer = ask(server.url).chat.completions.create(
+            model=MODEL_NAME, messages=MESSAGES, max_tokens=TOKENS, extra_body=body(**TRACE)
+        )
+        shown.ended(answer.id)
+        ports = {f"vllm:{STACK.vllm_port}": server.url.removeprefix("http://"),
+                 f"vllm:{STACK.glassbox_port}": f"127.0.0.1:{shown.port}"}  # fmt: skip
+        text = (ROOT / "deploy/prometheus/prometheus.yaml").read_text()
+        for inside, here in ports.items():
+            text = text.replace(inside, here)
+        jobs = [job for job in yaml.safe_load(text)["scrape_configs"] if job["job_name"] in {"vllm", "glassbox"}]
+        asked = [
+            target["expr"]
+            for panel in check.panels(files.dashboards()["glassbox-requests"])
+            for target in panel.get("targets", ())
+            if target.get("exemplar")
+        ]
+        assert len(asked) == 3
+        with PrometheusServer(tmp_path, [], scrape_configs=jobs, features=["exemplar-storage"]) as prometheus:
+
+            def dots() -> list[set[str]]:
+                """Requests behind the dots of each panel, asked for as Grafana does: with the panel's expression."""
+                answers = [
+                    prometheus.api("query_exemplars", query=check.plain(one, VALUES), start="0", end="4102444800")
+                    for one in asked
+                ]
+                return [
+                    {exemplar["labels"]["request_id"] for series in found for exemplar in series["exemplars"]}
+                    for found in answers
+                ]
+
+            wait_for(dots, lambda found: all(answer.id in ids for ids in found), 90.0, "dots on every panel")
+            wait_for(lambda: prometheus.query("vllm:num_requests_running"), bool, 90.0, "vLLM's own metrics")
+            (targets,) = prometheus.query("count(count by (instance) (glassbox_steps_total))").values()
+            assert 1 == targets
+            assert {"vllm"} == {dict(labels)["job"] for labels in prometheus.query("glassbox_steps_total")}
+        source, _ = yaml.safe_load((ROOT / "dashboards/provisioning/datasources/prometheus.yaml").read_text())[
+            "datasources"
+        ]
+        link = next(one for one in source["jsonData"]["exemplarTraceIdDestinations"] if one["name"] == "request_id")
+        url = link["url"].replace("$${__value.raw}", answer.id).replace(f":{STACK.glassbox_port}/", f":{shown.port}/")
+        page = httpx.get(url, timeout=60.0).raise_for_status()
+        assert answer.id in page.text
 
 
 class TestOneTrace:

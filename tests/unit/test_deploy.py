@@ -21,7 +21,9 @@ from glassbox.config import load_config
 from glassbox.dashboards import files, stack_templates
 from glassbox.dashboards.rule_model import RuleSettings
 from glassbox.dashboards.stack import Stack, stack_files
+from glassbox.export.exemplars import labels_of
 from tests.serving import require_tool
+from tests.trace_samples import make_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -47,10 +49,10 @@ class TestCompose:
         done = subprocess.run([*command, str(DEPLOY / "compose.yaml")], capture_output=True, text=True, check=False)
         assert 0 == done.returncode, done.stdout + done.stderr
 
-    def test_has_the_four_services(self) -> None:
+    def test_has_the_services(self) -> None:
         """vLLM is built from this repository's Dockerfile, the others are pinned images."""
         services = COMPOSE["services"]
-        assert {"vllm", "prometheus", "grafana", "otel-collector"} == services.keys()
+        assert {"vllm", "prometheus", "grafana", "otel-collector", "jaeger"} == services.keys()
         build = services["vllm"]["build"]
         assert (DEPLOY / build["context"] / build["dockerfile"]).resolve() == ROOT / "Dockerfile"
         assert all(re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"]) for service in services.values())
@@ -87,6 +89,7 @@ class TestGlassboxConfig:
         assert RuleSettings().overhead_budget == config.sampling.overhead_budget
         assert otel == config.export.otel.enabled
         assert f"http://otel-collector:{STACK.otlp_grpc_port}" == config.export.otel.endpoint
+        assert STACK.glassbox_port == config.export.prometheus.port
         assert not config.export.otel.metrics
 
 
@@ -111,16 +114,33 @@ class TestPrometheus:
         hosts = {target.split(":")[0] for target in targets} - {"localhost"}
         assert {"vllm", "otel-collector"} == hosts
         assert {"vllm", "otel-collector"} <= COMPOSE["services"].keys()
-        assert f"vllm:{STACK.vllm_port}" in targets
+        assert {f"vllm:{STACK.vllm_port}", f"vllm:{STACK.glassbox_port}"} <= targets
+
+    def test_exemplars_are_stored(self) -> None:
+        """Prometheus only keeps them if it is told to."""
+        assert "--enable-feature=exemplar-storage" in COMPOSE["services"]["prometheus"]["command"]
 
 
 class TestGrafana:
     def test_data_source_is_the_prometheus_of_the_stack(self) -> None:
         """And tells the scrape interval, from which Grafana derives $__rate_interval."""
-        (source,) = load(ROOT / "dashboards/provisioning/datasources/prometheus.yaml")["datasources"]
+        source, _ = load(ROOT / "dashboards/provisioning/datasources/prometheus.yaml")["datasources"]
         assert ("prometheus", True) == (source["type"], source["isDefault"])
         assert f"http://prometheus:{STACK.prometheus_port}" == source["url"]
         assert f"{STACK.scrape_interval_s}s" == source["jsonData"]["timeInterval"]
+
+    def test_exemplars_lead_to_the_page_and_to_the_trace(self) -> None:
+        """By the labels that exemplars have: the request's page on a published port, the trace in Jaeger."""
+        prometheus, traces = load(ROOT / "dashboards/provisioning/datasources/prometheus.yaml")["datasources"]
+        links = {link["name"]: link for link in prometheus["jsonData"]["exemplarTraceIdDestinations"]}
+        assert {"request_id", "trace_id"} == links.keys()
+        assert links.keys() <= (labels_of(make_trace(), (f"{7:032x}", f"{7:016x}")) or {}).keys()
+        host = links["request_id"]["url"].removeprefix("http://").split("/")[0]
+        assert f"{host}:{STACK.glassbox_port}" in COMPOSE["services"]["vllm"]["ports"]
+        # Grafana reads $$ as $ in provisioning files.
+        assert "/glassbox/v1/requests/$${__value.raw}?format=html" in links["request_id"]["url"]
+        assert links["trace_id"]["datasourceUid"] == traces["uid"]
+        assert ("jaeger", f"http://jaeger:{STACK.traces_port}") == (traces["type"], traces["url"])
 
     def test_dashboards_are_found_where_they_are_mounted(self) -> None:
         """The provider's path and the home dashboard are under the mount of dashboards/."""
@@ -229,9 +249,13 @@ class TestKubernetes:
         monitor = load(KUBERNETES / "podmonitor.yaml")["spec"]
         assert service["selector"].items() <= labels
         assert monitor["selector"]["matchLabels"].items() <= labels
-        assert {service["ports"][0]["targetPort"], monitor["podMetricsEndpoints"][0]["port"]} == ports
+        endpoints = monitor["podMetricsEndpoints"]
+        assert {port["targetPort"] for port in service["ports"]} == ports == {entry["port"] for entry in endpoints}
         assert STACK.job == dict(labels)[monitor["jobLabel"]]
-        assert "/metrics" == monitor["podMetricsEndpoints"][0]["path"]
+        assert {"/metrics"} == {entry["path"] for entry in endpoints}
+        # glassbox's metrics come from one of them only.
+        (rule,) = next(entry for entry in endpoints if entry["port"] == "http")["metricRelabelings"]
+        assert {"sourceLabels": ["__name__"], "regex": "glassbox_.*", "action": "drop"} == rule
 
     def test_pod_runs_without_privileges(self) -> None:
         """As the image's user."""
