@@ -77,7 +77,7 @@ def demo(
         raise fail("--incident starts servers of its own and stops by itself; leave out --once and --port")
     if fault and not incident:
         raise fail("--fault is for the incident; add --incident")
-    missing = [name for name in ("vllm", "httpx") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("vllm", "httpx_sse", "psutil") if importlib.util.find_spec(name) is None]
     if missing:
         raise fail(
             f"the demo needs {' and '.join(missing)}; install the extras `cpu` (or `cuda`) and `demo`: "

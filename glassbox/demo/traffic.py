@@ -4,7 +4,6 @@ Owns what is asked. Short and long, chat and plain completion, streamed, several
 than 1,500 tokens; greedy, so that two runs ask for the same.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import httpx
+from httpx_sse import EventSource
 
 LONG_PROMPT_TOKENS: Final = 1500
 _TIMEOUT_S: Final = 180.0
@@ -171,11 +171,11 @@ def _streamed(client: httpx.Client, path: str, body: dict[str, Any]) -> tuple[st
         if reply.is_error:
             reply.read()
         reply.raise_for_status()
-        for line in reply.iter_lines():
-            data = line.removeprefix("data:").strip()
-            if not line.startswith("data:") or data == "[DONE]":
-                continue
-            event = json.loads(data)
+        # Not `iter_lines`: it also splits at U+2028 and U+0085, which may stand in a generated text.
+        for message in EventSource(reply).iter_sse():
+            if message.data == "[DONE]":
+                break
+            event = message.json()
             pieces += [_text(choice, "delta") for choice in event["choices"]]
             usage = event.get("usage") or usage
     return "".join(pieces), usage

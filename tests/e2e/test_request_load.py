@@ -5,7 +5,6 @@ clients, watches the memory of each process, and compares the throughput of untr
 """
 
 import asyncio
-import json
 import os
 import random
 import time
@@ -17,6 +16,7 @@ from typing import Any, Final
 import httpx
 import psutil
 import pytest
+from httpx_sse import EventSource
 
 from tests.e2e.test_soak import growth_mb_per_h, unharmed
 from tests.serving import MODEL_NAME, GlassboxServer, wait_for
@@ -97,14 +97,14 @@ class Load:
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 raise RuntimeError(f"{answer.status_code}: {(await answer.aread())[:200]!r}")
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
-                    chunk = json.loads(line[6:])
-                    if "error" in chunk:
-                        raise RuntimeError(line)
-                    tokens += 1
-                    if leaves:
-                        break
+            async for message in EventSource(answer).aiter_sse():
+                if message.data == "[DONE]":
+                    break
+                if "error" in message.json():
+                    raise RuntimeError(message.data)
+                tokens += 1
+                if leaves:
+                    break
         return tokens
 
 
