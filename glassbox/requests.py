@@ -10,7 +10,6 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -48,40 +47,11 @@ def is_sampled_request(external: str, rate: float) -> bool:
     return int.from_bytes(digest) < rate * 2.0**64
 
 
-@dataclass(frozen=True)
-class RowOwner:
-    """Whose a measured row is.
-
-    Attributes:
-        internal_id, external_id: of the request.
-        prompt_len: tokens.
-        position: of the row in the request's sequence.
-        phase: index into statistics.PHASES.
-    """
-
-    internal_id: str
-    external_id: str
-    prompt_len: int
-    position: int
-    phase: int
-
-
 def row_positions(batch: vllm_compat.Batch, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """Position of each row of a row list in its request's sequence, int32 [R]."""
     of = rows[:, ROW_BATCH]
     positions = batch.num_computed[of] + rows[:, ROW_QUERY] - batch.query_start[of]
     return np.asarray(positions, dtype=np.int32)
-
-
-def row_owners(batch: vllm_compat.Batch, rows: npt.NDArray[np.int32]) -> list[RowOwner]:
-    """Whose each row of a row list is."""
-    phases = rows[:, ROW_PHASE] & ~ROW_UNCOUNTED
-    return [
-        RowOwner(batch.req_ids[b], external_id(batch.req_ids[b]), int(batch.prompt_len[b]), position, phase)
-        for b, position, phase in zip(
-            rows[:, ROW_BATCH].tolist(), row_positions(batch, rows).tolist(), phases.tolist(), strict=True
-        )
-    ]
 
 
 class RequestTracker:

@@ -7,7 +7,7 @@ take a record at any time. Which requests are traced is decided in `requests.py`
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 import numpy as np
@@ -67,16 +67,7 @@ class Chunk:
     rows: tuple[npt.NDArray[np.float16], ...] = ()
 
 
-_JOINED: Final = (
-    "positions",
-    "phases",
-    "stats",
-    "topk_positions",
-    "topk_mass",
-    "mean_topk_positions",
-    "mean_topk_mass",
-    "span_mass",
-)
+_JOINED: Final = tuple(field.name for field in fields(Chunk) if field.name != "rows")
 
 
 class ActiveTrace:

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from glassbox.config import GlassboxConfig
-from glassbox.requests import REFUSAL_REASONS, RequestTracker, is_sampled_request, row_owners
+from glassbox.requests import REFUSAL_REASONS, RequestTracker, is_sampled_request, row_positions
 from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, RowSampler
 from glassbox.statistics import NUM_STATISTICS
-from glassbox.trace_record import external_id
 from glassbox.vllm_compat import read_batch
 from tests.trace_samples import Scheduled, make_host, new_request
 
@@ -450,11 +449,11 @@ class Machine(RuleBasedStateMachine):
                 expected[query] = (req_id, batch_row, request["computed"] + offset, request["prompt"])
                 query += 1
         batch = read_batch(runner, runner.metadata(rows, order))
-        for row, owner in zip(measured.tolist(), row_owners(batch, measured), strict=True):
+        for row, at in zip(measured.tolist(), row_positions(batch, measured).tolist(), strict=True):
             req_id, batch_row, position, prompt_len = expected[row[ROW_QUERY]]
-            assert (owner.internal_id, owner.position, owner.prompt_len) == (req_id, position, prompt_len)
-            assert owner.external_id == external_id(req_id)
-            assert owner.phase == (position >= prompt_len) == (row[ROW_PHASE] & 1)
+            owner = row[ROW_BATCH]
+            assert (batch.req_ids[owner], at, batch.prompt_len[owner]) == (req_id, position, prompt_len)
+            assert (position >= prompt_len) == (row[ROW_PHASE] & 1)
             assert row[ROW_SLOT] >= 0
             assert req_id in self.truth, "only traced requests are in a step that is not sampled"
             self.truth[req_id][position] = 1000 * batch_row + row[ROW_QUERY]
