@@ -203,7 +203,10 @@ class Observer:
             if traced is not None:
                 self._traced = self.requests.trace_rows(self._runner, batch, rows)
                 self._counted_share = 1 - np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED) / len(rows)
-            self.measurer.begin(rows, self._layers, self._traced)
+            # Of a step that isn't sampled only what its traces asked for.
+            of_traces = self._traced.layer_rows if self._traced is not None else frozenset[int]()
+            if layers := self._layers if self._sampled else of_traces:
+                self.measurer.begin(rows, layers, self._traced)
 
     def before_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
         """Called by every observed layer while `listening`."""

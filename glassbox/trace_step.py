@@ -47,6 +47,7 @@ class TracedStep:
         num_layers, num_heads: of the worker.
 
     Attributes:
+        layer_rows: observed layers that some of the traces keep.
         probed: int32 [m, NUM_ROW_COLUMNS], rows of requests that asked for more than statistics.
     """
 
@@ -59,6 +60,7 @@ class TracedStep:
         num_heads: int,
     ) -> None:
         self._members, self._indices = members, indices
+        self.layer_rows = frozenset(row for member in members for row in member.trace.layer_rows)
         self._stats = np.full((len(indices), num_layers, num_heads, NUM_STATISTICS + 1), np.nan, dtype=np.float32)
         self._probes = [_Probe(member, num_heads) for member in members if member.trace.options.probes]
         numbers = [np.arange(p.rows.numbers.start, p.rows.numbers.stop) for p in self._probes]

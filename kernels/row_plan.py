@@ -63,14 +63,14 @@ class Group:
 
     Attributes:
         items, rows_per_item: R' = items * rows_per_item, padded with copies of an item's last row.
-        query_index: int64 [R'].
+        row_index: which of `RowPlan.query_index` each is, int64 [R'].
         rows: index into the row list of the real rows among R', and `real` where they stand in R'.
         position, prompt_len: int64 [R', 1].
     """
 
     items: int
     rows_per_item: int
-    query_index: Tensor
+    row_index: Tensor
     rows: NDArray[np.int64]
     real: NDArray[np.int64]
     position: Tensor
@@ -106,6 +106,7 @@ class RowPlan:
 
     Attributes:
         num_rows: R.
+        query_index: of the rows, by request and then by query; int64 [R].
         sliding_window, sink_tokens, local_window: as given to `plan_rows`.
         inverse_log_n: 1 / ln n, 0 if n is 1; float32 [R, 1], as all of these.
         num_keys: n.
@@ -136,6 +137,7 @@ class RowPlan:
             raise ValueError("every row must be a token of its request, got a query index outside of its batch row")
         first = np.zeros_like(position) if sliding_window is None else np.maximum(position - sliding_window + 1, 0)
         self.num_rows: Final = len(rows)
+        self.query_index: Final = torch.from_numpy(listed[:, _QUERY].copy())
         self.sliding_window: Final = sliding_window
         self.sink_tokens: Final = sink_tokens
         self.local_window: Final = local_window
@@ -166,6 +168,18 @@ class RowPlan:
         if size not in self._groups:
             self._groups[size] = tuple(self._cut(num_heads, key_numbers))
         return self._groups[size]
+
+    def layers_at_once(self, num_heads: int, key_numbers: int) -> int:
+        """How many layers of a size are measured in the same torch calls, at least 1.
+
+        The calls cost more than the arithmetic when rows are few; and no tile may grow with the number of layers.
+        """
+        largest = 0.0
+        for group in self.groups(num_heads, key_numbers):
+            keys = group.items * max(tile.keys for tile in group.tiles)
+            scores = keys * group.rows_per_item * max(num_heads, NUM_WEIGHTS)
+            largest = max(largest, keys * key_numbers / self._key_budget, scores / _SCORE_BUDGET)
+        return max(1, int(1 / largest)) if largest else 1
 
     def weights(self, group: Group, tile: Tile) -> Tensor:
         """Column weights of a tile, float32 [R', NUM_WEIGHTS, keys], kept or made."""
@@ -225,7 +239,7 @@ class RowPlan:
         return Group(
             items=len(items.start),
             rows_per_item=items.rows_per_item,
-            query_index=torch.from_numpy(self._listed[index, _QUERY]),
+            row_index=torch.from_numpy(index),
             rows=self._order[index[real]],
             real=real,
             position=torch.from_numpy(self._position[index, None]),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glassbox.kernels.row_plan import Group, RowPlan
-from glassbox.kernels.row_stats_cpu import HIDDEN, KeyReader, LayerParams, tile_scores
+from glassbox.kernels.row_stats_cpu import HIDDEN, KeyReader, LayerParams, LayerRows, tile_scores
 
 NO_POSITION: Final = -1
 
@@ -75,34 +75,31 @@ def row_probe_cpu(
     Raises:
         ValueError: the plan was made for another sliding window, or for another number of rows.
     """
-    if params.sliding_window != plan.sliding_window or len(questions) != plan.num_rows:
+    if len(questions) != plan.num_rows:
         raise ValueError(
-            f"a plan must be for its layers' sliding window {params.sliding_window} and {len(questions)} rows, got "
-            f"{plan.sliding_window} and {plan.num_rows}; plan the probed rows by themselves"
+            f"a plan must be for {len(questions)} rows, got {plan.num_rows}; plan the probed rows by themselves"
         )
-    num_heads, key_numbers = q.shape[1], reader.num_kv_heads * q.shape[2]
+    layer = LayerRows.select(q, reader, plan, params)
+    scaled = layer.queries.float() * (params.scale * reader.key_scale)
     answers: dict[int, RowAnswer] = {}
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        for group in plan.groups(num_heads, key_numbers):
-            queries = q.index_select(0, group.query_index).float() * (params.scale * reader.key_scale)
-            scores, bad = _group_scores(queries, reader, group, plan=plan, params=params, key_numbers=key_numbers)
+        for group in plan.groups(layer.num_heads, layer.key_numbers):
+            scores, bad = _group_scores(scaled.index_select(0, group.row_index), layer, group, plan)
             of_group = [questions[row] for row in group.rows.tolist()]
             real = torch.from_numpy(group.real)
             _answer(answers, group, scores[real], bad[real], params, of_group)
     return [answers[row] for row in range(plan.num_rows)]
 
 
-def _group_scores(
-    queries: Tensor, reader: KeyReader, group: Group, *, plan: RowPlan, params: LayerParams, key_numbers: int
-) -> tuple[Tensor, Tensor]:
+def _group_scores(queries: Tensor, layer: LayerRows, group: Group, plan: RowPlan) -> tuple[Tensor, Tensor]:
     """Scores [R', Hq, keys of all tiles], and whether one of a row's is not finite, [R', Hq]."""
-    wide = torch.empty(group.items * max(tile.keys for tile in group.tiles), key_numbers)
+    wide = torch.empty(group.items * max(tile.keys for tile in group.tiles), layer.key_numbers)
     parts, overflow = [], torch.zeros(queries.shape[:2])
     for tile in group.tiles:
         weights = plan.weights(group, tile)
-        scores, of_tile = tile_scores(queries, reader, group, tile, weights=weights, params=params, wide=wide)
-        parts.append(scores)
-        overflow += of_tile
+        scores, of_tile = tile_scores(queries[None], [layer], group, tile, weights=weights, wide=wide)
+        parts.append(scores[0])
+        overflow += of_tile[0] if isinstance(of_tile, Tensor) else of_tile
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     # 0 * x is NaN unless x is finite.
     return joined, ((joined * 0.0).sum(-1) + overflow).isnan()

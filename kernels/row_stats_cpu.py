@@ -1,6 +1,6 @@
 """Row statistics on the CPU: a few batched torch calls over the visible keys of the sampled rows.
 
-Owns the measurement of one layer. It does not know how a cache is laid out (a `KeyReader` does), nor how a
+Owns the measurement of layers of one kind. It does not know how a cache is laid out (a `KeyReader` does), nor how a
 step's work is cut (`row_plan.py`), nor where rows come from. The meaning of each number stands in
 `glassbox.statistics`, its exact form in `reference/row_stats.py`.
 
@@ -8,8 +8,9 @@ Each tile normalises its own softmax, so all its sums are means over at most som
 holds well; what spans tiles is merged in float64. So precision doesn't depend on the length of the context.
 """
 
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from glassbox.kernels.row_plan import DISTANCE, NUM_WEIGHTS, Group, RowPlan, Tile, plan_rows
 from glassbox.statistics import INDEX, NUM_STATISTICS
 
-__all__ = ["HIDDEN", "KeyReader", "LayerParams", "RowPlan", "plan_rows", "row_stats_cpu", "tile_scores"]
+__all__ = ["HIDDEN", "KeyReader", "LayerParams", "LayerRows", "RowPlan", "plan_rows", "row_stats_cpu", "tile_scores"]
 
 # Stands for "invisible": below every score, and finite so that 0 * (HIDDEN - m) is 0, not NaN.
 HIDDEN: Final = -1e38
@@ -62,57 +63,102 @@ class LayerParams:
     sliding_window: int | None = None
 
 
-def row_stats_cpu(q: Tensor, reader: KeyReader, plan: RowPlan, params: LayerParams) -> Tensor:
-    """Statistics of the planned rows in one layer, as `glassbox.statistics` defines them.
+@dataclass(frozen=True, slots=True)
+class LayerRows:
+    """The planned rows of one layer.
+
+    Attributes:
+        queries: [R, Hq, D] in the order of `RowPlan.query_index`, any float dtype.
+        reader: of the layer's keys.
+        params: of the layer.
+    """
+
+    queries: Tensor
+    reader: KeyReader
+    params: LayerParams
+
+    @classmethod
+    def select(cls, q: Tensor, reader: KeyReader, plan: RowPlan, params: LayerParams) -> Self:
+        """The rows of a plan; a copy, so `q` ([T, Hq, D], the queries of the step) may be written afterwards.
+
+        Raises:
+            ValueError: the plan was made for another sliding window.
+        """
+        if params.sliding_window != plan.sliding_window:
+            raise ValueError(
+                f"sliding_window of a plan must be its layers', {params.sliding_window}, "
+                f"got {plan.sliding_window}; plan the rows of such layers separately"
+            )
+        return cls(q.index_select(0, plan.query_index), reader, params)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads, Hq."""
+        return self.queries.shape[1]
+
+    @property
+    def key_numbers(self) -> int:
+        """Numbers of one token's keys, Hkv * D."""
+        return self.reader.num_kv_heads * self.queries.shape[2]
+
+    @property
+    def kind(self) -> Hashable:
+        """Layers of one kind can be measured together."""
+        params = self.params
+        biases = (params.alibi_slopes is None, params.sinks is None)
+        return (self.queries.shape, self.queries.dtype, self.reader.num_kv_heads, params.soft_cap, *biases)
+
+
+def row_stats_cpu(layers: Sequence[LayerRows], plan: RowPlan) -> Tensor:
+    """Statistics of the planned rows in some layers, as `glassbox.statistics` defines them.
 
     Scores of magnitude 1e38 and more count as overflow (nonfinite).
 
     Args:
-        q: queries of the step, [T, Hq, D], any float dtype.
-        reader: of the layer's keys.
+        layers: N of one kind, best `plan.layers_at_once` of them: a torch call costs the same for all as for one.
         plan: of the step.
-        params: of the layer.
 
     Returns:
-        float32 [R, Hq, NUM_STATISTICS + 1]; the last column is 1 where a visible raw score is NaN or
+        float32 [N, R, Hq, NUM_STATISTICS + 1]; the last column is 1 where a visible raw score is NaN or
         infinite, and then the others are NaN. `lookback_ratio` is NaN on prefill rows.
 
     Raises:
-        ValueError: the plan was made for another sliding window.
+        ValueError: the layers are of several kinds.
     """
-    if params.sliding_window != plan.sliding_window:
+    first = layers[0]
+    if any(layer.kind != first.kind for layer in layers[1:]):
         raise ValueError(
-            f"sliding_window of a plan must be its layers', {params.sliding_window}, "
-            f"got {plan.sliding_window}; plan the rows of such layers separately"
+            f"layers measured together must be of one kind, got {[layer.kind for layer in layers]}; "
+            "measure them separately"
         )
-    num_heads, key_numbers = q.shape[1], reader.num_kv_heads * q.shape[2]
-    partial = np.empty((_NUM_PARTIAL, plan.num_rows, num_heads), dtype=np.float32)
+    num_layers, num_heads, key_numbers = len(layers), first.num_heads, first.key_numbers
+    factors = torch.tensor([layer.params.scale * layer.reader.key_scale for layer in layers])
+    queries = torch.stack([layer.queries for layer in layers]).float().mul_(factors.view(-1, 1, 1, 1))
+    partial = np.empty((_NUM_PARTIAL, num_layers, plan.num_rows, num_heads), dtype=np.float32)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore", under="ignore"):
         for group in plan.groups(num_heads, key_numbers):
-            queries = q.index_select(0, group.query_index).float() * (params.scale * reader.key_scale)
+            of_group = queries.index_select(1, group.row_index)
             # One workspace for all tiles of a group: fresh memory costs more than the arithmetic (page faults).
-            wide = torch.empty(group.items * max(tile.keys for tile in group.tiles), key_numbers)
-            done = [_measure(queries, reader, group, tile, plan=plan, params=params, wide=wide) for tile in group.tiles]
+            wide = torch.empty(num_layers * group.items * max(tile.keys for tile in group.tiles), key_numbers)
+            done = [_measure(of_group, layers, group, tile, plan=plan, wide=wide) for tile in group.tiles]
             merged = done[0] if len(done) == 1 else _merge(np.stack(done), group.tiles)
-            partial[:, group.rows] = merged[:, group.real]
-        return torch.from_numpy(_finish(partial, plan, params))
+            partial[:, :, group.rows] = merged[:, :, group.real]
+        return torch.from_numpy(_finish(partial, plan, layers))
 
 
 def _measure(
-    queries: Tensor,  # [R', Hq, D] float32, scaled
-    reader: KeyReader,
+    queries: Tensor,  # [N, R', Hq, D] float32, scaled
+    layers: Sequence[LayerRows],
     group: Group,
     tile: Tile,
     *,
     plan: RowPlan,
-    params: LayerParams,
-    wide: Tensor,  # [>= items * keys, Hkv * D] float32, scratch
+    wide: Tensor,  # [>= N * items * keys, Hkv * D] float32, scratch
 ) -> NDArray[np.float32]:
-    """Partial results of one tile, [_NUM_PARTIAL, R', Hq]."""
+    """Partial results of one tile, [_NUM_PARTIAL, N, R', Hq]."""
     weights = plan.weights(group, tile)
-    scores, overflow = tile_scores(queries, reader, group, tile, weights=weights, params=params, wide=wide)
-    num_rows, num_heads, _ = scores.shape
-    out = torch.empty(_NUM_PARTIAL, num_rows, num_heads)
+    scores, overflow = tile_scores(queries, layers, group, tile, weights=weights, wide=wide)
+    out = torch.empty(_NUM_PARTIAL, *scores.shape[:3])
     out[_OVERFLOW] = overflow
     torch.amax(scores, -1, out=out[_MAX])
     scores.sub_(out[_MAX].unsqueeze(-1))
@@ -121,37 +167,37 @@ def _measure(
     torch.amax(share, -1, out=out[_TOP])
     torch.linalg.vecdot(share, scores, out=out[_ENERGY])
     torch.linalg.vecdot(share, share, out=out[_SQUARES])
-    own = tile.own.expand(num_rows, num_heads, 1)
-    torch.gather(scores, 2, own, out=out[_OWN].unsqueeze(-1))
-    # [R', W, keys] @ [R', keys, Hq]
-    out[_SUMS:].copy_(torch.bmm(weights, share.transpose(1, 2)).transpose(0, 1))
+    own = tile.own.expand(*scores.shape[:3], 1)
+    torch.gather(scores, 3, own, out=out[_OWN].unsqueeze(-1))
+    # [R', W, keys] @ [N, R', keys, Hq]
+    out[_SUMS:].copy_(torch.matmul(weights, share.transpose(2, 3)).permute(2, 0, 1, 3))
     return out.numpy()
 
 
 def tile_scores(
     queries: Tensor,
-    reader: KeyReader,
+    layers: Sequence[LayerRows],
     group: Group,
     tile: Tile,
     *,
     weights: Tensor,
-    params: LayerParams,
     wide: Tensor,
 ) -> tuple[Tensor, Tensor | float]:
     """Scores of a tile after soft cap, bias and masks.
 
     Args:
-        queries: [R', Hq, D] float32, times scale and key scale.
-        reader, group, tile, params: see `row_stats_cpu`.
+        queries: [N, R', Hq, D] float32, times scale and key scale.
+        layers: N of one kind.
+        group, tile: of the plan.
         weights: of the tile's columns, as `RowPlan.weights` gives them.
-        wide: [>= items * keys, Hkv * D] float32, scratch.
+        wide: [>= N * items * keys, Hkv * D] float32, scratch.
 
     Returns:
-        [R', Hq, keys] float32, HIDDEN where a row does not see a key, and what is NaN [R', Hq] where the soft cap
-        hides that a raw score is not finite, else 0.
+        [N, R', Hq, keys] float32, HIDDEN where a row does not see a key, and what is NaN [N, R', Hq] where the soft
+        cap hides that a raw score is not finite, else 0.
     """
-    pages = reader.read(tile.block_ids)
-    scores = _scores(queries, pages, group, tile, wide)
+    params = layers[0].params
+    scores = _scores(queries, [layer.reader for layer in layers], group, tile, wide)
     _hide(scores, tile)
     overflow: Tensor | float = 0.0
     if params.soft_cap is not None:
@@ -160,43 +206,51 @@ def tile_scores(
         overflow = (most - most) + (least - least)
         scores.div_(params.soft_cap).tanh_().mul_(params.soft_cap)
         _hide(scores, tile)
-    if params.alibi_slopes is not None:
-        slopes = params.alibi_slopes.float()[None, :, None]  # [1, Hq, 1]
-        scores.addcmul_(slopes, weights[:, DISTANCE, None, :], value=-1)
+    slopes = _stacked(layer.params.alibi_slopes for layer in layers)
+    if slopes is not None:
+        scores.addcmul_(slopes.unsqueeze(-1), weights[:, DISTANCE, None, :], value=-1)
     return scores, overflow
 
 
-def _scores(queries: Tensor, pages: Tensor, group: Group, tile: Tile, wide: Tensor) -> Tensor:
-    """float32 [R', Hq, keys] of queries [R', Hq, D] and pages [items * blocks, Hkv, block, D]."""
-    _, num_kv_heads, block_size, head_size = pages.shape
-    items, per_item, keys = group.items, group.rows_per_item, tile.keys
-    num_heads = queries.shape[1]
-    pages = pages.view(items, -1, num_kv_heads, block_size, head_size)
-    num_blocks = pages.shape[1]
-    wide = wide[: items * keys]
-    # One pass widens the keys and joins the blocks, in the order in which a page lies.
-    if pages.stride(-1) == 1:
-        wide = wide.view(items, num_kv_heads, num_blocks, block_size, head_size)
-        wide.copy_(pages.transpose(1, 2))
-        joined = wide.view(items * num_kv_heads, keys, head_size).transpose(1, 2)
-    else:
-        wide = wide.view(items, num_kv_heads, head_size, num_blocks, block_size)
-        wide.copy_(pages.permute(0, 2, 4, 1, 3))
-        joined = wide.view(items * num_kv_heads, head_size, keys)
-    grouped = queries.view(items, per_item, num_kv_heads, num_heads // num_kv_heads, head_size)
-    # [items * Hkv, rows * G, D] @ [items * Hkv, D, keys]
-    product = torch.bmm(grouped.transpose(1, 2).reshape(items * num_kv_heads, -1, head_size), joined)
-    product = product.view(items, num_kv_heads, per_item, -1, keys)
-    return product.transpose(1, 2).reshape(items * per_item, num_heads, keys)
+def _stacked(of_heads: Iterable[Tensor | None]) -> Tensor | None:
+    """float32 [N, 1, Hq] of what layers of one kind have per head, [Hq] each; None if they have nothing."""
+    there = [values.detach().float() for values in of_heads if values is not None]
+    return torch.stack(there).unsqueeze(1) if there else None
+
+
+def _scores(queries: Tensor, readers: Sequence[KeyReader], group: Group, tile: Tile, wide: Tensor) -> Tensor:
+    """float32 [N, R', Hq, keys] of queries [N, R', Hq, D] and the tile's keys in N layers."""
+    num_layers, _, num_heads, head_size = queries.shape
+    items, per_item, keys, num_kv_heads = group.items, group.rows_per_item, tile.keys, readers[0].num_kv_heads
+    matrices = num_layers * items * num_kv_heads
+    wide = wide[: num_layers * items * keys]
+    joined: Tensor | None = None
+    # One pass widens the keys and joins the blocks, in the order in which a page (of the first layer) lies.
+    for n, reader in enumerate(readers):
+        pages = reader.read(tile.block_ids)
+        pages = pages.view(items, -1, num_kv_heads, pages.shape[2], head_size)
+        num_blocks, block_size = pages.shape[1], pages.shape[3]
+        if joined is None:
+            by_token = pages.stride(-1) == 1
+            inner = (num_blocks, block_size, head_size) if by_token else (head_size, num_blocks, block_size)
+            wide = wide.view(num_layers, items, num_kv_heads, *inner)
+            joined = wide.view(matrices, keys, head_size).mT if by_token else wide.view(matrices, head_size, keys)
+        wide[n].copy_(pages.transpose(1, 2) if by_token else pages.permute(0, 2, 4, 1, 3))
+    assert joined is not None
+    grouped = queries.view(num_layers * items, per_item, num_kv_heads, num_heads // num_kv_heads, head_size)
+    # [N * items * Hkv, rows * G, D] @ [N * items * Hkv, D, keys]
+    product = torch.bmm(grouped.transpose(1, 2).reshape(matrices, -1, head_size), joined)
+    product = product.view(num_layers * items, num_kv_heads, per_item, -1, keys)
+    return product.transpose(1, 2).reshape(num_layers, items * per_item, num_heads, keys)
 
 
 def _hide(scores: Tensor, tile: Tile) -> None:
     for first, end, mask in tile.hidden:
-        scores[:, :, first:end].masked_fill_(mask, HIDDEN)
+        scores[..., first:end].masked_fill_(mask, HIDDEN)
 
 
 def _merge(parts: NDArray[np.float32], tiles: tuple[Tile, ...]) -> NDArray[np.float32]:
-    """Merges partial results of runs of keys, [C, _NUM_PARTIAL, R', Hq] -> [_NUM_PARTIAL, R', Hq].
+    """Merges partial results of runs of keys, [C, _NUM_PARTIAL, N, R', Hq] -> [_NUM_PARTIAL, N, R', Hq].
 
     A run of which a row sees nothing has maximum `HIDDEN`, so its share of the whole is exactly 0.
     """
@@ -212,23 +266,24 @@ def _merge(parts: NDArray[np.float32], tiles: tuple[Tile, ...]) -> NDArray[np.fl
     merged[_TOP] = 1 / total
     merged[_ENERGY] = (share * (whole[:, _ENERGY] + shift)).sum(axis=0)
     merged[_SQUARES] = (share * share * whole[:, _SQUARES]).sum(axis=0)
-    here = np.stack([tile.own_here for tile in tiles])
+    here = np.stack([tile.own_here for tile in tiles])[:, None]
     merged[_OWN] = np.where(here, whole[:, _OWN] + shift, 0.0).sum(axis=0)
     merged[_OVERFLOW] = whole[:, _OVERFLOW].sum(axis=0)
     merged[_SUMS:] = (share[:, None] * whole[:, _SUMS:]).sum(axis=0)
     return merged
 
 
-def _finish(partial: NDArray[np.float32], plan: RowPlan, params: LayerParams) -> NDArray[np.float32]:
-    """Statistics [R, Hq, NUM_STATISTICS + 1] of partial results [_NUM_PARTIAL, R, Hq].
+def _finish(partial: NDArray[np.float32], plan: RowPlan, layers: Sequence[LayerRows]) -> NDArray[np.float32]:
+    """Statistics [N, R, Hq, NUM_STATISTICS + 1] of partial results [_NUM_PARTIAL, N, R, Hq].
 
     In numpy: its calls on arrays of this size take a fifth of torch's.
     """
     out = np.empty((*partial.shape[1:], NUM_STATISTICS + 1), dtype=np.float32)
     log_zk = -np.log(partial[_TOP])
     log_z, kept = log_zk, np.float32(1)
-    if params.sinks is not None:
-        log_z = np.logaddexp(log_zk, params.sinks.detach().float().numpy() - partial[_MAX])
+    sinks = _stacked(layer.params.sinks for layer in layers)
+    if sinks is not None:
+        log_z = np.logaddexp(log_zk, sinks.numpy() - partial[_MAX])
         kept = np.exp(log_zk - log_z)
     entropy = (log_zk - partial[_ENERGY]) * plan.inverse_log_n
     context = partial[_CONTEXT] / plan.num_context

@@ -1,7 +1,13 @@
-"""Measuring on the CPU: after the inner attention, on the calling thread, over K read from vLLM's packed pages."""
+"""Measuring on the CPU: after the inner attention, on the calling thread, over K read from vLLM's packed pages.
+
+Few rows cost mostly calls, so a layer's queries are put by until as many layers have come as are measured at once, or
+the step ends; the keys that its rows see stay in the cache until then.
+"""
 
 import sys
 import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -11,12 +17,27 @@ from glassbox.accumulate import AccumulatorArrays, Accumulators
 from glassbox.backends.cpu_cache import PackedKeyReader
 from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import row_probe_cpu
-from glassbox.kernels.row_stats_cpu import LayerParams, row_stats_cpu
+from glassbox.kernels.row_stats_cpu import LayerParams, LayerRows, row_stats_cpu
 from glassbox.sampling import ROW_PHASE, ROW_UNCOUNTED
 from glassbox.trace_step import TracedStep
 
 # Statistics of several layers are added to the accumulators together: it costs a dozen torch calls either way.
 _FLUSH_ELEMENTS: Final = 1 << 21  # 8 MB of float32
+
+
+@dataclass
+class _Waiting:
+    """Layers of one kind that are measured together.
+
+    Attributes:
+        limit: how many at once.
+        rows: of the layers in the accumulators.
+    """
+
+    plan: RowPlan
+    limit: int
+    rows: list[int] = field(default_factory=list)
+    layers: list[LayerRows] = field(default_factory=list)
 
 
 class CpuMeasurer:
@@ -41,6 +62,7 @@ class CpuMeasurer:
         self._counted: torch.Tensor | None = None
         self._plans: dict[tuple[int, int | None, bool], RowPlan] = {}
         self._metadata: list[Any] = []
+        self._waiting: dict[Hashable, _Waiting] = {}
         self._pending: list[tuple[int, torch.Tensor]] = []
         self._params: dict[str, LayerParams] = {}
 
@@ -60,7 +82,7 @@ class CpuMeasurer:
         """Nothing to do: on the CPU nothing runs beside the attention."""
 
     def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """Measure this layer's rows, if it is one of the step's layers."""
+        """Take this layer's rows, if it is one of the step's layers."""
         row = self._layer_rows.get(layer.layer_name)
         if self._rows is None or row is None or row not in self._layers:
             return
@@ -71,23 +93,19 @@ class CpuMeasurer:
         plan = self._plan(self._rows, attn_metadata, kv_cache.shape[2], params.sliding_window)
         # Made for each call: it is a view, and keeping it would keep a KV cache alive that vLLM has freed.
         reader = PackedKeyReader(kv_cache, layer.isa, impl.kv_cache_dtype, layer._k_scale_float)
-        stats = row_stats_cpu(query, reader, plan, params)
-        if self._traced is not None:
-            self._traced.add_stats(row, stats.numpy())
-        if self._counted is not None:
-            stats = stats[self._counted]
-        self._pending.append((row, stats))
+        self._put_by(row, LayerRows.select(query, reader, plan, params), plan)
         if self._traced is not None and (questions := self._traced.questions(row, query.shape[1])):
             plan = self._plan(self._traced.probed, attn_metadata, kv_cache.shape[2], params.sliding_window)
             self._traced.add_answers(row, row_probe_cpu(query, reader, plan, params, questions))
-        if sum(stats.numel() for _, stats in self._pending) > _FLUSH_ELEMENTS:
-            self._flush()
 
     def finish(self) -> None:
         """Add what was measured in this step."""
         try:
+            for key in list(self._waiting):
+                self._measure(key)
             self._flush()
         finally:
+            self._waiting.clear()
             self._pending.clear()
             self._rows = self._traced = self._counted = None
             self._plans.clear()
@@ -115,6 +133,27 @@ class CpuMeasurer:
             )
             self._metadata.append(metadata)
         return plan
+
+    def _put_by(self, row: int, layer: LayerRows, plan: RowPlan) -> None:
+        key = (id(plan), layer.kind)
+        waiting = self._waiting.get(key)
+        if waiting is None:
+            limit = plan.layers_at_once(layer.num_heads, layer.key_numbers)
+            waiting = self._waiting[key] = _Waiting(plan, limit)
+        waiting.rows.append(row)
+        waiting.layers.append(layer)
+        if len(waiting.rows) >= waiting.limit:
+            self._measure(key)
+
+    def _measure(self, key: Hashable) -> None:
+        # Taken out first: layers that fail must not stand in the way of the next ones.
+        waiting = self._waiting.pop(key)
+        for row, stats in zip(waiting.rows, row_stats_cpu(waiting.layers, waiting.plan), strict=True):
+            if self._traced is not None:
+                self._traced.add_stats(row, stats.numpy())
+            self._pending.append((row, stats if self._counted is None else stats[self._counted]))
+        if sum(stats.numel() for _, stats in self._pending) > _FLUSH_ELEMENTS:
+            self._flush()
 
     def _flush(self) -> None:
         if not self._pending or self._rows is None:

@@ -12,7 +12,7 @@ from vllm import _custom_ops as ops
 from glassbox.backends import cpu_cache
 from glassbox.backends.cpu_cache import CacheLayoutError, KeyLayout, PackedKeyReader, probe_layout
 from glassbox.kernels.reference.row_stats import row_stats_ref
-from glassbox.kernels.row_stats_cpu import LayerParams, plan_rows, row_stats_cpu
+from glassbox.kernels.row_stats_cpu import LayerParams, LayerRows, plan_rows, row_stats_cpu
 from tests.kernels.tolerances import ATTENTION_OUTPUT, assert_two_oracles
 
 pytestmark = pytest.mark.integration
@@ -321,7 +321,7 @@ class TestScores:
         rows = np.array([[0, 0, 0, 68, -1], [2, 0, 1, 68, -1], [3, 1, 1, 40, -1]], dtype=np.int32)
         plan = plan_rows(rows, served.starts, served.lens, served.table, 32, sliding_window=options.window)
         params = LayerParams(0.3, options.soft_cap, served.slopes, served.sinks, options.window)
-        actual = row_stats_cpu(served.q, served.reader, plan, params)
+        actual = row_stats_cpu([LayerRows.select(served.q, served.reader, plan, params)], plan)[0]
         expected, same_dtype = (
             row_stats_ref(
                 served.q[[0, 2, 3]], served.keys, [67, 69, 44], request=[0, 0, 1], phase=[0, 1, 1],

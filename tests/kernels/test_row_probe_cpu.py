@@ -157,5 +157,5 @@ class TestNotFinite:
 class TestErrors:
     def test_a_plan_of_other_rows(self) -> None:
         """Says what the plan must be."""
-        with pytest.raises(ValueError, match=r"sliding window None and 1 rows, got None and 8; plan the probed rows"):
+        with pytest.raises(ValueError, match=r"must be for 1 rows, got 8; plan the probed rows"):
             probe(MIXED, [ALL])

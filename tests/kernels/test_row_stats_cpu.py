@@ -1,7 +1,7 @@
 """The CPU measurement equals the float64 reference, whatever the batch looks like."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from glassbox.kernels.reference.row_stats import row_stats_ref
-from glassbox.kernels.row_stats_cpu import LayerParams, RowPlan, plan_rows, row_stats_cpu
+from glassbox.kernels.row_stats_cpu import LayerParams, LayerRows, RowPlan, plan_rows, row_stats_cpu
 from glassbox.statistics import INDEX, NUM_STATISTICS, STATISTICS
 from tests.kernels.tolerances import assert_two_oracles
 
@@ -93,10 +93,10 @@ class Batch:
     def params(self) -> LayerParams:
         return LayerParams(self.scale, self.soft_cap, self.slopes, self.learned, self.window)
 
-    def cache(self) -> tuple[Tensor, np.ndarray]:
+    def cache(self, order_seed: int | None = None) -> tuple[Tensor, np.ndarray]:
         """Pages in random order, NaN where no key stands, and the block table, wild beyond each sequence."""
         needed = [math.ceil(n / self.block_size) for n, _, _ in self.lengths]
-        order = np.random.default_rng(self.seed).permutation(sum(needed) + 3)
+        order = np.random.default_rng(self.seed if order_seed is None else order_seed).permutation(sum(needed) + 3)
         shape = (len(order), self.num_kv_heads, self.block_size, self.head_size)
         pages = torch.full(shape, math.nan, dtype=self.dtype)
         table = np.full((len(needed), max(needed, default=1) + 1), 10**9, dtype=np.int32)
@@ -117,7 +117,11 @@ class Batch:
 
     def measure(self, **options: int) -> Tensor:
         pages, table = self.cache()
-        return row_stats_cpu(self.q, PlainReader(pages, self.transposed), self.plan(table, **options), self.params)
+        return self.measured(PlainReader(pages, self.transposed), self.plan(table, **options))
+
+    def measured(self, reader: PlainReader, plan: RowPlan) -> Tensor:
+        """Statistics of the batch's only layer."""
+        return row_stats_cpu([LayerRows.select(self.q, reader, plan, self.params)], plan)[0]
 
     def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:
         rows = self.row_list
@@ -139,7 +143,10 @@ class Batch:
         return max(1.0, largest + bias + sink)
 
     def check(self, **options: int) -> Tensor:
-        actual = self.measure(**options)
+        return self.check_statistics(self.measure(**options))
+
+    def check_statistics(self, actual: Tensor) -> Tensor:
+        """Statistics that must be those of this batch; returns them."""
         longest = max(n for n, _, _ in self.lengths)
         assert_two_oracles(actual, self.reference(), self.reference(torch.float32), self.magnitude(), longest)
         return actual
@@ -254,7 +261,7 @@ class TestAgainstReference:
         batch.check()
         pages, table = batch.cache()
         reader = PlainReader(pages)
-        row_stats_cpu(batch.q, reader, batch.plan(table, key_budget=1 << 16), batch.params)
+        batch.measured(reader, batch.plan(table, key_budget=1 << 16))
         assert reader.blocks_read <= 188 + 20 * 2 + 20
 
     @pytest.mark.parametrize("num_heads", [1, 128])
@@ -273,13 +280,14 @@ class TestAgainstReference:
                 assert 4 * group.items * tile.keys * 8 * 128 <= 4 << 20
                 assert 4 * group.items * group.rows_per_item * num_heads * tile.keys <= 4 << 20
                 assert tile.weights is None or tile.weights.nbytes <= 16 << 20
+        assert 1 == plan.layers_at_once(num_heads, 8 * 128)
 
     def test_window_reads_only_its_blocks(self) -> None:
         """With a sliding window only blocks that some row sees are read."""
         batch = Batch([(1000, 1, 500)], [(0, 0)], window=20)
         pages, table = batch.cache()
         reader = PlainReader(pages)
-        row_stats_cpu(batch.q, reader, batch.plan(table), batch.params)
+        batch.measured(reader, batch.plan(table))
         assert reader.blocks_read == 2
 
     @pytest.mark.parametrize("num_keys", [131_072])
@@ -292,7 +300,7 @@ class TestAgainstReference:
         """Keys of a reader are its numbers times `key_scale`."""
         batch = Batch([(30, 1, 10)], [(0, 0)])
         pages, table = batch.cache()
-        got = row_stats_cpu(batch.q, PlainReader(pages / 4, key_scale=4.0), batch.plan(table), batch.params)
+        got = batch.measured(PlainReader(pages / 4, key_scale=4.0), batch.plan(table))
         assert torch.allclose(got, batch.measure(), rtol=1e-5, atol=1e-6)
 
     def test_many_rows_of_one_request(self) -> None:
@@ -315,7 +323,7 @@ class TestAgainstReference:
         plan = batch.plan(table)
         batch.window = 4
         with pytest.raises(ValueError, match="sliding_window of a plan must be its layers', 4, got None"):
-            row_stats_cpu(batch.q, PlainReader(pages), plan, batch.params)
+            batch.measured(PlainReader(pages), plan)
 
 
 class TestNonfinite:
@@ -355,6 +363,44 @@ class TestMerge:
         """Runs of one block each, merged, equal one run over all keys."""
         whole, pieces = batch.measure(key_budget=1 << 22), batch.measure(key_budget=1)
         assert torch.allclose(whole, pieces, rtol=2e-4, atol=2e-5 * batch.magnitude(), equal_nan=True)
+
+
+class TestLayersTogether:
+    @given(batch=batches(), budget=st.sampled_from([1 << 20, 1]), transposed=st.lists(st.booleans(), max_size=3))
+    def test_each_is_measured_as_if_alone(self, batch: Batch, budget: int, transposed: list[bool]) -> None:
+        """Layers with their own queries, keys, scales, slopes and sinks, over one block table."""
+        layers = [batch]
+        for n, turned in enumerate(transposed, 1):
+            layers.append(replace(batch, seed=batch.seed + n, scale=batch.scale / (1 + n), transposed=turned))
+        _, table = batch.cache()
+        plan = batch.plan(table, key_budget=budget)
+        rows = []
+        for n, layer in enumerate(layers):
+            pages, same = layer.cache(order_seed=batch.seed)
+            assert (same == table).all()
+            reader = PlainReader(pages * 2**n, layer.transposed, key_scale=2.0**-n)
+            rows.append(LayerRows.select(layer.q, reader, plan, layer.params))
+        for layer, actual in zip(layers, row_stats_cpu(rows, plan), strict=True):
+            layer.check_statistics(actual)
+
+    def test_of_several_kinds_are_refused(self) -> None:
+        """Layers with and without a soft cap have no calls in common."""
+        batch = Batch([(20, 1, 10)], [(0, 0)])
+        pages, table = batch.cache()
+        plan = batch.plan(table)
+        rows = [
+            LayerRows.select(batch.q, PlainReader(pages), plan, replace(batch.params, soft_cap=cap))
+            for cap in (None, 5.0)
+        ]
+        with pytest.raises(ValueError, match="layers measured together must be of one kind"):
+            row_stats_cpu(rows, plan)
+
+    @pytest.mark.parametrize(("keys", "least", "most"), [(60, 30, 85), (600, 8, 9), (6000, 1, 1)])
+    def test_as_many_as_a_tile_may_hold(self, keys: int, least: int, most: int) -> None:
+        """All of a small model for a short row, one by one for a long one: 4 MB of widened keys."""
+        batch = Batch([(keys, 1, keys)], [(0, 0)], num_heads=9, num_kv_heads=3, block_size=32)
+        _, table = batch.cache()
+        assert least <= batch.plan(table).layers_at_once(9, 3 * 64) <= most
 
 
 class TestReference:

@@ -290,6 +290,22 @@ class TestTracedRequests:
         (rows,) = setup.measurer.rows
         assert rows[:, [ROW_BATCH, ROW_PHASE, ROW_SLOT]].tolist() == [[0, 1, -1], [1, 1, 0]]
 
+    @pytest.mark.parametrize(("rate", "layers"), [(0.0, {1}), (1.0, {0, 1, 2, 3})])
+    def test_layers(self, rate: float, layers: set[int]) -> None:
+        """Beyond the sample only layers are measured that a trace keeps."""
+        setup = Setup(sample_rate=rate)
+        setup.step([DECODE], new={0: {"glassbox": "trace", "glassbox_layers": [LAYERS[1]]}})
+        assert [frozenset(layers)] == setup.measurer.layers
+
+    def test_no_memory_for_any(self) -> None:
+        """Nothing is measured of rows that nobody would keep."""
+        setup = Setup(sample_rate=0.0, requests={"max_active_mb": 1})
+        setup.step([DECODE], new={0: {"glassbox": "trace"}})
+        (trace,) = setup.requests.active()
+        trace.nbytes = 10**9
+        setup.step([(1, 10, 7)])
+        assert 1 == len(setup.measurer.rows)
+
     def test_off(self) -> None:
         """A request that wants to be left out is in no row list."""
         setup = Setup()
