@@ -377,7 +377,8 @@ def bench_pair(options: Options, number: int) -> tuple[dict[str, Ratio], dict[st
         ratios: dict[str, Ratio] = {}
         for arm in (default, Arm(RATE_1, on, on_config, {"sample_rate": 1.0})):
             arms = [Arm(OFF, off, off_config), arm, Arm(AGAIN, off, off_config)]
-            ratios = ratios_of_pair(measure(arms, base, options, number)) | ratios
+            found = ratios_of_pair(measure(arms, base, options, number))
+            ratios |= {name: ratio for name, ratio in found.items() if name not in ratios}
         httpx.get(f"{on.url}/metrics", timeout=30.0).raise_for_status()
         memory = {"plugin": sum(memory_mb(on).values()) - sum(memory_mb(off).values())}
         memory["plugin and OTLP"] = memory["plugin"] + otel_memory_mb(default, base)
