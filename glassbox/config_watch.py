@@ -18,13 +18,14 @@ from typing import Final, TypeVar
 
 import watchfiles
 
+from glassbox.affinity import leave_workers_cores
 from glassbox.config import ConfigError, GlassboxConfig, parse_config, read_bytes
 from glassbox.logs import get_logger
 
 # How long a burst of events may grow, and the silence that ends it: a truncate and the write after it are one
-# change.
-_DEBOUNCE_MS: Final = 400
-_SILENCE_MS: Final = 100
+# change. watchfiles wakes up, and asks for the interpreter's lock, once per silence, events or not.
+_DEBOUNCE_MS: Final = 500
+_SILENCE_MS: Final = 250
 _LOOK_EVERY_MS: Final = 500
 _POLL_MS: Final = 300
 # A bad content counts if it is still there after this: it may be half written.
@@ -79,6 +80,8 @@ class FileWatcher:
         return self._stop.wait(seconds)
 
     def _run(self, stop: threading.Event) -> None:
+        # On a core of the worker the thread would take time from the computation whenever it looks.
+        leave_workers_cores(0)
         force_polling: bool | None = None  # watchfiles' own choice: the kernel's events if they are to be had
         signature: _Signature = None
         first = True
