@@ -1,24 +1,23 @@
-"""What glassbox costs a real `vllm serve` on this CPU: throughput and memory, against a server without it.
+"""What glassbox costs a real `vllm serve` on this CPU: throughput and memory, against servers without it.
 
     glassbox bench
-    glassbox bench --pairs 8 --csv serving_cpu.csv
+    glassbox bench --starts 6 --csv serving_cpu.csv
 
-Two servers of the same model stay up: one with GLASSBOX_DISABLE=1, one with the plugin. Short, identical batches of
-requests go to them in turns, in an order that is shuffled for each round and after a few unmeasured tokens, so that
-whatever else the machine does hits all arms alike. Several pairs of servers are started one after the other, because
-two servers without the plugin differ, too, by up to 3 % for as long as they live (2-core AVX-512 server, 2026-11):
+Three servers of the same model are started one after the other and stay up:
 
-    off        the server without the plugin
-    default    the plugin with the packaged configuration (sample_rate 0.01)
-    rate 1.0   the same server, its YAML edited to sample_rate 1.0
+    off        without the plugin (GLASSBOX_DISABLE=1)
+    default    with the plugin and the packaged configuration (sample_rate 0.01)
+    off again  without the plugin
 
-The default comes first, then the same rounds with sample_rate 1.0, so that neither pays for what the other leaves in
-memory. A round gives one ratio, throughput over that without the plugin in the same round, and a pair of servers the
-median of its rounds. The table shows the mean of the pairs, the lowest and the highest of them, and the mean for CPU
-time: two servers differ in the same way in all rounds of a pair, so a pair is one observation; and the server that is
-started first differs from the second, so the pairs take turns and their number should be even. `off` is measured twice
-in each round, and the mean is what the others are compared to: how far `off` and `off again` are from 1 is the noise
-within a pair.
+Short, identical batches of requests go to them in turns, in an order that is shuffled for each round and after a few
+unmeasured tokens, so that whatever else the machine does hits all alike. Then the same rounds with the second server's
+YAML edited to sample_rate 1.0. A round gives one ratio: throughput over the mean of the two servers without the plugin.
+
+Servers differ for as long as they live, two without the plugin by up to 3 %, and the one that is started first is the
+slower one (2-core AVX-512 server, 2026-11). So the server with the plugin is started between the others, all are
+started anew several times, and a start, the median of its rounds, is one observation. The table shows the mean of the
+starts, the lowest and the highest of them, and the mean for CPU time. How far `off` and `off again` are from 1 is what
+servers differ by.
 """
 
 import argparse
@@ -36,7 +35,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -106,7 +105,7 @@ class Sample:
 class Options:
     """What is measured."""
 
-    pairs: int
+    starts: int
     rounds: int
     batch_size: int
     prompt_tokens: int
@@ -190,7 +189,7 @@ def measure(arms: Sequence[Arm], base: dict[str, Any], options: Options, seed: i
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result: the ratio to a server without the plugin, mean, lowest and highest of the pairs."""
+    """One line of the result: the ratio to a server without the plugin, mean, lowest and highest of the starts."""
 
     arm: str
     tokens_per_s: float
@@ -203,16 +202,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One arm in one pair of servers, against the server without the plugin: medians over the rounds."""
+    """One arm in one start of the servers, against those without the plugin: medians over the rounds."""
 
     tokens_per_s: float
     speed: float
     cpu: float
 
 
-def ratios_of_pair(samples: dict[str, list[Sample]]) -> dict[str, Ratio]:
+def ratios_of_start(samples: dict[str, list[Sample]]) -> dict[str, Ratio]:
     """Ratios within each round, then their median: a slow minute of the machine hits a whole round."""
-    without = list(zip(samples[OFF], samples.get(AGAIN, samples[OFF]), strict=True))
+    without = list(zip(samples[OFF], samples[AGAIN], strict=True))
     baseline = [
         Sample(statistics.fmean(s.tokens_per_s for s in both), statistics.fmean(s.cpu_s for s in both))
         for both in without
@@ -228,11 +227,11 @@ def ratios_of_pair(samples: dict[str, list[Sample]]) -> dict[str, Ratio]:
     return ratios
 
 
-def summarise(pairs: Sequence[dict[str, Ratio]]) -> list[Row]:
+def summarise(starts: Sequence[dict[str, Ratio]]) -> list[Row]:
     """One line per arm."""
     rows = []
-    for name in pairs[0]:
-        of_arm = [of_pair[name] for of_pair in pairs]
+    for name in starts[0]:
+        of_arm = [start[name] for start in starts]
         speeds = [ratio.speed for ratio in of_arm]
         cpu = statistics.fmean(ratio.cpu for ratio in of_arm)
         tokens = statistics.fmean(ratio.tokens_per_s for ratio in of_arm)
@@ -308,7 +307,7 @@ def write_csv(path: Path, rows: Sequence[Row], memory: dict[str, float], options
         "commit": commit(),
         "cpu": f"{cpu_model()}, load average {load:.1f} at the start",
         "versions": f"vllm {version('vllm')}, torch {version('torch')}, python {platform.python_version()}",
-        "servers": f"{options.pairs} pairs, {options.rounds} rounds each, "
+        "servers": f"{options.starts} starts, {options.rounds} rounds each, "
         f"{'eager' if options.eager else 'torch.compile'}",
         "batch": f"{options.batch_size} requests at once, {options.prompt_tokens} prompt and {options.max_tokens} "
         "output tokens",
@@ -317,7 +316,7 @@ def write_csv(path: Path, rows: Sequence[Row], memory: dict[str, float], options
         for key, value in facts.items():
             file.write(f"# {key}: {value}\n")
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["measure", "arm", "value", "lowest_pair", "highest_pair", "target"])
+        writer.writerow(["measure", "arm", "value", "lowest_start", "highest_start", "target"])
         for row in rows:
             writer.writerow(["tokens_per_s", row.arm, f"{row.tokens_per_s:.1f}", "", "", ""])
             spread = [f"{row.ratio:.3f}", f"{row.low:.3f}", f"{row.high:.3f}"]
@@ -330,7 +329,7 @@ def write_csv(path: Path, rows: Sequence[Row], memory: dict[str, float], options
 def show(rows: Sequence[Row], memory: dict[str, float]) -> bool:
     """Print the tables; True if every target is met."""
     met = True
-    print(f"\n{'arm':<11}{'tokens/s':>10}{'ratio':>8}{'pairs':>16}{'CPU time':>10}{'target':>9}")
+    print(f"\n{'arm':<11}{'tokens/s':>10}{'ratio':>8}{'starts':>16}{'CPU time':>10}{'target':>9}")
     for row in rows:
         ok = row.target is None or row.ratio >= row.target
         met &= ok
@@ -348,39 +347,34 @@ def show(rows: Sequence[Row], memory: dict[str, float]) -> bool:
 
 
 def bench(options: Options) -> tuple[list[Row], dict[str, float]]:
-    """Measure pairs of servers, one pair after the other."""
-    pairs: list[dict[str, Ratio]] = []
+    """Start the servers several times."""
+    starts: list[dict[str, Ratio]] = []
     memory: dict[str, list[float]] = {}
-    for number in range(options.pairs):
-        print(f"pair {number + 1} of {options.pairs}", flush=True)
-        of_pair, memory_of_pair = bench_pair(options, number)
-        pairs.append(of_pair)
-        shown = "  ".join(f"{arm} {ratio.speed:.3f}" for arm, ratio in of_pair.items())
-        print(f"pair {number + 1} of {options.pairs}, ratios: {shown}", flush=True)
-        for what, size in memory_of_pair.items():
+    for number in range(options.starts):
+        ratios, memory_of_start = bench_once(options, number)
+        starts.append(ratios)
+        shown = "  ".join(f"{arm} {ratio.speed:.3f}" for arm, ratio in ratios.items())
+        print(f"start {number + 1} of {options.starts}, ratios: {shown}", flush=True)
+        for what, size in memory_of_start.items():
             memory.setdefault(what, []).append(size)
-    return summarise(pairs), {what: statistics.median(sizes) for what, sizes in memory.items()}
+    return summarise(starts), {what: statistics.median(sizes) for what, sizes in memory.items()}
 
 
-def bench_pair(options: Options, number: int) -> tuple[dict[str, Ratio], dict[str, float]]:
-    """Start a server with and one without the plugin, measure, stop them."""
+def bench_once(options: Options, number: int) -> tuple[dict[str, Ratio], dict[str, float]]:
+    """Start a server with the plugin between two without it, measure, stop them."""
     base = load_config(packaged_config()).model_dump(mode="json", exclude_defaults=True)
     with tempfile.TemporaryDirectory(prefix="glassbox-bench-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        started: dict[bool, tuple[VllmServer, Path]] = {}
-        # The one that is started first is often the faster one, so they take turns.
-        for plugin in (False, True) if number % 2 == 0 else (True, False):
-            started[plugin] = stack.enter_context(server(folder / ("on" if plugin else "off"), options, plugin=plugin))
-        off, off_config = started[False]
-        on, on_config = started[True]
-        default = Arm(DEFAULT, on, on_config)
+        off, default, again = (
+            Arm(arm, *stack.enter_context(server(folder / str(place), options, plugin=arm == DEFAULT)))
+            for place, arm in enumerate((OFF, DEFAULT, AGAIN))
+        )
         ratios: dict[str, Ratio] = {}
-        for arm in (default, Arm(RATE_1, on, on_config, {"sample_rate": 1.0})):
-            arms = [Arm(OFF, off, off_config), arm, Arm(AGAIN, off, off_config)]
-            found = ratios_of_pair(measure(arms, base, options, number))
+        for arm in (default, replace(default, name=RATE_1, changes={"sample_rate": 1.0})):
+            found = ratios_of_start(measure([off, arm, again], base, options, number))
             ratios |= {name: ratio for name, ratio in found.items() if name not in ratios}
-        httpx.get(f"{on.url}/metrics", timeout=30.0).raise_for_status()
-        memory = {"plugin": sum(memory_mb(on).values()) - sum(memory_mb(off).values())}
+        httpx.get(f"{default.server.url}/metrics", timeout=30.0).raise_for_status()
+        memory = {"plugin": sum(memory_mb(default.server).values()) - sum(memory_mb(off.server).values())}
         memory["plugin and OTLP"] = memory["plugin"] + otel_memory_mb(default, base)
     return ratios, memory
 
@@ -390,17 +384,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="glassbox bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=4, help="of servers, with and without the plugin")
-    parser.add_argument("--rounds", type=int, default=4, help="of one batch per arm, for each pair")
+    parser.add_argument("--starts", type=int, default=4, help="of the three servers")
+    parser.add_argument("--rounds", type=int, default=4, help="of one batch per arm, for each start")
     parser.add_argument("--batch-size", type=int, default=8, help="requests at once")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--eager", action="store_true", help="vLLM's --enforce-eager: no torch.compile")
     parser.add_argument("--csv", type=Path, help="also write the result there")
     given = parser.parse_args(argv)
-    if given.pairs < 1 or given.rounds < 1:
-        parser.error("--pairs and --rounds must be at least 1; use --pairs 4 --rounds 4")
-    options = Options(given.pairs, given.rounds, given.batch_size, given.prompt_tokens, given.max_tokens, given.eager)
+    if given.starts < 1 or given.rounds < 1:
+        parser.error("--starts and --rounds must be at least 1; use --starts 4 --rounds 4")
+    options = Options(given.starts, given.rounds, given.batch_size, given.prompt_tokens, given.max_tokens, given.eager)
     # SIGTERM ends it as Ctrl-C does, so that the servers are stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     load = os.getloadavg()[0]

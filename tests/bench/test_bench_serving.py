@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from glassbox.bench import serving
-from glassbox.bench.serving import OFF, Options, Ratio, Sample, batches, ratios_of_pair, run_batch, summarise
+from glassbox.bench.serving import AGAIN, OFF, Options, Ratio, Sample, batches, ratios_of_start, run_batch, summarise
 from glassbox.cli import main
 from tests.serving import MODEL_NAME, GlassboxServer
 
@@ -21,24 +21,27 @@ MIN_RATIO = 0.4
 class TestSummarise:
     def test_ratios_are_taken_within_a_round(self) -> None:
         """A machine that is twice as slow in one round changes no ratio."""
-        pair = {
-            OFF: [Sample(100, 1.0), Sample(50, 2.0), Sample(100, 1.0)],
+        start = {
+            OFF: [Sample(90, 1.0), Sample(45, 2.0), Sample(90, 1.0)],
+            AGAIN: [Sample(110, 1.0), Sample(55, 2.0), Sample(110, 1.0)],
             "rate 1.0": [Sample(80, 1.25), Sample(40, 2.5), Sample(80, 1.25)],
         }
-        rows = summarise([ratios_of_pair(pair)])
+        rows = summarise([ratios_of_start(start)])
         assert [(row.arm, row.ratio, row.low, row.high, row.cpu_ratio) for row in rows] == [
-            (OFF, 1.0, 1.0, 1.0, 1.0),
+            (OFF, 0.9, 0.9, 0.9, 1.0),
+            (AGAIN, 1.1, 1.1, 1.1, 1.0),
             ("rate 1.0", 0.8, 0.8, 0.8, 0.8),
         ]
 
-    def test_a_pair_is_one_observation(self) -> None:
-        """The median of its rounds; over the pairs the mean, the lowest and the highest."""
+    def test_a_start_is_one_observation(self) -> None:
+        """The median of its rounds; over the starts the mean, the lowest and the highest."""
 
-        def pair(*speeds: float) -> dict[str, Ratio]:
-            samples = {OFF: [Sample(10, 1.0)] * len(speeds), "default": [Sample(x, 1.0) for x in speeds]}
-            return ratios_of_pair(samples)
+        def start(*speeds: float) -> dict[str, Ratio]:
+            without = [Sample(10, 1.0)] * len(speeds)
+            samples = {OFF: without, AGAIN: without, "default": [Sample(x, 1.0) for x in speeds]}
+            return ratios_of_start(samples)
 
-        _, row = summarise([pair(5, 9, 6), pair(9, 8, 9), pair(9.3, 1, 100)])
+        *_, row = summarise([start(5, 9, 6), start(9, 8, 9), start(9.3, 1, 100)])
         assert math.isclose(row.ratio, (0.6 + 0.9 + 0.93) / 3)
         assert math.isclose(row.low, 0.6)
         assert math.isclose(row.high, 0.93)
@@ -46,7 +49,7 @@ class TestSummarise:
 
     def test_batches_share_no_prefix(self) -> None:
         """The prefix cache can serve no prompt."""
-        options = Options(pairs=1, rounds=3, batch_size=4, prompt_tokens=16, max_tokens=8, eager=True)
+        options = Options(starts=1, rounds=3, batch_size=4, prompt_tokens=16, max_tokens=8, eager=True)
         prompts = [prompt for batch in batches(options, 5) for prompt in batch.prompts]
         assert len(prompts) == 20
         assert len({prompt[:4] for prompt in prompts}) == 20
@@ -58,24 +61,24 @@ class TestCommand:
         result = CliRunner().invoke(main, ["bench", "--help"])
         assert 0 == result.exit_code
         assert "usage: glassbox bench" in result.stdout
-        for option in ("--pairs", "--rounds", "--batch-size", "--prompt-tokens", "--max-tokens", "--eager", "--csv"):
+        for option in ("--starts", "--rounds", "--batch-size", "--prompt-tokens", "--max-tokens", "--eager", "--csv"):
             assert option in result.stdout
 
     def test_a_bad_option_is_a_usage_error(self) -> None:
         """Before any server is started."""
-        assert 2 == CliRunner().invoke(main, ["bench", "--pairs", "many"]).exit_code
-        result = CliRunner().invoke(main, ["bench", "--pairs", "1", "--rounds", "0"])
+        assert 2 == CliRunner().invoke(main, ["bench", "--starts", "many"]).exit_code
+        result = CliRunner().invoke(main, ["bench", "--starts", "1", "--rounds", "0"])
         assert 2 == result.exit_code
-        assert "--pairs and --rounds must be at least 1" in result.stderr
+        assert "--starts and --rounds must be at least 1" in result.stderr
 
     def test_the_result_names_the_command_that_made_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """So that it can be repeated."""
-        monkeypatch.setattr("sys.argv", ["/venv/bin/glassbox", "bench", "--pairs", "2"])
-        options = Options(pairs=2, rounds=3, batch_size=4, prompt_tokens=16, max_tokens=8, eager=True)
+        monkeypatch.setattr("sys.argv", ["/venv/bin/glassbox", "bench", "--starts", "2"])
+        options = Options(starts=2, rounds=3, batch_size=4, prompt_tokens=16, max_tokens=8, eager=True)
         serving.write_csv(tmp_path / "a.csv", [], {}, options, 0.1)
         first = (tmp_path / "a.csv").read_text().splitlines()[0]
         assert first.startswith("# command: ")
-        assert first.endswith("glassbox bench --pairs 2")
+        assert first.endswith("glassbox bench --starts 2")
 
 
 @pytest.mark.e2e
@@ -86,7 +89,7 @@ class TestShort:
     ) -> None:
         """sample_rate 1.0 against 0, in turns, in CPU time: at least 0.4 (`make bench` measures it properly)."""
         monkeypatch.setattr(serving, "MODEL_NAME", MODEL_NAME)
-        options = Options(pairs=1, rounds=4, batch_size=8, prompt_tokens=256, max_tokens=24, eager=True)
+        options = Options(starts=1, rounds=4, batch_size=8, prompt_tokens=256, max_tokens=24, eager=True)
         cpu_s: dict[float, list[float]] = {0.0: [], 1.0: []}
         rates = [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
         with httpx.Client(timeout=300.0) as client, ThreadPoolExecutor(options.batch_size) as pool:
