@@ -42,7 +42,8 @@ class Terminal:
         self.settings = termios.tcgetattr(self._handle)
         self.sent = b""
         self.process = subprocess.Popen(
-            command,
+            # A shell's background job ignores SIGINT, and so does whatever it starts; nobody's terminal is like that.
+            ["env", "--default-signal=INT", *command],
             stdin=inner,
             stdout=inner,
             stderr=inner,
