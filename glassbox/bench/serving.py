@@ -250,7 +250,7 @@ def server(folder: Path, options: Options, *, plugin: bool) -> Iterator[tuple[Vl
     args += ["--max-num-seqs", str(max(16, options.batch_size))]
     args += ["--enforce-eager"] if options.eager else []
     env = {
-        # Where small pages happen to lie makes servers differ for as long as they live: torch's memory in huge pages.
+        # torch's memory in huge pages: where small ones lie may be why servers differ for as long as they live.
         "THP_MEM_ALLOC_ENABLE": "1",
         "GLASSBOX_CONFIG": str(config_path),
         "GLASSBOX_DISABLE": None if plugin else "1",

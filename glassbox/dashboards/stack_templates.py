@@ -125,7 +125,7 @@ export:
     enabled: %{otel_enabled}
     endpoint: http://otel-collector:%{otlp_grpc_port}
     protocol: grpc
-    metrics: false         # Prometheus reads vLLM's /metrics; by OTLP as well every number would be there twice
+    metrics: false         # Prometheus scrapes them; by OTLP as well every number would be there twice
     traces: true
 
 requests:
@@ -162,7 +162,7 @@ scrape_configs:
   - job_name: prometheus
     static_configs:
       - targets: ["localhost:%{prometheus_port}"]
-  # The collector itself. What it received (port %{collector_port}) is not scraped: vLLM's own /metrics has the same.
+  # The collector itself. What it received (port %{collector_port}) is not scraped: it would be there twice.
   - job_name: otel-collector
     static_configs:
       - targets: ["otel-collector:%{collector_metrics_port}"]
