@@ -56,8 +56,8 @@ class Settings:
         self.started_with = config
         self._loaded = ReloadStatus(successful=True, timestamp_s=time.time(), error=None)
         self._publish, self._read = publish, read
-        self._raw: dict[str, Any] | None = None
-        self._parsed = config
+        # The registry's object and what it says, in one: two threads may find a new object at once.
+        self._parsed: tuple[dict[str, Any] | None, GlassboxConfig] = (None, config)
         self._watcher: ConfigWatcher | None = None
         self._subscribers: list[Callable[[], None]] = []
         self._lock = threading.Lock()
@@ -68,12 +68,12 @@ class Settings:
     def config(self) -> GlassboxConfig:
         """The configuration in force. Cheap: parsed again only when the registry's object changed."""
         raw = self._read()
-        if raw is None:  # somebody cleared it: what was parsed last stays in force
-            return self._parsed
-        if raw is not self._raw:
-            self._parsed = GlassboxConfig.model_validate(raw)
-            self._raw = raw
-        return self._parsed
+        parsed_from, config = self._parsed
+        # None: somebody cleared it; what was parsed last stays in force.
+        if raw is not None and raw is not parsed_from:
+            config = GlassboxConfig.model_validate(raw)
+            self._parsed = (raw, config)
+        return config
 
     @property
     def status(self) -> ReloadStatus:

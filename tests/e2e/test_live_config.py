@@ -1,6 +1,7 @@
 """The YAML is edited while `vllm serve` runs: good edits take effect within two seconds, bad ones change nothing."""
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -104,7 +105,8 @@ class TestSampleRate:
     def test_under_traffic(self, server: GlassboxServer) -> None:
         """An edit during a request changes what is measured of that very request.
 
-        The worker takes it within two seconds; a snapshot and a scrape later, both slow on a busy machine, it shows.
+        The worker takes it within two seconds. What was measured is read afterwards: a scrape that shares a core with
+        the streaming API server takes seconds itself.
         """
         server.edit_config(sample_rate=0.0)
         wait_rate(server, 0.0)
@@ -112,7 +114,7 @@ class TestSampleRate:
         stream = open_stream(server, new_prompt(30), max_tokens=1500)
         next(stream)
         edit(server, sample_rate=1.0)
-        server.wait_metric("glassbox_sampled_steps_total", lambda value: (value or 0) > before[1], 10.0)
+        time.sleep(EFFECT_S)
         assert next(stream, None) is not None, "the request must still run when the edit takes effect"
         stream.close()
         edit(server, sample_rate=0.0)
