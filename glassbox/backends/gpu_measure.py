@@ -1,9 +1,9 @@
 """Measuring on a GPU: one kernel launch per layer on a side stream, forked before the inner attention, joined after it.
 
 Owns the device's row list and control words, the streams, and the asynchronous copy for the exporter. The launch is
-part of vLLM's CUDA graphs, where it is disabled unless the step is sampled (`graph_nodes.py`); which rows a replay
-measures is decided by what the step hook wrote to the device before it, in stream order. No call here waits for the
-GPU, except `copy`, which runs on the exporter's thread.
+part of vLLM's CUDA graphs, which have a second executable without it for steps that are not measured
+(`graph_nodes.py`); which rows a replay measures is decided by what the step hook wrote to the device before it, in
+stream order. No call here waits for the GPU, except `copy`, which runs on the exporter's thread.
 """
 
 import threading

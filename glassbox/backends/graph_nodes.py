@@ -1,19 +1,23 @@
-"""Switching the statistics nodes of captured CUDA graphs on and off between replays.
+"""Two executables of each captured CUDA graph: one for steps that are measured, one for all others.
 
-A node that only reads "no rows" and returns costs 0.8 to 2 us a layer on an H200, forked or in line; a forked node that
-is disabled costs nothing that could be measured (docs/performance.md). So graphs captured while the plugin watches are
-instantiated with their statistics nodes disabled, and the first replay of a sampled step enables them
-(cudaGraphNodeSetEnabled, which needs the graph that was captured to be kept). Where CUDA's Python bindings are missing,
-nodes stay enabled and an empty row list makes them return at once.
+A node that only reads "no rows" and returns costs 0.8 to 2 us a layer on an H200, and one that is disabled leaves the
+graph's branches, which make every launch dearer (docs/performance.md). So a graph captured while the plugin watches is
+instantiated as it was captured, for measured steps, and then its statistics nodes are removed, which leaves the graph
+that vLLM would have captured: torch instantiates and replays that one. Where CUDA's Python bindings are missing, or
+anything of this fails, torch's graph keeps its statistics nodes, and an empty row list makes them return at once.
 """
 
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from glassbox import vllm_compat
 from glassbox.errors import ErrorCounter
+
+# As torch instantiates: memory that a graph allocates and does not free is freed at its next launch.
+_AUTO_FREE_ON_LAUNCH: Final = 1
 
 
 class GraphNodes:
@@ -37,32 +41,26 @@ class GraphNodes:
             errors.count("graph_nodes", error)
 
     def watch(self) -> None:
-        """From now on, graphs are made such that their nodes can be switched."""
+        """From now on, graphs get two executables."""
         if self._runtime is None or self._restore is not None:
             return
         original = torch.cuda.CUDAGraph
-        switchable = _switchable_graph(original, self)
-
-        def make(keep_graph: bool = False) -> Any:
-            # The pieces of a piecewise graph hold no attention: hundreds of templates would be kept for nothing.
-            if keep_graph or vllm_compat.is_piecewise_forward():
-                return original(keep_graph)
-            return switchable(True)
 
         def restore() -> None:
             torch.cuda.CUDAGraph = original  # type: ignore[misc]
 
-        torch.cuda.CUDAGraph = make  # type: ignore[misc, assignment]
+        # A class in its place: modules imported meanwhile use the name in annotations.
+        torch.cuda.CUDAGraph = _split_graph(original, self)  # type: ignore[misc]
         self._restore = restore
 
     def unwatch(self) -> None:
-        """Graphs are made as before; those made meanwhile stay switchable."""
+        """Graphs are made as before; those made meanwhile keep both executables."""
         if self._restore is not None:
             self._restore()
             self._restore = None
 
     def record(self, stream: torch.cuda.Stream) -> None:
-        """Note the node that was launched last on `stream`, if that is being captured into a switchable graph."""
+        """Note the node that was launched last on `stream`, if that is being captured into a watched graph."""
         if self._capturing is None:
             return
         status, _, _, dependencies, _, count = self._call("cudaStreamGetCaptureInfo", stream.cuda_stream)
@@ -74,26 +72,31 @@ class GraphNodes:
         self._capturing = graph
 
     def end_capture(self, graph: Any) -> None:
-        """`graph` is complete: instantiate it with its nodes disabled."""
+        """`graph` is complete: make both executables."""
         self._capturing = None
+        if graph.nodes:
+            try:
+                self._split(graph)
+            except Exception as error:
+                self._errors.count("graph_nodes", error)
         graph.instantiate()
-        graph.enabled = True
-        self._switch(graph, False)
 
-    def before_replay(self, graph: Any) -> None:
-        """Bring the nodes of `graph` into the state that this step needs."""
-        if graph.enabled != self.measuring and graph.nodes:
-            self._switch(graph, self.measuring)
-
-    def _switch(self, graph: Any, enabled: bool) -> None:
+    def launch_measured(self, graph: Any) -> bool:
+        """Queue the executable with statistics nodes on the current stream; False if that is not possible."""
         try:
-            executable = graph.raw_cuda_graph_exec()
-            for node in graph.nodes:
-                self._call("cudaGraphNodeSetEnabled", executable, node, int(enabled))
+            self._call("cudaGraphLaunch", graph.measured, torch.cuda.current_stream().cuda_stream)
         except Exception as error:
+            graph.measured = None
             self._errors.count("graph_nodes", error)
-        # Also after an error: trying again at each replay would cost more than the wrong state does.
-        graph.enabled = enabled
+            return False
+        return True
+
+    def _split(self, graph: Any) -> None:
+        (executable,) = self._call("cudaGraphInstantiate", graph.raw_cuda_graph(), _AUTO_FREE_ON_LAUNCH)
+        # Complete, whatever becomes of the nodes below.
+        graph.keep_measured(executable, lambda: self._call("cudaGraphExecDestroy", executable))
+        while graph.nodes:
+            self._call("cudaGraphDestroyNode", graph.nodes.pop())
 
     def _call(self, name: str, *args: Any) -> tuple[Any, ...]:
         status, *results = getattr(self._runtime, name)(*args)
@@ -102,25 +105,43 @@ class GraphNodes:
         return tuple(results)
 
 
-def _switchable_graph(base: Any, owner: GraphNodes) -> Any:
-    """A CUDAGraph class that tells `owner` about its captures and replays."""
+def _split_graph(base: Any, owner: GraphNodes) -> Any:
+    """A CUDAGraph class that tells `owner` about its captures and replays the executable that the step needs."""
 
-    class SwitchableGraph(base):
-        def __init__(self, keep_graph: bool) -> None:
-            super().__init__(keep_graph)
+    class SplitGraph(base):
+        def __init__(self, keep_graph: bool = False) -> None:
+            # The pieces of a piecewise graph hold no attention: hundreds of templates would be kept for nothing.
+            watched = not keep_graph and not vllm_compat.is_piecewise_forward()
+            super().__init__(keep_graph or watched)
+            self.watched = watched
             self.nodes: list[Any] = []
-            self.enabled = True
+            self.measured: Any = None
+            self._destroy: Callable[[], Any] | None = None
 
         def capture_begin(self, *args: Any, **kwargs: Any) -> None:
             super().capture_begin(*args, **kwargs)
-            owner.begin_capture(self)
+            if self.watched:
+                owner.begin_capture(self)
 
         def capture_end(self) -> None:
             super().capture_end()
-            owner.end_capture(self)
+            if self.watched:
+                owner.end_capture(self)
+
+        def keep_measured(self, executable: Any, destroy: Callable[[], Any]) -> None:
+            self.measured = executable
+            finalizer = self._destroy = weakref.finalize(self, destroy)
+            finalizer.atexit = False  # CUDA may be gone before
 
         def replay(self) -> None:
-            owner.before_replay(self)
-            super().replay()
+            # torch's replay also moves on random generators; attention, and so a graph of a forward pass, has none.
+            if not (owner.measuring and self.measured is not None and owner.launch_measured(self)):
+                super().replay()
 
-    return SwitchableGraph
+        def reset(self) -> None:
+            if self._destroy is not None:
+                self._destroy()
+            self.measured = self._destroy = None
+            super().reset()
+
+    return SplitGraph

@@ -46,12 +46,14 @@ MODEL: dict[str, Any] = {
 ARMS = ("plain", "glassbox")
 CASES = ("64:512:256", "1:512:128", "16:8192:64", "256:128:128", "32:4096:8")
 SETTINGS: dict[str, dict[str, Any]] = {
+    "enabled: false": {"enabled": False},
     "sample_rate 0": {"sample_rate": 0.0},
     "sample_rate 0.01": {"sample_rate": 0.01},
     "sample_rate 0.1": {"sample_rate": 0.1},
     "sample_rate 1.0": {"sample_rate": 1.0},
 }
-KV_CACHE_BYTES = 24 << 30
+SETTINGS_PER_PLAIN_RUN = 3
+KV_CACHE_BYTES = 17 << 30  # two engines with room for 16 x 8,256 tokens beside each other in 80 GB
 CONFIG_EFFECT_S = 1.5  # an edit is in force within two seconds of saving; observed: well under one
 
 
@@ -136,16 +138,27 @@ def _record_replays(replays: list[Any]) -> None:
     """Put a CUDA event before and after every graph replay of this process."""
     import torch
 
-    original = torch.cuda.CUDAGraph.replay
+    inside = False
 
-    def replay(self: Any) -> None:
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record()
-        original(self)
-        after.record()
-        replays.append((before, after))
+    def record(original: Any) -> Any:
+        def replay(self: Any) -> None:
+            nonlocal inside
+            if inside:  # a subclass's replay that calls torch's
+                return original(self)
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            inside = True
+            before.record()
+            original(self)
+            after.record()
+            inside = False
+            replays.append((before, after))
+            return None
 
-    torch.cuda.CUDAGraph.replay = replay
+        return replay
+
+    classes: list[Any] = [torch.cuda.CUDAGraph, *torch.cuda.CUDAGraph.__subclasses__()]
+    for cls in classes:
+        cls.replay = record(cls.replay)
 
 
 def ask(folder: Path, arm: str, request: str) -> Any:
@@ -186,22 +199,22 @@ def write_config(folder: Path, setting: dict[str, Any]) -> None:
     fresh.replace(folder / "glassbox.yaml")
 
 
-def run_rounds(folder: Path, rounds: int, cases: list[str], out: Path, deadline_s: float) -> None:
+def run_rounds(folder: Path, rounds: int, cases: list[str], names: list[str], out: Path, deadline_s: float) -> None:
     """Measure and append to `out` after each round, so that a time-out loses at most one round."""
     info = {arm: ask(folder, arm, "info") for arm in ARMS}
     print(json.dumps(info), flush=True)
     began = time.monotonic()
     results: list[dict[str, Any]] = []
+    chosen = [(name, SETTINGS[name]) for name in names]
     for number in range(rounds):
         if number and (time.monotonic() - began) * (number + 1) / number > deadline_s:
             print(f"stopped after {number} rounds: no time for another", flush=True)
             break
-        settings = list(SETTINGS.items())
-        settings = settings[number % len(settings) :] + settings[: number % len(settings)]
+        settings = chosen[number % len(chosen) :] + chosen[: number % len(chosen)]
         plain: dict[str, Any] = {}
         for place, (name, setting) in enumerate(settings):
             write_config(folder, setting)
-            if place % 2 == 0:
+            if place % SETTINGS_PER_PLAIN_RUN == 0:
                 plain = {case: ask(folder, "plain", case) for case in cases}
             else:
                 time.sleep(CONFIG_EFFECT_S)
@@ -267,6 +280,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=ARMS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--out", type=Path, default=Path("bench_gpu.csv"))
     parser.add_argument("--deadline-s", type=float, default=1e9)
     args = parser.parse_args()
@@ -275,7 +289,7 @@ def main() -> None:
     elif args.command == "start":
         start(args.folder)
     elif args.command == "run":
-        run_rounds(args.folder, args.rounds, args.cases, args.out, args.deadline_s)
+        run_rounds(args.folder, args.rounds, args.cases, args.settings, args.out, args.deadline_s)
     else:
         for arm in ARMS:
             ask(args.folder, arm, "stop")

@@ -1,0 +1,498 @@
+"""Full attention rows on a GPU, and what traced requests ask of them: top positions, span masses, the rows.
+
+The GPU twin of `row_probe_cpu.py`, for a few rows in all layers of one KV-cache group at once. Owns the kernel that
+scores the keys (as `row_stats.py` does, by the same formula) and the torch operations that follow it; their exact form
+stands in `reference/row_probe.py`. It runs outside CUDA graphs, from queries that were kept during the forward pass,
+and never waits for the device: what the host must know is passed to it, and every answer stays on the device.
+
+How it works. One launch writes the scores [rows, layers, heads, keys] of as many layers as fit a given size, each K
+read once for all query heads of its KV head. Keys that a row doesn't see score -inf, and keys whose raw score is not
+finite score NaN, which softmax spreads over exactly the heads that have no answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glassbox.kernels.row_stats import MAX_HEAD_SIZE, LayerParams, _dot_dtype
+
+NO_POSITION: Final = -1
+SCRATCH_BYTES: Final = 16 << 20
+
+_NO_WINDOW: Final = 2**31 - 1
+# Offsets within a page are int32 in the kernel; those of pages are int64.
+_MAX_PAGE_ELEMENTS: Final = 2**31 - 1
+# Keys of one tile, tiles of one program, stages of the software pipeline and warps of a program: as in row_stats, where
+# they were measured; here they were not.
+_BLOCK_N: Final = 64
+_TILES: Final = 4
+_STAGES: Final = 3
+_WARPS: Final = 4
+# Query heads of one KV head that share a tile, the fewest that tensor cores take; wide MQA is done in groups of them.
+_BLOCK_H: Final = 16
+# An address that is a multiple of this lets the kernel load 16 bytes at once.
+_ALIGNMENT: Final = 16
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+# What differs between steps must not compile another variant.
+_FREE_POINTERS: Final = [
+    "q_ptr",
+    "key_pointers_ptr",
+    "block_table_ptr",
+    "rows_ptr",
+    "factors_ptr",
+    "windows_ptr",
+    "soft_caps_ptr",
+    "alibi_slopes_ptr",
+]
+_FREE_INTEGERS: Final = ["stride_block_table", "stride_rows", "first_row", "first_layer", "chunk_layers"]
+
+
+@triton.jit(do_not_specialize=_FREE_INTEGERS, do_not_specialize_on_alignment=_FREE_POINTERS)
+def _row_probe_kernel(
+    q_ptr,  # [R, L, H, D]
+    key_pointers_ptr,  # [L] int64
+    like_ptr,  # for its type only: [num_blocks, Hkv, PAGE, D]
+    block_table_ptr,  # [num_seqs, max_blocks] int32
+    rows_ptr,  # [R, 2] int32
+    factors_ptr,  # [L, Hkv] float32
+    windows_ptr,  # [L] int32
+    soft_caps_ptr,  # [L] float32
+    alibi_slopes_ptr,  # [L, H] float32
+    scores_ptr,  # [chunk_rows, chunk_layers, H, num_columns] float32, -inf before the launch
+    stride_q_row,
+    stride_q_layer,
+    stride_q_head,
+    stride_k_block,
+    stride_k_head,
+    stride_k_slot,
+    stride_block_table,
+    stride_rows,
+    first_row,
+    first_layer,
+    chunk_layers,
+    num_columns,  # a multiple of BLOCK_N, above every position
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    GROUP_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
+    index = tl.program_id(0)  # of (row, layer) in the chunk
+    row = first_row + index // chunk_layers
+    layer = first_layer + index % chunk_layers
+    kv_head = tl.program_id(1) // GROUP_BLOCKS
+    in_group = (tl.program_id(1) % GROUP_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
+    heads = kv_head * GROUP + in_group
+    is_head = in_group < GROUP
+
+    batch = tl.load(rows_ptr + row * stride_rows)
+    position = tl.load(rows_ptr + row * stride_rows + 1)
+    lowest = tl.maximum(position + 1 - tl.load(windows_ptr + layer), 0)
+    # This program's tiles that hold a visible key; there may be none.
+    share = tl.program_id(2) * TILES
+    first_tile = tl.maximum(share, lowest // BLOCK_N)
+    last_tile = tl.minimum(share + TILES, position // BLOCK_N + 1)
+    if first_tile >= last_tile:
+        return
+
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_p = tl.arange(0, BLOCK_N // PAGE if BLOCK_N % PAGE == 0 else 1)
+    offs_d = tl.arange(0, BLOCK_D)
+    # [BLOCK_D, BLOCK_H]; further heads and the padding of HEAD_SIZE are 0.
+    q = tl.load(
+        q_ptr
+        + row.to(tl.int64) * stride_q_row
+        + layer.to(tl.int64) * stride_q_layer
+        + heads[None, :] * stride_q_head
+        + offs_d[:, None],
+        mask=is_head[None, :] & (offs_d < HEAD_SIZE)[:, None],
+        other=0.0,
+    ).to(DOT_DTYPE)
+    factor = tl.load(factors_ptr + layer * NUM_KV_HEADS + kv_head)
+    if HAS_SOFT_CAP:
+        # A layer without one has 0, which must not be divided by.
+        soft_cap = tl.load(soft_caps_ptr + layer)
+        divisor = tl.where(soft_cap > 0.0, soft_cap, 1.0)
+    if HAS_ALIBI:
+        slopes = tl.load(alibi_slopes_ptr + layer * NUM_HEADS + heads, mask=is_head, other=0.0)
+    k_ptr = tl.load(key_pointers_ptr + layer).to(tl.pointer_type(like_ptr.dtype.element_ty))
+    # The compiler knows nothing of a loaded address: without this it would load element by element.
+    k_ptr = tl.multiple_of(k_ptr, ALIGNMENT)
+    k_head_ptr = k_ptr + kv_head.to(tl.int64) * stride_k_head
+    table_ptr = block_table_ptr + batch.to(tl.int64) * stride_block_table
+    head_scores_ptr = scores_ptr + (index.to(tl.int64) * NUM_HEADS + heads) * num_columns
+
+    for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
+        j = tile * BLOCK_N + offs_n
+        visible = (j >= lowest) & (j <= position)
+        if BLOCK_N % PAGE == 0:
+            # Whole pages a tile: one table entry per page.
+            entry = tl.load(
+                table_ptr + tile * (BLOCK_N // PAGE) + offs_p,
+                mask=tile * BLOCK_N + offs_p * PAGE <= position,
+                other=0,
+            )
+            block = tl.reshape(tl.broadcast_to(entry[:, None], [BLOCK_N // PAGE, PAGE]), [BLOCK_N])
+            slot = offs_n % PAGE
+        else:
+            block = tl.load(table_ptr + j // PAGE, mask=visible, other=0)
+            slot = j % PAGE
+        k = tl.load(
+            k_head_ptr
+            + block.to(tl.int64)[:, None] * stride_k_block
+            + (slot[:, None] * stride_k_slot + offs_d[None, :]),
+            mask=visible[:, None] & (offs_d < HEAD_SIZE)[None, :],
+            other=0.0,
+        )
+        # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_H] -> [BLOCK_N, BLOCK_H]
+        s = tl.dot(k.to(DOT_DTYPE), q, input_precision="ieee") * factor
+        finite = tl.abs(s) < float("inf")
+        if HAS_SOFT_CAP:
+            # tanh(x) = 1 - 2 / (e^2x + 1), which is +-1 where e^2x overflows or vanishes.
+            capped = divisor - 2.0 * divisor / (tl.exp2(s * (2.0 * _LOG2E / divisor)) + 1.0)
+            s = tl.where(soft_cap > 0.0, capped, s)
+        if HAS_ALIBI:
+            s = s - slopes[None, :] * (position - j).to(tl.float32)[:, None]
+        s = tl.where(finite, s, float("nan"))
+        tl.store(head_scores_ptr[None, :] + j[:, None], s, mask=visible[:, None] & is_head[None, :])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProbedLayers:
+    """Layers of one KV-cache group, alike in everything but their tensors; made once by `of` and kept.
+
+    Holds addresses, so it lives no longer than the caches do.
+
+    Attributes:
+        key_pointers: int64 [L] on the device, address of each layer's K cache.
+        like: one of the K caches, [num_blocks, Hkv, block_size, D]: its dtype, strides and shape but for num_blocks
+            are those of all.
+        alignment: bytes of which every address in `key_pointers` is a multiple, at most 16.
+        num_heads: H, query heads of each layer.
+        factors: float32 [L, Hkv], scale * q_scale * k_scale.
+        windows: int32 [L], visible keys, the row's own included; 2^31 - 1 is all.
+        soft_caps: float32 [L], 0 is none; None if no layer has one.
+        alibi_slopes, sinks: float32 [L, H], or None.
+    """
+
+    key_pointers: Tensor
+    like: Tensor
+    alignment: int
+    num_heads: int
+    factors: Tensor
+    windows: Tensor
+    soft_caps: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+
+    @classmethod
+    def of(cls, caches: Sequence[Tensor], params: Sequence[LayerParams], num_heads: int) -> "ProbedLayers":
+        """Gather what the kernel needs of each layer. Waits for the device; call it at set-up.
+
+        Args:
+            caches: K of each layer, [num_blocks, Hkv, block_size, D], any strides but a contiguous last dimension.
+            params: of each layer; `sink_tokens` and `local_window` are not used.
+            num_heads: query heads of each layer, a multiple of Hkv.
+
+        Raises:
+            ValueError: the layers are not alike, or have a shape the kernel doesn't do.
+        """
+        if not caches or len(caches) != len(params):
+            raise ValueError(
+                f"caches must be one per layer and at least one, got {len(caches)} for {len(params)} layers; "
+                f"pass the K cache of each layer"
+            )
+        like = caches[0]
+        _check_cache(like, num_heads)
+        for i, cache in enumerate(caches):
+            if _kind(cache) != _kind(like):
+                raise ValueError(
+                    f"caches must have the dtype, strides, device and shape (but for num_blocks) of the first, "
+                    f"{_kind(like)}, got {_kind(cache)} at {i}; probe such layers by themselves"
+                )
+        caps = [p.soft_cap for p in params]
+        factors = [_factors(p, like) for p in params]
+        windows = [p.sliding_window or _NO_WINDOW for p in params]
+        addresses = [cache.data_ptr() for cache in caches]
+        return cls(
+            key_pointers=torch.tensor(addresses, dtype=torch.int64, device=like.device),
+            like=like,
+            alignment=next(n for n in (_ALIGNMENT, 8, 4, 2, 1) if not any(address % n for address in addresses)),
+            num_heads=num_heads,
+            factors=torch.stack(factors),
+            windows=torch.tensor(windows, dtype=torch.int32, device=like.device),
+            soft_caps=torch.tensor(caps, dtype=torch.float32, device=like.device) if any(caps) else None,
+            alibi_slopes=_per_head("alibi_slopes", [p.alibi_slopes for p in params], num_heads, like),
+            sinks=_per_head("sinks", [p.sinks for p in params], num_heads, like),
+        )
+
+
+def _kind(cache: Tensor) -> tuple[object, ...]:
+    return cache.dtype, cache.stride(), cache.device, tuple(cache.shape[1:])
+
+
+def _check_cache(cache: Tensor, num_heads: int) -> None:
+    _, num_kv_heads, page, head_size = cache.shape
+    if head_size > MAX_HEAD_SIZE or num_heads % num_kv_heads:
+        raise ValueError(
+            f"caches {tuple(cache.shape)} must have a head size of at most {MAX_HEAD_SIZE} and KV heads that divide "
+            f"the {num_heads} query heads; do not probe these layers"
+        )
+    if cache.stride(3) != 1:
+        raise ValueError("caches must be contiguous in their last dimension; pass such views")
+    if page * cache.stride(2) > _MAX_PAGE_ELEMENTS:
+        raise ValueError(
+            f"a page of a cache must span at most {_MAX_PAGE_ELEMENTS} elements, got {page * cache.stride(2)}; "
+            f"do not probe these layers"
+        )
+
+
+def _factors(params: LayerParams, cache: Tensor) -> Tensor:
+    """scale * q_scale * k_scale, float32 [Hkv]."""
+    out = torch.full((cache.shape[1],), params.scale, dtype=torch.float32, device=cache.device)
+    for scale in (params.q_scale, params.k_scale):
+        if scale is not None:
+            out *= scale.detach().float()
+    return out
+
+
+def _per_head(name: str, values: Sequence[Tensor | None], num_heads: int, cache: Tensor) -> Tensor | None:
+    """Of all layers, float32 [L, H], or None if none has any."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    if len(present) < len(values) or any(value.shape != (num_heads,) for value in present):
+        shapes = [None if value is None else tuple(value.shape) for value in values]
+        raise ValueError(
+            f"{name} must be [{num_heads}] in all layers or None in all, got {shapes}; probe such layers by themselves"
+        )
+    return torch.stack([value.detach().to(cache.device, torch.float32) for value in present])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProbeAnswers:
+    """What was asked of R rows in L layers of H query heads; all on the device.
+
+    Attributes:
+        topk_positions, topk_mass: int32 and float32 [R, L, H, k], by falling mass; NO_POSITION and 0 where there are
+            fewer keys or the head's scores are not finite.
+        span_mass: float32 [R, L, H, S]; NaN where scores are not finite.
+        chosen_sum: float32 [R, longest row], attention summed over the chosen layers and heads, 0 behind a row's own
+            position; NaN in a row one of whose chosen heads has scores that are not finite.
+        rows: float16 [L, H, n] for each kept row, its last n keys up to its own position, 0 where a window hides
+            them; NaN where scores are not finite.
+    """
+
+    topk_positions: Tensor
+    topk_mass: Tensor
+    span_mass: Tensor
+    chosen_sum: Tensor
+    rows: tuple[Tensor, ...]
+
+
+def row_probe(
+    queries: Tensor,
+    layers: ProbedLayers,
+    block_table: Tensor,
+    rows: Tensor,
+    positions: Sequence[int],
+    *,
+    top_k: int,
+    spans: Tensor,
+    chosen: Tensor,
+    kept_rows: Sequence[int] = (),
+    max_row_keys: int,
+    scratch_bytes: int = SCRATCH_BYTES,
+) -> ProbeAnswers:
+    """Attention of each row to every position up to its own, in every layer: softmax over its visible keys (and a
+    learned sink). Asynchronous, on the current stream.
+
+    Memory: beside the answers a few times `scratch_bytes`. A chunk is as many layers as fit it, or as many rows of one
+    layer, and one row of one layer if not even that fits.
+
+    Args:
+        queries: [R, L, H, D] float32, float16, bfloat16 or FP8; the last dimension contiguous.
+        layers: of one KV-cache group, L of them.
+        block_table: of the group, [num_seqs, max_blocks] int32, the last dimension contiguous.
+        rows: [R, 2] int32, (batch row, position) of each row; the last dimension contiguous.
+        positions: those in `rows`, known to the host.
+        top_k: most attended positions per head; 0 is none.
+        spans: [R, S, 2] int32, (start, exclusive end) of position ranges whose mass is wanted; (0, 0) has none.
+        chosen: [R, L, H] bool, what is summed into `ProbeAnswers.chosen_sum`.
+        kept_rows: numbers of the rows that are wanted as a whole.
+        max_row_keys: most keys of such a row; of a longer one the last are kept.
+        scratch_bytes: of the scores that are held at once.
+
+    Raises:
+        ValueError: for shapes that do not fit each other.
+    """
+    num_rows, num_layers, num_heads, _ = queries.shape
+    _check(queries, layers, block_table, rows, positions, spans, chosen)
+    longest = max(positions, default=-1) + 1
+    columns = (longest // _BLOCK_N + 1) * _BLOCK_N  # at least one more than keys: the sink's
+    place = (num_rows, num_layers, num_heads)
+    device = queries.device
+    answers = ProbeAnswers(
+        topk_positions=torch.full((*place, top_k), NO_POSITION, dtype=torch.int32, device=device),
+        topk_mass=torch.zeros(*place, top_k, device=device),
+        span_mass=torch.empty(*place, spans.shape[1], device=device),
+        chosen_sum=torch.zeros(num_rows, longest, device=device),
+        rows=tuple(
+            torch.empty(*place[1:], min(positions[row] + 1, max_row_keys), dtype=torch.float16, device=device)
+            for row in kept_rows
+        ),
+    )
+    fitting = max(scratch_bytes // (4 * num_heads * columns), 1)  # (row, layer) pairs
+    row_step = min(fitting, max(num_rows, 1))
+    layer_step = fitting // row_step
+    for first_row in range(0, num_rows, row_step):
+        of_rows = slice(first_row, min(first_row + row_step, num_rows))
+        for first_layer in range(0, num_layers, layer_step):
+            of_layers = slice(first_layer, min(first_layer + layer_step, num_layers))
+            scores = _scores(queries, layers, block_table, rows, of_rows, of_layers, columns)
+            part = (of_rows, of_layers)
+            column = _fill_positions(answers, scores, part, min(top_k, longest))
+            if layers.sinks is not None:
+                # One more score without a key, in the column behind the last one.
+                scores[..., longest] = layers.sinks[of_layers]
+            attention = torch.softmax(scores, -1)
+            del scores
+            _fill_top_mass(answers, attention, part, column)
+            attention = attention[..., :longest]
+            _fill_spans(answers, attention, part, spans[of_rows])
+            for out, row in zip(answers.rows, kept_rows, strict=True):
+                if of_rows.start <= row < of_rows.stop:
+                    end = positions[row] + 1
+                    out[of_layers] = attention[row - of_rows.start, :, :, end - out.shape[-1] : end]
+            # In place, so last. Not a product: NaN * 0 is NaN.
+            attention.masked_fill_(~chosen[part].unsqueeze(-1), 0.0)
+            answers.chosen_sum[of_rows] += attention.sum((1, 2))
+    return answers
+
+
+def _check(
+    queries: Tensor,
+    layers: ProbedLayers,
+    block_table: Tensor,
+    rows: Tensor,
+    positions: Sequence[int],
+    spans: Tensor,
+    chosen: Tensor,
+) -> None:
+    num_rows = len(positions)
+    place = (num_rows, len(layers.key_pointers), layers.num_heads)
+    for name, tensor, shape in (
+        ("queries", queries, (*place, layers.like.shape[3])),
+        ("rows", rows, (num_rows, 2)),
+        ("spans", spans, (num_rows, *spans.shape[1:2], 2)),
+        ("chosen", chosen, place),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must be {list(shape)} for these layers and {num_rows} positions, got {list(tensor.shape)}; "
+                f"pass tensors of the same rows and layers"
+            )
+    if queries.stride(3) != 1 or rows.stride(1) != 1 or block_table.stride(1) != 1:
+        raise ValueError("queries, rows and block_table must be contiguous in their last dimension; pass such views")
+
+
+def _scores(
+    queries: Tensor,
+    layers: ProbedLayers,
+    block_table: Tensor,
+    rows: Tensor,
+    of_rows: slice,
+    of_layers: slice,
+    columns: int,
+) -> Tensor:
+    """Scores of a chunk, float32 [rows, layers, H, columns]; -inf where there is no visible key, NaN where the score of
+    one is not finite."""
+    like, num_heads = layers.like, layers.num_heads
+    num_kv_heads, page, head_size = like.shape[1:]
+    chunk_rows, chunk_layers = of_rows.stop - of_rows.start, of_layers.stop - of_layers.start
+    scores = queries.new_full((chunk_rows, chunk_layers, num_heads, columns), -torch.inf, dtype=torch.float32)
+    head_blocks = num_kv_heads * triton.cdiv(num_heads // num_kv_heads, _BLOCK_H)
+    grid = (chunk_rows * chunk_layers, head_blocks, triton.cdiv(columns, _BLOCK_N * _TILES))
+    _row_probe_kernel[grid](
+        queries,
+        layers.key_pointers,
+        like,
+        block_table,
+        rows,
+        layers.factors,
+        layers.windows,
+        layers.soft_caps,
+        layers.alibi_slopes,
+        scores,
+        queries.stride(0),
+        queries.stride(1),
+        queries.stride(2),
+        like.stride(0),
+        like.stride(1),
+        like.stride(2),
+        block_table.stride(0),
+        rows.stride(0),
+        of_rows.start,
+        of_layers.start,
+        chunk_layers,
+        columns,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_SIZE=head_size,
+        PAGE=page,
+        DOT_DTYPE=_dot_dtype(queries.dtype, like.dtype, not queries.is_cuda),
+        HAS_SOFT_CAP=layers.soft_caps is not None,
+        HAS_ALIBI=layers.alibi_slopes is not None,
+        ALIGNMENT=layers.alignment,
+        BLOCK_H=_BLOCK_H,
+        BLOCK_D=max(triton.next_power_of_2(head_size), 16),
+        BLOCK_N=_BLOCK_N,
+        TILES=_TILES,
+        STAGES=_STAGES,
+        num_warps=_WARPS,
+    )
+    return scores
+
+
+def _fill_positions(answers: ProbeAnswers, scores: Tensor, part: tuple[slice, slice], k: int) -> Tensor:
+    """Write the positions of a chunk's k highest scores; returns their columns, int64 [rows, layers, H, k]."""
+    # Of the scores, not of the mass: an invisible key must not stand before a visible one whose mass is 0, too.
+    best, column = torch.topk(scores, k, dim=-1)
+    # NaN counts as the highest: it comes first in a head that has one.
+    there = (best > -torch.inf) & ~best[..., :1].isnan()
+    answers.topk_positions[part][..., :k] = torch.where(there, column, NO_POSITION)
+    return column
+
+
+def _fill_top_mass(answers: ProbeAnswers, attention: Tensor, part: tuple[slice, slice], column: Tensor) -> None:
+    """Write the masses of those columns, where they are positions."""
+    k = column.shape[-1]
+    there = answers.topk_positions[part][..., :k] != NO_POSITION
+    answers.topk_mass[part][..., :k] = torch.where(there, attention.gather(-1, column), 0.0)
+
+
+def _fill_spans(answers: ProbeAnswers, attention: Tensor, part: tuple[slice, slice], spans: Tensor) -> None:
+    """Write a chunk's masses of spans [rows, S, 2], from its attention [rows, layers, H, longest]."""
+    j = torch.arange(attention.shape[-1], device=attention.device)
+    bad = attention[..., 0].isnan()  # one score that is not finite makes all of a head's attention NaN
+    for s in range(spans.shape[1]):
+        inside = (j >= spans[:, s, :1]) & (j < spans[:, s, 1:])  # [rows, longest]
+        mass = torch.where(inside[:, None, None], attention, 0.0).sum(-1)
+        answers.span_mass[part][..., s] = torch.where(bad, torch.nan, mass)
