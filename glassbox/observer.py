@@ -26,6 +26,7 @@ class Measurer(Protocol):
     """Measures the rows of a step on one kind of device."""
 
     max_rows: int
+    max_traced_rows: int
 
     def end_warm_up(self) -> None:
         """Warm-up and graph capture are over; what follows are real steps and dummies."""
@@ -33,7 +34,7 @@ class Measurer(Protocol):
     def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None) -> None:
         """Measure `rows` ([R, 5] int32, see sampling.py) in the local `layers` during this step.
 
-        What is measured of rows with a trace slot goes to `traced` as well, before `finish` returns.
+        What is measured of rows with a trace slot goes to `traced` as well, which is committed when that is complete.
         """
 
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
@@ -73,6 +74,8 @@ class Observer:
         num_heads: query heads local to the worker.
         config: returns the configuration in force; called at every step.
         requests: which requests are traced.
+        listen: told whether layers are to call `before_attention` and `after_attention`: in warm-up, since graphs are
+            captured there, and then in measured steps.
         max_spec_tokens: draft tokens a decode step may verify (0 without speculative decoding).
         clock: seconds, monotonic.
     """
@@ -87,13 +90,14 @@ class Observer:
         num_heads: int,
         config: Callable[[], GlassboxConfig],
         requests: RequestTracker,
+        listen: Callable[[bool], None],
         errors: ErrorCounter,
         max_spec_tokens: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.armed = False
-        # Whether layers need to call: in warm-up, since graphs are captured there, and then in measured steps.
-        self.listening = True
+        self._listen = listen
+        listen(True)
         self.counters = Counters()
         self.measurer, self.requests = measurer, requests
         self._all_layers, self._num_layers_total, self._num_heads = layers, num_layers_total, num_heads
@@ -113,11 +117,13 @@ class Observer:
     def arm(self) -> None:
         """Count steps from now on."""
         self.measurer.end_warm_up()
-        self.armed, self.listening = True, False
+        self.armed = True
+        self._listen(False)
 
     def disarm(self) -> None:
         """Count no more steps."""
         self.armed = False
+        self._listen(False)
 
     @property
     def effective_sample_rate(self) -> float:
@@ -136,6 +142,7 @@ class Observer:
         self._rows = RowSampler(
             min(sampling.max_rows_per_step, self.measurer.max_rows),
             sampling.prefill_rows_per_request,
+            max_traced_rows=self.measurer.max_traced_rows,
             max_spec_tokens=self._max_spec_tokens,
         )
         selected = set(sampling.layers.select(self._num_layers_total))
@@ -162,9 +169,11 @@ class Observer:
             self._sampled = self._steps.next_step()
             if self._sampled:
                 self.counters.sampled_steps += 1
-            self._measured = self.listening = self._sampled
+            self._measured = self._sampled
             if self.requests.begin_step(runner, scheduler_output, config, self._layers):
-                self._measured = self.listening = True
+                self._measured = True
+            if self._measured:
+                self._listen(True)
         except Exception as error:
             self._errors.count("begin_step", error)
 
@@ -209,14 +218,14 @@ class Observer:
                 self.measurer.begin(rows, layers, self._traced)
 
     def before_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """Called by every observed layer while `listening`."""
+        """Called by every observed layer while it is listened to."""
         try:
             self.measurer.before_attention(impl, layer, query, kv_cache, attn_metadata)
         except Exception as error:
             self._errors.count("observe", error)
 
     def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """Called by every observed layer while `listening`."""
+        """Called by every observed layer while it is listened to."""
         started = self._clock() if self._measured else 0.0
         try:
             self.measurer.after_attention(impl, layer, query, kv_cache, attn_metadata)
@@ -231,8 +240,6 @@ class Observer:
         try:
             if self._measured:
                 self.measurer.finish()
-                if self._traced is not None:
-                    self._traced.commit()
             now = self._clock()
             self._step_overhead_s += now - started
             self.counters.overhead_s += self._step_overhead_s
@@ -241,5 +248,7 @@ class Observer:
             self._steps.record(overhead_s, now - self._step_started_s, self._sampled)
         except Exception as error:
             self._errors.count("end_step", error)
-        self._in_step = self._sampled = self._measured = self.listening = False
+        if self._measured:
+            self._listen(False)
+        self._in_step = self._sampled = self._measured = False
         self._runner = self._traced = None

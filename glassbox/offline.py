@@ -160,9 +160,8 @@ def _wait(
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"{len(missing)} of {len(wanted)} requests left no trace in {directory.path} within {timeout_s:g} s; "
-                f"see glassbox's log for refusals. Requests can't be traced on a GPU yet, nor with requests.opt_in: "
-                f"false, nor where requests.keep ({config.requests.keep}) or keep_mb ({config.requests.keep_mb}) is "
-                f"too small"
+                f"see glassbox's log for refusals. Requests can't be traced with requests.opt_in: false, nor where "
+                f"requests.keep ({config.requests.keep}) or keep_mb ({config.requests.keep_mb}) is too small"
             )
         time.sleep(_POLL_S)
     found = {s.internal_id for s in ended}

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from glassbox import vllm_compat
 from glassbox.config import GlassboxConfig
+from glassbox.deferred import DeferredActions
 from glassbox.logs import get_logger, log_once
 from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.trace_active import ActiveTrace, TraceHost
@@ -26,14 +27,13 @@ from glassbox.trace_step import TracedRows, TracedStep
 
 logger = get_logger(__name__)
 
-Reason = Literal["bad_options", "disabled", "max_active", "memory", "opt_in_off", "unsupported_on_gpu"]
+Reason = Literal["bad_options", "disabled", "max_active", "memory", "opt_in_off"]
 REFUSAL_REASONS: Final[dict[Reason, str]] = {
     "bad_options": "its options are not understood, or name no layer or head that is measured",
     "disabled": "glassbox is switched off (enabled: false)",
     "max_active": "requests.max_active requests are traced already",
     "memory": "traced requests have used up requests.max_active_mb",
     "opt_in_off": "clients may not ask for traces (requests.opt_in: false)",
-    "unsupported_on_gpu": "requests can't be traced on a GPU yet",
 }
 WHYS: Final[tuple[Why, ...]] = ("opt_in", "sampled")
 _MB: Final = 1_000_000
@@ -61,10 +61,11 @@ class RequestTracker:
 
     Args:
         host: the worker.
+        deferred: where what was measured waits for the device, and so the end of a trace, too.
     """
 
-    def __init__(self, host: TraceHost) -> None:
-        self._host = host
+    def __init__(self, host: TraceHost, deferred: DeferredActions) -> None:
+        self._host, self._deferred = host, deferred
         self._active: dict[str, ActiveTrace] = {}
         self._ended: list[ActiveTrace] = []
         # Requests without statistics, and refused ones: the V2 runner brings a preempted request as a new one.
@@ -89,6 +90,7 @@ class RequestTracker:
             Whether the step has rows of traced requests.
         """
         self._config = config
+        self._deferred.run()
         # Before the new ones: an id may be gone and come again in the same step.
         if scheduler_output.finished_req_ids and (self._active or self._off or self._refused):
             for req_id in scheduler_output.finished_req_ids:
@@ -144,7 +146,8 @@ class RequestTracker:
     def close(self) -> None:
         """The worker ends: what still runs is lost."""
         for req_id in list(self._active):
-            self._end(self._active.pop(req_id), "lost")
+            trace = self._active.pop(req_id)
+            self._deferred.add(lambda trace=trace: self._end(trace, "lost"))  # type: ignore[misc]
 
     def active(self) -> list[ActiveTrace]:
         """Traces of requests that run."""
@@ -196,8 +199,6 @@ class RequestTracker:
         )
         if not config.enabled:
             self._refuse(new.req_id, "disabled")
-        elif host.on_gpu:
-            self._refuse(new.req_id, "unsupported_on_gpu")
         elif not rows:
             self._refuse(new.req_id, "bad_options", f"glassbox_layers must name a measured layer of {host.layers}")
         elif options.heads is not None and min(options.heads) >= host.num_heads_total:
@@ -214,6 +215,7 @@ class RequestTracker:
                 why=why,
                 options=options,
                 traceparent=choice.traceparent,
+                sampling_params=new.sampling_params,
                 prompt_len=new.prompt_len,
                 layer_rows=rows,
                 head_columns=tuple(
@@ -250,11 +252,16 @@ class RequestTracker:
         trace = self._active.pop(req_id, None)
         if trace is None:
             return
-        tokens = vllm_compat.request_tokens(runner, req_id)
-        if tokens is None:
-            self._end(trace, "finished")
-            return
-        if trace.tokens is not None:
+        include_text = self._config is not None and self._config.requests.include_text
+        if (tokens := vllm_compat.request_tokens(runner, req_id)) is not None:
+            self._deferred.add(lambda: self._end_with(trace, tokens, trace.tokens is not None))
+        elif (copy := vllm_compat.copy_tokens(runner, req_id, trace.sampling_params)) is not None:
+            self._deferred.add(lambda: self._end_with(trace, copy.tokens(), include_text), copy.event)
+        else:
+            self._deferred.add(lambda: self._end(trace, "finished"))
+
+    def _end_with(self, trace: ActiveTrace, tokens: vllm_compat.RequestTokens, keep: bool) -> None:
+        if keep:
             trace.tokens = tokens
         aborted = vllm_compat.was_aborted(tokens, self._host.max_model_len)
         self._end(trace, "aborted" if aborted else "finished", len(tokens.generated))

@@ -5,6 +5,7 @@ a server choose alike and a test can replay any choice.
 """
 
 import math
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -54,10 +55,15 @@ def is_sampled_step(step: int, sample_rate: float, level: int = 0) -> bool:
     """
     if sample_rate <= 0:
         return False
-    rate = max(1, round(min(sample_rate, 1.0) * (1 << _RATE_BITS)))
+    rate = _fixed_point(sample_rate)
     before = (step * rate) >> _RATE_BITS
     after = ((step + 1) * rate) >> _RATE_BITS
     return after > before and before % (1 << level) == 0
+
+
+@lru_cache(maxsize=16)
+def _fixed_point(sample_rate: float) -> int:
+    return max(1, round(min(sample_rate, 1.0) * (1 << _RATE_BITS)))
 
 
 class StepSampler:
@@ -133,6 +139,8 @@ class StepSampler:
         """
         if not (step_s > 0 and overhead_s >= 0):
             return
+        if self._budget is None and not sampled:
+            return  # measured steps tell enough for a budget to begin with, and this is called in every step
         self._time_s += step_s
         self._step_time.add(step_s, self._time_s)
         (self._sampled_cost if sampled else self._idle_cost).add(overhead_s, self._time_s)
@@ -209,13 +217,22 @@ class RowSampler:
     Args:
         max_rows_per_step: largest number of rows of a step.
         prefill_rows_per_request: positions per prompt; 0 is none, and a shorter prompt gives all it has.
+        max_traced_rows: largest number of rows of traced requests in a step; None is no other than the first.
         max_spec_tokens: draft tokens per step of speculative decoding. A request with at most one token more
             in the step is decoding, and all of its tokens are candidates; with more it is recomputing tokens
             it had before (after a preemption), and only the last is.
     """
 
-    def __init__(self, max_rows_per_step: int, prefill_rows_per_request: int, *, max_spec_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        max_rows_per_step: int,
+        prefill_rows_per_request: int,
+        *,
+        max_traced_rows: int | None = None,
+        max_spec_tokens: int = 0,
+    ) -> None:
         self._max_rows = max_rows_per_step
+        self._max_traced = max_rows_per_step if max_traced_rows is None else min(max_traced_rows, max_rows_per_step)
         self._prefill_rows = prefill_rows_per_request
         self._max_decode_tokens = 1 + max_spec_tokens
         self._turns, self._traced_turns = _Turns(), _Turns()
@@ -269,9 +286,9 @@ class RowSampler:
         last = np.cumsum(num_prefill + num_decode)
         total = int(last[-1]) if last.size else 0
         if traced is None:
-            candidate, counted = self._turns.take(total, self._max_rows), None
+            candidate, counted, in_traces = self._turns.take(total, self._max_rows), None, None
         else:
-            candidate, counted = self._take_traced(np.repeat(traced, num_prefill + num_decode), sampled)
+            candidate, counted, in_traces = self._take_traced(np.repeat(traced, num_prefill + num_decode), sampled)
         request = np.searchsorted(last, candidate, side="right")
         within = candidate - (last - num_prefill - num_decode)[request]
         is_decode = within >= num_prefill[request]
@@ -288,16 +305,15 @@ class RowSampler:
         rows[:, ROW_PHASE] = is_decode
         rows[:, ROW_PROMPT_LEN] = prompt[request]
         rows[:, ROW_SLOT] = -1
-        if traced is not None and counted is not None:
+        if counted is not None and in_traces is not None:
             rows[~counted, ROW_PHASE] |= ROW_UNCOUNTED
-            is_traced = traced[request]
-            rows[is_traced, ROW_SLOT] = np.arange(np.count_nonzero(is_traced))
+            rows[in_traces, ROW_SLOT] = np.arange(np.count_nonzero(in_traces))
         return rows, total - candidate.size
 
     def _take_traced(
         self, traced: npt.NDArray[np.bool_], sampled: bool
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Ascending numbers of the candidates to measure, and which of them are the sample.
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Ascending numbers of the candidates to measure, which of them are the sample, and which go to traces.
 
         The sample is taken over all candidates, traced ones included, so that it stays one of all traffic.
 
@@ -305,12 +321,16 @@ class RowSampler:
             traced: for each candidate, whether its request is traced.
         """
         wanted = np.flatnonzero(traced)
-        if wanted.size > self._max_rows:
-            wanted = wanted[self._traced_turns.take(wanted.size, self._max_rows)]
+        if wanted.size > self._max_traced:
+            wanted = wanted[self._traced_turns.take(wanted.size, self._max_traced)]
         room = self._max_rows - wanted.size
         sample = self._turns.take(traced.size, room) if sampled else np.zeros(0, dtype=np.int64)
         candidate = np.union1d(sample, wanted)
-        return candidate, np.isin(candidate, sample, assume_unique=True)
+        return candidate, _among(candidate, sample), _among(candidate, wanted)
+
+
+def _among(values: npt.NDArray[np.int64], chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    return np.isin(values, chosen, assume_unique=True)
 
 
 class _Turns:

@@ -8,7 +8,7 @@ take a record at any time. Which requests are traced is decided in `requests.py`
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,6 @@ class TraceHost:
         layers: global index of each observed layer, in the order of the accumulators.
         head_offset: global index of the first local head; num_heads: local ones; num_heads_total: of the model.
         max_model_len: most tokens of a sequence.
-        on_gpu: whether the device is one on which requests can't be traced yet.
         tokenizer, tokenizer_revision: folder or name of the model's tokenizer, empty if there is none.
     """
 
@@ -43,7 +42,6 @@ class TraceHost:
     num_heads: int
     num_heads_total: int
     max_model_len: int
-    on_gpu: bool = False
     tokenizer: str = ""
     tokenizer_revision: str | None = None
 
@@ -79,6 +77,7 @@ class ActiveTrace:
         why: it is traced.
         options: that it gave.
         traceparent: that came with it.
+        sampling_params: vLLM's.
         prompt_len: tokens.
         layer_rows: which of the worker's observed layers are kept, ascending.
         head_columns: which of its heads are kept, ascending.
@@ -100,12 +99,14 @@ class ActiveTrace:
         why: Why,
         options: TraceOptions,
         traceparent: str | None,
+        sampling_params: Any = None,
         prompt_len: int,
         layer_rows: tuple[int, ...],
         head_columns: tuple[int, ...],
     ) -> None:
         self.internal_id, self.request_id = internal_id, external_id(internal_id)
         self.why, self.options, self.prompt_len = why, options, prompt_len
+        self.sampling_params = sampling_params
         self.layer_rows, self.head_columns = layer_rows, head_columns
         self.nbytes = self.num_generated = self.version = 0
         self.truncated = False

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.kernels.row_probe_cpu import NO_POSITION, RowAnswer, RowQuestion
+from glassbox.sampling import ROW_SLOT
 from glassbox.statistics import NUM_STATISTICS
 from glassbox.trace_active import ActiveTrace, Chunk
 from glassbox.trace_record import MAX_ROW_KEYS
@@ -37,6 +38,47 @@ class TracedRows:
         return slice(self.first, self.first + len(self.positions))
 
 
+@dataclass(frozen=True)
+class AskedRows:
+    """What is asked of the probed rows of a step, R of them, over all of the worker's L layers at once.
+
+    Attributes:
+        rows: int32 [R, NUM_ROW_COLUMNS], their entries of the row list.
+        positions: int32 [R], in their sequences.
+        top_k: the largest that one of them wants.
+        spans: int32 [R, S, 2], (start, exclusive end); (0, 0) fills up.
+        chosen: bool [R, L, H], the layers and heads that each of them wants.
+        kept: the rows whose whole attention is wanted, ascending.
+    """
+
+    rows: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+    top_k: int
+    spans: npt.NDArray[np.int32]
+    chosen: npt.NDArray[np.bool_]
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayersAnswer:
+    """What was found for `AskedRows` in some layers, G of them, with H heads each.
+
+    Attributes:
+        layer_rows: which layers, ascending.
+        topk_positions: int32 [R, G, H, k]; topk_mass: float32, alike.
+        span_mass: float32 [R, G, H, S].
+        chosen_sum: float32 [R, n], attention to positions 0 .. n - 1 summed over the chosen layers and heads.
+        rows: float16 [G, H, keys] of each kept row, the last keys up to its own position.
+    """
+
+    layer_rows: Sequence[int]
+    topk_positions: npt.NDArray[np.int32]
+    topk_mass: npt.NDArray[np.float32]
+    span_mass: npt.NDArray[np.float32]
+    chosen_sum: npt.NDArray[np.float32]
+    rows: tuple[npt.NDArray[np.float16], ...]
+
+
 class TracedStep:
     """What is measured of traced requests in one step.
 
@@ -47,6 +89,7 @@ class TracedStep:
         num_layers, num_heads: of the worker.
 
     Attributes:
+        num_slots: of a ring that has a slot for every row that ROW_SLOT gives one.
         layer_rows: observed layers that some of the traces keep.
         probed: int32 [m, NUM_ROW_COLUMNS], rows of requests that asked for more than statistics.
     """
@@ -60,6 +103,9 @@ class TracedStep:
         num_heads: int,
     ) -> None:
         self._members, self._indices = members, indices
+        self._slots = row_list[indices, ROW_SLOT]
+        # Slots are given out in order; rows for which there was no memory have one, too.
+        self.num_slots = int(row_list[:, ROW_SLOT].max(initial=-1)) + 1
         self.layer_rows = frozenset(row for member in members for row in member.trace.layer_rows)
         self._stats = np.full((len(indices), num_layers, num_heads, NUM_STATISTICS + 1), np.nan, dtype=np.float32)
         self._probes = [_Probe(member, num_heads) for member in members if member.trace.options.probes]
@@ -75,6 +121,46 @@ class TracedStep:
             stats: [R, H, NUM_STATISTICS + 1] of the whole row list.
         """
         self._stats[:, layer_row, : stats.shape[1]] = stats[self._indices]
+
+    def set_stats(self, ring: npt.NDArray[np.float32]) -> None:
+        """Keep the statistics of all layers.
+
+        Args:
+            ring: [num_slots, L, H, NUM_STATISTICS + 1], NaN where nothing was measured.
+        """
+        self._stats[...] = ring[self._slots]
+
+    def asked(self) -> AskedRows | None:
+        """All questions together; None if there are none. Answers go to `add_layers`."""
+        if not self._probes:
+            return None
+        options = [probe.rows.trace.options for probe in self._probes for _ in probe.rows.positions]
+        spans = np.zeros((len(options), max(len(one.spans) for one in options), 2), dtype=np.int32)
+        for i, one in enumerate(options):
+            spans[i, : len(one.spans)] = [(span.start, span.end) for span in one.spans] or np.zeros((0, 2))
+        chosen = np.zeros((len(options), *self._stats.shape[1:3]), dtype=bool)
+        at = 0
+        for probe in self._probes:
+            trace, n = probe.rows.trace, len(probe.rows.positions)
+            chosen[np.ix_(range(at, at + n), trace.layer_rows, trace.head_columns)] = True
+            at += n
+        return AskedRows(
+            rows=self.probed,
+            positions=np.concatenate([probe.rows.positions for probe in self._probes]),
+            top_k=max(one.top_k for one in options),
+            spans=spans,
+            chosen=chosen,
+            kept=tuple(i for i, one in enumerate(options) if one.rows),
+        )
+
+    def add_layers(self, answer: LayersAnswer, kept: Sequence[int]) -> None:
+        """Keep what was found in some layers for `asked()`, whose `kept` is given back."""
+        at = 0
+        for probe in self._probes:
+            n = len(probe.rows.positions)
+            rows = [answer.rows[kept.index(i)] for i in range(at, at + n)] if probe.rows.trace.options.rows else []
+            probe.add_layers(answer, slice(at, at + n), rows)
+            at += n
 
     def questions(self, layer_row: int, num_heads: int) -> list[RowQuestion]:
         """What is asked of each probed row in a layer of `num_heads`; empty if nothing is."""
@@ -146,6 +232,25 @@ class _Probe:
             if self._rows and answer.row is not None:
                 keys = answer.row[columns][:, -MAX_ROW_KEYS:]
                 self._rows[i][layer, heads, self._rows[i].shape[-1] - keys.shape[-1] :] = keys
+
+    def add_layers(self, answer: LayersAnswer, mine: slice, rows: Sequence[npt.NDArray[np.float16]]) -> None:
+        """Keep what was asked of some layers; `mine` are these rows among all that were asked, `rows` the kept ones."""
+        group = [g for g, layer_row in enumerate(answer.layer_rows) if layer_row in self._place]
+        columns = [c for c in self.rows.trace.head_columns if c < answer.topk_mass.shape[2]]
+        if not group or not columns:
+            return
+        own = [self._place[answer.layer_rows[g]] for g in group]
+        everywhere = range(len(self.rows.positions))
+        to, of = np.ix_(everywhere, own, range(len(columns))), np.ix_(everywhere, group, columns)
+        self._topk_positions[to] = answer.topk_positions[mine][of][..., : self._topk_mass.shape[-1]]
+        self._topk_mass[to] = answer.topk_mass[mine][of][..., : self._topk_mass.shape[-1]]
+        self._span_mass[to] = answer.span_mass[mine][of][..., : self._span_mass.shape[-1]]
+        self._summed_places += len(own) * len(columns)
+        if self._sums:
+            for total, found in zip(self._sums, answer.chosen_sum[mine], strict=True):
+                np.add(total, found[: len(total)], out=total)
+        for row, keys in zip(self._rows, rows, strict=True):
+            row[np.ix_(own, range(len(columns)))] = keys[np.ix_(group, columns)]
 
     def chunk(self, stats: npt.NDArray[np.float32]) -> Chunk:
         """Of these rows, with their statistics [n, L, H, NUM_STATISTICS + 1]."""

@@ -211,12 +211,12 @@ def read_batch(runner: Any, common_attn_metadata: Any) -> Batch:
 
 @dataclass(frozen=True)
 class RequestTokens:
-    """What the V1 runner knows of a request's tokens.
+    """What a runner knows of a request's tokens.
 
     Attributes:
         prompt: token ids; None if the prompt was given as embeddings.
-        generated: token ids, vLLM's own list that goes on growing; -1 stands for those that the runner has not read
-            back from the device.
+        generated: token ids; of the V1 runner vLLM's own list that goes on growing, where -1 stands for those that it
+            has not read back from the device.
         sampling_params: vLLM's, None for a pooling request.
     """
 
@@ -231,6 +231,54 @@ def request_tokens(runner: Any, req_id: str) -> RequestTokens | None:
     if state is None:
         return None
     return RequestTokens(state.prompt_token_ids, state.output_token_ids, state.sampling_params)
+
+
+@dataclass(frozen=True)
+class TokenCopy:
+    """The V2 runner's tokens of a request on their way to the host.
+
+    Attributes:
+        event: happens when they are there.
+        ids: [max_model_len] int32; its first `length` are the request's.
+    """
+
+    event: Any
+    ids: Any
+    length: Any
+    prompt_len: int
+    sampling_params: Any
+
+    def tokens(self) -> RequestTokens:
+        """The tokens; call it after the event."""
+        ids: list[int] = self.ids[: int(self.length)].tolist()
+        generated = ids[self.prompt_len :]
+        params = self.sampling_params
+        if params is not None and not params.ignore_eos:
+            # The step after the last may have been queued before its end token was known on the host.
+            ends = {params.eos_token_id, *(params.stop_token_ids or ())}
+            last = next((i for i, token in enumerate(generated) if i >= params.min_tokens and token in ends), None)
+            generated = generated if last is None else generated[: last + 1]
+        return RequestTokens(ids[: self.prompt_len], generated, params)
+
+
+def copy_tokens(runner: Any, req_id: str, sampling_params: Any) -> TokenCopy | None:
+    """Queue the copy of a request's tokens; None if the runner does not keep them on the device, or not any more.
+
+    Call it before the runner hears that the request is gone.
+    """
+    import torch
+
+    states = getattr(runner, "req_states", None)
+    index = getattr(states, "req_id_to_index", {}).get(req_id)
+    if states is None or index is None:
+        return None
+    ids, length = (
+        source.gpu[index : index + 1].flatten().to("cpu", non_blocking=True)
+        for source in (states.all_token_ids, states.total_len)
+    )
+    event = torch.cuda.Event()
+    event.record()
+    return TokenCopy(event, ids, length, int(states.prompt_len.np[index]), sampling_params)
 
 
 def was_aborted(tokens: RequestTokens, max_model_len: int) -> bool:

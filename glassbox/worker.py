@@ -17,7 +17,9 @@ import torch
 from glassbox import __version__, rundir, vllm_compat
 from glassbox.accumulate import Accumulators
 from glassbox.affinity import leave_workers_cores
+from glassbox.backends.listening import listen
 from glassbox.backends.measure import make_measurer
+from glassbox.deferred import DeferredActions
 from glassbox.errors import ErrorCounter
 from glassbox.export.process import ExporterProcess
 from glassbox.export.snapshot import Snapshot, write_snapshot
@@ -39,12 +41,14 @@ class ObservedLayers:
         names: of the observed ones, in the order of their global index.
         indices: global index of each.
         num_heads: largest number of local query heads among them.
+        head_size: the largest of theirs.
         bypassed: names of the layers whose attention glassbox does not see.
     """
 
     names: tuple[str, ...]
     indices: tuple[int, ...]
     num_heads: int
+    head_size: int
     bypassed: tuple[str, ...]
 
 
@@ -61,14 +65,15 @@ def find_layers(layers: dict[str, Any], unobservable: str | None = None) -> Obse
             continue
         marker = getattr(layer.impl, "glassbox_observed", None)
         if marker and unobservable is None and vllm_compat.is_observable(layer):
-            observed.append((vllm_compat.layer_index(name), name, layer.num_heads))
+            observed.append((vllm_compat.layer_index(name), name, layer.num_heads, layer.head_size))
         elif marker is not False:
             bypassed.append(name)
     observed.sort()
     return ObservedLayers(
-        names=tuple(name for _, name, _ in observed),
-        indices=tuple(index for index, _, _ in observed),
-        num_heads=max((heads for _, _, heads in observed), default=0),
+        names=tuple(name for _, name, _, _ in observed),
+        indices=tuple(index for index, _, _, _ in observed),
+        num_heads=max((heads for _, _, heads, _ in observed), default=0),
+        head_size=max((size for _, _, _, size in observed), default=0),
         bypassed=tuple(bypassed),
     )
 
@@ -96,12 +101,16 @@ class Worker:
         config = settings.config
         device = _device_of(vllm_worker)
         self._accumulators = Accumulators(len(self._layers.names), self._layers.num_heads, device)
+        self._deferred = DeferredActions(errors)
         measurer = make_measurer(
             self._accumulators,
             {name: row for row, name in enumerate(self._layers.names)},
             sink_tokens=config.statistics.sink_tokens,
             local_window=config.statistics.local_window,
             max_rows=config.sampling.max_rows_per_step,
+            head_size=self._layers.head_size,
+            query_dtype=vllm_config.model_config.dtype,
+            deferred=self._deferred,
             errors=errors,
         )
         host = TraceHost(
@@ -114,11 +123,10 @@ class Worker:
             num_heads=self._layers.num_heads,
             num_heads_total=self._info.num_heads,
             max_model_len=vllm_config.model_config.max_model_len,
-            on_gpu=device.type != "cpu",
             tokenizer=str(vllm_config.model_config.tokenizer or ""),
             tokenizer_revision=vllm_config.model_config.tokenizer_revision,
         )
-        self._requests = RequestTracker(host)
+        self._requests = RequestTracker(host, self._deferred)
         self._traces = TraceWriter(rundir.run_dir(), host, self._requests)
         self.observer = Observer(
             measurer,
@@ -128,6 +136,7 @@ class Worker:
             num_heads=self._layers.num_heads,
             config=lambda: settings.config,
             requests=self._requests,
+            listen=listen,
             errors=errors,
             max_spec_tokens=vllm_compat.max_spec_tokens(vllm_config),
         )
@@ -169,6 +178,7 @@ class Worker:
             with self._errors.guard("snapshot"):
                 self._write_if_changed()
             with self._errors.guard("traces"):
+                self._deferred.finish()
                 self._traces.write(self._settings.config.requests)
             with self._errors.guard("exporter"):
                 self._exporter.ensure(self._settings.config)

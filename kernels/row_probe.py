@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glassbox.kernels.row_stats import MAX_HEAD_SIZE, LayerParams, _dot_dtype
+from glassbox.kernels.row_stats import MAX_HEAD_SIZE, LayerParams, dot_dtype
 
 NO_POSITION: Final = -1
 SCRATCH_BYTES: Final = 16 << 20
@@ -176,7 +176,7 @@ def _row_probe_kernel(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProbedLayers:
-    """Layers of one KV-cache group, alike in everything but their tensors; made once by `of` and kept.
+    """Layers of one KV-cache group, alike in everything but their tensors; made by `of`.
 
     Holds addresses, so it lives no longer than the caches do.
 
@@ -204,7 +204,7 @@ class ProbedLayers:
 
     @classmethod
     def of(cls, caches: Sequence[Tensor], params: Sequence[LayerParams], num_heads: int) -> "ProbedLayers":
-        """Gather what the kernel needs of each layer. Waits for the device; call it at set-up.
+        """Gather what the kernel needs of each layer; asynchronous, on the current stream.
 
         Args:
             caches: K of each layer, [num_blocks, Hkv, block_size, D], any strides but a contiguous last dimension.
@@ -232,16 +232,21 @@ class ProbedLayers:
         windows = [p.sliding_window or _NO_WINDOW for p in params]
         addresses = [cache.data_ptr() for cache in caches]
         return cls(
-            key_pointers=torch.tensor(addresses, dtype=torch.int64, device=like.device),
+            key_pointers=_upload(addresses, torch.int64, like.device),
             like=like,
             alignment=next(n for n in (_ALIGNMENT, 8, 4, 2, 1) if not any(address % n for address in addresses)),
             num_heads=num_heads,
             factors=torch.stack(factors),
-            windows=torch.tensor(windows, dtype=torch.int32, device=like.device),
-            soft_caps=torch.tensor(caps, dtype=torch.float32, device=like.device) if any(caps) else None,
+            windows=_upload(windows, torch.int32, like.device),
+            soft_caps=_upload(caps, torch.float32, like.device) if any(caps) else None,
             alibi_slopes=_per_head("alibi_slopes", [p.alibi_slopes for p in params], num_heads, like),
             sinks=_per_head("sinks", [p.sinks for p in params], num_heads, like),
         )
+
+
+def _upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device; from pinned memory, since a copy from other memory waits for the device."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _kind(cache: Tensor) -> tuple[object, ...]:
@@ -351,9 +356,9 @@ def row_probe(
     device = queries.device
     answers = ProbeAnswers(
         topk_positions=torch.full((*place, top_k), NO_POSITION, dtype=torch.int32, device=device),
-        topk_mass=torch.zeros(*place, top_k, device=device),
-        span_mass=torch.empty(*place, spans.shape[1], device=device),
-        chosen_sum=torch.zeros(num_rows, longest, device=device),
+        topk_mass=torch.zeros(*place, top_k, dtype=torch.float32, device=device),
+        span_mass=torch.empty(*place, spans.shape[1], dtype=torch.float32, device=device),
+        chosen_sum=torch.zeros(num_rows, longest, dtype=torch.float32, device=device),
         rows=tuple(
             torch.empty(*place[1:], min(positions[row] + 1, max_row_keys), dtype=torch.float16, device=device)
             for row in kept_rows
@@ -457,7 +462,7 @@ def _scores(
         NUM_KV_HEADS=num_kv_heads,
         HEAD_SIZE=head_size,
         PAGE=page,
-        DOT_DTYPE=_dot_dtype(queries.dtype, like.dtype, not queries.is_cuda),
+        DOT_DTYPE=dot_dtype(queries.dtype, like.dtype, not queries.is_cuda),
         HAS_SOFT_CAP=layers.soft_caps is not None,
         HAS_ALIBI=layers.alibi_slopes is not None,
         ALIGNMENT=layers.alignment,

@@ -111,6 +111,7 @@ _FREE_POINTERS: Final = [
     "window_slot_ptr",
     "bounds_ptr",
     "ring_ptr",
+    "queries_ptr",
     "out_ptr",
     "partial_ptr",
     "arrivals_ptr",
@@ -121,6 +122,8 @@ _FREE_INTEGERS: Final = [
     "stride_k_scale",
     "stride_window",
     "stride_ring",
+    "stride_queries",
+    "stride_queries_head",
     "window",
     "sink_tokens",
     "local_window",
@@ -149,6 +152,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     window_slot_ptr,  # [1] int32
     bounds_ptr,  # [S, B - 1] float32
     ring_ptr,  # [ring, H, S + 1] float32
+    queries_ptr,  # [ring, H, D]
     out_ptr,  # [max_rows, H, S + 1] float32
     partial_ptr,  # [num_programs, 2, _STATE_FIELDS, BLOCK_H] float32
     arrivals_ptr,  # [max_rows, HEAD_BLOCKS] int32, 0 between launches
@@ -162,6 +166,8 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     stride_k_scale,
     stride_window,
     stride_ring,
+    stride_queries,
+    stride_queries_head,
     scale,
     soft_cap,
     window,
@@ -179,6 +185,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_RING: tl.constexpr,
+    HAS_QUERIES: tl.constexpr,
     HAS_OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -477,6 +484,16 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                 ring = ring_ptr + ring_slot.to(tl.int64) * stride_ring + heads * (_NUM_STATISTICS + 1)
                 tl.store(ring[None, :] + column, value, mask=is_value & traced[None, :])
                 tl.store(ring + _NUM_STATISTICS, row_bad, mask=traced)
+                if HAS_QUERIES:
+                    # Read again: to keep them in registers until here would slow the loop.
+                    is_query = traced[:, None] & (offs_d < HEAD_SIZE)[None, :]
+                    again_q = tl.load(
+                        q_ptr + query.to(tl.int64) * stride_q_token + heads[:, None] * stride_q_head + offs_d[None, :],
+                        mask=is_query,
+                        other=0.0,
+                    )
+                    kept = queries_ptr + ring_slot.to(tl.int64) * stride_queries + heads * stride_queries_head
+                    tl.store(kept[:, None] + offs_d[None, :], again_q.to(queries_ptr.dtype.element_ty), mask=is_query)
 
             cell = heads * 2 + phase  # into [H, 2]
             ones = tl.full([BLOCK_H], 1, tl.int64)
@@ -605,7 +622,7 @@ def _default_programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _dot_dtype(q: torch.dtype, k: torch.dtype, on_cpu: bool) -> Any:
+def dot_dtype(q: torch.dtype, k: torch.dtype, on_cpu: bool) -> Any:
     """Type of the dot's operands: the narrowest in which q and K are exact."""
     half = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     # Triton's interpreter multiplies bfloat16 by its bit pattern (seen in 3.9).
@@ -640,6 +657,7 @@ def row_stats(
     accumulators: LayerAccumulators,
     workspace: RowStatsWorkspace,
     ring: torch.Tensor | None = None,
+    queries: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> None:
@@ -658,6 +676,8 @@ def row_stats(
         accumulators: of the layer.
         workspace: for at least rows.shape[0] rows and H heads.
         ring: [slots, H, S + 1] float32, [H, S + 1] contiguous, or None: traced rows are written to their slot.
+        queries: [slots, H, D] of a type that holds q's numbers, the last dimension contiguous, or None: with a ring,
+            the queries of traced rows are written to their slot.
         out: [max_rows, H, S + 1] float32, contiguous, or None: every row is written, padding rows are left alone.
         tiling: None takes the measured one.
 
@@ -699,6 +719,7 @@ def row_stats(
         k_cache.data_ptr() % 16,
         max_rows,
         ring is None,
+        None if queries is None else queries.dtype,
         out is None,
     )
     q_scale, k_scale = params.q_scale, params.k_scale
@@ -722,6 +743,7 @@ def row_stats(
         accumulators.window_slot,
         accumulators.bounds,
         ring,
+        queries,
         out,
         workspace.partial,
         workspace.arrivals,
@@ -735,6 +757,8 @@ def row_stats(
         0 if k_scale is None or k_scale.numel() == 1 else 1,
         accumulators.window_max.stride(0),
         0 if ring is None else ring.stride(0),
+        0 if queries is None else queries.stride(0),
+        0 if queries is None else queries.stride(1),
         params.scale,
         params.soft_cap,
         params.sliding_window or _NO_WINDOW,
@@ -747,7 +771,7 @@ def row_stats(
         compiled, constants = known
         compiled[(workspace.num_programs, 1, 1)](*arguments, *constants)
         return
-    constants = _constants(q, k_cache, max_rows, params, ring is not None, out is not None, tiling)
+    constants = _constants(q, k_cache, max_rows, params, ring is not None, queries is not None, out is not None, tiling)
     compiled = _row_stats_kernel[(workspace.num_programs,)](
         *arguments, *constants, num_warps=tiling.warps, maxnreg=tiling.registers
     )
@@ -761,6 +785,7 @@ def _constants(
     max_rows: int,
     params: LayerParams,
     has_ring: bool,
+    has_queries: bool,
     has_out: bool,
     tiling: Tiling,
 ) -> tuple[Any, ...]:
@@ -772,13 +797,14 @@ def _constants(
         num_kv_heads,
         head_size,
         page,
-        _dot_dtype(q.dtype, k_cache.dtype, not q.is_cuda),
+        dot_dtype(q.dtype, k_cache.dtype, not q.is_cuda),
         params.q_scale is not None,
         params.k_scale is not None,
         params.soft_cap > 0.0,
         params.alibi_slopes is not None,
         params.sinks is not None,
         has_ring,
+        has_queries,
         has_out,
         triton.next_power_of_2(max_rows),
         min(triton.next_power_of_2(num_heads // num_kv_heads), _MAX_BLOCK_HEADS),

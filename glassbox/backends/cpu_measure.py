@@ -54,7 +54,7 @@ class CpuMeasurer:
     ) -> None:
         self._accumulators, self._layer_rows = accumulators, layer_rows
         self._sink_tokens, self._local_window = sink_tokens, local_window
-        self.max_rows = sys.maxsize
+        self.max_rows = self.max_traced_rows = sys.maxsize
         self._rows: np.ndarray | None = None
         self._layers: frozenset[int] = frozenset()
         self._traced: TracedStep | None = None
@@ -104,6 +104,8 @@ class CpuMeasurer:
             for key in list(self._waiting):
                 self._measure(key)
             self._flush()
+            if self._traced is not None:
+                self._traced.commit()
         finally:
             self._waiting.clear()
             self._pending.clear()

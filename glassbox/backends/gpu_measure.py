@@ -8,6 +8,9 @@ stream order. No call here waits for the GPU, except `copy`, which runs on the e
 
 import threading
 import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -15,16 +18,49 @@ import torch
 
 from glassbox.accumulate import AccumulatorArrays, Accumulators
 from glassbox.backends.graph_nodes import GraphNodes
+from glassbox.deferred import DeferredActions
 from glassbox.errors import ErrorCounter
+from glassbox.kernels.row_probe import ProbeAnswers, ProbedLayers, row_probe
 from glassbox.kernels.row_stats import LayerAccumulators, LayerParams, RowStatsWorkspace, row_stats
-from glassbox.sampling import NUM_ROW_COLUMNS
-from glassbox.trace_step import TracedStep
+from glassbox.sampling import NUM_ROW_COLUMNS, ROW_BATCH, ROW_SLOT
+from glassbox.statistics import NUM_STATISTICS
+from glassbox.trace_record import MAX_ROW_KEYS
+from glassbox.trace_step import AskedRows, LayersAnswer, TracedStep
 
 _FP8_DTYPES: Final = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+# Numbers and queries of the rows that one step may trace; never fewer than these rows.
+_RING_BYTES: Final = 16 << 20
+_LEAST_SLOTS: Final = 8
+
+
+@dataclass(frozen=True)
+class _SeenLayer:
+    """A layer that was launched once. Its KV cache is vLLM's to free, so only the layer that holds it is known.
+
+    Attributes:
+        layer: weak reference to vLLM's.
+        fp8: element type of the cache if vLLM keeps it as bytes.
+        head_size, num_heads: of its queries.
+    """
+
+    layer: Any
+    fp8: torch.dtype | None
+    head_size: int
+    num_heads: int
+    params: LayerParams
+
+    def keys(self, kv_cache: torch.Tensor | None = None) -> torch.Tensor:
+        """K of the cache, [num_blocks, Hkv, block_size, D].
+
+        Args:
+            kv_cache: the layer's; None takes it from the layer.
+        """
+        cache = self.layer().kv_cache if kv_cache is None else kv_cache
+        return (cache if self.fp8 is None else cache.view(self.fp8))[..., : self.head_size]
 
 
 class GpuMeasurer:
@@ -35,7 +71,9 @@ class GpuMeasurer:
         layer_rows: name of each observed layer -> its row in the accumulators.
         sink_tokens, local_window: in tokens, see statistics.py.
         max_rows: length of the row list; captured graphs hold it.
-        errors: counts what goes wrong with the graphs.
+        head_size: largest of the layers; query_dtype: holds their queries.
+        deferred: takes what waits for the GPU.
+        errors: counts what goes wrong with graphs and probes.
     """
 
     def __init__(
@@ -46,6 +84,9 @@ class GpuMeasurer:
         sink_tokens: int,
         local_window: int,
         max_rows: int,
+        head_size: int,
+        query_dtype: torch.dtype,
+        deferred: DeferredActions,
         errors: ErrorCounter,
     ) -> None:
         device = accumulators.counts.device
@@ -58,13 +99,22 @@ class GpuMeasurer:
         self._num_rows = torch.zeros(num_layers, dtype=torch.int32, device=device)
         self._workspace = RowStatsWorkspace(device, max_rows, num_heads)
         self._host = [t.new_empty(t.shape, device="cpu").pin_memory() for t in self._exported()]
+        # What is measured of traced rows, by slot; NaN is nothing.
+        slot_bytes = num_layers * num_heads * (4 * (NUM_STATISTICS + 1) + head_size * query_dtype.itemsize)
+        self.max_traced_rows = min(max(_RING_BYTES // max(slot_bytes, 1), _LEAST_SLOTS), max_rows)
+        place = (self.max_traced_rows, num_layers, num_heads)
+        self._ring = torch.zeros(*place, NUM_STATISTICS + 1, dtype=torch.float32, device=device)
+        self._queries = torch.zeros(*place, head_size, dtype=query_dtype, device=device)
+        self._traced: TracedStep | None = None
+        self._deferred, self._errors = deferred, errors
         self._graphs = GraphNodes(errors)
         self._graphs.watch()
         self._side = torch.cuda.Stream(device)
         self._copy_stream = torch.cuda.Stream(device)
         self._step_done = torch.cuda.Event()
         self._copy_done = torch.cuda.Event()
-        self._params: dict[str, LayerParams] = {}
+        self._ring_read = torch.cuda.Event()
+        self._seen: dict[str, _SeenLayer] = {}
         self._common: dict[str, Any] = {}
         self._layers: frozenset[int] = frozenset()
         self._active = self._forked = False
@@ -75,7 +125,8 @@ class GpuMeasurer:
     @property
     def nbytes(self) -> int:
         """Bytes on the GPU."""
-        return self._accumulators.nbytes + self._workspace.nbytes + self._row_list.nbytes + self._num_rows.nbytes
+        lists = self._row_list.nbytes + self._num_rows.nbytes
+        return self._accumulators.nbytes + self._workspace.nbytes + lists + self._ring.nbytes + self._queries.nbytes
 
     def end_warm_up(self) -> None:
         """See observer.Measurer."""
@@ -83,10 +134,7 @@ class GpuMeasurer:
         self._graphs.unwatch()
 
     def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None) -> None:
-        """See observer.Measurer. Queues two small copies on the current stream.
-
-        `traced` is always None: requests are not traced on a GPU (see requests.py).
-        """
+        """See observer.Measurer. Queues two small copies on the current stream."""
         counts = np.zeros(len(self._num_rows), dtype=np.int32)
         counts[list(layers)] = len(rows)
         with self._lock:
@@ -95,7 +143,11 @@ class GpuMeasurer:
             # A fresh pinned tensor for each copy: the GPU may still read the one of the step before.
             self._row_list[: len(rows)].copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
             self._num_rows.copy_(torch.from_numpy(counts).pin_memory(), non_blocking=True)
-        self._layers, self._active = layers, True
+            if traced is not None:
+                torch.cuda.current_stream().wait_event(self._ring_read)
+                self._ring[: traced.num_slots].fill_(torch.nan)
+                self._queries[: traced.num_slots].fill_(torch.nan)
+        self._layers, self._active, self._traced = layers, True, traced
         self._graphs.measuring = True
 
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
@@ -131,11 +183,80 @@ class GpuMeasurer:
     def finish(self) -> None:
         """See observer.Measurer. Later replays find no rows."""
         self._graphs.measuring = False
+        traced, self._traced = self._traced, None
+        answers = [] if traced is None else self._probe(traced)
         with self._lock:
             if self._active:
                 self._num_rows.zero_()
                 self._active = False
             self._step_done.record()
+            if traced is not None:
+                self._collect(traced, answers)
+
+    def _collect(self, traced: TracedStep, answers: list["_Answer"]) -> None:
+        """Queue the copies of what was measured of traced rows; it is kept when they are done."""
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self._copy_stream):
+            self._copy_stream.wait_event(self._step_done)
+            ring = _to_host(self._ring[: traced.num_slots])
+            self._ring_read.record()
+            found = [answer.to_host() for answer in answers]
+            done.record()
+
+        def keep() -> None:
+            traced.set_stats(ring.numpy())
+            for answer, host in zip(answers, found, strict=True):
+                traced.add_layers(answer.on_host(host), answer.asked.kept)
+            traced.commit()
+
+        self._deferred.add(keep, done)
+
+    def _probe(self, traced: TracedStep) -> list["_Answer"]:
+        """Queue what requests asked beyond statistics, over the keys as this step has left them."""
+        asked = traced.asked()
+        if asked is None:
+            return []
+        try:
+            return [self._probe_group(asked, names) for names in self._groups(asked)]
+        except Exception as error:
+            self._errors.count("probe", error)
+            return []
+
+    def _groups(self, asked: AskedRows) -> list[list[str]]:
+        """The layers that are asked for, by what one launch can do: one block table, one shape, one kind of score."""
+        wanted = set(np.flatnonzero(asked.chosen.any(axis=(0, 2))).tolist())
+        groups: dict[object, list[str]] = {}
+        for name, row in self._layer_rows.items():
+            seen, common = self._seen.get(name), self._common.get(name)
+            if row in wanted and seen is not None and common is not None:
+                keys, params = seen.keys(), seen.params
+                kind = (keys.dtype, keys.shape[1:], keys.stride(), seen.num_heads)
+                extras = (params.alibi_slopes is None, params.sinks is None)
+                groups.setdefault((id(common), kind, extras), []).append(name)
+        return list(groups.values())
+
+    def _probe_group(self, asked: AskedRows, names: list[str]) -> "_Answer":
+        seen = [self._seen[name] for name in names]
+        layer_rows = [self._layer_rows[name] for name in names]
+        num_heads, head_size = seen[0].num_heads, seen[0].head_size
+        device = self._ring.device
+        slots = _to_device(asked.rows[:, ROW_SLOT].astype(np.int64), device)
+        queries = self._queries.index_select(0, slots)
+        if len(layer_rows) < len(self._layer_rows):
+            queries = queries.index_select(1, _to_device(np.array(layer_rows, dtype=np.int64), device))
+        answers = row_probe(
+            queries[:, :, :num_heads, :head_size],
+            ProbedLayers.of([one.keys() for one in seen], [one.params for one in seen], num_heads),
+            self._common[names[0]].block_table_tensor,
+            _to_device(np.stack([asked.rows[:, ROW_BATCH], asked.positions], axis=1), device),
+            asked.positions.tolist(),
+            top_k=asked.top_k,
+            spans=_to_device(asked.spans, device),
+            chosen=_to_device(asked.chosen[:, layer_rows, :num_heads], device),
+            kept_rows=asked.kept,
+            max_row_keys=MAX_ROW_KEYS,
+        )
+        return _Answer(asked, layer_rows, answers)
 
     def copy(self, now_s: float) -> AccumulatorArrays:
         """See observer.Measurer. Waits for the copy, on the calling thread only."""
@@ -155,24 +276,31 @@ class GpuMeasurer:
 
     def _launch(self, row: int, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
         name = layer.layer_name
-        params = self._params.get(name)
-        if params is None:
-            params = self._params[name] = self._read_params(impl, layer, query, kv_cache)
+        seen = self._seen.get(name)
+        if seen is None or seen.layer() is not layer:
+            seen = self._seen[name] = _SeenLayer(
+                weakref.ref(layer),
+                _FP8_DTYPES.get(impl.kv_cache_dtype),
+                impl.head_size,
+                query.shape[1],
+                self._read_params(impl, layer, query, kv_cache),
+            )
         block_table, query_start_loc, seq_lens = self._batch(name, attn_metadata)
-        fp8 = _FP8_DTYPES.get(impl.kv_cache_dtype)
-        keys = kv_cache if fp8 is None else kv_cache.view(fp8)
+        num_heads, head_size = seen.num_heads, seen.head_size
         with torch.cuda.stream(self._side):
             row_stats(
                 query,
-                keys[..., : impl.head_size],
+                seen.keys(kv_cache),
                 block_table,
                 query_start_loc,
                 seq_lens,
                 self._row_list,
                 self._num_rows[row:],
-                params,
-                self._layer_accumulators(row, query.shape[1]),
+                seen.params,
+                self._layer_accumulators(row, num_heads),
                 self._workspace,
+                ring=self._ring[:, row, :num_heads],
+                queries=self._queries[:, row, :num_heads, :head_size],
             )
             self._graphs.record(self._side)
 
@@ -210,3 +338,33 @@ class GpuMeasurer:
             q_scale=layer._q_scale if query.element_size() == 1 else None,
             k_scale=layer._k_scale if kv_cache.element_size() == 1 else None,
         )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What was asked and found in some layers, on the device."""
+
+    asked: AskedRows
+    layer_rows: Sequence[int]
+    found: ProbeAnswers
+
+    def to_host(self) -> list[torch.Tensor]:
+        """Queue the copies on the current stream."""
+        found = self.found
+        values = (found.topk_positions, found.topk_mass, found.span_mass, found.chosen_sum, *found.rows)
+        return [_to_host(value) for value in values]
+
+    def on_host(self, copies: list[torch.Tensor]) -> LayersAnswer:
+        """What `to_host` gave, once it is there."""
+        positions, mass, spans, total, *rows = (copy.numpy() for copy in copies)
+        return LayersAnswer(self.layer_rows, positions, mass, spans, total, tuple(rows))
+
+
+def _to_host(source: torch.Tensor) -> torch.Tensor:
+    """Queue a copy into pinned memory of its own."""
+    return torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
+
+
+def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Queue a copy from pinned memory of its own; nothing waits for it."""
+    return torch.from_numpy(np.ascontiguousarray(values)).pin_memory().to(device, non_blocking=True)

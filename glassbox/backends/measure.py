@@ -1,6 +1,9 @@
 """Which measurer fits the worker's device."""
 
+import torch
+
 from glassbox.accumulate import Accumulators
+from glassbox.deferred import DeferredActions
 from glassbox.errors import ErrorCounter
 from glassbox.observer import Measurer
 
@@ -12,6 +15,9 @@ def make_measurer(
     sink_tokens: int,
     local_window: int,
     max_rows: int,
+    head_size: int,
+    query_dtype: torch.dtype,
+    deferred: DeferredActions,
     errors: ErrorCounter,
 ) -> Measurer:
     """The measurer for the device of `accumulators`.
@@ -21,6 +27,8 @@ def make_measurer(
         layer_rows: name of each observed layer -> its row in the accumulators.
         sink_tokens, local_window: in tokens, see statistics.py.
         max_rows: largest row list; a GPU's buffers and graphs are made for it.
+        head_size, query_dtype: of the layers, the largest head size; for the queries of traced rows.
+        deferred: takes what waits for a GPU.
         errors: counts what goes wrong.
 
     Raises:
@@ -40,6 +48,9 @@ def make_measurer(
             sink_tokens=sink_tokens,
             local_window=local_window,
             max_rows=max_rows,
+            head_size=head_size,
+            query_dtype=query_dtype,
+            deferred=deferred,
             errors=errors,
         )
     raise RuntimeError(f"glassbox has no kernel for {device} devices; the server runs unobserved")

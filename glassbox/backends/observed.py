@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Final
 
 from glassbox import step, vllm_compat
+from glassbox.backends import listening
 from glassbox.config import SUPPORTED_INNER_BACKENDS
 from glassbox.logs import get_logger, log_once
 
@@ -84,7 +85,7 @@ def observed_class(name: str) -> type:
     )
 
 
-def _observe_impl(inner: type, name: str) -> type:
+def _observe_impl(inner: Any, name: str) -> type:
     class ObservedImpl(inner):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -92,25 +93,26 @@ def _observe_impl(inner: type, name: str) -> type:
             self.glassbox_observed = not vllm_compat.is_draft_model()
             step.hook().install()
 
-        def forward(
-            self,
-            layer: Any,
-            query: Any,
-            key: Any,
-            value: Any,
-            kv_cache: Any,
-            attn_metadata: Any,
-            *args: Any,
-            **kw: Any,
-        ) -> Any:
-            observer = step.hook().observer
-            if observer is None or not observer.listening or attn_metadata is None or not self.glassbox_observed:
-                return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kw)
-            observer.before_attention(self, layer, query, kv_cache, attn_metadata)
-            output = super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kw)
-            observer.after_attention(self, layer, query, kv_cache, attn_metadata)
-            return output
+    def forward(
+        self: Any,
+        layer: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        kv_cache: Any,
+        attn_metadata: Any,
+        *args: Any,
+        **kw: Any,
+    ) -> Any:
+        observer = step.hook().observer
+        if observer is None or attn_metadata is None or not self.glassbox_observed:
+            return inner.forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kw)
+        observer.before_attention(self, layer, query, kv_cache, attn_metadata)
+        output = inner.forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kw)
+        observer.after_attention(self, layer, query, kv_cache, attn_metadata)
+        return output
 
+    listening.add(ObservedImpl, forward)
     return _named(ObservedImpl, name)
 
 

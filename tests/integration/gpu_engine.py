@@ -1,13 +1,16 @@
-"""One vLLM on the GPU in a process of its own: serves prompts, saves the tokens and what glassbox accumulated.
+"""One vLLM on the GPU in a process of its own: serves prompts, saves the tokens and what glassbox measured.
 
     python -m tests.integration.gpu_engine SPEC.json
 
-The spec is the `EngineSpec` below as JSON; results go to `<out>.npz` and `<out>.json`.
+The spec is the `EngineSpec` below as JSON; results go to `<out>.npz` and `<out>.json`, traces to `<out>-run`.
 """
 
 import json
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +24,19 @@ class EngineSpec:
 
     Attributes:
         model: folder.
-        prompts: token ids; `max_tokens` of each.
+        prompts: token ids; `max_tokens` and `extra_args` of each.
         out: path without suffix.
         backend: `--attention-backend`, or None for vLLM's choice.
         config: glassbox's YAML as a mapping; None sets GLASSBOX_DISABLE=1.
         v2_runner: VLLM_USE_V2_MODEL_RUNNER.
+        llm_args: further arguments of vllm.LLM, or others than those of `run`.
     """
 
     model: str
     prompts: list[list[int]]
     max_tokens: list[int]
     out: str
+    extra_args: list[dict[str, Any] | None] | None = None
     backend: str | None = None
     dtype: str = "bfloat16"
     eager: bool = False
@@ -39,6 +44,11 @@ class EngineSpec:
     kv_cache_dtype: str = "auto"
     config: dict[str, Any] | None = None
     llm_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        """GLASSBOX_RUN_DIR."""
+        return Path(f"{self.out}-run")
 
     def write(self, path: Path) -> None:
         """Save as JSON."""
@@ -49,7 +59,7 @@ def _environment(spec: EngineSpec) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if spec.v2_runner else "0"
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["GLASSBOX_RUN_DIR"] = f"{spec.out}-run"
+    os.environ["GLASSBOX_RUN_DIR"] = str(spec.run_dir)
     if spec.config is None:
         os.environ["GLASSBOX_DISABLE"] = "1"
     else:
@@ -64,28 +74,33 @@ def run(spec: EngineSpec) -> None:
     import torch
     from vllm import LLM, SamplingParams
 
-    llm = LLM(
-        spec.model,
-        dtype=spec.dtype,
-        enforce_eager=spec.eager,
-        attention_backend=spec.backend,
-        kv_cache_dtype=spec.kv_cache_dtype,
-        max_model_len=2048,
-        max_num_seqs=32,
-        max_num_batched_tokens=512,
-        enable_prefix_caching=False,
-        gpu_memory_utilization=0.05,
-        kv_cache_memory_bytes=1 << 30,
-        seed=0,
-        **spec.llm_args,
-    )
+    llm_args: dict[str, Any] = {
+        "dtype": spec.dtype,
+        "enforce_eager": spec.eager,
+        "attention_backend": spec.backend,
+        "kv_cache_dtype": spec.kv_cache_dtype,
+        "max_model_len": 2048,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 512,
+        "enable_prefix_caching": False,
+        "gpu_memory_utilization": 0.05,
+        "kv_cache_memory_bytes": 1 << 30,
+        "seed": 0,
+    }
+    preemptions = _count_preemptions()
+    llm = LLM(spec.model, **{**llm_args, **spec.llm_args})
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in spec.prompts],
-        [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in spec.max_tokens],
+        [
+            SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False, extra_args=extra)
+            for n, extra in zip(spec.max_tokens, spec.extra_args or [None] * len(spec.max_tokens), strict=True)
+        ],
         use_tqdm=False,
     )
     torch.cuda.synchronize()
     report: dict[str, Any] = {
+        "ids": [output.request_id for output in outputs],
+        "preemptions": preemptions[0],
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "allocated": torch.cuda.memory_allocated(),
         "reserved": torch.cuda.memory_reserved(),
@@ -95,6 +110,7 @@ def run(spec: EngineSpec) -> None:
     if spec.config is not None:
         from glassbox.step import hook
 
+        _deliver_traces(llm)
         observer, worker = hook().observer, hook()._worker
         report["errors"] = hook()._errors.counts()
         if observer is not None and worker is not None:
@@ -116,6 +132,68 @@ def run(spec: EngineSpec) -> None:
                 window_max=snapshot.window_max,
             )
     Path(f"{spec.out}.json").write_text(json.dumps(report))
+
+
+def _count_preemptions() -> list[int]:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    count, original = [0], Scheduler._preempt_request
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return original(*args, **kwargs)
+
+    Scheduler._preempt_request = counting
+    return count
+
+
+def _deliver_traces(llm: Any) -> None:
+    """Wait until the traces of all ended requests lie in the run directory."""
+    from glassbox.step import hook
+    from glassbox.vllm_compat import deliver_ends
+
+    deliver_ends(llm)
+    worker = hook()._worker
+    deadline = time.monotonic() + 30
+    while worker is not None and time.monotonic() < deadline:
+        worker._deferred.finish()
+        if not worker._requests.active() and not worker._requests.ended():
+            return
+        time.sleep(0.05)
+
+
+def run_engines(specs: Mapping[str, EngineSpec], folder: Path, at_once: int = 6) -> None:
+    """Run engines, each in its own process, a few side by side; the log of one that fails is printed."""
+    waiting, running = list(specs.items()), []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            name, spec = waiting.pop(0)
+            spec.write(folder / f"{name}.spec.json")
+            log = (folder / f"{name}.log").open("w")
+            command = [sys.executable, "-m", "tests.integration.gpu_engine", str(folder / f"{name}.spec.json")]
+            running.append((name, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
+        name, process = running.pop(0)
+        if process.wait(timeout=400) != 0:
+            print(f"--- {name}\n{(folder / f'{name}.log').read_text()[-6000:]}")
+
+
+def model_path() -> Path:
+    """Folder of the demo's model; GLASSBOX_TEST_MODEL where it can't be downloaded."""
+    from glassbox.demo.model import demo_model
+
+    return Path(os.environ["GLASSBOX_TEST_MODEL"]) if "GLASSBOX_TEST_MODEL" in os.environ else demo_model()
+
+
+def tokenized_text(model: Path) -> list[int]:
+    """A long text as token ids."""
+    from transformers import AutoTokenizer
+
+    text = (
+        "The attention of a language model decides which earlier words each new word is made from. "
+        "Operators seldom see it, although a broken template or a wrong rotary base shows there first. "
+    )
+    ids: list[int] = AutoTokenizer.from_pretrained(model).encode(text * 40)
+    return ids
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pytest
 
-from glassbox.backends import observed, router
+from glassbox.backends import listening, observed, router
 from glassbox.backends.observed import inner_class, observed_class, observed_path
 from glassbox.backends.router import GlassboxBackend
 from glassbox.config import SUPPORTED_INNER_BACKENDS
@@ -76,8 +76,20 @@ class TestObservedClass:
         """The backend gives other classes; the impl looks at forward, the builder at build."""
         cls = available(name)
         assert own_names(cls) == {"get_impl_cls", "get_builder_cls"}
-        assert own_names(cls.get_impl_cls()) == {"__init__", "forward"}
+        assert own_names(cls.get_impl_cls()) == {"__init__"}
         assert own_names(cls.get_builder_cls()) == {"build"}
+
+    def test_forward_is_vllms_unless_it_is_listened_to(self, name: str) -> None:
+        """A step that is not measured runs vLLM's own method."""
+        impl, inner = available(name).get_impl_cls(), inner_class(name).get_impl_cls()
+        assert impl.forward is inner.forward
+        listening.listen(True)
+        try:
+            assert own_names(impl) == {"__init__", "forward"}
+            assert impl.forward is not inner.forward
+        finally:
+            listening.listen(False)
+        assert impl.forward is inner.forward
 
     def test_inherited_flags(self, name: str) -> None:
         """Each flag and each method that vLLM asks the classes for is the inner's."""

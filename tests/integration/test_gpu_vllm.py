@@ -1,8 +1,5 @@
 """vLLM on a GPU with CUDA graphs: the accumulated statistics are transformers', the tokens are vLLM's own."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +9,7 @@ import numpy as np
 import pytest
 
 from glassbox.statistics import INDEX, STATISTICS
-from tests.integration.gpu_engine import EngineSpec
+from tests.integration.gpu_engine import EngineSpec, model_path, run_engines, tokenized_text
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration]
 
@@ -50,17 +47,9 @@ class Result:
 
 
 def _prompts(model: Path) -> tuple[list[list[int]], list[int]]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    text = (
-        "The attention of a language model decides which earlier words each new word is made from. "
-        "Operators seldom see it, although a broken template or a wrong rotary base shows there first. "
-    )
-    long = tokenizer.encode(text * 40)
+    text = tokenized_text(model)
     lengths = [3, 17, 700, 64, 250, 1, 128, 31, 900, 5, 77, 300, 12, 40, 500, 9]
-    starts = [7 * i for i in range(len(lengths))]
-    prompts = [long[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+    prompts = [text[7 * i : 7 * i + n] for i, n in enumerate(lengths)]
     return prompts, [24 + 3 * i for i in range(len(lengths))]
 
 
@@ -85,25 +74,12 @@ def _variants(base: EngineSpec) -> dict[str, EngineSpec]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """Run all engines, each in its own process, a few side by side."""
-    from glassbox.demo.model import demo_model
-
-    model = Path(os.environ["GLASSBOX_TEST_MODEL"]) if "GLASSBOX_TEST_MODEL" in os.environ else demo_model()
-    folder = tmp_path_factory.mktemp("gpu")
+    """Run all engines."""
+    model, folder = model_path(), tmp_path_factory.mktemp("gpu")
     prompts, max_tokens = _prompts(model)
     base = EngineSpec(str(model), prompts, max_tokens, out="", config=CONFIG)
     specs = {name: replace(spec, out=str(folder / name)) for name, spec in _variants(base).items()}
-    waiting, running = list(specs.items()), []
-    while waiting or running:
-        while waiting and len(running) < 6:
-            name, spec = waiting.pop(0)
-            spec.write(folder / f"{name}.spec.json")
-            log = (folder / f"{name}.log").open("w")
-            command = [sys.executable, "-m", "tests.integration.gpu_engine", str(folder / f"{name}.spec.json")]
-            running.append((name, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
-        name, process = running.pop(0)
-        if process.wait(timeout=400) != 0:
-            print(f"--- {name}\n{(folder / f'{name}.log').read_text()[-6000:]}")
+    run_engines(specs, folder)
     return {name: Result(spec) for name, spec in specs.items()}
 
 

@@ -67,8 +67,10 @@ class Group:
         ring = torch.full((place[0] + 2, *place[1:], case.head_size), NAN).to(case.dtype).to(DEVICE)
         self.queries = ring[: place[0]]
         for i, inputs in enumerate(self.inputs):
-            self.queries[:, i] = inputs.q[row_list[:, 0].long()]
-        self.spans = torch.tensor([SPANS] * place[0], dtype=torch.int32, device=DEVICE)
+            # torch can't index FP8 on a CPU
+            self.queries[:, i] = inputs.q.float()[row_list[:, 0].long()].to(case.dtype)
+        spans = [[(start + r, end + r) for start, end in SPANS] for r in range(place[0])]
+        self.spans = torch.tensor(spans, dtype=torch.int32, device=DEVICE)
         self.chosen = torch.rand(place, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < 0.6
 
     @property
@@ -206,15 +208,13 @@ CASES: tuple[tuple[Case, tuple[dict[str, Any], ...]], ...] = (
 
 
 class TestAgainstReference:
-    @pytest.mark.parametrize(
-        ("case", "changes"), CASES, ids=lambda value: value.name if isinstance(value, Case) else ""
-    )
+    @pytest.mark.parametrize(("case", "changes"), CASES, ids=[case.name for case, _ in CASES])
     def test_every_answer(self, case: Case, changes: tuple[dict[str, Any], ...]) -> None:
         """Error <= 2 x float32 torch's error + rounding; rows of several sequences in layers that differ."""
         group = Group(case, *changes)
         assert_answers(group, group.probe())
 
-    @settings(max_examples=12)
+    @settings(max_examples=25)
     @given(st.data())
     def test_any_group(self, data: st.DataObject) -> None:
         """Random lengths, rows, shapes and features."""
@@ -246,11 +246,11 @@ class TestAgainstReference:
     @pytest.mark.skipif(not ON_GPU, reason="too large for the interpreter")
     @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
     def test_long_and_many_rows(self, case: Case) -> None:
-        """The same over the whole GPU, in chunks of layers and of rows."""
+        """The same over the whole GPU, in several chunks."""
         first = make_inputs(case, "cpu").rows
         listed = case.rows or tuple((int(b), 0) for b in first[:, 1].tolist() if b >= 0)
         group = Group(replace(case, rows=listed[:: max(len(listed) // 8, 1)]), {}, {"sliding_window": 300}, {})
-        assert_answers(group, group.probe(max_row_keys=4096), max_row_keys=4096)
+        assert_answers(group, group.probe(max_row_keys=4096, scratch_bytes=4 << 20), max_row_keys=4096)
 
 
 class TestQuestions:
@@ -303,7 +303,7 @@ class TestQuestions:
 
     def test_chunks_are_not_seen(self) -> None:
         """Chunks of layers, and of rows, give the same answers; only sums over layers round in another order."""
-        group = Group(MIXED, {}, {"sliding_window": 9}, {"soft_cap": 3.0})
+        group = Group(replace(MIXED, sinks=True), {}, {"sliding_window": 9}, {"soft_cap": 3.0})
         whole = group.probe()
         one_layer = 4 * len(group.rows) * group.case.heads * 192
         for scratch_bytes in (1, one_layer // 3, one_layer, 2 * one_layer):
@@ -357,12 +357,12 @@ class TestNotFinite:
     def test_a_bad_key_that_is_not_visible(self) -> None:
         """Before the window or behind the own position it is not read."""
         case = replace(MIXED, rows=((0, 0), (1, 0)), sliding_window=20)
-        bad = {"keys": ((0, 66, 0, NAN), (0, 46, 1, INF), (1, 108, 0, NAN))}
+        bad = {"keys": ((0, 66, 0, NAN), (0, 45, 1, INF), (1, 108, 0, NAN))}
         group = Group(case, bad, bad)
         assert group.positions == [65, 128]
         answers = group.probe()
         assert not answers.span_mass.isnan().any()
-        assert_answers(group, replace(answers))
+        assert_answers(group, answers)
 
     def test_a_product_that_overflows(self) -> None:
         """q.k is finite and its product with the scale is not: the head is bad, also where a soft cap would hide it."""
@@ -374,6 +374,14 @@ class TestNotFinite:
 
 
 class TestMemory:
+    @pytest.mark.parametrize("page", [16, 24])
+    def test_pages_before_the_window(self, page: int) -> None:
+        """vLLM may have taken them away: what the block table says of them is not followed."""
+        case = replace(BASE, page=page, sequences=(Sequence(1, 130, 10),), sliding_window=20)
+        group = Group(case, {}, {})
+        group.inputs[0].block_table[0, : 110 // page] = 2**30  # following it is an illegal access
+        assert_answers(group, group.probe())
+
     def test_addresses_beyond_32_bits(self) -> None:
         """Pages 2^31 elements apart from the first; memory between them is never touched."""
         case = replace(BASE, sequences=(Sequence(1, 40, 10),), kv_dtype=torch.float8_e4m3fn)
@@ -438,7 +446,7 @@ class TestNeverWaits:
         with Operations() as seen:
             row_probe(
                 group.queries, layers, group.inputs[0].block_table, group.rows, group.positions, top_k=200,
-                spans=group.spans, chosen=group.chosen, kept_rows=(0, 3), max_row_keys=50, scratch_bytes=1 << 17,
+                spans=group.spans, chosen=group.chosen, kept_rows=(0, 3), max_row_keys=50, scratch_bytes=1 << 14,
             )  # fmt: skip
         assert seen.waiting == []
         assert len(seen.softmax_bytes) > 1
@@ -448,12 +456,11 @@ class TestNeverWaits:
     def test_the_driver_is_not_asked_to_wait(self) -> None:
         """torch's own watch over synchronising calls finds none."""
         group = Group(replace(MIXED, sinks=True), {}, {})
-        layers = group.layers
         for mode in ("default", "error"):  # the first call compiles
             torch.cuda.set_sync_debug_mode(mode)
             try:
                 row_probe(
-                    group.queries, layers, group.inputs[0].block_table, group.rows, group.positions, top_k=5,
+                    group.queries, group.layers, group.inputs[0].block_table, group.rows, group.positions, top_k=5,
                     spans=group.spans, chosen=group.chosen, kept_rows=(0, 3), max_row_keys=50,
                 )  # fmt: skip
             finally:

@@ -38,19 +38,20 @@ class Run:
         inputs: Inputs | None = None,
         tiling: Tiling | None = None,
         ring: Tensor | None = None,
+        queries: Tensor | None = None,
     ) -> None:
         self.inputs = inputs or make_inputs(case, DEVICE)
         self.accumulators = make_accumulators(case.heads, DEVICE)
         self.workspace = RowStatsWorkspace(DEVICE, case.max_rows, case.heads, case.num_programs)
         self.dense = torch.full((case.max_rows, case.heads, NUM_STATISTICS + 1), UNWRITTEN, device=DEVICE)
-        self.ring, self.tiling = ring, tiling
+        self.ring, self.queries, self.tiling = ring, queries, tiling
         self.launch()
 
     def launch(self) -> None:
         i = self.inputs
         row_stats(
             i.q, i.k_cache, i.block_table, i.query_start_loc, i.seq_lens, i.rows, i.num_rows, i.params,
-            self.accumulators, self.workspace, self.ring, self.dense, self.tiling,
+            self.accumulators, self.workspace, self.ring, self.queries, self.dense, self.tiling,
         )  # fmt: skip
 
     @property
@@ -243,6 +244,20 @@ class TestRowList:
         assert torch.equal(ring[0, 1].cpu(), run.out[2])
         assert (ring[[1, 2, 4]] == UNWRITTEN).all()
         assert (ring[:, 0] == UNWRITTEN).all()
+
+    @pytest.mark.parametrize("case", [BASE, replace(BASE, head_size=80, heads=6, dtype=torch.float16)])
+    def test_queries_of_traced_rows_are_kept(self, case: Case) -> None:
+        """Exactly, in their slot of one layer; all other slots, layers and heads stay as they were."""
+        case = replace(case, slots=(3, -1, 0))
+        ring = torch.empty(5, case.heads, NUM_STATISTICS + 1, device=DEVICE)
+        # [slots, layers, more heads, a larger head size]
+        kept = torch.full((5, 2, case.heads + 1, 128), UNWRITTEN, dtype=torch.float32, device=DEVICE)
+        run = Run(case, ring=ring, queries=kept[:, 1, : case.heads, : case.head_size])
+        expected = torch.full_like(kept, UNWRITTEN)
+        for slot, row in ((3, 0), (0, 2)):
+            query = run.inputs.q[int(run.inputs.rows[row, 0])]
+            expected[slot, 1, : case.heads, : case.head_size] = query.float()
+        assert torch.equal(kept, expected)
 
     def test_uncounted_rows_are_measured_but_not_added(self) -> None:
         """Rows that are marked so have the same numbers, in the ring, too, and none in the accumulators."""

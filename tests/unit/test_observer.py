@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from glassbox.config import GlassboxConfig
+from glassbox.deferred import DeferredActions
 from glassbox.errors import ErrorCounter
 from glassbox.observer import Observer
 from glassbox.requests import RequestTracker
@@ -36,12 +37,13 @@ class FakeMeasurer:
     """Writes down what it is asked to do; fails, and takes time, where it is told to."""
 
     def __init__(self, clock: Clock) -> None:
-        self.max_rows = 1000
+        self.max_rows = self.max_traced_rows = 1000
         self.calls: list[str] = []
         self.rows: list[np.ndarray] = []
         self.layers: list[frozenset[int]] = []
         self.failing: set[str] = set()
         self.seconds: dict[str, float] = {}
+        self.traced: TracedStep | None = None
         self._clock = clock
 
     def _called(self, name: str) -> None:
@@ -70,6 +72,9 @@ class FakeMeasurer:
 
     def finish(self) -> None:
         self._called("finish")
+        if self.traced is not None:
+            self.traced.commit()
+            self.traced = None
 
     def copy(self, now_s: float) -> Any:
         raise NotImplementedError
@@ -81,9 +86,10 @@ class Setup:
     def __init__(self, **config: Any) -> None:
         self.clock = Clock()
         self.measurer = FakeMeasurer(self.clock)
+        self.listening: list[bool] = []
         self.errors = ErrorCounter(logging.getLogger("test.observer"))
         self.config = GlassboxConfig.model_validate({"sample_rate": 1.0, **config})
-        self.requests = RequestTracker(make_host(layers=LAYERS, num_heads=NUM_HEADS))
+        self.requests = RequestTracker(make_host(layers=LAYERS, num_heads=NUM_HEADS), DeferredActions(self.errors))
         self.observer = Observer(
             self.measurer,
             layers=LAYERS,
@@ -92,6 +98,7 @@ class Setup:
             num_heads=NUM_HEADS,
             config=lambda: self.config,
             requests=self.requests,
+            listen=self.listening.append,
             errors=self.errors,
             max_spec_tokens=0,
             clock=self.clock,
@@ -156,6 +163,17 @@ class TestArming:
         assert setup.observer.armed
         setup.observer.disarm()
         assert not setup.observer.armed
+
+    def test_layers_are_listened_to_in_warm_up_and_in_measured_steps(self) -> None:
+        """Graphs are captured in warm-up; a step that is not measured is vLLM's own."""
+        setup = Setup(sample_rate=0.5)
+        assert setup.listening == [True, False]
+        heard = []
+        for _ in range(4):
+            setup.listening.clear()
+            setup.step([DECODE])
+            heard.append(list(setup.listening))
+        assert heard == [[], [True, False]] * 2
 
 
 class TestSampledStep:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from glassbox.config import GlassboxConfig
+from glassbox.deferred import DeferredActions
+from glassbox.errors import ErrorCounter
 from glassbox.requests import REFUSAL_REASONS, RequestTracker, is_sampled_request, row_positions
 from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, RowSampler
 from glassbox.statistics import NUM_STATISTICS
@@ -26,7 +28,7 @@ def config(**requests: Any) -> GlassboxConfig:
 
 
 def tracker(**host: Any) -> RequestTracker:
-    return RequestTracker(make_host(**host))
+    return RequestTracker(make_host(**host), DeferredActions(ErrorCounter(logging.getLogger("test.requests"))))
 
 
 def arrive(
@@ -130,7 +132,6 @@ class TestRefusals:
             ("bad_options", {**TRACE, "glassbox_heads": [2]}, {}, {}),
             ("bad_options", {**TRACE, "glassbox_spans": ["a=message:0"]}, {}, {}),
             ("opt_in_off", TRACE, {"opt_in": False}, {}),
-            ("unsupported_on_gpu", TRACE, {}, {"on_gpu": True}),
         ],
     )
     def test_counted_and_logged_once(

@@ -398,6 +398,25 @@ class TestTracedRows:
         if wanted == 0:
             assert len(rows) == min(max_rows, len(candidates))
 
+    @given(marked, st.integers(1, 30), st.integers(1, 10))
+    @settings(max_examples=200, deadline=None)
+    def test_limit_of_traced_rows(
+        self, batch: list[tuple[int, int, int, bool, bool]], max_rows: int, max_traced: int
+    ) -> None:
+        """A ring has no more slots than it has; rows of traced requests that get none may still be in the sample."""
+        plain, traced, _ = self.columns(batch)
+        sampler = RowSampler(max_rows, 8, max_traced_rows=max_traced)
+        for _ in range(3):
+            rows, dropped = select(sampler, plain, traced=traced)
+            candidates = brute_force(plain, 8, 0)
+            wanted = sum(bool(traced[row[1]]) for row in candidates)
+            slots = rows[rows[:, ROW_SLOT] >= 0]
+            assert slots[:, ROW_SLOT].tolist() == list(range(min(wanted, max_rows, max_traced)))
+            assert traced[slots[:, ROW_BATCH]].all()
+            assert len(rows) <= max_rows
+            assert dropped == len(candidates) - len(rows)
+            assert ((rows[:, ROW_PHASE] & ROW_UNCOUNTED == 0) | (rows[:, ROW_SLOT] >= 0)).all()
+
     def test_the_sample_stays_fair(self) -> None:
         """Of 100 requests of which 10 are traced, each is counted as often as any other."""
         sampler = RowSampler(30, 8)

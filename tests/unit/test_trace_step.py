@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 
 from glassbox.kernels.row_probe_cpu import RowAnswer
-from glassbox.sampling import NUM_ROW_COLUMNS
+from glassbox.sampling import NUM_ROW_COLUMNS, ROW_SLOT
 from glassbox.statistics import NUM_STATISTICS
 from glassbox.trace_active import ActiveTrace
 from glassbox.trace_record import Span, TraceOptions
-from glassbox.trace_step import TracedRows, TracedStep
+from glassbox.trace_step import LayersAnswer, TracedRows, TracedStep
 from tests.trace_samples import make_host
 
 HOST = make_host(layers=(0, 4, 8), num_heads=3)
@@ -138,3 +138,105 @@ class TestProbes:
         step.commit()
         assert one.record().mean_topk_positions.tolist() == [[-1, -1]]
         assert one.record().mean_topk_mass.tolist() == [[0, 0]]
+
+
+class TestAllLayersAtOnce:
+    """What a GPU gives: statistics by slot, and answers for groups of layers."""
+
+    def test_statistics_by_slot(self) -> None:
+        """Rows for which a trace had no memory have a slot, too."""
+        one = trace(TraceOptions())
+        row_list = np.zeros((5, NUM_ROW_COLUMNS), dtype=np.int32)
+        row_list[:, ROW_SLOT] = [-1, 0, -1, 1, 2]
+        step = TracedStep([rows_of(one, 0, 3, 4)], row_list, np.array([1, 4]), num_layers=3, num_heads=3)
+        assert step.num_slots == 3
+        ring = np.arange(3 * 3 * 3 * (NUM_STATISTICS + 1), dtype=np.float32).reshape(3, 3, 3, -1)
+        step.set_stats(ring)
+        step.commit()
+        np.testing.assert_array_equal(one.record().stats, ring[[0, 2]])
+
+    def test_answers_are_those_of_one_layer_after_the_other(self) -> None:
+        """Two requests that ask for unlike things, in two groups of layers, one of them with fewer heads."""
+        positions = {"first": (5, 6), "second": (8,)}
+        records = {}
+        for at_once in (False, True):
+            first = trace(TraceOptions(top_k=2, rows=True), layer_rows=(0, 2), heads=(0, 2))
+            second = trace(TraceOptions(top_k=1, spans=(Span("a", 0, 1),)), layer_rows=(1, 2))
+            step = TracedStep(
+                [rows_of(first, 0, *positions["first"]), rows_of(second, 2, *positions["second"])],
+                np.zeros((3, NUM_ROW_COLUMNS), dtype=np.int32), np.arange(3), 3, 3,
+            )  # fmt: skip
+            all_positions = [*positions["first"], *positions["second"]]
+            heads = {0: 3, 1: 3, 2: 2}
+            found = {
+                layer: [_first_heads(answer(layer, position), heads[layer]) for position in all_positions]
+                for layer in range(3)
+            }
+            if at_once:
+                asked = step.asked()
+                assert asked is not None
+                assert (asked.top_k, asked.kept, asked.positions.tolist()) == (2, (0, 1), all_positions)
+                assert asked.spans.tolist() == [[[0, 0]], [[0, 0]], [[0, 1]]]
+                outer = [True, False, True]
+                assert asked.chosen[0].tolist() == asked.chosen[1].tolist() == [outer, [False] * 3, outer]
+                assert asked.chosen[2].tolist() == [[False] * 3, [True] * 3, [True] * 3]
+                for group in ((0, 1), (2,)):
+                    step.add_layers(_together(group, found, asked.chosen, all_positions), asked.kept)
+            else:
+                for layer in range(3):
+                    questions = step.questions(layer, heads[layer])
+                    step.add_answers(layer, [_to_question(a, q) for a, q in zip(found[layer], questions, strict=True)])
+            step.commit()
+            records[at_once] = (first.record(), second.record())
+        for expected, got in zip(records[False], records[True], strict=True):
+            for name in (
+                "topk_positions",
+                "topk_mass",
+                "mean_topk_positions",
+                "span_mass",
+                "row_values",
+                "row_offsets",
+            ):
+                np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
+            np.testing.assert_allclose(got.mean_topk_mass, expected.mean_topk_mass, rtol=1e-6)
+            assert (expected.mean_topk_mass > 0).all()
+
+    def test_nothing_asked(self) -> None:
+        """Statistics alone need no probe."""
+        step = TracedStep([rows_of(trace(TraceOptions()), 0, 5)], np.zeros((1, 5), dtype=np.int32), np.array([0]), 3, 3)
+        assert step.asked() is None
+
+
+def _first_heads(whole: RowAnswer, n: int) -> RowAnswer:
+    assert whole.row is not None
+    return RowAnswer(
+        0, whole.topk_positions[:n], whole.topk_mass[:n], whole.span_mass[:n], whole.row[:n].sum(0), whole.row[:n]
+    )
+
+
+def _to_question(whole: RowAnswer, question: Any) -> RowAnswer:
+    """The part of an answer that the CPU gives to a question."""
+    assert whole.row is not None
+    k, heads = question.top_k, list(question.heads)
+    return RowAnswer(
+        0, whole.topk_positions[:, :k], whole.topk_mass[:, :k], whole.span_mass[:, : len(question.spans)],
+        whole.row[heads].sum(0), whole.row if question.row else None,
+    )  # fmt: skip
+
+
+def _together(
+    group: tuple[int, ...], found: dict[int, list[RowAnswer]], chosen: np.ndarray, positions: list[int]
+) -> LayersAnswer:
+    """The same answers as a GPU gives them."""
+
+    def stacked(name: str) -> np.ndarray:
+        return np.stack([np.stack([getattr(found[layer][i], name) for layer in group]) for i in range(len(positions))])
+
+    total = np.zeros((len(positions), max(positions) + 1), dtype=np.float32)
+    for i in range(len(positions)):
+        for layer in group:
+            row = found[layer][i].row
+            assert row is not None
+            total[i, : positions[i] + 1] += row[chosen[i, layer, : len(row)]].sum(0)
+    rows = tuple(np.stack([found[layer][i].row for layer in group]).astype(np.float16) for i in (0, 1))  # type: ignore[arg-type]
+    return LayersAnswer(group, stacked("topk_positions"), stacked("topk_mass"), stacked("span_mass"), total, rows)

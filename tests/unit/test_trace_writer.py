@@ -1,6 +1,7 @@
 """Traces on the export thread: what is written when, and that neither disk nor memory fills up."""
 
 import json
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from glassbox.config import GlassboxConfig
+from glassbox.deferred import DeferredActions
+from glassbox.errors import ErrorCounter
 from glassbox.requests import RequestTracker
 from glassbox.statistics import NUM_STATISTICS
 from glassbox.trace_active import ActiveTrace, Chunk
@@ -37,7 +40,7 @@ class Setup:
 
     def __init__(self, folder: Path, tokenizer: str = "", **requests: Any) -> None:
         self.config = GlassboxConfig.model_validate({"requests": requests})
-        self.tracker = RequestTracker(make_host())
+        self.tracker = RequestTracker(make_host(), DeferredActions(ErrorCounter(logging.getLogger("test"))))
         self.writer = TraceWriter(folder, make_host(tokenizer=tokenizer), self.tracker)
         self.directory = TraceDirectory(folder)
 

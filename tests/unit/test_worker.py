@@ -13,7 +13,7 @@ def layer(marker: bool | None, heads: int = 4, *, draft: bool = False, late: boo
     """An attention layer whose impl is observed (True), a drafter's (False) or vLLM's own (None)."""
     impl = SimpleNamespace() if marker is None else SimpleNamespace(glassbox_observed=marker)
     backend = SimpleNamespace(forward_includes_kv_cache_update=late)
-    return SimpleNamespace(impl=impl, num_heads=heads, is_draft_layer=draft, attn_backend=backend)
+    return SimpleNamespace(impl=impl, num_heads=heads, head_size=64, is_draft_layer=draft, attn_backend=backend)
 
 
 class ChunkedLocalAttention(SimpleNamespace):
