@@ -253,11 +253,11 @@ class TokenCopy:
         ids: list[int] = self.ids[: int(self.length)].tolist()
         generated = ids[self.prompt_len :]
         params = self.sampling_params
-        if params is not None and not params.ignore_eos:
+        if params is not None:
             # The step after the last may have been queued before its end token was known on the host.
             ends = {params.eos_token_id, *(params.stop_token_ids or ())}
-            last = next((i for i, token in enumerate(generated) if i >= params.min_tokens and token in ends), None)
-            generated = generated if last is None else generated[: last + 1]
+            last = next((i for i, token in enumerate(generated) if token in ends), len(generated))
+            generated = generated[: last + 1]
         return RequestTokens(ids[: self.prompt_len], generated, params)
 
 
