@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -146,8 +147,7 @@ class RequestTracker:
     def close(self) -> None:
         """The worker ends: what still runs is lost."""
         for req_id in list(self._active):
-            trace = self._active.pop(req_id)
-            self._deferred.add(lambda trace=trace: self._end(trace, "lost"))  # type: ignore[misc]
+            self._deferred.add(partial(self._end, self._active.pop(req_id), "lost"))
 
     def active(self) -> list[ActiveTrace]:
         """Traces of requests that run."""

@@ -137,7 +137,8 @@ class TracedStep:
         options = [probe.rows.trace.options for probe in self._probes for _ in probe.rows.positions]
         spans = np.zeros((len(options), max(len(one.spans) for one in options), 2), dtype=np.int32)
         for i, one in enumerate(options):
-            spans[i, : len(one.spans)] = [(span.start, span.end) for span in one.spans] or np.zeros((0, 2))
+            for s, span in enumerate(one.spans):
+                spans[i, s] = span.start, span.end
         chosen = np.zeros((len(options), *self._stats.shape[1:3]), dtype=bool)
         at = 0
         for probe in self._probes:
