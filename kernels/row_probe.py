@@ -19,14 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glassbox.kernels.row_stats import MAX_HEAD_SIZE, LayerParams, dot_dtype
+from glassbox.kernels.row_probe_cpu import NO_POSITION
+from glassbox.kernels.row_stats import MAX_HEAD_SIZE, MAX_PAGE_ELEMENTS, NO_WINDOW, LayerParams, dot_dtype
 
-NO_POSITION: Final = -1
 SCRATCH_BYTES: Final = 16 << 20
 
-_NO_WINDOW: Final = 2**31 - 1
-# Offsets within a page are int32 in the kernel; those of pages are int64.
-_MAX_PAGE_ELEMENTS: Final = 2**31 - 1
 # Keys of one tile, tiles of one program, stages of the software pipeline and warps of a program: as in row_stats, where
 # they were measured; here they were not.
 _BLOCK_N: Final = 64
@@ -229,7 +226,7 @@ class ProbedLayers:
                 )
         caps = [p.soft_cap for p in params]
         factors = [_factors(p, like) for p in params]
-        windows = [p.sliding_window or _NO_WINDOW for p in params]
+        windows = [p.sliding_window or NO_WINDOW for p in params]
         addresses = [cache.data_ptr() for cache in caches]
         return cls(
             key_pointers=_upload(addresses, torch.int64, like.device),
@@ -262,9 +259,9 @@ def _check_cache(cache: Tensor, num_heads: int) -> None:
         )
     if cache.stride(3) != 1:
         raise ValueError("caches must be contiguous in their last dimension; pass such views")
-    if page * cache.stride(2) > _MAX_PAGE_ELEMENTS:
+    if page * cache.stride(2) > MAX_PAGE_ELEMENTS:
         raise ValueError(
-            f"a page of a cache must span at most {_MAX_PAGE_ELEMENTS} elements, got {page * cache.stride(2)}; "
+            f"a page of a cache must span at most {MAX_PAGE_ELEMENTS} elements, got {page * cache.stride(2)}; "
             f"do not probe these layers"
         )
 

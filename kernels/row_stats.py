@@ -58,9 +58,9 @@ _MERGE_BLOCK = tl.constexpr(16)
 
 # Query heads of one KV head that share a tile; more of them (wide MQA) are done in groups of this many.
 _MAX_BLOCK_HEADS: Final = 16
-_NO_WINDOW: Final = 2**31 - 1
+NO_WINDOW: Final = 2**31 - 1
 # Offsets within a page are int32 in the kernel; those of pages are int64.
-_MAX_PAGE_ELEMENTS: Final = 2**31 - 1
+MAX_PAGE_ELEMENTS: Final = 2**31 - 1
 
 
 @triton.jit
@@ -697,9 +697,9 @@ def row_stats(
             f"workspace must hold {max_rows} rows and {num_heads} heads, got {workspace.max_rows} and "
             f"{workspace.num_heads}; make it larger"
         )
-    if page * k_cache.stride(2) > _MAX_PAGE_ELEMENTS:
+    if page * k_cache.stride(2) > MAX_PAGE_ELEMENTS:
         raise ValueError(
-            f"a page of k_cache must span at most {_MAX_PAGE_ELEMENTS} elements, got {page * k_cache.stride(2)}; "
+            f"a page of k_cache must span at most {MAX_PAGE_ELEMENTS} elements, got {page * k_cache.stride(2)}; "
             f"do not observe this layer"
         )
     if q.stride(2) != 1 or k_cache.stride(3) != 1 or block_table.stride(1) != 1:
@@ -761,7 +761,7 @@ def row_stats(
         0 if queries is None else queries.stride(1),
         params.scale,
         params.soft_cap,
-        params.sliding_window or _NO_WINDOW,
+        params.sliding_window or NO_WINDOW,
         params.sink_tokens,
         params.local_window,
         max_rows,

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ class EngineSpec:
     def write(self, path: Path) -> None:
         """Save as JSON."""
         path.write_text(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """What one engine left behind."""
+
+    spec: EngineSpec
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """Of `run`."""
+        report: dict[str, Any] = json.loads(Path(f"{self.spec.out}.json").read_text())
+        return report
 
 
 def _environment(spec: EngineSpec) -> None:

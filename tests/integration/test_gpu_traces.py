@@ -1,7 +1,6 @@
 """Traces on a GPU with CUDA graphs: whose each row is, and what it holds, against transformers' eager attention."""
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from glassbox.statistics import INDEX
 from glassbox.trace_directory import TraceDirectory
 from glassbox.trace_record import RequestTrace
-from tests.integration.gpu_engine import EngineSpec, model_path, run_engines, tokenized_text
+from tests.integration.gpu_engine import EngineResult, EngineSpec, model_path, run_engines, tokenized_text
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration]
 
@@ -35,16 +34,8 @@ KINDS: list[dict[str, Any] | None] = [EVERYTHING, None, TRACE, {"glassbox": "off
 LENGTHS = [3, 17, 250, 64, 128, 31, 5, 77, 200, 12, 90, 40]
 
 
-@dataclass(frozen=True)
-class Traced:
-    """What one engine left behind."""
-
-    spec: EngineSpec
-
-    @cached_property
-    def report(self) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads(Path(f"{self.spec.out}.json").read_text())
-        return report
+class Traced(EngineResult):
+    """What one engine left behind of traced requests."""
 
     @cached_property
     def traces(self) -> list[list[RequestTrace]]:

@@ -1,6 +1,6 @@
 """vLLM on a GPU with CUDA graphs: the accumulated statistics are transformers', the tokens are vLLM's own."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glassbox.statistics import INDEX, STATISTICS
-from tests.integration.gpu_engine import EngineSpec, model_path, run_engines, tokenized_text
+from tests.integration.gpu_engine import EngineResult, EngineSpec, model_path, run_engines, tokenized_text
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration]
 
@@ -22,18 +22,8 @@ CONFIG: dict[str, Any] = {
 MAX_ADDED_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one engine left behind."""
-
-    spec: EngineSpec
-
-    @cached_property
-    def report(self) -> dict[str, Any]:
-        import json
-
-        report: dict[str, Any] = json.loads(Path(f"{self.spec.out}.json").read_text())
-        return report
+class Result(EngineResult):
+    """What one engine left behind of statistics."""
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:

@@ -21,7 +21,8 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref, top_k_ref  # noqa: E402
-from glassbox.kernels.row_probe import NO_POSITION, ProbeAnswers, ProbedLayers, row_probe  # noqa: E402
+from glassbox.kernels.row_probe import ProbeAnswers, ProbedLayers, row_probe  # noqa: E402
+from glassbox.kernels.row_probe_cpu import NO_POSITION  # noqa: E402
 from glassbox.kernels.row_stats import LayerParams  # noqa: E402
 from tests.kernels.row_stats_cases import BASE, INF, LARGE, MIXED, NAN, Case, Inputs, Sequence, make_inputs  # noqa: E402
 from tests.kernels.tolerances import ORACLE_FACTOR, SUM_ROUNDING, score_error  # noqa: E402
