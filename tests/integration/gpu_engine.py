@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+
+# sampling.prefill_rows_per_request of the engines.
+PREFILL_ROWS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,15 @@ def run_engines(specs: Mapping[str, EngineSpec], folder: Path, at_once: int = 6)
         name, process = running.pop(0)
         if process.wait(timeout=400) != 0:
             print(f"--- {name}\n{(folder / f'{name}.log').read_text()[-6000:]}")
+
+
+def measured_positions(prompt_len: int, length: int) -> tuple[list[int], list[int]]:
+    """(prompt positions, generated positions) that have a row; the last sampled token is never fed back."""
+    if prompt_len <= PREFILL_ROWS:
+        prompt = list(range(prompt_len))
+    else:
+        prompt = [-(-(k + 1) * prompt_len // PREFILL_ROWS) - 1 for k in range(PREFILL_ROWS)]
+    return prompt, list(range(prompt_len, length - 1))
 
 
 def model_path() -> Path:

@@ -11,11 +11,18 @@ import pytest
 from glassbox.statistics import INDEX
 from glassbox.trace_directory import TraceDirectory
 from glassbox.trace_record import RequestTrace
-from tests.integration.gpu_engine import EngineResult, EngineSpec, model_path, run_engines, tokenized_text
+from tests.integration.gpu_engine import (
+    PREFILL_ROWS,
+    EngineResult,
+    EngineSpec,
+    measured_positions,
+    model_path,
+    run_engines,
+    tokenized_text,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration]
 
-PREFILL_ROWS = 8
 CONFIG: dict[str, Any] = {
     "sample_rate": 0.25,
     "sampling": {"max_rows_per_step": 256, "prefill_rows_per_request": PREFILL_ROWS},
@@ -96,9 +103,8 @@ class TestIdentity:
             (trace,) = found
             assert (trace.status, trace.why, trace.truncated) == ("finished", "opt_in", False)
             assert (trace.prompt_len, trace.num_generated) == (len(prompt), len(answer))
-            n, chosen = len(prompt), min(PREFILL_ROWS, len(prompt))
-            prefill = [-(-(k + 1) * n // chosen) - 1 for k in range(chosen)]
-            assert trace.positions.tolist() == prefill + list(range(n, n + len(answer) - 1))
+            prefill, decode = measured_positions(len(prompt), len(prompt) + len(answer))
+            assert trace.positions.tolist() == prefill + decode
 
     def test_tokens(self, engines: dict[str, Traced], name: str) -> None:
         """They are kept on the device by the V2 runner, and come with the end of the request."""

@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 
 from glassbox.statistics import INDEX, STATISTICS
-from tests.integration.gpu_engine import EngineResult, EngineSpec, model_path, run_engines, tokenized_text
+from tests.integration.gpu_engine import (
+    PREFILL_ROWS,
+    EngineResult,
+    EngineSpec,
+    measured_positions,
+    model_path,
+    run_engines,
+    tokenized_text,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration]
 
-SINK_TOKENS, LOCAL_WINDOW, PREFILL_ROWS = 4, 128, 8
+SINK_TOKENS, LOCAL_WINDOW = 4, 128
 CONFIG: dict[str, Any] = {
     "sample_rate": 1.0,
     "sampling": {"max_rows_per_step": 256, "prefill_rows_per_request": PREFILL_ROWS},
@@ -71,15 +79,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     specs = {name: replace(spec, out=str(folder / name)) for name, spec in _variants(base).items()}
     run_engines(specs, folder)
     return {name: Result(spec) for name, spec in specs.items()}
-
-
-def measured_positions(prompt_len: int, length: int) -> tuple[list[int], list[int]]:
-    """(prompt positions, generated positions) that have a row; the last sampled token is never fed back."""
-    if prompt_len <= PREFILL_ROWS:
-        prompt = list(range(prompt_len))
-    else:
-        prompt = [-(-(k + 1) * prompt_len // PREFILL_ROWS) - 1 for k in range(PREFILL_ROWS)]
-    return prompt, list(range(prompt_len, length - 1))
 
 
 def truth_sums(result: Result, dtype: Any) -> np.ndarray:

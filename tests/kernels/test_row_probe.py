@@ -1,8 +1,6 @@
 """Full rows, top positions and span masses on a GPU equal the float64 reference: in Triton's interpreter without one,
 compiled with one."""
 
-import os
-import sys
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import Any
@@ -14,20 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("triton came without its interpreter; run tests/kernels by itself", allow_module_level=True)
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+from tests.kernels.interpreter import DEVICE, ON_GPU
 
-from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref, top_k_ref  # noqa: E402
-from glassbox.kernels.row_probe import ProbeAnswers, ProbedLayers, row_probe  # noqa: E402
-from glassbox.kernels.row_probe_cpu import NO_POSITION  # noqa: E402
-from glassbox.kernels.row_stats import LayerParams  # noqa: E402
-from tests.kernels.row_stats_cases import BASE, INF, LARGE, MIXED, NAN, Case, Inputs, Sequence, make_inputs  # noqa: E402
-from tests.kernels.tolerances import ORACLE_FACTOR, SUM_ROUNDING, score_error  # noqa: E402
+# isort: split
+from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref, top_k_ref
+from glassbox.kernels.row_probe import ProbeAnswers, ProbedLayers, row_probe
+from glassbox.kernels.row_probe_cpu import NO_POSITION
+from glassbox.kernels.row_stats import LayerParams
+from tests.kernels.row_stats_cases import BASE, INF, LARGE, MIXED, NAN, Case, Inputs, Sequence, make_inputs
+from tests.kernels.tolerances import ORACLE_FACTOR, SUM_ROUNDING, score_error
 
-DEVICE = "cuda" if ON_GPU else "cpu"
 SPANS = ((0, 3), (2, 40), (30, 1000), (0, 0))
 EPS16 = torch.finfo(torch.float16).eps
 

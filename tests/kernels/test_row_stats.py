@@ -1,27 +1,21 @@
 """The Triton kernel equals the float64 reference: in Triton's interpreter without a GPU, compiled with one."""
 
-import os
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("triton came without its interpreter; run tests/kernels by itself", allow_module_level=True)
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+from tests.kernels.interpreter import DEVICE, ON_GPU
 
-from glassbox.kernels.reference.row_stats import row_stats_ref  # noqa: E402
-from glassbox.kernels.row_stats import LayerAccumulators, LayerParams, RowStatsWorkspace, Tiling, row_stats  # noqa: E402
-from glassbox.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, STATISTICS  # noqa: E402
-from tests.kernels import row_stats_cases as made  # noqa: E402
-from tests.kernels.row_stats_cases import BASE, MIXED, Case, Inputs, Sequence, make_accumulators, make_inputs  # noqa: E402
-from tests.kernels.tolerances import assert_two_oracles  # noqa: E402
+# isort: split
+from glassbox.kernels.reference.row_stats import row_stats_ref
+from glassbox.kernels.row_stats import LayerAccumulators, LayerParams, RowStatsWorkspace, Tiling, row_stats
+from glassbox.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, STATISTICS
+from tests.kernels import row_stats_cases as made
+from tests.kernels.row_stats_cases import BASE, MIXED, Case, Inputs, Sequence, make_accumulators, make_inputs
+from tests.kernels.tolerances import assert_two_oracles
 
-DEVICE = "cuda" if ON_GPU else "cpu"
 UNWRITTEN = -7.5
 MAX_LOGIT = INDEX["max_logit"]
 
