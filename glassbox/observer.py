@@ -40,11 +40,8 @@ class Measurer(Protocol):
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
         """vLLM built the attention metadata of these layers."""
 
-    def before_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """K of this step is in the cache; the inner attention comes next."""
-
     def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """The inner attention was computed (CPU) or queued (GPU)."""
+        """K of this step is in the cache, and the inner attention was computed (CPU) or queued (GPU)."""
 
     def finish(self) -> None:
         """The step's forward pass is over (CPU) or queued (GPU)."""
@@ -74,7 +71,7 @@ class Observer:
         num_heads: query heads local to the worker.
         config: returns the configuration in force; called at every step.
         requests: which requests are traced.
-        listen: told whether layers are to call `before_attention` and `after_attention`: in warm-up, since graphs are
+        listen: told whether layers are to call `after_attention`: in warm-up, since graphs are
             captured there, and then in measured steps.
         max_spec_tokens: draft tokens a decode step may verify (0 without speculative decoding).
         clock: seconds, monotonic.
@@ -216,13 +213,6 @@ class Observer:
             of_traces = self._traced.layer_rows if self._traced is not None else frozenset[int]()
             if layers := self._layers if self._sampled else of_traces:
                 self.measurer.begin(rows, layers, self._traced)
-
-    def before_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """Called by every observed layer while it is listened to."""
-        try:
-            self.measurer.before_attention(impl, layer, query, kv_cache, attn_metadata)
-        except Exception as error:
-            self._errors.count("observe", error)
 
     def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
         """Called by every observed layer while it is listened to."""

@@ -78,9 +78,6 @@ class CpuMeasurer:
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
         """Nothing to keep: the CPU's metadata holds all that is needed."""
 
-    def before_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """Nothing to do: on the CPU nothing runs beside the attention."""
-
     def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
         """Take this layer's rows, if it is one of the step's layers."""
         row = self._layer_rows.get(layer.layer_name)

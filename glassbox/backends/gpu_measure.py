@@ -1,9 +1,12 @@
-"""Measuring on a GPU: one kernel launch per layer on a side stream, forked before the inner attention, joined after it.
+"""Measuring on a GPU: one kernel launch per layer, on the stream of the inner attention and after it.
 
-Owns the device's row list and control words, the streams, and the asynchronous copy for the exporter. The launch is
-part of vLLM's CUDA graphs, which have a second executable without it for steps that are not measured
-(`graph_nodes.py`); which rows a replay measures is decided by what the step hook wrote to the device before it, in
-stream order. No call here waits for the GPU, except `copy`, which runs on the exporter's thread.
+Owns the device's row list and control words, and the asynchronous copy for the exporter. The launch is part of vLLM's
+CUDA graphs, which have a second executable without it for steps that are not measured (`graph_nodes.py`); which rows a
+replay measures is decided by what the step hook wrote to the device before it, in stream order. No call here waits for
+the GPU, except `copy`, which runs on the exporter's thread.
+
+Not on a stream beside the attention: a graph with branches costs more to launch than the overlap saves, and so do the
+launches after it (docs/performance.md).
 """
 
 import threading
@@ -109,7 +112,6 @@ class GpuMeasurer:
         self._deferred, self._errors = deferred, errors
         self._graphs = GraphNodes(errors)
         self._graphs.watch()
-        self._side = torch.cuda.Stream(device)
         self._copy_stream = torch.cuda.Stream(device)
         self._step_done = torch.cuda.Event()
         self._copy_done = torch.cuda.Event()
@@ -117,7 +119,7 @@ class GpuMeasurer:
         self._seen: dict[str, _SeenLayer] = {}
         self._common: dict[str, Any] = {}
         self._layers: frozenset[int] = frozenset()
-        self._active = self._forked = False
+        self._active = False
         self._warming = True
         # Held while a copy or a step's first and last writes are queued, so that neither runs amid the other.
         self._lock = threading.Lock()
@@ -155,8 +157,8 @@ class GpuMeasurer:
         for name in layer_names:
             self._common[name] = common_attn_metadata
 
-    def before_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """Queue this layer's launch beside the attention.
+    def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
+        """Queue this layer's launch.
 
         During warm-up it is queued too, with no rows, so that the kernel is compiled before a capture; during a
         capture always, since every replay will run it.
@@ -170,15 +172,7 @@ class GpuMeasurer:
             and not torch.cuda.is_current_stream_capturing()
         ):
             return
-        self._side.wait_stream(torch.cuda.current_stream())
-        self._forked = True
         self._launch(row, impl, layer, query, kv_cache, attn_metadata)
-
-    def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """Join the side stream, also when the launch failed: a capture must not end with a loose branch."""
-        if self._forked:
-            self._forked = False
-            torch.cuda.current_stream().wait_stream(self._side)
 
     def finish(self) -> None:
         """See observer.Measurer. Later replays find no rows."""
@@ -287,22 +281,21 @@ class GpuMeasurer:
             )
         block_table, query_start_loc, seq_lens = self._batch(name, attn_metadata)
         num_heads, head_size = seen.num_heads, seen.head_size
-        with torch.cuda.stream(self._side):
-            row_stats(
-                query,
-                seen.keys(kv_cache),
-                block_table,
-                query_start_loc,
-                seq_lens,
-                self._row_list,
-                self._num_rows[row:],
-                seen.params,
-                self._layer_accumulators(row, num_heads),
-                self._workspace,
-                ring=self._ring[:, row, :num_heads],
-                queries=self._queries[:, row, :num_heads, :head_size],
-            )
-            self._graphs.record(self._side)
+        row_stats(
+            query,
+            seen.keys(kv_cache),
+            block_table,
+            query_start_loc,
+            seq_lens,
+            self._row_list,
+            self._num_rows[row:],
+            seen.params,
+            self._layer_accumulators(row, num_heads),
+            self._workspace,
+            ring=self._ring[:, row, :num_heads],
+            queries=self._queries[:, row, :num_heads, :head_size],
+        )
+        self._graphs.record(torch.cuda.current_stream())
 
     def _batch(self, name: str, metadata: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block_table = getattr(metadata, "block_table", None)

@@ -1,10 +1,10 @@
 """Two executables of each captured CUDA graph: one for steps that are measured, one for all others.
 
-A node that only reads "no rows" and returns costs 0.8 to 2 us a layer on an H200, and one that is disabled leaves the
-graph's branches, which make every launch dearer (docs/performance.md). So a graph captured while the plugin watches is
-instantiated as it was captured, for measured steps, and then its statistics nodes are removed, which leaves the graph
-that vLLM would have captured: torch instantiates and replays that one. Where CUDA's Python bindings are missing, or
-anything of this fails, torch's graph keeps its statistics nodes, and an empty row list makes them return at once.
+A node that only reads "no rows" and returns costs 0.8 to 2 us a layer on an H200 (docs/performance.md). So a graph
+captured while the plugin watches is instantiated as it was captured, for measured steps, and then its statistics nodes
+are taken out, which leaves the graph that vLLM would have captured: torch instantiates and replays that one. Where
+CUDA's Python bindings are missing, or anything of this fails, torch's graph keeps its statistics nodes, and an empty
+row list makes them return at once.
 """
 
 import weakref
@@ -18,6 +18,8 @@ from glassbox.errors import ErrorCounter
 
 # As torch instantiates: memory that a graph allocates and does not free is freed at its next launch.
 _AUTO_FREE_ON_LAUNCH: Final = 1
+# More than the neighbours that any node of a forward pass has.
+_MAX_NEIGHBOURS: Final = 64
 
 
 class GraphNodes:
@@ -96,7 +98,26 @@ class GraphNodes:
         # Complete, whatever becomes of the nodes below.
         graph.keep_measured(executable, lambda: self._call("cudaGraphExecDestroy", executable))
         while graph.nodes:
-            self._call("cudaGraphDestroyNode", graph.nodes.pop())
+            self._take_out(graph.raw_cuda_graph(), graph.nodes[-1])
+            graph.nodes.pop()
+
+    def _take_out(self, graph: int, node: Any) -> None:
+        """Remove a node; what came after it comes after what was before it."""
+        before, _ = self._neighbours("cudaGraphNodeGetDependencies", node)
+        after, edges = self._neighbours("cudaGraphNodeGetDependentNodes", node)
+        raw = self._runtime.cudaGraph_t(init_value=graph)
+        for earlier in before:
+            there = {int(later) for later in self._neighbours("cudaGraphNodeGetDependentNodes", earlier)[0]}
+            for later, edge in zip(after, edges, strict=True):
+                if int(later) not in there:
+                    self._call("cudaGraphAddDependencies", raw, [earlier], [later], [edge], 1)
+        self._call("cudaGraphDestroyNode", node)
+
+    def _neighbours(self, name: str, node: Any) -> tuple[list[Any], list[Any]]:
+        nodes, edges, count = self._call(name, node, _MAX_NEIGHBOURS)
+        if count >= _MAX_NEIGHBOURS:
+            raise RuntimeError(f"a statistics node must have fewer than {_MAX_NEIGHBOURS} neighbours, got {count}")
+        return nodes[:count], edges[:count]
 
     def _call(self, name: str, *args: Any) -> tuple[Any, ...]:
         status, *results = getattr(self._runtime, name)(*args)

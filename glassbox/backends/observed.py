@@ -104,12 +104,10 @@ def _observe_impl(inner: Any, name: str) -> type:
         *args: Any,
         **kw: Any,
     ) -> Any:
-        observer = step.hook().observer
-        if observer is None or attn_metadata is None or not self.glassbox_observed:
-            return inner.forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kw)
-        observer.before_attention(self, layer, query, kv_cache, attn_metadata)
         output = inner.forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kw)
-        observer.after_attention(self, layer, query, kv_cache, attn_metadata)
+        observer = step.hook().observer
+        if observer is not None and attn_metadata is not None and self.glassbox_observed:
+            observer.after_attention(self, layer, query, kv_cache, attn_metadata)
         return output
 
     listening.add(ObservedImpl, forward)

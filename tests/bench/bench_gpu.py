@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sample_rate 0.01": {"sample_rate": 0.01},
     "sample_rate 0.1": {"sample_rate": 0.1},
     "sample_rate 1.0": {"sample_rate": 1.0},
+    "1 % traced": {"sample_rate": 0.01, "requests": {"trace_rate": 0.01}},
 }
 KV_CACHE_BYTES = 17 << 30  # room for 16 x 8,256 tokens
 CONFIG_EFFECT_S = 1.5  # an edit is in force within two seconds of saving; observed: well under one

@@ -2,17 +2,19 @@
 
     python tests/bench/bench_graph_launch.py --csv graph_launch.csv
 
-A graph of small kernels stands for a decode step. It is captured with one more kernel per layer, on a forked branch or
-in line, instantiated so (`measured`), and once more without those kernels (`straight`), as
-`glassbox/backends/graph_nodes.py` does it. Timed are launches of `straight` on an idle GPU, by CUDA events around them
-and on the host: before any launch of `measured`, after a number of them, and after a pause. Needs torch and CUDA's
-Python bindings, no vLLM.
+A graph of small kernels stands for a decode step. It has a second executable with one more kernel per layer
+(`measured`): on a forked branch, made from one capture as `glassbox/backends/graph_nodes.py` does it; or in line, from
+a capture of its own. Timed are launches of the straight executable on an idle GPU, by CUDA events around them and on
+the host: before any launch of `measured`, after a number of them, after a kernel on a second stream, after an upload of
+the straight one, and after a pause. Needs torch and CUDA's Python bindings, no vLLM.
 """
 
 import argparse
 import csv
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,36 +47,54 @@ class Graphs:
         self.count = torch.zeros(1, dtype=torch.int64, device="cuda")
         self.side = torch.cuda.Stream()
         self.nodes: list[Any] = []
-        self._step(record=False)
+        self._step(shape)
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(self.graph):
-            self._step(record=True)
-        self.measured = None
-        if self.nodes:
+            self._step("forked" if shape == "forked" else "none")
+        self.measured = self.extended = None
+        if shape == "in line":
+            self.extended = torch.cuda.CUDAGraph(keep_graph=True)
+            with torch.cuda.graph(self.extended):
+                self._step(shape)
+            (self.measured,) = call("cudaGraphInstantiate", self.extended.raw_cuda_graph(), 1)
+        elif shape == "forked":
             (self.measured,) = call("cudaGraphInstantiate", self.graph.raw_cuda_graph(), 1)
             for node in self.nodes:
                 call("cudaGraphDestroyNode", node)
         self.graph.instantiate()
 
-    def _step(self, record: bool) -> None:
+    def _step(self, shape: str) -> None:
         main = torch.cuda.current_stream()
         for _ in range(LAYERS):
             self.x.add_(1)
-            if self.shape == "forked":
+            if shape == "forked":
                 self.side.wait_stream(main)
                 with torch.cuda.stream(self.side):
                     self.count.add_(1)
-            elif self.shape == "in line":
+                if torch.cuda.is_current_stream_capturing():
+                    _, _, _, dependencies, _, count = call("cudaStreamGetCaptureInfo", self.side.cuda_stream)
+                    self.nodes += dependencies[:count]
+            elif shape == "in line":
                 self.count.add_(1)
-            if record and self.shape != "none":
-                stream = self.side if self.shape == "forked" else main
-                _, _, _, dependencies, _, count = call("cudaStreamGetCaptureInfo", stream.cuda_stream)
-                self.nodes += dependencies[:count]
             self.x.mul_(0.5)
-            if self.shape == "forked":
+            if shape == "forked":
                 main.wait_stream(self.side)
             for _ in range(KERNELS_PER_LAYER - 2):
                 self.x.add_(1)
+
+    def launch_aside(self) -> None:
+        """A kernel on the second stream, joined."""
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            self.count.add_(1)
+        torch.cuda.current_stream().wait_stream(self.side)
+        torch.cuda.synchronize()
+
+    def upload(self) -> None:
+        """Upload the straight executable."""
+        executable = runtime.cudaGraphExec_t(init_value=self.graph.raw_cuda_graph_exec())
+        call("cudaGraphUpload", executable, torch.cuda.current_stream().cuda_stream)
+        torch.cuda.synchronize()
 
     def launch_measured(self, times: int) -> None:
         """Launch the executable with the further kernels, if there is one, else the other."""
@@ -112,14 +132,16 @@ def main() -> None:
     rows = []
     for shape in ("none", "forked", "in line"):
         graphs = Graphs(shape)
-        launched = 0
-        steps: list[tuple[str, int, float]] = [("before", 0, 0.0)]
-        steps += [(f"after {n} measured", n, 0.0) for n in (1, 10, 100, 1000)]
-        steps += [(f"after a pause of {pause:g} s", 0, pause) for pause in args.pauses_s]
-        for when, times, pause in steps:
-            graphs.launch_measured(times - min(launched, times) if times else 0)
-            launched = max(launched, times)
-            time.sleep(pause)
+        steps: list[tuple[str, Callable[[], None]]] = [
+            ("before", lambda: None),
+            ("after a kernel aside", graphs.launch_aside),
+            *[(f"after {n} measured", partial(graphs.launch_measured, n)) for n in (1, 10, 100, 1000)],
+            ("again", lambda: None),
+            ("after an upload", graphs.upload),
+            *[(f"after a pause of {pause:g} s", partial(time.sleep, pause)) for pause in args.pauses_s],
+        ]
+        for when, prepare in steps:
+            prepare()
             by_events, on_host = graphs.time_straight()
             rows.append([shape, when, f"{by_events:.1f}", f"{on_host:.1f}"])
             print(f"{shape:8} {when:24} by events {by_events:8.1f} us   host {on_host:7.1f} us", flush=True)

@@ -12,41 +12,38 @@ pytestmark = [pytest.mark.gpu, pytest.mark.integration]
 
 
 class Captured:
-    """A graph of x = (x + 1) * 2 + 3 with a node on a forked branch that counts its runs."""
+    """A graph of x = (x + 1) * 2 + 3 with a node in between that counts its runs."""
 
     def __init__(self, nodes: Any, *, with_node: bool = True) -> None:
         import torch
 
         self.x = torch.zeros(8, device="cuda")
         self.runs = torch.zeros(1, dtype=torch.int64, device="cuda")
-        side = torch.cuda.Stream()
-        self._compute(side if with_node else None, nodes)  # once before the capture, to load the kernels
+        self._compute(nodes, with_node)  # once before the capture, to load the kernels
         self.x.zero_()
         self.runs.zero_()
         self.graph: Any = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self._compute(side if with_node else None, nodes)
+            self._compute(nodes, with_node)
 
-    def _compute(self, side: Any, nodes: Any) -> None:
+    def _compute(self, nodes: Any, with_node: bool) -> None:
         import torch
 
         self.x.add_(1)
-        if side is not None:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.runs.add_(1)
-                nodes.record(side)
+        if with_node:
+            self.runs.add_(1)
+            nodes.record(torch.cuda.current_stream())
         self.x.mul_(2)
-        if side is not None:
-            torch.cuda.current_stream().wait_stream(side)
         self.x.add_(3)
 
-    def num_nodes(self) -> int:
+    def num_nodes_and_edges(self) -> tuple[int, int]:
         """Of the graph that torch holds."""
         from cuda.bindings import runtime
 
-        _, _, count = runtime.cudaGraphGetNodes(self.graph.raw_cuda_graph())
-        return int(count)
+        graph = runtime.cudaGraph_t(init_value=self.graph.raw_cuda_graph())
+        _, _, nodes = runtime.cudaGraphGetNodes(graph)
+        *_, edges = runtime.cudaGraphGetEdges(graph)
+        return int(nodes), int(edges)
 
 
 @pytest.fixture
@@ -92,8 +89,9 @@ def test_measured_replays_run_the_nodes_and_others_do_not(nodes: Any, errors: Er
 
 
 def test_the_graph_of_other_steps_is_the_one_without_nodes(nodes: Any) -> None:
-    """As many nodes as the same computation captured without any."""
-    assert Captured(nodes).num_nodes() == Captured(nodes, with_node=False).num_nodes() == 3
+    """As many nodes as the same computation captured without any, and one after the other as there."""
+    assert Captured(nodes).num_nodes_and_edges() == (3, 2)
+    assert Captured(nodes, with_node=False).num_nodes_and_edges() == (3, 2)
 
 
 def test_reset_ends_both_executables(nodes: Any, errors: ErrorCounter) -> None:
@@ -109,7 +107,9 @@ def test_reset_ends_both_executables(nodes: Any, errors: ErrorCounter) -> None:
     assert errors.counts() == {}
 
 
-@pytest.mark.parametrize("failing", ["cudaGraphInstantiate", "cudaGraphDestroyNode", "cudaGraphLaunch"])
+@pytest.mark.parametrize(
+    "failing", ["cudaGraphInstantiate", "cudaGraphAddDependencies", "cudaGraphDestroyNode", "cudaGraphLaunch"]
+)
 def test_a_failure_is_counted_and_the_computation_goes_on(
     nodes: Any, errors: ErrorCounter, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:

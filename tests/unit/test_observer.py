@@ -64,9 +64,6 @@ class FakeMeasurer:
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
         self._called("on_build")
 
-    def before_attention(self, *args: Any) -> None:
-        self._called("before_attention")
-
     def after_attention(self, *args: Any) -> None:
         self._called("after_attention")
 
@@ -143,7 +140,6 @@ class Setup:
             for names in groups:
                 self.observer.on_build(list(names), metadata)
             for _ in NAMES:
-                self.observer.before_attention(None, None, None, None, None)
                 self.observer.after_attention(None, None, None, None, None)
             in_forward()
             self.clock.now += step_s
@@ -181,7 +177,7 @@ class TestSampledStep:
         """Metadata, then the row list, then the layers, then the end."""
         setup = Setup()
         setup.step([PREFILL, DECODE])
-        layers = ["before_attention", "after_attention"] * len(NAMES)
+        layers = ["after_attention"] * len(NAMES)
         assert ["end_warm_up", "on_build", "begin", *layers, "finish"] == setup.measurer.calls
 
     def test_rows(self) -> None:
@@ -426,7 +422,6 @@ class TestFailures:
         [
             ("on_build", "choose_rows"),
             ("begin", "choose_rows"),
-            ("before_attention", "observe"),
             ("after_attention", "observe"),
             ("finish", "end_step"),
         ],
