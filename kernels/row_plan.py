@@ -172,14 +172,30 @@ class RowPlan:
     def layers_at_once(self, num_heads: int, key_numbers: int) -> int:
         """How many layers of a size are measured in the same torch calls, at least 1.
 
-        The calls cost more than the arithmetic when rows are few; and no tile may grow with the number of layers.
+        The calls cost more than the arithmetic when rows are few; and no temporary may grow with the number of layers.
         """
-        largest = 0.0
-        for group in self.groups(num_heads, key_numbers):
-            keys = group.items * max(tile.keys for tile in group.tiles)
-            scores = keys * group.rows_per_item * max(num_heads, NUM_WEIGHTS)
-            largest = max(largest, keys * key_numbers / self._key_budget, scores / _SCORE_BUDGET)
-        return max(1, int(1 / largest)) if largest else 1
+        scores = [
+            group.items * max(tile.keys for tile in group.tiles) * group.rows_per_item * max(num_heads, NUM_WEIGHTS)
+            for group in self.groups(num_heads, key_numbers)
+        ]
+        return max(1, _SCORE_BUDGET // max(scores)) if scores else 1
+
+    def workspace(self, group: Group, key_numbers: int, num_layers: int) -> Tensor:
+        """Scratch for the widened keys of each tile of a group: those of one layer, or of more that fit the budget.
+
+        One for all tiles and layers: fresh memory costs more than the arithmetic (page faults).
+
+        Args:
+            group: of this plan.
+            key_numbers: numbers of one token's keys, Hkv * D.
+            num_layers: not more than these are needed.
+
+        Returns:
+            float32 [layers * items * keys of the largest tile, Hkv * D].
+        """
+        keys = group.items * max(tile.keys for tile in group.tiles)
+        layers = max(1, min(num_layers, self._key_budget // (keys * key_numbers)))
+        return torch.empty(layers * keys, key_numbers)
 
     def weights(self, group: Group, tile: Tile) -> Tensor:
         """Column weights of a tile, float32 [R', NUM_WEIGHTS, keys], kept or made."""

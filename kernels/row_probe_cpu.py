@@ -93,7 +93,7 @@ def row_probe_cpu(
 
 def _group_scores(queries: Tensor, layer: LayerRows, group: Group, plan: RowPlan) -> tuple[Tensor, Tensor]:
     """Scores [R', Hq, keys of all tiles], and whether one of a row's is not finite, [R', Hq]."""
-    wide = torch.empty(group.items * max(tile.keys for tile in group.tiles), layer.key_numbers)
+    wide = plan.workspace(group, layer.key_numbers, 1)
     parts, overflow = [], torch.zeros(queries.shape[:2])
     for tile in group.tiles:
         weights = plan.weights(group, tile)

@@ -138,8 +138,7 @@ def row_stats_cpu(layers: Sequence[LayerRows], plan: RowPlan) -> Tensor:
     with np.errstate(invalid="ignore", divide="ignore", over="ignore", under="ignore"):
         for group in plan.groups(num_heads, key_numbers):
             of_group = queries.index_select(1, group.row_index)
-            # One workspace for all tiles of a group: fresh memory costs more than the arithmetic (page faults).
-            wide = torch.empty(num_layers * group.items * max(tile.keys for tile in group.tiles), key_numbers)
+            wide = plan.workspace(group, key_numbers, num_layers)
             done = [_measure(of_group, layers, group, tile, plan=plan, wide=wide) for tile in group.tiles]
             merged = done[0] if len(done) == 1 else _merge(np.stack(done), group.tiles)
             partial[:, :, group.rows] = merged[:, :, group.real]
@@ -153,7 +152,7 @@ def _measure(
     tile: Tile,
     *,
     plan: RowPlan,
-    wide: Tensor,  # [>= N * items * keys, Hkv * D] float32, scratch
+    wide: Tensor,  # of `RowPlan.workspace`
 ) -> NDArray[np.float32]:
     """Partial results of one tile, [_NUM_PARTIAL, N, R', Hq]."""
     weights = plan.weights(group, tile)
@@ -190,7 +189,7 @@ def tile_scores(
         layers: N of one kind.
         group, tile: of the plan.
         weights: of the tile's columns, as `RowPlan.weights` gives them.
-        wide: [>= N * items * keys, Hkv * D] float32, scratch.
+        wide: scratch that `RowPlan.workspace` gave.
 
     Returns:
         [N, R', Hq, keys] float32, HIDDEN where a row does not see a key, and what is NaN [N, R', Hq] where the soft
@@ -220,28 +219,43 @@ def _stacked(of_heads: Iterable[Tensor | None]) -> Tensor | None:
 
 def _scores(queries: Tensor, readers: Sequence[KeyReader], group: Group, tile: Tile, wide: Tensor) -> Tensor:
     """float32 [N, R', Hq, keys] of queries [N, R', Hq, D] and the tile's keys in N layers."""
-    num_layers, _, num_heads, head_size = queries.shape
-    items, per_item, keys, num_kv_heads = group.items, group.rows_per_item, tile.keys, readers[0].num_kv_heads
-    matrices = num_layers * items * num_kv_heads
-    wide = wide[: num_layers * items * keys]
-    joined: Tensor | None = None
+    num_layers, num_rows, num_heads, head_size = queries.shape
+    per_item, keys, num_kv_heads = group.rows_per_item, tile.keys, readers[0].num_kv_heads
+    scores = torch.empty(num_layers, num_rows, num_heads, keys)
+    # As many layers as the workspace holds: keys are multiplied while they are in the processor's cache.
+    at_once = len(wide) // (group.items * keys)
+    for begin in range(0, num_layers, at_once):
+        some = readers[begin : begin + at_once]
+        joined = _join_keys(some, group, tile, wide)
+        items = len(some) * group.items
+        grouped = queries[begin : begin + at_once].view(items, per_item, num_kv_heads, -1, head_size).transpose(1, 2)
+        # [items * Hkv, rows * G, D] @ [items * Hkv, D, keys]
+        left = grouped.reshape(items * num_kv_heads, -1, head_size)
+        out = scores[begin : begin + at_once]
+        if per_item == 1:
+            torch.bmm(left, joined, out=out.view(items * num_kv_heads, -1, keys))
+        else:
+            product = torch.bmm(left, joined).view(items, num_kv_heads, per_item, -1, keys)
+            out.view(items, per_item, num_kv_heads, -1, keys).copy_(product.transpose(1, 2))
+    return scores
+
+
+def _join_keys(readers: Sequence[KeyReader], group: Group, tile: Tile, wide: Tensor) -> Tensor:
+    """The tile's keys in some layers, float32 [layers * items * Hkv, D, keys], in the workspace."""
+    joined = wide
     # One pass widens the keys and joins the blocks, in the order in which a page (of the first layer) lies.
     for n, reader in enumerate(readers):
         pages = reader.read(tile.block_ids)
-        pages = pages.view(items, -1, num_kv_heads, pages.shape[2], head_size)
-        num_blocks, block_size = pages.shape[1], pages.shape[3]
-        if joined is None:
+        _, num_kv_heads, block_size, head_size = pages.shape
+        pages = pages.view(group.items, -1, num_kv_heads, block_size, head_size)
+        if n == 0:
             by_token = pages.stride(-1) == 1
-            inner = (num_blocks, block_size, head_size) if by_token else (head_size, num_blocks, block_size)
-            wide = wide.view(num_layers, items, num_kv_heads, *inner)
-            joined = wide.view(matrices, keys, head_size).mT if by_token else wide.view(matrices, head_size, keys)
+            inner = (pages.shape[1], block_size, head_size) if by_token else (head_size, pages.shape[1], block_size)
+            wide = wide[: len(readers) * group.items * tile.keys].view(len(readers), group.items, num_kv_heads, *inner)
+            matrices = len(readers) * group.items * num_kv_heads
+            joined = wide.view(matrices, -1, head_size).mT if by_token else wide.view(matrices, head_size, -1)
         wide[n].copy_(pages.transpose(1, 2) if by_token else pages.permute(0, 2, 4, 1, 3))
-    assert joined is not None
-    grouped = queries.view(num_layers * items, per_item, num_kv_heads, num_heads // num_kv_heads, head_size)
-    # [N * items * Hkv, rows * G, D] @ [N * items * Hkv, D, keys]
-    product = torch.bmm(grouped.transpose(1, 2).reshape(matrices, -1, head_size), joined)
-    product = product.view(num_layers * items, num_kv_heads, per_item, -1, keys)
-    return product.transpose(1, 2).reshape(num_layers, items * per_item, num_heads, keys)
+    return joined
 
 
 def _hide(scores: Tensor, tile: Tile) -> None:

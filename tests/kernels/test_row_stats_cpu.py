@@ -275,12 +275,13 @@ class TestAgainstReference:
         plan = plan_rows(listed, starts, np.array([n for n, _, _ in lengths]), table, 32)
         groups = plan.groups(num_heads, 8 * 128)
         assert sorted(np.concatenate([group.rows for group in groups]).tolist()) == list(range(len(rows)))
+        layers = plan.layers_at_once(num_heads, 8 * 128)
         for group in groups:
             for tile in group.tiles:
                 assert 4 * group.items * tile.keys * 8 * 128 <= 4 << 20
-                assert 4 * group.items * group.rows_per_item * num_heads * tile.keys <= 4 << 20
+                assert 4 * layers * group.items * group.rows_per_item * num_heads * tile.keys <= 4 << 20
                 assert tile.weights is None or tile.weights.nbytes <= 16 << 20
-        assert 1 == plan.layers_at_once(num_heads, 8 * 128)
+                assert plan.workspace(group, 8 * 128, 32).nbytes <= 4 << 20
 
     def test_window_reads_only_its_blocks(self) -> None:
         """With a sliding window only blocks that some row sees are read."""
@@ -395,12 +396,22 @@ class TestLayersTogether:
         with pytest.raises(ValueError, match="layers measured together must be of one kind"):
             row_stats_cpu(rows, plan)
 
-    @pytest.mark.parametrize(("keys", "least", "most"), [(60, 30, 85), (600, 8, 9), (6000, 1, 1)])
-    def test_as_many_as_a_tile_may_hold(self, keys: int, least: int, most: int) -> None:
-        """All of a small model for a short row, one by one for a long one: 4 MB of widened keys."""
-        batch = Batch([(keys, 1, keys)], [(0, 0)], num_heads=9, num_kv_heads=3, block_size=32)
+    @pytest.mark.parametrize(("rows", "least", "most"), [(1, 30, 194), (8, 20, 24), (300, 20, 24)])
+    def test_as_many_as_have_room_for_scores(self, rows: int, least: int, most: int) -> None:
+        """All of a small model for one row, fewer for many, whose tiles are bounded by their keys: 4 MB of scores."""
+        batch = Batch([(600, 1, 600)] * rows, [(b, 0) for b in range(rows)], num_heads=9, num_kv_heads=3, block_size=32)
         _, table = batch.cache()
         assert least <= batch.plan(table).layers_at_once(9, 3 * 64) <= most
+
+    @pytest.mark.parametrize(("keys", "layers"), [(60, 30), (600, 8), (6000, 1)])
+    def test_keys_of_as_many_as_the_cache_holds(self, keys: int, layers: int) -> None:
+        """4 MB of widened keys, or one layer's."""
+        batch = Batch([(keys, 1, keys)], [(0, 0)], num_heads=9, num_kv_heads=3, block_size=32)
+        _, table = batch.cache()
+        plan = batch.plan(table)
+        (group,) = plan.groups(9, 3 * 64)
+        per_layer = sum(tile.keys for tile in group.tiles) if layers > 1 else max(tile.keys for tile in group.tiles)
+        assert plan.workspace(group, 3 * 64, 30).shape == (layers * per_layer, 3 * 64)
 
 
 class TestReference:
