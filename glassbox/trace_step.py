@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from glassbox.kernels.row_probe_cpu import NO_POSITION, RowAnswer, RowQuestion
+from glassbox.kernels.row_probe_cpu import NO_POSITION
 from glassbox.sampling import ROW_SLOT
 from glassbox.statistics import NUM_STATISTICS
 from glassbox.trace_active import ActiveTrace, Chunk
@@ -47,7 +47,7 @@ class AskedRows:
         positions: int32 [R], in their sequences.
         top_k: the largest that one of them wants.
         spans: int32 [R, S, 2], (start, exclusive end); (0, 0) fills up.
-        chosen: bool [R, L, H], the layers and heads that each of them wants.
+        chosen: bool [R, L, H], the layers and heads that each of them wants; layer_rows: layers that one of them wants.
         kept: the rows whose whole attention is wanted, ascending.
     """
 
@@ -56,6 +56,7 @@ class AskedRows:
     top_k: int
     spans: npt.NDArray[np.int32]
     chosen: npt.NDArray[np.bool_]
+    layer_rows: frozenset[int]
     kept: tuple[int, ...]
 
 
@@ -91,7 +92,6 @@ class TracedStep:
     Attributes:
         num_slots: of a ring that has a slot for every row that ROW_SLOT gives one.
         layer_rows: observed layers that some of the traces keep.
-        probed: int32 [m, NUM_ROW_COLUMNS], rows of requests that asked for more than statistics.
     """
 
     def __init__(
@@ -110,8 +110,7 @@ class TracedStep:
         self._stats = np.full((len(indices), num_layers, num_heads, NUM_STATISTICS + 1), np.nan, dtype=np.float32)
         self._probes = [_Probe(member, num_heads) for member in members if member.trace.options.probes]
         numbers = [np.arange(p.rows.numbers.start, p.rows.numbers.stop) for p in self._probes]
-        self.probed = row_list[indices[np.concatenate(numbers)]] if numbers else row_list[:0]
-        self._probed_layers = {row for probe in self._probes for row in probe.rows.trace.layer_rows}
+        self._probed = row_list[indices[np.concatenate(numbers)]] if numbers else row_list[:0]
 
     def add_stats(self, layer_row: int, stats: npt.NDArray[np.float32]) -> None:
         """Keep the statistics of a layer.
@@ -146,11 +145,12 @@ class TracedStep:
             chosen[np.ix_(range(at, at + n), trace.layer_rows, trace.head_columns)] = True
             at += n
         return AskedRows(
-            rows=self.probed,
+            rows=self._probed,
             positions=np.concatenate([probe.rows.positions for probe in self._probes]),
             top_k=max(one.top_k for one in options),
             spans=spans,
             chosen=chosen,
+            layer_rows=frozenset(row for probe in self._probes for row in probe.rows.trace.layer_rows),
             kept=tuple(i for i, one in enumerate(options) if one.rows),
         )
 
@@ -162,19 +162,6 @@ class TracedStep:
             rows = [answer.rows[kept.index(i)] for i in range(at, at + n)] if probe.rows.trace.options.rows else []
             probe.add_layers(answer, slice(at, at + n), rows)
             at += n
-
-    def questions(self, layer_row: int, num_heads: int) -> list[RowQuestion]:
-        """What is asked of each probed row in a layer of `num_heads`; empty if nothing is."""
-        if layer_row not in self._probed_layers:
-            return []
-        return [question for probe in self._probes for question in probe.questions(layer_row, num_heads)]
-
-    def add_answers(self, layer_row: int, answers: Sequence[RowAnswer]) -> None:
-        """Keep the answers to `questions`, in their order."""
-        at = 0
-        for probe in self._probes:
-            probe.add(layer_row, answers[at : at + len(probe.rows.positions)])
-            at += len(probe.rows.positions)
 
     def commit(self) -> None:
         """Give every trace its rows."""
@@ -206,33 +193,6 @@ class _Probe:
             if options.rows
             else []
         )
-
-    def questions(self, layer_row: int, num_heads: int) -> list[RowQuestion]:
-        """One per row; nothing is wanted in a layer that the request did not choose."""
-        trace, options = self.rows.trace, self.rows.trace.options
-        if layer_row not in self._place:
-            return [RowQuestion(heads=())] * len(self.rows.positions)
-        heads = tuple(column for column in trace.head_columns if column < num_heads)
-        spans = tuple((span.start, span.end) for span in options.spans)
-        return [RowQuestion(options.top_k, spans, heads, options.rows)] * len(self.rows.positions)
-
-    def add(self, layer_row: int, answers: Sequence[RowAnswer]) -> None:
-        """Keep what was asked of a layer."""
-        layer = self._place.get(layer_row)
-        if layer is None:
-            return
-        columns = [c for c in self.rows.trace.head_columns if c < len(answers[0].span_mass)]
-        self._summed_places += len(columns)
-        heads = slice(0, len(columns))  # a layer with fewer heads than others has the first of them
-        for i, answer in enumerate(answers):
-            self._topk_positions[i, layer, heads] = answer.topk_positions[columns]
-            self._topk_mass[i, layer, heads] = answer.topk_mass[columns]
-            self._span_mass[i, layer, heads] = answer.span_mass[columns]
-            if self._sums:
-                self._sums[i][answer.first :] += answer.head_sum
-            if self._rows and answer.row is not None:
-                keys = answer.row[columns][:, -MAX_ROW_KEYS:]
-                self._rows[i][layer, heads, self._rows[i].shape[-1] - keys.shape[-1] :] = keys
 
     def add_layers(self, answer: LayersAnswer, mine: slice, rows: Sequence[npt.NDArray[np.float16]]) -> None:
         """Keep what was asked of some layers; `mine` are these rows among all that were asked, `rows` the kept ones."""

@@ -169,15 +169,20 @@ class RowPlan:
             self._groups[size] = tuple(self._cut(num_heads, key_numbers))
         return self._groups[size]
 
-    def layers_at_once(self, num_heads: int, key_numbers: int) -> int:
+    def layers_at_once(self, num_heads: int, key_numbers: int, *, whole: bool = False) -> int:
         """How many layers of a size are measured in the same torch calls, at least 1.
 
         The calls cost more than the arithmetic when rows are few; and no temporary may grow with the number of layers.
+
+        Args:
+            num_heads, key_numbers: as `groups` takes them.
+            whole: whether the scores of all tiles of a row are held at once.
         """
-        scores = [
-            group.items * max(tile.keys for tile in group.tiles) * group.rows_per_item * max(num_heads, NUM_WEIGHTS)
-            for group in self.groups(num_heads, key_numbers)
-        ]
+        scores = []
+        for group in self.groups(num_heads, key_numbers):
+            keys = [tile.keys for tile in group.tiles]
+            rows = group.items * group.rows_per_item
+            scores.append(rows * (sum(keys) if whole else max(keys)) * max(num_heads, NUM_WEIGHTS))
         return max(1, _SCORE_BUDGET // max(scores)) if scores else 1
 
     def workspace(self, group: Group, key_numbers: int, num_layers: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Full attention rows on a GPU, and what traced requests ask of them: top positions, span masses, the rows.
 
-The GPU twin of `row_probe_cpu.py`, for a few rows in all layers of one KV-cache group at once. Owns the kernel that
+The GPU twin of `row_probe_cpu.py`, for a few rows in all layers of one KV-cache group. Owns the kernel that
 scores the keys (as `row_stats.py` does, by the same formula) and the torch operations that follow it; their exact form
 stands in `reference/row_probe.py`. It runs outside CUDA graphs, from queries that were kept during the forward pass,
 and never waits for the device: what the host must know is passed to it, and every answer stays on the device.
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glassbox.kernels.row_probe_cpu import NO_POSITION
+from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers
 from glassbox.kernels.row_stats import MAX_HEAD_SIZE, MAX_PAGE_ELEMENTS, NO_WINDOW, LayerParams, dot_dtype
 
 SCRATCH_BYTES: Final = 16 << 20
@@ -286,27 +286,6 @@ def _per_head(name: str, values: Sequence[Tensor | None], num_heads: int, cache:
             f"{name} must be [{num_heads}] in all layers or None in all, got {shapes}; probe such layers by themselves"
         )
     return torch.stack([value.detach().to(cache.device, torch.float32) for value in present])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ProbeAnswers:
-    """What was asked of R rows in L layers of H query heads; all on the device.
-
-    Attributes:
-        topk_positions, topk_mass: int32 and float32 [R, L, H, k], by falling mass; NO_POSITION and 0 where there are
-            fewer keys or the head's scores are not finite.
-        span_mass: float32 [R, L, H, S]; NaN where scores are not finite.
-        chosen_sum: float32 [R, longest row], attention summed over the chosen layers and heads, 0 behind a row's own
-            position; NaN in a row one of whose chosen heads has scores that are not finite.
-        rows: float16 [L, H, n] for each kept row, its last n keys up to its own position, 0 where a window hides
-            them; NaN where scores are not finite.
-    """
-
-    topk_positions: Tensor
-    topk_mass: Tensor
-    span_mass: Tensor
-    chosen_sum: Tensor
-    rows: tuple[Tensor, ...]
 
 
 def row_probe(

@@ -1,154 +1,164 @@
 """Full attention rows on the CPU, and what traced requests ask of them: top positions, span masses, the rows.
 
-Owns the measurement of one layer, for the few rows whose requests asked for more than statistics. Scores are those of
-`row_stats_cpu.py`, its exact form stands in `reference/row_probe.py`. Which rows, and what becomes of the result, is
-`glassbox/trace_step.py`.
+Owns the measurement of a few rows in layers of one kind, for requests that asked for more than statistics. Scores are
+those of `row_stats_cpu.py`, the exact form of what is done with them stands in `reference/row_probe.py`. Which rows,
+and what becomes of the answers, is `glassbox/trace_step.py`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from glassbox.kernels.row_plan import Group, RowPlan
-from glassbox.kernels.row_stats_cpu import HIDDEN, KeyReader, LayerParams, LayerRows, tile_scores
+from glassbox.kernels.row_stats_cpu import HIDDEN, LayerRows, per_head, scaled_queries, tile_scores
 
 NO_POSITION: Final = -1
 
 
-@dataclass(frozen=True, slots=True)
-class RowQuestion:
-    """What is asked of one row.
+@dataclass(frozen=True, slots=True, eq=False)
+class ProbeAnswers:
+    """What was asked of R rows in L layers of H query heads; all on the device of the keys.
 
     Attributes:
-        top_k: most attended positions per head.
-        spans: (start, exclusive end) of position ranges whose mass is wanted.
-        heads: local heads whose attention is summed into `RowAnswer.head_sum`; None is all.
-        row: whether the whole row is wanted.
+        topk_positions, topk_mass: int32 and float32 [R, L, H, k], by falling mass; NO_POSITION and 0 where there are
+            fewer keys or the head's scores are not finite.
+        span_mass: float32 [R, L, H, S]; NaN where scores are not finite.
+        chosen_sum: float32 [R, longest row], attention summed over the chosen layers and heads, 0 behind a row's own
+            position; NaN in a row one of whose chosen heads has scores that are not finite.
+        rows: float16 [L, H, n] for each kept row, its last n keys up to its own position, 0 where a window hides
+            them; NaN where scores are not finite.
     """
 
-    top_k: int = 0
-    spans: tuple[tuple[int, int], ...] = ()
-    heads: tuple[int, ...] | None = None
-    row: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RowAnswer:
-    """Of one row in one layer; H query heads, positions first .. own (n of them).
-
-    Attributes:
-        first: position of the first key that the arrays over keys hold; what is before it has no attention.
-        topk_positions, topk_mass: [H, k], by falling mass; NO_POSITION and 0 where there are fewer keys or the head's
-            scores are not finite.
-        span_mass: [H, S]; NaN where scores are not finite, as in the two below.
-        head_sum: [n], attention summed over the chosen heads.
-        row: [H, n], None if not asked for.
-    """
-
-    first: int
-    topk_positions: NDArray[np.int32]
-    topk_mass: NDArray[np.float32]
-    span_mass: NDArray[np.float32]
-    head_sum: NDArray[np.float32]
-    row: NDArray[np.float32] | None
+    topk_positions: Tensor
+    topk_mass: Tensor
+    span_mass: Tensor
+    chosen_sum: Tensor
+    rows: tuple[Tensor, ...]
 
 
 def row_probe_cpu(
-    q: Tensor, reader: KeyReader, plan: RowPlan, params: LayerParams, questions: Sequence[RowQuestion]
-) -> list[RowAnswer]:
-    """Attention of the planned rows in one layer, softmax over their visible keys (and a learned sink).
+    layers: Sequence[LayerRows],
+    plan: RowPlan,
+    positions: Sequence[int],
+    *,
+    top_k: int,
+    spans: Tensor,
+    chosen: Tensor,
+    kept_rows: Sequence[int] = (),
+    max_row_keys: int,
+) -> ProbeAnswers:
+    """Attention of the planned rows in some layers: softmax over their visible keys (and a learned sink).
 
-    Memory: a row's scores, H x keys float32, for the rows of requests of like length at once.
+    Memory: a few times the rows' scores, layers x H x keys float32, for the rows of requests of like length at once.
 
     Args:
-        q: queries of the step, [T, Hq, D], any float dtype.
-        reader: of the layer's keys.
-        plan: of the probed rows alone.
-        params: of the layer.
-        questions: one per planned row, in the order of the row list.
+        layers: L of one kind, best `plan.layers_at_once(..., whole=True)` of them.
+        plan: of the R probed rows alone.
+        positions: of the rows in their sequences, in the order of the row list, as all that follows.
+        top_k: most attended positions per head; 0 is none.
+        spans: int32 [R, S, 2], (start, exclusive end) of position ranges whose mass is wanted; (0, 0) has none.
+        chosen: bool [R, L, H], what is summed into `ProbeAnswers.chosen_sum`.
+        kept_rows: numbers of the rows that are wanted as a whole.
+        max_row_keys: most keys of such a row; of a longer one the last are kept.
 
     Raises:
-        ValueError: the plan was made for another sliding window, or for another number of rows.
+        ValueError: the layers are of several kinds, or the plan is for another number of rows.
     """
-    if len(questions) != plan.num_rows:
+    if len(positions) != plan.num_rows:
         raise ValueError(
-            f"a plan must be for {len(questions)} rows, got {plan.num_rows}; plan the probed rows by themselves"
+            f"a plan must be for {len(positions)} rows, got {plan.num_rows}; plan the probed rows by themselves"
         )
-    layer = LayerRows.select(q, reader, plan, params)
-    scaled = layer.queries.float() * (params.scale * reader.key_scale)
-    answers: dict[int, RowAnswer] = {}
-    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        for group in plan.groups(layer.num_heads, layer.key_numbers):
-            scores, bad = _group_scores(scaled.index_select(0, group.row_index), layer, group, plan)
-            of_group = [questions[row] for row in group.rows.tolist()]
-            real = torch.from_numpy(group.real)
-            _answer(answers, group, scores[real], bad[real], params, of_group)
-    return [answers[row] for row in range(plan.num_rows)]
+    num_heads = layers[0].num_heads
+    queries = scaled_queries(layers)
+    place = (len(positions), len(layers), num_heads)
+    answers = ProbeAnswers(
+        topk_positions=torch.full((*place, top_k), NO_POSITION, dtype=torch.int32),
+        topk_mass=torch.zeros(*place, top_k),
+        span_mass=torch.empty(*place, spans.shape[1]),
+        chosen_sum=torch.zeros(len(positions), max(positions, default=-1) + 1),
+        rows=tuple(
+            torch.zeros(*place[1:], min(positions[row] + 1, max_row_keys), dtype=torch.float16) for row in kept_rows
+        ),
+    )
+    for group in plan.groups(num_heads, layers[0].key_numbers):
+        real, rows = torch.from_numpy(group.real), torch.from_numpy(group.rows)
+        scores, bad = _group_scores(queries.index_select(1, group.row_index), layers, group, plan)
+        if len(real) < scores.shape[1]:
+            scores, bad = scores.index_select(1, real), bad.index_select(1, real)
+        attention = torch.softmax(scores, -1)
+        sinks = per_head(layer.params.sinks for layer in layers)
+        if sinks is not None:
+            # The share of the softmax that goes to keys: Zk / (Zk + e^sink).
+            attention *= torch.sigmoid(torch.logsumexp(scores, -1) - sinks).unsqueeze(-1)
+        base = group.tiles[0].base[real]  # [rows, 1]
+        _fill_top(answers, scores, attention, bad, rows, base)
+        attention.masked_fill_(bad.unsqueeze(-1), 0.0)
+        _fill_sums(answers, attention, bad, rows, base, positions, chosen[rows])
+        attention.masked_fill_(bad.unsqueeze(-1), torch.nan)
+        _fill_spans(answers, attention, rows, base, spans[rows])
+        for out, row in zip(answers.rows, kept_rows, strict=True):
+            for i in (rows == row).nonzero().flatten().tolist():
+                _fill_row(out, attention[:, i], int(base[i]), positions[row])
+    return answers
 
 
-def _group_scores(queries: Tensor, layer: LayerRows, group: Group, plan: RowPlan) -> tuple[Tensor, Tensor]:
-    """Scores [R', Hq, keys of all tiles], and whether one of a row's is not finite, [R', Hq]."""
-    wide = plan.workspace(group, layer.key_numbers, 1)
-    parts, overflow = [], torch.zeros(queries.shape[:2])
+def _group_scores(queries: Tensor, layers: Sequence[LayerRows], group: Group, plan: RowPlan) -> tuple[Tensor, Tensor]:
+    """Scores [L, R', H, keys of all tiles], and whether one of a row's is not finite, [L, R', H]."""
+    wide = plan.workspace(group, layers[0].key_numbers, len(layers))
+    parts, overflow = [], torch.zeros(queries.shape[:3])
     for tile in group.tiles:
-        weights = plan.weights(group, tile)
-        scores, of_tile = tile_scores(queries[None], [layer], group, tile, weights=weights, wide=wide)
-        parts.append(scores[0])
-        overflow += of_tile[0] if isinstance(of_tile, Tensor) else of_tile
+        scores, of_tile = tile_scores(queries, layers, group, tile, weights=plan.weights(group, tile), wide=wide)
+        parts.append(scores)
+        overflow += of_tile
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     # 0 * x is NaN unless x is finite.
     return joined, ((joined * 0.0).sum(-1) + overflow).isnan()
 
 
-def _answer(
-    answers: dict[int, RowAnswer],
-    group: Group,
-    scores: Tensor,  # [R, Hq, keys] of the real rows
-    bad: Tensor,  # [R, Hq]
-    params: LayerParams,
-    questions: Sequence[RowQuestion],
+def _fill_top(
+    answers: ProbeAnswers, scores: Tensor, attention: Tensor, bad: Tensor, rows: Tensor, base: Tensor
 ) -> None:
-    p = torch.softmax(scores, -1)
-    if params.sinks is not None:
-        # The share of the softmax that goes to keys: Zk / (Zk + e^sink).
-        p *= torch.sigmoid(torch.logsumexp(scores, -1) - params.sinks.detach().float()).unsqueeze(-1)
-    p.masked_fill_(bad.unsqueeze(-1), torch.nan)
-    k = min(max(question.top_k for question in questions), p.shape[-1])
-    # Of the scores, not of p: an invisible key must not stand before a visible one whose p is 0, too.
+    k = min(answers.topk_mass.shape[-1], scores.shape[-1])
+    if not k:
+        return
+    # Of the scores, not of the attention: an invisible key must not stand before a visible one whose share is 0, too.
     best, column = torch.topk(scores, k, dim=-1)
     there = (best > HIDDEN / 2) & ~bad.unsqueeze(-1)
-    base = group.tiles[0].base[torch.from_numpy(group.real)]  # [R, 1]
-    positions = torch.where(there, column + base.unsqueeze(-1), NO_POSITION).to(torch.int32).numpy()
-    mass = torch.where(there, p.gather(-1, column), 0.0).numpy()
-    attention, own = p.numpy(), group.position[torch.from_numpy(group.real)][:, 0].tolist()
-    for i, (row, first, question) in enumerate(zip(group.rows.tolist(), base[:, 0].tolist(), questions, strict=True)):
-        keys = attention[i, :, : own[i] - first + 1]
-        chosen = keys if question.heads is None else keys[list(question.heads)]
-        answers[row] = RowAnswer(
-            first=first,
-            topk_positions=_fitted(positions[i], question.top_k, NO_POSITION),
-            topk_mass=_fitted(mass[i], question.top_k, 0),
-            span_mass=_span_mass(keys, first, question.spans),
-            head_sum=chosen.sum(axis=0, dtype=np.float32),
-            row=keys if question.row else None,
-        )
+    position = torch.where(there, column + base.unsqueeze(-1), NO_POSITION).to(torch.int32)
+    answers.topk_positions[rows, :, :, :k] = position.transpose(0, 1)
+    answers.topk_mass[rows, :, :, :k] = torch.where(there, attention.gather(-1, column), 0.0).transpose(0, 1)
 
 
-def _fitted(values: NDArray, k: int, empty: float) -> NDArray:
-    """The first k columns of [H, columns], filled up with `empty` if there are fewer."""
-    missing = k - values.shape[1]
-    return values[:, :k] if missing <= 0 else np.pad(values, ((0, 0), (0, missing)), constant_values=empty)
+def _fill_sums(
+    answers: ProbeAnswers,
+    attention: Tensor,  # [L, rows, H, keys], 0 in bad heads
+    bad: Tensor,
+    rows: Tensor,
+    base: Tensor,
+    positions: Sequence[int],
+    chosen: Tensor,  # [rows, L, H]
+) -> None:
+    weights = chosen.transpose(0, 1).float().unsqueeze(2)  # [L, rows, 1, H]
+    total = torch.matmul(weights, attention).sum((0, 2))  # [rows, keys]
+    total.masked_fill_((chosen.transpose(0, 1) & bad).any(-1).any(0).unsqueeze(-1), torch.nan)
+    for of_row, row, first in zip(total, rows.tolist(), base[:, 0].tolist(), strict=True):
+        answers.chosen_sum[row, first : positions[row] + 1] = of_row[: positions[row] + 1 - first]
+        if of_row[0].isnan():
+            answers.chosen_sum[row] = torch.nan
 
 
-def _span_mass(attention: NDArray[np.float32], first: int, spans: tuple[tuple[int, int], ...]) -> NDArray[np.float32]:
-    """[H, S] of attention [H, n] to the positions from `first` on."""
-    out = np.empty((len(attention), len(spans)), dtype=np.float32)
-    for s, (start, end) in enumerate(spans):
-        out[:, s] = attention[:, max(start - first, 0) : max(end - first, 0)].sum(axis=-1)
-        out[np.isnan(attention[:, 0]), s] = np.nan
-    return out
+def _fill_spans(answers: ProbeAnswers, attention: Tensor, rows: Tensor, base: Tensor, spans: Tensor) -> None:
+    j = torch.arange(attention.shape[-1]) + base  # [rows, keys]
+    inside = (j.unsqueeze(-1) >= spans[:, None, :, 0]) & (j.unsqueeze(-1) < spans[:, None, :, 1])
+    # [L, rows, H, keys] @ [rows, keys, S]; attention is 0 where a row sees no key.
+    answers.span_mass[rows] = torch.matmul(attention, inside.float()).transpose(0, 1)
+
+
+def _fill_row(out: Tensor, attention: Tensor, first: int, position: int) -> None:
+    """The last keys of one row, [L, H, n], from attention [L, H, keys] to the positions from `first` on."""
+    keys = attention[..., : position + 1 - first][..., -out.shape[-1] :]
+    out[..., out.shape[-1] - keys.shape[-1] :] = keys
+    out.masked_fill_(attention[..., :1].isnan(), torch.nan)

@@ -20,7 +20,18 @@ from torch import Tensor
 from glassbox.kernels.row_plan import DISTANCE, NUM_WEIGHTS, Group, RowPlan, Tile, plan_rows
 from glassbox.statistics import INDEX, NUM_STATISTICS
 
-__all__ = ["HIDDEN", "KeyReader", "LayerParams", "LayerRows", "RowPlan", "plan_rows", "row_stats_cpu", "tile_scores"]
+__all__ = [
+    "HIDDEN",
+    "KeyReader",
+    "LayerParams",
+    "LayerRows",
+    "RowPlan",
+    "per_head",
+    "plan_rows",
+    "row_stats_cpu",
+    "scaled_queries",
+    "tile_scores",
+]
 
 # Stands for "invisible": below every score, and finite so that 0 * (HIDDEN - m) is 0, not NaN.
 HIDDEN: Final = -1e38
@@ -125,15 +136,8 @@ def row_stats_cpu(layers: Sequence[LayerRows], plan: RowPlan) -> Tensor:
     Raises:
         ValueError: the layers are of several kinds.
     """
-    first = layers[0]
-    if any(layer.kind != first.kind for layer in layers[1:]):
-        raise ValueError(
-            f"layers measured together must be of one kind, got {[layer.kind for layer in layers]}; "
-            "measure them separately"
-        )
-    num_layers, num_heads, key_numbers = len(layers), first.num_heads, first.key_numbers
-    factors = torch.tensor([layer.params.scale * layer.reader.key_scale for layer in layers])
-    queries = torch.stack([layer.queries for layer in layers]).float().mul_(factors.view(-1, 1, 1, 1))
+    queries = scaled_queries(layers)
+    num_layers, num_heads, key_numbers = len(layers), layers[0].num_heads, layers[0].key_numbers
     partial = np.empty((_NUM_PARTIAL, num_layers, plan.num_rows, num_heads), dtype=np.float32)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore", under="ignore"):
         for group in plan.groups(num_heads, key_numbers):
@@ -143,6 +147,21 @@ def row_stats_cpu(layers: Sequence[LayerRows], plan: RowPlan) -> Tensor:
             merged = done[0] if len(done) == 1 else _merge(np.stack(done), group.tiles)
             partial[:, :, group.rows] = merged[:, :, group.real]
         return torch.from_numpy(_finish(partial, plan, layers))
+
+
+def scaled_queries(layers: Sequence[LayerRows]) -> Tensor:
+    """Queries of the layers times scale and key scale, float32 [N, R, Hq, D].
+
+    Raises:
+        ValueError: the layers are of several kinds.
+    """
+    if any(layer.kind != layers[0].kind for layer in layers[1:]):
+        raise ValueError(
+            f"layers measured together must be of one kind, got {[layer.kind for layer in layers]}; "
+            "measure them separately"
+        )
+    factors = torch.tensor([layer.params.scale * layer.reader.key_scale for layer in layers])
+    return torch.stack([layer.queries for layer in layers]).float().mul_(factors.view(-1, 1, 1, 1))
 
 
 def _measure(
@@ -205,13 +224,13 @@ def tile_scores(
         overflow = (most - most) + (least - least)
         scores.div_(params.soft_cap).tanh_().mul_(params.soft_cap)
         _hide(scores, tile)
-    slopes = _stacked(layer.params.alibi_slopes for layer in layers)
+    slopes = per_head(layer.params.alibi_slopes for layer in layers)
     if slopes is not None:
         scores.addcmul_(slopes.unsqueeze(-1), weights[:, DISTANCE, None, :], value=-1)
     return scores, overflow
 
 
-def _stacked(of_heads: Iterable[Tensor | None]) -> Tensor | None:
+def per_head(of_heads: Iterable[Tensor | None]) -> Tensor | None:
     """float32 [N, 1, Hq] of what layers of one kind have per head, [Hq] each; None if they have nothing."""
     there = [values.detach().float() for values in of_heads if values is not None]
     return torch.stack(there).unsqueeze(1) if there else None
@@ -295,7 +314,7 @@ def _finish(partial: NDArray[np.float32], plan: RowPlan, layers: Sequence[LayerR
     out = np.empty((*partial.shape[1:], NUM_STATISTICS + 1), dtype=np.float32)
     log_zk = -np.log(partial[_TOP])
     log_z, kept = log_zk, np.float32(1)
-    sinks = _stacked(layer.params.sinks for layer in layers)
+    sinks = per_head(layer.params.sinks for layer in layers)
     if sinks is not None:
         log_z = np.logaddexp(log_zk, sinks.numpy() - partial[_MAX])
         kept = np.exp(log_zk - log_z)

@@ -15,11 +15,13 @@ import torch
 
 from glassbox.accumulate import AccumulatorArrays, Accumulators
 from glassbox.backends.cpu_cache import PackedKeyReader
+from glassbox.errors import ErrorCounter
 from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerParams, LayerRows, row_stats_cpu
 from glassbox.sampling import ROW_PHASE, ROW_UNCOUNTED
-from glassbox.trace_step import TracedStep
+from glassbox.trace_record import MAX_ROW_KEYS
+from glassbox.trace_step import AskedRows, LayersAnswer, TracedStep
 
 # Statistics of several layers are added to the accumulators together: it costs a dozen torch calls either way.
 _FLUSH_ELEMENTS: Final = 1 << 21  # 8 MB of float32
@@ -31,33 +33,43 @@ class _Waiting:
 
     Attributes:
         limit: how many at once.
+        asked: what is asked of the rows; None if their statistics are wanted.
         rows: of the layers in the accumulators.
     """
 
     plan: RowPlan
     limit: int
+    asked: AskedRows | None
     rows: list[int] = field(default_factory=list)
     layers: list[LayerRows] = field(default_factory=list)
 
 
 class CpuMeasurer:
-    """Measures rows with `kernels/row_stats_cpu.py`.
+    """Measures rows with `kernels/row_stats_cpu.py` and `kernels/row_probe_cpu.py`.
 
     Args:
         accumulators: on the CPU; [L, H] of the observed layers.
         layer_rows: name of each observed layer -> its row in the accumulators.
         sink_tokens, local_window: in tokens, see statistics.py.
+        errors: counts what goes wrong with probes.
     """
 
     def __init__(
-        self, accumulators: Accumulators, layer_rows: dict[str, int], *, sink_tokens: int, local_window: int
+        self,
+        accumulators: Accumulators,
+        layer_rows: dict[str, int],
+        *,
+        sink_tokens: int,
+        local_window: int,
+        errors: ErrorCounter,
     ) -> None:
-        self._accumulators, self._layer_rows = accumulators, layer_rows
+        self._accumulators, self._layer_rows, self._errors = accumulators, layer_rows, errors
         self._sink_tokens, self._local_window = sink_tokens, local_window
         self.max_rows = self.max_traced_rows = sys.maxsize
         self._rows: np.ndarray | None = None
         self._layers: frozenset[int] = frozenset()
         self._traced: TracedStep | None = None
+        self._asked: AskedRows | None = None
         # Of the rows that enter the accumulators, None is all.
         self._counted: torch.Tensor | None = None
         self._plans: dict[tuple[int, int | None, bool], RowPlan] = {}
@@ -72,6 +84,7 @@ class CpuMeasurer:
     def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None) -> None:
         """See observer.Measurer."""
         self._rows, self._layers, self._traced = rows, layers, traced
+        self._asked = None if traced is None else traced.asked()
         counted = (rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0
         self._counted = None if counted.all() else torch.from_numpy(np.flatnonzero(counted))
 
@@ -90,10 +103,10 @@ class CpuMeasurer:
         plan = self._plan(self._rows, attn_metadata, kv_cache.shape[2], params.sliding_window)
         # Made for each call: it is a view, and keeping it would keep a KV cache alive that vLLM has freed.
         reader = PackedKeyReader(kv_cache, layer.isa, impl.kv_cache_dtype, layer._k_scale_float)
-        self._put_by(row, LayerRows.select(query, reader, plan, params), plan)
-        if self._traced is not None and (questions := self._traced.questions(row, query.shape[1])):
-            plan = self._plan(self._traced.probed, attn_metadata, kv_cache.shape[2], params.sliding_window)
-            self._traced.add_answers(row, row_probe_cpu(query, reader, plan, params, questions))
+        self._put_by(row, LayerRows.select(query, reader, plan, params), plan, None)
+        if self._asked is not None and row in self._asked.layer_rows:
+            plan = self._plan(self._asked.rows, attn_metadata, kv_cache.shape[2], params.sliding_window)
+            self._put_by(row, LayerRows.select(query, reader, plan, params), plan, self._asked)
 
     def finish(self) -> None:
         """Add what was measured in this step."""
@@ -106,7 +119,7 @@ class CpuMeasurer:
         finally:
             self._waiting.clear()
             self._pending.clear()
-            self._rows = self._traced = self._counted = None
+            self._rows = self._traced = self._asked = self._counted = None
             self._plans.clear()
             self._metadata.clear()
 
@@ -133,12 +146,12 @@ class CpuMeasurer:
             self._metadata.append(metadata)
         return plan
 
-    def _put_by(self, row: int, layer: LayerRows, plan: RowPlan) -> None:
+    def _put_by(self, row: int, layer: LayerRows, plan: RowPlan, asked: AskedRows | None) -> None:
         key = (id(plan), layer.kind)
         waiting = self._waiting.get(key)
         if waiting is None:
-            limit = plan.layers_at_once(layer.num_heads, layer.key_numbers)
-            waiting = self._waiting[key] = _Waiting(plan, limit)
+            limit = plan.layers_at_once(layer.num_heads, layer.key_numbers, whole=asked is not None)
+            waiting = self._waiting[key] = _Waiting(plan, limit, asked)
         waiting.rows.append(row)
         waiting.layers.append(layer)
         if len(waiting.rows) >= waiting.limit:
@@ -147,12 +160,40 @@ class CpuMeasurer:
     def _measure(self, key: Hashable) -> None:
         # Taken out first: layers that fail must not stand in the way of the next ones.
         waiting = self._waiting.pop(key)
+        if waiting.asked is not None:
+            self._probe(waiting, waiting.asked)
+            return
         for row, stats in zip(waiting.rows, row_stats_cpu(waiting.layers, waiting.plan), strict=True):
             if self._traced is not None:
                 self._traced.add_stats(row, stats.numpy())
             self._pending.append((row, stats if self._counted is None else stats[self._counted]))
         if sum(stats.numel() for _, stats in self._pending) > _FLUSH_ELEMENTS:
             self._flush()
+
+    def _probe(self, waiting: _Waiting, asked: AskedRows) -> None:
+        assert self._traced is not None
+        try:
+            found = row_probe_cpu(
+                waiting.layers,
+                waiting.plan,
+                asked.positions.tolist(),
+                top_k=asked.top_k,
+                spans=torch.from_numpy(asked.spans),
+                chosen=torch.from_numpy(asked.chosen[:, waiting.rows, : waiting.layers[0].num_heads]),
+                kept_rows=asked.kept,
+                max_row_keys=MAX_ROW_KEYS,
+            )
+            answer = LayersAnswer(
+                layer_rows=waiting.rows,
+                topk_positions=found.topk_positions.numpy(),
+                topk_mass=found.topk_mass.numpy(),
+                span_mass=found.span_mass.numpy(),
+                chosen_sum=found.chosen_sum.numpy(),
+                rows=tuple(row.numpy() for row in found.rows),
+            )
+            self._traced.add_layers(answer, asked.kept)
+        except Exception as error:
+            self._errors.count("probe", error)
 
     def _flush(self) -> None:
         if not self._pending or self._rows is None:

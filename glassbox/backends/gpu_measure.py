@@ -23,7 +23,8 @@ from glassbox.accumulate import AccumulatorArrays, Accumulators
 from glassbox.backends.graph_nodes import GraphNodes
 from glassbox.deferred import DeferredActions
 from glassbox.errors import ErrorCounter
-from glassbox.kernels.row_probe import ProbeAnswers, ProbedLayers, row_probe
+from glassbox.kernels.row_probe import ProbedLayers, row_probe
+from glassbox.kernels.row_probe_cpu import ProbeAnswers
 from glassbox.kernels.row_stats import LayerAccumulators, LayerParams, RowStatsWorkspace, row_stats
 from glassbox.sampling import NUM_ROW_COLUMNS, ROW_BATCH, ROW_SLOT
 from glassbox.statistics import NUM_STATISTICS
@@ -218,11 +219,10 @@ class GpuMeasurer:
 
     def _groups(self, asked: AskedRows) -> list[list[str]]:
         """The layers that are asked for, by what one launch can do: one block table, one shape, one kind of score."""
-        wanted = set(np.flatnonzero(asked.chosen.any(axis=(0, 2))).tolist())
         groups: dict[object, list[str]] = {}
         for name, row in self._layer_rows.items():
             seen, common = self._seen.get(name), self._common.get(name)
-            if row in wanted and seen is not None and common is not None:
+            if row in asked.layer_rows and seen is not None and common is not None:
                 keys, params = seen.keys(), seen.params
                 kind = (keys.dtype, keys.shape[1:], keys.stride(), seen.num_heads)
                 extras = (params.alibi_slopes is None, params.sinks is None)

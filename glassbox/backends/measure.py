@@ -38,7 +38,7 @@ def make_measurer(
     if device == "cpu":
         from glassbox.backends.cpu_measure import CpuMeasurer
 
-        return CpuMeasurer(accumulators, layer_rows, sink_tokens=sink_tokens, local_window=local_window)
+        return CpuMeasurer(accumulators, layer_rows, sink_tokens=sink_tokens, local_window=local_window, errors=errors)
     if device == "cuda":
         from glassbox.backends.gpu_measure import GpuMeasurer
 

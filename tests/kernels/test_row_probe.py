@@ -16,8 +16,8 @@ from tests.kernels.interpreter import DEVICE, ON_GPU
 
 # isort: split
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref, top_k_ref
-from glassbox.kernels.row_probe import ProbeAnswers, ProbedLayers, row_probe
-from glassbox.kernels.row_probe_cpu import NO_POSITION
+from glassbox.kernels.row_probe import ProbedLayers, row_probe
+from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers
 from glassbox.kernels.row_stats import LayerParams
 from tests.kernels.row_stats_cases import BASE, INF, LARGE, MIXED, NAN, Case, Inputs, Sequence, make_inputs
 from tests.kernels.tolerances import ORACLE_FACTOR, SUM_ROUNDING, score_error

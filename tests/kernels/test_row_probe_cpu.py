@@ -1,6 +1,7 @@
 """Full rows, top positions and span masses on the CPU equal the float64 reference, whatever the batch looks like."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,62 +10,93 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref, top_k_ref
-from glassbox.kernels.row_probe_cpu import NO_POSITION, RowAnswer, RowQuestion, row_probe_cpu
+from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers, row_probe_cpu
+from glassbox.kernels.row_stats_cpu import LayerRows
 from tests.kernels.test_row_stats_cpu import Batch, PlainReader
 
 ROUNDING = 2.0**-23
-ALL = RowQuestion(top_k=5, spans=((0, 3), (2, 9), (40, 60)), row=True)
+HALF_ROUNDING = 2.0**-10
+SPANS = ((0, 3), (2, 9), (40, 60), (0, 0))
+MAX_ROW_KEYS = 64
 
 
-def probe(batch: Batch, questions: list[RowQuestion] | None = None, **options: int) -> list[RowAnswer]:
-    pages, table = batch.cache()
-    plan = batch.plan(table, **options)
-    questions = questions or [ALL] * len(batch.rows)
-    return row_probe_cpu(batch.q, PlainReader(pages, batch.transposed), plan, batch.params, questions)
+class Layers:
+    """Layers over the same sequences: one per batch, which differ in queries, keys and parameters."""
 
+    def __init__(self, *batches: Batch, seed: int = 0) -> None:
+        self.batches = batches
+        first = batches[0]
+        self.num_rows, self.num_heads = len(first.rows), first.num_heads
+        self.spans = [[(start + r, end + r) for start, end in SPANS] for r in range(self.num_rows)]
+        shape = (self.num_rows, len(batches), self.num_heads)
+        self.chosen = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
 
-def attention(batch: Batch, row: int) -> torch.Tensor:
-    """float64 [H, position + 1]."""
-    query = int(batch.row_list[row, 0])
-    return row_probe_ref(
-        batch.q[query], batch.keys[batch.rows[row][0]], batch.positions[row], scale=batch.scale,
-        sliding_window=batch.window, soft_cap=batch.soft_cap, alibi_slopes=batch.slopes, sinks=batch.learned,
-    )  # fmt: skip
+    def probe(self, key_budget: int | None = None, **options: Any) -> ProbeAnswers:
+        first = self.batches[0]
+        _, table = first.cache()
+        plan = first.plan(table, **({} if key_budget is None else {"key_budget": key_budget}))
+        layers = []
+        for batch in self.batches:
+            pages, same = batch.cache(order_seed=first.seed)
+            assert (same == table).all()
+            layers.append(LayerRows.select(batch.q, PlainReader(pages, batch.transposed), plan, batch.params))
+        defaults: dict[str, Any] = {
+            "top_k": 5,
+            "spans": torch.tensor(self.spans, dtype=torch.int32),
+            "kept_rows": range(self.num_rows),
+            "max_row_keys": MAX_ROW_KEYS,
+        }
+        return row_probe_cpu(layers, plan, first.positions, chosen=self.chosen, **(defaults | options))
 
+    def expected(self, row: int, layer: int) -> torch.Tensor:
+        """float64 [H, position + 1]."""
+        batch = self.batches[layer]
+        query = int(batch.row_list[row, 0])
+        return row_probe_ref(
+            batch.q[query], batch.keys[batch.rows[row][0]], batch.positions[row], scale=batch.scale,
+            sliding_window=batch.window, soft_cap=batch.soft_cap, alibi_slopes=batch.slopes, sinks=batch.learned,
+        )  # fmt: skip
 
-def assert_answers(batch: Batch, questions: list[RowQuestion], answers: list[RowAnswer]) -> None:
-    """Everything that was asked, against the reference."""
-    assert len(answers) == len(questions)
-    # A score's error is an error of its exponential; masses are at most 1.
-    tolerance = 8 * ROUNDING * max(2.0, batch.magnitude())
-    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        expected = attention(batch, row)
-        n = batch.positions[row] + 1
-        assert 0 <= answer.first < n
-        assert not expected[:, : answer.first].any()
-        if question.row:
-            assert answer.row is not None
-            np.testing.assert_allclose(answer.row, expected[:, answer.first :], rtol=0, atol=tolerance)
-        else:
-            assert answer.row is None
-        heads = list(question.heads) if question.heads is not None else list(range(batch.num_heads))
-        np.testing.assert_allclose(
-            answer.head_sum, expected[heads, answer.first :].sum(0), rtol=0, atol=tolerance * len(heads)
-        )
-        visible = n if batch.window is None else min(n, batch.window)
-        for head in range(batch.num_heads):
-            count = min(question.top_k, visible)
-            positions, mass = answer.topk_positions[head], answer.topk_mass[head]
-            assert positions.shape == mass.shape == (question.top_k,)
+    def check(self, **options: Any) -> ProbeAnswers:
+        """Everything that was asked, against the reference; every row is a kept row."""
+        answers = self.probe(**options)
+        positions = self.batches[0].positions
+        max_row_keys = options.get("max_row_keys", MAX_ROW_KEYS)
+        assert answers.chosen_sum.shape == (self.num_rows, max(positions) + 1)
+        for r, position in enumerate(positions):
+            total, total_tolerance = np.zeros(answers.chosen_sum.shape[1]), 0.0
+            for n, batch in enumerate(self.batches):
+                expected = self.expected(r, n).numpy()
+                # A score's error is an error of its exponential; masses are at most 1.
+                tolerance = 8 * ROUNDING * max(2.0, batch.magnitude())
+                visible = min(position + 1, batch.window or position + 1)
+                self._check_top(answers, r, n, expected, visible, tolerance)
+                for s, (start, end) in enumerate(self.spans[r]):
+                    wanted = [span_mass_ref(of_head, start, end) for of_head in expected]
+                    np.testing.assert_allclose(answers.span_mass[r, n, :, s], wanted, rtol=0, atol=10 * tolerance)
+                last = expected[:, -max_row_keys:]
+                np.testing.assert_allclose(answers.rows[r][n], last, rtol=HALF_ROUNDING, atol=tolerance + 2.0**-24)
+                chosen = self.chosen[r, n].numpy()
+                total[: position + 1] += expected[chosen].sum(0)
+                total_tolerance += tolerance * chosen.sum()
+            np.testing.assert_allclose(answers.chosen_sum[r], total, rtol=0, atol=total_tolerance)
+        return answers
+
+    def _check_top(
+        self, answers: ProbeAnswers, r: int, n: int, expected: np.ndarray, visible: int, tolerance: float
+    ) -> None:
+        top_k = answers.topk_mass.shape[-1]
+        for head in range(self.num_heads):
+            count = min(top_k, visible)
+            positions = answers.topk_positions[r, n, head].numpy()
+            mass = answers.topk_mass[r, n, head].numpy()
             # Which of two nearly equal keys comes first is rounding; their masses are what they are.
-            np.testing.assert_allclose(mass[:count], top_k_ref(expected[head], count)[1], rtol=0, atol=tolerance)
+            best = top_k_ref(torch.from_numpy(expected[head]), count)[1]
+            np.testing.assert_allclose(mass[:count], best, rtol=0, atol=tolerance)
             np.testing.assert_allclose(mass[:count], expected[head][positions[:count]], rtol=0, atol=tolerance)
             assert len(set(positions[:count].tolist())) == count
             assert (positions[count:] == NO_POSITION).all()
             assert (mass[count:] == 0).all()
-            for s, (start, end) in enumerate(question.spans):
-                wanted = span_mass_ref(expected[head], start, end)
-                assert answer.span_mass[head, s] == pytest.approx(wanted, abs=10 * tolerance)
 
 
 MIXED = Batch(
@@ -91,71 +123,102 @@ class TestAgainstReference:
             {"gain": 40.0},
         ],
     )
-    def test_mixed_batch(self, change: dict) -> None:
+    @pytest.mark.parametrize("num_layers", [1, 3])
+    def test_mixed_batch(self, change: dict, num_layers: int) -> None:
         """Prefill, decode, a row with one key, rows of one request, in every kind of layer."""
-        batch = replace(MIXED, **change)
-        assert_answers(batch, [ALL] * len(batch.rows), probe(batch))
+        first = replace(MIXED, **change)
+        others = [replace(first, seed=n, scale=first.scale / (1 + n)) for n in range(1, num_layers)]
+        Layers(first, *others).check()
 
-    def test_long_rows_in_several_tiles(self) -> None:
+    @pytest.mark.parametrize("window", [None, 300])
+    def test_long_rows_in_several_tiles(self, window: int | None) -> None:
         """A row whose keys come in many reads is one row."""
-        batch = replace(MIXED, lengths=[(700, 3, 650), (5, 1, 4)], rows=[(0, 0), (0, 2), (1, 0)])
-        assert_answers(batch, [ALL] * 3, probe(batch, key_budget=2 * 16 * 2 * 64))
-
-    def test_each_row_gets_what_it_asked(self) -> None:
-        """Rows of one step ask for different things."""
-        questions = [
-            RowQuestion(top_k=32),
-            RowQuestion(spans=((0, 1),)),
-            RowQuestion(row=True),
-            RowQuestion(top_k=1, heads=(1, 4)),
-            RowQuestion(),
-            RowQuestion(top_k=3, spans=((10, 12), (0, 500)), heads=(), row=True),
-            RowQuestion(top_k=8),
-            RowQuestion(top_k=20),
-        ]
-        assert_answers(MIXED, questions, probe(MIXED, questions))
+        batch = replace(MIXED, lengths=[(700, 3, 650), (5, 1, 4)], rows=[(0, 0), (0, 2), (1, 0)], window=window)
+        Layers(batch, replace(batch, seed=1)).check(key_budget=2 * 16 * 2 * 64)
 
     @given(
         st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=5),
         st.sampled_from([None, 1, 7]),
+        st.integers(1, 3),
         st.integers(0, 1000),
+        st.integers(0, 8),
         st.data(),
     )
-    def test_any_batch(self, lengths: list, window: int | None, seed: int, data: st.DataObject) -> None:
-        """Random lengths, rows and questions."""
+    def test_any_batch(
+        self, lengths: list, window: int | None, num_layers: int, seed: int, top_k: int, data: st.DataObject
+    ) -> None:
+        """Random lengths and rows, in any order."""
         batch = replace(
             MIXED, lengths=[(max(n, q), q, p) for n, q, p in lengths], rows=[(0, 0)], window=window, seed=seed
         )
         everything = [(b, i) for b, (_, q, _) in enumerate(batch.lengths) for i in range(q)]
-        batch = replace(batch, rows=sorted(data.draw(st.sets(st.sampled_from(everything), min_size=1, max_size=8))))
-        spans = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 70)).map(lambda s: (s[0], s[0] + s[1])))
-        question = st.builds(RowQuestion, st.integers(0, 8), spans.map(tuple), st.none(), st.booleans())
-        questions = [data.draw(question) for _ in batch.rows]
-        assert_answers(batch, questions, probe(batch, questions))
+        rows = data.draw(st.lists(st.sampled_from(everything), min_size=1, max_size=8, unique=True))
+        batch = replace(batch, rows=rows)
+        Layers(*[replace(batch, seed=seed + n) for n in range(num_layers)], seed=seed).check(top_k=top_k)
+
+
+class TestQuestions:
+    def test_nothing_asked(self) -> None:
+        """No top positions, no rows."""
+        answers = Layers(MIXED).probe(top_k=0, kept_rows=())
+        assert answers.topk_mass.shape == (8, 1, 6, 0)
+        assert answers.rows == ()
+
+    def test_no_spans(self) -> None:
+        """Nor spans."""
+        answers = Layers(MIXED).probe(spans=torch.zeros(8, 0, 2, dtype=torch.int32))
+        assert answers.span_mass.shape == (8, 1, 6, 0)
+
+    @pytest.mark.parametrize("max_row_keys", [1, 37, 1000])
+    def test_some_rows_are_kept(self, max_row_keys: int) -> None:
+        """In the order asked, the last keys up to the own position, as in a probe that keeps all."""
+        layers = Layers(replace(MIXED, window=30), replace(MIXED, window=30, seed=1))
+        kept = layers.probe(kept_rows=(4, 3), max_row_keys=max_row_keys).rows
+        whole = layers.probe(max_row_keys=1000).rows
+        assert [row.shape[2] for row in whole] == [position + 1 for position in MIXED.positions]
+        for row, of_whole in zip(kept, (whole[4], whole[3]), strict=True):
+            assert torch.equal(row, of_whole[..., -max_row_keys:])
 
 
 class TestNotFinite:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("soft_cap", [None, 5.0])
     def test_a_bad_score(self, value: float, soft_cap: float | None) -> None:
-        """The head has no positions and no mass, and NaN where a number would be wrong; other rows have theirs."""
-        batch = replace(MIXED, soft_cap=soft_cap)
-        batch.keys[2][100, 0, 0] = value
-        answers = probe(batch)
-        bad = answers[4]
-        assert bad.row is not None
-        for heads, broken in ((slice(0, 3), True), (slice(3, 6), False)):
-            assert broken == bool(np.isnan(bad.row[heads]).all())
-            assert broken == bool(np.isnan(bad.span_mass[heads]).all())
-            assert broken == bool((bad.topk_positions[heads] == NO_POSITION).all())
-        good = [i for i in range(len(batch.rows)) if i != 4]
-        clean = probe(replace(MIXED, soft_cap=soft_cap))
-        for i in good:
-            np.testing.assert_array_equal(clean[i].row, answers[i].row)
+        """The heads have no positions and no mass, and NaN where a number would be wrong; all else is as without."""
+        clean = Layers(replace(MIXED, soft_cap=soft_cap), replace(MIXED, soft_cap=soft_cap, seed=1))
+        spoiled = replace(MIXED, soft_cap=soft_cap)
+        spoiled.keys[2][100, 0, 0] = value
+        layers = Layers(spoiled, clean.batches[1])
+        layers.chosen[4, 0] = clean.chosen[4, 0] = torch.tensor([False, False, False, True, True, True])
+        expected, answers = clean.probe(), layers.probe()
+        heads = slice(0, 3)
+        assert (answers.topk_positions[4, 0, heads] == NO_POSITION).all()
+        assert (answers.topk_mass[4, 0, heads] == 0).all()
+        assert answers.span_mass[4, 0, heads].isnan().all()
+        assert answers.rows[4][0, heads].isnan().all()
+        for name in ("topk_positions", "topk_mass", "span_mass"):
+            got, wanted = getattr(answers, name), getattr(expected, name)
+            got[4, 0, heads] = wanted[4, 0, heads] = 0
+            assert torch.equal(got, wanted), name
+        for row, wanted in zip(answers.rows, expected.rows, strict=True):
+            if row is answers.rows[4]:
+                row[0, heads] = wanted[0, heads] = 0
+            assert torch.equal(row, wanted)
+        # Bad heads that were not chosen don't spoil the sum.
+        torch.testing.assert_close(answers.chosen_sum, expected.chosen_sum, rtol=0, atol=1e-6)
+        layers.chosen[4, 0, 0] = True
+        spoiled_sum = layers.probe().chosen_sum
+        assert spoiled_sum[4].isnan().all()
+        assert not spoiled_sum[[0, 1, 2, 3, 5, 6, 7]].isnan().any()
 
 
 class TestErrors:
     def test_a_plan_of_other_rows(self) -> None:
         """Says what the plan must be."""
+        pages, table = MIXED.cache()
+        plan = MIXED.plan(table)
+        layer = LayerRows.select(MIXED.q, PlainReader(pages), plan, MIXED.params)
         with pytest.raises(ValueError, match=r"must be for 1 rows, got 8; plan the probed rows"):
-            probe(MIXED, [ALL])
+            row_probe_cpu(
+                [layer], plan, [3], top_k=1, spans=torch.zeros(1, 0, 2), chosen=torch.ones(1, 1, 6), max_row_keys=1
+            )
