@@ -71,8 +71,8 @@ class Observer:
         num_heads: query heads local to the worker.
         config: returns the configuration in force; called at every step.
         requests: which requests are traced.
-        listen: told whether layers are to call `after_attention`: in warm-up, since graphs are
-            captured there, and then in measured steps.
+        listen: told whether layers are to call `after_attention`: in warm-up, since graphs are captured there, and
+            then in measured steps.
         max_spec_tokens: draft tokens a decode step may verify (0 without speculative decoding).
         clock: seconds, monotonic.
     """
