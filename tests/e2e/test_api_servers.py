@@ -37,6 +37,9 @@ def pair(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             list(
                 pool.map(lambda n: server.complete([n, *PROMPT], TOKENS, ignore_eos=True), range(2000, 2000 + REQUESTS))
             )
+        # All of them first: on a busy machine a snapshot may come later than `settled_rows` waits for a change.
+        decoded = REQUESTS * (TOKENS - 1) * 30 * 9
+        server.wait_metric("glassbox_attention_rows_total", lambda rows: (rows or 0) >= decoded, 60.0, phase="decode")
         server.settled_rows()
         yield server
 

@@ -1,6 +1,7 @@
 """Traced requests of a real OpenAI client: over HTTP, in records, as exemplars and as spans of the client's trace."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Shown:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/glassbox/v1/requests"
         server.edit_config(export={"interval_s": 1, "prometheus": {"port": self.port}}, **changes)
+        # In force within two seconds, also in the worker, which has no metric of its own for it.
+        time.sleep(2.0)
 
     def get(self, path: str = "", **parameters: Any) -> Any:
         answer = httpx.get(f"{self.url}{path}", params=parameters, timeout=60.0)
