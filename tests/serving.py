@@ -20,6 +20,8 @@ MODEL_NAME: Final = "smollm2"
 BASE_CONFIG: Final[dict[str, Any]] = {"sample_rate": 1.0, "export": {"interval_s": 1}}
 # No torch.compile: it would add 40 s to each start on two cores.
 BASE_ARGS: Final = ("--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16")
+# An edited configuration is in force by then, in every process.
+EFFECT_S: Final = 2.0
 REQUIRE_TOOLS_ENV: Final = "GLASSBOX_REQUIRE_TOOLS"
 
 _Value = TypeVar("_Value")

@@ -9,11 +9,10 @@ import httpx
 import pytest
 
 from tests.broken_configs import BROKEN, Broken
-from tests.serving import BASE_CONFIG, MODEL_NAME, GlassboxServer, unprivileged, wait_for
+from tests.serving import BASE_CONFIG, EFFECT_S, MODEL_NAME, GlassboxServer, unprivileged, wait_for
 
 pytestmark = pytest.mark.e2e
 
-EFFECT_S: Final = 2.0
 NUM_LAYERS, NUM_HEADS = 30, 9
 # Snapshots this far apart can't be what shows an edit in time.
 RARE_EXPORT: Final = {"export": {"interval_s": 60}}

@@ -19,7 +19,7 @@ from glassbox.dashboards.stack import Stack
 from tests.e2e.test_dashboard_queries import VALUES
 from tests.otlp_receiver import OtlpReceiver, attributes
 from tests.prometheus_server import PrometheusServer, free_port
-from tests.serving import MODEL_NAME, GlassboxServer, require_tool, wait_for
+from tests.serving import EFFECT_S, MODEL_NAME, GlassboxServer, require_tool, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -48,8 +48,7 @@ class Shown:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/glassbox/v1/requests"
         server.edit_config(export={"interval_s": 1, "prometheus": {"port": self.port}}, **changes)
-        # In force within two seconds, also in the worker, which has no metric of its own for it.
-        time.sleep(2.0)
+        time.sleep(EFFECT_S)
 
     def get(self, path: str = "", **parameters: Any) -> Any:
         answer = httpx.get(f"{self.url}{path}", params=parameters, timeout=60.0)
