@@ -11,6 +11,7 @@ import httpx
 import pytest
 import yaml
 
+from glassbox.cpu import serving_dtype
 from glassbox.demo.server import HOST, VllmServer
 from glassbox.view.measured import Measured
 from glassbox.view.scrape import read_families
@@ -19,7 +20,7 @@ MODEL_NAME: Final = "smollm2"
 # Everything is measured and exported each second, so that tests wait for no more than that.
 BASE_CONFIG: Final[dict[str, Any]] = {"sample_rate": 1.0, "export": {"interval_s": 1}}
 # No torch.compile: it would add 40 s to each start on two cores.
-BASE_ARGS: Final = ("--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16")
+BASE_ARGS: Final = ("--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16", "--dtype", serving_dtype())
 # An edited configuration is in force by then, in every process.
 EFFECT_S: Final = 2.0
 REQUIRE_TOOLS_ENV: Final = "GLASSBOX_REQUIRE_TOOLS"

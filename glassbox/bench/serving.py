@@ -46,6 +46,7 @@ import yaml
 
 from glassbox import __version__
 from glassbox.config import load_config, packaged_config
+from glassbox.cpu import cpu_model, serving_dtype
 from glassbox.demo.model import demo_model
 from glassbox.demo.server import VllmServer, free_port
 
@@ -111,6 +112,7 @@ class Options:
     prompt_tokens: int
     max_tokens: int
     eager: bool
+    dtype: str
 
 
 def batches(options: Options, count: int) -> Iterator[Batch]:
@@ -246,7 +248,7 @@ def server(folder: Path, options: Options, *, plugin: bool) -> Iterator[tuple[Vl
     config_path = folder / "glassbox.yaml"
     config_path.write_text(packaged_config().read_text())
     longest = options.prompt_tokens + options.max_tokens
-    args = ["--served-model-name", MODEL_NAME, "--max-model-len", str(max(2048, longest))]
+    args = ["--served-model-name", MODEL_NAME, "--max-model-len", str(max(2048, longest)), "--dtype", options.dtype]
     args += ["--max-num-seqs", str(max(16, options.batch_size))]
     args += ["--enforce-eager"] if options.eager else []
     env = {
@@ -276,13 +278,6 @@ def otel_memory_mb(arm: Arm, base: dict[str, Any]) -> float:
     return sum(added.values())
 
 
-def cpu_model() -> str:
-    """Name of the CPU and the number of its cores that may be used."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {psutil.cpu_count()} cores"
-
-
 def commit() -> str:
     """Commit of the working tree, with `+` if it has changes; of an installed package its version."""
     if not (ROOT / "pyproject.toml").is_file():
@@ -308,7 +303,7 @@ def write_csv(path: Path, rows: Sequence[Row], memory: dict[str, float], options
         "cpu": f"{cpu_model()}, load average {load:.1f} at the start",
         "versions": f"vllm {version('vllm')}, torch {version('torch')}, python {platform.python_version()}",
         "servers": f"{options.starts} starts, {options.rounds} rounds each, "
-        f"{'eager' if options.eager else 'torch.compile'}",
+        f"{'eager' if options.eager else 'torch.compile'}, {options.dtype}",
         "batch": f"{options.batch_size} requests at once, {options.prompt_tokens} prompt and {options.max_tokens} "
         "output tokens",
     }
@@ -390,11 +385,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--eager", action="store_true", help="vLLM's --enforce-eager: no torch.compile")
+    parser.add_argument("--dtype", default=serving_dtype(), help="vLLM's --dtype (default: what this CPU is fast in)")
     parser.add_argument("--csv", type=Path, help="also write the result there")
     given = parser.parse_args(argv)
     if given.starts < 1 or given.rounds < 1:
         parser.error("--starts and --rounds must be at least 1; use --starts 4 --rounds 4")
-    options = Options(given.starts, given.rounds, given.batch_size, given.prompt_tokens, given.max_tokens, given.eager)
+    options = Options(
+        given.starts,
+        given.rounds,
+        given.batch_size,
+        given.prompt_tokens,
+        given.max_tokens,
+        eager=given.eager,
+        dtype=given.dtype,
+    )
     # SIGTERM ends it as Ctrl-C does, so that the servers are stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     load = os.getloadavg()[0]

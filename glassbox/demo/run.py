@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from glassbox.cpu import serving_dtype
 from glassbox.demo.model import MODEL_NAME, DemoModelError, demo_model
 from glassbox.demo.server import ServerError, VllmServer
 from glassbox.demo.table import missing_samples, report
@@ -103,7 +104,7 @@ def _start(
         task = progress.add_task(f"vllm serve (log: {log_path})", total=None)
         server = VllmServer(
             model,
-            args=("--served-model-name", SERVED_NAME, *SERVER_ARGS),
+            args=("--served-model-name", SERVED_NAME, "--dtype", serving_dtype(), *SERVER_ARGS),
             env={
                 "GLASSBOX_CONFIG": str(config),
                 # Inside the demo's own folder, so that it goes when the demo goes, however the server ends.

@@ -49,7 +49,7 @@ class TestSummarise:
 
     def test_batches_share_no_prefix(self) -> None:
         """The prefix cache can serve no prompt."""
-        options = Options(starts=1, rounds=3, batch_size=4, prompt_tokens=16, max_tokens=8, eager=True)
+        options = Options(starts=1, rounds=3, batch_size=4, prompt_tokens=16, max_tokens=8, eager=True, dtype="float32")
         prompts = [prompt for batch in batches(options, 5) for prompt in batch.prompts]
         assert len(prompts) == 20
         assert len({prompt[:4] for prompt in prompts}) == 20
@@ -74,7 +74,7 @@ class TestCommand:
     def test_the_result_names_the_command_that_made_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """So that it can be repeated."""
         monkeypatch.setattr("sys.argv", ["/venv/bin/glassbox", "bench", "--starts", "2"])
-        options = Options(starts=2, rounds=3, batch_size=4, prompt_tokens=16, max_tokens=8, eager=True)
+        options = Options(starts=2, rounds=3, batch_size=4, prompt_tokens=16, max_tokens=8, eager=True, dtype="float32")
         serving.write_csv(tmp_path / "a.csv", [], {}, options, 0.1)
         first = (tmp_path / "a.csv").read_text().splitlines()[0]
         assert first.startswith("# command: ")
@@ -89,7 +89,9 @@ class TestShort:
     ) -> None:
         """sample_rate 1.0 against 0, in turns, in CPU time: at least 0.4 (`make bench` measures it properly)."""
         monkeypatch.setattr(serving, "MODEL_NAME", MODEL_NAME)
-        options = Options(starts=1, rounds=4, batch_size=8, prompt_tokens=256, max_tokens=24, eager=True)
+        options = Options(
+            starts=1, rounds=4, batch_size=8, prompt_tokens=256, max_tokens=24, eager=True, dtype="float32"
+        )
         cpu_s: dict[float, list[float]] = {0.0: [], 1.0: []}
         rates = [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
         with httpx.Client(timeout=300.0) as client, ThreadPoolExecutor(options.batch_size) as pool:

@@ -10,9 +10,10 @@ import yaml
 from typer.testing import CliRunner
 
 from glassbox import __version__
+from glassbox.cache import cache_dir
 from glassbox.cli import main
 from glassbox.config import load_config, packaged_config
-from glassbox.demo.model import DemoModelError, cache_dir, demo_model
+from glassbox.demo.model import DemoModelError, demo_model
 
 
 @pytest.fixture
