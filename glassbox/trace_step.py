@@ -43,7 +43,7 @@ class AskedRows:
     """What is asked of the probed rows of a step, R of them, over all of the worker's L layers at once.
 
     Attributes:
-        rows: int32 [R, NUM_ROW_COLUMNS], their entries of the row list.
+        rows: int32 [R, NUM_ROW_COLUMNS], their entries of the row list; places: int64 [R], where these stand in it.
         positions: int32 [R], in their sequences.
         top_k: the largest that one of them wants.
         spans: int32 [R, S, 2], (start, exclusive end); (0, 0) fills up.
@@ -52,6 +52,7 @@ class AskedRows:
     """
 
     rows: npt.NDArray[np.int32]
+    places: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int32]
     top_k: int
     spans: npt.NDArray[np.int32]
@@ -110,16 +111,17 @@ class TracedStep:
         self._stats = np.full((len(indices), num_layers, num_heads, NUM_STATISTICS + 1), np.nan, dtype=np.float32)
         self._probes = [_Probe(member, num_heads) for member in members if member.trace.options.probes]
         numbers = [np.arange(p.rows.numbers.start, p.rows.numbers.stop) for p in self._probes]
-        self._probed = row_list[indices[np.concatenate(numbers)]] if numbers else row_list[:0]
+        self._probed_places = indices[np.concatenate(numbers)] if numbers else indices[:0]
+        self._probed = row_list[self._probed_places]
 
-    def add_stats(self, layer_row: int, stats: npt.NDArray[np.float32]) -> None:
-        """Keep the statistics of a layer.
+    def add_stats(self, layer_rows: Sequence[int], stats: npt.NDArray[np.float32]) -> None:
+        """Keep the statistics of some layers.
 
         Args:
-            layer_row: of the layer among the observed ones.
-            stats: [R, H, NUM_STATISTICS + 1] of the whole row list.
+            layer_rows: of the layers among the observed ones.
+            stats: [N, R, H, NUM_STATISTICS + 1] of these layers and the whole row list.
         """
-        self._stats[:, layer_row, : stats.shape[1]] = stats[self._indices]
+        self._stats[:, layer_rows, : stats.shape[2]] = stats[:, self._indices].swapaxes(0, 1)
 
     def set_stats(self, ring: npt.NDArray[np.float32]) -> None:
         """Keep the statistics of all layers.
@@ -146,6 +148,7 @@ class TracedStep:
             at += n
         return AskedRows(
             rows=self._probed,
+            places=self._probed_places,
             positions=np.concatenate([probe.rows.positions for probe in self._probes]),
             top_k=max(one.top_k for one in options),
             spans=spans,

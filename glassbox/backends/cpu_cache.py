@@ -104,6 +104,7 @@ class PackedKeyReader:
             all), not on the keys.
         num_kv_heads: Hkv.
         layout: of a page.
+        fp8: type of the stored numbers; None if it is the cache's own.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class PackedKeyReader:
         page = block_size * head_size
         # Keys are the first half of each head's page.
         self._pages = stored.as_strided((kv_cache.shape[0], num_heads, page), (stored.stride(0), stored.stride(1), 1))
-        self._fp8: Final = fp8
+        self.fp8: Final = fp8
         self.num_kv_heads: Final = num_heads
         self.key_scale: Final = 1.0 if fp8 is None else k_scale * _half_scale(fp8)
 
@@ -160,8 +161,8 @@ class PackedKeyReader:
             Unused slots of a block hold whatever the cache holds.
         """
         pages = self._pages.index_select(0, block_ids)
-        if self._fp8 is not None:
-            pages = _widen_fp8(pages, self._fp8)
+        if self.fp8 is not None:
+            pages = _widen_fp8(pages, self.fp8)
         return self.layout.unpack(pages)
 
 

@@ -1,12 +1,14 @@
 """Measuring on the CPU: after the inner attention, on the calling thread, over K read from vLLM's packed pages.
 
-Few rows cost mostly calls, so a layer's queries are put by until as many layers have come as are measured at once, or
-the step ends; the keys that its rows see stay in the cache until then.
+One of two ways, chosen per step and kind of layer: the native kernel at once, or torch for many rows on many cores and
+where there is no compiler. For torch few rows cost mostly calls, so a layer's queries are put by until as many layers
+have come as are measured at once, or the step ends; the keys that its rows see stay in the cache until then.
 """
 
+import logging
 import sys
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -15,13 +17,19 @@ import torch
 
 from glassbox.accumulate import AccumulatorArrays, Accumulators
 from glassbox.backends.cpu_cache import PackedKeyReader
+from glassbox.backends.cpu_layers import CachedLayer, layer_params
 from glassbox.errors import ErrorCounter
 from glassbox.kernels.row_plan import RowPlan, plan_rows
-from glassbox.kernels.row_probe_cpu import row_probe_cpu
+from glassbox.kernels.row_probe_cpu import ProbeAnswers, row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerParams, LayerRows, row_stats_cpu
+from glassbox.kernels.row_stats_native import NativeProbe, NativeRows, NativeStep, Questions, native_kernel
+from glassbox.logs import get_logger, log_once
+from glassbox.native import NativeError
 from glassbox.sampling import ROW_PHASE, ROW_UNCOUNTED
 from glassbox.trace_record import MAX_ROW_KEYS
 from glassbox.trace_step import AskedRows, LayersAnswer, TracedStep
+
+logger = get_logger(__name__)
 
 # Statistics of several layers are added to the accumulators together: it costs a dozen torch calls either way.
 _FLUSH_ELEMENTS: Final = 1 << 21  # 8 MB of float32
@@ -29,7 +37,7 @@ _FLUSH_ELEMENTS: Final = 1 << 21  # 8 MB of float32
 
 @dataclass
 class _Waiting:
-    """Layers of one kind that are measured together.
+    """Layers of one kind that torch measures together.
 
     Attributes:
         limit: how many at once.
@@ -44,14 +52,33 @@ class _Waiting:
     layers: list[LayerRows] = field(default_factory=list)
 
 
+@dataclass
+class _Native:
+    """Layers of one size that the native kernel measures in a step.
+
+    Attributes:
+        probe: of the layers of which something is asked; None if nothing is.
+        places: of these layers in `probe`, by their rows in the accumulators.
+        rows: of the measured layers in the accumulators, in their order.
+        probed: those of `places` that were measured.
+    """
+
+    step: NativeStep
+    probe: NativeProbe | None
+    places: Mapping[int, int]
+    rows: list[int] = field(default_factory=list)
+    probed: dict[int, int] = field(default_factory=dict)
+
+
 class CpuMeasurer:
-    """Measures rows with `kernels/row_stats_cpu.py` and `kernels/row_probe_cpu.py`.
+    """Measures rows with `kernels/row_stats_native.py`, or `kernels/row_stats_cpu.py` and `row_probe_cpu.py`.
 
     Args:
         accumulators: on the CPU; [L, H] of the observed layers.
         layer_rows: name of each observed layer -> its row in the accumulators.
         sink_tokens, local_window: in tokens, see statistics.py.
         errors: counts what goes wrong with probes.
+        native: whether the native kernel may be used.
     """
 
     def __init__(
@@ -62,6 +89,7 @@ class CpuMeasurer:
         sink_tokens: int,
         local_window: int,
         errors: ErrorCounter,
+        native: bool = True,
     ) -> None:
         self._accumulators, self._layer_rows, self._errors = accumulators, layer_rows, errors
         self._sink_tokens, self._local_window = sink_tokens, local_window
@@ -72,11 +100,18 @@ class CpuMeasurer:
         self._asked: AskedRows | None = None
         # Of the rows that enter the accumulators, None is all.
         self._counted: torch.Tensor | None = None
-        self._plans: dict[tuple[int, int | None, bool], RowPlan] = {}
         self._metadata: list[Any] = []
-        self._waiting: dict[Hashable, _Waiting] = {}
-        self._pending: list[tuple[int, torch.Tensor]] = []
         self._params: dict[str, LayerParams] = {}
+        # Of torch: plans, and layers that wait.
+        self._plans: dict[tuple[int, int | None, bool], RowPlan] = {}
+        self._waiting: dict[Hashable, _Waiting] = {}
+        # Of the native kernel: what it knows of layers, and the step's rows and results.
+        self._native = native and _has_kernel()
+        self._cached_layers: dict[str, CachedLayer] = {}
+        self._native_rows: dict[Hashable, NativeRows] = {}
+        self._natives: dict[Hashable, _Native] = {}
+        # [N, R, H, NUM_STATISTICS + 1] of so many layers, for the accumulators.
+        self._pending: list[tuple[list[int], torch.Tensor]] = []
 
     def end_warm_up(self) -> None:
         """Nothing was captured."""
@@ -92,14 +127,16 @@ class CpuMeasurer:
         """Nothing to keep: the CPU's metadata holds all that is needed."""
 
     def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """Take this layer's rows, if it is one of the step's layers."""
+        """Measure this layer's rows, or take them, if it is one of the step's layers."""
         row = self._layer_rows.get(layer.layer_name)
         if self._rows is None or row is None or row not in self._layers:
             return
         name = layer.layer_name
         params = self._params.get(name)
         if params is None:
-            params = self._params[name] = self._read_params(impl)
+            params = self._params[name] = layer_params(impl)
+        if self._native and self._measure_now(row, params, impl, layer, query, kv_cache, attn_metadata):
+            return
         plan = self._plan(self._rows, attn_metadata, kv_cache.shape[2], params.sliding_window)
         # Made for each call: it is a view, and keeping it would keep a KV cache alive that vLLM has freed.
         reader = PackedKeyReader(kv_cache, layer.isa, impl.kv_cache_dtype, layer._k_scale_float)
@@ -113,20 +150,81 @@ class CpuMeasurer:
         try:
             for key in list(self._waiting):
                 self._measure(key)
+            for native in self._natives.values():
+                self._keep(native.rows, native.step.stats())
+                if native.probe is not None and native.probed:
+                    self._answer(list(native.probed), native.probe.answers(list(native.probed.values())))
             self._flush()
             if self._traced is not None:
                 self._traced.commit()
         finally:
-            self._waiting.clear()
+            for of_step in (self._waiting, self._plans, self._natives, self._native_rows):
+                of_step.clear()
             self._pending.clear()
-            self._rows = self._traced = self._asked = self._counted = None
-            self._plans.clear()
             self._metadata.clear()
+            self._rows = self._traced = self._asked = self._counted = None
 
     def copy(self, now_s: float) -> AccumulatorArrays:
         """See observer.Measurer."""
         self._accumulators.rotate(now_s)
         return self._accumulators.copy()
+
+    def _measure_now(
+        self, row: int, params: LayerParams, impl: Any, layer: Any, query: Any, kv_cache: Any, metadata: Any
+    ) -> bool:
+        """Measure a layer with the native kernel, if that is the faster way."""
+        cached = self._cached_layers.get(layer.layer_name)
+        if cached is None or cached.cache() is not kv_cache:
+            cached = self._cached_layers[layer.layer_name] = CachedLayer.of(params, impl, layer, query, kv_cache)
+        num_heads, head_size = query.shape[1:]
+        key = (id(metadata), params.sliding_window, num_heads, head_size)
+        native = self._natives.get(key)
+        if native is None:
+            rows = self._rows_for(metadata, kv_cache.shape[2], params.sliding_window)
+            if not rows.is_light(num_heads, head_size, cores=torch.get_num_threads()):
+                return False
+            native = self._natives[key] = self._new_native(rows, num_heads)
+        place = native.places.get(row)
+        probe = None if native.probe is None or place is None else native.probe.at(place)
+        native.step.measure(cached.layer, query, kv_cache.data_ptr(), probe)
+        native.rows.append(row)
+        if place is not None:
+            native.probed[row] = place
+        return True
+
+    def _rows_for(self, metadata: Any, block_size: int, window: int | None) -> NativeRows:
+        assert self._rows is not None
+        key = (id(metadata), window)
+        rows = self._native_rows.get(key)
+        if rows is None:
+            rows = self._native_rows[key] = NativeRows(
+                self._rows,
+                metadata.query_start_loc,
+                metadata.seq_lens,
+                metadata.block_table,
+                block_size,
+                sliding_window=window,
+                sink_tokens=self._sink_tokens,
+                local_window=self._local_window,
+                asked=None if self._asked is None else self._asked.places,
+            )
+            self._metadata.append(metadata)
+        return rows
+
+    def _new_native(self, rows: NativeRows, num_heads: int) -> _Native:
+        step, asked = NativeStep(rows, len(self._layers), num_heads), self._asked
+        if asked is None:
+            return _Native(step, None, {})
+        probed_rows = sorted(asked.layer_rows & self._layers)
+        questions = Questions(
+            top_k=asked.top_k,
+            spans=asked.spans,
+            chosen=asked.chosen[:, probed_rows, :num_heads],
+            kept_rows=asked.kept,
+            max_row_keys=MAX_ROW_KEYS,
+            positions=asked.positions,
+        )
+        return _Native(step, NativeProbe(questions), {row: place for place, row in enumerate(probed_rows)})
 
     def _plan(self, rows: np.ndarray, metadata: Any, block_size: int, window: int | None) -> RowPlan:
         # Layers of one KV-cache group share their metadata object; it is kept so that its id stays its own.
@@ -162,16 +260,19 @@ class CpuMeasurer:
         waiting = self._waiting.pop(key)
         if waiting.asked is not None:
             self._probe(waiting, waiting.asked)
-            return
-        for row, stats in zip(waiting.rows, row_stats_cpu(waiting.layers, waiting.plan), strict=True):
-            if self._traced is not None:
-                self._traced.add_stats(row, stats.numpy())
-            self._pending.append((row, stats if self._counted is None else stats[self._counted]))
+        else:
+            self._keep(waiting.rows, row_stats_cpu(waiting.layers, waiting.plan).numpy())
+
+    def _keep(self, rows: list[int], stats: np.ndarray) -> None:
+        """Statistics of these layers, for the accumulators and for traces."""
+        if self._traced is not None:
+            self._traced.add_stats(rows, stats)
+        counted = torch.from_numpy(stats)
+        self._pending.append((rows, counted if self._counted is None else counted[:, self._counted]))
         if sum(stats.numel() for _, stats in self._pending) > _FLUSH_ELEMENTS:
             self._flush()
 
     def _probe(self, waiting: _Waiting, asked: AskedRows) -> None:
-        assert self._traced is not None
         try:
             found = row_probe_cpu(
                 waiting.layers,
@@ -183,37 +284,50 @@ class CpuMeasurer:
                 kept_rows=asked.kept,
                 max_row_keys=MAX_ROW_KEYS,
             )
-            answer = LayersAnswer(
-                layer_rows=waiting.rows,
-                topk_positions=found.topk_positions.numpy(),
-                topk_mass=found.topk_mass.numpy(),
-                span_mass=found.span_mass.numpy(),
-                chosen_sum=found.chosen_sum.numpy(),
-                rows=tuple(row.numpy() for row in found.rows),
-            )
-            self._traced.add_layers(answer, asked.kept)
         except Exception as error:
             self._errors.count("probe", error)
+        else:
+            self._answer(waiting.rows, found)
+
+    def _answer(self, rows: list[int], found: ProbeAnswers) -> None:
+        assert self._traced is not None
+        assert self._asked is not None
+        answer = LayersAnswer(
+            layer_rows=rows,
+            topk_positions=found.topk_positions.numpy(),
+            topk_mass=found.topk_mass.numpy(),
+            span_mass=found.span_mass.numpy(),
+            chosen_sum=found.chosen_sum.numpy(),
+            rows=tuple(row.numpy() for row in found.rows),
+        )
+        self._traced.add_layers(answer, self._asked.kept)
 
     def _flush(self) -> None:
-        if not self._pending or self._rows is None:
+        pending, self._pending = self._pending, []
+        if not pending or self._rows is None or (self._counted is not None and not len(self._counted)):
             return
         self._accumulators.rotate(time.monotonic())
-        layers = torch.tensor([row for row, _ in self._pending])
-        stats = torch.stack([stats for _, stats in self._pending])
         phases = torch.from_numpy(self._rows[:, ROW_PHASE].astype(np.int64))
         if self._counted is not None:
             phases = phases[self._counted]
-        self._pending.clear()
-        self._accumulators.add(layers, stats, phases)
+        by_heads: dict[int, list[tuple[list[int], torch.Tensor]]] = {}
+        for rows, stats in pending:
+            by_heads.setdefault(stats.shape[2], []).append((rows, stats))
+        for group in by_heads.values():
+            layers = torch.tensor([row for rows, _ in group for row in rows])
+            self._accumulators.add(layers, torch.cat([stats for _, stats in group]), phases)
 
-    @staticmethod
-    def _read_params(impl: Any) -> LayerParams:
-        # vLLM's CPU impl writes "none" as -1 (window) and 0 (soft cap).
-        return LayerParams(
-            scale=impl.scale,
-            sliding_window=impl.sliding_window if impl.sliding_window > 0 else None,
-            soft_cap=impl.logits_soft_cap or None,
-            alibi_slopes=impl.alibi_slopes,
-            sinks=impl.sinks,
+
+def _has_kernel() -> bool:
+    try:
+        native_kernel()
+    except (NativeError, OSError) as error:
+        log_once(
+            logger,
+            logging.WARNING,
+            "native",
+            "Rows are measured by torch, which takes several times as long as the compiled kernel: %s",
+            error,
         )
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from vllm import _custom_ops as ops
 
 from glassbox.backends import cpu_cache
 from glassbox.backends.cpu_cache import CacheLayoutError, KeyLayout, PackedKeyReader, probe_layout
+from glassbox.backends.cpu_layers import CachedLayer
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.kernels.row_stats_cpu import LayerParams, LayerRows, plan_rows, row_stats_cpu
+from glassbox.kernels.row_stats_native import NativeRows, NativeStep
 from tests.kernels.tolerances import ATTENTION_OUTPUT, assert_two_oracles
 
 pytestmark = pytest.mark.integration
@@ -20,6 +23,10 @@ pytestmark = pytest.mark.integration
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 NUM_BLOCKS, NUM_HEADS = 5, 2
 HAS_AMX = torch.cpu._is_amx_tile_supported()
+# vLLM's operators for CPUs with AVX2 alone know neither FP8 caches nor AMX's order.
+NEEDS_AVX512 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM packs FP8 and AMX caches with its AVX-512 build"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,10 @@ class Kind:
         name = str(self.dtype).removeprefix("torch.")
         return f"{self.isa}-b{self.block_size}-d{self.head_size}-{name}-{self.kv_dtype}"
 
+    @property
+    def needs_avx512(self) -> bool:
+        return self.isa == "amx" or self.kv_dtype != "auto"
+
     def empty(self) -> Tensor:
         """All NaN, as far as the type has one."""
         shape = (NUM_BLOCKS, NUM_HEADS, self.block_size, 2 * self.head_size)
@@ -49,8 +60,8 @@ class Kind:
         return cache.view(NUM_BLOCKS, NUM_HEADS, 2 * self.block_size, self.head_size).chunk(2, dim=2)
 
 
-def kinds() -> list[Kind]:
-    """What vLLM's operator packs on any x86: FP8 needs isa vec or amx and a head size divisible by 32."""
+def kinds() -> list:
+    """What vLLM's operator packs on x86: FP8 needs isa vec or amx and a head size divisible by 32."""
     found = []
     for isa in ("vec", "vec16", "amx"):
         for block_size in (16, 32, 64, 128):
@@ -61,7 +72,7 @@ def kinds() -> list[Kind]:
                 found += [Kind(isa, block_size, head_size, dtype, "auto") for dtype in plain]
                 if isa != "vec16" and head_size % 32 == 0:
                     found += [Kind(isa, block_size, head_size, torch.bfloat16, kv) for kv in FP8]
-    return found
+    return [pytest.param(kind, id=kind.id, marks=[NEEDS_AVX512] if kind.needs_avx512 else []) for kind in found]
 
 
 def stored(keys: Tensor, kind: Kind, k_scale: float) -> Tensor:
@@ -90,7 +101,7 @@ def _flipped(found: Tensor) -> Tensor:
 
 
 class TestReadBack:
-    @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.id)
+    @pytest.mark.parametrize("kind", kinds())
     def test_keys_are_read_exactly(self, kind: Kind) -> None:
         """Keys that vLLM's operator wrote into shuffled blocks come back bit for bit (FP8: cut off once)."""
         generator = torch.Generator().manual_seed(1)
@@ -110,6 +121,7 @@ class TestReadBack:
         assert torch.equal(got.double() * reader.key_scale, expected)
         assert reader.num_kv_heads == NUM_HEADS
 
+    @NEEDS_AVX512
     @pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
     def test_every_fp8_number(self, kv_dtype: str) -> None:
         """All 256 bit patterns are read as torch reads them: subnormals, both zeros, infinities and NaN."""
@@ -132,6 +144,7 @@ class TestReadBack:
         """The transpose of the vector kernels is a view of the gathered pages."""
         assert probe_layout("vec", 32, 64, torch.bfloat16, "auto").is_view
 
+    @NEEDS_AVX512
     def test_amx_tiles_have_a_strided_form(self) -> None:
         """AMX's tiles (16 tokens x 2 dimensions) are found as strides, so no index per element is needed."""
         layout = probe_layout("amx", 32, 64, torch.bfloat16, "auto")
@@ -299,9 +312,13 @@ class Served:
 def served_cases() -> list:
     """Attention itself, other than packing, runs AMX instructions."""
     no_amx = pytest.mark.skipif(not HAS_AMX, reason="vLLM's AMX attention needs a CPU with AMX")
-    marks = {"amx": [no_amx]}
+    marks = {"amx": [no_amx], "vec": []}
     return [
-        pytest.param(case, id=f"{case.isa}-{case.dtype}-{case.kv_dtype}", marks=marks.get(case.isa, []))
+        pytest.param(
+            case,
+            id=f"{case.isa}-{case.dtype}-{case.kv_dtype}",
+            marks=[*marks[case.isa], *([NEEDS_AVX512] if case.kv_dtype != "auto" else [])],
+        )
         for case in CASES
     ]
 
@@ -316,12 +333,24 @@ class TestScores:
         assert error < ATTENTION_OUTPUT[case.dtype]
 
     def test_statistics_equal_the_reference(self, options: Options, case: Case) -> None:
-        """The fast measurement over vLLM's own cache equals the reference over the keys that were written."""
+        """Both measurements over vLLM's own cache equal the reference over the keys that were written."""
         served = Served(options, case)
         rows = np.array([[0, 0, 0, 68, -1], [2, 0, 1, 68, -1], [3, 1, 1, 40, -1]], dtype=np.int32)
         plan = plan_rows(rows, served.starts, served.lens, served.table, 32, sliding_window=options.window)
         params = LayerParams(0.3, options.soft_cap, served.slopes, served.sinks, options.window)
-        actual = row_stats_cpu([LayerRows.select(served.q, served.reader, plan, params)], plan)[0]
+        by_torch = row_stats_cpu([LayerRows.select(served.q, served.reader, plan, params)], plan)[0]
+        native = NativeStep(
+            NativeRows(
+                rows, served.starts, served.lens, served.table, 32,
+                sliding_window=options.window, sink_tokens=4, local_window=128,
+            ),
+            num_layers=1,
+            num_heads=served.HQ,
+        )  # fmt: skip
+        impl = SimpleNamespace(kv_cache_dtype=case.kv_dtype)
+        layer = SimpleNamespace(isa=case.isa, _k_scale_float=case.k_scale)
+        cached = CachedLayer.of(params, impl, layer, served.q, served.cache)
+        native.measure(cached.layer, served.q, served.cache.data_ptr())
         expected, same_dtype = (
             row_stats_ref(
                 served.q[[0, 2, 3]], served.keys, [67, 69, 44], request=[0, 0, 1], phase=[0, 1, 1],
@@ -330,4 +359,5 @@ class TestScores:
             )
             for oracle in (torch.float64, torch.float32)
         )  # fmt: skip
-        assert_two_oracles(actual, expected, same_dtype, magnitude=60.0, max_keys=70)
+        for actual in (by_torch, torch.from_numpy(native.stats()[0])):
+            assert_two_oracles(actual, expected, same_dtype, magnitude=60.0, max_keys=70)

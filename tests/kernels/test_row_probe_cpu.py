@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref, top_k_ref
 from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers, row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerRows
-from tests.kernels.test_row_stats_cpu import Batch, PlainReader
+from glassbox.kernels.row_stats_native import NativeProbe, NativeStep, Questions
+from tests.kernels.test_row_stats_cpu import Batch, PlainReader, implementation
+
+__all__ = ["implementation"]  # a fixture of this module, too
 
 ROUNDING = 2.0**-23
 HALF_ROUNDING = 2.0**-10
@@ -35,6 +38,8 @@ class Layers:
         first = self.batches[0]
         _, table = first.cache()
         plan = first.plan(table, **({} if key_budget is None else {"key_budget": key_budget}))
+        if Batch.native:
+            return self._native(table, **options)
         layers = []
         for batch in self.batches:
             pages, same = batch.cache(order_seed=first.seed)
@@ -47,6 +52,23 @@ class Layers:
             "max_row_keys": MAX_ROW_KEYS,
         }
         return row_probe_cpu(layers, plan, first.positions, chosen=self.chosen, **(defaults | options))
+
+    def _native(self, table: np.ndarray, **options: Any) -> ProbeAnswers:
+        first = self.batches[0]
+        asked = Questions(
+            top_k=options.get("top_k", 5),
+            spans=np.asarray(options.get("spans", np.array(self.spans, dtype=np.int32))),
+            chosen=self.chosen.numpy(),
+            kept_rows=options.get("kept_rows", range(self.num_rows)),
+            max_row_keys=options.get("max_row_keys", MAX_ROW_KEYS),
+            positions=np.array(first.positions, dtype=np.int32),
+        )
+        probe = NativeProbe(asked)
+        step = NativeStep(first.native_rows(table, np.arange(self.num_rows)), len(self.batches), self.num_heads)
+        for n, batch in enumerate(self.batches):
+            layer, lying = batch.native_layer(batch.cache(order_seed=first.seed)[0], transposed=batch.transposed)
+            step.measure(layer, batch.q, lying.data_ptr(), probe.at(n))
+        return probe.answers(range(len(self.batches)))
 
     def expected(self, row: int, layer: int) -> torch.Tensor:
         """float64 [H, position + 1]."""

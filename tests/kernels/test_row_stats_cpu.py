@@ -1,7 +1,9 @@
-"""The CPU measurement equals the float64 reference, whatever the batch looks like."""
+"""Both CPU measurements, in torch and in C++, equal the float64 reference, whatever the batch looks like."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch.distributions import Categorical
 
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.kernels.row_stats_cpu import LayerParams, LayerRows, RowPlan, plan_rows, row_stats_cpu
+from glassbox.kernels.row_stats_native import KeyOrder, KeyPages, NativeLayer, NativeRows, NativeStep
 from glassbox.statistics import INDEX, NUM_STATISTICS, STATISTICS
 from tests.kernels.tolerances import assert_two_oracles
 
@@ -61,6 +64,7 @@ class Batch:
     gain: float = 1.0
     transposed: bool = False
     seed: int = 0
+    native: ClassVar[bool] = False
     q: Tensor = field(init=False)
     keys: list[Tensor] = field(init=False)
 
@@ -117,11 +121,45 @@ class Batch:
 
     def measure(self, **options: int) -> Tensor:
         pages, table = self.cache()
+        if self.native:
+            return self.native_step(pages, table, transposed=self.transposed)
         return self.measured(PlainReader(pages, self.transposed), self.plan(table, **options))
 
     def measured(self, reader: PlainReader, plan: RowPlan) -> Tensor:
         """Statistics of the batch's only layer."""
         return row_stats_cpu([LayerRows.select(self.q, reader, plan, self.params)], plan)[0]
+
+    def native_rows(self, table: np.ndarray, asked: np.ndarray | None = None) -> NativeRows:
+        return NativeRows(
+            self.row_list, self.starts, np.array([n for n, _, _ in self.lengths], dtype=np.int32), table,
+            self.block_size, sliding_window=self.window, sink_tokens=self.sink_tokens,
+            local_window=self.local_window, asked=asked,
+        )  # fmt: skip
+
+    def native_layer(self, pages: Tensor, *, transposed: bool, **changes: Any) -> tuple[NativeLayer, Tensor]:
+        """The layer, and the pages in the order in which it finds them."""
+        lying = pages.transpose(2, 3).contiguous() if transposed else pages
+        by_token = np.arange(self.block_size * self.head_size).reshape(self.block_size, self.head_size)
+        keys = KeyPages(
+            dtype=pages.dtype,
+            page_stride=lying.stride(0),
+            head_stride=lying.stride(1),
+            num_pages=len(lying),
+            num_kv_heads=self.num_kv_heads,
+            block_size=self.block_size,
+            order=None if transposed else KeyOrder.of(by_token.T),
+            scale=1.0,
+        )
+        layer = NativeLayer(
+            self.params, replace(keys, **changes), self.q.dtype, num_heads=self.num_heads, head_size=self.head_size
+        )
+        return layer, lying
+
+    def native_step(self, pages: Tensor, table: np.ndarray, *, transposed: bool, **changes: Any) -> Tensor:
+        layer, lying = self.native_layer(pages, transposed=transposed, **changes)
+        step = NativeStep(self.native_rows(table), 1, self.num_heads)
+        step.measure(layer, self.q, lying.data_ptr())
+        return torch.from_numpy(step.stats()[0])
 
     def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:
         rows = self.row_list
@@ -150,6 +188,14 @@ class Batch:
         longest = max(n for n, _, _ in self.lengths)
         assert_two_oracles(actual, self.reference(), self.reference(torch.float32), self.magnitude(), longest)
         return actual
+
+
+@pytest.fixture(scope="module", params=["torch", "native"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All tests of a module that imports this run with each."""
+    Batch.native = request.param == "native"
+    yield
+    Batch.native = False
 
 
 @st.composite

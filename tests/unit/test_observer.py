@@ -333,7 +333,7 @@ class TestTracedRequests:
 
         def measure() -> None:
             assert setup.measurer.traced is not None
-            setup.measurer.traced.add_stats(2, stats)
+            setup.measurer.traced.add_stats([2], stats[None])
 
         setup.step([DECODE], new={0: {"glassbox": "trace"}}, in_forward=measure)
         (trace,) = setup.requests.active()

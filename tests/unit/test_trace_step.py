@@ -72,8 +72,8 @@ class TestStatistics:
             [rows_of(whole, 0, 3, 4), rows_of(part, 2, 7)], row_list, np.array([1, 2, 5]), num_layers=3, num_heads=3
         )
         stats = np.arange(6 * 3 * (NUM_STATISTICS + 1), dtype=np.float32).reshape(6, 3, -1)
-        step.add_stats(0, stats)
-        step.add_stats(2, stats + 1000)
+        step.add_stats([0], stats[None])
+        step.add_stats([2], stats[None] + 1000)
         step.commit()
         np.testing.assert_array_equal(stats[[1, 2]], whole.record().stats[:, 0])
         np.testing.assert_array_equal(stats[[1, 2]] + 1000, whole.record().stats[:, 2])
@@ -85,7 +85,7 @@ class TestStatistics:
         """What it has not got is NaN."""
         one = trace(TraceOptions())
         step = TracedStep([rows_of(one, 0, 5)], np.zeros((1, 5), dtype=np.int32), np.array([0]), 3, 3)
-        step.add_stats(1, np.ones((1, 2, NUM_STATISTICS + 1), dtype=np.float32))
+        step.add_stats([1], np.ones((1, 1, 2, NUM_STATISTICS + 1), dtype=np.float32))
         step.commit()
         assert np.isnan(one.record().stats[0, 1]).tolist() == [[False] * 10, [False] * 10, [True] * 10]
 

@@ -1,0 +1,380 @@
+"""Row statistics and probes of few rows on the CPU, by `row_stats.cpp`: one call per layer, right after its attention.
+
+Owns the arguments of that kernel and the arrays that it fills. It runs on the calling thread alone and takes a third to
+a tenth of what `row_stats_cpu.py` takes there (`python tests/bench/bench_row_stats_cpu.py`); that one is for workers
+with many cores, for scores that don't fit the memory of one step, and where there is no compiler.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers
+from glassbox.kernels.row_stats_cpu import LayerParams
+from glassbox.native import load_cpp
+from glassbox.statistics import NUM_STATISTICS
+
+_SOURCE: Final = Path(__file__).with_name("row_stats.cpp")
+# `Type` in the C++ file.
+_TYPES: Final = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e5m2: 4,
+}
+# Multiplications of queries and keys in a layer, up to which one core is faster than torch's calls on many; up to so
+# many cores it always is.
+_LIGHT: Final = 1 << 21
+_FEW_CORES: Final = 4
+# Float32 numbers: 16 MB.
+_SCORE_BUDGET: Final = 1 << 22
+_POINTER, _INT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+class _Rows(ctypes.Structure):
+    """GlassboxRows of the C++ file; so are the next ones, field by field."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("rows", "query_start", "seq_lens", "block_table", "asked")),
+        *((name, _INT) for name in ("num_rows", "batch", "blocks", "block_size")),
+        *((name, _INT) for name in ("sliding_window", "sink_tokens", "local_window")),
+    )
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = tuple((name, _INT) for name in ("scores", "item_scores", "item_rows"))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("query", "pages", "order", "slopes", "sinks")),
+        *((name, _INT) for name in ("query_type", "query_token_stride", "query_head_stride")),
+        *((name, _INT) for name in ("key_type", "page_stride", "head_stride", "num_pages", "width", "run")),
+        *((name, _INT) for name in ("heads", "kv_heads", "head_size")),
+        ("scale", _REAL),
+        ("soft_cap", _REAL),
+    )
+
+
+class _Asked(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("layers", "layer", "top_k", "num_spans", "sum_keys")),
+        *((name, _POINTER) for name in ("spans", "chosen", "topk_positions", "topk_mass", "span_mass", "chosen_sum")),
+        *((name, _POINTER) for name in ("kept", "kept_keys")),
+    )
+
+
+@functools.cache
+def native_kernel() -> tuple[Callable[..., int], Callable[..., int]]:
+    """The compiled `glassbox_sizes` and `glassbox_row_stats`.
+
+    Raises:
+        NativeError, OSError: see `load_cpp`.
+    """
+    library = load_cpp(_SOURCE)
+    for function, num_arguments in ((library.glassbox_sizes, 2), (library.glassbox_row_stats, 5)):
+        function.restype = ctypes.c_int
+        function.argtypes = [_POINTER] * num_arguments
+    return library.glassbox_sizes, library.glassbox_row_stats
+
+
+@dataclass(frozen=True, eq=False)
+class KeyOrder:
+    """How the keys of a head lie in a page, by runs of tokens.
+
+    Attributes:
+        begin: int32 [D / width, block_size / run], offset of each run.
+        width: head dimensions that stand together for each token, 1 or 2.
+        run: tokens.
+    """
+
+    begin: NDArray[np.int32]
+    width: int
+    run: int
+
+    @classmethod
+    def of(cls, offsets: NDArray[np.int64]) -> "KeyOrder | None":
+        """The longest runs.
+
+        Args:
+            offsets: of each element in a page, [D, block_size].
+
+        Returns:
+            None if the elements stand in that very order.
+        """
+        head_size, block_size = offsets.shape
+        if (offsets.ravel() == np.arange(offsets.size)).all():
+            return None
+        pairs = head_size % 2 == 0 and bool((offsets[1::2] - offsets[::2] == 1).all())
+        width = 2 if pairs else 1
+        whole = offsets[::width]
+        run = next(
+            run
+            for run in range(block_size, 0, -1)
+            if block_size % run == 0 and (np.diff(whole.reshape(len(whole), -1, run)) == width).all()
+        )
+        return cls(np.ascontiguousarray(whole[:, ::run], dtype=np.int32), width, run)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyPages:
+    """Keys of one layer as they lie in a paged cache.
+
+    Attributes:
+        dtype: of the stored numbers; an FP8 type may be stored as bytes.
+        page_stride, head_stride: numbers from one page, and from one KV head within it, to the next.
+        num_pages, num_kv_heads, block_size: of the cache; block_size in tokens.
+        order: of a head's keys in a page; None if they lie as [D, block_size].
+        scale: key = stored number * scale.
+    """
+
+    dtype: torch.dtype
+    page_stride: int
+    head_stride: int
+    num_pages: int
+    num_kv_heads: int
+    block_size: int
+    order: KeyOrder | None
+    scale: float
+
+
+class NativeLayer:
+    """What the kernel knows of a layer beside its rows.
+
+    Args:
+        params: of the layer.
+        keys: of the layer.
+        query_dtype, num_heads, head_size: of its queries.
+    """
+
+    def __init__(
+        self, params: LayerParams, keys: KeyPages, query_dtype: torch.dtype, num_heads: int, head_size: int
+    ) -> None:
+        self.params, self.num_heads, self.head_size = params, num_heads, head_size
+        slopes, sinks = (
+            None if values is None else values.detach().float().numpy().copy()
+            for values in (params.alibi_slopes, params.sinks)
+        )
+        begin, width, run = (None, 1, 1) if keys.order is None else (keys.order.begin, keys.order.width, keys.order.run)
+        self._alive = (slopes, sinks, begin)
+        self._struct = _Layer(
+            order=_address(begin),
+            width=width,
+            run=run,
+            slopes=_address(slopes),
+            sinks=_address(sinks),
+            query_type=_TYPES[query_dtype],
+            key_type=_TYPES[keys.dtype],
+            page_stride=keys.page_stride,
+            head_stride=keys.head_stride,
+            num_pages=keys.num_pages,
+            heads=num_heads,
+            kv_heads=keys.num_kv_heads,
+            head_size=head_size,
+            scale=params.scale * keys.scale,
+            soft_cap=params.soft_cap or 0.0,
+        )
+        self._address = ctypes.addressof(self._struct)
+        self.page_numbers = head_size * keys.block_size
+
+    def at(self, query: Tensor, pages: int) -> int:
+        """Address of the kernel's argument, with these queries [T, Hq, D] and the cache at the address `pages`."""
+        struct = self._struct
+        struct.query, struct.pages = query.data_ptr(), pages
+        struct.query_token_stride, struct.query_head_stride, _ = query.stride()
+        return self._address
+
+
+class NativeRows:
+    """The rows of a step, for all layers with the same block table and sliding window.
+
+    Args:
+        rows, query_start_loc, seq_lens, block_table, block_size, sliding_window, sink_tokens, local_window: see
+            `plan_rows`.
+        asked: which of the rows are probed, int64 [A], in the order of the answers.
+
+    Raises:
+        ValueError: a row is no token of its request.
+    """
+
+    def __init__(
+        self,
+        rows: NDArray[np.int32],
+        query_start_loc: ArrayLike,
+        seq_lens: ArrayLike,
+        block_table: ArrayLike,
+        block_size: int,
+        *,
+        sliding_window: int | None,
+        sink_tokens: int,
+        local_window: int,
+        asked: NDArray[np.int64] | None = None,
+    ) -> None:
+        arrays = [rows, query_start_loc, seq_lens, block_table]
+        listed, starts, lens, table = (np.ascontiguousarray(array, dtype=np.int32) for array in arrays)
+        places = None
+        if asked is not None:
+            places = np.full(len(rows), -1, dtype=np.int64)
+            places[asked] = np.arange(len(asked))
+        self._alive = (listed, starts, lens, table, places)
+        self._struct = _Rows(
+            rows=listed.ctypes.data,
+            query_start=starts.ctypes.data,
+            seq_lens=lens.ctypes.data,
+            block_table=table.ctypes.data,
+            asked=_address(places),
+            num_rows=len(listed),
+            batch=len(lens),
+            blocks=table.shape[1],
+            block_size=block_size,
+            sliding_window=sliding_window or 0,
+            sink_tokens=sink_tokens,
+            local_window=local_window,
+        )
+        self.num_rows: Final = len(listed)
+        self.address: Final = ctypes.addressof(self._struct)
+        self._sizes = _Sizes()
+        if native_kernel()[0](self.address, ctypes.addressof(self._sizes)):
+            raise ValueError("every row must be a token of its request, got a query index outside of its batch row")
+
+    def is_light(self, num_heads: int, head_size: int, cores: int) -> bool:
+        """Whether the kernel is the faster way in a layer of that size, on a worker with so many cores."""
+        if self._sizes.item_scores * num_heads > _SCORE_BUDGET:
+            return False
+        return cores <= _FEW_CORES or self._sizes.scores * num_heads * head_size <= _LIGHT
+
+    def scratch(self, layer: NativeLayer) -> NDArray[np.float32]:
+        """As the kernel needs it for a layer."""
+        sizes = self._sizes
+        of_item = layer.num_heads * (sizes.item_scores + sizes.item_rows * layer.head_size)
+        return np.empty(layer.page_numbers + of_item, dtype=np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """What is asked of A rows in G layers.
+
+    Attributes:
+        top_k: most attended positions per head.
+        spans: int32 [A, S, 2], (start, exclusive end) of position ranges.
+        chosen: bool [A, G, H], what is summed into `ProbeAnswers.chosen_sum`.
+        kept_rows: numbers of the rows that are wanted as a whole; max_row_keys: most keys of such a row.
+        positions: int [A], of the rows in their sequences.
+    """
+
+    top_k: int
+    spans: NDArray[np.int32]
+    chosen: NDArray[np.bool_]
+    kept_rows: Sequence[int]
+    max_row_keys: int
+    positions: NDArray[np.int32]
+
+
+class NativeProbe:
+    """Answers of the probed rows in some layers, as the kernel fills them in.
+
+    Args:
+        asked: of these layers.
+    """
+
+    def __init__(self, asked: Questions) -> None:
+        num_rows, num_layers, num_heads = asked.chosen.shape
+        self._spans = np.ascontiguousarray(asked.spans, dtype=np.int32)
+        self._chosen = np.ascontiguousarray(asked.chosen, dtype=np.uint8)
+        self._topk_positions = np.full((*asked.chosen.shape, asked.top_k), NO_POSITION, dtype=np.int32)
+        self._topk_mass = np.zeros((*asked.chosen.shape, asked.top_k), dtype=np.float32)
+        self._span_mass = np.full((*asked.chosen.shape, self._spans.shape[1]), np.nan, dtype=np.float32)
+        self._sum = np.zeros((num_rows, int(asked.positions.max(initial=-1)) + 1))
+        kept_rows = list(asked.kept_rows)
+        self._kept_keys = np.zeros(num_rows, dtype=np.int64)
+        self._kept_keys[kept_rows] = np.minimum(asked.positions[kept_rows] + 1, asked.max_row_keys)
+        self._kept = [np.zeros((num_layers, num_heads, self._kept_keys[row]), dtype=np.float32) for row in kept_rows]
+        self._kept_at = np.zeros(num_rows, dtype=np.uint64)
+        self._kept_at[kept_rows] = [row.ctypes.data for row in self._kept]
+        self._struct = _Asked(
+            layers=num_layers,
+            top_k=asked.top_k,
+            num_spans=self._spans.shape[1],
+            sum_keys=self._sum.shape[1],
+            spans=self._spans.ctypes.data,
+            chosen=self._chosen.ctypes.data,
+            topk_positions=self._topk_positions.ctypes.data,
+            topk_mass=self._topk_mass.ctypes.data,
+            span_mass=self._span_mass.ctypes.data,
+            chosen_sum=self._sum.ctypes.data,
+            kept=self._kept_at.ctypes.data,
+            kept_keys=self._kept_keys.ctypes.data,
+        )
+        self._address = ctypes.addressof(self._struct)
+
+    def at(self, layer: int) -> int:
+        """Address of the kernel's argument for one of the layers."""
+        self._struct.layer = layer
+        return self._address
+
+    def answers(self, layers: Sequence[int]) -> ProbeAnswers:
+        """What was found in those of the layers that were measured; `chosen_sum` is over all of them."""
+        chosen = list(layers)
+        return ProbeAnswers(
+            topk_positions=torch.from_numpy(self._topk_positions[:, chosen]),
+            topk_mass=torch.from_numpy(self._topk_mass[:, chosen]),
+            span_mass=torch.from_numpy(self._span_mass[:, chosen]),
+            chosen_sum=torch.from_numpy(self._sum.astype(np.float32)),
+            rows=tuple(torch.from_numpy(row[chosen].astype(np.float16)) for row in self._kept),
+        )
+
+
+class NativeStep:
+    """Statistics of a step's rows in layers of one size, filled in layer by layer.
+
+    Args:
+        rows: of the step.
+        num_layers: room for so many.
+        num_heads: query heads of each.
+    """
+
+    def __init__(self, rows: NativeRows, num_layers: int, num_heads: int) -> None:
+        self._kernel, self._rows = native_kernel()[1], rows
+        self._stats = np.empty((num_layers, rows.num_rows, num_heads, NUM_STATISTICS + 1), dtype=np.float32)
+        # Looked up once: `ndarray.ctypes` makes an object.
+        self._next_stats, self._layer_bytes = self._stats.ctypes.data, self._stats.strides[0]
+        self._scratch: NDArray[np.float32] | None = None
+        self._scratch_address = 0
+        self.measured = 0
+
+    def measure(self, layer: NativeLayer, query: Tensor, pages: int, asked: int | None = None) -> None:
+        """Measure the next layer.
+
+        Args:
+            layer: of `num_heads` heads.
+            query: [T, Hq, D] of the step, on the CPU; the last dimension contiguous.
+            pages: address of the layer's cache.
+            asked: of `NativeProbe.at`, if its rows are probed, too.
+
+        Raises:
+            ValueError: the block table names a block that the cache doesn't have.
+        """
+        if self._scratch is None:
+            self._scratch = self._rows.scratch(layer)
+            self._scratch_address = self._scratch.ctypes.data
+        if self._kernel(self._rows.address, layer.at(query, pages), asked, self._next_stats, self._scratch_address):
+            raise ValueError("a block table must name blocks of its cache, got one beyond; see vLLM's metadata")
+        self.measured += 1
+        self._next_stats += self._layer_bytes
+
+    def stats(self) -> NDArray[np.float32]:
+        """float32 [measured layers, R, Hq, NUM_STATISTICS + 1] as `row_stats_cpu` returns them."""
+        return self._stats[: self.measured]
+
+
+def _address(values: NDArray | None) -> int | None:
+    return None if values is None else values.ctypes.data

@@ -1,0 +1,193 @@
+"""Both ways of measuring on the CPU keep the same, over caches that vLLM's own operator has written."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm import _custom_ops as ops
+
+from glassbox.accumulate import AccumulatorArrays, Accumulators
+from glassbox.backends import cpu_measure
+from glassbox.backends.cpu_measure import CpuMeasurer
+from glassbox.errors import ErrorCounter
+from glassbox.native import NativeError
+from glassbox.sampling import ROW_UNCOUNTED
+from glassbox.trace_active import ActiveTrace
+from glassbox.trace_record import RequestTrace, Span, TraceOptions
+from glassbox.trace_step import TracedRows, TracedStep
+from tests.trace_samples import make_host
+
+pytestmark = pytest.mark.integration
+
+NUM_LAYERS, HEADS, KV_HEADS, D, BLOCK = 3, 4, 2, 64, 32
+# Sequence and query lengths of a decode step, a chunk of a prompt and another decode step.
+SEQ_LENS, QUERY_LENS, PROMPT_LENS = (70, 40, 3), (1, 20, 1), (30, 100, 2)
+ASKS = TraceOptions(top_k=5, spans=(Span("first", 0, 4), Span("rest", 4, 1000)), rows=True)
+FEW = TraceOptions(top_k=2, layers=(8,))
+
+
+class Step:
+    """A step of three requests in three layers, the last with a sliding window and learned sinks."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(11)
+        normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        starts = np.r_[0, np.cumsum(QUERY_LENS)].astype(np.int32)
+        table = torch.tensor([[5, 1, 7], [0, 3, 9], [2, 9, 9]], dtype=torch.int32)
+        self.metadata = [
+            SimpleNamespace(
+                query_start_loc=torch.from_numpy(starts),
+                seq_lens=torch.tensor(SEQ_LENS, dtype=torch.int32),
+                block_table=table.clone(),
+            )
+            for _ in range(2)
+        ]
+        self.layers: list[dict[str, Any]] = []
+        for number in range(NUM_LAYERS):
+            cache = torch.zeros(8, KV_HEADS, BLOCK, 2 * D)
+            key_half, value_half = cache.view(8, KV_HEADS, 2 * BLOCK, D).chunk(2, dim=2)
+            for b, n in enumerate(SEQ_LENS):
+                keys, j = normal(n, KV_HEADS, D), torch.arange(n)
+                slots = table[b].long()[j // BLOCK] * BLOCK + j % BLOCK
+                ops.cpu_attn_reshape_and_cache(
+                    keys, torch.zeros_like(keys), key_half, value_half, slots, "vec", 1.0, 1.0, "auto"
+                )
+            last = number == NUM_LAYERS - 1
+            self.layers.append({
+                "impl": SimpleNamespace(
+                    scale=0.2,
+                    sliding_window=10 if last else -1,
+                    logits_soft_cap=0,
+                    alibi_slopes=None,
+                    sinks=normal(HEADS) if last else None,
+                    kv_cache_dtype="auto",
+                ),
+                "layer": SimpleNamespace(layer_name=f"layer{number}", isa="vec", _k_scale_float=1.0),
+                "query": normal(int(starts[-1]), HEADS, D),
+                "kv_cache": cache,
+                "attn_metadata": self.metadata[last],
+            })  # fmt: skip
+        # Two rows of the prompt, the rest decode; requests 0 and 2 are traced, 2 is not in the sample.
+        self.rows = np.array(
+            [[0, 0, 1, 30, 0], [3, 1, 0, 100, -1], [20, 1, 0, 100, -1], [21, 2, 1 | ROW_UNCOUNTED, 2, 1]],
+            dtype=np.int32,
+        )
+
+    def measured(self, **options: Any) -> tuple[AccumulatorArrays, list[RequestTrace], ErrorCounter]:
+        """The step by a measurer of its own, twice; the second time nothing may be left of the first."""
+        host = make_host(layers=(0, 4, 8), num_heads=HEADS)
+        traces = [
+            ActiveTrace(
+                host, name, why="opt_in", options=asked, traceparent=None, prompt_len=prompt_len, layer_rows=layers,
+                head_columns=(0, 1, 3),
+            )
+            for name, asked, prompt_len, layers in (("a", ASKS, 30, (0, 1, 2)), ("c", FEW, 2, (2,)))
+        ]  # fmt: skip
+        errors = ErrorCounter(logging.getLogger("glassbox.tests"))
+        accumulators = Accumulators(NUM_LAYERS, HEADS)
+        measurer = CpuMeasurer(
+            accumulators, {f"layer{n}": n for n in range(NUM_LAYERS)}, sink_tokens=4, local_window=8, errors=errors,
+            **options,
+        )  # fmt: skip
+        for again in (False, True):
+            members = [
+                TracedRows(trace, i, np.array([position + again], dtype=np.int32), np.array([1], dtype=np.uint8))
+                for i, (trace, position) in enumerate(zip(traces, (69, 2), strict=True))
+            ]
+            traced = TracedStep(members, self.rows, np.array([0, 3]), NUM_LAYERS, HEADS)
+            measurer.begin(self.rows, frozenset(range(NUM_LAYERS)), None if again else traced)
+            for layer in self.layers:
+                measurer.after_attention(**layer)
+            measurer.finish()
+        return accumulators.copy(), [trace.record() for trace in traces], errors
+
+
+@pytest.fixture(scope="module")
+def step() -> Step:
+    return Step()
+
+
+def assert_same(
+    one: tuple[AccumulatorArrays, list[RequestTrace], ErrorCounter],
+    other: tuple[AccumulatorArrays, list[RequestTrace], ErrorCounter],
+) -> None:
+    np.testing.assert_array_equal(one[0].rows, other[0].rows)
+    np.testing.assert_array_equal(one[0].counts, other[0].counts)
+    np.testing.assert_allclose(one[0].sums, other[0].sums, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(one[0].window_max, other[0].window_max, rtol=1e-5)
+    for mine, theirs in zip(one[1], other[1], strict=True):
+        for name in ("positions", "phases", "topk_positions", "mean_topk_positions", "row_offsets"):
+            np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name), err_msg=name)
+        for name in ("stats", "topk_mass", "mean_topk_mass", "span_mass"):
+            np.testing.assert_allclose(
+                getattr(mine, name), getattr(theirs, name), rtol=1e-4, atol=1e-5, equal_nan=True, err_msg=name
+            )
+        np.testing.assert_allclose(mine.row_values, theirs.row_values, rtol=2e-3, atol=1e-6)
+    assert one[2].counts() == other[2].counts()
+
+
+def test_the_native_kernel_and_torch_agree(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accumulators, traces, top positions, spans and rows; each is used when it should be."""
+    native = step.measured()
+    monkeypatch.setattr(cpu_measure, "NativeStep", None)  # not to be touched
+    by_torch = step.measured(native=False)
+    assert_same(native, by_torch)
+    arrays, (asked, few), errors = native
+    assert not any(errors.counts().values())
+    # Of the twice measured step: three rows are in the sample, the first is a trace's as well.
+    assert arrays.rows[..., 0].tolist() == [[4] * HEADS] * NUM_LAYERS
+    assert arrays.rows[..., 1].tolist() == [[2] * HEADS] * NUM_LAYERS
+    assert asked.topk_mass.shape == (1, 3, 3, 5)
+    np.testing.assert_allclose(asked.span_mass[0, :2].sum(-1), 1, rtol=1e-5)
+    assert (asked.span_mass[0, 2, :, 0] == 0).all()  # the window hides the first four
+    assert few.topk_positions.shape == (1, 1, 3, 2)
+
+
+def test_some_layers_each_way(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with a window may be light where the others are not."""
+    expected = step.measured()
+    light = cpu_measure.NativeRows.is_light
+    monkeypatch.setattr(
+        cpu_measure.NativeRows,
+        "is_light",
+        lambda self, *size, **more: self._struct.sliding_window > 0 and light(self, *size, **more),
+    )
+    assert_same(step.measured(), expected)
+
+
+def test_without_a_compiler(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch measures, and the log says so."""
+    expected = step.measured()
+    said: list[str] = []
+
+    def no_compiler() -> None:
+        raise NativeError("no C++ compiler")
+
+    monkeypatch.setattr(cpu_measure, "native_kernel", no_compiler)
+    monkeypatch.setattr(cpu_measure, "log_once", lambda *args: said.append(args[3] % args[4:]))
+    monkeypatch.setattr(cpu_measure, "NativeStep", None)
+    assert_same(step.measured(), expected)
+    assert said == [
+        "Rows are measured by torch, which takes several times as long as the compiled kernel: no C++ compiler"
+    ]
+
+
+def test_another_cache(step: Step) -> None:
+    """A cache that vLLM has made anew is read where and as it is now."""
+    accumulators = Accumulators(1, HEADS)
+    measurer = CpuMeasurer(
+        accumulators, {"layer0": 0}, sink_tokens=4, local_window=8, errors=ErrorCounter(logging.getLogger("t"))
+    )
+    old = step.layers[0]
+    spread = torch.full((16, KV_HEADS, BLOCK, 2 * D), torch.nan)
+    spread[::2] = old["kv_cache"]
+    maxima = []
+    for cache in (old["kv_cache"], spread[::2]):
+        measurer.begin(step.rows, frozenset({0}), None)
+        measurer.after_attention(**{**old, "kv_cache": cache})
+        measurer.finish()
+        maxima.append(accumulators.copy())
+    np.testing.assert_allclose(maxima[1].sums, 2 * maxima[0].sums, rtol=1e-12)

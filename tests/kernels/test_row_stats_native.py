@@ -1,0 +1,152 @@
+"""What the native kernel alone has to do: pages in any order and dtype, and what it refuses."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from glassbox.kernels.row_stats_cpu import LayerParams
+from glassbox.kernels.row_stats_native import KeyOrder, KeyPages, NativeLayer, NativeRows, NativeStep
+from glassbox.statistics import INDEX, NUM_STATISTICS
+from tests.kernels.test_row_stats_cpu import Batch
+
+BLOCK, D = 32, 64
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+BATCH = Batch(
+    [(150, 1, 100), (70, 5, 90), (33, 33, 33)],
+    [(0, 0), (1, 0), (1, 4), (2, 0), (2, 31), (2, 32)],
+    num_heads=8,
+    num_kv_heads=2,
+    block_size=BLOCK,
+    head_size=D,
+)
+
+
+def offsets(name: str) -> np.ndarray:
+    """[D, BLOCK], where a page has each key element."""
+    t, d = np.arange(BLOCK), np.arange(D)[:, None]
+    return {
+        "dimensions": d * BLOCK + t,
+        "tokens": t * D + d,
+        # vLLM's, tests/integration/test_cpu_cache.py
+        "amx": t // 16 * 1024 + t % 16 * 2 + d // 2 * 32 + d % 2,
+        "halves": t // 16 * 16 * D + d * 16 + t % 16,
+        "random": np.random.default_rng(5).permutation(D * BLOCK).reshape(D, BLOCK),
+    }[name]
+
+
+def measure(batch: Batch, key_dtype: torch.dtype, order: str, scale: float = 1.0) -> torch.Tensor:
+    """Statistics of a batch whose keys lie in that order; its keys become what the dtype holds of them."""
+    batch.keys = [keys.to(key_dtype).to(torch.float32) for keys in batch.keys]
+    pages, table = batch.cache()
+    lying = torch.empty(*pages.shape[:2], D * BLOCK)
+    lying[..., torch.from_numpy(offsets(order)).flatten()] = pages.transpose(2, 3).flatten(2)
+    stored = lying.to(key_dtype)
+    keys = KeyPages(
+        dtype=key_dtype,
+        page_stride=stored.stride(0),
+        head_stride=stored.stride(1),
+        num_pages=len(stored),
+        num_kv_heads=batch.num_kv_heads,
+        block_size=BLOCK,
+        order=KeyOrder.of(offsets(order)),
+        scale=scale,
+    )
+    batch.keys = [keys_of * scale for keys_of in batch.keys]
+    layer = NativeLayer(batch.params, keys, batch.q.dtype, num_heads=batch.num_heads, head_size=D)
+    step = NativeStep(batch.native_rows(table), 1, batch.num_heads)
+    step.measure(layer, batch.q, stored.data_ptr())
+    return torch.from_numpy(step.stats()[0])
+
+
+class TestPages:
+    @pytest.mark.parametrize("order", ["dimensions", "tokens", "amx", "halves", "random"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_any_order_and_dtype(self, dtype: torch.dtype, order: str) -> None:
+        """The statistics are those of the keys, however these lie and are stored."""
+        batch = replace(BATCH)
+        batch.check_statistics(measure(batch, dtype, order))
+
+    def test_orders(self) -> None:
+        """The longest runs are found: none needed, pairs of dimensions, tokens in halves, single elements."""
+        assert KeyOrder.of(offsets("dimensions")) is None
+        found = {name: KeyOrder.of(offsets(name)) for name in ("amx", "halves", "tokens", "random")}
+        assert {name: (order.width, order.run) for name, order in found.items() if order} == {
+            "amx": (2, 16),
+            "halves": (1, 16),
+            "tokens": (2, 1),
+            "random": (1, 1),
+        }
+
+    def test_key_scale(self) -> None:
+        """Keys are the stored numbers times the scale."""
+        batch = replace(BATCH)
+        batch.check_statistics(measure(batch, torch.float8_e4m3fn, "dimensions", scale=0.37))
+
+    @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+    def test_every_number(self, dtype: torch.dtype) -> None:
+        """Each bit pattern is read as torch reads it: subnormals, infinities, NaN."""
+        bits = 8 * dtype.itemsize
+        patterns = torch.arange(2**bits, dtype=torch.int32).to({8: torch.uint8, 16: torch.int16}[bits])
+        numbers = patterns.view(dtype).float()
+        n = len(numbers)
+        # Requests of one block; a row of one key each, so its score is that key.
+        blocks = n // 16
+        rows = np.zeros((n, 5), dtype=np.int32)
+        rows[:, 0], rows[:, 1] = np.arange(n), np.arange(n) // 16
+        native = NativeRows(
+            rows, np.arange(0, n + 1, 16), np.full(blocks, 16), np.arange(blocks)[:, None], 16,
+            sliding_window=1, sink_tokens=4, local_window=8,
+        )  # fmt: skip
+        keys = KeyPages(dtype, 16, 16, blocks, 1, 16, None, 1.0)
+        layer = NativeLayer(LayerParams(scale=1.0), keys, torch.float32, num_heads=1, head_size=1)
+        step = NativeStep(native, 1, 1)
+        step.measure(layer, torch.ones(n, 1, 1), patterns.data_ptr())
+        (got,) = step.stats()
+        finite = numbers.isfinite() & (numbers.abs() < 2.0**126)
+        assert torch.equal(torch.from_numpy(got[:, 0, NUM_STATISTICS]), (~finite).float())
+        assert torch.equal(torch.from_numpy(got[:, 0, INDEX["max_logit"]])[finite], numbers[finite])
+
+
+class TestRows:
+    def test_rows_of_padded_queries(self) -> None:
+        """Queries may lie with gaps between them, as a view of the projection of q, k and v."""
+        batch = replace(BATCH)
+        expected = batch.check_statistics(measure(batch, torch.float32, "dimensions"))
+        whole = torch.randn(len(batch.q), 3 * batch.num_heads, D)
+        whole[:, : batch.num_heads] = batch.q
+        batch.q = whole[:, : batch.num_heads]
+        assert not batch.q.is_contiguous()
+        np.testing.assert_array_equal(measure(batch, torch.float32, "dimensions"), expected)
+
+    def test_a_row_outside_of_its_request_is_an_error(self) -> None:
+        """As for torch."""
+        with pytest.raises(ValueError, match="every row must be a token of its request"):
+            NativeRows(
+                np.array([[7, 0, 0, 5, -1]], dtype=np.int32), [0, 5], [5], [[0]], 16,
+                sliding_window=None, sink_tokens=4, local_window=8,
+            )  # fmt: skip
+
+    def test_a_block_beyond_the_cache_is_an_error(self) -> None:
+        """Nothing is read outside of the cache."""
+        batch = replace(BATCH)
+        pages, table = batch.cache()
+        layer, lying = batch.native_layer(pages, transposed=True, num_pages=int(table[0, 0]))
+        step = NativeStep(batch.native_rows(table), 1, batch.num_heads)
+        with pytest.raises(ValueError, match="must name blocks of its cache"):
+            step.measure(layer, batch.q, lying.data_ptr())
+
+    def test_which_steps_are_light(self) -> None:
+        """On few cores all of them, but for scores beyond 16 MB; on many the small ones."""
+
+        def rows(num_keys: int) -> NativeRows:
+            return NativeRows(
+                np.array([[0, 0, 1, 5, -1]], dtype=np.int32), [0, 1], [num_keys], np.zeros((1, num_keys // 16 + 1)), 16,
+                sliding_window=None, sink_tokens=4, local_window=8,
+            )  # fmt: skip
+
+        assert rows(100_000).is_light(32, 128, cores=4)
+        assert not rows(200_000).is_light(32, 128, cores=4)
+        assert not rows(100_000).is_light(32, 128, cores=5)
+        assert rows(300).is_light(32, 128, cores=64)
