@@ -16,8 +16,8 @@ YAML edited to sample_rate 1.0. A round gives one ratio: throughput over the mea
 Servers differ for as long as they live, two without the plugin by up to 3 %, and the one that is started first is the
 slower one (2-core AVX-512 server, 2026-11). So the server with the plugin is started between the others, all are
 started anew several times, and a start, the median of its rounds, is one observation. The table shows the mean of the
-starts, the lowest and the highest of them, and the mean for CPU time. How far `off` and `off again` are from 1 is what
-servers differ by.
+starts, the lowest and the highest of them, and the mean for CPU time; a second one in which processes CPU time went up.
+How far `off` and `off again` are from 1 is what servers differ by.
 """
 
 import argparse
@@ -33,7 +33,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -61,6 +62,7 @@ OFF: Final = "off"
 DEFAULT: Final = "default"
 RATE_1: Final = "rate 1.0"
 AGAIN: Final = "off again"
+_PROCESSES: Final = {"VLLM::Worker": "worker", "VLLM::Engine": "engine"}
 # Arm -> the least ratio of throughput that is promised.
 TARGETS: Final = {DEFAULT: 0.98, RATE_1: 0.60}
 MEMORY_TARGET_MB: Final = 100.0
@@ -96,10 +98,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sample:
-    """One batch on one arm: output tokens per second, and CPU seconds of all the server's processes."""
+    """One batch on one arm: output tokens per second, and CPU seconds of the server's processes, by what they are."""
 
     tokens_per_s: float
-    cpu_s: float
+    cpu_s_of: Mapping[str, float]
+
+    @property
+    def cpu_s(self) -> float:
+        """Of all processes."""
+        return sum(self.cpu_s_of.values())
 
 
 @dataclass(frozen=True)
@@ -127,14 +134,16 @@ def batches(options: Options, count: int) -> Iterator[Batch]:
         yield Batch(prompts, options.max_tokens)
 
 
-def cpu_seconds(server: VllmServer) -> float:
-    """CPU time that the living processes of a server have used."""
-    total = 0.0
+def cpu_seconds(server: VllmServer) -> defaultdict[str, float]:
+    """CPU time that the living processes of a server have used, by what they are."""
+    seconds: defaultdict[str, float] = defaultdict(float)
     for process in server.processes():
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-            total += times.user + times.system
-    return total
+            # vLLM names its own processes; the kernel cuts names off at 15 characters.
+            found = (what for name, what in _PROCESSES.items() if process.name().startswith(name))
+            seconds[next(found, "API server")] += times.user + times.system
+    return seconds
 
 
 def memory_mb(server: VllmServer) -> dict[int, float]:
@@ -163,7 +172,7 @@ def run_batch(client: httpx.Client, pool: ThreadPoolExecutor, server: VllmServer
     expected = batch.max_tokens * len(batch.prompts)
     if tokens != expected:
         raise RuntimeError(f"the answers must have {expected} tokens, got {tokens}")
-    return Sample(tokens / seconds, cpu_seconds(server) - cpu)
+    return Sample(tokens / seconds, {what: now - cpu[what] for what, now in cpu_seconds(server).items()})
 
 
 def measure(arms: Sequence[Arm], base: dict[str, Any], options: Options, seed: int) -> dict[str, list[Sample]]:
@@ -199,23 +208,34 @@ class Row:
     low: float
     high: float
     cpu_ratio: float
+    cpu_added: Mapping[str, float]
     target: float | None
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One arm in one start of the servers, against those without the plugin: medians over the rounds."""
+    """One arm in one start of the servers, against those without the plugin: medians over the rounds.
+
+    Attributes:
+        speed, cpu: ratios, below 1 if it is slower or takes more CPU time.
+        cpu_added: CPU time of each process more than without the plugin, as a share of that of all processes.
+    """
 
     tokens_per_s: float
     speed: float
     cpu: float
+    cpu_added: Mapping[str, float]
 
 
 def ratios_of_start(samples: dict[str, list[Sample]]) -> dict[str, Ratio]:
     """Ratios within each round, then their median: a slow minute of the machine hits a whole round."""
     without = list(zip(samples[OFF], samples[AGAIN], strict=True))
+    processes = sorted({what for both in without for sample in both for what in sample.cpu_s_of})
     baseline = [
-        Sample(statistics.fmean(s.tokens_per_s for s in both), statistics.fmean(s.cpu_s for s in both))
+        Sample(
+            statistics.fmean(sample.tokens_per_s for sample in both),
+            {what: statistics.fmean(sample.cpu_s_of[what] for sample in both) for what in processes},
+        )
         for both in without
     ]
     ratios = {}
@@ -225,6 +245,12 @@ def ratios_of_start(samples: dict[str, list[Sample]]) -> dict[str, Ratio]:
             statistics.median(mine.tokens_per_s for mine in of_arm),
             statistics.median(mine.tokens_per_s / theirs.tokens_per_s for mine, theirs in rounds),
             statistics.median(theirs.cpu_s / mine.cpu_s for mine, theirs in rounds),
+            {
+                what: statistics.median(
+                    (mine.cpu_s_of[what] - theirs.cpu_s_of[what]) / theirs.cpu_s for mine, theirs in rounds
+                )
+                for what in processes
+            },
         )
     return ratios
 
@@ -237,7 +263,9 @@ def summarise(starts: Sequence[dict[str, Ratio]]) -> list[Row]:
         speeds = [ratio.speed for ratio in of_arm]
         cpu = statistics.fmean(ratio.cpu for ratio in of_arm)
         tokens = statistics.fmean(ratio.tokens_per_s for ratio in of_arm)
-        rows.append(Row(name, tokens, statistics.fmean(speeds), min(speeds), max(speeds), cpu, TARGETS.get(name)))
+        added = {what: statistics.fmean(ratio.cpu_added[what] for ratio in of_arm) for what in of_arm[0].cpu_added}
+        target = TARGETS.get(name)
+        rows.append(Row(name, tokens, statistics.fmean(speeds), min(speeds), max(speeds), cpu, added, target))
     return rows
 
 
@@ -259,6 +287,8 @@ def server(folder: Path, options: Options, *, plugin: bool) -> Iterator[tuple[Vl
         "GLASSBOX_RUN_DIR": str(folder / "run"),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
+        # On a CPU vLLM 0.32 can't load what it has compiled ahead of time, and compiles for minutes at each start.
+        "VLLM_USE_AOT_COMPILE": "0",
     }
     print(f"starting the server {'with' if plugin else 'without'} the plugin ...", flush=True)
     with VllmServer(demo_model(), args=args, env=env, log_path=folder / "server.log", cwd=folder) as running:
@@ -317,6 +347,8 @@ def write_csv(path: Path, rows: Sequence[Row], memory: dict[str, float], options
             spread = [f"{row.ratio:.3f}", f"{row.low:.3f}", f"{row.high:.3f}"]
             writer.writerow(["throughput_ratio", row.arm, *spread, row.target or ""])
             writer.writerow(["cpu_time_ratio", row.arm, f"{row.cpu_ratio:.3f}", "", "", ""])
+            for what, share in row.cpu_added.items():
+                writer.writerow([f"cpu_time_added_{what.replace(' ', '_')}", row.arm, f"{share:.4f}", "", "", ""])
         for name, size in memory.items():
             writer.writerow(["memory_mb", name, f"{size:.1f}", "", "", MEMORY_TARGET_MB])
 
@@ -333,6 +365,9 @@ def show(rows: Sequence[Row], memory: dict[str, float]) -> bool:
             f"{row.arm:<11}{row.tokens_per_s:>10.1f}{row.ratio:>8.3f}{f'{row.low:.3f} .. {row.high:.3f}':>16}"
             f"{row.cpu_ratio:>10.3f}{target:>9}{'' if ok else '  MISSED'}"
         )
+    print(f"\n{'CPU time added':<16}" + "".join(f"{what:>12}" for what in rows[0].cpu_added))
+    for row in rows:
+        print(f"{row.arm:<16}" + "".join(f"{100 * share:>10.2f} %" for share in row.cpu_added.values()))
     print(f"\n{'memory added':<24}{'MB':>8}{'target':>10}")
     for name, size in memory.items():
         ok = size < MEMORY_TARGET_MB

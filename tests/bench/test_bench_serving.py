@@ -18,13 +18,18 @@ from tests.serving import MODEL_NAME, GlassboxServer
 MIN_RATIO = 0.4
 
 
+def sample(tokens_per_s: float, cpu_s: float) -> Sample:
+    """Three quarters of the CPU time are the worker's."""
+    return Sample(tokens_per_s, {"engine": 0.25 * cpu_s, "worker": 0.75 * cpu_s})
+
+
 class TestSummarise:
     def test_ratios_are_taken_within_a_round(self) -> None:
         """A machine that is twice as slow in one round changes no ratio."""
         start = {
-            OFF: [Sample(90, 1.0), Sample(45, 2.0), Sample(90, 1.0)],
-            AGAIN: [Sample(110, 1.0), Sample(55, 2.0), Sample(110, 1.0)],
-            "rate 1.0": [Sample(80, 1.25), Sample(40, 2.5), Sample(80, 1.25)],
+            OFF: [sample(90, 1.0), sample(45, 2.0), sample(90, 1.0)],
+            AGAIN: [sample(110, 1.0), sample(55, 2.0), sample(110, 1.0)],
+            "rate 1.0": [sample(80, 1.25), sample(40, 2.5), sample(80, 1.25)],
         }
         rows = summarise([ratios_of_start(start)])
         assert [(row.arm, row.ratio, row.low, row.high, row.cpu_ratio) for row in rows] == [
@@ -32,13 +37,14 @@ class TestSummarise:
             (AGAIN, 1.1, 1.1, 1.1, 1.0),
             ("rate 1.0", 0.8, 0.8, 0.8, 0.8),
         ]
+        assert rows[-1].cpu_added == {"engine": 0.0625, "worker": 0.1875}
 
     def test_a_start_is_one_observation(self) -> None:
         """The median of its rounds; over the starts the mean, the lowest and the highest."""
 
         def start(*speeds: float) -> dict[str, Ratio]:
-            without = [Sample(10, 1.0)] * len(speeds)
-            samples = {OFF: without, AGAIN: without, "default": [Sample(x, 1.0) for x in speeds]}
+            without = [sample(10, 1.0)] * len(speeds)
+            samples = {OFF: without, AGAIN: without, "default": [sample(x, 1.0) for x in speeds]}
             return ratios_of_start(samples)
 
         *_, row = summarise([start(5, 9, 6), start(9, 8, 9), start(9.3, 1, 100)])
