@@ -44,14 +44,15 @@ def load_cpp(source: Path) -> ctypes.CDLL:
     key = hashlib.sha256(source.read_bytes())
     key.update(repr((os.path.realpath(compiler[0]), compiler[1:], _FLAGS, _TARGETS, sorted(cpu_flags()))).encode())
     name = f"{source.stem}-{key.hexdigest()[:20]}.so"
-    folder = cache_dir() / "native"
-    if (folder / name).is_file():
-        return ctypes.CDLL(str(folder / name))
     try:
+        folder = cache_dir() / "native"
+        if (folder / name).is_file():
+            return ctypes.CDLL(str(folder / name))
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=".partial-", dir=folder)
-    except OSError:
-        # A home that can't be written: compiled at each start. A library stays loaded when its file is gone.
+    except (OSError, RuntimeError):
+        # No home (RuntimeError), or one that can't be written: compiled at each start. A library stays loaded when its
+        # file is gone.
         with tempfile.TemporaryDirectory(prefix="glassbox-") as alone:
             return ctypes.CDLL(str(_compile(compiler, source, Path(alone) / name)))
     with scratch as partial:

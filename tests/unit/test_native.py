@@ -67,6 +67,16 @@ def test_a_cache_that_cannot_be_written(source: Path, tmp_path: Path, monkeypatc
     assert not list((tmp_path / "tmp").iterdir())
 
 
+def test_no_home(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container with a user id that nobody knows."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(native.os, "getuid", lambda: 123_456)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert load_cpp(source).answer() == 42
+
+
 def test_words_of_cxx(source: Path, monkeypatch: pytest.MonkeyPatch, runs: list[list[str]]) -> None:
     """CXX may hold options, as for ccache."""
     monkeypatch.setenv("CXX", "g++ -DGLASSBOX=1")
