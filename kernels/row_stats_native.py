@@ -1,7 +1,7 @@
 """Row statistics and probes of few rows on the CPU, by `row_stats.cpp`: one call per layer, right after its attention.
 
-Owns the arguments of that kernel and the arrays that it fills. It runs on the calling thread alone and takes a third to
-a tenth of what `row_stats_cpu.py` takes there (`python tests/bench/bench_row_stats_cpu.py`); that one is for workers
+Owns the arguments of that kernel and the arrays that it fills. It runs on the calling thread alone and takes a half to
+a ninth of what `row_stats_cpu.py` takes there (`python tests/bench/bench_row_stats_cpu.py`); that one is for workers
 with many cores, for scores that don't fit the memory of one step, and where there is no compiler.
 """
 
@@ -159,7 +159,7 @@ class NativeLayer:
     def __init__(
         self, params: LayerParams, keys: KeyPages, query_dtype: torch.dtype, num_heads: int, head_size: int
     ) -> None:
-        self.params, self.num_heads, self.head_size = params, num_heads, head_size
+        self.num_heads, self.head_size = num_heads, head_size
         slopes, sinks = (
             None if values is None else values.detach().float().numpy().copy()
             for values in (params.alibi_slopes, params.sinks)

@@ -173,9 +173,6 @@ class CpuMeasurer:
         self, row: int, params: LayerParams, impl: Any, layer: Any, query: Any, kv_cache: Any, metadata: Any
     ) -> bool:
         """Measure a layer with the native kernel, if that is the faster way."""
-        cached = self._cached_layers.get(layer.layer_name)
-        if cached is None or cached.cache() is not kv_cache:
-            cached = self._cached_layers[layer.layer_name] = CachedLayer.of(params, impl, layer, query, kv_cache)
         num_heads, head_size = query.shape[1:]
         key = (id(metadata), params.sliding_window, num_heads, head_size)
         native = self._natives.get(key)
@@ -184,6 +181,9 @@ class CpuMeasurer:
             if not rows.is_light(num_heads, head_size, cores=torch.get_num_threads()):
                 return False
             native = self._natives[key] = self._new_native(rows, num_heads)
+        cached = self._cached_layers.get(layer.layer_name)
+        if cached is None or cached.cache() is not kv_cache:
+            cached = self._cached_layers[layer.layer_name] = CachedLayer.of(params, impl, layer, query, kv_cache)
         place = native.places.get(row)
         probe = None if native.probe is None or place is None else native.probe.at(place)
         native.step.measure(cached.layer, query, kv_cache.data_ptr(), probe)

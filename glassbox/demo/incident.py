@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from glassbox.baseline import Baseline, from_engines, save_baseline
-from glassbox.cpu import serving_dtype
 from glassbox.dashboards.rule_model import RuleSettings
 from glassbox.dashboards.rules import alerts, build_groups, to_data
 from glassbox.demo.faults import FAULTS, Fault
@@ -196,7 +195,7 @@ class _Incident:
             task = progress.add_task(f"{name}: vllm serve", total=None)
             server = VllmServer(
                 model,
-                args=("--served-model-name", SERVED_NAME, "--dtype", serving_dtype(), *SERVER_ARGS),
+                args=("--served-model-name", SERVED_NAME, *SERVER_ARGS),
                 env={
                     "GLASSBOX_CONFIG": str(folder / "glassbox.yaml"),
                     "GLASSBOX_RUN_DIR": str(folder / "run"),

@@ -38,7 +38,7 @@ export:
     detail: layer
 """
 # torch.compile would cost the start 40 s on two cores, each time, and change nothing of what is shown.
-SERVER_ARGS: Final = ("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16")
+SERVER_ARGS: Final = ("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16", "--dtype", serving_dtype())
 _WIDTH_WITHOUT_TERMINAL: Final = 100
 
 
@@ -104,7 +104,7 @@ def _start(
         task = progress.add_task(f"vllm serve (log: {log_path})", total=None)
         server = VllmServer(
             model,
-            args=("--served-model-name", SERVED_NAME, "--dtype", serving_dtype(), *SERVER_ARGS),
+            args=("--served-model-name", SERVED_NAME, *SERVER_ARGS),
             env={
                 "GLASSBOX_CONFIG": str(config),
                 # Inside the demo's own folder, so that it goes when the demo goes, however the server ends.
