@@ -52,9 +52,15 @@ class Measurer(Protocol):
 
 @dataclass
 class Counters:
-    """Cumulative counters of one worker, other than the accumulators."""
+    """Cumulative counters of one worker, other than the accumulators.
+
+    Attributes:
+        steps: that began.
+        finished_steps: whose rows are in the accumulators (CPU) or on their way there (GPU).
+    """
 
     steps: int = 0
+    finished_steps: int = 0
     sampled_steps: int = 0
     overhead_s: float = 0.0
     dropped_rows: Counter[str] = field(default_factory=Counter)
@@ -242,3 +248,4 @@ class Observer:
             self._listen(False)
         self._in_step = self._sampled = self._measured = False
         self._runner = self._traced = None
+        self.counters.finished_steps += 1

@@ -26,7 +26,7 @@ class StepHook:
     def __init__(self) -> None:
         self.settings: Settings | None = None
         self.observer: Observer | None = None
-        self._worker: Worker | None = None
+        self.worker: Worker | None = None
         self._restores: dict[type, Callable[[], None]] = {}
         self._errors = ErrorCounter(logger)
 
@@ -66,7 +66,7 @@ class StepHook:
 
     def disarm(self) -> None:
         """End the observation of this process's worker; its last numbers are written first."""
-        worker, self._worker, self.observer = self._worker, None, None
+        worker, self.worker, self.observer = self.worker, None, None
         if worker is not None:
             worker.close()
 
@@ -76,17 +76,17 @@ class StepHook:
 
     def _prepare(self, vllm_worker: Any) -> None:
         """Make the observer before warm-up: a captured graph must hold its buffers."""
-        if self.settings is None or (self._worker is not None and self._worker.vllm_worker() is vllm_worker):
+        if self.settings is None or (self.worker is not None and self.worker.vllm_worker() is vllm_worker):
             return
         self.disarm()
         with self._errors.guard("prepare"):
-            self._worker = Worker(vllm_worker, self.settings, self._errors)
-            self.observer = self._worker.observer
+            self.worker = Worker(vllm_worker, self.settings, self._errors)
+            self.observer = self.worker.observer
 
     def _arm(self) -> None:
-        if self._worker is not None:
+        if self.worker is not None:
             with self._errors.guard("arm"):
-                self._worker.start()
+                self.worker.start()
 
     def _wrap_warm_up(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)

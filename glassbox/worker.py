@@ -176,7 +176,7 @@ class Worker:
         leave_workers_cores(0)
         while True:
             with self._errors.guard("snapshot"):
-                self._write_if_changed()
+                self.write_if_changed()
             with self._errors.guard("traces"):
                 self._deferred.finish()
                 self._traces.write(self._settings.config.requests)
@@ -187,10 +187,13 @@ class Worker:
             self._wake.wait(self._settings.config.export.interval_s)
             self._wake.clear()
 
-    def _write_if_changed(self) -> None:
+    def write_if_changed(self) -> None:
+        """Write a snapshot unless the last one says the same."""
         counters, status = self.observer.counters, self._settings.status
         state = (
             counters.steps,
+            # A snapshot taken within a step lacks its rows: the next one has them even if no step follows.
+            counters.finished_steps,
             self.observer.effective_sample_rate,
             status.successful,
             status.timestamp_s,

@@ -115,8 +115,8 @@ def serve(folder: Path, arm: str) -> None:
 
             hooked = hook()
             report["errors"] = hooked._errors.counts()
-            if hooked.observer is not None and hooked._worker is not None:
-                snapshot = hooked._worker.snapshot()
+            if hooked.observer is not None and hooked.worker is not None:
+                snapshot = hooked.worker.snapshot()
                 report |= {
                     "steps": snapshot.steps,
                     "sampled_steps": snapshot.sampled_steps,

@@ -128,7 +128,7 @@ def run(spec: EngineSpec) -> None:
         from glassbox.step import hook
 
         _deliver_traces(llm)
-        observer, worker = hook().observer, hook()._worker
+        observer, worker = hook().observer, hook().worker
         report["errors"] = hook()._errors.counts()
         if observer is not None and worker is not None:
             snapshot = worker.snapshot()
@@ -170,7 +170,7 @@ def _deliver_traces(llm: Any) -> None:
     from glassbox.vllm_compat import deliver_ends
 
     deliver_ends(llm)
-    worker = hook()._worker
+    worker = hook().worker
     deadline = time.monotonic() + 30
     while worker is not None and time.monotonic() < deadline:
         worker._deferred.finish()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from glassbox import capture, rundir
+from glassbox.export.snapshot import read_snapshots
 from glassbox.signals import request_signals
 from glassbox.statistics import INDEX
 from glassbox.step import hook
@@ -308,6 +309,27 @@ class TestStatisticsStayOnesOfTheSample:
         off = [rows_of({"glassbox": "off"}) for _ in range(4)]
         assert sum(plain[i][0] for i in range(4)) == sum(traced[i][0] for i in range(4))
         assert 2 * sum(off[i][0] for i in range(4)) == sum(plain[i][0] for i in range(4))
+
+
+class TestSnapshots:
+    def test_one_within_the_last_step(self, engine: Engine, text: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A snapshot that falls into a step lacks its rows; the next one has them, though no step follows."""
+        worker = hook().worker
+        assert worker is not None
+        measurer = worker.observer.measurer
+        finish, written = measurer.finish, []
+
+        def snapshot_first() -> None:
+            worker.write_if_changed()
+            written.append(worker.snapshot().rows.sum())
+            finish()
+
+        monkeypatch.setattr(measurer, "finish", snapshot_first)
+        while not written:
+            engine.serve([text[:16]], [1], [None])  # a request of one step; one in four is measured
+        worker.write_if_changed()
+        (snapshot,) = read_snapshots(rundir.run_dir())
+        assert snapshot.rows.sum() == measurer.copy(0.0).rows.sum() > written[-1]
 
 
 class TestCapture:
