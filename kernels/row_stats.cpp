@@ -277,12 +277,13 @@ double sum_between(const float* values, int64_t base, int64_t limit, int64_t fir
 }
 
 struct Row {
-    int64_t batch, query, position, first, prompt_len;
+    int64_t position, first, prompt_len;
     bool decode;
 
     Row(const GlassboxRows& of, int64_t number) {
         const int32_t* row = of.rows + number * 5;
-        query = row[0], batch = row[1], prompt_len = row[3];
+        const int64_t query = row[0], batch = row[1];
+        prompt_len = row[3];
         decode = (row[2] & 1) != 0;
         if (batch < 0 || batch >= of.batch || query < of.query_start[batch] || query >= of.query_start[batch + 1]) {
             position = first = -1;

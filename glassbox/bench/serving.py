@@ -3,21 +3,22 @@
     glassbox bench
     glassbox bench --starts 6 --csv serving_cpu.csv
 
-Three servers of the same model are started one after the other and stay up:
+Three servers of the same model stay up side by side:
 
-    off        without the plugin (GLASSBOX_DISABLE=1)
     default    with the plugin and the packaged configuration (sample_rate 0.01)
+    off        without the plugin (GLASSBOX_DISABLE=1), started before `off again`
     off again  without the plugin
 
 Short, identical batches of requests go to them in turns, in an order that is shuffled for each round and after a few
-unmeasured tokens, so that whatever else the machine does hits all alike. Then the same rounds with the second server's
-YAML edited to sample_rate 1.0. A round gives one ratio: throughput over the mean of the two servers without the plugin.
+unmeasured tokens, so that whatever else the machine does hits all alike. Then half as many rounds with the YAML of the
+server with the plugin edited to sample_rate 1.0, whose target is a rough one. A round gives one ratio: throughput over
+the mean of the two servers without the plugin.
 
 Servers differ for as long as they live, two without the plugin by up to 3 %, and the one that is started first is the
-slower one (2-core AVX-512 server, 2026-11). So the server with the plugin is started between the others, all are
-started anew several times, and a start, the median of its rounds, is one observation. The table shows the mean of the
-starts, the lowest and the highest of them, and the mean for CPU time; a second one in which processes CPU time went up.
-How far `off` and `off again` are from 1 is what servers differ by.
+slower one (2-core AVX-512 server, 2026-11). So all are started anew several times, the one with the plugin first,
+second and third in turns (make it a multiple of three starts), and a start, the median of its rounds, is one
+observation. The table shows the mean of the starts, the lowest and the highest of them, and the mean for CPU time; a
+second one in which processes CPU time went up. How far `off` and `off again` are from 1 is what servers differ by.
 """
 
 import argparse
@@ -332,7 +333,7 @@ def write_csv(path: Path, rows: Sequence[Row], memory: dict[str, float], options
         "commit": commit(),
         "cpu": f"{cpu_model()}, load average {load:.1f} at the start",
         "versions": f"vllm {version('vllm')}, torch {version('torch')}, python {platform.python_version()}",
-        "servers": f"{options.starts} starts, {options.rounds} rounds each, "
+        "servers": f"{options.starts} starts, {options.rounds} rounds each (half as many of {RATE_1}), "
         f"{'eager' if options.eager else 'torch.compile'}, {options.dtype}",
         "batch": f"{options.batch_size} requests at once, {options.prompt_tokens} prompt and {options.max_tokens} "
         "output tokens",
@@ -390,18 +391,27 @@ def bench(options: Options) -> tuple[list[Row], dict[str, float]]:
     return summarise(starts), {what: statistics.median(sizes) for what, sizes in memory.items()}
 
 
+def order_of_start(number: int) -> tuple[str, ...]:
+    """In which order the servers of start `number` are started: the plugin's takes each place in turns."""
+    order = [OFF, AGAIN]
+    order.insert(number % 3, DEFAULT)
+    return tuple(order)
+
+
 def bench_once(options: Options, number: int) -> tuple[dict[str, Ratio], dict[str, float]]:
-    """Start a server with the plugin between two without it, measure, stop them."""
+    """Start a server with the plugin and two without it, measure, stop them."""
     base = load_config(packaged_config()).model_dump(mode="json", exclude_defaults=True)
     with tempfile.TemporaryDirectory(prefix="glassbox-bench-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        off, default, again = (
-            Arm(arm, *stack.enter_context(server(folder / str(place), options, plugin=arm == DEFAULT)))
-            for place, arm in enumerate((OFF, DEFAULT, AGAIN))
-        )
+        arms = {
+            arm: Arm(arm, *stack.enter_context(server(folder / arm, options, plugin=arm == DEFAULT)))
+            for arm in order_of_start(number)
+        }
+        off, default, again = arms[OFF], arms[DEFAULT], arms[AGAIN]
         ratios: dict[str, Ratio] = {}
-        for arm in (default, replace(default, name=RATE_1, changes={"sample_rate": 1.0})):
-            found = ratios_of_start(measure([off, arm, again], base, options, number))
+        rate_1 = replace(default, name=RATE_1, changes={"sample_rate": 1.0})
+        for arm, rounds in ((default, options.rounds), (rate_1, -(-options.rounds // 2))):
+            found = ratios_of_start(measure([off, arm, again], base, replace(options, rounds=rounds), number))
             ratios |= {name: ratio for name, ratio in found.items() if name not in ratios}
         httpx.get(f"{default.server.url}/metrics", timeout=30.0).raise_for_status()
         memory = {"plugin": sum(memory_mb(default.server).values()) - sum(memory_mb(off.server).values())}
@@ -414,8 +424,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="glassbox bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--starts", type=int, default=4, help="of the three servers")
-    parser.add_argument("--rounds", type=int, default=4, help="of one batch per arm, for each start")
+    parser.add_argument("--starts", type=int, default=3, help="of the three servers")
+    parser.add_argument("--rounds", type=int, default=6, help="of a batch per arm in each start")
     parser.add_argument("--batch-size", type=int, default=8, help="requests at once")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -424,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="also write the result there")
     given = parser.parse_args(argv)
     if given.starts < 1 or given.rounds < 1:
-        parser.error("--starts and --rounds must be at least 1; use --starts 4 --rounds 4")
+        parser.error("--starts and --rounds must be at least 1; use --starts 3 --rounds 6")
     options = Options(
         given.starts,
         given.rounds,

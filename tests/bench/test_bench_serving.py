@@ -53,6 +53,12 @@ class TestSummarise:
         assert math.isclose(row.high, 0.93)
         assert row.target == 0.98
 
+    def test_each_place_in_turns(self) -> None:
+        """Over three starts the server with the plugin is once the first, the second and the third."""
+        orders = [serving.order_of_start(number) for number in range(6)]
+        assert orders[:3] == [("default", OFF, AGAIN), (OFF, "default", AGAIN), (OFF, AGAIN, "default")]
+        assert orders[3:] == orders[:3]
+
     def test_batches_share_no_prefix(self) -> None:
         """The prefix cache can serve no prompt."""
         options = Options(starts=1, rounds=3, batch_size=4, prompt_tokens=16, max_tokens=8, eager=True, dtype="float32")
@@ -96,10 +102,10 @@ class TestShort:
         """sample_rate 1.0 against 0, in turns, in CPU time: at least 0.4 (`make bench` measures it properly)."""
         monkeypatch.setattr(serving, "MODEL_NAME", MODEL_NAME)
         options = Options(
-            starts=1, rounds=4, batch_size=8, prompt_tokens=256, max_tokens=24, eager=True, dtype="float32"
+            starts=1, rounds=2, batch_size=8, prompt_tokens=256, max_tokens=24, eager=True, dtype="float32"
         )
         cpu_s: dict[float, list[float]] = {0.0: [], 1.0: []}
-        rates = [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
+        rates = [0.0, 1.0, 1.0, 0.0]
         with httpx.Client(timeout=300.0) as client, ThreadPoolExecutor(options.batch_size) as pool:
             for rate, batch in zip(rates, batches(options, len(rates)), strict=True):
                 server.edit_config(sample_rate=rate)
