@@ -32,10 +32,16 @@ $(STAMP): pyproject.toml tools/setup_venv.sh tools/vllm_metadata.py
 demo: $(STAMP)  ## Serve a small real model and show its attention; DEMO_ARGS=--once stops by itself
 	@$(VENV)/bin/glassbox demo $(DEMO_ARGS)
 
-# The kernels' tests have a process of their own: Triton's interpreter must be chosen before anything imports Triton.
+# The kernels' tests have processes of their own: Triton's interpreter must be chosen before anything imports Triton.
+# A test of these and of the unit tests keeps one core busy, so two go at once; vLLM's servers want all cores.
 test: lint  ## Lint, then run all tests that need neither a GPU nor hours
-	$(PYTEST) tests/kernels
-	$(PYTEST) --ignore=tests/kernels $(PYTEST_ARGS)
+ifeq ($(PYTEST_ARGS),)
+	$(PYTEST) -n 2 tests/kernels
+	$(PYTEST) -n 2 tests/unit
+	$(PYTEST) --ignore=tests/kernels --ignore=tests/unit
+else
+	$(PYTEST) $(PYTEST_ARGS)
+endif
 
 lint: $(STAMP)  ## Check style, types, shell scripts and the Dockerfile
 	$(PY) -m ruff check .

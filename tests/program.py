@@ -40,6 +40,8 @@ def environment(config: Path | None = None, run_dir: Path | None = None, **more:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        # On a CPU vLLM 0.32 can't load what it has compiled ahead of time, and compiles for minutes at each start.
+        "VLLM_USE_AOT_COMPILE": "0",
         "PYTHONPATH": str(_ROOT),
         **{name: str(path) for name, path in named.items() if path is not None},
         **more,

@@ -21,7 +21,7 @@ def main(model: str, arguments: dict[str, Any]) -> None:
 
     llm = LLM(
         model,
-        **{"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 4, "seed": 0, **arguments},
+        **{"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 4, "seed": 0, **arguments},
     )
     core = llm.llm_engine.engine_core.engine_core
     schedule, real_steps = core.scheduler.schedule, []

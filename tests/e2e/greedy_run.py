@@ -1,6 +1,6 @@
 """Program of the tests: one batch of greedy completions through an in-process vLLM; prints what came out as JSON.
 
-    python tests/e2e/greedy_run.py MODEL {eager|compiled}
+    python tests/e2e/greedy_run.py MODEL {eager|compiled} DTYPE
 
 In one process, all requests are in the scheduler before the first step, so two runs have the same batches.
 """
@@ -53,13 +53,13 @@ def measured() -> dict[str, int]:
     }
 
 
-def main(model: str, mode: str) -> None:
+def main(model: str, mode: str, dtype: str) -> None:
     """Serve the prompts once and print tokens and counters."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         model,
-        dtype="bfloat16",
+        dtype=dtype,
         enforce_eager=mode == "eager",
         max_model_len=1024,
         max_num_batched_tokens=CHUNK,
@@ -80,4 +80,4 @@ def main(model: str, mode: str) -> None:
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import pytest
 
+from glassbox.cpu import serving_dtype
 from glassbox.vllm_server import INTAKE_PATCHES
 from tests.e2e import attach_run, speculative_run
 from tests.program import Finished, environment, run_program
@@ -32,7 +33,9 @@ def serve(model: Path, folder: Path, config: str, **arguments: Any) -> Finished:
     path = folder / "glassbox.yaml"
     path.write_text(f"sample_rate: 1.0\nsampling: {{prefill_rows_per_request: {PREFILL_ROWS}}}\n{config}\n")
     env = environment(path, folder / "run")
-    return run_program("e2e/attach_run.py", [str(model), json.dumps(arguments)], env, folder)
+    return run_program(
+        "e2e/attach_run.py", [str(model), json.dumps({"dtype": serving_dtype(), **arguments})], env, folder
+    )
 
 
 def assert_observed(result: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import pytest
 
+from glassbox.cpu import serving_dtype
 from tests.e2e.greedy_run import CHUNK, NUM_TOKENS
 from tests.program import environment, run_program
 
@@ -24,7 +25,9 @@ def run(model: Path, folder: Path, mode: str, **env: str) -> dict[str, Any]:
     config = folder / "glassbox.yaml"
     config.write_text(_CONFIG)
     variables = environment(config, folder / "run", **env)
-    result: dict[str, Any] = run_program("e2e/greedy_run.py", [str(model), mode], variables, folder).result
+    result: dict[str, Any] = run_program(
+        "e2e/greedy_run.py", [str(model), mode, serving_dtype()], variables, folder
+    ).result
     return result
 
 

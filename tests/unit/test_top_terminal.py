@@ -24,6 +24,8 @@ from tests.metrics_pages import PageServer, later, metrics_page
 SNAPSHOT = make_snapshot(layers=tuple(range(40)), heads=2)
 PAGE = metrics_page([SNAPSHOT], "layer")
 _TIMEOUT_S = 30.0
+# These would count for more than the terminal's own size; pytest-xdist sets one of them.
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES"}}
 
 
 class Terminal:
@@ -48,7 +50,7 @@ class Terminal:
             stdout=inner,
             stderr=inner,
             start_new_session=True,
-            env={**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"},
+            env={**_ENVIRONMENT, "TERM": "xterm-256color", "COLORTERM": "truecolor"},
         )
         os.close(inner)
 
