@@ -20,7 +20,7 @@ import pytest
 from httpx_sse import EventSource
 
 from glassbox.config import packaged_config
-from tests.e2e.test_soak import growth_mb_per_h, unharmed
+from tests.e2e.test_soak import growth_mb_per_h, unharmed, warm_up
 from tests.serving import MODEL_NAME, GlassboxServer, wait_for
 
 pytestmark = pytest.mark.e2e
@@ -34,10 +34,6 @@ ABORTED_SHARE: Final = 0.1
 # Of one process: 1 MB a minute.
 MAX_GROWTH_MB_PER_H: Final = 60.0
 WINDOW_S: Final = 30.0
-# The worker of vLLM 0.32 on a CPU keeps some 2 MB for each number of tokens that a step has had (512 MB in all), with
-# or without the plugin, and takes its time the first time: until it has seen the common ones, neither memory nor
-# throughput says anything.
-MOST_TOKENS: Final = 256
 _OPTIONS: Final = (
     {},
     {"glassbox_top_k": 8},
@@ -66,8 +62,14 @@ class Load:
     tokens: int = 0
     failures: list[str] = field(default_factory=list)
 
-    async def run(self, seconds: float, watch: Callable[[float], None] = lambda _: None) -> None:
-        """Ask for so long; `watch` is called with the seconds since the start about each second."""
+    async def run(self, seconds: float, watch: Callable[[float], None] = lambda _: None, *, finish: bool) -> None:
+        """Ask for so long.
+
+        Args:
+            seconds: to ask for.
+            watch: called with the seconds since the start about each second.
+            finish: wait for the last answers; otherwise all clients go away at once.
+        """
         end = time.monotonic() + seconds
         limits = httpx.Limits(max_connections=self.clients)
         async with httpx.AsyncClient(base_url=self.url, timeout=120.0, limits=limits) as client:
@@ -75,7 +77,10 @@ class Load:
             while time.monotonic() < end:
                 await asyncio.to_thread(watch, seconds - (end - time.monotonic()))
                 await asyncio.sleep(1.0)
-            await asyncio.gather(*asking)
+            if not finish:
+                for client_task in asking:
+                    client_task.cancel()
+            await asyncio.gather(*asking, return_exceptions=not finish)
 
     async def _client(self, client: httpx.AsyncClient, number: int, end: float) -> None:
         rng = random.Random(number)
@@ -117,6 +122,11 @@ class Load:
                     break
 
 
+def unfinished(server: GlassboxServer) -> float:
+    """Requests that vLLM works at, or that wait."""
+    return sum(server.metric(f"vllm:num_requests_{state}") or 0.0 for state in ("running", "waiting"))
+
+
 def settle(server: GlassboxServer) -> None:
     """Nobody is traced any more, once the worker has heard that all are gone."""
 
@@ -127,13 +137,6 @@ def settle(server: GlassboxServer) -> None:
     wait_for(active, lambda count: count == 0.0, 90.0, "traces to end")
 
 
-def warm_up(server: GlassboxServer) -> None:
-    """A step of each number of tokens."""
-    rng = random.Random(0)
-    for tokens in range(1, MOST_TOKENS + 1):
-        server.complete([rng.randrange(1000, 40_000) for _ in range(tokens)], max_tokens=1)
-
-
 class TestShort:
     @pytest.mark.timeout(300)
     def test_everybody_is_answered(self, server: GlassboxServer) -> None:
@@ -141,7 +144,7 @@ class TestShort:
         load = Load(server.url, clients=60)
         before = server.metric("glassbox_traced_requests_total") or 0.0
         with unharmed(server):
-            asyncio.run(load.run(SHORT_S))
+            asyncio.run(load.run(SHORT_S, finish=True))
             assert [] == load.failures
             assert {"untraced", "traced", "aborted"} == set(load.answered)
             settle(server)
@@ -174,7 +177,8 @@ class TestLong:
                 # In turns, and each first every other time.
                 for traced in (False, True) if len(ratios) % 2 == 0 else (True, False):
                     load = Load(server.url, clients=200, traced_share=TRACED_SHARE if traced else 0.0)
-                    asyncio.run(load.run(WINDOW_S, watch))
+                    asyncio.run(load.run(WINDOW_S, watch, finish=False))
+                    wait_for(lambda: unfinished(server), lambda count: count == 0, 60.0, "requests to end")
                     assert [] == load.failures
                     rates[traced] = load.tokens / WINDOW_S
                 ratios.append(rates[True] / rates[False])
