@@ -181,14 +181,10 @@ class TestSampling:
         assert now - dropped == 6 * NUM_LAYERS * NUM_HEADS
 
     @staticmethod
-    def by_layer(server: GlassboxServer) -> dict[int, float]:
+    def by_layer(server: GlassboxServer) -> dict[int | None, float]:
         server.settled_rows()
-        found = dict.fromkeys(range(NUM_LAYERS), 0.0)
-        for family in server.metrics():
-            for sample in family.samples:
-                if sample.name == "glassbox_attention_rows_total":
-                    found[int(sample.labels["layer"])] += sample.value
-        return found
+        measured = server.measured()
+        return dict(zip(measured.layers, measured.rows_of(None).sum(axis=1).tolist(), strict=True))
 
     @staticmethod
     def by_phase(server: GlassboxServer) -> dict[str, float]:

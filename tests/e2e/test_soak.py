@@ -28,9 +28,9 @@ SHORT_S: Final = 40.0
 LONG_S: Final = float(os.environ.get("GLASSBOX_SOAK_S", "900"))
 EDIT_S: Final = 2.5
 BYTES_PER_MB: Final = 1_000_000
-# The worker of vLLM 0.32 on a CPU keeps some 2 MB for each number of tokens that a step has had (512 MB in all), with
-# or without the plugin, and takes its time the first time: until it has seen the common ones, neither memory nor
-# throughput says anything.
+# The worker of vLLM 0.32 on a CPU keeps some 2 MB for each number of tokens that a step has had, with or without the
+# plugin, and takes its time the first time: until it has seen the common ones, neither memory nor throughput says
+# anything.
 MOST_TOKENS: Final = 256
 # Caches of the tokenizer and of vLLM's prefix cache fill up, too.
 WARM_UP_SHARE: Final = 0.3
