@@ -29,6 +29,7 @@ class Fault:
         name: of one word, for the command line; also the job in Prometheus.
         what: what is wrong, for the table.
         alert: that must fire, without the prefix `Glassbox`; no other critical one may.
+        also: others that tell of it, not critical, and are waited for.
         make: writes the broken model's folder (healthy folder, new folder); None: the model is healthy.
         bare_prompts: the requests come without chat template.
         needs: why this machine can't have the fault; None if it can.
@@ -37,6 +38,7 @@ class Fault:
     name: str
     what: str
     alert: str
+    also: tuple[str, ...] = ()
     make: Callable[[Path, Path], None] | None = None
     bare_prompts: bool = False
     needs: Callable[[], str | None] = lambda: None
@@ -142,6 +144,8 @@ FAULTS: Final[tuple[Fault, ...]] = (
         "query-weights",
         f"the query weights of layer {_SCALED_LAYER} are {_SCALED_BY:g} times too large",
         "EntropyCollapse",
+        # The layers above see what it made of its input.
+        also=("Drift",),
         make=scaled_queries,
     ),
     Fault(

@@ -26,7 +26,7 @@ from glassbox.demo.faults import FAULTS, Fault
 from glassbox.demo.incident_report import Outcome, Rows, report
 from glassbox.demo.model import DemoModelError, demo_model
 from glassbox.demo.prometheus import PROMETHEUS, PrometheusServer
-from glassbox.demo.questions import ask, questions
+from glassbox.demo.questions import AT_ONCE, ask, questions
 from glassbox.demo.run import SERVED_NAME, SERVER_ARGS, DemoError, interruptible, make_progress
 from glassbox.demo.server import HOST, ServerError, VllmServer
 from glassbox.demo.traffic import Answer, Request, TrafficError, send_traffic
@@ -111,38 +111,49 @@ class _Watch:
 
 
 class _Traffic:
-    """Sends batches again and again from a thread of its own, until the block ends.
+    """Clients that send requests again and again until the block ends, each its own share, without a pause.
+
+    Nobody waits for the slowest of a batch, so that a slow machine's windows too have the rows that the rules ask for.
 
     Attributes:
-        rounds: how often all of them were answered.
-        error: what ended it before its time.
+        error: what ended one before its time.
     """
 
-    def __init__(self, url: str, batches: Sequence[Sequence[Request]]) -> None:
-        self._url, self._batches = url, batches
+    def __init__(self, url: str, requests: Sequence[Request]) -> None:
+        self._url = url
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="traffic")
+        shares = [requests[i::AT_ONCE] for i in range(AT_ONCE)]
+        self._rounds = [0] * len(shares)
+        self._threads = [
+            threading.Thread(target=self._run, args=(i, share), name=f"client {i}") for i, share in enumerate(shares)
+        ]
         self.error: Exception | None = None
-        self.rounds = 0
 
-    def _run(self) -> None:
+    @property
+    def rounds(self) -> int:
+        """How often all of them were answered."""
+        return min(self._rounds)
+
+    def _run(self, i: int, share: Sequence[Request]) -> None:
         try:
             while not self._ended.is_set():
-                for batch in self._batches:
-                    send_traffic(self._url, SERVED_NAME, [batch])
+                for request in share:
+                    send_traffic(self._url, SERVED_NAME, [[request]])
                     if self._ended.is_set():
                         return
-                self.rounds += 1
+                self._rounds[i] += 1
         except Exception as error:  # raised again by who waits
             self.error = error
 
     def __enter__(self) -> "_Traffic":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
 
 class _Incident:
@@ -261,7 +272,7 @@ class _Incident:
         )
 
     def _fault(self, fault: Fault, server: VllmServer, folder: Path, healthy: Outcome) -> Outcome:
-        """Watch a server until the fault's alert fires and for at least WATCH_S."""
+        """Watch a server until the fault's alert and those that come with it fire, and for at least WATCH_S."""
         begin = time.monotonic()
         before = Rows.of(merge(read_snapshots(folder / "run")))
         watch = _Watch()
@@ -271,13 +282,13 @@ class _Incident:
         ):
             task = progress.add_task(f"{fault.name}: requests, waiting for Glassbox{fault.alert}", total=None)
             while (now := time.monotonic() - begin) < _PATIENCE_S:
-                if fault.alert in watch.fired and now >= max(WATCH_S, watch.fired[fault.alert] + 2 * _SCRAPE_S):
+                seconds = [watch.fired.get(name, _PATIENCE_S) for name in (fault.alert, *fault.also)]
+                if now >= max(WATCH_S, max(seconds) + 2 * _SCRAPE_S):
                     break
                 self._look(watch, [fault.name], self._target(server), folder, begin)
                 self._raise(traffic, server)
                 time.sleep(_POLL_S)
-            seconds = watch.fired.get(fault.alert)
-            told = "didn't fire" if seconds is None else f"after {seconds:.0f} s"
+            told = f"after {watch.fired[fault.alert]:.0f} s" if fault.alert in watch.fired else "didn't fire"
             progress.update(task, description=f"{fault.name}: Glassbox{fault.alert} {told}", total=1, completed=1)
         answer = self._ask(server, bare=fault.bare_prompts)
         time.sleep(_SETTLE_S)
@@ -316,12 +327,14 @@ class _Incident:
         if traffic.error is not None:
             raise traffic.error
 
-    def _send(self, server: VllmServer, progress: Any, text: str, batches: Sequence[Sequence[Request]]) -> None:
-        task = progress.add_task(text, total=sum(len(batch) for batch in batches))
+    def _send(self, server: VllmServer, progress: Any, text: str, requests: Sequence[Request]) -> None:
+        """Each of them once, as many at a time as `_Traffic` has clients."""
+        task = progress.add_task(text, total=len(requests))
 
         def advance(_: Answer) -> None:
             progress.advance(task)
 
+        batches = [requests[i : i + AT_ONCE] for i in range(0, len(requests), AT_ONCE)]
         send_traffic(server.url, SERVED_NAME, batches, advance)
         time.sleep(_SETTLE_S)
 

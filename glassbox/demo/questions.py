@@ -20,13 +20,13 @@ _OTHERS: Final = (
     *("coffee beans", "volcanoes", "the Silk Road", "a bicycle chain", "honey bees", "glass making"),
     *("the water cycle", "a sailing boat", "compound interest", "the human heart", "thunder", "paper"),
 )
-_AT_ONCE: Final = 8
+AT_ONCE: Final = 16
 _TOKENS: Final = 40
 NUMBER: Final = 32
 
 
-def questions(*, held_out: bool, bare: bool = False) -> list[list[Request]]:
-    """Batches of eight, 32 requests in all, greedy, of at most 40 tokens.
+def questions(*, held_out: bool, bare: bool = False) -> list[Request]:
+    """32 requests, greedy, of at most 40 tokens.
 
     Args:
         held_out: about subjects that the baseline's requests don't have.
@@ -38,7 +38,7 @@ def questions(*, held_out: bool, bare: bool = False) -> list[list[Request]]:
         subject = subjects[i % len(subjects)]
         # Shifted by one in each round, so that a subject meets another task.
         requests.append(ask(_TASKS[(i + i // len(subjects)) % len(_TASKS)].format(subject), bare=bare))
-    return [requests[i : i + _AT_ONCE] for i in range(0, NUMBER, _AT_ONCE)]
+    return requests
 
 
 def ask(text: str, *, bare: bool = False) -> Request:

@@ -42,6 +42,5 @@ class TestIncident:
         outcomes = run(tmp_path, monkeypatch)
         check(outcomes)
         assert len(FAULTS) + 1 == len(outcomes)
-        # The layers above the one with broken query weights see what it made of its input, so Drift tells as well.
         fired = {outcome.name: outcome.fired.keys() for outcome in outcomes}
         assert {"EntropyCollapse", "Drift"} <= fired["query-weights"]

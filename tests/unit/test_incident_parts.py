@@ -91,13 +91,13 @@ class TestModels:
 class TestRequests:
     def test_held_out_subjects_are_others(self) -> None:
         """No request is in both sets, and there are as many tasks of each kind."""
-        sets = [{request.name for batch in questions(held_out=held_out) for request in batch} for held_out in (0, 1)]
+        sets = [{request.name for request in questions(held_out=held_out)} for held_out in (0, 1)]
         assert set() == sets[0] & sets[1]
         assert [NUMBER, NUMBER] == [len(names) for names in sets]
 
     def test_bare_prompts_have_no_messages(self) -> None:
         """The same texts, as plain completions."""
-        chat, bare = (questions(held_out=True, bare=bare)[0][0] for bare in (False, True))
+        chat, bare = (questions(held_out=True, bare=bare)[0] for bare in (False, True))
         assert bare.body["prompt"] == chat.body["messages"][0]["content"]
 
 
