@@ -33,12 +33,16 @@ demo: $(STAMP)  ## Serve a small real model and show its attention; DEMO_ARGS=--
 	@$(VENV)/bin/glassbox demo $(DEMO_ARGS)
 
 # The kernels' tests have processes of their own: Triton's interpreter must be chosen before anything imports Triton.
-# A test of these and of the unit tests keeps one core busy, so two go at once; vLLM's servers want all cores.
+# A test of these and of the unit tests keeps one core busy, so two go at once. So do those that run vLLM without its
+# servers, if each computes on one thread (two of them with OpenMP's spinning threads are slower than one after the
+# other). The rest starts servers, which want all cores.
+IN_PROCESS := tests/integration $(addprefix tests/e2e/,test_attach.py test_bad_config.py test_same_output.py)
 test: lint  ## Lint, then run all tests that need neither a GPU nor hours
 ifeq ($(PYTEST_ARGS),)
 	$(PYTEST) -n 2 tests/kernels
 	$(PYTEST) -n 2 tests/unit
-	$(PYTEST) --ignore=tests/kernels --ignore=tests/unit
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PYTEST) -n 2 --dist loadscope $(IN_PROCESS)
+	$(PYTEST) $(addprefix --ignore=,tests/kernels tests/unit $(IN_PROCESS))
 else
 	$(PYTEST) $(PYTEST_ARGS)
 endif

@@ -30,7 +30,7 @@ class Fault:
         what: what is wrong, for the table.
         alert: that must fire, without the prefix `Glassbox`; no other critical one may.
         also: others that tell of it, not critical, and are waited for.
-        make: writes the broken model's folder (healthy folder, new folder); None: the model is healthy.
+        make: writes the broken model's folder (healthy folder, new folder); None: the healthy model's server gets it.
         bare_prompts: the requests come without chat template.
         needs: why this machine can't have the fault; None if it can.
     """

@@ -1,7 +1,8 @@
 """`glassbox demo --incident`: a healthy model, then the same one broken in ways that happen; which alert tells?
 
-Owns the order: serve, save a baseline, see that no alert fires, then break the model in one way after the other and
-wait for the alert that must fire, in a real Prometheus with the shipped rules. Only their time constants are shortened.
+Owns the order: serve, save a baseline, see that no alert fires, let clients do wrong, then break the model in one way
+after the other; each time wait for the alert that must fire, in a real Prometheus with the shipped rules. Only their
+time constants are shortened.
 The faults are `faults.py`, what is printed in the end `incident_report.py`.
 """
 
@@ -9,7 +10,7 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -104,8 +105,14 @@ def run_incident(options: IncidentOptions, console: Console) -> list[Outcome]:
 
 @dataclass
 class _Watch:
-    """What Prometheus said of one server: seconds from the first request to the first firing, by alert."""
+    """What Prometheus said of one server: seconds from the first request to the first firing, by alert.
 
+    Attributes:
+        before: what the server had measured when the first request came.
+        rows: measured since, when the alert fired.
+    """
+
+    before: Rows | None
     fired: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
 
@@ -177,19 +184,27 @@ class _Incident:
                 for job in jobs:
                     prometheus.set_targets(job, [self._target(server)])
                 healthy = self._healthy(server, folder, jobs)
-            return [healthy, *(self._broken(fault, healthy) for fault in self._options.faults)]
+                # What clients do wrong now is no history for the broken models.
+                for job in jobs:
+                    prometheus.set_targets(job, [])
+                outcomes = {
+                    fault.name: self._fault(fault, server, folder, healthy)
+                    for fault in self._options.faults
+                    if fault.make is None
+                }
+            for fault in self._options.faults:
+                if fault.make is not None:
+                    outcomes[fault.name] = self._broken(fault, fault.make, healthy)
+            return [healthy, *(outcomes[name] for name in jobs)]
 
-    def _broken(self, fault: Fault, healthy: Outcome) -> Outcome:
-        """A fault, on a server of its own."""
+    def _broken(self, fault: Fault, make: Callable[[Path, Path], None], healthy: Outcome) -> Outcome:
+        """A broken model, on a server of its own."""
         if (reason := fault.needs()) is not None:
             self._console.print(f"[yellow]{fault.name}: left out, {reason}[/yellow]")
             return Outcome(fault.name, fault.what, fault.alert, skipped=reason)
-        model = self._model
-        if fault.make is not None:
-            model = self._folder / "models" / fault.name
-            fault.make(self._model, model)
+        model = self._folder / "models" / fault.name
+        make(self._model, model)
         with self._serve(fault.name, model, with_baseline=True) as (server, folder):
-            self._prometheus.set_targets(fault.name, [self._target(server)])
             return self._fault(fault, server, folder, healthy)
 
     @staticmethod
@@ -248,7 +263,7 @@ class _Incident:
             before = Rows.of(engines)
             begin = time.monotonic()
             task = progress.add_task("healthy: other requests", total=None)
-            watch = _Watch()
+            watch = _Watch(before)
             with _Traffic(server.url, questions(held_out=True)) as traffic:
                 compared: float | None = None
                 while traffic.rounds < 1 or compared is None or time.monotonic() - compared < _PROOF_S:
@@ -273,9 +288,10 @@ class _Incident:
 
     def _fault(self, fault: Fault, server: VllmServer, folder: Path, healthy: Outcome) -> Outcome:
         """Watch a server until the fault's alert and those that come with it fire, and for at least WATCH_S."""
+        self._prometheus.set_targets(fault.name, [self._target(server)])
         begin = time.monotonic()
         before = Rows.of(merge(read_snapshots(folder / "run")))
-        watch = _Watch()
+        watch = _Watch(before)
         with (
             make_progress(self._console) as progress,
             _Traffic(server.url, questions(held_out=True, bare=fault.bare_prompts)) as traffic,
@@ -318,7 +334,8 @@ class _Incident:
             name = dict(labels)["alertname"].removeprefix("Glassbox")
             if name in self._attention and name not in watch.fired:
                 watch.fired[name] = time.monotonic() - begin
-                watch.rows[name] = int(sum(engine.rows.sum() for engine in merge(read_snapshots(folder / "run"))))
+                measured = self._measured(folder, watch.before)
+                watch.rows[name] = 0 if measured is None else int(measured.rows.sum())
 
     @staticmethod
     def _raise(traffic: _Traffic, server: VllmServer) -> None:

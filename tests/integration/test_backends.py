@@ -172,8 +172,11 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 class TestRouter:
     @staticmethod
     def platform_picks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        picked = SimpleNamespace(get_attn_backend_cls=lambda backend, **_: registry.AttentionBackendEnum[name].value)
-        monkeypatch.setattr("vllm.platforms.current_platform", picked)
+        from vllm.platforms import current_platform
+
+        # Not the platform itself: a module of vLLM's that is imported meanwhile would keep the replacement.
+        path = registry.AttentionBackendEnum[name].value
+        monkeypatch.setattr(current_platform, "get_attn_backend_cls", lambda backend, **_: path)
 
     def test_auto(self, settings: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
         """`inner_backend: auto` is whatever the platform picks for the layer."""
