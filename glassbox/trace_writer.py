@@ -4,7 +4,10 @@ Owns when a trace is written and which files of the worker are removed. The form
 `trace_active.py`.
 """
 
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from glassbox.config import RequestsConfig
 from glassbox.export.token_text import write_source
@@ -16,6 +19,9 @@ from glassbox.trace_record import trace_name, trace_prefix, write_trace
 
 logger = get_logger(__name__)
 
+# Share of a core that writing running requests again may take. It is taken from the steps: they wait for Python's lock.
+RUNNING_SHARE: Final = 0.005
+
 
 class TraceWriter:
     """Writes the traces of one worker.
@@ -24,17 +30,31 @@ class TraceWriter:
         run_dir: of the server.
         host: the worker.
         tracker: its requests.
+        clock, cpu_clock: seconds, monotonic, and those that this thread has computed.
     """
 
-    def __init__(self, run_dir: Path, host: TraceHost, tracker: RequestTracker) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        host: TraceHost,
+        tracker: RequestTracker,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        cpu_clock: Callable[[], float] = time.thread_time,
+    ) -> None:
         self._run_dir, self._directory = run_dir, traces_path(run_dir)
         self._host, self._tracker = host, tracker
+        self._clock, self._cpu_clock = clock, cpu_clock
+        # When running requests may be written again.
+        self._running_due = clock()
         # Version of each running request's trace that lies in the directory, by internal id.
         self._written: dict[str, int] = {}
         self._tokenizer_told = False
 
     def write(self, config: RequestsConfig) -> int:
         """Write what has changed: ended requests once, running ones again and again. Ended ones are released.
+
+        Many or long running ones take their time, and then wait until it is `RUNNING_SHARE` of what has passed.
 
         Returns:
             Number of files written.
@@ -45,20 +65,28 @@ class TraceWriter:
         """
         active = self._tracker.active()
         ended = self._tracker.ended()
-        written = 0
+        written, running_s = 0, 0.0
         failure: OSError | None = None
+        again = self._clock() >= self._running_due
         if (active or ended) and config.include_text:
             try:
                 self._tell_tokenizer()
             except OSError as error:
                 failure = error
         for trace in dict.fromkeys((*ended, *active)):  # one may have ended between the two calls
-            if trace.status != "active" or self._written.get(trace.internal_id) != trace.version:
-                try:
-                    self._write(trace)
-                    written += 1
-                except OSError as error:
-                    failure = error
+            runs = trace.status == "active"
+            if runs and not (again and self._written.get(trace.internal_id) != trace.version):
+                continue
+            before = self._cpu_clock()
+            try:
+                self._write(trace)
+                written += 1
+            except OSError as error:
+                failure = error
+            if runs:
+                running_s += self._cpu_clock() - before
+        if again:
+            self._running_due = self._clock() + running_s / RUNNING_SHARE
         for trace in ended:
             self._tracker.release(trace)
         running = {trace.internal_id for trace in active}

@@ -17,7 +17,7 @@ from glassbox.statistics import NUM_STATISTICS
 from glassbox.trace_active import ActiveTrace, Chunk
 from glassbox.trace_directory import TraceDirectory
 from glassbox.trace_record import TraceOptions
-from glassbox.trace_writer import TraceWriter
+from glassbox.trace_writer import RUNNING_SHARE, TraceWriter
 from tests.trace_samples import Scheduled, make_host, new_request
 
 
@@ -36,13 +36,21 @@ def chunk(position: int) -> Chunk:
 
 
 class Setup:
-    """A worker's tracker and writer."""
+    """A worker's tracker and writer. No time passes but what a test says; a look at the CPU's clock takes `look_s`."""
 
     def __init__(self, folder: Path, tokenizer: str = "", **requests: Any) -> None:
         self.config = GlassboxConfig.model_validate({"requests": requests})
         self.tracker = RequestTracker(make_host(), DeferredActions(ErrorCounter(logging.getLogger("test"))))
-        self.writer = TraceWriter(folder, make_host(tokenizer=tokenizer), self.tracker)
+        self.now_s = self.cpu_s = self.look_s = 0.0
+        host = make_host(tokenizer=tokenizer)
+        self.writer = TraceWriter(
+            folder, host, self.tracker, clock=lambda: self.now_s, cpu_clock=self.look_at_the_cpus_clock
+        )
         self.directory = TraceDirectory(folder)
+
+    def look_at_the_cpus_clock(self) -> float:
+        self.cpu_s += self.look_s
+        return self.cpu_s
 
     def arrive(self, *ids: str) -> None:
         new = [new_request(i, 5, {"glassbox": "trace"}) for i in ids]
@@ -75,6 +83,24 @@ class TestWrite:
         assert setup.tracker.ended() == []
         assert setup.write() == 0
         assert list(setup.writer._written) == ["b"]
+
+    def test_running_ones_wait_if_they_are_expensive(self, tmp_path: Path) -> None:
+        """Each takes 10 ms, so two are written every 4 s; one that ends doesn't wait."""
+        setup = Setup(tmp_path)
+        setup.look_s = 0.01
+        setup.arrive("a", "b")
+        assert setup.write() == 2
+        for trace in setup.tracker.active():
+            trace.append(chunk(5))
+        setup.now_s = 0.02 / RUNNING_SHARE - 0.1
+        assert setup.write() == 0
+        assert setup.found() == {"a": ("active", 0), "b": ("active", 0)}
+        setup.finish("a")
+        assert setup.write() == 1
+        assert setup.found() == {"a": ("finished", 1), "b": ("active", 0)}
+        setup.now_s += 0.2
+        assert setup.write() == 1
+        assert setup.found() == {"a": ("finished", 1), "b": ("active", 1)}
 
     def test_the_tokenizer_is_told_with_the_first_text(self, tmp_path: Path) -> None:
         """Where it lies is written only if texts of traces may be shown."""
