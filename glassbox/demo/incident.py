@@ -2,8 +2,7 @@
 
 Owns the order: serve, save a baseline, see that no alert fires, let clients do wrong, then break the model in one way
 after the other; each time wait for the alert that must fire, in a real Prometheus with the shipped rules. Only their
-time constants are shortened.
-The faults are `faults.py`, what is printed in the end `incident_report.py`.
+time constants are shortened. The faults are `faults.py`, what is printed in the end `incident_report.py`.
 """
 
 import contextlib
