@@ -180,36 +180,63 @@ def _summarise(headers: Mapping[str, Mapping[str, Any]]) -> TraceSummary:
     )
 
 
-def prune(directory: Path, prefix: str, *, keep: int, keep_mb: int, active: Collection[str] = ()) -> list[Path]:
-    """Remove a worker's oldest trace files until what remains is within the limits.
+class TraceFiles:
+    """The files that a worker writes, and those of its predecessors after a restart, kept within limits.
+
+    Lists the directory once, since workers have better things to do, and knows from then on what it holds.
 
     Args:
         directory: of the files.
-        prefix: of the worker's files (and of its predecessors' after a restart).
-        keep: most files; keep_mb: most MB of them together.
-        active: names that are kept whatever the limits: requests that still run.
-
-    Returns:
-        The removed ones, oldest first.
-
-    Raises:
-        OSError: the directory can't be listed, or a file not removed.
+        prefix: of these files.
     """
-    found = []
-    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name.startswith(prefix) and entry.name.endswith(".npz"):
-                with contextlib.suppress(FileNotFoundError):
-                    stat = entry.stat()
-                    found.append((stat.st_mtime_ns, entry.name, stat.st_size))
-    found.sort(reverse=True)
-    removed, kept, total = [], 0, 0
-    for _, name, size in found:
-        if name in active or (kept < keep and total + size <= keep_mb * _MB):
-            kept, total = kept + 1, total + size
-        else:
-            kept = keep  # what is older than a removed one goes, too
-            path = Path(directory) / name
-            path.unlink(missing_ok=True)
-            removed.append(path)
-    return removed[::-1]
+
+    def __init__(self, directory: Path, prefix: str) -> None:
+        self._directory, self._prefix = Path(directory), prefix
+        # Bytes by name, the latest last; None is not listed yet.
+        self._sizes: dict[str, int] | None = None
+
+    def wrote(self, name: str, size: int) -> None:
+        """A file is there, or is there anew, with so many bytes."""
+        sizes = self._listed()
+        sizes.pop(name, None)
+        sizes[name] = size
+
+    def prune(self, *, keep: int, keep_mb: int, active: Collection[str] = ()) -> list[Path]:
+        """Remove the oldest files until what remains is within the limits.
+
+        Args:
+            keep: most files; keep_mb: most MB of them together.
+            active: names that are kept whatever the limits: requests that still run.
+
+        Returns:
+            The removed ones, oldest first.
+
+        Raises:
+            OSError: the directory can't be listed, or a file not removed.
+        """
+        sizes = self._listed()
+        if len(sizes) <= keep and sum(sizes.values()) <= keep_mb * _MB:
+            return []
+        removed, kept, total = [], 0, 0
+        for name in reversed(list(sizes)):
+            if name in active or (kept < keep and total + sizes[name] <= keep_mb * _MB):
+                kept, total = kept + 1, total + sizes[name]
+            else:
+                kept = keep  # what is older than a removed one goes, too
+                path = self._directory / name
+                path.unlink(missing_ok=True)
+                del sizes[name]
+                removed.append(path)
+        return removed[::-1]
+
+    def _listed(self) -> dict[str, int]:
+        if self._sizes is None:
+            found = []
+            with contextlib.suppress(FileNotFoundError), os.scandir(self._directory) as entries:
+                for entry in entries:
+                    if entry.name.startswith(self._prefix) and entry.name.endswith(".npz"):
+                        with contextlib.suppress(FileNotFoundError):
+                            stat = entry.stat()
+                            found.append((stat.st_mtime_ns, entry.name, stat.st_size))
+            self._sizes = {name: size for _, name, size in sorted(found)}
+        return self._sizes

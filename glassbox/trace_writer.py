@@ -14,7 +14,7 @@ from glassbox.export.token_text import write_source
 from glassbox.logs import get_logger
 from glassbox.requests import RequestTracker
 from glassbox.trace_active import ActiveTrace, TraceHost
-from glassbox.trace_directory import prune, traces_path
+from glassbox.trace_directory import TraceFiles, traces_path
 from glassbox.trace_record import trace_name, trace_prefix, write_trace
 
 logger = get_logger(__name__)
@@ -43,6 +43,7 @@ class TraceWriter:
         cpu_clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self._run_dir, self._directory = run_dir, traces_path(run_dir)
+        self._files = TraceFiles(self._directory, trace_prefix(host.engine, host.rank))
         self._host, self._tracker = host, tracker
         self._clock, self._cpu_clock = clock, cpu_clock
         # When running requests may be written again.
@@ -106,13 +107,13 @@ class TraceWriter:
     def _write(self, trace: ActiveTrace) -> None:
         version = trace.version
         path = write_trace(self._directory, trace.record())
+        self._files.wrote(path.name, path.stat().st_size)
         self._written[trace.internal_id] = version
         logger.debug("Trace written: %s", path.name)
 
     def _prune(self, config: RequestsConfig, running: set[str]) -> None:
         host = self._host
         names = {trace_name(host.engine, host.rank, host.instance, internal_id) for internal_id in running}
-        prefix = trace_prefix(host.engine, host.rank)
-        removed = prune(self._directory, prefix, keep=config.keep, keep_mb=config.keep_mb, active=names)
+        removed = self._files.prune(keep=config.keep, keep_mb=config.keep_mb, active=names)
         if removed:
             logger.debug("Removed %d old traces", len(removed))

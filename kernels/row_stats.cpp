@@ -1,4 +1,6 @@
-// Row statistics, and what traced requests ask, of a few rows in one layer on the CPU: one call instead of dozens.
+// Row statistics, and what traced requests ask, of a few rows on the CPU. The rows' queries are taken layer by layer while
+// they are there, and many layers are measured in one call: between two layers of a model nothing of what measures them
+// is left in the CPU's caches.
 //
 // Owns the arithmetic alone. What each number means stands in glassbox/statistics.py, its exact form in
 // reference/row_stats.py and reference/row_probe.py; the structs are filled by row_stats_native.py, field by field.
@@ -28,19 +30,17 @@ struct GlassboxRows {
 
 // Of the items that a row list is cut into (runs of rows of one request): of all of them, and of the largest.
 struct GlassboxSizes {
-    int64_t scores, item_scores, item_rows;  // scores of one head
+    int64_t scores, item_scores;  // of one head
 };
 
 struct GlassboxLayer {
-    const void* query;    // [tokens, heads, head_size], by strides in elements; the last one is 1
     const void* pages;    // keys of page b, KV head h begin at b * page_stride + h * head_stride
     // [head_size / width, block_size / run]: where a run of keys begins in a page. Its elements (d, t), (d + 1, t), ...
     // of `width` dimensions, then those of the next token. Null if element (d, t) stands at d * block_size + t.
     const int32_t* order;
     const float* slopes;  // [heads] or null
     const float* sinks;   // [heads] or null
-    int64_t query_type, query_token_stride, query_head_stride;
-    int64_t key_type, page_stride, head_stride, num_pages;
+    int64_t query_type, key_type, page_stride, head_stride, num_pages;
     int64_t width, run;  // width 1 or 2
     int64_t heads, kv_heads, head_size;
     double scale, soft_cap;  // soft_cap 0 is none
@@ -48,8 +48,7 @@ struct GlassboxLayer {
 
 // What is asked of A rows in L layers of H heads.
 struct GlassboxAsked {
-    int64_t layers, layer;  // how many there are, and which of them is measured
-    int64_t top_k, num_spans, sum_keys;
+    int64_t layers, top_k, num_spans, sum_keys;
     const int32_t* spans;     // [A, num_spans, 2]
     const uint8_t* chosen;    // [A, L, H]
     int32_t* topk_positions;  // [A, L, H, top_k], filled with -1
@@ -61,7 +60,10 @@ struct GlassboxAsked {
 };
 
 int glassbox_sizes(const GlassboxRows*, GlassboxSizes*);
-int glassbox_row_stats(const GlassboxRows*, const GlassboxLayer*, const GlassboxAsked*, float* stats, float* scratch);
+void glassbox_take(const GlassboxRows*, const GlassboxLayer*, const void* query, int64_t token_stride,
+                   int64_t head_stride, float* queries);
+int glassbox_row_stats(const GlassboxRows*, const GlassboxLayer* const* layers, int64_t num_layers,
+                       const float* queries, const GlassboxAsked*, const int64_t* places, float* stats, float* scratch);
 }
 
 namespace {
@@ -382,8 +384,8 @@ struct Answers {
     const GlassboxAsked& asked;
     int64_t row, in_row, at;  // in_row: of layer and head in the row; at: of row, layer and head
 
-    Answers(const GlassboxAsked& asked, int64_t row, int64_t head, int64_t heads)
-        : asked(asked), row(row), in_row(asked.layer * heads + head), at(row * asked.layers * heads + in_row) {}
+    Answers(const GlassboxAsked& asked, int64_t row, int64_t layer, int64_t head, int64_t heads)
+        : asked(asked), row(row), in_row(layer * heads + head), at(row * asked.layers * heads + in_row) {}
 
     void not_finite() const {
         for (int64_t s = 0; s < asked.num_spans; ++s) asked.span_mass[at * asked.num_spans + s] = NAN_F;
@@ -452,25 +454,16 @@ class Item {
 
     bool is_sound() const { return sound_; }
     int64_t end() const { return end_; }
-    int64_t num_rows() const { return end_ - begin_; }
-    int64_t num_scores() const { return num_rows() * columns_; }
+    int64_t num_scores() const { return (end_ - begin_) * columns_; }
 
     bool blocks_exist(const GlassboxLayer& layer) const {
         return std::all_of(block_ids_, block_ids_ + num_blocks_,
                            [&](int32_t block) { return block >= 0 && block < layer.num_pages; });
     }
 
-    // scores[row of the item][head][column], column 0 at position base_
-    void score(const GlassboxLayer& layer, float* scores, float* page, float* queries) const {
+    // queries[row of the step][head][dimension] -> scores[row of the item][head][column], column 0 at position base_
+    void score(const GlassboxLayer& layer, const float* queries, float* scores, float* page) const {
         const int64_t group = layer.heads / layer.kv_heads, block_size = rows_.block_size;
-        for (int64_t row = begin_; row < end_; ++row)
-            for (int64_t head = 0; head < layer.heads; ++head) {
-                float* query = queries + ((row - begin_) * layer.heads + head) * layer.head_size;
-                const int64_t at =
-                    rows_.rows[row * 5] * layer.query_token_stride + head * layer.query_head_stride;
-                widen_query(layer.query_type, element(layer.query_type, layer.query, at), layer.head_size, query);
-                for (int64_t d = 0; d < layer.head_size; ++d) query[d] *= float(layer.scale);
-            }
         for (int64_t block = 0; block < num_blocks_; ++block)
             for (int64_t kv_head = 0; kv_head < layer.kv_heads; ++kv_head) {
                 const int64_t from = base_ + block * block_size;
@@ -483,14 +476,16 @@ class Item {
                 for (int64_t number = begin_; number < end_; ++number) {
                     const Row row(rows_, number);
                     const Page seen{keys, layer.head_size, block_size, within(row.first), within(row.position + 1)};
-                    const int64_t place = (number - begin_) * layer.heads + kv_head * group;
-                    score_page(queries + place * layer.head_size, seen, group,
-                               scores + place * columns_ + block * block_size, columns_);
+                    const int64_t first_head = kv_head * group;
+                    score_page(queries + (number * layer.heads + first_head) * layer.head_size, seen, group,
+                               scores + ((number - begin_) * layer.heads + first_head) * columns_ + block * block_size,
+                               columns_);
                 }
             }
     }
 
-    void finish(const GlassboxLayer& layer, float* scores, const GlassboxAsked* asked, float* stats) const {
+    void finish(const GlassboxLayer& layer, float* scores, const GlassboxAsked* asked, int64_t place,
+                float* stats) const {
         for (int64_t r = begin_; r < end_; ++r) {
             const Row row(rows_, r);
             const int64_t number = asked != nullptr && rows_.asked != nullptr ? rows_.asked[r] : -1;
@@ -500,7 +495,7 @@ class Item {
                 if (!all_finite(seen, row.keys())) {
                     std::fill_n(out, NUM_COLUMNS, NAN_F);
                     out[NONFINITE] = 1.0f;
-                    if (number >= 0) Answers(*asked, number, head, layer.heads).not_finite();
+                    if (number >= 0) Answers(*asked, number, place, head, layer.heads).not_finite();
                     continue;
                 }
                 cap_and_bias(seen, row.keys(), layer, head);
@@ -509,7 +504,8 @@ class Item {
                 const int64_t num_top = wanted ? top_of(seen, row.keys(), std::min(asked->top_k, MAX_TOP), top) : 0;
                 const bool has_sink = layer.sinks != nullptr;
                 const double inverse_z = finish_row(seen, row, has_sink ? layer.sinks[head] : 0, has_sink, rows_, out);
-                if (wanted) Answers(*asked, number, head, layer.heads).fill(seen, inverse_z, row, top, num_top);
+                if (wanted)
+                    Answers(*asked, number, place, head, layer.heads).fill(seen, inverse_z, row, top, num_top);
             }
         }
     }
@@ -526,30 +522,47 @@ class Item {
 
 // Returns 0, or 2 for a row that is no token of its request.
 int glassbox_sizes(const GlassboxRows* rows, GlassboxSizes* sizes) {
-    *sizes = {0, 0, 0};
+    *sizes = {0, 0};
     for (int64_t begin = 0; begin < rows->num_rows;) {
         const Item item(*rows, begin);
         if (!item.is_sound()) return 2;
         sizes->scores += item.num_scores();
         sizes->item_scores = std::max(sizes->item_scores, item.num_scores());
-        sizes->item_rows = std::max(sizes->item_rows, item.num_rows());
         begin = item.end();
     }
     return 0;
 }
 
-// stats: [rows, heads, NUM_COLUMNS]; scratch: a page, and the queries and scores of an item. `asked` may be null.
-// The rows must be sound. Returns 0, or 1 for a block that the cache doesn't have.
-int glassbox_row_stats(const GlassboxRows* rows, const GlassboxLayer* layer, const GlassboxAsked* asked, float* stats,
+// The rows' queries, scaled, to queries[rows, heads, head_size]. They come from [tokens, heads, head_size], whose strides
+// are in elements and whose last one is 1.
+void glassbox_take(const GlassboxRows* rows, const GlassboxLayer* layer, const void* query, int64_t token_stride,
+                   int64_t head_stride, float* queries) {
+    for (int64_t row = 0; row < rows->num_rows; ++row)
+        for (int64_t head = 0; head < layer->heads; ++head, queries += layer->head_size) {
+            const int64_t at = rows->rows[row * 5] * token_stride + head * head_stride;
+            widen_query(layer->query_type, element(layer->query_type, query, at), layer->head_size, queries);
+            for (int64_t d = 0; d < layer->head_size; ++d) queries[d] *= float(layer->scale);
+        }
+}
+
+// Layers of one size, whose queries glassbox_take gave one after the other. places: [num_layers], of each in `asked`, or
+// -1; `asked` may be null if all are. stats: [num_layers, rows, heads, NUM_COLUMNS]; scratch: a page, and the scores of an
+// item. The rows must be sound. Returns 0, or 1 for a block that a cache doesn't have.
+int glassbox_row_stats(const GlassboxRows* rows, const GlassboxLayer* const* layers, int64_t num_layers,
+                       const float* queries, const GlassboxAsked* asked, const int64_t* places, float* stats,
                        float* scratch) {
-    float* queries = scratch + layer->head_size * rows->block_size;
-    for (int64_t begin = 0; begin < rows->num_rows;) {
-        const Item item(*rows, begin);
-        if (!item.blocks_exist(*layer)) return 1;
-        float* scores = queries + item.num_rows() * layer->heads * layer->head_size;
-        item.score(*layer, scores, scratch, queries);
-        item.finish(*layer, scores, asked, stats);
-        begin = item.end();
+    for (int64_t n = 0; n < num_layers; ++n) {
+        const GlassboxLayer& layer = *layers[n];
+        float* scores = scratch + layer.head_size * rows->block_size;
+        for (int64_t begin = 0; begin < rows->num_rows;) {
+            const Item item(*rows, begin);
+            if (!item.blocks_exist(layer)) return 1;
+            item.score(layer, queries, scores, scratch);
+            item.finish(layer, scores, places[n] >= 0 ? asked : nullptr, places[n], stats);
+            begin = item.end();
+        }
+        queries += rows->num_rows * layer.heads * layer.head_size;
+        stats += rows->num_rows * layer.heads * NUM_COLUMNS;
     }
     return 0;
 }

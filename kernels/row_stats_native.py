@@ -1,8 +1,9 @@
-"""Row statistics and probes of few rows on the CPU, by `row_stats.cpp`: one call per layer, right after its attention.
+"""Row statistics and probes of few rows on the CPU, by `row_stats.cpp`.
 
-Owns the arguments of that kernel and the arrays that it fills. It runs on the calling thread alone and takes a half to
-a ninth of what `row_stats_cpu.py` takes there (`python tests/bench/bench_row_stats_cpu.py`); that one is for workers
-with many cores, for scores that don't fit the memory of one step, and where there is no compiler.
+Owns the arguments of that kernel and the arrays that it fills: a layer's queries are taken right after its attention,
+and the layers of a step are measured together. It runs on the calling thread alone and takes a half to a ninth of what
+`row_stats_cpu.py` takes there (`python tests/bench/bench_row_stats_cpu.py`); that one is for workers with many cores,
+for scores that don't fit the memory of one step, and where there is no compiler.
 """
 
 import ctypes
@@ -37,6 +38,8 @@ _LIGHT: Final = 1 << 21
 _FEW_CORES: Final = 4
 # Float32 numbers: 16 MB.
 _SCORE_BUDGET: Final = 1 << 22
+# Likewise: the most queries that wait to be measured.
+_QUERY_BUDGET: Final = 1 << 22
 _POINTER, _INT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
@@ -51,14 +54,14 @@ class _Rows(ctypes.Structure):
 
 
 class _Sizes(ctypes.Structure):
-    _fields_ = tuple((name, _INT) for name in ("scores", "item_scores", "item_rows"))
+    _fields_ = tuple((name, _INT) for name in ("scores", "item_scores"))
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("query", "pages", "order", "slopes", "sinks")),
-        *((name, _INT) for name in ("query_type", "query_token_stride", "query_head_stride")),
-        *((name, _INT) for name in ("key_type", "page_stride", "head_stride", "num_pages", "width", "run")),
+        *((name, _POINTER) for name in ("pages", "order", "slopes", "sinks")),
+        *((name, _INT) for name in ("query_type", "key_type", "page_stride", "head_stride", "num_pages")),
+        *((name, _INT) for name in ("width", "run")),
         *((name, _INT) for name in ("heads", "kv_heads", "head_size")),
         ("scale", _REAL),
         ("soft_cap", _REAL),
@@ -67,24 +70,35 @@ class _Layer(ctypes.Structure):
 
 class _Asked(ctypes.Structure):
     _fields_ = (
-        *((name, _INT) for name in ("layers", "layer", "top_k", "num_spans", "sum_keys")),
+        *((name, _INT) for name in ("layers", "top_k", "num_spans", "sum_keys")),
         *((name, _POINTER) for name in ("spans", "chosen", "topk_positions", "topk_mass", "span_mass", "chosen_sum")),
         *((name, _POINTER) for name in ("kept", "kept_keys")),
     )
 
 
+@dataclass(frozen=True)
+class NativeKernel:
+    """The compiled functions of the C++ file, `glassbox_` before each of their names."""
+
+    sizes: Callable[..., int]
+    take: Callable[..., None]
+    row_stats: Callable[..., int]
+
+
 @functools.cache
-def native_kernel() -> tuple[Callable[..., int], Callable[..., int]]:
-    """The compiled `glassbox_sizes` and `glassbox_row_stats`.
+def native_kernel() -> NativeKernel:
+    """The functions, compiled when they are first asked for.
 
     Raises:
         NativeError, OSError: see `load_cpp`.
     """
     library = load_cpp(_SOURCE)
-    for function, num_arguments in ((library.glassbox_sizes, 2), (library.glassbox_row_stats, 5)):
-        function.restype = ctypes.c_int
-        function.argtypes = [_POINTER] * num_arguments
-    return library.glassbox_sizes, library.glassbox_row_stats
+    kernel = NativeKernel(library.glassbox_sizes, library.glassbox_take, library.glassbox_row_stats)
+    library.glassbox_sizes.argtypes = [_POINTER] * 2
+    library.glassbox_take.restype = None
+    library.glassbox_take.argtypes = [_POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER]
+    library.glassbox_row_stats.argtypes = [_POINTER, _POINTER, _INT, *[_POINTER] * 5]
+    return kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +149,7 @@ class KeyPages:
         num_pages, num_kv_heads, block_size: of the cache; block_size in tokens.
         order: of a head's keys in a page; None if they lie as [D, block_size].
         scale: key = stored number * scale.
+        address: of the cache, which must outlast the steps that measure it.
     """
 
     dtype: torch.dtype
@@ -145,6 +160,7 @@ class KeyPages:
     block_size: int
     order: KeyOrder | None
     scale: float
+    address: int
 
 
 class NativeLayer:
@@ -154,6 +170,9 @@ class NativeLayer:
         params: of the layer.
         keys: of the layer.
         query_dtype, num_heads, head_size: of its queries.
+
+    Attributes:
+        address: of the kernel's argument.
     """
 
     def __init__(
@@ -167,6 +186,7 @@ class NativeLayer:
         begin, width, run = (None, 1, 1) if keys.order is None else (keys.order.begin, keys.order.width, keys.order.run)
         self._alive = (slopes, sinks, begin)
         self._struct = _Layer(
+            pages=keys.address,
             order=_address(begin),
             width=width,
             run=run,
@@ -183,15 +203,7 @@ class NativeLayer:
             scale=params.scale * keys.scale,
             soft_cap=params.soft_cap or 0.0,
         )
-        self._address = ctypes.addressof(self._struct)
-        self.page_numbers = head_size * keys.block_size
-
-    def at(self, query: Tensor, pages: int) -> int:
-        """Address of the kernel's argument, with these queries [T, Hq, D] and the cache at the address `pages`."""
-        struct = self._struct
-        struct.query, struct.pages = query.data_ptr(), pages
-        struct.query_token_stride, struct.query_head_stride, _ = query.stride()
-        return self._address
+        self.address: Final = ctypes.addressof(self._struct)
 
 
 class NativeRows:
@@ -221,6 +233,8 @@ class NativeRows:
     ) -> None:
         arrays = [rows, query_start_loc, seq_lens, block_table]
         listed, starts, lens, table = (np.ascontiguousarray(array, dtype=np.int32) for array in arrays)
+        # Layers are measured when the step is over, and a drafter may have counted on by then.
+        starts, lens = starts.copy(), lens.copy()
         places = None
         if asked is not None:
             places = np.full(len(rows), -1, dtype=np.int64)
@@ -240,10 +254,10 @@ class NativeRows:
             sink_tokens=sink_tokens,
             local_window=local_window,
         )
-        self.num_rows: Final = len(listed)
+        self.num_rows, self.block_size = len(listed), block_size
         self.address: Final = ctypes.addressof(self._struct)
         self._sizes = _Sizes()
-        if native_kernel()[0](self.address, ctypes.addressof(self._sizes)):
+        if native_kernel().sizes(self.address, ctypes.addressof(self._sizes)):
             raise ValueError("every row must be a token of its request, got a query index outside of its batch row")
 
     def is_light(self, num_heads: int, head_size: int, cores: int) -> bool:
@@ -252,11 +266,9 @@ class NativeRows:
             return False
         return cores <= _FEW_CORES or self._sizes.scores * num_heads * head_size <= _LIGHT
 
-    def scratch(self, layer: NativeLayer) -> NDArray[np.float32]:
-        """As the kernel needs it for a layer."""
-        sizes = self._sizes
-        of_item = layer.num_heads * (sizes.item_scores + sizes.item_rows * layer.head_size)
-        return np.empty(layer.page_numbers + of_item, dtype=np.float32)
+    def scratch(self, num_heads: int, head_size: int) -> NDArray[np.float32]:
+        """As the kernel needs it for layers of that size."""
+        return np.empty(head_size * self.block_size + num_heads * self._sizes.item_scores, dtype=np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,6 +296,9 @@ class NativeProbe:
 
     Args:
         asked: of these layers.
+
+    Attributes:
+        address: of the kernel's argument.
     """
 
     def __init__(self, asked: Questions) -> None:
@@ -314,12 +329,7 @@ class NativeProbe:
             kept=self._kept_at.ctypes.data,
             kept_keys=self._kept_keys.ctypes.data,
         )
-        self._address = ctypes.addressof(self._struct)
-
-    def at(self, layer: int) -> int:
-        """Address of the kernel's argument for one of the layers."""
-        self._struct.layer = layer
-        return self._address
+        self.address: Final = ctypes.addressof(self._struct)
 
     def answers(self, layers: Sequence[int]) -> ProbeAnswers:
         """What was found in those of the layers that were measured; `chosen_sum` is over all of them."""
@@ -334,46 +344,79 @@ class NativeProbe:
 
 
 class NativeStep:
-    """Statistics of a step's rows in layers of one size, filled in layer by layer.
+    """Statistics of a step's rows in layers of one size.
 
     Args:
         rows: of the step.
         num_layers: room for so many.
-        num_heads: query heads of each.
+        num_heads, head_size: query heads of each, and their size.
+        probe: of layers whose rows are probed, too.
+
+    Attributes:
+        measured: names of the layers that are, in the order of `stats`.
     """
 
-    def __init__(self, rows: NativeRows, num_layers: int, num_heads: int) -> None:
-        self._kernel, self._rows = native_kernel()[1], rows
+    def __init__(
+        self, rows: NativeRows, num_layers: int, num_heads: int, head_size: int, probe: NativeProbe | None = None
+    ) -> None:
+        kernel = native_kernel()
+        self._take, self._row_stats = kernel.take, kernel.row_stats
+        self._rows, self._rows_address, self._probe = rows, rows.address, probe
         self._stats = np.empty((num_layers, rows.num_rows, num_heads, NUM_STATISTICS + 1), dtype=np.float32)
+        of_layer = rows.num_rows * num_heads * head_size
+        self._queries = np.empty((min(num_layers, max(_QUERY_BUDGET // max(of_layer, 1), 1)), of_layer), np.float32)
+        self._scratch = rows.scratch(num_heads, head_size)
         # Looked up once: `ndarray.ctypes` makes an object.
-        self._next_stats, self._layer_bytes = self._stats.ctypes.data, self._stats.strides[0]
-        self._scratch: NDArray[np.float32] | None = None
-        self._scratch_address = 0
-        self.measured = 0
+        self._queries_address, self._layer_bytes = self._queries.ctypes.data, self._queries.strides[0]
+        self._waiting: list[tuple[int, NativeLayer, int]] = []
+        self.measured: list[int] = []
 
-    def measure(self, layer: NativeLayer, query: Tensor, pages: int, asked: int | None = None) -> None:
-        """Measure the next layer.
+    def take(self, name: int, layer: NativeLayer, query: Tensor, place: int = -1) -> None:
+        """Take a layer's queries, and measure those that wait if there is no room for more.
 
         Args:
-            layer: of `num_heads` heads.
+            name: of the layer in `measured`.
+            layer: of this step's size.
             query: [T, Hq, D] of the step, on the CPU; the last dimension contiguous.
-            pages: address of the layer's cache.
-            asked: of `NativeProbe.at`, if its rows are probed, too.
+            place: of the layer in the probe, -1 if it isn't probed.
 
         Raises:
-            ValueError: the block table names a block that the cache doesn't have.
+            ValueError: see `measure`.
         """
-        if self._scratch is None:
-            self._scratch = self._rows.scratch(layer)
-            self._scratch_address = self._scratch.ctypes.data
-        if self._kernel(self._rows.address, layer.at(query, pages), asked, self._next_stats, self._scratch_address):
+        to = self._queries_address + len(self._waiting) * self._layer_bytes
+        of_token, of_head, _ = query.stride()
+        self._take(self._rows_address, layer.address, query.data_ptr(), of_token, of_head, to)
+        self._waiting.append((name, layer, place))
+        if len(self._waiting) == len(self._queries):
+            self.measure()
+
+    def measure(self) -> None:
+        """Measure the layers that wait; their keys must be in the cache still.
+
+        Raises:
+            ValueError: the block table names a block that a cache doesn't have; these layers are left out.
+        """
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        layers = np.array([layer.address for _, layer, _ in waiting], dtype=np.uint64)
+        places = np.array([place for _, _, place in waiting], dtype=np.int64)
+        if self._row_stats(
+            self._rows_address,
+            layers.ctypes.data,
+            len(waiting),
+            self._queries_address,
+            None if self._probe is None else self._probe.address,
+            places.ctypes.data,
+            self._stats[len(self.measured) :].ctypes.data,
+            self._scratch.ctypes.data,
+        ):
             raise ValueError("a block table must name blocks of its cache, got one beyond; see vLLM's metadata")
-        self.measured += 1
-        self._next_stats += self._layer_bytes
+        self.measured += [name for name, _, _ in waiting]
 
     def stats(self) -> NDArray[np.float32]:
         """float32 [measured layers, R, Hq, NUM_STATISTICS + 1] as `row_stats_cpu` returns them."""
-        return self._stats[: self.measured]
+        return self._stats[: len(self.measured)]
 
 
 def _address(values: NDArray | None) -> int | None:

@@ -2,7 +2,7 @@
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
@@ -22,6 +22,14 @@ def layer_params(impl: Any) -> LayerParams:
     )
 
 
+class LayerKind(NamedTuple):
+    """What layers must have in common to be measured together; sliding_window in tokens, None is none."""
+
+    sliding_window: int | None
+    num_heads: int
+    head_size: int
+
+
 @dataclass(frozen=True)
 class CachedLayer:
     """A layer for the native kernel, as long as it has the same cache.
@@ -29,10 +37,12 @@ class CachedLayer:
     Attributes:
         cache: held weakly: it must not stay alive when vLLM has freed it.
         layer: of the kernel.
+        kind: of layer.
     """
 
     cache: weakref.ref[Tensor]
     layer: NativeLayer
+    kind: LayerKind
 
     @classmethod
     def of(cls, params: LayerParams, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor) -> Self:
@@ -53,7 +63,8 @@ class CachedLayer:
             block_size=layout.block_size,
             order=KeyOrder.of(layout.offsets.view(layout.block_size, layout.head_size).T.numpy()),
             scale=1.0 if reader.fp8 is None else layer._k_scale_float,
+            address=kv_cache.data_ptr(),
         )
         num_heads, head_size = query.shape[1:]
         native = NativeLayer(params, keys, query.dtype, num_heads=num_heads, head_size=head_size)
-        return cls(weakref.ref(kv_cache), native)
+        return cls(weakref.ref(kv_cache), native, LayerKind(params.sliding_window, num_heads, head_size))

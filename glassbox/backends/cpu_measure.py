@@ -1,8 +1,9 @@
-"""Measuring on the CPU: after the inner attention, on the calling thread, over K read from vLLM's packed pages.
+"""Measuring on the CPU: on the calling thread, over K read from vLLM's packed pages.
 
-One of two ways, chosen per step and kind of layer: the native kernel at once, or torch for many rows on many cores and
-where there is no compiler. For torch few rows cost mostly calls, so a layer's queries are put by until as many layers
-have come as are measured at once, or the step ends; the keys that its rows see stay in the cache until then.
+One of two ways, chosen per step and kind of layer: the native kernel, or torch for many rows on many cores and where
+there is no compiler. Few rows cost mostly calls, and between two layers of a model nothing of them is in the CPU's
+caches. So after its attention only a layer's queries are put by, until as many layers have come as are measured at
+once, or the step ends; the keys that its rows see stay in the cache until then.
 """
 
 import logging
@@ -17,7 +18,7 @@ import torch
 
 from glassbox.accumulate import AccumulatorArrays, Accumulators
 from glassbox.backends.cpu_cache import PackedKeyReader
-from glassbox.backends.cpu_layers import CachedLayer, layer_params
+from glassbox.backends.cpu_layers import CachedLayer, LayerKind, layer_params
 from glassbox.errors import ErrorCounter
 from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import ProbeAnswers, row_probe_cpu
@@ -57,17 +58,14 @@ class _Native:
     """Layers of one size that the native kernel measures in a step.
 
     Attributes:
+        step: names layers by their rows in the accumulators.
         probe: of the layers of which something is asked; None if nothing is.
         places: of these layers in `probe`, by their rows in the accumulators.
-        rows: of the measured layers in the accumulators, in their order.
-        probed: those of `places` that were measured.
     """
 
     step: NativeStep
     probe: NativeProbe | None
     places: Mapping[int, int]
-    rows: list[int] = field(default_factory=list)
-    probed: dict[int, int] = field(default_factory=dict)
 
 
 class CpuMeasurer:
@@ -101,13 +99,13 @@ class CpuMeasurer:
         # Of the rows that enter the accumulators, None is all.
         self._counted: torch.Tensor | None = None
         self._metadata: list[Any] = []
-        self._params: dict[str, LayerParams] = {}
+        self._params: dict[int, LayerParams] = {}
         # Of torch: plans, and layers that wait.
         self._plans: dict[tuple[int, int | None, bool], RowPlan] = {}
         self._waiting: dict[Hashable, _Waiting] = {}
         # Of the native kernel: what it knows of layers, and the step's rows and results.
         self._native = native and _has_kernel()
-        self._cached_layers: dict[str, CachedLayer] = {}
+        self._cached_layers: dict[int, CachedLayer] = {}
         self._native_rows: dict[Hashable, NativeRows] = {}
         self._natives: dict[Hashable, _Native] = {}
         # [N, R, H, NUM_STATISTICS + 1] of so many layers, for the accumulators.
@@ -127,16 +125,17 @@ class CpuMeasurer:
         """Nothing to keep: the CPU's metadata holds all that is needed."""
 
     def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """Measure this layer's rows, or take them, if it is one of the step's layers."""
+        """Put by the queries of this layer's rows, if it is one of the step's layers."""
+        if self._rows is None:
+            return
         row = self._layer_rows.get(layer.layer_name)
-        if self._rows is None or row is None or row not in self._layers:
+        if row is None or row not in self._layers:
             return
-        name = layer.layer_name
-        params = self._params.get(name)
+        if self._native and self._take(row, impl, layer, query, kv_cache, attn_metadata):
+            return
+        params = self._params.get(row)
         if params is None:
-            params = self._params[name] = layer_params(impl)
-        if self._native and self._measure_now(row, params, impl, layer, query, kv_cache, attn_metadata):
-            return
+            params = self._params[row] = layer_params(impl)
         plan = self._plan(self._rows, attn_metadata, kv_cache.shape[2], params.sliding_window)
         # Made for each call: it is a view, and keeping it would keep a KV cache alive that vLLM has freed.
         reader = PackedKeyReader(kv_cache, layer.isa, impl.kv_cache_dtype, layer._k_scale_float)
@@ -151,9 +150,13 @@ class CpuMeasurer:
             for key in list(self._waiting):
                 self._measure(key)
             for native in self._natives.values():
-                self._keep(native.rows, native.step.stats())
-                if native.probe is not None and native.probed:
-                    self._answer(list(native.probed), native.probe.answers(list(native.probed.values())))
+                with self._errors.guard("observe"):
+                    native.step.measure()
+                if native.step.measured:
+                    self._keep(native.step.measured, native.step.stats())
+                probed = [row for row in native.step.measured if row in native.places]
+                if native.probe is not None and probed:
+                    self._answer(probed, native.probe.answers([native.places[row] for row in probed]))
             self._flush()
             if self._traced is not None:
                 self._traced.commit()
@@ -169,27 +172,19 @@ class CpuMeasurer:
         self._accumulators.rotate(now_s)
         return self._accumulators.copy()
 
-    def _measure_now(
-        self, row: int, params: LayerParams, impl: Any, layer: Any, query: Any, kv_cache: Any, metadata: Any
-    ) -> bool:
-        """Measure a layer with the native kernel, if that is the faster way."""
-        num_heads, head_size = query.shape[1:]
-        key = (id(metadata), params.sliding_window, num_heads, head_size)
+    def _take(self, row: int, impl: Any, layer: Any, query: Any, kv_cache: Any, metadata: Any) -> bool:
+        """Put by a layer's queries for the native kernel, if that is the faster way."""
+        cached = self._cached_layers.get(row)
+        if cached is None or cached.cache() is not kv_cache:
+            cached = self._cached_layers[row] = CachedLayer.of(layer_params(impl), impl, layer, query, kv_cache)
+        key = (id(metadata), cached.kind)
         native = self._natives.get(key)
         if native is None:
-            rows = self._rows_for(metadata, kv_cache.shape[2], params.sliding_window)
-            if not rows.is_light(num_heads, head_size, cores=torch.get_num_threads()):
+            rows = self._rows_for(metadata, kv_cache.shape[2], cached.kind.sliding_window)
+            if not rows.is_light(cached.kind.num_heads, cached.kind.head_size, cores=torch.get_num_threads()):
                 return False
-            native = self._natives[key] = self._new_native(rows, num_heads)
-        cached = self._cached_layers.get(layer.layer_name)
-        if cached is None or cached.cache() is not kv_cache:
-            cached = self._cached_layers[layer.layer_name] = CachedLayer.of(params, impl, layer, query, kv_cache)
-        place = native.places.get(row)
-        probe = None if native.probe is None or place is None else native.probe.at(place)
-        native.step.measure(cached.layer, query, kv_cache.data_ptr(), probe)
-        native.rows.append(row)
-        if place is not None:
-            native.probed[row] = place
+            native = self._natives[key] = self._new_native(rows, cached.kind)
+        native.step.take(row, cached.layer, query, native.places.get(row, -1))
         return True
 
     def _rows_for(self, metadata: Any, block_size: int, window: int | None) -> NativeRows:
@@ -211,20 +206,22 @@ class CpuMeasurer:
             self._metadata.append(metadata)
         return rows
 
-    def _new_native(self, rows: NativeRows, num_heads: int) -> _Native:
-        step, asked = NativeStep(rows, len(self._layers), num_heads), self._asked
+    def _new_native(self, rows: NativeRows, kind: LayerKind) -> _Native:
+        asked, num_layers = self._asked, len(self._layers)
         if asked is None:
-            return _Native(step, None, {})
+            return _Native(NativeStep(rows, num_layers, kind.num_heads, kind.head_size), None, {})
         probed_rows = sorted(asked.layer_rows & self._layers)
         questions = Questions(
             top_k=asked.top_k,
             spans=asked.spans,
-            chosen=asked.chosen[:, probed_rows, :num_heads],
+            chosen=asked.chosen[:, probed_rows, : kind.num_heads],
             kept_rows=asked.kept,
             max_row_keys=MAX_ROW_KEYS,
             positions=asked.positions,
         )
-        return _Native(step, NativeProbe(questions), {row: place for place, row in enumerate(probed_rows)})
+        probe = NativeProbe(questions)
+        step = NativeStep(rows, num_layers, kind.num_heads, kind.head_size, probe)
+        return _Native(step, probe, {row: place for place, row in enumerate(probed_rows)})
 
     def _plan(self, rows: np.ndarray, metadata: Any, block_size: int, window: int | None) -> RowPlan:
         # Layers of one KV-cache group share their metadata object; it is kept so that its id stays its own.

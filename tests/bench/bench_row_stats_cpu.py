@@ -66,7 +66,7 @@ def ways(shape: Shape, step: Rows, dtype: torch.dtype) -> dict[str, Callable[[],
         head_size=shape.head_size, block_size=128, dtype=dtype, transposed=True,
     )  # fmt: skip
     pages, table = batch.cache()
-    layer, lying = batch.native_layer(pages, transposed=True)
+    layer = batch.native_layer(pages, transposed=True)[0]
     reader = PlainReader(pages, transposed=True)
 
     def by_torch() -> None:
@@ -77,9 +77,10 @@ def ways(shape: Shape, step: Rows, dtype: torch.dtype) -> dict[str, Callable[[],
             row_stats_cpu(layers[begin : begin + some], plan)
 
     def by_kernel() -> None:
-        native = NativeStep(batch.native_rows(table), shape.layers, shape.heads)
-        for _ in range(shape.layers):
-            native.measure(layer, batch.q, lying.data_ptr())
+        native = NativeStep(batch.native_rows(table), shape.layers, shape.heads, shape.head_size)
+        for number in range(shape.layers):
+            native.take(number, layer, batch.q)
+        native.measure()
 
     return {"native": by_kernel, "torch": by_torch}
 

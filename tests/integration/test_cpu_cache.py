@@ -346,11 +346,12 @@ class TestScores:
             ),
             num_layers=1,
             num_heads=served.HQ,
+            head_size=served.q.shape[2],
         )  # fmt: skip
         impl = SimpleNamespace(kv_cache_dtype=case.kv_dtype)
         layer = SimpleNamespace(isa=case.isa, _k_scale_float=case.k_scale)
         cached = CachedLayer.of(params, impl, layer, served.q, served.cache)
-        native.measure(cached.layer, served.q, served.cache.data_ptr())
+        native.take(0, cached.layer, served.q)
         expected, same_dtype = (
             row_stats_ref(
                 served.q[[0, 2, 3]], served.keys, [67, 69, 44], request=[0, 0, 1], phase=[0, 1, 1],

@@ -64,10 +64,14 @@ class Layers:
             positions=np.array(first.positions, dtype=np.int32),
         )
         probe = NativeProbe(asked)
-        step = NativeStep(first.native_rows(table, np.arange(self.num_rows)), len(self.batches), self.num_heads)
+        rows = first.native_rows(table, np.arange(self.num_rows))
+        step = NativeStep(rows, len(self.batches), self.num_heads, first.head_size, probe)
+        alive = []
         for n, batch in enumerate(self.batches):
             layer, lying = batch.native_layer(batch.cache(order_seed=first.seed)[0], transposed=batch.transposed)
-            step.measure(layer, batch.q, lying.data_ptr(), probe.at(n))
+            alive.append(lying)
+            step.take(n, layer, batch.q, n)
+        step.measure()
         return probe.answers(range(len(self.batches)))
 
     def expected(self, row: int, layer: int) -> torch.Tensor:

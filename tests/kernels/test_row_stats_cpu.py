@@ -137,7 +137,7 @@ class Batch:
         )  # fmt: skip
 
     def native_layer(self, pages: Tensor, *, transposed: bool, **changes: Any) -> tuple[NativeLayer, Tensor]:
-        """The layer, and the pages in the order in which it finds them."""
+        """The layer, and its pages in the order in which it finds them, which must stay alive."""
         lying = pages.transpose(2, 3).contiguous() if transposed else pages
         by_token = np.arange(self.block_size * self.head_size).reshape(self.block_size, self.head_size)
         keys = KeyPages(
@@ -149,6 +149,7 @@ class Batch:
             block_size=self.block_size,
             order=None if transposed else KeyOrder.of(by_token.T),
             scale=1.0,
+            address=lying.data_ptr(),
         )
         layer = NativeLayer(
             self.params, replace(keys, **changes), self.q.dtype, num_heads=self.num_heads, head_size=self.head_size
@@ -156,9 +157,9 @@ class Batch:
         return layer, lying
 
     def native_step(self, pages: Tensor, table: np.ndarray, *, transposed: bool, **changes: Any) -> Tensor:
-        layer, lying = self.native_layer(pages, transposed=transposed, **changes)
-        step = NativeStep(self.native_rows(table), 1, self.num_heads)
-        step.measure(layer, self.q, lying.data_ptr())
+        layer, _lying = self.native_layer(pages, transposed=transposed, **changes)
+        step = NativeStep(self.native_rows(table), 1, self.num_heads, self.head_size)
+        step.take(0, layer, self.q)
         return torch.from_numpy(step.stats()[0])
 
     def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -52,11 +52,12 @@ def measure(batch: Batch, key_dtype: torch.dtype, order: str, scale: float = 1.0
         block_size=BLOCK,
         order=KeyOrder.of(offsets(order)),
         scale=scale,
+        address=stored.data_ptr(),
     )
     batch.keys = [keys_of * scale for keys_of in batch.keys]
     layer = NativeLayer(batch.params, keys, batch.q.dtype, num_heads=batch.num_heads, head_size=D)
-    step = NativeStep(batch.native_rows(table), 1, batch.num_heads)
-    step.measure(layer, batch.q, stored.data_ptr())
+    step = NativeStep(batch.native_rows(table), 1, batch.num_heads, D)
+    step.take(0, layer, batch.q)
     return torch.from_numpy(step.stats()[0])
 
 
@@ -99,10 +100,10 @@ class TestPages:
             rows, np.arange(0, n + 1, 16), np.full(blocks, 16), np.arange(blocks)[:, None], 16,
             sliding_window=1, sink_tokens=4, local_window=8,
         )  # fmt: skip
-        keys = KeyPages(dtype, 16, 16, blocks, 1, 16, None, 1.0)
+        keys = KeyPages(dtype, 16, 16, blocks, 1, 16, None, 1.0, patterns.data_ptr())
         layer = NativeLayer(LayerParams(scale=1.0), keys, torch.float32, num_heads=1, head_size=1)
-        step = NativeStep(native, 1, 1)
-        step.measure(layer, torch.ones(n, 1, 1), patterns.data_ptr())
+        step = NativeStep(native, 1, 1, 1)
+        step.take(0, layer, torch.ones(n, 1, 1))
         (got,) = step.stats()
         finite = numbers.isfinite() & (numbers.abs() < 2.0**126)
         assert torch.equal(torch.from_numpy(got[:, 0, NUM_STATISTICS]), (~finite).float())
@@ -132,10 +133,11 @@ class TestRows:
         """Nothing is read outside of the cache."""
         batch = replace(BATCH)
         pages, table = batch.cache()
-        layer, lying = batch.native_layer(pages, transposed=True, num_pages=int(table[0, 0]))
-        step = NativeStep(batch.native_rows(table), 1, batch.num_heads)
+        layer, _lying = batch.native_layer(pages, transposed=True, num_pages=int(table[0, 0]))
+        step = NativeStep(batch.native_rows(table), 1, batch.num_heads, D)
         with pytest.raises(ValueError, match="must name blocks of its cache"):
-            step.measure(layer, batch.q, lying.data_ptr())
+            step.take(0, layer, batch.q)
+        assert not len(step.stats())
 
     def test_which_steps_are_light(self) -> None:
         """On few cores all of them, but for scores beyond 16 MB; on many the small ones."""

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glassbox.trace_directory import TraceDirectory, prune, traces_path
+from glassbox.trace_directory import TraceDirectory, TraceFiles, traces_path
 from glassbox.trace_record import (
+    FORMAT_VERSION,
     RequestTrace,
     TraceOptions,
     external_id,
@@ -120,7 +121,7 @@ class TestFailures:
         good = write_trace(folder, make_trace())
         bad = write_trace(folder, make_trace(seed=1))
         bad.write_bytes(bad.read_bytes()[:cut])
-        with pytest.raises(ValueError, match=rf"{bad.name} must be a trace of format 1"):
+        with pytest.raises(ValueError, match=rf"{bad.name} must be a trace of format {FORMAT_VERSION}"):
             read_trace(bad)
         directory = TraceDirectory(tmp_path)
         (found,) = directory.read()
@@ -130,8 +131,8 @@ class TestFailures:
     def test_another_format(self, tmp_path: Path) -> None:
         """A file of a later version is skipped, not misread."""
         path = tmp_path / "trace-x.npz"
-        np.savez(path, header=np.frombuffer(b'{"format": 2}', dtype=np.uint8))
-        with pytest.raises(ValueError, match="format must be 1"):
+        np.savez(path, header=np.frombuffer(b'{"format": 99}', dtype=np.uint8))
+        with pytest.raises(ValueError, match=f"format must be {FORMAT_VERSION}"):
             read_header(path)
 
 
@@ -266,7 +267,7 @@ class TestPrune:
 
     def test_by_number(self, folder: Path) -> None:
         """The newest remain; another worker's files are its own."""
-        assert len(prune(folder, "trace-0-0-", keep=2, keep_mb=64)) == 4
+        assert len(TraceFiles(folder, "trace-0-0-").prune(keep=2, keep_mb=64)) == 4
         assert self.left(folder) == [4, 5]
         assert len(list(folder.glob("trace-0-1-*"))) == 1
 
@@ -276,7 +277,7 @@ class TestPrune:
             number = int(read_header(path)["internal_id"][-1])
             os.truncate(path, 600_000 if number != 0 else 10)
             os.utime(path, (number + 1, number + 1))
-        removed = prune(folder, "trace-0-0-", keep=200, keep_mb=2)
+        removed = TraceFiles(folder, "trace-0-0-").prune(keep=200, keep_mb=2)
         assert [path.stat().st_size for path in folder.glob("trace-0-0-*")] == [600_000] * 3
         assert len(removed) == 3
 
@@ -284,9 +285,22 @@ class TestPrune:
         """A request that still runs keeps its file, whatever the limits."""
         oldest = make_trace(seed=0)
         name = trace_name(oldest.engine, oldest.rank, oldest.instance, oldest.internal_id)
-        prune(folder, "trace-0-0-", keep=1, keep_mb=64, active={name})
+        TraceFiles(folder, "trace-0-0-").prune(keep=1, keep_mb=64, active={name})
         assert self.left(folder) == [0, 5]
+
+    def test_what_was_written_since(self, folder: Path) -> None:
+        """A file written again is the newest, a new one counts, and one that somebody else removed is no error."""
+        files = TraceFiles(folder, "trace-0-0-")
+        assert files.prune(keep=6, keep_mb=64) == []
+        for seed in (0, 6):
+            path = write_trace(folder, make_trace(seed=seed))
+            files.wrote(path.name, path.stat().st_size)
+        gone = make_trace(seed=1)
+        (folder / trace_name(gone.engine, gone.rank, gone.instance, gone.internal_id)).unlink()
+        assert len(files.prune(keep=3, keep_mb=64)) == 4
+        assert self.left(folder) == [0, 5, 6]
+        assert files.prune(keep=3, keep_mb=64) == []
 
     def test_no_directory(self, tmp_path: Path) -> None:
         """Nothing was ever traced."""
-        assert prune(tmp_path / "none", "trace-", keep=1, keep_mb=1) == []
+        assert TraceFiles(tmp_path / "none", "trace-").prune(keep=1, keep_mb=1) == []
