@@ -394,11 +394,14 @@ class NativeStep:
         """Measure the layers that wait; their keys must be in the cache still.
 
         Raises:
-            ValueError: the block table names a block that a cache doesn't have; these layers are left out.
+            ValueError: the block table names a block that a cache doesn't have, or there are more layers than room;
+                those that wait are left out.
         """
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
+        if len(self.measured) + len(waiting) > len(self._stats):
+            raise ValueError(f"a step has room for {len(self._stats)} layers, got more; one was taken twice")
         layers = np.array([layer.address for _, layer, _ in waiting], dtype=np.uint64)
         places = np.array([place for _, _, place in waiting], dtype=np.int64)
         if self._row_stats(

@@ -139,6 +139,18 @@ class TestRows:
             step.take(0, layer, batch.q)
         assert not len(step.stats())
 
+    def test_more_layers_than_room_are_an_error(self) -> None:
+        """Nothing is written beyond the statistics, and those that are there stay."""
+        batch = replace(BATCH)
+        pages, table = batch.cache()
+        layer, _lying = batch.native_layer(pages, transposed=True)
+        step = NativeStep(batch.native_rows(table), 1, batch.num_heads, D)
+        step.take(7, layer, batch.q)
+        with pytest.raises(ValueError, match="has room for 1 layers"):
+            step.take(8, layer, batch.q)
+        assert step.measured == [7]
+        batch.check_statistics(torch.from_numpy(step.stats()[0]))
+
     def test_which_steps_are_light(self) -> None:
         """On few cores all of them, but for scores beyond 16 MB; on many the small ones."""
 
