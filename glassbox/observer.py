@@ -1,7 +1,8 @@
 """What one worker measures: asks the samplers, hands the row list to the measurer, keeps the counters.
 
-Owns a step from `begin_step` to `end_step` and the worker's cumulative numbers. It does not patch vLLM (`step.py`),
-compute statistics (`backends/*_measure.py`, `kernels/`) or write files (`worker.py`).
+Owns what is decided in a step, and the worker's cumulative numbers; how a step begins and ends is `observed_step.py`.
+It does not patch vLLM (`step.py`), compute statistics (`backends/*_measure.py`, `kernels/`) or write files
+(`worker.py`).
 """
 
 import math
@@ -9,45 +10,17 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from glassbox import vllm_compat
-from glassbox.accumulate import AccumulatorArrays
 from glassbox.config import GlassboxConfig
+from glassbox.contract import Measurer
 from glassbox.errors import ErrorCounter
+from glassbox.observed_step import Step
 from glassbox.requests import RequestTracker
 from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_UNCOUNTED, RowSampler, StepSampler
-from glassbox.trace_step import TracedStep
-
-
-class Measurer(Protocol):
-    """Measures the rows of a step on one kind of device."""
-
-    max_rows: int
-    max_traced_rows: int
-
-    def end_warm_up(self) -> None:
-        """Warm-up and graph capture are over; what follows are real steps and dummies."""
-
-    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None) -> None:
-        """Measure `rows` ([R, 5] int32, see sampling.py) in the local `layers` during this step.
-
-        What is measured of rows with a trace slot goes to `traced` as well, which is committed when that is complete.
-        """
-
-    def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
-        """vLLM built the attention metadata of these layers."""
-
-    def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """K of this step is in the cache, and the inner attention was computed (CPU) or queued (GPU)."""
-
-    def finish(self) -> None:
-        """The step's forward pass is over (CPU) or queued (GPU)."""
-
-    def copy(self, now_s: float) -> AccumulatorArrays:
-        """The cumulative numbers; called from another thread."""
 
 
 @dataclass
@@ -107,12 +80,7 @@ class Observer:
         self._layer_names = frozenset(layer_names)
         self._read_config, self._errors, self._clock = config, errors, clock
         self._max_spec_tokens = max_spec_tokens
-        self._runner: Any = None
-        # A step is measured if the step sampler says so, or for the rows of traced requests only.
-        self._in_step = self._sampled = self._measured = self._rows_chosen = False
-        self._traced: TracedStep | None = None
-        self._counted_share = 1.0
-        self._step_overhead_s = self._step_started_s = 0.0
+        self._step: Step | None = None
         self._config = config()
         self._steps = StepSampler(self._rate(self._config), self._config.sampling.overhead_budget)
         self._apply(self._config)
@@ -158,45 +126,50 @@ class Observer:
         except Exception as error:
             self._errors.count("requests", error)
 
-    def begin_step(self, runner: Any, scheduler_output: Any) -> None:
+    def start_step(self, runner: Any, scheduler_output: Any) -> None:
         """A real engine step starts; the runner has not seen its scheduler output yet."""
-        self._step_started_s = self._clock()
-        self._in_step, self._rows_chosen = True, False
-        self._step_overhead_s, self._counted_share = 0.0, 1.0
-        self._runner = runner
+        step = self._step = Step(self.measurer, self._listen, self._errors, self._clock, runner)
+        self.counters.steps += 1
         try:
             config = self._read_config()
             if config is not self._config:
                 self._apply(config)
-            self.counters.steps += 1
-            self._sampled = self._steps.next_step()
-            if self._sampled:
+            sampled = self._steps.next_step()
+            if sampled:
                 self.counters.sampled_steps += 1
-            self._measured = self._sampled
-            if self.requests.begin_step(runner, scheduler_output, config, self._layers):
-                self._measured = True
-            if self._measured:
-                self._listen(True)
+            step.start(sampled=sampled, traced=self._has_traced(runner, scheduler_output, config))
         except Exception as error:
-            self._errors.count("begin_step", error)
+            step.fail("begin_step", error)
+        step.overhead_s += self._clock() - step.started_s
+
+    def _has_traced(self, runner: Any, scheduler_output: Any, config: GlassboxConfig) -> bool:
+        try:
+            return self.requests.begin_step(runner, scheduler_output, config, self._layers)
+        except Exception as error:  # the step may be sampled all the same
+            self._errors.count("requests", error)
+            return False
 
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
         """vLLM built metadata; the first time in a sampled step the batch's order is final and rows are chosen."""
         if layer_names and layer_names[0] not in self._layer_names:
             return  # a drafter's, or one with virtual batches
+        step = self._step
         started = self._clock()
         try:
             self.measurer.on_build(layer_names, common_attn_metadata)
-            if self._in_step and self._measured and not self._rows_chosen:
-                self._rows_chosen = True
-                self._choose_rows(common_attn_metadata)
+            if step is not None and step.measured and not step.rows_chosen:
+                step.rows_chosen = True
+                self._choose_rows(step, common_attn_metadata)
         except Exception as error:
-            self._measured = False
-            self._errors.count("choose_rows", error)
-        self._step_overhead_s += self._clock() - started
+            if step is None:
+                self._errors.count("choose_rows", error)
+            else:
+                step.fail("choose_rows", error)
+        if step is not None:
+            step.overhead_s += self._clock() - started
 
-    def _choose_rows(self, common_attn_metadata: Any) -> None:
-        batch = vllm_compat.read_batch(self._runner, common_attn_metadata)
+    def _choose_rows(self, step: Step, common_attn_metadata: Any) -> None:
+        batch = vllm_compat.read_batch(step.runner, common_attn_metadata)
         traced, excluded = self.requests.marks(batch.req_ids)
         rows, dropped = self._rows.select(
             batch.num_scheduled,
@@ -205,47 +178,42 @@ class Observer:
             batch.query_start,
             traced=traced,
             excluded=excluded,
-            sampled=self._sampled,
+            sampled=step.sampled,
         )
         if dropped:
             # In rows_total's unit: one per layer and head.
             self.counters.dropped_rows["max_rows_per_step"] += dropped * len(self._layers) * self._num_heads
         if len(rows):
             assert rows[:, ROW_BATCH].max() < len(batch.prompt_len)
+            traces = None
             if traced is not None:
-                self._traced = self.requests.trace_rows(self._runner, batch, rows)
-                self._counted_share = 1 - np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED) / len(rows)
+                traces = self.requests.trace_rows(step.runner, batch, rows)
+                step.counted_share = 1 - np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED) / len(rows)
             # Of a step that isn't sampled only what its traces asked for.
-            of_traces = self._traced.layer_rows if self._traced is not None else frozenset[int]()
-            if layers := self._layers if self._sampled else of_traces:
-                self.measurer.begin(rows, layers, self._traced)
+            of_traces = traces.layer_rows if traces is not None else frozenset[int]()
+            if layers := self._layers if step.sampled else of_traces:
+                step.begin(rows, layers, traces)
 
     def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """Called by every observed layer while it is listened to."""
-        started = self._clock() if self._measured else 0.0
+        """Called by every observed layer while it is listened to; one that fails does not keep the others."""
+        step = self._step
+        started = self._clock() if step is not None else 0.0
         try:
             self.measurer.after_attention(impl, layer, query, kv_cache, attn_metadata)
         except Exception as error:
             self._errors.count("observe", error)
-        if self._measured:
-            self._step_overhead_s += self._clock() - started
+        if step is not None:
+            step.overhead_s += self._clock() - started
 
-    def end_step(self) -> None:
-        """The step's `execute_model` is about to return."""
-        started = self._clock()
-        try:
-            if self._measured:
-                self.measurer.finish()
-            now = self._clock()
-            self._step_overhead_s += now - started
-            self.counters.overhead_s += self._step_overhead_s
-            # The budget is that of the sample: what traced requests cost besides is bounded by their number.
-            overhead_s = self._step_overhead_s * self._counted_share
-            self._steps.record(overhead_s, now - self._step_started_s, self._sampled)
-        except Exception as error:
-            self._errors.count("end_step", error)
-        if self._measured:
-            self._listen(False)
-        self._in_step = self._sampled = self._measured = False
-        self._runner = self._traced = None
+    def stop_step(self) -> None:
+        """The step's `execute_model` is about to return, or to raise."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        step.stop()
         self.counters.finished_steps += 1
+        self.counters.overhead_s += step.overhead_s
+        with self._errors.guard("end_step"):
+            # The budget is that of the sample: what traced requests cost besides is bounded by their number.
+            overhead_s = step.overhead_s * step.counted_share
+            self._steps.record(overhead_s, self._clock() - step.started_s, step.sampled)

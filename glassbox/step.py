@@ -107,11 +107,11 @@ class StepHook:
             if not scheduler_output.total_num_scheduled_tokens:
                 observer.idle_step(runner, scheduler_output)
                 return original(runner, scheduler_output, *args, **kwargs)
-            observer.begin_step(runner, scheduler_output)
+            observer.start_step(runner, scheduler_output)
             try:
                 return original(runner, scheduler_output, *args, **kwargs)
             finally:
-                observer.end_step()
+                observer.stop_step()
 
         return execute_model
 

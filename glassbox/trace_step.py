@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.contract import AskedRows, LayersAnswer
 from glassbox.kernels.row_probe_cpu import NO_POSITION
 from glassbox.sampling import ROW_SLOT
 from glassbox.statistics import NUM_STATISTICS
@@ -36,49 +37,6 @@ class TracedRows:
     def numbers(self) -> slice:
         """Of these rows among the step's traced rows."""
         return slice(self.first, self.first + len(self.positions))
-
-
-@dataclass(frozen=True)
-class AskedRows:
-    """What is asked of the probed rows of a step, R of them, over all of the worker's L layers at once.
-
-    Attributes:
-        rows: int32 [R, NUM_ROW_COLUMNS], their entries of the row list; places: int64 [R], where these stand in it.
-        positions: int32 [R], in their sequences.
-        top_k: the largest that one of them wants.
-        spans: int32 [R, S, 2], (start, exclusive end); (0, 0) fills up.
-        chosen: bool [R, L, H], the layers and heads that each of them wants; layer_rows: layers that one of them wants.
-        kept: the rows whose whole attention is wanted, ascending.
-    """
-
-    rows: npt.NDArray[np.int32]
-    places: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.int32]
-    top_k: int
-    spans: npt.NDArray[np.int32]
-    chosen: npt.NDArray[np.bool_]
-    layer_rows: frozenset[int]
-    kept: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class LayersAnswer:
-    """What was found for `AskedRows` in some layers, G of them, with H heads each.
-
-    Attributes:
-        layer_rows: which layers, ascending.
-        topk_positions: int32 [R, G, H, k]; topk_mass: float32, alike.
-        span_mass: float32 [R, G, H, S].
-        chosen_sum: float32 [R, n], attention to positions 0 .. n - 1 summed over the chosen layers and heads.
-        rows: float16 [G, H, keys] of each kept row, the last keys up to its own position.
-    """
-
-    layer_rows: Sequence[int]
-    topk_positions: npt.NDArray[np.int32]
-    topk_mass: npt.NDArray[np.float32]
-    span_mass: npt.NDArray[np.float32]
-    chosen_sum: npt.NDArray[np.float32]
-    rows: tuple[npt.NDArray[np.float16], ...]
 
 
 class TracedStep:
@@ -115,20 +73,11 @@ class TracedStep:
         self._probed = row_list[self._probed_places]
 
     def add_stats(self, layer_rows: Sequence[int], stats: npt.NDArray[np.float32]) -> None:
-        """Keep the statistics of some layers.
-
-        Args:
-            layer_rows: of the layers among the observed ones.
-            stats: [N, R, H, NUM_STATISTICS + 1] of these layers and the whole row list.
-        """
+        """See contract.StepTraces."""
         self._stats[:, layer_rows, : stats.shape[2]] = stats[:, self._indices].swapaxes(0, 1)
 
     def set_stats(self, ring: npt.NDArray[np.float32]) -> None:
-        """Keep the statistics of all layers.
-
-        Args:
-            ring: [num_slots, L, H, NUM_STATISTICS + 1], NaN where nothing was measured.
-        """
+        """See contract.StepTraces."""
         self._stats[...] = ring[self._slots]
 
     def asked(self) -> AskedRows | None:

@@ -19,6 +19,7 @@ import torch
 from glassbox.accumulate import AccumulatorArrays, Accumulators
 from glassbox.backends.cpu_cache import PackedKeyReader
 from glassbox.backends.cpu_layers import CachedLayer, LayerKind, layer_params
+from glassbox.contract import AskedRows, LayersAnswer, StepTraces
 from glassbox.errors import ErrorCounter
 from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import ProbeAnswers, row_probe_cpu
@@ -28,7 +29,6 @@ from glassbox.logs import get_logger, log_once
 from glassbox.native import NativeError
 from glassbox.sampling import ROW_PHASE, ROW_UNCOUNTED
 from glassbox.trace_record import MAX_ROW_KEYS
-from glassbox.trace_step import AskedRows, LayersAnswer, TracedStep
 
 logger = get_logger(__name__)
 
@@ -94,7 +94,7 @@ class CpuMeasurer:
         self.max_rows = self.max_traced_rows = sys.maxsize
         self._rows: np.ndarray | None = None
         self._layers: frozenset[int] = frozenset()
-        self._traced: TracedStep | None = None
+        self._traced: StepTraces | None = None
         self._asked: AskedRows | None = None
         # Of the rows that enter the accumulators, None is all.
         self._counted: torch.Tensor | None = None
@@ -114,12 +114,12 @@ class CpuMeasurer:
     def end_warm_up(self) -> None:
         """Nothing was captured."""
 
-    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None) -> None:
-        """See observer.Measurer."""
-        self._rows, self._layers, self._traced = rows, layers, traced
+    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None) -> None:
+        """See contract.Measurer."""
         self._asked = None if traced is None else traced.asked()
         counted = (rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0
         self._counted = None if counted.all() else torch.from_numpy(np.flatnonzero(counted))
+        self._rows, self._layers, self._traced = rows, layers, traced
 
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
         """Nothing to keep: the CPU's metadata holds all that is needed."""
@@ -161,14 +161,18 @@ class CpuMeasurer:
             if self._traced is not None:
                 self._traced.commit()
         finally:
-            for of_step in (self._waiting, self._plans, self._natives, self._native_rows):
-                of_step.clear()
-            self._pending.clear()
-            self._metadata.clear()
-            self._rows = self._traced = self._asked = self._counted = None
+            self.discard()
+
+    def discard(self) -> None:
+        """See contract.Measurer."""
+        for of_step in (self._waiting, self._plans, self._natives, self._native_rows):
+            of_step.clear()
+        self._pending.clear()
+        self._metadata.clear()
+        self._rows = self._traced = self._asked = self._counted = None
 
     def copy(self, now_s: float) -> AccumulatorArrays:
-        """See observer.Measurer."""
+        """See contract.Measurer."""
         self._accumulators.rotate(now_s)
         return self._accumulators.copy()
 

@@ -21,6 +21,7 @@ import torch
 
 from glassbox.accumulate import AccumulatorArrays, Accumulators
 from glassbox.backends.graph_nodes import GraphNodes
+from glassbox.contract import AskedRows, LayersAnswer, StepTraces
 from glassbox.deferred import DeferredActions
 from glassbox.errors import ErrorCounter
 from glassbox.kernels.row_probe import ProbedLayers, row_probe
@@ -29,7 +30,6 @@ from glassbox.kernels.row_stats import LayerAccumulators, LayerParams, RowStatsW
 from glassbox.sampling import NUM_ROW_COLUMNS, ROW_BATCH, ROW_SLOT
 from glassbox.statistics import NUM_STATISTICS
 from glassbox.trace_record import MAX_ROW_KEYS
-from glassbox.trace_step import AskedRows, LayersAnswer, TracedStep
 
 _FP8_DTYPES: Final = {
     "fp8": torch.float8_e4m3fn,
@@ -109,7 +109,7 @@ class GpuMeasurer:
         place = (self.max_traced_rows, num_layers, num_heads)
         self._ring = torch.zeros(*place, NUM_STATISTICS + 1, dtype=torch.float32, device=device)
         self._queries = torch.zeros(*place, head_size, dtype=query_dtype, device=device)
-        self._traced: TracedStep | None = None
+        self._traced: StepTraces | None = None
         self._deferred, self._errors = deferred, errors
         self._graphs = GraphNodes(errors)
         self._graphs.watch()
@@ -132,14 +132,16 @@ class GpuMeasurer:
         return self._accumulators.nbytes + self._workspace.nbytes + lists + self._ring.nbytes + self._queries.nbytes
 
     def end_warm_up(self) -> None:
-        """See observer.Measurer."""
+        """See contract.Measurer."""
         self._warming = False
         self._graphs.unwatch()
 
-    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None) -> None:
-        """See observer.Measurer. Queues two small copies on the current stream."""
+    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None) -> None:
+        """See contract.Measurer. Queues two small copies on the current stream."""
         counts = np.zeros(len(self._num_rows), dtype=np.int32)
         counts[list(layers)] = len(rows)
+        # Before anything is queued: whatever fails in here, `discard` takes it back.
+        self._layers, self._active, self._traced = layers, True, traced
         with self._lock:
             torch.cuda.current_stream().wait_event(self._copy_done)
             self._accumulators.rotate(time.monotonic())
@@ -150,7 +152,6 @@ class GpuMeasurer:
                 torch.cuda.current_stream().wait_event(self._ring_read)
                 self._ring[: traced.num_slots].fill_(torch.nan)
                 self._queries[: traced.num_slots].fill_(torch.nan)
-        self._layers, self._active, self._traced = layers, True, traced
         self._graphs.measuring = True
 
     def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
@@ -176,7 +177,7 @@ class GpuMeasurer:
         self._launch(row, impl, layer, query, kv_cache, attn_metadata)
 
     def finish(self) -> None:
-        """See observer.Measurer. Later replays find no rows."""
+        """See contract.Measurer. Later replays find no rows."""
         self._graphs.measuring = False
         traced, self._traced = self._traced, None
         answers = [] if traced is None else self._probe(traced)
@@ -188,7 +189,15 @@ class GpuMeasurer:
             if traced is not None:
                 self._collect(traced, answers)
 
-    def _collect(self, traced: TracedStep, answers: list["_Answer"]) -> None:
+    def discard(self) -> None:
+        """See contract.Measurer. What was queued of this step is still added; later replays find no rows."""
+        self._graphs.measuring = self._active = False
+        self._traced = None
+        with self._lock:
+            self._num_rows.zero_()
+            self._step_done.record()
+
+    def _collect(self, traced: StepTraces, answers: list["_Answer"]) -> None:
         """Queue the copies of what was measured of traced rows; it is kept when they are done."""
         done = torch.cuda.Event()
         with torch.cuda.stream(self._copy_stream):
@@ -206,7 +215,7 @@ class GpuMeasurer:
 
         self._deferred.add(keep, done)
 
-    def _probe(self, traced: TracedStep) -> list["_Answer"]:
+    def _probe(self, traced: StepTraces) -> list["_Answer"]:
         """Queue what requests asked beyond statistics, over the keys as this step has left them."""
         asked = traced.asked()
         if asked is None:
@@ -253,7 +262,7 @@ class GpuMeasurer:
         return _Answer(asked, layer_rows, answers)
 
     def copy(self, now_s: float) -> AccumulatorArrays:
-        """See observer.Measurer. Waits for the copy, on the calling thread only."""
+        """See contract.Measurer. Waits for the copy, on the calling thread only."""
         with self._lock, torch.cuda.stream(self._copy_stream):
             self._copy_stream.wait_event(self._step_done)
             self._accumulators.rotate(now_s)

@@ -3,9 +3,9 @@
 import torch
 
 from glassbox.accumulate import Accumulators
+from glassbox.contract import Measurer
 from glassbox.deferred import DeferredActions
 from glassbox.errors import ErrorCounter
-from glassbox.observer import Measurer
 
 
 def make_measurer(

@@ -68,7 +68,7 @@ def who_sees(worker: Any) -> dict[str, Any]:
                 ("execute_model", type(runner).execute_model),
                 ("compile_or_warm_up_model", type(worker).compile_or_warm_up_model),
             )
-            if "glassbox" in method.__code__.co_filename
+            if method.__globals__["__name__"].startswith("glassbox.")
         ),
         "overridden": sorted(member.name for member in registry._ATTN_OVERRIDES),
     }

@@ -67,6 +67,10 @@ class FakeMeasurer:
     def after_attention(self, *args: Any) -> None:
         self._called("after_attention")
 
+    def discard(self) -> None:
+        self.traced = None
+        self._called("discard")
+
     def finish(self) -> None:
         self._called("finish")
         if self.traced is not None:
@@ -84,6 +88,8 @@ class Setup:
         self.clock = Clock()
         self.measurer = FakeMeasurer(self.clock)
         self.listening: list[bool] = []
+        # Of `listen`: fails from now on, after it has done its work.
+        self.deaf = False
         self.errors = ErrorCounter(logging.getLogger("test.observer"))
         self.config = GlassboxConfig.model_validate({"sample_rate": 1.0, **config})
         self.requests = RequestTracker(make_host(layers=LAYERS, num_heads=NUM_HEADS), DeferredActions(self.errors))
@@ -95,12 +101,17 @@ class Setup:
             num_heads=NUM_HEADS,
             config=lambda: self.config,
             requests=self.requests,
-            listen=self.listening.append,
+            listen=self.listen,
             errors=self.errors,
             max_spec_tokens=0,
             clock=self.clock,
         )
         self.observer.arm()
+
+    def listen(self, on: bool) -> None:
+        self.listening.append(on)
+        if self.deaf:
+            raise RuntimeError("listen is broken")
 
     def edit(self, **config: Any) -> None:
         """A reload."""
@@ -135,16 +146,16 @@ class Setup:
             ],
             num_scheduled_tokens={f"request-{i}": int(n) for i, n in enumerate(scheduled)},
         )
-        self.observer.begin_step(SimpleNamespace(input_batch=batch), output)
+        self.observer.start_step(SimpleNamespace(input_batch=batch), output)
         try:
             for names in groups:
                 self.observer.on_build(list(names), metadata)
-            for _ in NAMES:
+            for _ in NAMES if self.listening[-1:] == [True] else ():
                 self.observer.after_attention(None, None, None, None, None)
             in_forward()
             self.clock.now += step_s
         finally:
-            self.observer.end_step()
+            self.observer.stop_step()
 
 
 PREFILL: Final = (6, 0, 6)
@@ -427,16 +438,82 @@ class TestFailures:
         ],
     )
     def test_counted_and_swallowed(self, call: str, stage: str) -> None:
-        """Whatever the measurer raises, the step goes on; the next one is measured again."""
+        """Whatever the measurer raises, the step goes on, nobody listens after it, and the next one is measured."""
         setup = Setup()
         setup.measurer.failing = {call}
+        setup.measurer.seconds = {call: 0.25}
         setup.step([PREFILL, DECODE])
         assert set(setup.errors.counts()) == {stage}
+        assert setup.listening[-2:] == [True, False]
+        times = setup.measurer.calls.count(call)
+        assert times * 0.25 == setup.observer.counters.overhead_s, "what fails costs, too"
         setup.measurer.failing = set()
         setup.measurer.calls.clear()
         setup.step([DECODE])
         assert setup.measurer.calls.count("begin") == setup.measurer.calls.count("finish") == 1
         assert setup.observer.counters.steps == 2
+
+    @pytest.mark.parametrize("call", ["begin", "finish"])
+    @pytest.mark.parametrize("also", [set(), {"discard"}])
+    def test_what_has_begun_is_discarded(self, call: str, also: set[str]) -> None:
+        """A measurer that fails half way may hold rows of this step: it is told to drop them, once."""
+        setup = Setup()
+        setup.measurer.failing = {call, *also}
+        setup.step([DECODE])
+        assert setup.measurer.calls.count("discard") == 1
+        assert setup.listening[-1] is False
+        assert setup.errors.counts().get("discard", 0) == len(also)
+
+    def test_metadata_of_a_later_group_fails(self) -> None:
+        """Rows were chosen already: what was begun is dropped, and the layers that follow are vLLM's own."""
+        setup = Setup()
+        on_build, built = setup.measurer.on_build, []
+
+        def second_fails(layer_names: list[str], common_attn_metadata: Any) -> None:
+            built.append(layer_names)
+            if len(built) == 2:
+                raise RuntimeError("the second is broken")
+            on_build(layer_names, common_attn_metadata)
+
+        setup.measurer.on_build = second_fails  # type: ignore[method-assign]
+        setup.step([DECODE], groups=(NAMES[:2], NAMES[2:]))
+        assert ["end_warm_up", "on_build", "begin", "discard"] == setup.measurer.calls
+        assert setup.listening[-2:] == [True, False]
+        setup.step([DECODE])
+        assert setup.measurer.calls[-1] == "finish"
+
+    def test_listening_fails(self) -> None:
+        """It may have begun all the same, so it is ended; vLLM's step is not touched."""
+        setup = Setup()
+        setup.deaf = True
+        setup.step([DECODE])
+        assert setup.listening[-2:] == [True, False]
+        assert setup.measurer.rows == []
+        assert setup.errors.counts() == {"begin_step": 1, "listen": 1}
+        setup.deaf = False
+        setup.step([DECODE])
+        assert len(setup.measurer.rows) == 1
+
+    def test_tracker_fails(self) -> None:
+        """Requests can't be followed: the sample is taken all the same, and a step without sample is vLLM's own."""
+        setup = Setup(sample_rate=0.5)
+
+        def fail(*_: Any) -> bool:
+            raise KeyError("request")
+
+        setup.requests.begin_step = fail  # type: ignore[method-assign]
+        for _ in range(2):
+            setup.step([DECODE])
+        assert setup.errors.counts() == {"requests": 2}
+        assert (len(setup.measurer.rows), setup.listening[-1]) == (1, False)
+
+    def test_budget_counts_failed_steps(self) -> None:
+        """Measuring that always fails, late and at a cost, is held to the budget like any other."""
+        setup = Setup(sampling={"overhead_budget": 0.01})
+        setup.measurer.failing, setup.measurer.seconds = {"finish"}, {"finish": 0.01}
+        for _ in range(200):
+            setup.step([DECODE], step_s=0.05)
+        assert setup.observer.effective_sample_rate < 0.2
 
     def test_unreadable_configuration(self) -> None:
         """A step whose configuration can't be read is served unmeasured."""
