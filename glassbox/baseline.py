@@ -21,15 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.export.merge import MergedEngine
-from glassbox.export.snapshot import write_atomically
+from glassbox.files import write_atomically
 from glassbox.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS
-from glassbox.view.measured import Measured
 
 FORMAT: Final = "glassbox-baseline"
 FORMAT_VERSION: Final = 1
 # 128 layers of 128 heads are 28 MB before compression; a file that unpacks to much more is none of ours.
 MAX_BYTES: Final = 1 << 28
-_ARRAYS: Final = ("counts", "sums", "rows")
+ARRAYS: Final = ("counts", "sums", "rows")
 
 
 class BaselineError(ValueError):
@@ -93,7 +92,7 @@ class Baseline:
             raise ValueError("counts and rows must not be negative")
 
 
-_META: Final = tuple(field.name for field in fields(Baseline) if field.name not in _ARRAYS)
+_META: Final = tuple(field.name for field in fields(Baseline) if field.name not in ARRAYS)
 
 
 def _buckets() -> dict[str, list[float]]:
@@ -137,48 +136,6 @@ def from_engines(
     )
 
 
-def from_measured(measured: Measured) -> Baseline:
-    """What a scrape at detail head shows, engines added up: statistics that aren't exported have no rows.
-
-    Raises:
-        BaselineError: it has no rows, or a coarser detail.
-    """
-    source = measured.source
-    if not measured.rows.any():
-        raise BaselineError(f"{source} has no measured rows; send some requests, and see that sample_rate is above 0")
-    if measured.detail != "head":
-        raise BaselineError(
-            f"{source} has detail {measured.detail}; set export.prometheus.detail: head (and max_series high enough) "
-            "in the server's YAML, wait two seconds and try again, or name its run directory instead of the URL"
-        )
-    layers = tuple(layer for layer in measured.layers if layer is not None)
-    heads = [head for head in measured.heads if head is not None]
-    num_heads = 1 + max(heads)
-    arrays = {name: getattr(measured, name) for name in _ARRAYS}
-    if len(heads) < num_heads:  # a head without a row has no series
-        whole = {name: np.zeros((array.shape[0], num_heads, *array.shape[2:])) for name, array in arrays.items()}
-        for name, array in arrays.items():
-            whole[name][:, heads] = array
-        arrays = whole
-    found = int((measured.engines.layers_observed or 0) + (measured.engines.layers_bypassed or 0))
-    return Baseline(
-        model_name=measured.model_name,
-        # Fewer than the highest index: others have no attention, so these are not all.
-        num_layers=found if found > layers[-1] else None,
-        num_heads=num_heads,
-        layers=layers,
-        build=dict(measured.engines.build),
-        time_s=measured.time_s,
-        duration_s=measured.window_s,
-        source=source,
-        sink_tokens=None,
-        local_window=None,
-        counts=arrays["counts"].astype(np.int64),
-        sums=arrays["sums"],
-        rows=arrays["rows"].astype(np.int64),
-    )
-
-
 def save_baseline(path: Path, baseline: Baseline) -> None:
     """Write the file; it replaces an older one at once or not at all.
 
@@ -217,7 +174,7 @@ def load_baseline(path: Path) -> Baseline:
         with np.load(path, allow_pickle=False) as archive:
             meta = json.loads(bytes(archive["meta"]).decode())
             _check_meta(path, meta, remedy)
-            arrays = {name: archive[name] for name in _ARRAYS}
+            arrays = {name: archive[name] for name in ARRAYS}
         return Baseline(
             **{**{name: meta[name] for name in _META}, "layers": tuple(int(layer) for layer in meta["layers"])},
             counts=arrays["counts"].astype(np.int64),

@@ -12,6 +12,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
+import glassbox
 from glassbox.config_model import (
     MAX_ROWS_PER_STEP,
     MAX_TRACED_REQUESTS,
@@ -73,7 +74,7 @@ RESTART_FIELDS: Final = (
 
 def packaged_config() -> Path:
     """The default configuration that comes with the package."""
-    return Path(__file__).parent / "configs" / "glassbox.yaml"
+    return Path(glassbox.__file__).parent / "configs" / "glassbox.yaml"
 
 
 def find_config(environ: Mapping[str, str] = os.environ) -> Path:

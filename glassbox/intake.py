@@ -15,10 +15,11 @@ from typing import Any, Final
 
 from glassbox import message_spans, vllm_server
 from glassbox.config import GlassboxConfig
-from glassbox.export.llm_spans import LlmSpanWatcher, watch
 from glassbox.late_patch import LatePatches
+from glassbox.llm_span_watcher import LlmSpanWatcher, watch
 from glassbox.logs import get_logger
-from glassbox.requests import is_sampled_request
+from glassbox.patch import patch_method
+from glassbox.sampling import is_sampled_request
 from glassbox.trace_options import (
     HEADS_KEY,
     LAYERS_KEY,
@@ -30,7 +31,6 @@ from glassbox.trace_options import (
     Span,
     parse_options,
 )
-from glassbox.vllm_compat import patch_method
 
 logger = get_logger(__name__)
 

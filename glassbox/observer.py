@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from glassbox import vllm_compat
 from glassbox.config import GlassboxConfig
 from glassbox.contract import Measurer
 from glassbox.errors import ErrorCounter
 from glassbox.observed_step import Step
 from glassbox.requests import RequestTracker
+from glassbox.runner import read_batch
 from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_UNCOUNTED, RowSampler, StepSampler
 
 
@@ -169,7 +169,7 @@ class Observer:
             step.overhead_s += self._clock() - started
 
     def _choose_rows(self, step: Step, common_attn_metadata: Any) -> None:
-        batch = vllm_compat.read_batch(step.runner, common_attn_metadata)
+        batch = read_batch(step.runner, common_attn_metadata)
         traced, excluded = self.requests.marks(batch.req_ids)
         rows, dropped = self._rows.select(
             batch.num_scheduled,

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from glassbox import rundir, vllm_compat
+from glassbox import rundir
 from glassbox.config import GlassboxConfig, find_config, load_config
+from glassbox.runner import deliver_ends
 from glassbox.statistics import NUM_STATISTICS, PHASES, STATISTICS
 from glassbox.trace_directory import TraceDirectory
 from glassbox.trace_options import (
@@ -148,7 +149,7 @@ def _wait(
     llm: Any, outputs: list[Any], since_s: float, timeout_s: float, config: GlassboxConfig
 ) -> list[list[RequestTrace]]:
     """The traces of each output, once they have ended and lie in the run directory."""
-    vllm_compat.deliver_ends(llm)
+    deliver_ends(llm)
     directory = TraceDirectory(rundir.run_dir())
     wanted = {output.request_id: len(output.outputs) for output in outputs}
     deadline = time.monotonic() + timeout_s

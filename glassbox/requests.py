@@ -6,7 +6,6 @@ the runner gives for each batch row, so no place in a batch is ever remembered. 
 nothing is traced, and never fails a request: one that can't be traced is counted, and served as any other.
 """
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -16,11 +15,11 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from glassbox import vllm_compat
 from glassbox.config import GlassboxConfig
 from glassbox.deferred import DeferredActions
 from glassbox.logs import get_logger, log_once
-from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
+from glassbox.runner import Batch, RequestTokens, copy_tokens, is_resumption, request_tokens, was_aborted
+from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED, is_sampled_request
 from glassbox.trace_active import ActiveTrace, TraceHost
 from glassbox.trace_options import CHOICE_KEY, ClientChoice, OptionError, parse_options
 from glassbox.trace_record import Why, external_id
@@ -40,15 +39,7 @@ WHYS: Final[tuple[Why, ...]] = ("opt_in", "sampled")
 _MB: Final = 1_000_000
 
 
-def is_sampled_request(external: str, rate: float) -> bool:
-    """Whether `trace_rate` chooses a request: by its external id alone, so all ranks and all its samples agree."""
-    if rate <= 0:
-        return False
-    digest = hashlib.blake2b(external.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest) < rate * 2.0**64
-
-
-def row_positions(batch: vllm_compat.Batch, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+def row_positions(batch: Batch, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """Position of each row of a row list in its request's sequence, int32 [R]."""
     of = rows[:, ROW_BATCH]
     positions = batch.num_computed[of] + rows[:, ROW_QUERY] - batch.query_start[of]
@@ -115,7 +106,7 @@ class RequestTracker:
             excluded = np.array([req_id in self._off for req_id in req_ids], dtype=bool)
         return traced, excluded
 
-    def trace_rows(self, runner: Any, batch: vllm_compat.Batch, rows: npt.NDArray[np.int32]) -> TracedStep | None:
+    def trace_rows(self, runner: Any, batch: Batch, rows: npt.NDArray[np.int32]) -> TracedStep | None:
         """Where the traced rows of a row list go; None if there are none, or no memory for any."""
         indices = np.flatnonzero(rows[:, ROW_SLOT] >= 0)
         if not indices.size or self._config is None:
@@ -135,7 +126,7 @@ class RequestTracker:
                 continue
             room -= trace.nbytes - before
             if self._config.requests.include_text:
-                trace.tokens = vllm_compat.request_tokens(runner, req_id)
+                trace.tokens = request_tokens(runner, req_id)
             trace.prompt_len = int(batch.prompt_len[of[start]])
             members.append(TracedRows(trace, first, positions[start:end], phases[start:end]))
             kept.append(indices[start:end])
@@ -170,7 +161,7 @@ class RequestTracker:
         self, new: Any, extra_args: Mapping[str, Any] | None, config: GlassboxConfig, layer_rows: frozenset[int]
     ) -> None:
         req_id = new.req_id
-        if req_id in self._active or req_id in self._off or req_id in self._refused or vllm_compat.is_resumption(new):
+        if req_id in self._active or req_id in self._off or req_id in self._refused or is_resumption(new):
             return
         try:
             choice = parse_options(extra_args)
@@ -253,17 +244,17 @@ class RequestTracker:
         if trace is None:
             return
         include_text = self._config is not None and self._config.requests.include_text
-        if (tokens := vllm_compat.request_tokens(runner, req_id)) is not None:
+        if (tokens := request_tokens(runner, req_id)) is not None:
             self._deferred.add(lambda: self._end_with(trace, tokens, trace.tokens is not None))
-        elif (copy := vllm_compat.copy_tokens(runner, req_id, trace.sampling_params)) is not None:
+        elif (copy := copy_tokens(runner, req_id, trace.sampling_params)) is not None:
             self._deferred.add(lambda: self._end_with(trace, copy.tokens(), include_text), copy.event)
         else:
             self._deferred.add(lambda: self._end(trace, "finished"))
 
-    def _end_with(self, trace: ActiveTrace, tokens: vllm_compat.RequestTokens, keep: bool) -> None:
+    def _end_with(self, trace: ActiveTrace, tokens: RequestTokens, keep: bool) -> None:
         if keep:
             trace.tokens = tokens
-        aborted = vllm_compat.was_aborted(tokens, self._host.max_model_len)
+        aborted = was_aborted(tokens, self._host.max_model_len)
         self._end(trace, "aborted" if aborted else "finished", len(tokens.generated))
 
     def _end(

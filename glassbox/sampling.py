@@ -1,9 +1,10 @@
-"""Which steps and which rows are measured.
+"""Which steps, requests and rows are measured.
 
 Owns the choice, nothing else: numpy only, no torch, no vLLM, no clock and no randomness, so that all ranks of
 a server choose alike and a test can replay any choice.
 """
 
+import hashlib
 import math
 from functools import lru_cache
 from typing import Final
@@ -39,6 +40,14 @@ _REPAY_AT: Final = 0.5
 # that the budget never blinds glassbox.
 _MIN_SHARE: Final = 0.1
 _MAX_LEVEL: Final = 32
+
+
+def is_sampled_request(external: str, rate: float) -> bool:
+    """Whether `trace_rate` chooses a request: by its external id alone, so all ranks and all its samples agree."""
+    if rate <= 0:
+        return False
+    digest = hashlib.blake2b(external.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) < rate * 2.0**64
 
 
 def is_sampled_step(step: int, sample_rate: float, level: int = 0) -> bool:

@@ -1,39 +1,20 @@
 """The process's live settings: the YAML as it stands in vLLM's backend registry, kept fresh by one watcher.
 
-Owns publishing a configuration (`register_backend(CUSTOM, ..., backend_config=...)`), reading it back
-(`get_backend_config(CUSTOM)`, the only place the backend reads it from) and the state of reloading. What the YAML may
-say is `config.py`'s.
+Owns the configuration in force and the state of reloading. Where it is published and read back (`publish.py`) is passed
+in; what the YAML may say is `config.py`'s.
 """
 
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from glassbox.config import ConfigError, GlassboxConfig, restart_needed
 from glassbox.config_watch import ConfigWatcher, ReloadStatus
 from glassbox.logs import get_logger, set_level
 
 logger = get_logger(__name__)
-
-CUSTOM_BACKEND_PATH: Final = "glassbox.backends.router.GlassboxBackend"
-
-
-def _publish_to_registry(config: GlassboxConfig) -> None:
-    from vllm.v1.attention.backends import registry
-
-    registry.register_backend(
-        registry.AttentionBackendEnum.CUSTOM, CUSTOM_BACKEND_PATH, backend_config=config.model_dump()
-    )
-
-
-def _registry_reader() -> Callable[[], dict[str, Any] | None]:
-    """Reads what is published. Imported once: a step asks each time, and an import statement takes 15 us."""
-    from vllm.v1.attention.backends import registry
-
-    return partial(registry.get_backend_config, registry.AttentionBackendEnum.CUSTOM)
 
 
 class Settings:
@@ -42,7 +23,7 @@ class Settings:
     Args:
         path: the YAML file, absolute.
         config: as loaded from it.
-        publish, read: where the configuration is kept; vLLM's registry unless a test says otherwise.
+        publish, read: where the configuration is kept: vLLM's registry, by `publish.py`.
     """
 
     def __init__(
@@ -50,13 +31,13 @@ class Settings:
         path: Path,
         config: GlassboxConfig,
         *,
-        publish: Callable[[GlassboxConfig], None] = _publish_to_registry,
-        read: Callable[[], dict[str, Any] | None] | None = None,
+        publish: Callable[[GlassboxConfig], None],
+        read: Callable[[], dict[str, Any] | None],
     ) -> None:
         self.path = path
         self.started_with = config
         self._loaded = ReloadStatus(successful=True, timestamp_s=time.time(), error=None)
-        self._publish, self._read = publish, read or _registry_reader()
+        self._publish, self._read = publish, read
         # The registry's object and what it says, in one: two threads may find a new object at once.
         self._parsed: tuple[dict[str, Any] | None, GlassboxConfig] = (None, config)
         self._watcher: ConfigWatcher | None = None

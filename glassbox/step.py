@@ -1,19 +1,20 @@
 """The step hook: knows which engine step is real, and tells the observer when it begins and ends.
 
-Owns the patches on vLLM's runner and worker classes and the one observer of the process. A step counts only between the
-return of `compile_or_warm_up_model` and the end of the worker: profile runs, warm-up and graph capture come before it,
-dummy runs are recognised by their argument. Patches are applied when the first observed layer is built, so that only
-worker processes are touched, and `remove()` takes them all back.
+Owns the patches on vLLM's runner and worker classes and the one observed worker of the process. A step counts only
+between the return of `compile_or_warm_up_model` and the end of the worker: profile runs, warm-up and graph capture come
+before it, dummy runs are recognised by their argument. Patches are applied when the first observed layer is built, so
+that only worker processes are touched, and `remove()` takes them all back.
 """
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from glassbox import vllm_compat
 from glassbox.errors import ErrorCounter
 from glassbox.logs import get_logger
-from glassbox.observer import Observer
+from glassbox.patch import patch_method
+from glassbox.runner import is_dummy_run, runner_classes, worker_classes
+from glassbox.seat import SEAT
 from glassbox.settings import Settings
 from glassbox.worker import Worker
 
@@ -21,35 +22,27 @@ logger = get_logger(__name__)
 
 
 class StepHook:
-    """Patches of this process and what they lead to."""
+    """Patches of this process and what they lead to.
 
-    def __init__(self) -> None:
-        self.settings: Settings | None = None
-        self.observer: Observer | None = None
+    Args:
+        settings: of this process.
+
+    Attributes:
+        worker: that is observed; None before its warm-up and after its end.
+        errors: of everything that runs in this process.
+    """
+
+    def __init__(self, settings: Settings) -> None:
         self.worker: Worker | None = None
+        self.errors = ErrorCounter(logger)
+        self._settings = settings
         self._restores: dict[type, Callable[[], None]] = {}
-        self._errors = ErrorCounter(logger)
-
-    @property
-    def attach(self) -> str:
-        """`attach` as the server started with it: changing it needs a restart."""
-        return self.settings.started_with.attach if self.settings else "auto"
-
-    @property
-    def inner_backend(self) -> str:
-        """`inner_backend` as the server started with it."""
-        return self.settings.started_with.inner_backend if self.settings else "auto"
-
-    @property
-    def enabled(self) -> bool:
-        """`enabled` as the server started with it: what was not attached then needs a restart."""
-        return self.settings is None or self.settings.started_with.enabled
 
     def install(self) -> None:
         """Patch the runner and worker classes that are loaded; does nothing for those patched already."""
-        for cls in vllm_compat.runner_classes():
+        for cls in runner_classes():
             self._patch(cls, "execute_model", self._wrap_execute_model)
-        for cls in vllm_compat.worker_classes():
+        for cls in worker_classes():
             self._patch(cls, "compile_or_warm_up_model", self._wrap_warm_up)
 
     def remove(self) -> None:
@@ -59,33 +52,28 @@ class StepHook:
             restore()
         self._restores.clear()
 
-    def forget(self) -> None:
-        """`remove()`, and know no settings any more."""
-        self.remove()
-        self.settings = None
-
     def disarm(self) -> None:
         """End the observation of this process's worker; its last numbers are written first."""
-        worker, self.worker, self.observer = self.worker, None, None
+        worker, self.worker, SEAT.listener = self.worker, None, None
         if worker is not None:
             worker.close()
 
     def _patch(self, cls: type, name: str, make: Callable[[Any], Any]) -> None:
         if cls not in self._restores and name in cls.__dict__:
-            self._restores[cls] = vllm_compat.patch_method(cls, name, make)
+            self._restores[cls] = patch_method(cls, name, make)
 
     def _prepare(self, vllm_worker: Any) -> None:
         """Make the observer before warm-up: a captured graph must hold its buffers."""
-        if self.settings is None or (self.worker is not None and self.worker.vllm_worker() is vllm_worker):
+        if self.worker is not None and self.worker.vllm_worker() is vllm_worker:
             return
         self.disarm()
-        with self._errors.guard("prepare"):
-            self.worker = Worker(vllm_worker, self.settings, self._errors)
-            self.observer = self.worker.observer
+        with self.errors.guard("prepare"):
+            self.worker = Worker(vllm_worker, self._settings, self.errors)
+            SEAT.listener = self.worker.observer
 
     def _arm(self) -> None:
         if self.worker is not None:
-            with self._errors.guard("arm"):
+            with self.errors.guard("arm"):
                 self.worker.start()
 
     def _wrap_warm_up(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,8 +89,8 @@ class StepHook:
     def _wrap_execute_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def execute_model(runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            observer = self.observer
-            if observer is None or not observer.armed or vllm_compat.is_dummy_run(args, kwargs):
+            observer = None if self.worker is None else self.worker.observer
+            if observer is None or not observer.armed or is_dummy_run(args, kwargs):
                 return original(runner, scheduler_output, *args, **kwargs)
             if not scheduler_output.total_num_scheduled_tokens:
                 observer.idle_step(runner, scheduler_output)
@@ -114,11 +102,3 @@ class StepHook:
                 observer.stop_step()
 
         return execute_model
-
-
-_HOOK = StepHook()
-
-
-def hook() -> StepHook:
-    """The hook of this process: vLLM gives plugins no object to hang state on, so there is one."""
-    return _HOOK

@@ -13,9 +13,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.runner import RequestTokens
 from glassbox.statistics import NUM_STATISTICS
 from glassbox.trace_record import MAX_ROW_KEYS, RequestTrace, Status, TraceOptions, Why, external_id
-from glassbox.vllm_compat import RequestTokens
 
 # Bytes of a chunk beside its arrays: a Python object with some ten array headers.
 _CHUNK_BYTES: Final = 1500

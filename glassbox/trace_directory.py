@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from glassbox.export.snapshot import FileVersion
+from glassbox.files import FileVersion
 from glassbox.logs import get_logger
 from glassbox.trace_record import RequestTrace, merge_ranks, read_header, read_trace
 

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from glassbox.export.snapshot import write_atomically
+from glassbox.files import write_atomically
 from glassbox.statistics import NUM_STATISTICS, PHASES
 from glassbox.trace_options import (
     MAX_ROW_KEYS,

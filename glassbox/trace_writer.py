@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from glassbox.config import RequestsConfig
-from glassbox.export.token_text import write_source
 from glassbox.logs import get_logger
 from glassbox.requests import RequestTracker
+from glassbox.tokenizer_note import write_source
 from glassbox.trace_active import ActiveTrace, TraceHost
 from glassbox.trace_directory import TraceFiles, traces_path
 from glassbox.trace_record import trace_name, trace_prefix, write_trace

@@ -1,6 +1,6 @@
 """What glassbox runs in a vLLM worker: the observer over its layers, and one thread that writes snapshot files.
 
-Owns discovering the observed layers, the worker's identity and the export thread's life. The thread starts when vLLM's
+Owns the worker's identity and the export thread's life. The thread starts when vLLM's
 warm-up is over and ends with the worker; whatever it does, an error is counted and serving goes on.
 """
 
@@ -9,73 +9,30 @@ import threading
 import time
 import uuid
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from glassbox import __version__, rundir, vllm_compat
+from glassbox import __version__, rundir
 from glassbox.accumulate import Accumulators
 from glassbox.affinity import leave_workers_cores
-from glassbox.backends.listening import listen
 from glassbox.backends.measure import make_measurer
 from glassbox.deferred import DeferredActions
 from glassbox.errors import ErrorCounter
-from glassbox.export.process import ExporterProcess
 from glassbox.export.snapshot import Snapshot, write_snapshot
+from glassbox.launch import ExporterProcess
+from glassbox.layers import attention_layers, find_layers, server_info, unobservable_reason
 from glassbox.logs import get_logger
 from glassbox.observer import Observer
+from glassbox.release import vllm_version
 from glassbox.requests import RequestTracker
+from glassbox.runner import is_piecewise_forward, max_spec_tokens
+from glassbox.seat import SEAT
 from glassbox.settings import Settings
 from glassbox.trace_active import TraceHost
 from glassbox.trace_writer import TraceWriter
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class ObservedLayers:
-    """The attention layers of a worker.
-
-    Attributes:
-        names: of the observed ones, in the order of their global index.
-        indices: global index of each.
-        num_heads: largest number of local query heads among them.
-        head_size: the largest of theirs.
-        bypassed: names of the layers whose attention glassbox does not see.
-    """
-
-    names: tuple[str, ...]
-    indices: tuple[int, ...]
-    num_heads: int
-    head_size: int
-    bypassed: tuple[str, ...]
-
-
-def find_layers(layers: dict[str, Any], unobservable: str | None = None) -> ObservedLayers:
-    """Sort the attention layers of a loaded model into observed and bypassed; drafters' are neither.
-
-    Args:
-        layers: by name.
-        unobservable: a reason why none of them can be observed.
-    """
-    observed, bypassed = [], []
-    for name, layer in layers.items():
-        if getattr(layer, "is_draft_layer", False):
-            continue
-        marker = getattr(layer.impl, "glassbox_observed", None)
-        if marker and unobservable is None and vllm_compat.is_observable(layer):
-            observed.append((vllm_compat.layer_index(name), name, layer.num_heads, layer.head_size))
-        elif marker is not False:
-            bypassed.append(name)
-    observed.sort()
-    return ObservedLayers(
-        names=tuple(name for _, name, _, _ in observed),
-        indices=tuple(index for index, _, _, _ in observed),
-        num_heads=max((heads for _, _, heads, _ in observed), default=0),
-        head_size=max((size for _, _, _, size in observed), default=0),
-        bypassed=tuple(bypassed),
-    )
 
 
 class Worker:
@@ -93,9 +50,9 @@ class Worker:
         self._instance = uuid.uuid4().hex[:12]
         self._start_time_s = time.time()
         vllm_config = vllm_worker.vllm_config
-        self._info = vllm_compat.server_info(vllm_config)
-        model_layers = vllm_compat.attention_layers(vllm_config)
-        self._unobservable = vllm_compat.unobservable_reason(vllm_config)
+        self._info = server_info(vllm_config)
+        model_layers = attention_layers(vllm_config)
+        self._unobservable = unobservable_reason(vllm_config)
         self._layers = find_layers(model_layers, self._unobservable)
         self._backend = _backend_names([model_layers[name] for name in self._layers.names])
         config = settings.config
@@ -111,6 +68,7 @@ class Worker:
             head_size=self._layers.head_size,
             query_dtype=vllm_config.model_config.dtype,
             deferred=self._deferred,
+            is_piecewise=is_piecewise_forward,
             errors=errors,
         )
         host = TraceHost(
@@ -136,9 +94,9 @@ class Worker:
             num_heads=self._layers.num_heads,
             config=lambda: settings.config,
             requests=self._requests,
-            listen=listen,
+            listen=SEAT.listening.listen,
             errors=errors,
-            max_spec_tokens=vllm_compat.max_spec_tokens(vllm_config),
+            max_spec_tokens=max_spec_tokens(vllm_config),
         )
         self._exporter = ExporterProcess(settings.path)
         self._wake = threading.Event()
@@ -236,7 +194,7 @@ class Worker:
             reload_timestamp_s=status.timestamp_s,
             build={
                 "version": __version__,
-                "vllm_version": vllm_compat.vllm_version() or "",
+                "vllm_version": vllm_version() or "",
                 "backend": self._backend,
             },
             counts=arrays.counts,
@@ -250,22 +208,22 @@ class Worker:
         )
 
     def _log_coverage(self) -> None:
-        layers, config = self._layers, self._settings.config
+        found, config = self._layers, self._settings.config
         logger.info(
             "Observing %d of %d attention layers (%s) of %s at sample_rate %g, configured by %s",
-            len(layers.names),
-            len(layers.names) + len(layers.bypassed),
+            len(found.names),
+            len(found.names) + len(found.bypassed),
             self._backend or "none",
             self._info.model_name,
             config.sample_rate,
             self._settings.path,
         )
-        if layers.bypassed:
+        if found.bypassed:
             logger.warning(
                 "%d attention layers bypass glassbox and are not measured (%s): %s",
-                len(layers.bypassed),
+                len(found.bypassed),
                 self._unobservable or "their backend is not one that glassbox wraps",
-                ", ".join(layers.bypassed),
+                ", ".join(found.bypassed),
             )
 
 

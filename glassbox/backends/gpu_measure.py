@@ -12,7 +12,7 @@ launches after it (docs/performance.md).
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -77,6 +77,7 @@ class GpuMeasurer:
         max_rows: length of the row list; captured graphs hold it.
         head_size: largest of the layers; query_dtype: holds their queries.
         deferred: takes what waits for the GPU.
+        is_piecewise: see `GraphNodes`.
         errors: counts what goes wrong with graphs and probes.
     """
 
@@ -91,6 +92,7 @@ class GpuMeasurer:
         head_size: int,
         query_dtype: torch.dtype,
         deferred: DeferredActions,
+        is_piecewise: Callable[[], bool],
         errors: ErrorCounter,
     ) -> None:
         device = accumulators.counts.device
@@ -111,7 +113,7 @@ class GpuMeasurer:
         self._queries = torch.zeros(*place, head_size, dtype=query_dtype, device=device)
         self._traced: StepTraces | None = None
         self._deferred, self._errors = deferred, errors
-        self._graphs = GraphNodes(errors)
+        self._graphs = GraphNodes(errors, is_piecewise)
         self._graphs.watch()
         self._copy_stream = torch.cuda.Stream(device)
         self._step_done = torch.cuda.Event()

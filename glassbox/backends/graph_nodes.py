@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import torch
 
-from glassbox import vllm_compat
 from glassbox.errors import ErrorCounter
 
 # As torch instantiates: memory that a graph allocates and does not free is freed at its next launch.
@@ -27,11 +26,15 @@ class GraphNodes:
 
     Attributes:
         measuring: whether the next replays are to measure; set by the step.
+
+    Args:
+        errors: counts graphs that keep their nodes.
+        is_piecewise: whether a forward pass runs that is captured, or replayed, in pieces around the attention.
     """
 
-    def __init__(self, errors: ErrorCounter) -> None:
+    def __init__(self, errors: ErrorCounter, is_piecewise: Callable[[], bool]) -> None:
         self.measuring = False
-        self._errors = errors
+        self._errors, self._is_piecewise = errors, is_piecewise
         self._capturing: Any = None
         self._restore: Callable[[], None] | None = None
         try:
@@ -52,7 +55,7 @@ class GraphNodes:
             torch.cuda.CUDAGraph = original  # type: ignore[misc]
 
         # A class in its place: modules imported meanwhile use the name in annotations.
-        torch.cuda.CUDAGraph = _split_graph(original, self)  # type: ignore[misc]
+        torch.cuda.CUDAGraph = _split_graph(original, self, self._is_piecewise)  # type: ignore[misc]
         self._restore = restore
 
     def unwatch(self) -> None:
@@ -126,13 +129,13 @@ class GraphNodes:
         return tuple(results)
 
 
-def _split_graph(base: Any, owner: GraphNodes) -> Any:
+def _split_graph(base: Any, owner: GraphNodes, is_piecewise: Callable[[], bool]) -> Any:
     """A CUDAGraph class that tells `owner` about its captures and replays the executable that the step needs."""
 
     class SplitGraph(base):
         def __init__(self, keep_graph: bool = False) -> None:
             # The pieces of a piecewise graph hold no attention: hundreds of templates would be kept for nothing.
-            watched = not keep_graph and not vllm_compat.is_piecewise_forward()
+            watched = not keep_graph and not is_piecewise()
             super().__init__(keep_graph or watched)
             self.watched = watched
             self.nodes: list[Any] = []

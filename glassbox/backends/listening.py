@@ -8,27 +8,28 @@ classes for warm-up and for measured steps, and taken out again.
 from collections.abc import Callable
 from typing import Any
 
-_forwards: dict[Any, Callable[..., Any]] = {}
-_listening = False
 
+class Listening:
+    """The observed impl classes of a process, and whether glassbox listens to them."""
 
-def add(impl: type, forward: Callable[..., Any]) -> None:
-    """Let `forward` be the method of `impl`, a class without one of its own, while glassbox listens."""
-    _forwards[impl] = forward
-    _apply(impl, forward)
+    def __init__(self) -> None:
+        self._forwards: dict[Any, Callable[..., Any]] = {}
+        self._on = False
 
+    def add(self, impl: type, forward: Callable[..., Any]) -> None:
+        """Let `forward` be the method of `impl`, a class without one of its own, while glassbox listens."""
+        self._forwards[impl] = forward
+        self._apply(impl, forward)
 
-def listen(on: bool) -> None:
-    """Begin or end to listen to all layers of this process."""
-    global _listening  # noqa: PLW0603 (vLLM's classes are per process, and so is this)
-    if on != _listening:
-        _listening = on
-        for impl, forward in _forwards.items():
-            _apply(impl, forward)
+    def listen(self, on: bool) -> None:
+        """Begin or end to listen to all layers of this process."""
+        if on != self._on:
+            self._on = on
+            for impl, forward in self._forwards.items():
+                self._apply(impl, forward)
 
-
-def _apply(impl: Any, forward: Callable[..., Any]) -> None:
-    if _listening:
-        impl.forward = forward
-    elif "forward" in impl.__dict__:
-        del impl.forward
+    def _apply(self, impl: Any, forward: Callable[..., Any]) -> None:
+        if self._on:
+            impl.forward = forward
+        elif "forward" in impl.__dict__:
+            del impl.forward

@@ -1,5 +1,7 @@
 """Which measurer fits the worker's device."""
 
+from collections.abc import Callable
+
 import torch
 
 from glassbox.accumulate import Accumulators
@@ -18,6 +20,7 @@ def make_measurer(
     head_size: int,
     query_dtype: torch.dtype,
     deferred: DeferredActions,
+    is_piecewise: Callable[[], bool],
     errors: ErrorCounter,
 ) -> Measurer:
     """The measurer for the device of `accumulators`.
@@ -29,6 +32,7 @@ def make_measurer(
         max_rows: largest row list; a GPU's buffers and graphs are made for it.
         head_size, query_dtype: of the layers, the largest head size; for the queries of traced rows.
         deferred: takes what waits for a GPU.
+        is_piecewise: see `GraphNodes`.
         errors: counts what goes wrong.
 
     Raises:
@@ -51,6 +55,7 @@ def make_measurer(
             head_size=head_size,
             query_dtype=query_dtype,
             deferred=deferred,
+            is_piecewise=is_piecewise,
             errors=errors,
         )
     raise RuntimeError(f"glassbox has no kernel for {device} devices; the server runs unobserved")

@@ -10,10 +10,10 @@ import logging
 from functools import cache
 from typing import Any, Final
 
-from glassbox import step, vllm_compat
-from glassbox.backends import listening
+from glassbox import layers, members
 from glassbox.config import SUPPORTED_INNER_BACKENDS
 from glassbox.logs import get_logger, log_once
+from glassbox.seat import SEAT
 
 logger = get_logger(__name__)
 
@@ -33,7 +33,7 @@ def __getattr__(attribute: str) -> type:
     # overridden for both values of `attach`, and it is decided here whether anything is observed.
     if name == "CPU_ATTN":
         _say_what_cpu_ignores()
-        if step.hook().attach == "custom" and not vllm_compat.custom_is_selected():
+        if SEAT.attach == "custom" and not members.custom_is_selected():
             log_once(
                 logger,
                 logging.INFO,
@@ -46,7 +46,7 @@ def __getattr__(attribute: str) -> type:
 
 
 def _say_what_cpu_ignores() -> None:
-    wanted = step.hook().inner_backend
+    wanted = SEAT.inner_backend
     if wanted not in {"auto", "CPU_ATTN"}:
         log_once(
             logger,
@@ -59,7 +59,7 @@ def _say_what_cpu_ignores() -> None:
 
 def inner_class(name: str) -> type:
     """vLLM's own backend class of that name, whatever overrides it."""
-    return vllm_compat.resolve_class(vllm_compat.backend_member(name).value)
+    return members.resolve_class(members.backend_member(name).value)
 
 
 @cache
@@ -90,8 +90,8 @@ def _observe_impl(inner: Any, name: str) -> type:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             # A drafter's attention is not the model's: it would mix into the same layer numbers.
-            self.glassbox_observed = not vllm_compat.is_draft_model()
-            step.hook().install()
+            self.glassbox_observed = not layers.is_draft_model()
+            SEAT.layer_built()
 
     def forward(
         self: Any,
@@ -105,12 +105,12 @@ def _observe_impl(inner: Any, name: str) -> type:
         **kw: Any,
     ) -> Any:
         output = inner.forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kw)
-        observer = step.hook().observer
-        if observer is not None and attn_metadata is not None and self.glassbox_observed:
-            observer.after_attention(self, layer, query, kv_cache, attn_metadata)
+        listener = SEAT.listener
+        if listener is not None and attn_metadata is not None and self.glassbox_observed:
+            listener.after_attention(self, layer, query, kv_cache, attn_metadata)
         return output
 
-    listening.add(ObservedImpl, forward)
+    SEAT.listening.add(ObservedImpl, forward)
     return _named(ObservedImpl, name)
 
 
@@ -118,9 +118,9 @@ def _observe_builder(inner: type, name: str) -> type:
     class ObservedBuilder(inner):
         def build(self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kw: Any) -> Any:
             metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kw)
-            observer = step.hook().observer
-            if observer is not None:
-                observer.on_build(self.layer_names, common_attn_metadata)
+            listener = SEAT.listener
+            if listener is not None:
+                listener.on_build(self.layer_names, common_attn_metadata)
             return metadata
 
     return _named(ObservedBuilder, name)

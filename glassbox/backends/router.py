@@ -6,16 +6,14 @@ the path of the class to use. The router answers with the path of the observed s
 
 from typing import Any
 
-from glassbox import step, vllm_compat
+from glassbox import members
 from glassbox.backends.observed import inner_class, observed_path
 from glassbox.config import SUPPORTED_INNER_BACKENDS
+from glassbox.seat import SEAT
 
 
 class GlassboxBackend:
     """Router behind `AttentionBackendEnum.CUSTOM`; never instantiated, never a layer's backend itself."""
-
-    # Between `validate_configuration` and `full_cls_name`, which vLLM calls one after the other for one layer.
-    _inner_name: str | None = None
 
     @classmethod
     def validate_configuration(cls, device_capability: Any = None, **selector: Any) -> list[str]:
@@ -25,7 +23,7 @@ class GlassboxBackend:
             device_capability: of the GPU, as vLLM passes it.
             selector: fields of vLLM's AttentionSelectorConfig; new releases add some.
         """
-        wanted = step.hook().inner_backend
+        wanted = SEAT.inner_backend
         name = cls._platform_choice(selector) if wanted == "auto" else wanted
         if name not in SUPPORTED_INNER_BACKENDS:
             supported = ", ".join(SUPPORTED_INNER_BACKENDS)
@@ -37,7 +35,7 @@ class GlassboxBackend:
         if wanted != "auto":
             inner: Any = inner_class(name)
             reasons = list(inner.validate_configuration(device_capability=device_capability, **selector))
-        cls._inner_name = name
+        SEAT.inner_name = name
         return reasons
 
     @classmethod
@@ -46,12 +44,12 @@ class GlassboxBackend:
 
         That is the observed subclass; with `enabled: false` vLLM's own, as CUSTOM must stand for something.
         """
-        if cls._inner_name is None:
+        if SEAT.inner_name is None:
             raise RuntimeError("the CUSTOM backend was resolved before its configuration was validated")
-        if not step.hook().enabled:
-            unobserved = inner_class(cls._inner_name)
+        if not SEAT.enabled:
+            unobserved = inner_class(SEAT.inner_name)
             return unobserved.__module__, unobserved.__qualname__
-        module, _, qualname = observed_path(cls._inner_name).rpartition(".")
+        module, _, qualname = observed_path(SEAT.inner_name).rpartition(".")
         return module, qualname
 
     @staticmethod
@@ -63,6 +61,6 @@ class GlassboxBackend:
         path = current_platform.get_attn_backend_cls(
             None, attn_selector_config=AttentionSelectorConfig(**selector), num_heads=None
         )
-        backend: Any = vllm_compat.resolve_class(path)
+        backend: Any = members.resolve_class(path)
         name: str = backend.get_name()
         return name

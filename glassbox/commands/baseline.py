@@ -87,10 +87,11 @@ def _take(source: str, config_path: Path | None) -> "Baseline":
     """
     from dataclasses import replace
 
-    from glassbox.baseline import BaselineError, from_engines, from_measured
+    from glassbox.baseline import BaselineError, from_engines
     from glassbox.config import ConfigError, load_config
     from glassbox.export.merge import merge
     from glassbox.export.snapshot import read_snapshots
+    from glassbox.view.measured_baseline import from_measured
 
     try:
         statistics = None if config_path is None else load_config(config_path).statistics

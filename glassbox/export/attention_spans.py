@@ -21,7 +21,7 @@ from opentelemetry.util.types import AttributeValue
 
 from glassbox import __version__
 from glassbox.config import OtelConfig
-from glassbox.export.faults import Faults
+from glassbox.errors import ErrorCounter
 from glassbox.export.llm_spans import LlmSpan
 from glassbox.export.otel import EXPORT_TIMEOUT_S, make_resource
 from glassbox.export.trace_document import flat_signals, mean
@@ -153,20 +153,20 @@ def make_exporter(config: OtelConfig, vllm_endpoint: str | None, environ: Mappin
 class _Counted(SpanExporter):
     """An exporter whose failures are glassbox's errors of stage `otel_traces`."""
 
-    def __init__(self, exporter: SpanExporter, faults: Faults) -> None:
+    def __init__(self, exporter: SpanExporter, errors: ErrorCounter) -> None:
         self._exporter = exporter
-        self._faults = faults
+        self._errors = errors
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         try:
             result = self._exporter.export(spans)
         except Exception as error:
-            self._faults.failed(STAGE, error)
+            self._errors.count(STAGE, error)
             return SpanExportResult.FAILURE
         if result is SpanExportResult.SUCCESS:
-            self._faults.worked(STAGE)
+            self._errors.worked(STAGE)
         else:
-            self._faults.failed(STAGE, f"the collector did not accept {len(spans)} spans")
+            self._errors.count(STAGE, f"the collector did not accept {len(spans)} spans")
         return result
 
     def shutdown(self) -> None:
@@ -179,7 +179,7 @@ class AttentionSpans:
     Args:
         config: export.otel.
         run_dir: of the server.
-        faults: told of failures.
+        errors: told of failures.
         vllm_endpoint: where vLLM sends its spans, for want of another endpoint.
         environ: OTEL_*; by default the process's.
 
@@ -191,15 +191,15 @@ class AttentionSpans:
         self,
         config: OtelConfig,
         run_dir: Path,
-        faults: Faults,
+        errors: ErrorCounter,
         vllm_endpoint: str | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        # The SDK logs every failed export; here it is logged once, by Faults.
+        # The SDK logs every failed export; here it is logged once, by ErrorCounter.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         self._exporter = make_exporter(config, vllm_endpoint, os.environ if environ is None else environ)
         self._provider = TracerProvider(resource=make_resource(run_dir), shutdown_on_exit=False)
-        self._processor = BatchSpanProcessor(_Counted(self._exporter, faults), schedule_delay_millis=_DELAY_MS)
+        self._processor = BatchSpanProcessor(_Counted(self._exporter, errors), schedule_delay_millis=_DELAY_MS)
         self._provider.add_span_processor(self._processor)
         self._tracer = self._provider.get_tracer("glassbox", __version__)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from glassbox.export.snapshot import write_atomically
+from glassbox.files import write_atomically
 from glassbox.trace_directory import TraceDirectory, TraceSummary
 
 _PREFIX: Final = "delivered-"

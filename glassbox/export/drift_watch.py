@@ -20,7 +20,7 @@ from glassbox.baseline import Baseline, BaselineError, load_baseline
 from glassbox.config import BaselineConfig, GlassboxConfig, StatisticsConfig
 from glassbox.drift import bucket_midpoints, population_stability_index, standardised_mean_difference
 from glassbox.export.merge import MergedEngine
-from glassbox.export.snapshot import FileVersion
+from glassbox.files import FileVersion
 from glassbox.logs import get_logger
 from glassbox.statistics import INDEX, NUM_BUCKETS, STATISTICS, Statistic
 

@@ -18,7 +18,6 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from glassbox.export.families import Family, Kind
 from glassbox.export.prometheus import bucket_names
 
-DIRECTORY_ENV: Final = "PROMETHEUS_MULTIPROC_DIR"
 # The part of a file's name after the last underscore is the process; gauges also say how processes are
 # combined.
 _FILES: Final[dict[Kind, str]] = {

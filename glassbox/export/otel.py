@@ -35,8 +35,8 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from glassbox import __version__
 from glassbox.config import OtelConfig
+from glassbox.errors import ErrorCounter
 from glassbox.export.families import Family, Series
-from glassbox.export.faults import Faults
 
 DEFAULT_SERVICE_NAME: Final = "vllm"
 # An export may take this long, retries included, unless OTEL_EXPORTER_OTLP_TIMEOUT says otherwise.
@@ -177,11 +177,11 @@ class OtelSink:
     """
 
     def __init__(
-        self, config: OtelConfig, run_dir: Path, faults: Faults, environ: Mapping[str, str] | None = None
+        self, config: OtelConfig, run_dir: Path, errors: ErrorCounter, environ: Mapping[str, str] | None = None
     ) -> None:
-        # The SDK logs every failed export; here it is logged once, by Faults.
+        # The SDK logs every failed export; here it is logged once, by ErrorCounter.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
-        self._faults = faults
+        self._errors = errors
         self._resource = make_resource(run_dir)
         self._exporter = make_exporter(config, environ)
         self._target = config.endpoint or "the endpoint of the OTEL_* variables"
@@ -211,12 +211,12 @@ class OtelSink:
         try:
             result = self._exporter.export(to_metrics_data(families, self._resource, time.time()))
         except Exception as error:
-            self._faults.failed("otel", error)
+            self._errors.count("otel", error)
             return
         if result is MetricExportResult.SUCCESS:
-            self._faults.worked("otel")
+            self._errors.worked("otel")
         else:
-            self._faults.failed("otel", f"{self._target} did not accept the metrics")
+            self._errors.count("otel", f"{self._target} did not accept the metrics")
 
     def close(self, timeout_s: float = 1.0) -> None:
         """End the thread, after the families that still wait were sent or `timeout_s` seconds have passed."""

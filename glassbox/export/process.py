@@ -1,108 +1,29 @@
 """The exporter process: one per server, beside its workers, so that no export costs the engine anything.
 
-Owns its loop and its end (`main`), the lock that makes it the only one, and its starting and restarting from
-a worker (`ExporterProcess`). What it writes is `sinks.py`.
+Owns its loop and its end (`main`). What it writes is `sinks.py`, how a worker starts it `launch.py`.
 """
 
 import argparse
 import contextlib
-import fcntl
 import os
 import select
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from glassbox import rundir
-from glassbox.affinity import leave_workers_cores
 from glassbox.config import ConfigError, GlassboxConfig, load_config
 from glassbox.config_watch import ConfigWatcher
-from glassbox.export.sinks import Sinks, is_needed
+from glassbox.export.sinks import Sinks
+from glassbox.exporter_lock import ExporterLock
 from glassbox.logs import get_logger, set_level
-
-__all__ = ["ExporterLock", "ExporterProcess", "is_needed", "main"]
 
 logger = get_logger(__name__)
 
-LOCK_NAME: Final = "exporter.lock"
-# A worker looks whether the lock is free by taking it for an instant; an exporter that starts then tries
-# again.
-_LOCK_ATTEMPTS: Final = 4
-_LOCK_PAUSE_S: Final = 0.03
 # Only where the kernel has no pidfd (before Linux 5.3, some sandboxes).
 _PARENT_POLL_S: Final = 0.5
 _NICENESS: Final = 10
-_LONGEST_BACKOFF_S: Final = 60.0
-_STOP_TIMEOUT_S: Final = 3.0
-_BINDING_VARIABLES: Final = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
-
-
-class ExporterLock:
-    """The lock file of a run directory; whoever holds it is the server's exporter."""
-
-    def __init__(self, path: Path, handle: int) -> None:
-        self._path = path
-        self._handle = handle
-
-    @classmethod
-    def acquire(cls, run_dir: Path) -> "ExporterLock | None":
-        """Take the lock; None if another process holds it.
-
-        Raises:
-            OSError: if the lock file cannot be made.
-        """
-        path = Path(run_dir) / LOCK_NAME
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        for attempt in range(_LOCK_ATTEMPTS):
-            if attempt:
-                time.sleep(_LOCK_PAUSE_S)
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return cls(path, handle)
-        os.close(handle)
-        return None
-
-    @staticmethod
-    def is_held(run_dir: Path) -> bool:
-        """True if some process holds the lock."""
-        try:
-            handle = os.open(Path(run_dir) / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)  # gives the lock back
-        return False
-
-    def renew(self) -> bool:
-        """Keep the lock although a cleaner of temporary files removed it.
-
-        Returns:
-            False if another process has taken it.
-        """
-        try:
-            if os.stat(self._path).st_ino == os.fstat(self._handle).st_ino:
-                return True
-        except FileNotFoundError:
-            if not self._path.parent.is_dir():
-                return True  # there is nothing to be the exporter of, until a worker makes the directory again
-        again = ExporterLock.acquire(self._path.parent)
-        if again is None:
-            return False
-        os.close(self._handle)
-        self._handle = again._handle
-        return True
-
-    def release(self) -> None:
-        """Give the lock back."""
-        os.close(self._handle)
 
 
 class _Wakeups:
@@ -228,112 +149,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     finally:
         lock.release()
-
-
-def _child_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """Environment in which the child finds this very package, and numpy starts no threads and binds none."""
-    # Without what binds the worker's threads to its cores: the child's OpenMP would bind it there again.
-    child = {name: value for name, value in environ.items() if name not in _BINDING_VARIABLES}
-    child |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    root = Path(__file__).resolve().parents[2]
-    # Not for an installed package: its directory would come before the standard library.
-    if root.name not in {"site-packages", "dist-packages"}:
-        child["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), environ.get("PYTHONPATH"))))
-    return child
-
-
-class ExporterProcess:
-    """A worker's hold on the server's exporter: starts it if it is needed and nobody else has.
-
-    Attributes:
-        deaths: how many exporters of this worker ended by themselves with an error.
-
-    Args:
-        config_path: the YAML file, absolute.
-        run_dir: of the server. Default: `rundir.run_dir()`.
-        environ: of the exporter. Default: this process's, as it is when the exporter is started.
-        clock: seconds, for the time between restarts.
-    """
-
-    def __init__(
-        self,
-        config_path: Path,
-        run_dir: Path | None = None,
-        environ: Mapping[str, str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._config_path = Path(config_path)
-        self._run_dir = run_dir
-        self._environ = environ
-        self._clock = clock
-        self._process: subprocess.Popen[bytes] | None = None
-        self._started = 0.0
-        self._not_before = 0.0
-        self._failures = 0
-        self.deaths = 0
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the exporter if this worker has started it and it runs."""
-        return self._process.pid if self._process is not None and self._process.poll() is None else None
-
-    def ensure(self, config: GlassboxConfig) -> None:
-        """Make sure that an exporter runs if `config` asks for one, and none of this worker's if not; never
-        waits.
-
-        An exporter that died is started again after 1, 2, 4, ... at most 60 seconds.
-
-        Raises:
-            RuntimeError: once for each exporter that died.
-            OSError: if it cannot be started.
-        """
-        self._reap()
-        environ = os.environ if self._environ is None else self._environ
-        if not is_needed(config, environ):
-            if self._process is not None:
-                self._process.terminate()  # reaped by a later call
-            return
-        run_dir = rundir.run_dir() if self._run_dir is None else self._run_dir
-        if self._process is None and self._clock() >= self._not_before and not ExporterLock.is_held(run_dir):
-            self._start(run_dir, environ)
-
-    def _start(self, run_dir: Path, environ: Mapping[str, str]) -> None:
-        # -P: a file of the working directory must not shadow a module.
-        command = [sys.executable, "-P", "-m", "glassbox.export", "--run-dir", str(run_dir)]
-        command += ["--config", str(self._config_path), "--parent-pid", str(os.getpid())]
-        self._started = self._clock()
-        self._process = subprocess.Popen(
-            command,
-            env=_child_environ(environ),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        leave_workers_cores(self._process.pid)
-
-    def _reap(self) -> None:
-        if self._process is None or (code := self._process.poll()) is None:
-            return
-        self._process = None
-        now = self._clock()
-        # It ended because another one holds the lock, or was asked to.
-        if code in (0, -signal.SIGTERM):
-            self._not_before = now + 1.0
-            return
-        self.deaths += 1
-        self._failures = 0 if now - self._started > _LONGEST_BACKOFF_S else self._failures
-        backoff = min(2.0**self._failures, _LONGEST_BACKOFF_S)
-        self._failures += 1
-        self._not_before = now + backoff
-        raise RuntimeError(f"the exporter ended with exit status {code}; it is started again in {backoff:g} s")
-
-    def stop(self) -> None:
-        """End this worker's exporter after its last export; waits at most a few seconds."""
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client import CollectorRegistry
 
 from glassbox.config import GlassboxConfig
+from glassbox.errors import export_errors
 from glassbox.export.exemplars import TraceExemplars
-from glassbox.export.faults import Faults
 from glassbox.export.http import HttpServer, bind_address
 from glassbox.export.jsonl import JsonlSink
-from glassbox.export.multiprocess import DIRECTORY_ENV, MultiprocessWriter
+from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import PrometheusCollector
-from glassbox.export.source import ExporterStatus, FamilySource, View, read_status, write_status
-from glassbox.export.trace_sinks import TraceSinks, wants_records, wants_spans
+from glassbox.export.source import FamilySource, View
+from glassbox.export.trace_sinks import TraceSinks
+from glassbox.exporter_status import ExporterStatus, read_status, write_status
+from glassbox.launch import MULTIPROCESS_ENV
 
 if TYPE_CHECKING:
     from glassbox.export.otel import OtelSink
@@ -29,26 +31,11 @@ if TYPE_CHECKING:
 FLUSH_TIMEOUT_S: Final = 1.0
 
 
-def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) -> bool:
-    """True if the configuration asks for anything that only an exporter process does.
-
-    vLLM's own /metrics with one API server needs none: it reads the snapshots itself.
-    """
-    environ = os.environ if environ is None else environ
-    export = config.export
-    if not config.enabled:
-        return False
-    pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
-    pushed = pushed or wants_records(config) or wants_spans(config)
-    shown = export.prometheus.enabled and (export.prometheus.port is not None or bool(environ.get(DIRECTORY_ENV)))
-    return pushed or shown
-
-
 class Sinks:
     """The open sinks of one server.
 
     Attributes:
-        faults: errors by stage: http, multiprocess, otel, jsonl, records and otel_traces (of traced requests), read
+        errors: errors by stage: http, multiprocess, otel, jsonl, records and otel_traces (of traced requests), read
             (of the run directory), status (its file).
 
     Args:
@@ -70,7 +57,7 @@ class Sinks:
         self._environ = os.environ if environ is None else environ
         self._clock = clock
         before = read_status(self._run_dir)
-        self.faults = Faults(before.errors if before else None)
+        self.errors = export_errors(before.errors if before else None)
         self._takes_over = before is not None
         self._source = FamilySource(self._run_dir, config)
         self._registry = CollectorRegistry()
@@ -79,7 +66,7 @@ class Sinks:
         self._multiprocess: tuple[object, MultiprocessWriter] | None = None
         self._otel: tuple[object, OtelSink] | None = None
         self._jsonl: tuple[object, JsonlSink] | None = None
-        self._traces = TraceSinks(self._run_dir, config, self.faults, self._environ, clock)
+        self._traces = TraceSinks(self._run_dir, config, self.errors, self._environ, clock)
 
     @property
     def http_port(self) -> int | None:
@@ -110,7 +97,7 @@ class Sinks:
             self._http[1].close()
             self._http = None
         if wanted is not None and self._http is None:
-            with self.faults.guard("http"):  # tried again each round: whoever holds the port may let go of it
+            with self.errors.guard("http"):  # tried again each round: whoever holds the port may let go of it
                 self._http = (wanted, self._serve(*wanted))
 
     def _serve(self, address: str, port: int) -> HttpServer:
@@ -131,9 +118,9 @@ class Sinks:
             try:
                 from glassbox.export.otel import OtelSink
 
-                self._otel = (wanted, OtelSink(otel, self._run_dir, self.faults, self._environ))
+                self._otel = (wanted, OtelSink(otel, self._run_dir, self.errors, self._environ))
             except Exception as error:  # the SDK raises what it likes about bad certificates and variables
-                self.faults.failed("otel", error)
+                self.errors.count("otel", error)
 
     def round(self, last: bool = False) -> None:
         """Read the snapshots and hand them to every sink; then note in the status file what failed.
@@ -143,29 +130,29 @@ class Sinks:
         """
         self.apply()
         view: View | None = None
-        with self.faults.guard("read"):
+        with self.errors.guard("read"):
             view = self._source.view()
         if view is not None:
             self._write_multiprocess(view)
             if self._otel is not None:
                 self._otel[1].send(view.families)
             if self._jsonl is not None:
-                with self.faults.guard("jsonl"):
+                with self.errors.guard("jsonl"):
                     self._jsonl[1].write(view.engines, view.detail)
-        with self.faults.guard("traces"):
+        with self.errors.guard("traces"):
             self._traces.round(last)
-        with self.faults.guard("status"):
-            write_status(self._run_dir, ExporterStatus(os.getpid(), self._clock(), self.faults.counts()))
+        with self.errors.guard("status"):
+            write_status(self._run_dir, ExporterStatus(os.getpid(), self._clock(), self.errors.counts()))
 
     def _write_multiprocess(self, view: View) -> None:
-        directory = self._environ.get(DIRECTORY_ENV)
+        directory = self._environ.get(MULTIPROCESS_ENV)
         config = self._config()
         shown = config.enabled and config.export.prometheus.enabled
         if not directory or (not shown and self._multiprocess is None):
             return
         if self._multiprocess is None or self._multiprocess[0] != directory:
             self._multiprocess = (directory, MultiprocessWriter(Path(directory)))
-        with self.faults.guard("multiprocess"):
+        with self.errors.guard("multiprocess"):
             # Switched off: empty files, because removing one under a scrape would fail that scrape.
             self._multiprocess[1].write(view.families if shown else (), self._clock())
 

@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.files import FileVersion, write_atomically
 from glassbox.logs import get_logger
 from glassbox.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES
 
@@ -26,8 +27,6 @@ logger = get_logger(__name__)
 FORMAT_VERSION: Final = 2
 _ARRAYS: Final = ("counts", "sums", "rows", "nonfinite", "window_max")
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
-# (inode, mtime in ns, size) of a file: changes whenever a writer renamed a new file into place.
-FileVersion = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,26 +165,6 @@ def write_snapshot(run_dir: Path, snapshot: Snapshot) -> Path:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(path, _encode(snapshot))
     return path
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file by a temporary one beside it.
-
-    Raises:
-        OSError: if it cannot be written; the temporary file is removed.
-    """
-    # A fixed name: a worker killed while writing leaves at most one, which its next write would replace.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb", buffering=0) as file:
-            view = memoryview(data)
-            while view:  # one write may be short when the disk is about to be full
-                view = view[file.write(view) :]
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _decode(data: bytes) -> Snapshot:

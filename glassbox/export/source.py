@@ -4,25 +4,22 @@ Owns the caching: snapshots and configuration are looked at with `stat` and read
 so a scrape between two snapshots costs microseconds. It starts no thread; it may be called from several.
 """
 
-import json
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-from glassbox.config import ConfigError, GlassboxConfig, load_config
+from glassbox.config import GlassboxConfig
 from glassbox.export.drift_watch import DriftWatch
 from glassbox.export.families import Family, build_families, effective_detail
 from glassbox.export.merge import Detail, MergedEngine, merge
-from glassbox.export.snapshot import FileVersion, SnapshotReader, write_atomically
+from glassbox.export.snapshot import SnapshotReader
+from glassbox.exporter_status import read_status
+from glassbox.files import FileVersion
 from glassbox.logs import get_logger
 
 logger = get_logger(__name__)
-
-STATUS_NAME: Final = "exporter.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,88 +50,6 @@ class View:
     engines: tuple[MergedEngine, ...]
     detail: Detail
     families: tuple[Family, ...]
-
-
-class ConfigFile:
-    """The configuration file, read again when it changed: for processes that may not run a watcher thread.
-
-    An edit that makes the file invalid keeps the last good configuration (the workers report it).
-
-    Args:
-        path: of the YAML file.
-        config: what the caller loaded from it already; else it is loaded now.
-        on_change: called, by whoever asks for the configuration, after a good edit was read.
-
-    Raises:
-        ConfigError: if there is no `config` and the file is bad.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        config: GlassboxConfig | None = None,
-        on_change: Callable[[GlassboxConfig], None] = lambda _: None,
-    ) -> None:
-        self._path = Path(path)
-        self._on_change = on_change
-        # What the caller loaded may be older than the file is now: the first call reads it.
-        self._version = self._stat() if config is None else None
-        self._config = load_config(self._path) if config is None else config
-
-    def _stat(self) -> FileVersion | None:
-        try:
-            stat = os.stat(self._path)
-        except OSError:
-            return None
-        return (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-
-    def __call__(self) -> GlassboxConfig:
-        """The configuration of this moment."""
-        version = self._stat()
-        if version is not None and version != self._version:
-            self._version = version
-            try:
-                self._config = load_config(self._path)
-            except ConfigError as error:
-                logger.debug("glassbox keeps the last good configuration: %s", error)
-            else:
-                self._on_change(self._config)
-        return self._config
-
-
-@dataclass(frozen=True)
-class ExporterStatus:
-    """What the exporter process says about itself.
-
-    Attributes:
-        pid: of the exporter.
-        time_s: Unix time of its last round.
-        errors: by stage, of this and earlier exporters of the server.
-    """
-
-    pid: int
-    time_s: float
-    errors: Mapping[str, int]
-
-
-def write_status(run_dir: Path, status: ExporterStatus) -> None:
-    """Write the status file.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    text = json.dumps({"pid": status.pid, "time_s": status.time_s, "errors": dict(status.errors)})
-    write_atomically(Path(run_dir) / STATUS_NAME, text.encode())
-
-
-def read_status(run_dir: Path) -> ExporterStatus | None:
-    """The status file, or None if there is none that can be read."""
-    try:
-        content = json.loads((Path(run_dir) / STATUS_NAME).read_bytes())
-        errors = {str(stage): int(count) for stage, count in content["errors"].items()}
-        return ExporterStatus(int(content["pid"]), float(content["time_s"]), errors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 class FamilySource:

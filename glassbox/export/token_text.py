@@ -1,7 +1,7 @@
 """Texts of token ids, for traces whose text may be shown (`requests.include_text`).
 
 Owns finding and loading the served model's tokenizer, which happens at the first use and never without that setting.
-Where it lies is told by the worker in a small file of the run directory. Code that a model brings along is not run:
+Where it lies is told by the worker (`tokenizer_note.py`). Code that a model brings along is not run:
 such a tokenizer gives no texts.
 """
 
@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from glassbox.export.snapshot import write_atomically
 from glassbox.logs import get_logger
+from glassbox.tokenizer_note import note_path
 
 logger = get_logger(__name__)
 
-_NAME: Final = "tokenizer.json"
 # Tokens before a text's first: what a piece looks like depends on what is before it.
 _CONTEXT: Final = 8
 # A character is at most four bytes, each of which may be a token.
@@ -29,17 +28,6 @@ class Decoder(Protocol):
     def __call__(self, ids: Sequence[int]) -> str: ...
 
 
-def write_source(run_dir: Path, tokenizer: str, revision: str | None) -> None:
-    """Tell the server's processes where the tokenizer lies: a folder or a name of the model hub.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path = Path(run_dir) / _NAME
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"tokenizer": tokenizer, "revision": revision}).encode())
-
-
 class TokenTexts:
     """The texts of tokens; the tokenizer is loaded at the first call.
 
@@ -48,7 +36,7 @@ class TokenTexts:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = Path(run_dir) / _NAME
+        self._path = note_path(run_dir)
         self._decode: Decoder | None = None
         self._failed: str | None = None
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from glassbox.config import GlassboxConfig
+from glassbox.errors import ErrorCounter
 from glassbox.export.delivered import Delivered
-from glassbox.export.faults import Faults
 from glassbox.export.llm_spans import LlmSpan, LlmSpanReader
 from glassbox.export.records import Records, open_records
 from glassbox.export.token_text import TokenTexts
 from glassbox.export.trace_document import document
+from glassbox.launch import wants_records, wants_spans
 from glassbox.trace_directory import TraceDirectory, TraceSummary
 from glassbox.trace_record import RequestTrace
 
@@ -25,24 +26,13 @@ if TYPE_CHECKING:
 WAIT_FOR_LLM_SPAN_S: Final = 3.0
 
 
-def wants_records(config: GlassboxConfig) -> bool:
-    """True if the configuration asks for records of traces."""
-    return config.enabled and config.requests.records.path is not None
-
-
-def wants_spans(config: GlassboxConfig) -> bool:
-    """True if the configuration asks for spans, and requests may be traced."""
-    requests, otel = config.requests, config.export.otel
-    return config.enabled and otel.enabled and otel.traces and (requests.opt_in or requests.trace_rate > 0)
-
-
 class TraceSinks:
     """The sinks of ended traces of one server.
 
     Args:
         run_dir: of the server.
         config: returns the configuration of the moment.
-        faults: told of errors, as stages `records` and `otel_traces`.
+        errors: told of errors, as stages `records` and `otel_traces`.
         environ: OTEL_*.
         clock: Unix time in seconds.
     """
@@ -51,13 +41,13 @@ class TraceSinks:
         self,
         run_dir: Path,
         config: Callable[[], GlassboxConfig],
-        faults: Faults,
+        errors: ErrorCounter,
         environ: Mapping[str, str],
         clock: Callable[[], float],
     ) -> None:
         self._run_dir = Path(run_dir)
         self._config = config
-        self._faults = faults
+        self._errors = errors
         self._environ = environ
         self._clock = clock
         self._directory = TraceDirectory(self._run_dir)
@@ -84,13 +74,13 @@ class TraceSinks:
         delivered: Delivered | None = None
         if self._records is not None and self._records[0] != wanted:
             delivered = self._records[2]  # another file goes on where this one ends
-            with self._faults.guard("records"):
+            with self._errors.guard("records"):
                 self._records[1].flush(force=True)
             if wanted is None:
                 delivered.forget()
             self._records = None
         if wanted is not None and self._records is None and path is not None:
-            with self._faults.guard("records"):
+            with self._errors.guard("records"):
                 sink = open_records(path, records.format, records.max_mb)
                 delivered = delivered or Delivered(self._run_dir, "records", skip_present)
                 self._records = (wanted, sink, delivered)
@@ -115,11 +105,11 @@ class TraceSinks:
             try:
                 from glassbox.export.attention_spans import AttentionSpans
 
-                sink = AttentionSpans(otel, self._run_dir, self._faults, self._llm_spans.endpoint, self._environ)
+                sink = AttentionSpans(otel, self._run_dir, self._errors, self._llm_spans.endpoint, self._environ)
                 delivered = delivered or Delivered(self._run_dir, "spans", skip_present)
                 self._spans = (wanted, sink, delivered)
             except Exception as error:  # the SDK raises what it likes about bad certificates and variables
-                self._faults.failed("otel_traces", error)
+                self._errors.count("otel_traces", error)
 
     def round(self, last: bool = False) -> None:
         """Give every sink the traces that have ended since.
@@ -131,14 +121,14 @@ class TraceSinks:
             return
         summaries = self._directory.summaries()
         if self._records is not None:
-            with self._faults.guard("records"):
+            with self._errors.guard("records"):
                 self._write_records(self._records[1], self._records[2], summaries, last)
         if self._spans is not None:
             self._llm_spans.refresh(self._clock())
             try:
                 self._send_spans(self._spans[1], self._spans[2], summaries, last)
             except Exception as error:
-                self._faults.failed("otel_traces", error)
+                self._errors.count("otel_traces", error)
 
     def _write_records(self, sink: Records, delivered: Delivered, present: list[TraceSummary], last: bool) -> None:
         texts = self._texts if self._config().requests.include_text else None
@@ -184,7 +174,7 @@ class TraceSinks:
                     except OSError:
                         raise  # the sink's: this trace comes again
                     except Exception as error:
-                        self._faults.failed(stage, error)
+                        self._errors.count(stage, error)
                 had.append(summary)
         finally:
             if had:
@@ -203,7 +193,7 @@ class TraceSinks:
     def close(self) -> None:
         """Write and send what waits, and close the sinks."""
         if self._records is not None:
-            with self._faults.guard("records"):
+            with self._errors.guard("records"):
                 self._records[1].flush(force=True)
         if self._spans is not None:
             self._spans[1].close()

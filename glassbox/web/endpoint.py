@@ -29,15 +29,17 @@ class GlassboxEndpoint:
             logging.getLogger("glassbox").exception("glassbox's routes could not be added; the server goes on without")
 
     def _attach(self, app: Any) -> None:
-        from glassbox import attach, plugin
+        from glassbox import registration
+        from glassbox.kill_switch import is_disabled
 
-        plugin.register()  # has been called by now, unless VLLM_PLUGINS was meant for this process alone
-        source = attach.shown_source()
-        if source is None:  # GLASSBOX_DISABLE, or another vLLM: register() said why
+        if not is_disabled():
+            registration.register()  # has been called, unless VLLM_PLUGINS was meant for this process alone
+        registered = registration.registered()
+        if registered is None or registered.source is None:  # disabled, or another vLLM: register() said why
             return
         from glassbox.web.app import make_routes
 
-        app.router.routes.extend(make_routes(source))
+        app.router.routes.extend(make_routes(registered.source))
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Nothing to set up: what is shown lies in the run directory, the engine is not asked."""

@@ -111,18 +111,18 @@ def serve(folder: Path, arm: str) -> None:
             "reserved_mib": torch.cuda.memory_reserved() / 2**20,
         }
         if arm == "glassbox":
-            from glassbox.step import hook
+            from tests.attached import attached_hook
 
-            hooked = hook()
-            report["errors"] = hooked._errors.counts()
-            if hooked.observer is not None and hooked.worker is not None:
+            hooked = attached_hook()
+            report["errors"] = hooked.errors.counts()
+            if hooked.worker is not None:
                 snapshot = hooked.worker.snapshot()
                 report |= {
                     "steps": snapshot.steps,
                     "sampled_steps": snapshot.sampled_steps,
                     "rows": int(snapshot.rows.sum()),
                     "backend": snapshot.build["backend"],
-                    "glassbox_mib": hooked.observer.measurer.nbytes / 2**20,
+                    "glassbox_mib": hooked.worker.observer.measurer.nbytes / 2**20,
                 }
         return report
 

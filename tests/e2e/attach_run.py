@@ -81,8 +81,8 @@ def backend_of(layer: Any) -> Any:
 
 def measured() -> dict[str, Any]:
     """The numbers of this process's observer; no `observer` without one."""
-    hook = sys.modules.get("glassbox.step")
-    observer = hook.hook().observer if hook else None
+    seat = sys.modules.get("glassbox.seat")
+    observer = seat.SEAT.listener if seat else None
     if observer is None:
         return {"observer": False}
     counters = observer.counters

@@ -32,7 +32,7 @@ def main(model: str, method: str) -> None:
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
 
-    from glassbox.step import hook
+    from tests.attached import running_observer
 
     llm = LLM(
         model,
@@ -67,8 +67,7 @@ def main(model: str, method: str) -> None:
             if name == "entropy_ratio":
                 difference = difference * np.log(position + 1)  # in nats, as the tolerance is
             errors[name] = max(errors[name], float(np.abs(difference).max()))
-    observer = hook().observer
-    assert observer is not None
+    observer = running_observer()
     result = {
         "prompt_len": len(prompt),
         "num_tokens": len(tokens),

@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 
 from glassbox.config import GlassboxConfig
 from glassbox.export.http import HttpServer
-from glassbox.export.token_text import write_source
+from glassbox.tokenizer_note import write_source
 from glassbox.trace_directory import traces_path
 from glassbox.trace_record import RequestTrace, write_trace
 from glassbox.web.requests import request_routes

@@ -125,19 +125,19 @@ def run(spec: EngineSpec) -> None:
         "torch": torch.__version__,
     }
     if spec.config is not None:
-        from glassbox.step import hook
+        from tests.attached import attached_hook
 
         _deliver_traces(llm)
-        observer, worker = hook().observer, hook().worker
-        report["errors"] = hook()._errors.counts()
-        if observer is not None and worker is not None:
+        worker = attached_hook().worker
+        report["errors"] = attached_hook().errors.counts()
+        if worker is not None:
             snapshot = worker.snapshot()
             report |= {
                 "steps": snapshot.steps,
                 "sampled_steps": snapshot.sampled_steps,
                 "layers": list(snapshot.layers),
                 "backend": snapshot.build["backend"],
-                "glassbox_bytes": observer.measurer.nbytes,
+                "glassbox_bytes": worker.observer.measurer.nbytes,
                 "runner": type(llm.llm_engine.model_executor.driver_worker.worker.model_runner).__module__,
             }
             np.savez(
@@ -166,11 +166,11 @@ def _count_preemptions() -> list[int]:
 
 def _deliver_traces(llm: Any) -> None:
     """Wait until the traces of all ended requests lie in the run directory."""
-    from glassbox.step import hook
-    from glassbox.vllm_compat import deliver_ends
+    from glassbox.runner import deliver_ends
+    from tests.attached import attached_hook
 
     deliver_ends(llm)
-    worker = hook().worker
+    worker = attached_hook().worker
     deadline = time.monotonic() + 30
     while worker is not None and time.monotonic() < deadline:
         worker._deferred.finish()

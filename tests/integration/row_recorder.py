@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY
-from glassbox.step import hook
+from tests.attached import running_observer
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class RowRecorder:
     """Listens at the two ends of the running observer's step: the chosen rows and what is accumulated."""
 
     def __init__(self) -> None:
-        observer = hook().observer
-        assert observer is not None, "no observer: the plugin did not attach"
+        observer = running_observer()
         self.rows: list[MeasuredRow] = []
         self._observer = observer
         self._step: list[tuple[str, int, int]] = []
@@ -33,8 +32,10 @@ class RowRecorder:
         begin, finish, add = measurer.begin, measurer.finish, accumulators.add
 
         def recording_begin(rows, layers, traced):  # type: ignore[no-untyped-def]
-            batch = observer._runner.input_batch
-            starts = observer._runner.query_start_loc.np
+            assert observer._step is not None
+            runner = observer._step.runner
+            batch = runner.input_batch
+            starts = runner.query_start_loc.np
             computed = batch.num_computed_tokens_cpu
             self._step = [
                 (

@@ -91,7 +91,8 @@ def prompts(demo_model_path: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def plugin_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    from glassbox.plugin import register, unregister
+    from glassbox.plugin import register
+    from glassbox.registration import unregister
 
     folder = tmp_path_factory.mktemp("glassbox")
     (folder / "glassbox.yaml").write_text(
@@ -199,10 +200,9 @@ class TestFloat32:
 
     def test_accumulators_hold_exactly_the_measured_rows(self, engine: Engine, prompts: list[list[int]]) -> None:
         """Row counts, bucket counts and sums are those of the rows, counted by hand."""
-        from glassbox.step import hook
+        from tests.attached import running_observer
 
-        observer = hook().observer
-        assert observer is not None
+        observer = running_observer()
         before = observer.measurer.copy(0.0)
         served = engine.serve(prompts[:3], [4, 6, 8])
         after = observer.measurer.copy(0.0)

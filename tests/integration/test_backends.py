@@ -14,7 +14,7 @@ from glassbox.backends import listening, observed, router
 from glassbox.backends.observed import inner_class, observed_class, observed_path
 from glassbox.backends.router import GlassboxBackend
 from glassbox.config import SUPPORTED_INNER_BACKENDS
-from glassbox.step import hook
+from glassbox.seat import SEAT
 from tests.program import environment, run_program
 
 registry = pytest.importorskip("vllm.v1.attention.backends.registry", reason="needs vLLM")
@@ -164,8 +164,8 @@ LAYER: Final = {"head_size": 64, "kv_cache_dtype": "auto", "block_size": None}
 def settings(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What the server was started with."""
     started = SimpleNamespace(enabled=True, attach="auto", inner_backend="auto")
-    monkeypatch.setattr(hook(), "settings", SimpleNamespace(started_with=started))
-    monkeypatch.setattr(GlassboxBackend, "_inner_name", None)
+    monkeypatch.setattr(SEAT, "settings", SimpleNamespace(started_with=started))
+    monkeypatch.setattr(SEAT, "inner_name", None)
     return started
 
 
@@ -224,7 +224,7 @@ class TestRouter:
 
     def test_is_what_settings_register(self) -> None:
         """The path under which CUSTOM is registered is this class's."""
-        from glassbox.settings import CUSTOM_BACKEND_PATH
+        from glassbox.publish import CUSTOM_BACKEND_PATH
 
         assert f"{router.__name__}.{GlassboxBackend.__qualname__}" == CUSTOM_BACKEND_PATH
 

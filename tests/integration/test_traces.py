@@ -15,12 +15,12 @@ import torch
 
 from glassbox import capture, rundir
 from glassbox.export.snapshot import read_snapshots
+from glassbox.runner import deliver_ends
 from glassbox.signals import request_signals
 from glassbox.statistics import INDEX
-from glassbox.step import hook
 from glassbox.trace_directory import TraceDirectory
 from glassbox.trace_record import RequestTrace
-from glassbox.vllm_compat import deliver_ends
+from tests.attached import attached_hook, running_observer
 from tests.integration.transformers_truth import EagerModel
 
 pytestmark = pytest.mark.integration
@@ -90,14 +90,14 @@ class Engine:
 
     @property
     def tracker(self) -> Any:
-        observer = hook().observer
-        assert observer is not None
+        observer = running_observer()
         return observer.requests
 
 
 @pytest.fixture(scope="module")
 def engine(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    from glassbox.plugin import register, unregister
+    from glassbox.plugin import register
+    from glassbox.registration import unregister
 
     folder = tmp_path_factory.mktemp("glassbox")
     (folder / "glassbox.yaml").write_text(
@@ -256,7 +256,7 @@ class TestMixedBatch:
             if extra is chosen:
                 assert (trace.layers, trace.heads) == ((0, 3, 29), (1, 8))
         assert engine.tracker.active() == engine.tracker.ended() == []
-        assert hook()._errors.counts() == {}
+        assert attached_hook().errors.counts() == {}
 
     def test_answers_of_one_prompt(self, engine: Engine, eager: EagerModel, text: list[int]) -> None:
         """With n > 1 each answer has its own rows."""
@@ -294,8 +294,7 @@ class TestMixedBatch:
 class TestStatisticsStayOnesOfTheSample:
     def test_traced_and_excluded_rows(self, engine: Engine, text: list[int]) -> None:
         """Row counts are those of sampled steps, whoever is traced; a request that is off counts nowhere."""
-        observer = hook().observer
-        assert observer is not None
+        observer = running_observer()
 
         def rows_of(extra: dict[str, Any] | None) -> tuple[int, int]:
             engine.llm.reset_prefix_cache()
@@ -314,7 +313,7 @@ class TestStatisticsStayOnesOfTheSample:
 class TestSnapshots:
     def test_one_within_the_last_step(self, engine: Engine, text: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
         """A snapshot that falls into a step lacks its rows; the next one has them, though no step follows."""
-        worker = hook().worker
+        worker = attached_hook().worker
         assert worker is not None
         measurer = worker.observer.measurer
         finish, written = measurer.finish, []

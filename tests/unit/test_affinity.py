@@ -72,8 +72,8 @@ class TestExporterProcess:
             import json, time
             from pathlib import Path
             from glassbox.config import load_config
-            from glassbox.export.process import ExporterProcess
-            from glassbox.export.source import read_status
+            from glassbox.launch import ExporterProcess
+            from glassbox.exporter_status import read_status
 
             config, run_dir = Path(sys.argv[1]), Path(sys.argv[2])
             exporter = ExporterProcess(config, run_dir)

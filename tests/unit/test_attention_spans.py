@@ -10,9 +10,9 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from glassbox.config import OtelConfig
+from glassbox.errors import export_errors
 from glassbox.export import attention_spans
 from glassbox.export.attention_spans import MAX_EVENTS, MAX_SIGNALS, AttentionSpans, attributes, end_of, events
-from glassbox.export.faults import Faults
 from glassbox.export.llm_spans import LlmSpan
 from glassbox.statistics import INDEX
 from glassbox.trace_record import RequestTrace
@@ -39,11 +39,11 @@ def sent(
 ) -> list[Span]:
     """What arrives of one trace."""
     otel = OtelConfig.model_validate({"endpoint": receiver.grpc_endpoint} if config is None else config)
-    faults = Faults()
-    sink = AttentionSpans(otel, run_dir, faults, vllm_endpoint, environ or {})
+    errors = export_errors()
+    sink = AttentionSpans(otel, run_dir, errors, vllm_endpoint, environ or {})
     sink.send(trace, llm_span)
     sink.close(5.0)
-    assert {} == faults.counts()
+    assert {} == errors.counts()
     return list(receiver.spans())
 
 
@@ -194,8 +194,8 @@ class TestEndpoint:
 
     def test_a_collector_that_is_away(self, tmp_path: Path) -> None:
         """It is counted, and closing doesn't wait for it."""
-        faults = Faults()
-        sink = AttentionSpans(OtelConfig(endpoint="http://127.0.0.1:9", protocol="http"), tmp_path, faults, None, {})
+        errors = export_errors()
+        sink = AttentionSpans(OtelConfig(endpoint="http://127.0.0.1:9", protocol="http"), tmp_path, errors, None, {})
         sink.send(make_trace(), None)
         sink.close(0.2)
-        assert {"otel_traces": 1} == faults.counts()
+        assert {"otel_traces": 1} == errors.counts()

@@ -14,14 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from typer.testing import CliRunner
 
-from glassbox.baseline import (
-    Baseline,
-    BaselineError,
-    from_engines,
-    from_measured,
-    load_baseline,
-    save_baseline,
-)
+from glassbox.baseline import Baseline, BaselineError, from_engines, load_baseline, save_baseline
 from glassbox.cli import main
 from glassbox.config import GlassboxConfig
 from glassbox.export.http import HttpServer
@@ -30,6 +23,7 @@ from glassbox.export.prometheus import PrometheusCollector
 from glassbox.export.snapshot import Snapshot, write_snapshot
 from glassbox.export.source import FamilySource
 from glassbox.statistics import INDEX, STATISTICS
+from glassbox.view.measured_baseline import from_measured
 from glassbox.view.scrape import read_text
 from glassbox.web.app import make_app
 from tests.export_samples import make_snapshot, split_heads

@@ -19,10 +19,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from glassbox.config import GlassboxConfig, load_config
-from glassbox.export.process import ExporterLock, ExporterProcess, main
-from glassbox.export.sinks import Sinks, is_needed
+from glassbox.export.process import main
+from glassbox.export.sinks import Sinks
 from glassbox.export.snapshot import write_snapshot
-from glassbox.export.source import read_status
+from glassbox.exporter_lock import ExporterLock
+from glassbox.exporter_status import read_status
+from glassbox.launch import ExporterProcess, is_needed
 from tests.export_samples import limited_file_size, make_snapshot, write_config
 from tests.otlp_receiver import OtlpReceiver
 from tests.prometheus_server import free_port
@@ -155,7 +157,7 @@ class TestSinks:
         """Only the status file is written."""
         sinks.round()
         assert sorted(path.name for path in run_dir.iterdir()) == ["exporter.json", "worker-0-0-i0.npz"]
-        assert sinks.faults.counts() == {}
+        assert sinks.errors.counts() == {}
 
     def test_a_taken_port_is_counted_and_tried_again(
         self, sinks: Sinks, current: dict[str, GlassboxConfig], tmp_path: Path
@@ -166,7 +168,7 @@ class TestSinks:
             current["config"] = config(prometheus={"port": port}, jsonl={"path": str(tmp_path / "a.jsonl")})
             sinks.round()
             sinks.round()
-            assert sinks.faults.counts() == {"http": 2}
+            assert sinks.errors.counts() == {"http": 2}
             assert sinks.http_port is None
             assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 1
         sinks.round()
@@ -191,7 +193,7 @@ class TestSinks:
         current["config"] = config(jsonl={"path": "/dev/full"})
         with limited_file_size(1):
             sinks.round()
-        assert sinks.faults.counts() == {"jsonl": 1, "status": 1}
+        assert sinks.errors.counts() == {"jsonl": 1, "status": 1}
         assert not [path.name for path in run_dir.iterdir() if path.name.endswith(".tmp")]
 
     def test_a_vanished_directory_is_not_made_again(self, sinks: Sinks, run_dir: Path) -> None:
@@ -200,7 +202,7 @@ class TestSinks:
         shutil.rmtree(run_dir)
         sinks.round()
         assert not run_dir.exists()
-        assert sinks.faults.counts() == {"status": 1}
+        assert sinks.errors.counts() == {"status": 1}
 
     def test_a_missing_collector_does_not_delay_a_round(self, sinks: Sinks, current: dict[str, GlassboxConfig]) -> None:
         """Sending is a thread's business."""
@@ -214,10 +216,10 @@ class TestSinks:
         """A new exporter begins with the errors in the status file, and does not tell old rows again."""
         settings = config(jsonl={"path": str(tmp_path / "a.jsonl")})
         first = Sinks(run_dir, lambda: settings, {})
-        first.faults.failed("otel", "x")
+        first.errors.count("otel", "x")
         first.round()
         second = Sinks(run_dir, lambda: settings, {})
-        second.faults.failed("otel", "x")
+        second.errors.count("otel", "x")
         second.round()
         status = read_status(run_dir)
         assert status is not None

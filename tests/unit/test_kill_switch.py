@@ -2,7 +2,7 @@
 
 import pytest
 
-from glassbox.plugin import is_disabled
+from glassbox.kill_switch import is_disabled
 
 
 class TestIsDisabled:

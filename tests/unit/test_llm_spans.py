@@ -8,7 +8,8 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
 from glassbox.export import llm_spans
-from glassbox.export.llm_spans import KEEP_S, LlmSpan, LlmSpanReader, LlmSpanWatcher, prune, watch, write
+from glassbox.export.llm_spans import KEEP_S, LlmSpan, LlmSpanReader, prune, write
+from glassbox.llm_span_watcher import LlmSpanWatcher, watch
 from tests.export_samples import limited_file_size, logged
 
 

@@ -12,8 +12,8 @@ import pytest
 from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_CUMULATIVE, Metric
 
 from glassbox.config import OtelConfig
+from glassbox.errors import ErrorCounter, export_errors
 from glassbox.export.families import Family, build_families
-from glassbox.export.faults import Faults
 from glassbox.export.merge import merge
 from glassbox.export.otel import OtelSink, make_resource, metrics_endpoint, to_metrics_data, to_otel
 from glassbox.export.prometheus import to_metric
@@ -45,12 +45,12 @@ def config(endpoint: str | None, protocol: Any, **changes: Any) -> OtelConfig:
     return OtelConfig(enabled=True, protocol=protocol, endpoint=endpoint, **changes)
 
 
-def send_once(config: OtelConfig, run_dir: Path, families: list[Family]) -> Faults:
-    faults = Faults()
-    sink = OtelSink(config, run_dir, faults)
+def send_once(config: OtelConfig, run_dir: Path, families: list[Family]) -> ErrorCounter:
+    errors = export_errors()
+    sink = OtelSink(config, run_dir, errors)
     sink.send(families)
     sink.close(timeout_s=5)
-    return faults
+    return errors
 
 
 def as_prometheus(metric: Metric, family: Family) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -82,8 +82,8 @@ class TestNumbers:
     ) -> None:
         """Every sample of the Prometheus exposition, and no other."""
         sent = families(detail)
-        faults = send_once(config(receiver.endpoint(protocol), protocol), tmp_path, sent)
-        assert faults.counts() == {}
+        errors = send_once(config(receiver.endpoint(protocol), protocol), tmp_path, sent)
+        assert errors.counts() == {}
         received = receiver.wait_for_metrics()
         assert set(received) == {family.otel_name for family in sent}
         for family in sent:
@@ -230,21 +230,21 @@ class TestMissingCollector:
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     def test_nobody_listens(self, tmp_path: Path, protocol: str, caplog: pytest.LogCaptureFixture) -> None:
         """Handing over returns at once; the failure is counted and logged once; closing takes a second at most."""
-        faults = Faults()
-        sink = OtelSink(config(f"http://127.0.0.1:{free_port()}", protocol), tmp_path, faults)
+        errors = export_errors()
+        sink = OtelSink(config(f"http://127.0.0.1:{free_port()}", protocol), tmp_path, errors)
         start = time.monotonic()
         sink.send(families())
         assert time.monotonic() - start < 0.1
         sink.close(timeout_s=0.3)
         assert time.monotonic() - start < 2.0
-        assert faults.counts() == {"otel": 1}
+        assert errors.counts() == {"otel": 1}
         assert [message.split(" failed")[0] for message in logged(caplog.records)] == ["glassbox export to otel"]
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     def test_a_collector_that_never_answers(self, tmp_path: Path, protocol: str) -> None:
         """A connection that is accepted and then silent holds up neither `send` nor `close`."""
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            sink = OtelSink(config(f"http://127.0.0.1:{silent.getsockname()[1]}", protocol), tmp_path, Faults())
+            sink = OtelSink(config(f"http://127.0.0.1:{silent.getsockname()[1]}", protocol), tmp_path, export_errors())
             start = time.monotonic()
             for _ in range(3):
                 sink.send(families())
@@ -254,19 +254,19 @@ class TestMissingCollector:
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     def test_a_collector_that_comes_back(self, tmp_path: Path, protocol: str) -> None:
         """After an outage the next export arrives, and the stage counts as working again."""
-        faults = Faults()
+        errors = export_errors()
         with OtlpReceiver() as receiver:
-            sink = OtelSink(config(receiver.endpoint(protocol), protocol), tmp_path, faults)
-            faults.failed("otel", "an outage")
+            sink = OtelSink(config(receiver.endpoint(protocol), protocol), tmp_path, errors)
+            errors.count("otel", "an outage")
             sink.send(families())
             receiver.wait_for_metrics()
             sink.close()
-        assert faults.counts() == {"otel": 1}
+        assert errors.counts() == {"otel": 1}
 
     def test_a_slow_collector_gets_the_newest(self, receiver: OtlpReceiver, tmp_path: Path) -> None:
         """What it had no time for is dropped, the last one is sent: nothing piles up."""
         receiver.delay_s = 0.2
-        sink = OtelSink(config(receiver.grpc_endpoint, "grpc"), tmp_path, Faults())
+        sink = OtelSink(config(receiver.grpc_endpoint, "grpc"), tmp_path, export_errors())
         for steps in range(20):
             sink.send(build_families(merge([make_snapshot(steps=steps)]), "model"))
             time.sleep(0.01)

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from glassbox import attach, plugin, rundir, vllm_compat
-from glassbox.plugin import is_disabled, register, unregister
-from glassbox.step import hook
+from glassbox import release, rundir
+from glassbox.export import prometheus
+from glassbox.kill_switch import is_disabled
+from glassbox.plugin import register
+from glassbox.registration import unregister
+from glassbox.seat import SEAT
 
 registry = pytest.importorskip("vllm.v1.attention.backends.registry", reason="needs vLLM")
 Backend = registry.AttentionBackendEnum
@@ -46,7 +49,7 @@ def overrides() -> dict[str, str]:
 
 
 def attached() -> bool:
-    return bool(overrides()) or hasattr(Backend, "get_config") or hook().settings is not None
+    return bool(overrides()) or hasattr(Backend, "get_config") or SEAT.settings is not None
 
 
 class TestKillSwitch:
@@ -62,14 +65,14 @@ class TestKillSwitch:
         assert is_disabled({}) is False
 
     def test_loads_nothing(self) -> None:
-        """vLLM imports the entry point's module; disabled, that is all of glassbox that it ever loads."""
+        """vLLM imports the entry point's module; disabled, that and the switch is all it ever loads."""
         program = (
             "import sys; before = set(sys.modules); from glassbox.plugin import register; register();"
             "print(sorted(m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names))"
         )
         environment = {**os.environ, "GLASSBOX_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
         out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
-        assert out.stdout.decode().strip() == "['glassbox', 'glassbox.plugin']"
+        assert out.stdout.decode().strip() == "['glassbox', 'glassbox.kill_switch', 'glassbox.plugin']"
 
 
 class TestRegister:
@@ -84,17 +87,17 @@ class TestRegister:
             },
         }
         assert registry.get_backend_config(Backend.CUSTOM)["sample_rate"] == 0.5
-        settings = hook().settings
+        settings = SEAT.settings
         assert settings is not None
         assert settings.config.sample_rate == 0.5
 
     def test_twice(self) -> None:
         """The second call changes nothing, not even if the file has changed since."""
         register()
-        settings, before = hook().settings, overrides()
+        settings, before = SEAT.settings, overrides()
         Path(os.environ["GLASSBOX_CONFIG"]).write_text("sample_rate: 3\n")
         register()
-        assert hook().settings is settings
+        assert SEAT.settings is settings
         assert before == overrides()
 
     def test_attach_custom(self) -> None:
@@ -160,7 +163,7 @@ class TestRefusal:
         self, found: str | None, message: str, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """One error line, no exception, nothing attached: the server runs unobserved."""
-        monkeypatch.setattr(vllm_compat, "vllm_version", lambda: found)
+        monkeypatch.setattr(release, "vllm_version", lambda: found)
         register()
         assert [(record.levelname, record.getMessage()) for record in log] == [("ERROR", message)]
         assert not attached()
@@ -168,8 +171,8 @@ class TestRefusal:
     @pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.32.0+cpu"])
     def test_supported_vllm(self, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Any patch release of the supported minor one."""
-        monkeypatch.setattr(vllm_compat, "vllm_version", lambda: found)
-        assert vllm_compat.unsupported_reason() is None
+        monkeypatch.setattr(release, "vllm_version", lambda: found)
+        assert release.unsupported_reason() is None
 
 
 class TestFailure:
@@ -186,12 +189,11 @@ class TestFailure:
     def test_while_attaching(self, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch) -> None:
         """What was attached before the error is taken back."""
 
-        def fail(_settings: object) -> None:
-            attach._undo.append(Backend.CPU_ATTN.clear_override)
-            registry.register_backend(Backend.CPU_ATTN, "half.done")
+        def fail(_config: object) -> None:
+            assert overrides()["CPU_ATTN"]
             raise RuntimeError("no")
 
-        monkeypatch.setattr(attach, "attach", fail)
+        monkeypatch.setattr(prometheus, "install", fail)
         register()
         self.assert_unobserved(log)
 
@@ -226,7 +228,7 @@ class TestUnregister:
         assert before != state()
         unregister()
         assert before == state()
-        assert plugin._undo is None
+        assert SEAT.registration is None
 
     def test_run_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Its own is removed; one that the operator named stays, and so does the variable."""

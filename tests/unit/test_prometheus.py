@@ -18,13 +18,15 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from glassbox.config import GlassboxConfig, load_config
+from glassbox.config_follow import ConfigFile
 from glassbox.export.families import build_families
 from glassbox.export.http import ADDRESS_ENV, HttpServer, bind_address
 from glassbox.export.merge import merge
 from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import PrometheusCollector, install
 from glassbox.export.snapshot import write_snapshot
-from glassbox.export.source import ConfigFile, ExporterStatus, FamilySource, write_status
+from glassbox.export.source import FamilySource
+from glassbox.exporter_status import ExporterStatus, write_status
 from glassbox.statistics import INDEX, STATISTICS
 from glassbox.web.app import make_app
 from tests.export_samples import logged, make_snapshot, write_config

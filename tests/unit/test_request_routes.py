@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 
 from glassbox.config import GlassboxConfig
 from glassbox.export import trace_document
-from glassbox.export.token_text import write_source
 from glassbox.export.trace_document import Selection, detail, document
+from glassbox.tokenizer_note import write_source
 from glassbox.trace_directory import traces_path
 from glassbox.trace_record import RequestTrace, write_trace
 from glassbox.web import request_page

@@ -13,10 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from glassbox.config import GlassboxConfig
 from glassbox.deferred import DeferredActions
 from glassbox.errors import ErrorCounter
-from glassbox.requests import REFUSAL_REASONS, RequestTracker, is_sampled_request, row_positions
-from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, RowSampler
+from glassbox.requests import REFUSAL_REASONS, RequestTracker, row_positions
+from glassbox.runner import read_batch
+from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, RowSampler, is_sampled_request
 from glassbox.statistics import NUM_STATISTICS
-from glassbox.vllm_compat import read_batch
 from tests.trace_samples import Scheduled, make_host, new_request
 
 LAYER_ROWS = frozenset({0, 1})

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glassbox.export.token_text import TokenTexts, load, token_texts, write_source
+from glassbox.export.token_text import TokenTexts, load, token_texts
+from glassbox.tokenizer_note import write_source
 from tests.export_samples import logged
 
 tokenizers = pytest.importorskip("tokenizers", reason="comes with vLLM")

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from glassbox.config import GlassboxConfig
+from glassbox.errors import export_errors
 from glassbox.export import trace_sinks
-from glassbox.export.faults import Faults
 from glassbox.export.llm_spans import write
-from glassbox.export.token_text import write_source
-from glassbox.export.trace_sinks import WAIT_FOR_LLM_SPAN_S, TraceSinks, wants_records, wants_spans
+from glassbox.export.trace_sinks import WAIT_FOR_LLM_SPAN_S, TraceSinks
+from glassbox.launch import wants_records, wants_spans
+from glassbox.tokenizer_note import write_source
 from glassbox.trace_directory import traces_path
 from glassbox.trace_record import write_trace
 from tests.export_samples import limited_file_size
@@ -30,12 +31,12 @@ class Exporter:
         self.run_dir = run_dir
         self.now = 1_700_000_100.0
         self.settings: dict[str, Any] = {"requests": requests}
-        self.faults = Faults()
+        self.errors = export_errors()
         self.sinks = self.start()
 
     def start(self) -> TraceSinks:
         config = lambda: GlassboxConfig.model_validate(self.settings)  # noqa: E731
-        return TraceSinks(self.run_dir, config, self.faults, {}, lambda: self.now)
+        return TraceSinks(self.run_dir, config, self.errors, {}, lambda: self.now)
 
     def trace(self, seed: int, **changes: Any) -> None:
         write_trace(traces_path(self.run_dir), make_trace(seed=seed, request_id=f"cmpl-{seed}-0", **changes))
@@ -120,7 +121,7 @@ class TestRecords:
         exporter.sinks.apply(False)
         with limited_file_size(10):
             exporter.sinks.round()
-        assert {"records": 1} == exporter.faults.counts()
+        assert {"records": 1} == exporter.errors.counts()
         exporter.round()
         assert ["cmpl-1-0"] == written(path)
 
@@ -139,7 +140,7 @@ class TestRecords:
         for _ in range(2):
             exporter.round()
         assert ["cmpl-2-0"] == written(path)
-        assert {"records": 1} == exporter.faults.counts()
+        assert {"records": 1} == exporter.errors.counts()
 
     def test_parquet_is_flushed_at_the_end(self, exporter: Exporter, path: Path) -> None:
         """The last round writes what waits."""
@@ -177,7 +178,7 @@ class TestSpans:
         exporter.sinks.close()
         spans = list(receiver.spans())
         assert count == len(spans)
-        assert {} == exporter.faults.counts()
+        assert {} == exporter.errors.counts()
         return [span.parent_span_id.hex() for span in spans]
 
     def test_the_parent_is_there(self, exporter: Exporter, receiver: OtlpReceiver) -> None:
@@ -241,7 +242,7 @@ class TestSpans:
         exporter.round()
         exporter.sinks.close()
         assert ["cmpl-1-0"] == written(exporter.run_dir / "r.jsonl")
-        assert {"otel_traces"} == exporter.faults.counts().keys()
+        assert {"otel_traces"} == exporter.errors.counts().keys()
 
 
 class TestWants:

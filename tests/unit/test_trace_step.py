@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from glassbox.contract import LayersAnswer
 from glassbox.sampling import NUM_ROW_COLUMNS, ROW_SLOT
 from glassbox.statistics import NUM_STATISTICS
 from glassbox.trace_active import ActiveTrace
 from glassbox.trace_record import Span, TraceOptions
-from glassbox.trace_step import LayersAnswer, TracedRows, TracedStep
+from glassbox.trace_step import TracedRows, TracedStep
 from tests.trace_samples import make_host
 
 HOST = make_host(layers=(0, 4, 8), num_heads=3)

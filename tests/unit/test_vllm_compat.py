@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glassbox.vllm_compat import TokenCopy
+from glassbox.runner import TokenCopy
 
 PROMPT = [11, 12, 13]
 EOS, STOP = 2, 7

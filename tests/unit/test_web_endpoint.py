@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from starlette.routing import Router
 
-from glassbox import attach, plugin
+from glassbox import registration
 from glassbox.config import GlassboxConfig
 from glassbox.export.source import FamilySource
+from glassbox.registration import Registration
+from glassbox.seat import SEAT
 from glassbox.web.endpoint import GlassboxEndpoint
 from tests.export_samples import logged
 
@@ -24,7 +26,14 @@ def app() -> Any:
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM has called register() before it loads endpoint plugins."""
-    monkeypatch.setattr(plugin, "register", lambda: None)
+    monkeypatch.setattr(registration, "register", lambda: None)
+
+
+def show(monkeypatch: pytest.MonkeyPatch, source: FamilySource | None) -> None:
+    """Let this process be one in which glassbox shows that."""
+    found = Registration()
+    found.source = source
+    monkeypatch.setattr(SEAT, "registration", found)
 
 
 def paths(app: Any) -> list[str]:
@@ -34,15 +43,14 @@ def paths(app: Any) -> list[str]:
 class TestEndpoint:
     def test_its_routes_are_added(self, app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """All below /glassbox, and no second /metrics."""
-        source = FamilySource(tmp_path, GlassboxConfig)
-        monkeypatch.setattr(attach, "shown_source", lambda: source)
+        show(monkeypatch, FamilySource(tmp_path, GlassboxConfig))
         GlassboxEndpoint().attach_router(app)
         assert {"/glassbox/", "/glassbox/v1/snapshot", "/glassbox/v1/stream"} <= set(paths(app))
         assert all(path.startswith("/glassbox") for path in paths(app))
 
     def test_a_server_that_is_not_observed_gets_none(self, app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """GLASSBOX_DISABLE, or a vLLM that is not supported."""
-        monkeypatch.setattr(attach, "shown_source", lambda: None)
+        show(monkeypatch, None)
         GlassboxEndpoint().attach_router(app)
         assert [] == paths(app)
 
@@ -54,7 +62,7 @@ class TestEndpoint:
         def fail() -> None:
             raise RuntimeError("broken")
 
-        monkeypatch.setattr(attach, "shown_source", fail)
+        monkeypatch.setattr(registration, "registered", fail)
         with caplog.at_level(logging.ERROR, "glassbox"):
             GlassboxEndpoint().attach_router(app)
         assert [] == paths(app)

