@@ -6,12 +6,16 @@ insides.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from glassbox.accumulate import AccumulatorArrays
+from glassbox.kernels.layer_params import LayerParams
+from glassbox.kernels.row_stats_cpu import KeyReader
+from glassbox.kernels.row_stats_native import KeyPages
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,66 @@ class StepTraces(Protocol):
         """Give every trace its rows."""
 
 
-class Measurer(Protocol):
+class BatchTables(NamedTuple):
+    """Where a step's requests stand; B of them, on the worker's device.
+
+    Attributes:
+        block_table: int32 [B, max_blocks].
+        query_start_loc: int32 [B + 1].
+        seq_lens: int32 [B].
+        group: one object for all layers of a KV-cache group in a step, which keeps these tensors alive.
+    """
+
+    block_table: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    group: object
+
+
+class LayerView(Protocol):
+    """A layer as its measurer reads it.
+
+    Attributes:
+        name: vLLM's.
+        params: what its scores depend on.
+    """
+
+    name: str
+    params: LayerParams
+
+
+class PackedLayer(LayerView, Protocol):
+    """A layer whose keys lie packed in pages (CPU)."""
+
+    def reader(self, kv_cache: Tensor) -> KeyReader:
+        """Reads keys of `kv_cache`, of this layer; it must not outlive the step, for vLLM may free the cache."""
+
+    def pages(self, kv_cache: Tensor) -> KeyPages:
+        """The pages for the native kernel."""
+
+
+class StridedLayer(LayerView, Protocol):
+    """A layer whose keys are a strided tensor (GPU).
+
+    Attributes:
+        num_heads, head_size: of its queries.
+    """
+
+    num_heads: int
+    head_size: int
+
+    def keys(self, kv_cache: Tensor | None = None) -> Tensor:
+        """K of the cache, [num_blocks, Hkv, block_size, D], in the type of its numbers.
+
+        Args:
+            kv_cache: the layer's; None takes it from the layer.
+        """
+
+
+View_contra = TypeVar("View_contra", bound=LayerView, contravariant=True)
+
+
+class Measurer(Protocol[View_contra]):
     """Measures the rows of a step on one kind of device.
 
     A step that is measured is `begin`, any number of `on_build` and `after_attention`, then `finish`; or `discard`,
@@ -112,11 +175,18 @@ class Measurer(Protocol):
         What is measured of rows with a trace slot goes to `traced` as well, which is committed when that is complete.
         """
 
-    def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
-        """vLLM built the attention metadata of these layers."""
+    def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
+        """The attention metadata of these layers was built, from these tables."""
 
-    def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        """K of this step is in the cache, and the inner attention was computed (CPU) or queued (GPU)."""
+    def after_attention(self, layer: View_contra, query: Tensor, kv_cache: Tensor, tables: BatchTables | None) -> None:
+        """K of this step is in the cache, and the inner attention was computed (CPU) or queued (GPU).
+
+        Args:
+            layer: of it.
+            query: [T, Hq, D] of the step.
+            kv_cache: of the layer, not empty.
+            tables: of the layer; None if only those of `on_build` are known.
+        """
 
     def finish(self) -> None:
         """The step's forward pass is over (CPU) or queued (GPU)."""

@@ -36,7 +36,7 @@ class Step:
 
     def __init__(
         self,
-        measurer: Measurer,
+        measurer: Measurer[Any],
         listen: Callable[[bool], None],
         errors: ErrorCounter,
         clock: Callable[[], float],

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from glassbox.backends.layer_view import common_tables, tables_of, view_of
 from glassbox.config import GlassboxConfig
 from glassbox.contract import Measurer
 from glassbox.errors import ErrorCounter
@@ -21,6 +23,7 @@ from glassbox.observed_step import Step
 from glassbox.requests import RequestTracker
 from glassbox.runner import read_batch
 from glassbox.sampling import ROW_BATCH, ROW_PHASE, ROW_UNCOUNTED, RowSampler, StepSampler
+from glassbox.vllm_types import AttentionLayer, AttentionMetadata, CommonMetadata
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Observer:
 
     def __init__(
         self,
-        measurer: Measurer,
+        measurer: Measurer[Any],
         *,
         layers: tuple[int, ...],
         layer_names: tuple[str, ...],
@@ -149,14 +152,14 @@ class Observer:
             self._errors.count("requests", error)
             return False
 
-    def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
+    def on_build(self, layer_names: list[str], common_attn_metadata: CommonMetadata) -> None:
         """vLLM built metadata; the first time in a sampled step the batch's order is final and rows are chosen."""
         if layer_names and layer_names[0] not in self._layer_names:
             return  # a drafter's, or one with virtual batches
         step = self._step
         started = self._clock()
         try:
-            self.measurer.on_build(layer_names, common_attn_metadata)
+            self.measurer.on_build(layer_names, common_tables(common_attn_metadata))
             if step is not None and step.measured and not step.rows_chosen:
                 step.rows_chosen = True
                 self._choose_rows(step, common_attn_metadata)
@@ -168,7 +171,7 @@ class Observer:
         if step is not None:
             step.overhead_s += self._clock() - started
 
-    def _choose_rows(self, step: Step, common_attn_metadata: Any) -> None:
+    def _choose_rows(self, step: Step, common_attn_metadata: CommonMetadata) -> None:
         batch = read_batch(step.runner, common_attn_metadata)
         traced, excluded = self.requests.marks(batch.req_ids)
         rows, dropped = self._rows.select(
@@ -194,12 +197,16 @@ class Observer:
             if layers := self._layers if step.sampled else of_traces:
                 step.begin(rows, layers, traces)
 
-    def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
+    def after_attention(
+        self, impl: Any, layer: AttentionLayer, query: Tensor, kv_cache: Tensor, attn_metadata: AttentionMetadata
+    ) -> None:
         """Called by every observed layer while it is listened to; one that fails does not keep the others."""
         step = self._step
         started = self._clock() if step is not None else 0.0
         try:
-            self.measurer.after_attention(impl, layer, query, kv_cache, attn_metadata)
+            if kv_cache.numel():
+                view = view_of(impl, layer, query, kv_cache)
+                self.measurer.after_attention(view, query, kv_cache, tables_of(attn_metadata))
         except Exception as error:
             self._errors.count("observe", error)
         if step is not None:

@@ -7,8 +7,11 @@ object to hang state on, so something has to be global. This is all of it; whoev
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from torch import Tensor
+
 from glassbox.backends.listening import Listening
 from glassbox.settings import Settings
+from glassbox.vllm_types import AttentionLayer, AttentionMetadata, CommonMetadata
 
 
 class Closable(Protocol):
@@ -30,10 +33,12 @@ class Hook(Protocol):
 class Listener(Protocol):
     """Who is told by observed backends."""
 
-    def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
+    def on_build(self, layer_names: list[str], common_attn_metadata: CommonMetadata) -> None:
         """vLLM built the metadata of these layers."""
 
-    def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
+    def after_attention(
+        self, impl: Any, layer: AttentionLayer, query: Tensor, kv_cache: Tensor, attn_metadata: AttentionMetadata
+    ) -> None:
         """A layer's attention was computed, or queued."""
 
 

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers
-from glassbox.kernels.row_stats import MAX_HEAD_SIZE, MAX_PAGE_ELEMENTS, NO_WINDOW, LayerParams, dot_dtype
+from glassbox.kernels.row_stats import MAX_HEAD_SIZE, MAX_PAGE_ELEMENTS, NO_WINDOW, dot_dtype
 
 SCRATCH_BYTES: Final = 16 << 20
 
@@ -205,7 +206,7 @@ class ProbedLayers:
 
         Args:
             caches: K of each layer, [num_blocks, Hkv, block_size, D], any strides but a contiguous last dimension.
-            params: of each layer; `sink_tokens` and `local_window` are not used.
+            params: of each layer.
             num_heads: query heads of each layer, a multiple of Hkv.
 
         Raises:
@@ -224,7 +225,7 @@ class ProbedLayers:
                     f"caches must have the dtype, strides, device and shape (but for num_blocks) of the first, "
                     f"{_kind(like)}, got {_kind(cache)} at {i}; probe such layers by themselves"
                 )
-        caps = [p.soft_cap for p in params]
+        caps = [p.soft_cap or 0.0 for p in params]
         factors = [_factors(p, like) for p in params]
         windows = [p.sliding_window or NO_WINDOW for p in params]
         addresses = [cache.data_ptr() for cache in caches]

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from glassbox.kernels.layer_params import LayerParams
 from glassbox.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS
 
 ROW_COLUMNS: Final = 5
@@ -533,31 +534,6 @@ class Tiling:
     registers: int | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerParams:
-    """What an attention layer computes; made once per layer (launches are remembered by its identity).
-
-    Attributes:
-        scale: of q.k.
-        soft_cap: cap * tanh(score / cap) after scaling; 0 is none.
-        sliding_window: visible keys, the row's own included; None is all.
-        sink_tokens, local_window: of the statistics sink_ratio and local_ratio, in tokens.
-        alibi_slopes: [H], the bias is -slope * distance; None is none.
-        sinks: [H], learned sink logits; None is none.
-        q_scale, k_scale: [1] or [Hkv] float32, the factors of a quantised q and K; None is 1.
-    """
-
-    scale: float
-    soft_cap: float = 0.0
-    sliding_window: int | None = None
-    sink_tokens: int = 4
-    local_window: int = 128
-    alibi_slopes: torch.Tensor | None = None
-    sinks: torch.Tensor | None = None
-    q_scale: torch.Tensor | None = None
-    k_scale: torch.Tensor | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class LayerAccumulators:
     """Where a layer's rows are added; views into the worker's accumulators.
@@ -656,6 +632,9 @@ def row_stats(
     params: LayerParams,
     accumulators: LayerAccumulators,
     workspace: RowStatsWorkspace,
+    *,
+    sink_tokens: int = 4,
+    local_window: int = 128,
     ring: torch.Tensor | None = None,
     queries: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -675,6 +654,7 @@ def row_stats(
         params: of the layer.
         accumulators: of the layer.
         workspace: for at least rows.shape[0] rows and H heads.
+        sink_tokens, local_window: of the statistics sink_ratio and local_ratio, in tokens.
         ring: [slots, H, S + 1] float32, [H, S + 1] contiguous, or None: traced rows are written to their slot.
         queries: [slots, H, D] of a type that holds q's numbers, the last dimension contiguous, or None: with a ring,
             the queries of traced rows are written to their slot.
@@ -760,10 +740,10 @@ def row_stats(
         0 if queries is None else queries.stride(0),
         0 if queries is None else queries.stride(1),
         params.scale,
-        params.soft_cap,
+        params.soft_cap or 0.0,
         params.sliding_window or NO_WINDOW,
-        params.sink_tokens,
-        params.local_window,
+        sink_tokens,
+        local_window,
         max_rows,
     )
     known = workspace.compiled.get(key)
@@ -800,7 +780,7 @@ def _constants(
         dot_dtype(q.dtype, k_cache.dtype, not q.is_cuda),
         params.q_scale is not None,
         params.k_scale is not None,
-        params.soft_cap > 0.0,
+        params.soft_cap is not None,
         params.alibi_slopes is not None,
         params.sinks is not None,
         has_ring,

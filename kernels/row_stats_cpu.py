@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_plan import DISTANCE, NUM_WEIGHTS, Group, RowPlan, Tile, plan_rows
 from glassbox.statistics import INDEX, NUM_STATISTICS
 
 __all__ = [
     "HIDDEN",
     "KeyReader",
-    "LayerParams",
     "LayerRows",
     "RowPlan",
     "per_head",
@@ -53,25 +53,6 @@ class KeyReader(Protocol):
 
     def read(self, block_ids: Tensor) -> Tensor:
         """Of blocks int64 [N]: [N, Hkv, block, D], any float dtype, possibly strided."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerParams:
-    """What the scores of a layer depend on beside q and k.
-
-    Attributes:
-        scale: factor of q.k.
-        soft_cap: score = soft_cap * tanh(score / soft_cap), before the bias; None is no cap.
-        alibi_slopes: [Hq]; the bias is slope * (j - i).
-        sinks: score of the learned sink, [Hq].
-        sliding_window: of the layer; the plan must be made with the same.
-    """
-
-    scale: float
-    soft_cap: float | None = None
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
-    sliding_window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers
-from glassbox.kernels.row_stats_cpu import LayerParams
 from glassbox.native import load_cpp
 from glassbox.statistics import NUM_STATISTICS
 

@@ -1,25 +1,13 @@
-"""What the CPU's kernels must know of a layer: vLLM's attention impl and packed cache in their terms."""
+"""Layers of a worker as the native CPU kernel knows them, and which of them are measured together."""
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from torch import Tensor
 
-from glassbox.backends.cpu_cache import PackedKeyReader
-from glassbox.kernels.row_stats_cpu import LayerParams
-from glassbox.kernels.row_stats_native import KeyOrder, KeyPages, NativeLayer
-
-
-def layer_params(impl: Any) -> LayerParams:
-    """Of a layer's attention impl; vLLM's CPU impl writes "none" as -1 (window) and 0 (soft cap)."""
-    return LayerParams(
-        scale=impl.scale,
-        sliding_window=impl.sliding_window if impl.sliding_window > 0 else None,
-        soft_cap=impl.logits_soft_cap or None,
-        alibi_slopes=impl.alibi_slopes,
-        sinks=impl.sinks,
-    )
+from glassbox.contract import PackedLayer
+from glassbox.kernels.row_stats_native import NativeLayer
 
 
 class LayerKind(NamedTuple):
@@ -45,26 +33,12 @@ class CachedLayer:
     kind: LayerKind
 
     @classmethod
-    def of(cls, params: LayerParams, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor) -> Self:
-        """Look at vLLM's `impl` and `layer`.
+    def of(cls, view: PackedLayer, query: Tensor, kv_cache: Tensor) -> Self:
+        """Look at a layer.
 
         Raises:
-            CacheLayoutError: the cache can't be read; the message says why.
+            RuntimeError: the cache can't be read; the message says why.
         """
-        reader = PackedKeyReader(kv_cache, layer.isa, impl.kv_cache_dtype, layer._k_scale_float)
-        layout = reader.layout
-        keys = KeyPages(
-            dtype=reader.fp8 or kv_cache.dtype,
-            # Bytes of an FP8 cache are its numbers.
-            page_stride=kv_cache.stride(0),
-            head_stride=kv_cache.stride(1),
-            num_pages=kv_cache.shape[0],
-            num_kv_heads=kv_cache.shape[1],
-            block_size=layout.block_size,
-            order=KeyOrder.of(layout.offsets.view(layout.block_size, layout.head_size).T.numpy()),
-            scale=1.0 if reader.fp8 is None else layer._k_scale_float,
-            address=kv_cache.data_ptr(),
-        )
         num_heads, head_size = query.shape[1:]
-        native = NativeLayer(params, keys, query.dtype, num_heads=num_heads, head_size=head_size)
-        return cls(weakref.ref(kv_cache), native, LayerKind(params.sliding_window, num_heads, head_size))
+        native = NativeLayer(view.params, view.pages(kv_cache), query.dtype, num_heads=num_heads, head_size=head_size)
+        return cls(weakref.ref(kv_cache), native, LayerKind(view.params.sliding_window, num_heads, head_size))

@@ -9,21 +9,20 @@ once, or the step ends; the keys that its rows see stay in the cache until then.
 import logging
 import sys
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 
 from glassbox.accumulate import AccumulatorArrays, Accumulators
-from glassbox.backends.cpu_cache import PackedKeyReader
-from glassbox.backends.cpu_layers import CachedLayer, LayerKind, layer_params
-from glassbox.contract import AskedRows, LayersAnswer, StepTraces
+from glassbox.backends.cpu_layers import CachedLayer, LayerKind
+from glassbox.contract import AskedRows, BatchTables, LayersAnswer, PackedLayer, StepTraces
 from glassbox.errors import ErrorCounter
 from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import ProbeAnswers, row_probe_cpu
-from glassbox.kernels.row_stats_cpu import LayerParams, LayerRows, row_stats_cpu
+from glassbox.kernels.row_stats_cpu import LayerRows, row_stats_cpu
 from glassbox.kernels.row_stats_native import NativeProbe, NativeRows, NativeStep, Questions, native_kernel
 from glassbox.logs import get_logger, log_once
 from glassbox.native import NativeError
@@ -98,8 +97,8 @@ class CpuMeasurer:
         self._asked: AskedRows | None = None
         # Of the rows that enter the accumulators, None is all.
         self._counted: torch.Tensor | None = None
-        self._metadata: list[Any] = []
-        self._params: dict[int, LayerParams] = {}
+        # Their ids are keys below, so they must not be another's.
+        self._groups: list[object] = []
         # Of torch: plans, and layers that wait.
         self._plans: dict[tuple[int, int | None, bool], RowPlan] = {}
         self._waiting: dict[Hashable, _Waiting] = {}
@@ -121,27 +120,27 @@ class CpuMeasurer:
         self._counted = None if counted.all() else torch.from_numpy(np.flatnonzero(counted))
         self._rows, self._layers, self._traced = rows, layers, traced
 
-    def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
+    def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
         """Nothing to keep: the CPU's metadata holds all that is needed."""
 
-    def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
+    def after_attention(
+        self, layer: PackedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables | None
+    ) -> None:
         """Put by the queries of this layer's rows, if it is one of the step's layers."""
-        if self._rows is None:
+        if self._rows is None or tables is None:
             return
-        row = self._layer_rows.get(layer.layer_name)
+        row = self._layer_rows.get(layer.name)
         if row is None or row not in self._layers:
             return
-        if self._native and self._take(row, impl, layer, query, kv_cache, attn_metadata):
+        if self._native and self._take(row, layer, query, kv_cache, tables):
             return
-        params = self._params.get(row)
-        if params is None:
-            params = self._params[row] = layer_params(impl)
-        plan = self._plan(self._rows, attn_metadata, kv_cache.shape[2], params.sliding_window)
+        params = layer.params
+        plan = self._plan(self._rows, tables, kv_cache.shape[2], params.sliding_window)
         # Made for each call: it is a view, and keeping it would keep a KV cache alive that vLLM has freed.
-        reader = PackedKeyReader(kv_cache, layer.isa, impl.kv_cache_dtype, layer._k_scale_float)
+        reader = layer.reader(kv_cache)
         self._put_by(row, LayerRows.select(query, reader, plan, params), plan, None)
         if self._asked is not None and row in self._asked.layer_rows:
-            plan = self._plan(self._asked.rows, attn_metadata, kv_cache.shape[2], params.sliding_window)
+            plan = self._plan(self._asked.rows, tables, kv_cache.shape[2], params.sliding_window)
             self._put_by(row, LayerRows.select(query, reader, plan, params), plan, self._asked)
 
     def finish(self) -> None:
@@ -168,7 +167,7 @@ class CpuMeasurer:
         for of_step in (self._waiting, self._plans, self._natives, self._native_rows):
             of_step.clear()
         self._pending.clear()
-        self._metadata.clear()
+        self._groups.clear()
         self._rows = self._traced = self._asked = self._counted = None
 
     def copy(self, now_s: float) -> AccumulatorArrays:
@@ -176,38 +175,40 @@ class CpuMeasurer:
         self._accumulators.rotate(now_s)
         return self._accumulators.copy()
 
-    def _take(self, row: int, impl: Any, layer: Any, query: Any, kv_cache: Any, metadata: Any) -> bool:
+    def _take(
+        self, row: int, layer: PackedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables
+    ) -> bool:
         """Put by a layer's queries for the native kernel, if that is the faster way."""
         cached = self._cached_layers.get(row)
         if cached is None or cached.cache() is not kv_cache:
-            cached = self._cached_layers[row] = CachedLayer.of(layer_params(impl), impl, layer, query, kv_cache)
-        key = (id(metadata), cached.kind)
+            cached = self._cached_layers[row] = CachedLayer.of(layer, query, kv_cache)
+        key = (id(tables.group), cached.kind)
         native = self._natives.get(key)
         if native is None:
-            rows = self._rows_for(metadata, kv_cache.shape[2], cached.kind.sliding_window)
+            rows = self._rows_for(tables, kv_cache.shape[2], cached.kind.sliding_window)
             if not rows.is_light(cached.kind.num_heads, cached.kind.head_size, cores=torch.get_num_threads()):
                 return False
             native = self._natives[key] = self._new_native(rows, cached.kind)
         native.step.take(row, cached.layer, query, native.places.get(row, -1))
         return True
 
-    def _rows_for(self, metadata: Any, block_size: int, window: int | None) -> NativeRows:
+    def _rows_for(self, tables: BatchTables, block_size: int, window: int | None) -> NativeRows:
         assert self._rows is not None
-        key = (id(metadata), window)
+        key = (id(tables.group), window)
         rows = self._native_rows.get(key)
         if rows is None:
             rows = self._native_rows[key] = NativeRows(
                 self._rows,
-                metadata.query_start_loc,
-                metadata.seq_lens,
-                metadata.block_table,
+                tables.query_start_loc,
+                tables.seq_lens,
+                tables.block_table,
                 block_size,
                 sliding_window=window,
                 sink_tokens=self._sink_tokens,
                 local_window=self._local_window,
                 asked=None if self._asked is None else self._asked.places,
             )
-            self._metadata.append(metadata)
+            self._groups.append(tables.group)
         return rows
 
     def _new_native(self, rows: NativeRows, kind: LayerKind) -> _Native:
@@ -227,22 +228,21 @@ class CpuMeasurer:
         step = NativeStep(rows, num_layers, kind.num_heads, kind.head_size, probe)
         return _Native(step, probe, {row: place for place, row in enumerate(probed_rows)})
 
-    def _plan(self, rows: np.ndarray, metadata: Any, block_size: int, window: int | None) -> RowPlan:
-        # Layers of one KV-cache group share their metadata object; it is kept so that its id stays its own.
-        key = (id(metadata), window, rows is self._rows)
+    def _plan(self, rows: np.ndarray, tables: BatchTables, block_size: int, window: int | None) -> RowPlan:
+        key = (id(tables.group), window, rows is self._rows)
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = plan_rows(
                 rows,
-                metadata.query_start_loc,
-                metadata.seq_lens,
-                metadata.block_table,
+                tables.query_start_loc,
+                tables.seq_lens,
+                tables.block_table,
                 block_size=block_size,
                 sliding_window=window,
                 sink_tokens=self._sink_tokens,
                 local_window=self._local_window,
             )
-            self._metadata.append(metadata)
+            self._groups.append(tables.group)
         return plan
 
     def _put_by(self, row: int, layer: LayerRows, plan: RowPlan, asked: AskedRows | None) -> None:

@@ -11,60 +11,28 @@ launches after it (docs/performance.md).
 
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 
 from glassbox.accumulate import AccumulatorArrays, Accumulators
 from glassbox.backends.graph_nodes import GraphNodes
-from glassbox.contract import AskedRows, LayersAnswer, StepTraces
+from glassbox.contract import AskedRows, BatchTables, LayersAnswer, StepTraces, StridedLayer
 from glassbox.deferred import DeferredActions
 from glassbox.errors import ErrorCounter
 from glassbox.kernels.row_probe import ProbedLayers, row_probe
 from glassbox.kernels.row_probe_cpu import ProbeAnswers
-from glassbox.kernels.row_stats import LayerAccumulators, LayerParams, RowStatsWorkspace, row_stats
+from glassbox.kernels.row_stats import LayerAccumulators, RowStatsWorkspace, row_stats
 from glassbox.sampling import NUM_ROW_COLUMNS, ROW_BATCH, ROW_SLOT
 from glassbox.statistics import NUM_STATISTICS
 from glassbox.trace_record import MAX_ROW_KEYS
 
-_FP8_DTYPES: Final = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
 # Numbers and queries of the rows that one step may trace; never fewer than these rows.
 _RING_BYTES: Final = 16 << 20
 _LEAST_SLOTS: Final = 8
-
-
-@dataclass(frozen=True)
-class _SeenLayer:
-    """A layer that was launched once. Its KV cache is vLLM's to free, so only the layer that holds it is known.
-
-    Attributes:
-        layer: weak reference to vLLM's.
-        fp8: element type of the cache if vLLM keeps it as bytes.
-        head_size, num_heads: of its queries.
-    """
-
-    layer: Any
-    fp8: torch.dtype | None
-    head_size: int
-    num_heads: int
-    params: LayerParams
-
-    def keys(self, kv_cache: torch.Tensor | None = None) -> torch.Tensor:
-        """K of the cache, [num_blocks, Hkv, block_size, D].
-
-        Args:
-            kv_cache: the layer's; None takes it from the layer.
-        """
-        cache = self.layer().kv_cache if kv_cache is None else kv_cache
-        return (cache if self.fp8 is None else cache.view(self.fp8))[..., : self.head_size]
 
 
 class GpuMeasurer:
@@ -119,8 +87,8 @@ class GpuMeasurer:
         self._step_done = torch.cuda.Event()
         self._copy_done = torch.cuda.Event()
         self._ring_read = torch.cuda.Event()
-        self._seen: dict[str, _SeenLayer] = {}
-        self._common: dict[str, Any] = {}
+        self._seen: dict[str, StridedLayer] = {}
+        self._built: dict[str, BatchTables] = {}
         self._layers: frozenset[int] = frozenset()
         self._active = False
         self._warming = True
@@ -156,19 +124,21 @@ class GpuMeasurer:
                 self._queries[: traced.num_slots].fill_(torch.nan)
         self._graphs.measuring = True
 
-    def on_build(self, layer_names: list[str], common_attn_metadata: Any) -> None:
+    def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
         """Keep what FlashInfer's own metadata lacks: its block table and sequence lengths."""
         for name in layer_names:
-            self._common[name] = common_attn_metadata
+            self._built[name] = tables
 
-    def after_attention(self, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
+    def after_attention(
+        self, layer: StridedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables | None
+    ) -> None:
         """Queue this layer's launch.
 
         During warm-up it is queued too, with no rows, so that the kernel is compiled before a capture; during a
         capture always, since every replay will run it.
         """
-        row = self._layer_rows.get(layer.layer_name)
-        if row is None or kv_cache.numel() == 0:
+        row = self._layer_rows.get(layer.name)
+        if row is None:
             return
         if (
             not self._warming
@@ -176,7 +146,7 @@ class GpuMeasurer:
             and not torch.cuda.is_current_stream_capturing()
         ):
             return
-        self._launch(row, impl, layer, query, kv_cache, attn_metadata)
+        self._launch(row, layer, query, kv_cache, tables or self._built[layer.name])
 
     def finish(self) -> None:
         """See contract.Measurer. Later replays find no rows."""
@@ -232,12 +202,12 @@ class GpuMeasurer:
         """The layers that are asked for, by what one launch can do: one block table, one shape, one kind of score."""
         groups: dict[object, list[str]] = {}
         for name, row in self._layer_rows.items():
-            seen, common = self._seen.get(name), self._common.get(name)
-            if row in asked.layer_rows and seen is not None and common is not None:
+            seen, built = self._seen.get(name), self._built.get(name)
+            if row in asked.layer_rows and seen is not None and built is not None:
                 keys, params = seen.keys(), seen.params
                 kind = (keys.dtype, keys.shape[1:], keys.stride(), seen.num_heads)
                 extras = (params.alibi_slopes is None, params.sinks is None)
-                groups.setdefault((id(common), kind, extras), []).append(name)
+                groups.setdefault((id(built.group), kind, extras), []).append(name)
         return list(groups.values())
 
     def _probe_group(self, asked: AskedRows, names: list[str]) -> "_Answer":
@@ -252,7 +222,7 @@ class GpuMeasurer:
         answers = row_probe(
             queries[:, :, :num_heads, :head_size],
             ProbedLayers.of([one.keys() for one in seen], [one.params for one in seen], num_heads),
-            self._common[names[0]].block_table_tensor,
+            self._built[names[0]].block_table,
             _to_device(np.stack([asked.rows[:, ROW_BATCH], asked.positions], axis=1), device),
             asked.positions.tolist(),
             top_k=asked.top_k,
@@ -279,41 +249,28 @@ class GpuMeasurer:
         a = self._accumulators
         return a.counts, a.sums, a.rows, a.nonfinite, a.window_max
 
-    def _launch(self, row: int, impl: Any, layer: Any, query: Any, kv_cache: Any, attn_metadata: Any) -> None:
-        name = layer.layer_name
-        seen = self._seen.get(name)
-        if seen is None or seen.layer() is not layer:
-            seen = self._seen[name] = _SeenLayer(
-                weakref.ref(layer),
-                _FP8_DTYPES.get(impl.kv_cache_dtype),
-                impl.head_size,
-                query.shape[1],
-                self._read_params(impl, layer, query, kv_cache),
-            )
-        block_table, query_start_loc, seq_lens = self._batch(name, attn_metadata)
-        num_heads, head_size = seen.num_heads, seen.head_size
+    def _launch(
+        self, row: int, layer: StridedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables
+    ) -> None:
+        self._seen[layer.name] = layer
+        num_heads, head_size = layer.num_heads, layer.head_size
         row_stats(
             query,
-            seen.keys(kv_cache),
-            block_table,
-            query_start_loc,
-            seq_lens,
+            layer.keys(kv_cache),
+            tables.block_table,
+            tables.query_start_loc,
+            tables.seq_lens,
             self._row_list,
             self._num_rows[row:],
-            seen.params,
+            layer.params,
             self._layer_accumulators(row, num_heads),
             self._workspace,
+            sink_tokens=self._sink_tokens,
+            local_window=self._local_window,
             ring=self._ring[:, row, :num_heads],
             queries=self._queries[:, row, :num_heads, :head_size],
         )
         self._graphs.record(torch.cuda.current_stream())
-
-    def _batch(self, name: str, metadata: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        block_table = getattr(metadata, "block_table", None)
-        if block_table is not None:
-            return block_table, metadata.query_start_loc, metadata.seq_lens
-        common = self._common[name]
-        return common.block_table_tensor, common.query_start_loc, common.seq_lens
 
     def _layer_accumulators(self, row: int, num_heads: int) -> LayerAccumulators:
         a = self._accumulators
@@ -325,22 +282,6 @@ class GpuMeasurer:
             window_max=a.window_max[:, row, :num_heads],
             window_slot=a.window_slot,
             bounds=a.bounds,
-        )
-
-    def _read_params(self, impl: Any, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> LayerParams:
-        window = impl.sliding_window
-        if isinstance(window, tuple):  # FlashAttention's (keys to the left, keys to the right)
-            window = window[0] + 1 if window[0] >= 0 else None
-        return LayerParams(
-            scale=impl.scale,
-            soft_cap=impl.logits_soft_cap or 0.0,
-            sliding_window=window if window is not None and window > 0 else None,
-            sink_tokens=self._sink_tokens,
-            local_window=self._local_window,
-            alibi_slopes=impl.alibi_slopes,
-            sinks=getattr(impl, "sinks", None),
-            q_scale=layer._q_scale if query.element_size() == 1 else None,
-            k_scale=layer._k_scale if kv_cache.element_size() == 1 else None,
         )
 
 

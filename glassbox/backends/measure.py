@@ -1,6 +1,7 @@
 """Which measurer fits the worker's device."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def make_measurer(
     deferred: DeferredActions,
     is_piecewise: Callable[[], bool],
     errors: ErrorCounter,
-) -> Measurer:
+) -> Measurer[Any]:
     """The measurer for the device of `accumulators`.
 
     Args:

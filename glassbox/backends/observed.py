@@ -91,6 +91,7 @@ def _observe_impl(inner: Any, name: str) -> type:
             super().__init__(*args, **kwargs)
             # A drafter's attention is not the model's: it would mix into the same layer numbers.
             self.glassbox_observed = not layers.is_draft_model()
+            self.glassbox_view = None  # see layer_view.py
             SEAT.layer_built()
 
     def forward(

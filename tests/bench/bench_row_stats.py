@@ -27,7 +27,8 @@ import triton.language as tl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from glassbox.kernels.row_stats import LayerParams, RowStatsWorkspace, Tiling, row_stats  # noqa: E402
+from glassbox.kernels.layer_params import LayerParams  # noqa: E402
+from glassbox.kernels.row_stats import RowStatsWorkspace, Tiling, row_stats  # noqa: E402
 from tests.kernels.row_stats_cases import make_accumulators  # noqa: E402
 
 DEVICE = "cuda"

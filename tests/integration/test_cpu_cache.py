@@ -13,12 +13,19 @@ from vllm import _custom_ops as ops
 from glassbox.backends import cpu_cache
 from glassbox.backends.cpu_cache import CacheLayoutError, KeyLayout, PackedKeyReader, probe_layout
 from glassbox.backends.cpu_layers import CachedLayer
+from glassbox.backends.layer_view import PackedView
+from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_stats import row_stats_ref
-from glassbox.kernels.row_stats_cpu import LayerParams, LayerRows, plan_rows, row_stats_cpu
+from glassbox.kernels.row_stats_cpu import LayerRows, plan_rows, row_stats_cpu
 from glassbox.kernels.row_stats_native import NativeRows, NativeStep
 from tests.kernels.tolerances import ATTENTION_OUTPUT, assert_two_oracles
 
 pytestmark = pytest.mark.integration
+
+
+class VllmLayer(SimpleNamespace):
+    """Can be held weakly, as vLLM's can."""
+
 
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 NUM_BLOCKS, NUM_HEADS = 5, 2
@@ -348,9 +355,12 @@ class TestScores:
             num_heads=served.HQ,
             head_size=served.q.shape[2],
         )  # fmt: skip
-        impl = SimpleNamespace(kv_cache_dtype=case.kv_dtype)
-        layer = SimpleNamespace(isa=case.isa, _k_scale_float=case.k_scale)
-        cached = CachedLayer.of(params, impl, layer, served.q, served.cache)
+        impl = SimpleNamespace(
+            kv_cache_dtype=case.kv_dtype, scale=0.3, sliding_window=options.window or -1,
+            logits_soft_cap=options.soft_cap or 0, alibi_slopes=served.slopes, sinks=served.sinks,
+        )  # fmt: skip
+        layer = VllmLayer(layer_name="layer", isa=case.isa, _k_scale_float=case.k_scale)
+        cached = CachedLayer.of(PackedView(impl, layer), served.q, served.cache)
         native.take(0, cached.layer, served.q)
         expected, same_dtype = (
             row_stats_ref(

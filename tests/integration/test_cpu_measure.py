@@ -12,6 +12,7 @@ from vllm import _custom_ops as ops
 from glassbox.accumulate import AccumulatorArrays, Accumulators
 from glassbox.backends import cpu_measure
 from glassbox.backends.cpu_measure import CpuMeasurer
+from glassbox.backends.layer_view import PackedView, tables_of
 from glassbox.errors import ErrorCounter
 from glassbox.native import NativeError
 from glassbox.sampling import ROW_UNCOUNTED
@@ -27,6 +28,10 @@ NUM_LAYERS, HEADS, KV_HEADS, D, BLOCK = 3, 4, 2, 64, 32
 SEQ_LENS, QUERY_LENS, PROMPT_LENS = (70, 40, 3), (1, 20, 1), (30, 100, 2)
 ASKS = TraceOptions(top_k=5, spans=(Span("first", 0, 4), Span("rest", 4, 1000)), rows=True)
 FEW = TraceOptions(top_k=2, layers=(8,))
+
+
+class VllmLayer(SimpleNamespace):
+    """Can be held weakly, as vLLM's can."""
 
 
 class Step:
@@ -46,6 +51,7 @@ class Step:
             for _ in range(2)
         ]
         self.layers: list[dict[str, Any]] = []
+        self.vllm_layers: list[Any] = []
         for number in range(NUM_LAYERS):
             cache = torch.zeros(8, KV_HEADS, BLOCK, 2 * D)
             key_half, value_half = cache.view(8, KV_HEADS, 2 * BLOCK, D).chunk(2, dim=2)
@@ -56,19 +62,21 @@ class Step:
                     keys, torch.zeros_like(keys), key_half, value_half, slots, "vec", 1.0, 1.0, "auto"
                 )
             last = number == NUM_LAYERS - 1
+            impl = SimpleNamespace(
+                scale=0.2,
+                sliding_window=10 if last else -1,
+                logits_soft_cap=0,
+                alibi_slopes=None,
+                sinks=normal(HEADS) if last else None,
+                kv_cache_dtype="auto",
+            )
+            # Held here: a view does not keep vLLM's layer alive.
+            self.vllm_layers.append(VllmLayer(layer_name=f"layer{number}", isa="vec", _k_scale_float=1.0))
             self.layers.append({
-                "impl": SimpleNamespace(
-                    scale=0.2,
-                    sliding_window=10 if last else -1,
-                    logits_soft_cap=0,
-                    alibi_slopes=None,
-                    sinks=normal(HEADS) if last else None,
-                    kv_cache_dtype="auto",
-                ),
-                "layer": SimpleNamespace(layer_name=f"layer{number}", isa="vec", _k_scale_float=1.0),
+                "layer": PackedView(impl, self.vllm_layers[-1]),
                 "query": normal(int(starts[-1]), HEADS, D),
                 "kv_cache": cache,
-                "attn_metadata": self.metadata[last],
+                "tables": tables_of(self.metadata[last]),
             })  # fmt: skip
         # Two rows of the prompt, the rest decode; requests 0 and 2 are traced, 2 is not in the sample.
         self.rows = np.array(

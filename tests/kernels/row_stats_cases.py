@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from glassbox.kernels.row_stats import LayerAccumulators, LayerParams
+from glassbox.kernels.layer_params import LayerParams
+from glassbox.kernels.row_stats import LayerAccumulators
 from glassbox.statistics import NUM_BUCKETS, NUM_STATISTICS, STATISTICS
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -63,6 +64,8 @@ class Inputs:
     num_rows: torch.Tensor
     params: LayerParams
     keys: list[torch.Tensor]
+    sink_tokens: int
+    local_window: int
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -124,16 +127,16 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     sinks = torch.randn(case.heads, generator=generator) * 2
     params = LayerParams(
         scale=case.head_size**-0.5,
-        soft_cap=case.soft_cap,
+        soft_cap=case.soft_cap or None,
         sliding_window=case.sliding_window,
-        sink_tokens=case.sink_tokens,
-        local_window=case.local_window,
         alibi_slopes=slopes.to(device) if case.alibi else None,
         sinks=sinks.to(torch.bfloat16).to(device) if case.sinks else None,
         q_scale=_scale_tensor(case.q_scale, device),
         k_scale=_scale_tensor(case.k_scale, device),
     )
     return Inputs(
+        sink_tokens=case.sink_tokens,
+        local_window=case.local_window,
         q=q.to(case.dtype).to(device),
         k_cache=cache.to(device)[..., : case.head_size],
         block_table=table.to(device),

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels.interpreter import DEVICE, ON_GPU
 
 # isort: split
+from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref, top_k_ref
 from glassbox.kernels.row_probe import ProbedLayers, row_probe
 from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers
-from glassbox.kernels.row_stats import LayerParams
 from tests.kernels.row_stats_cases import BASE, INF, LARGE, MIXED, NAN, Case, Inputs, Sequence, make_inputs
 from tests.kernels.tolerances import ORACLE_FACTOR, SUM_ROUNDING, score_error
 
@@ -93,7 +93,7 @@ class Group:
         """float64 [H, position + 1]."""
         q, keys, p = self.operands(row, layer)
         return row_probe_ref(
-            q, keys, self.positions[row], scale=p.scale, sliding_window=p.sliding_window, soft_cap=p.soft_cap or None,
+            q, keys, self.positions[row], scale=p.scale, sliding_window=p.sliding_window, soft_cap=p.soft_cap,
             alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes.cpu(),
             sinks=None if p.sinks is None else p.sinks.cpu(),
         )  # fmt: skip
@@ -116,7 +116,7 @@ class Group:
         if p.alibi_slopes is not None:
             magnitude += float(p.alibi_slopes.max()) * position
         # Half of a soft cap's formula is the cap itself.
-        return ORACLE_FACTOR * float(torch_error) + 2 * score_error(magnitude + p.soft_cap) + SUM_ROUNDING
+        return ORACLE_FACTOR * float(torch_error) + 2 * score_error(magnitude + (p.soft_cap or 0.0)) + SUM_ROUNDING
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float | Tensor, what: str) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from tests.kernels.interpreter import DEVICE, ON_GPU
 
 # isort: split
+from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_stats import row_stats_ref
-from glassbox.kernels.row_stats import LayerAccumulators, LayerParams, RowStatsWorkspace, Tiling, row_stats
+from glassbox.kernels.row_stats import LayerAccumulators, RowStatsWorkspace, Tiling, row_stats
 from glassbox.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, STATISTICS
 from tests.kernels import row_stats_cases as made
 from tests.kernels.row_stats_cases import BASE, MIXED, Case, Inputs, Sequence, make_accumulators, make_inputs
@@ -45,7 +46,8 @@ class Run:
         i = self.inputs
         row_stats(
             i.q, i.k_cache, i.block_table, i.query_start_loc, i.seq_lens, i.rows, i.num_rows, i.params,
-            self.accumulators, self.workspace, self.ring, self.queries, self.dense, self.tiling,
+            self.accumulators, self.workspace, sink_tokens=i.sink_tokens, local_window=i.local_window, ring=self.ring,
+            queries=self.queries, out=self.dense, tiling=self.tiling,
         )  # fmt: skip
 
     @property
@@ -78,11 +80,11 @@ def oracle(inputs: Inputs, dtype: torch.dtype) -> Tensor:
         prompt_len=rows[:, 3].tolist(),
         scale=p.scale,
         sliding_window=p.sliding_window,
-        soft_cap=p.soft_cap or None,
+        soft_cap=p.soft_cap,
         alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes.cpu(),
         sinks=None if p.sinks is None else p.sinks.cpu().float(),
-        sink_tokens=p.sink_tokens,
-        local_window=p.local_window,
+        sink_tokens=inputs.sink_tokens,
+        local_window=inputs.local_window,
         dtype=dtype,
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from glassbox.kernels.row_stats_cpu import LayerParams
+from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_stats_native import KeyOrder, KeyPages, NativeLayer, NativeRows, NativeStep
 from glassbox.statistics import INDEX, NUM_STATISTICS
 from tests.kernels.test_row_stats_cpu import Batch

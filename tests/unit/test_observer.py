@@ -81,6 +81,19 @@ class FakeMeasurer:
         raise NotImplementedError
 
 
+class VllmLayer(SimpleNamespace):
+    """Can be held weakly, as vLLM's can."""
+
+
+def observed_call(name: str) -> tuple[Any, ...]:
+    """Impl, layer, query, cache and metadata."""
+    impl = SimpleNamespace(
+        glassbox_view=None, scale=1.0, sliding_window=-1, logits_soft_cap=0, alibi_slopes=None, kv_cache_dtype="auto"
+    )
+    metadata = SimpleNamespace(block_table=None)
+    return impl, VllmLayer(layer_name=name), torch.zeros(1, NUM_HEADS, 8), torch.zeros(1, 1, 1, 16), metadata
+
+
 class Setup:
     """An observer, and what a step of vLLM does to it."""
 
@@ -107,6 +120,8 @@ class Setup:
             clock=self.clock,
         )
         self.observer.arm()
+        # Of each layer what its impl's `forward` is given, as far as it is looked at.
+        self.layers = [observed_call(name) for name in NAMES]
 
     def listen(self, on: bool) -> None:
         self.listening.append(on)
@@ -139,7 +154,12 @@ class Setup:
             num_prompt_tokens=np.append(prompt, 99),
             req_ids=[*(f"request-{i}" for i in range(len(requests))), "old"],
         )
-        metadata = SimpleNamespace(query_start_loc_cpu=torch.from_numpy(np.append(starts, starts[-1])))
+        metadata = SimpleNamespace(
+            query_start_loc_cpu=torch.from_numpy(np.append(starts, starts[-1])),
+            query_start_loc=None,
+            seq_lens=None,
+            block_table_tensor=None,
+        )
         output = Scheduled(
             scheduled_new_reqs=[
                 new_request(f"request-{i}", requests[i][2], extra_args) for i, extra_args in (new or {}).items()
@@ -150,8 +170,8 @@ class Setup:
         try:
             for names in groups:
                 self.observer.on_build(list(names), metadata)
-            for _ in NAMES if self.listening[-1:] == [True] else ():
-                self.observer.after_attention(None, None, None, None, None)
+            for layer in self.layers if self.listening[-1:] == [True] else ():
+                self.observer.after_attention(*layer)
             in_forward()
             self.clock.now += step_s
         finally:
@@ -160,6 +180,8 @@ class Setup:
 
 PREFILL: Final = (6, 0, 6)
 DECODE: Final = (1, 9, 7)
+# Metadata of a run that is no step.
+DUMMY: Any = SimpleNamespace(query_start_loc=None, seq_lens=None, block_table_tensor=None)
 
 
 class TestArming:
@@ -256,8 +278,8 @@ class TestSteps:
     def test_build_outside_of_a_step(self) -> None:
         """A dummy run builds metadata, too: the measurer may keep it, but nothing is measured."""
         setup = Setup()
-        setup.observer.on_build(list(NAMES), SimpleNamespace())
-        setup.observer.after_attention(None, None, None, None, None)
+        setup.observer.on_build(list(NAMES), DUMMY)
+        setup.observer.after_attention(*setup.layers[0])
         assert "begin" not in setup.measurer.calls
         assert setup.observer.counters.steps == 0
         assert setup.errors.counts() == {}
@@ -541,5 +563,5 @@ class TestFailures:
         with pytest.raises(MemoryError):
             setup.step([DECODE], in_forward=fail)
         assert setup.measurer.calls[-1] == "finish"
-        setup.observer.on_build(list(NAMES), SimpleNamespace())
+        setup.observer.on_build(list(NAMES), DUMMY)
         assert setup.measurer.calls.count("begin") == 1
