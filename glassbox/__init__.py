@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from glassbox.offline import Capture, capture
+    from glassbox.processes.offline import Capture, capture
 
 __all__ = ["Capture", "__version__", "capture"]
 
@@ -13,7 +13,7 @@ __all__ = ["Capture", "__version__", "capture"]
 def __getattr__(name: str) -> Any:
     # Imported when it is asked for: glassbox is loaded into every process of a server.
     if name in {"capture", "Capture"}:
-        from glassbox import offline
+        from glassbox.processes import offline
 
         return getattr(offline, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""`register()`: the entry point that vLLM calls in every process it starts. What it does is `registration.py`."""
+"""`register()`: the entry point that vLLM calls in every process it starts; see `processes/registration.py`."""
 
-from glassbox.kill_switch import is_disabled
+from glassbox.core.kill_switch import is_disabled
 
 
 def register() -> None:
@@ -12,6 +12,6 @@ def register() -> None:
     """
     if is_disabled():
         return
-    from glassbox import registration
+    from glassbox.processes import registration
 
     registration.register()

@@ -2,7 +2,7 @@
 
 Owns the measurement of a few rows in layers of one kind, for requests that asked for more than statistics. Scores are
 those of `row_stats_cpu.py`, the exact form of what is done with them stands in `reference/row_probe.py`. Which rows,
-and what becomes of the answers, is `glassbox/trace_step.py`.
+and what becomes of the answers, is `glassbox/processes/worker/traces/traced_step.py`.
 """
 
 from collections.abc import Sequence

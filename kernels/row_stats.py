@@ -2,7 +2,7 @@
 
 Owns the kernel, its workspace and its launch. It does not choose rows, know vLLM, or read anything back: results are
 added to a layer's cumulative accumulators on the device, and rows of traced requests are written to a ring. The
-statistics are those of `glassbox/statistics.py`, whose symbols (m, Zk, E, Z2) the kernel uses.
+statistics are those of `glassbox/core/statistics.py`, whose symbols (m, Zk, E, Z2) the kernel uses.
 
 How it works. The keys of all listed rows, cut into tiles, form one sequence of units (row, KV head, tile); every
 program of a persistent grid takes an equal, contiguous share of it. So one long row spreads over the whole GPU, and
@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS
 from glassbox.kernels.layer_params import LayerParams
-from glassbox.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS
 
 ROW_COLUMNS: Final = 5
 MAX_HEAD_SIZE: Final = 256

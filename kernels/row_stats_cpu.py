@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glassbox.core.statistics import INDEX, NUM_STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_plan import DISTANCE, NUM_WEIGHTS, Group, RowPlan, Tile, plan_rows
-from glassbox.statistics import INDEX, NUM_STATISTICS
 
 __all__ = [
     "HIDDEN",

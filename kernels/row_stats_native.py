@@ -18,10 +18,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from glassbox.core.native import load_cpp
+from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers
-from glassbox.native import load_cpp
-from glassbox.statistics import NUM_STATISTICS
 
 _SOURCE: Final = Path(__file__).with_name("row_stats.cpp")
 # `Type` in the C++ file.

@@ -1,8 +1,8 @@
 """What glassbox has in this process, for tests that run vLLM in it."""
 
-from glassbox.observer import Observer
-from glassbox.seat import SEAT
-from glassbox.step import StepHook
+from glassbox.adapter.seat import SEAT
+from glassbox.processes.worker.hook import StepHook
+from glassbox.processes.worker.observer import Observer
 
 
 def attached_hook() -> StepHook:

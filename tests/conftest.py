@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def demo_model_path() -> Path:
     """Folder of SmolLM2-135M-Instruct in bfloat16 (30 layers, 9 heads, 3 KV heads, head size 64)."""
-    from glassbox.demo.model import demo_model
+    from glassbox.cli.demo.demo_model import demo_model
 
     return demo_model()
 

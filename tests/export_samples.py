@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from glassbox.export.snapshot import Snapshot
-from glassbox.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS, Phase
+from glassbox.core.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS, Phase
+from glassbox.store.snapshot import Snapshot
 
 
 def make_snapshot(

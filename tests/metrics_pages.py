@@ -14,9 +14,9 @@ from prometheus_client.registry import Collector
 
 from glassbox.export.families import build_families
 from glassbox.export.jsonl import WindowSummaries
-from glassbox.export.merge import Detail, merge
 from glassbox.export.prometheus import to_metric
-from glassbox.export.snapshot import Snapshot
+from glassbox.store.merge import Detail, merge
+from glassbox.store.snapshot import Snapshot
 from tests.export_samples import make_snapshot
 
 VLLM_LINES = (

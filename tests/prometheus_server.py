@@ -2,8 +2,8 @@
 
 import shutil
 
-from glassbox.demo.prometheus import PROMETHEUS, PrometheusServer
-from glassbox.demo.server import free_port
+from glassbox.cli.demo.prometheus_server import PROMETHEUS, PrometheusServer
+from glassbox.cli.demo.vllm_server import free_port
 
 __all__ = ["PROMETHEUS", "PROMTOOL", "PrometheusServer", "free_port"]
 

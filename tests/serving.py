@@ -12,8 +12,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from glassbox.cpu import serving_dtype
-from glassbox.demo.server import HOST, VllmServer
+from glassbox.cli.demo.vllm_server import HOST, VllmServer
+from glassbox.core.cpu import serving_dtype
 from glassbox.view.measured import Measured
 from glassbox.view.scrape import read_families
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from glassbox.config import GlassboxConfig
-from glassbox.export.merge import MergedEngine, merge
-from glassbox.export.source import FamilySource, Merged
-from glassbox.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS
+from glassbox.config.load import GlassboxConfig
+from glassbox.core.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS
+from glassbox.export.family_source import FamilySource, Merged
+from glassbox.store.merge import MergedEngine, merge
 from tests.export_samples import make_snapshot
 
 _STEPS = 12  # different intervals, in turns

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from glassbox.statistics import NUM_STATISTICS
-from glassbox.trace_active import TraceHost
-from glassbox.trace_record import RequestTrace, Span, TraceOptions
+from glassbox.core.statistics import NUM_STATISTICS
+from glassbox.processes.worker.traces.active import TraceHost
+from glassbox.store.trace_record import RequestTrace, Span, TraceOptions
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """OpenTelemetry: a `glassbox.attention` span for each traced request, in the client's trace.
 
 Owns the span's attributes and events, whose child it is, and the sending. The parent is vLLM's `llm_request` span if an
-API server has told its ids (`llm_spans.py`), else the client's span, else none. Import this module only if spans are to
-be sent: the SDK and gRPC double the exporter's memory.
+API server has told its ids (`store/llm_spans.py`), else the client's span, else none. Import this module only if spans
+are to be sent: the SDK and gRPC double the exporter's memory.
 """
 
 import logging
@@ -20,14 +20,14 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFl
 from opentelemetry.util.types import AttributeValue
 
 from glassbox import __version__
-from glassbox.config import OtelConfig
-from glassbox.errors import ErrorCounter
-from glassbox.export.llm_spans import LlmSpan
+from glassbox.config.load import OtelConfig
+from glassbox.core.errors import ErrorCounter
+from glassbox.core.statistics import STATISTICS
 from glassbox.export.otel import EXPORT_TIMEOUT_S, make_resource
 from glassbox.export.trace_document import flat_signals, mean
 from glassbox.signals import request_signals
-from glassbox.statistics import STATISTICS
-from glassbox.trace_record import RequestTrace
+from glassbox.store.llm_spans import LlmSpan
+from glassbox.store.trace_record import RequestTrace
 
 SPAN_NAME: Final = "glassbox.attention"
 EVENT_NAME: Final = "glassbox.tokens"

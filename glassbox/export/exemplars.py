@@ -13,12 +13,12 @@ from typing import Final
 
 import numpy as np
 
+from glassbox.core.statistics import NUM_BUCKETS, PHASES, STATISTICS
 from glassbox.export.families import DETAIL_LABELS
-from glassbox.export.llm_spans import LlmSpanReader
-from glassbox.export.merge import Detail
-from glassbox.statistics import NUM_BUCKETS, PHASES, STATISTICS
-from glassbox.trace_directory import TraceDirectory
-from glassbox.trace_record import RequestTrace
+from glassbox.store.llm_spans import LlmSpanReader
+from glassbox.store.merge import Detail
+from glassbox.store.trace_directory import TraceDirectory
+from glassbox.store.trace_record import RequestTrace
 
 # Newest traces that are looked at; older ones have usually been replaced in every bucket.
 MAX_TRACES: Final = 32

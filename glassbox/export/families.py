@@ -13,9 +13,9 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from glassbox.export.drift_watch import COMPARED, Drift, EngineKey
-from glassbox.export.merge import Aggregate, Detail, MergedEngine, aggregate
-from glassbox.statistics import INDEX, NUM_BUCKETS, PHASES, STATISTICS, Phase, Statistic
+from glassbox.core.statistics import INDEX, NUM_BUCKETS, PHASES, STATISTICS, Phase, Statistic
+from glassbox.signals.drift_watch import COMPARED, Drift, EngineKey
+from glassbox.store.merge import Aggregate, Detail, MergedEngine, aggregate
 
 Kind = Literal["counter", "gauge", "histogram"]
 ENGINE_LABELS: Final = ("model_name", "engine")

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.core.histograms import quantiles
+from glassbox.core.statistics import PHASES, STATISTICS
 from glassbox.export.families import DETAIL_LABELS
-from glassbox.export.merge import Aggregate, Detail, MergedEngine, aggregate
 from glassbox.export.rotation import BYTES_PER_MB, RotatingFile
-from glassbox.histograms import quantiles
-from glassbox.statistics import PHASES, STATISTICS
+from glassbox.store.merge import Aggregate, Detail, MergedEngine, aggregate
 
 
 class WindowSummaries:

@@ -34,8 +34,8 @@ from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, OTELR
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from glassbox import __version__
-from glassbox.config import OtelConfig
-from glassbox.errors import ErrorCounter
+from glassbox.config.load import OtelConfig
+from glassbox.core.errors import ErrorCounter
 from glassbox.export.families import Family, Series
 
 DEFAULT_SERVICE_NAME: Final = "vllm"

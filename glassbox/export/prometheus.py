@@ -15,12 +15,12 @@ from prometheus_client.samples import Exemplar as PrometheusExemplar
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
-from glassbox import rundir
-from glassbox.config import GlassboxConfig
+from glassbox.config.load import GlassboxConfig
+from glassbox.core.logs import get_logger
 from glassbox.export.exemplars import NONE, Exemplar, Exemplars, TraceExemplars
 from glassbox.export.families import Family
-from glassbox.export.source import FamilySource, View
-from glassbox.logs import get_logger
+from glassbox.export.family_source import FamilySource, View
+from glassbox.store import rundir
 
 logger = get_logger(__name__)
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from glassbox.core.statistics import PHASES, STATISTICS
 from glassbox.export.rotation import BYTES_PER_MB, KEPT_FILES, RotatingFile
 from glassbox.export.trace_document import flat_signals
-from glassbox.statistics import PHASES, STATISTICS
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,7 +1,7 @@
 """Texts of token ids, for traces whose text may be shown (`requests.include_text`).
 
 Owns finding and loading the served model's tokenizer, which happens at the first use and never without that setting.
-Where it lies is told by the worker (`tokenizer_note.py`). Code that a model brings along is not run:
+Where it lies is told by the worker (`store/tokenizer_note.py`). Code that a model brings along is not run:
 such a tokenizer gives no texts.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from glassbox.logs import get_logger
-from glassbox.tokenizer_note import note_path
+from glassbox.core.logs import get_logger
+from glassbox.store.tokenizer_note import note_path
 
 logger = get_logger(__name__)
 

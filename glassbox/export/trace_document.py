@@ -12,10 +12,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.core.statistics import PHASES, STATISTICS
 from glassbox.signals import request_signals
-from glassbox.statistics import PHASES, STATISTICS
-from glassbox.trace_directory import TraceSummary
-from glassbox.trace_record import RequestTrace
+from glassbox.store.trace_directory import TraceSummary
+from glassbox.store.trace_record import RequestTrace
 
 # Kept rows shown without a choice of tokens; the newest ones.
 MAX_TOKENS: Final = 4096

@@ -1,6 +1,6 @@
 """Request-level signals, computed from a trace in numpy.
 
-Owns the formulas. With rows t (kept positions), layers l, heads h, and the statistics of `glassbox/statistics.py`;
+Owns the formulas. With rows t (kept positions), layers l, heads h, and the statistics of `glassbox/core/statistics.py`;
 decode rows are those of generated tokens. A value that was not measured or not finite is left out of every mean.
 
 entropy_mean, lookback_mean: mean over decode rows, layers and heads of entropy_ratio and lookback_ratio.
@@ -22,8 +22,8 @@ from typing import Final, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from glassbox.statistics import INDEX
-from glassbox.trace_record import RequestTrace
+from glassbox.core.statistics import INDEX
+from glassbox.store.trace_record import RequestTrace
 
 SATURATED_ABOVE: Final = 0.95
 _TREND_TOKENS: Final = 100

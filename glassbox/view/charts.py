@@ -19,7 +19,7 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from glassbox.statistics import PHASES, Phase, Statistic
+from glassbox.core.statistics import PHASES, Phase, Statistic
 from glassbox.view import heat
 from glassbox.view.measured import Floats, Measured, ViewError, exported_statistics
 from glassbox.view.text import format_count, format_seconds, phase_words, shape_words, title, unit

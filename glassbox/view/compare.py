@@ -1,6 +1,6 @@
 """Two runs or two models place by place: how much each statistic differs.
 
-Owns which places are compared and how the differences are ordered; the effect sizes are `glassbox.drift`.
+Owns which places are compared and how the differences are ordered; the effect sizes are `drift.py`.
 """
 
 import math
@@ -10,8 +10,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from glassbox.drift import bucket_midpoints, expected_index, population_stability_index, standardised_mean_difference
-from glassbox.statistics import PHASES, STATISTICS, Phase, Statistic
+from glassbox.core.statistics import PHASES, STATISTICS, Phase, Statistic
+from glassbox.signals.drift import (
+    bucket_midpoints,
+    expected_index,
+    population_stability_index,
+    standardised_mean_difference,
+)
 from glassbox.view.measured import Measured, ViewError
 from glassbox.view.text import shape_words
 

@@ -13,11 +13,11 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from glassbox.statistics import Phase, Statistic
+from glassbox.core.statistics import Phase, Statistic
 from glassbox.view import heat
 from glassbox.view.measured import Floats, Measured, exported_statistics
+from glassbox.view.over_time import Watch
 from glassbox.view.text import format_count, format_seconds, format_value, phase_words, shape_words
-from glassbox.view.watch import Watch
 
 # A server that is silent for so long is said to be idle.
 _IDLE_S: Final = 15.0

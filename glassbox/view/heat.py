@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from glassbox.statistics import Statistic
+from glassbox.core.statistics import Statistic
 
 # Dark to light with even steps of lightness, readable for the colour-blind; after the idea of matplotlib's "magma",
 # with a bluer middle so that black and white text stand out on all of it.

@@ -20,10 +20,10 @@ from typing import Any, Final, TypeVar
 from rich.console import Console
 from rich.live import Live
 
-from glassbox.statistics import Phase
+from glassbox.core.statistics import Phase
 from glassbox.view.frame import Look, frame, last_scroll, sort_keys
 from glassbox.view.measured import Measured, ViewError, exported_statistics
-from glassbox.view.watch import Watch
+from glassbox.view.over_time import Watch
 
 _Item = TypeVar("_Item")
 

@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from glassbox.export.merge import DETAILS, Detail
-from glassbox.histograms import quantiles
-from glassbox.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS, Phase, Statistic
+from glassbox.core.histograms import quantiles
+from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS, Phase, Statistic
+from glassbox.store.merge import DETAILS, Detail
 
 Floats = npt.NDArray[np.float64]
 _ARRAYS: Final = ("counts", "sums", "rows", "nonfinite")

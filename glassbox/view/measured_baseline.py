@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from glassbox.baseline import ARRAYS, Baseline, BaselineError
+from glassbox.signals.baseline import ARRAYS, Baseline, BaselineError
 from glassbox.view.measured import Measured
 
 

@@ -7,8 +7,8 @@ from typing import Final
 
 import numpy as np
 
-from glassbox.drift import bucket_midpoints, standardised_mean_difference
-from glassbox.statistics import INDEX, STATISTICS, Phase
+from glassbox.core.statistics import INDEX, STATISTICS, Phase
+from glassbox.signals.drift import bucket_midpoints, standardised_mean_difference
 from glassbox.view.measured import Floats, Measured
 from glassbox.view.text import format_count, format_value, place_words
 

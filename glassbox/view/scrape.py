@@ -12,8 +12,8 @@ import numpy as np
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from glassbox.export.merge import Detail
-from glassbox.statistics import INDEX, PHASES, STATISTICS, Phase
+from glassbox.core.statistics import INDEX, PHASES, STATISTICS, Phase
+from glassbox.store.merge import Detail
 from glassbox.view.measured import Engines, Measured, ViewError, empty_arrays, places
 
 TIMEOUT_S: Final = 10.0

@@ -2,7 +2,7 @@
 
 import math
 
-from glassbox.statistics import Phase, Statistic
+from glassbox.core.statistics import Phase, Statistic
 from glassbox.view.measured import Measured
 
 

@@ -11,8 +11,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, Final
 
-from glassbox.export.merge import DETAILS, Detail
-from glassbox.statistics import INDEX, NUM_BUCKETS, PHASES, Phase
+from glassbox.core.statistics import INDEX, NUM_BUCKETS, PHASES, Phase
+from glassbox.store.merge import DETAILS, Detail
 from glassbox.view.measured import Engines, Measured, ViewError, empty_arrays, places
 
 MAX_WINDOWS: Final = 240

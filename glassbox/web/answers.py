@@ -12,7 +12,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from glassbox.logs import get_logger
+from glassbox.core.logs import get_logger
 
 logger = get_logger(__name__)
 

@@ -1,7 +1,8 @@
 """The routes of glassbox, and the application that serves them on its own port.
 
-Owns which path leads where. What is answered there is `snapshot.py`, `stream.py`, `requests.py` and `assets.py`; who
-listens is `glassbox.export.http` (own port) and `endpoint.py` (vLLM's API server).
+Owns which path leads where. What is answered there is `live_snapshot.py`, `stream.py`, `request_routes.py` and
+`assets.py`; who listens is `glassbox.processes.exporter.http` (own port) and `processes/api_server/endpoint.py` (vLLM's
+API server).
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,12 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from glassbox.export.source import FamilySource
+from glassbox.export.family_source import FamilySource
 from glassbox.web.answers import Endpoint, guarded, json_answer
 from glassbox.web.assets import INDEX, asset_answer
-from glassbox.web.requests import request_routes
+from glassbox.web.live_snapshot import snapshot_answer
+from glassbox.web.request_routes import request_routes
 from glassbox.web.selection import parse_snapshot
-from glassbox.web.snapshot import snapshot_answer
 from glassbox.web.stream import Feed, stream_answer
 
 PAGE_PATH: Final = "/glassbox/"

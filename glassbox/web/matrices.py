@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from glassbox.export.merge import MergedEngine
-from glassbox.histograms import quantiles
-from glassbox.statistics import INDEX, PHASES, Phase, Statistic
+from glassbox.core.histograms import quantiles
+from glassbox.core.statistics import INDEX, PHASES, Phase, Statistic
+from glassbox.store.merge import MergedEngine
 
 QUANTILES: Final = {"p50": 0.5, "p95": 0.95}
 # Quantiles are interpolated in a dozen buckets: more digits would be noise, and bytes on each frame.

@@ -15,9 +15,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.core.statistics import INDEX, STATISTICS
 from glassbox.export.trace_document import Selection, Texts, document, pick
-from glassbox.statistics import INDEX, STATISTICS
-from glassbox.trace_record import RequestTrace
+from glassbox.store.trace_record import RequestTrace
 
 # Of the numbers per layer and head; beyond it, layers are left out, evenly.
 MAX_BYTES: Final = 8_000_000

@@ -9,8 +9,8 @@ from typing import Final, Literal
 
 from starlette.datastructures import QueryParams
 
-from glassbox.export.merge import MergedEngine
-from glassbox.statistics import PHASES, STATISTICS, Phase, Statistic
+from glassbox.core.statistics import PHASES, STATISTICS, Phase, Statistic
+from glassbox.store.merge import MergedEngine
 from glassbox.web.answers import RequestError
 
 Window = Literal["last", "total"]

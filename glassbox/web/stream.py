@@ -16,12 +16,12 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from glassbox.export.merge import MergedEngine
-from glassbox.export.source import FamilySource, Merged
+from glassbox.export.family_source import FamilySource, Merged
+from glassbox.store.merge import MergedEngine
 from glassbox.web.answers import RequestError, encode
+from glassbox.web.live_snapshot import about_answer, engine_answer
 from glassbox.web.matrices import between
 from glassbox.web.selection import Selection, parse_stream
-from glassbox.web.snapshot import about_answer, engine_answer
 
 # A frame of a large model is some 100 kB: this bounds what an interval costs vLLM's API server.
 MAX_LISTENERS: Final = 16

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from glassbox.statistics import INDEX, NUM_STATISTICS
+from glassbox.core.statistics import INDEX, NUM_STATISTICS
 
 DECODE = 1
 

@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from glassbox.cpu import cpu_model  # noqa: E402
+from glassbox.core.cpu import cpu_model  # noqa: E402
 from glassbox.kernels.row_stats_cpu import LayerRows, row_stats_cpu  # noqa: E402
 from glassbox.kernels.row_stats_native import NativeStep  # noqa: E402
 from tests.kernels.test_row_stats_cpu import Batch, PlainReader  # noqa: E402

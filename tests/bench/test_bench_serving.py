@@ -9,9 +9,19 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from glassbox.bench import serving
-from glassbox.bench.serving import AGAIN, OFF, Options, Ratio, Sample, batches, ratios_of_start, run_batch, summarise
-from glassbox.cli import main
+from glassbox.cli.bench import serving
+from glassbox.cli.bench.serving import (
+    AGAIN,
+    OFF,
+    Options,
+    Ratio,
+    Sample,
+    batches,
+    ratios_of_start,
+    run_batch,
+    summarise,
+)
+from glassbox.cli.main import main
 from tests.serving import MODEL_NAME, GlassboxServer
 
 # Far below what `make bench` promises (0.60): this is for a machine where other things run, too.

@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from glassbox.statistics import INDEX
+from glassbox.core.statistics import INDEX
 from tests.integration.row_recorder import RowRecorder
 from tests.integration.transformers_truth import EagerModel
 

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from glassbox.export.families import build_families
-from glassbox.export.merge import merge
 from glassbox.export.prometheus import to_metric
-from glassbox.export.snapshot import read_snapshots
+from glassbox.store.merge import merge
+from glassbox.store.snapshot import read_snapshots
 from tests.e2e.samples import Key, counts_against_rows, glassbox_samples
 from tests.serving import GlassboxServer
 
@@ -126,7 +126,7 @@ class TestTwoApiServers:
 
     def test_one_exporter_speaks_for_the_server(self, pair: GlassboxServer) -> None:
         """There is one exporter process, not one per API server."""
-        exporters = [process for process in pair.processes() if "glassbox.export" in process.cmdline()]
+        exporters = [process for process in pair.processes() if "glassbox.processes.exporter" in process.cmdline()]
         assert len(exporters) == 1
 
     def test_vllms_own_metrics_are_still_there(self, pair: GlassboxServer) -> None:

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import pytest
 
-from glassbox.cpu import serving_dtype
-from glassbox.vllm_server import INTAKE_PATCHES
+from glassbox.adapter.server import INTAKE_PATCHES
+from glassbox.core.cpu import serving_dtype
 from tests.e2e import attach_run, speculative_run
 from tests.program import Finished, environment, run_program
 
@@ -20,7 +20,7 @@ PREFILL_ROWS: Final = 8
 # vLLM and transformers both compute in float32, with their own order of summation.
 ENTROPY_NATS, MASS = 1e-3, 1e-4
 INNER: Final = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
-OBSERVED: Final = "glassbox.backends.observed.ObservedCPU_ATTN"
+OBSERVED: Final = "glassbox.adapter.attention.observed.ObservedCPU_ATTN"
 # Rows of one layer and head: some positions of each prompt, and every generated token but the last.
 EXPECTED_ROWS: Final = (
     sum(min(PREFILL_ROWS, len(prompt)) for prompt in attach_run.PROMPTS),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glassbox.statistics import Phase
+from glassbox.core.statistics import Phase
 from glassbox.view.measured import exported_statistics
 from glassbox.view.text import format_value
 from glassbox.view.windows import read_run

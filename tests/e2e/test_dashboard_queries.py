@@ -13,12 +13,12 @@ import pytest
 
 pytest.importorskip("grafana_foundation_sdk", reason="needs the extra dashboards")
 
-from glassbox.baseline import from_engines, save_baseline
-from glassbox.dashboards import check, files, heads
-from glassbox.dashboards.rule_model import RuleSettings
-from glassbox.dashboards.rules import alerts, build_groups, recordings, to_data
-from glassbox.export.merge import merge
-from glassbox.export.snapshot import read_snapshots
+from glassbox.cli.dashboards import check, generated, heads
+from glassbox.cli.dashboards.rule_model import RuleSettings
+from glassbox.cli.dashboards.rules import alerts, build_groups, recordings, to_data
+from glassbox.signals.baseline import from_engines, save_baseline
+from glassbox.store.merge import merge
+from glassbox.store.snapshot import read_snapshots
 from tests.prometheus_server import PrometheusServer
 from tests.serving import require_tool, wait_for
 
@@ -143,7 +143,7 @@ def set_detail(server: "GlassboxServer", detail: str) -> None:
 def dashboard_expressions() -> dict[str, str]:
     """By "dashboard / panel target"."""
     return {
-        where: expression for board in files.dashboards().values() for where, expression in check.expressions(board)
+        where: expression for board in generated.dashboards().values() for where, expression in check.expressions(board)
     }
 
 
@@ -158,7 +158,7 @@ class TestQueries:
         require_tool("prometheus", "prometheus")
         rules = tmp_path / "rules.yaml"
         groups = build_groups(SHORT)
-        rules.write_text(files.rules_yaml(groups, SHORT))
+        rules.write_text(generated.rules_yaml(groups, SHORT))
         set_detail(server, "head")
         asked = dashboard_expressions()
         asked |= {f"rule {rule.title}": rule.title for rule in recordings(groups)}

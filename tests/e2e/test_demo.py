@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from glassbox.demo.server import HOST, ServerError, VllmServer, free_port
+from glassbox.cli.demo.vllm_server import HOST, ServerError, VllmServer, free_port
 
 pytestmark = pytest.mark.e2e
 

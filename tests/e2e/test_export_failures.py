@@ -70,7 +70,7 @@ def assert_counts_rows(server: GlassboxServer) -> None:
 
 
 def exporters(server: GlassboxServer) -> list[psutil.Process]:
-    return [process for process in server.processes() if "glassbox.export" in process.cmdline()]
+    return [process for process in server.processes() if "glassbox.processes.exporter" in process.cmdline()]
 
 
 class TestMissingCollector:

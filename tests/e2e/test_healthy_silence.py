@@ -13,11 +13,11 @@ from typing import Final
 import pytest
 import yaml
 
-from glassbox.baseline import from_engines, save_baseline
-from glassbox.dashboards.rules import alerts, build_groups, to_data
-from glassbox.demo.incident import SHORT, WINDOW_S
-from glassbox.export.merge import MergedEngine, merge
-from glassbox.export.snapshot import read_snapshots
+from glassbox.cli.dashboards.rules import alerts, build_groups, to_data
+from glassbox.cli.demo.incident import SHORT, WINDOW_S
+from glassbox.signals.baseline import from_engines, save_baseline
+from glassbox.store.merge import MergedEngine, merge
+from glassbox.store.snapshot import read_snapshots
 from tests.e2e.mixed_traffic import MixedTraffic
 from tests.prometheus_server import PrometheusServer
 from tests.serving import GlassboxServer, require_tool, wait_for

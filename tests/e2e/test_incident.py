@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from glassbox.demo.faults import FAULTS
-from glassbox.demo.incident import IncidentOptions, passed, run_incident
-from glassbox.demo.incident_report import Outcome
+from glassbox.cli.demo.faults import FAULTS
+from glassbox.cli.demo.incident import IncidentOptions, passed, run_incident
+from glassbox.cli.demo.incident_report import Outcome
 from tests.serving import require_tool
 
 pytestmark = pytest.mark.e2e

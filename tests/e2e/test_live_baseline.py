@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from glassbox.baseline import load_baseline
-from glassbox.cli import main
+from glassbox.cli.main import main
+from glassbox.signals.baseline import load_baseline
 from tests.serving import GlassboxServer
 
 pytestmark = pytest.mark.e2e

@@ -9,10 +9,10 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, expect
 
-from glassbox.config import GlassboxConfig
-from glassbox.export.http import HttpServer
-from glassbox.export.snapshot import write_snapshot
-from glassbox.export.source import FamilySource
+from glassbox.config.load import GlassboxConfig
+from glassbox.export.family_source import FamilySource
+from glassbox.processes.exporter.http import HttpServer
+from glassbox.store.snapshot import write_snapshot
 from glassbox.web.app import make_app
 from tests.browser import TIMEOUT_MS, Watched, chromium, watched_page
 from tests.export_samples import make_snapshot

@@ -109,7 +109,7 @@ class TestOtlp:
         """Nothing needs the exporter then; it ends within seconds of the edit."""
 
         def exporters() -> list[int]:
-            return [process.pid for process in server.processes() if "glassbox.export" in process.cmdline()]
+            return [process.pid for process in server.processes() if "glassbox.processes.exporter" in process.cmdline()]
 
         otel: dict[str, Any] = {"enabled": True, "endpoint": receiver.grpc_endpoint}
         server.edit_config(export={"interval_s": 1, "otel": otel})

@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from glassbox.statistics import STATISTICS
+from glassbox.core.statistics import STATISTICS
 from tests.e2e.mixed_traffic import MixedTraffic
 from tests.e2e.samples import PREFIX, Key, counts_against_rows, glassbox_samples
 from tests.prometheus_server import PrometheusServer

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from httpx_sse import EventSource
 
-from glassbox.config import packaged_config
+from glassbox.config.load import packaged_config
 from tests.e2e.test_soak import growth_mb_per_h, unharmed, warm_up
 from tests.serving import MODEL_NAME, GlassboxServer, wait_for
 

@@ -9,15 +9,15 @@ import pytest
 from playwright.sync_api import Browser, Page
 from starlette.applications import Starlette
 
-from glassbox.config import GlassboxConfig
-from glassbox.export.http import HttpServer
-from glassbox.tokenizer_note import write_source
-from glassbox.trace_directory import traces_path
-from glassbox.trace_record import RequestTrace, write_trace
-from glassbox.web.requests import request_routes
+from glassbox.config.load import GlassboxConfig
+from glassbox.processes.exporter.http import HttpServer
+from glassbox.store.tokenizer_note import write_source
+from glassbox.store.trace_directory import traces_path
+from glassbox.store.trace_record import RequestTrace, write_trace
+from glassbox.web.request_routes import request_routes
 from tests.browser import Watched, chromium, watched_page
 from tests.trace_samples import make_trace
-from tests.unit.test_token_text import make_tokenizer
+from tests.unit.export.test_token_text import make_tokenizer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

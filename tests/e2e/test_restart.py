@@ -86,7 +86,7 @@ def lives(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         dead_samples = glassbox_samples(first.metrics())
         (dead_dir,) = names(run_dirs)
         processes = first.processes()
-        exporters = [line for line in living(processes) if "glassbox.export" in line]
+        exporters = [line for line in living(processes) if "glassbox.processes.exporter" in line]
         # The exporter has a session of its own, so this does not hit it: it must see for itself that all is over.
         os.killpg(first.pid, signal.SIGKILL)
         survivors = remaining(processes, 5.0)

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import pytest
 
-from glassbox.cpu import serving_dtype
+from glassbox.core.cpu import serving_dtype
 from tests.e2e.greedy_run import CHUNK, NUM_TOKENS
 from tests.program import environment, run_program
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from glassbox.trace_directory import TraceDirectory, TraceSummary
+from glassbox.store.trace_directory import TraceDirectory, TraceSummary
 from tests.serving import MODEL_NAME, wait_for
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from glassbox.dashboards import check, files
-from glassbox.dashboards.stack import Stack
+from glassbox.cli.dashboards import check, generated
+from glassbox.cli.dashboards.stack import Stack
 from tests.e2e.test_dashboard_queries import VALUES
 from tests.otlp_receiver import OtlpReceiver, attributes
 from tests.prometheus_server import PrometheusServer, free_port
@@ -235,7 +235,7 @@ class TestExemplars:
         jobs = [job for job in yaml.safe_load(text)["scrape_configs"] if job["job_name"] in {"vllm", "glassbox"}]
         asked = [
             target["expr"]
-            for panel in check.panels(files.dashboards()["glassbox-requests"])
+            for panel in check.panels(generated.dashboards()["glassbox-requests"])
             for target in panel.get("targets", ())
             if target.get("exemplar")
         ]

@@ -166,7 +166,7 @@ def _count_preemptions() -> list[int]:
 
 def _deliver_traces(llm: Any) -> None:
     """Wait until the traces of all ended requests lie in the run directory."""
-    from glassbox.runner import deliver_ends
+    from glassbox.adapter.runner import deliver_ends
     from tests.attached import attached_hook
 
     deliver_ends(llm)
@@ -205,7 +205,7 @@ def measured_positions(prompt_len: int, length: int) -> tuple[list[int], list[in
 
 def model_path() -> Path:
     """Folder of the demo's model; GLASSBOX_TEST_MODEL where it can't be downloaded."""
-    from glassbox.demo.model import demo_model
+    from glassbox.cli.demo.demo_model import demo_model
 
     return Path(os.environ["GLASSBOX_TEST_MODEL"]) if "GLASSBOX_TEST_MODEL" in os.environ else demo_model()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from glassbox.statistics import INDEX, NUM_STATISTICS, STATISTICS
+from glassbox.core.statistics import INDEX, NUM_STATISTICS, STATISTICS
 from tests.integration.row_recorder import MeasuredRow, RowRecorder
 from tests.integration.transformers_truth import EagerModel, SequenceTruth
 
@@ -92,7 +92,7 @@ def prompts(demo_model_path: Path) -> list[list[int]]:
 @pytest.fixture(scope="module", autouse=True)
 def plugin_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from glassbox.plugin import register
-    from glassbox.registration import unregister
+    from glassbox.processes.registration import unregister
 
     folder = tmp_path_factory.mktemp("glassbox")
     (folder / "glassbox.yaml").write_text(

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import pytest
 
-from glassbox.backends import listening, observed, router
-from glassbox.backends.observed import inner_class, observed_class, observed_path
-from glassbox.backends.router import GlassboxBackend
-from glassbox.config import SUPPORTED_INNER_BACKENDS
-from glassbox.seat import SEAT
+from glassbox.adapter.attention import listening, observed, router
+from glassbox.adapter.attention.observed import inner_class, observed_class, observed_path
+from glassbox.adapter.attention.router import GlassboxBackend
+from glassbox.adapter.seat import SEAT
+from glassbox.config.load import SUPPORTED_INNER_BACKENDS
 from tests.program import environment, run_program
 
 registry = pytest.importorskip("vllm.v1.attention.backends.registry", reason="needs vLLM")
@@ -183,7 +183,7 @@ class TestRouter:
         for name in ("TRITON_ATTN", "CPU_ATTN"):
             self.platform_picks(monkeypatch, name)
             assert GlassboxBackend.validate_configuration(dtype=None, **LAYER) == []
-            assert GlassboxBackend.full_cls_name() == ("glassbox.backends.observed", f"Observed{name}")
+            assert GlassboxBackend.full_cls_name() == ("glassbox.adapter.attention.observed", f"Observed{name}")
 
     def test_not_observable(self, settings: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
         """Another backend is refused with a reason that says what to do."""
@@ -224,7 +224,7 @@ class TestRouter:
 
     def test_is_what_settings_register(self) -> None:
         """The path under which CUSTOM is registered is this class's."""
-        from glassbox.publish import CUSTOM_BACKEND_PATH
+        from glassbox.adapter.publish import CUSTOM_BACKEND_PATH
 
         assert f"{router.__name__}.{GlassboxBackend.__qualname__}" == CUSTOM_BACKEND_PATH
 
@@ -239,7 +239,7 @@ def selector_fields(fields: dict[str, Any]) -> dict[str, Any]:
 class TestCudaSelection:
     """vLLM's own selection code for a GPU of compute capability 9.0."""
 
-    OBSERVED: Final = "glassbox.backends.observed.Observed"
+    OBSERVED: Final = "glassbox.adapter.attention.observed.Observed"
 
     @staticmethod
     def select(folder: Path, config: str, *cases: tuple[str | None, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-from glassbox.backends import cpu_cache
-from glassbox.backends.cpu_cache import CacheLayoutError, KeyLayout, PackedKeyReader, probe_layout
-from glassbox.backends.cpu_layers import CachedLayer
-from glassbox.backends.layer_view import PackedView
+from glassbox.adapter.attention import cpu_cache
+from glassbox.adapter.attention.cpu_cache import CacheLayoutError, KeyLayout, PackedKeyReader, probe_layout
+from glassbox.adapter.attention.layer_view import PackedView
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.kernels.row_stats_cpu import LayerRows, plan_rows, row_stats_cpu
 from glassbox.kernels.row_stats_native import NativeRows, NativeStep
+from glassbox.measure.native_layers import CachedLayer
 from tests.kernels.tolerances import ATTENTION_OUTPUT, assert_two_oracles
 
 pytestmark = pytest.mark.integration

@@ -9,16 +9,16 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 
-from glassbox.accumulate import AccumulatorArrays, Accumulators
-from glassbox.backends import cpu_measure
-from glassbox.backends.cpu_measure import CpuMeasurer
-from glassbox.backends.layer_view import PackedView, tables_of
-from glassbox.errors import ErrorCounter
-from glassbox.native import NativeError
-from glassbox.sampling import ROW_UNCOUNTED
-from glassbox.trace_active import ActiveTrace
-from glassbox.trace_record import RequestTrace, Span, TraceOptions
-from glassbox.trace_step import TracedRows, TracedStep
+from glassbox.adapter.attention.layer_view import PackedView, tables_of
+from glassbox.core.errors import ErrorCounter
+from glassbox.core.native import NativeError
+from glassbox.measure import cpu_measurer
+from glassbox.measure.accumulate import AccumulatorArrays, Accumulators
+from glassbox.measure.cpu_measurer import CpuMeasurer
+from glassbox.measure.sampling import ROW_UNCOUNTED
+from glassbox.processes.worker.traces.active import ActiveTrace
+from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
+from glassbox.store.trace_record import RequestTrace, Span, TraceOptions
 from tests.trace_samples import make_host
 
 pytestmark = pytest.mark.integration
@@ -140,7 +140,7 @@ def assert_same(
 def test_the_native_kernel_and_torch_agree(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     """Accumulators, traces, top positions, spans and rows; each is used when it should be."""
     native = step.measured()
-    monkeypatch.setattr(cpu_measure, "NativeStep", None)  # not to be touched
+    monkeypatch.setattr(cpu_measurer, "NativeStep", None)  # not to be touched
     by_torch = step.measured(native=False)
     assert_same(native, by_torch)
     arrays, (asked, few), errors = native
@@ -157,9 +157,9 @@ def test_the_native_kernel_and_torch_agree(step: Step, monkeypatch: pytest.Monke
 def test_some_layers_each_way(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers with a window may be light where the others are not."""
     expected = step.measured()
-    light = cpu_measure.NativeRows.is_light
+    light = cpu_measurer.NativeRows.is_light
     monkeypatch.setattr(
-        cpu_measure.NativeRows,
+        cpu_measurer.NativeRows,
         "is_light",
         lambda self, *size, **more: self._struct.sliding_window > 0 and light(self, *size, **more),
     )
@@ -174,9 +174,9 @@ def test_without_a_compiler(step: Step, monkeypatch: pytest.MonkeyPatch) -> None
     def no_compiler() -> None:
         raise NativeError("no C++ compiler")
 
-    monkeypatch.setattr(cpu_measure, "native_kernel", no_compiler)
-    monkeypatch.setattr(cpu_measure, "log_once", lambda *args: said.append(args[3] % args[4:]))
-    monkeypatch.setattr(cpu_measure, "NativeStep", None)
+    monkeypatch.setattr(cpu_measurer, "native_kernel", no_compiler)
+    monkeypatch.setattr(cpu_measurer, "log_once", lambda *args: said.append(args[3] % args[4:]))
+    monkeypatch.setattr(cpu_measurer, "NativeStep", None)
     assert_same(step.measured(), expected)
     assert said == [
         "Rows are measured by torch, which takes several times as long as the compiled kernel: no C++ compiler"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from glassbox.errors import ErrorCounter
+from glassbox.core.errors import ErrorCounter
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration]
 
@@ -54,7 +54,7 @@ def errors() -> ErrorCounter:
 @pytest.fixture
 def nodes(errors: ErrorCounter) -> Iterator[Any]:
     """Graphs made in the test are watched."""
-    from glassbox.backends.graph_nodes import GraphNodes
+    from glassbox.measure.graph_nodes import GraphNodes
 
     made = GraphNodes(errors)
     made.watch()

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glassbox.statistics import INDEX
-from glassbox.trace_directory import TraceDirectory
-from glassbox.trace_record import RequestTrace
+from glassbox.core.statistics import INDEX
+from glassbox.store.trace_directory import TraceDirectory
+from glassbox.store.trace_record import RequestTrace
 from tests.integration.gpu_engine import (
     PREFILL_ROWS,
     EngineResult,

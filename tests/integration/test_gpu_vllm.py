@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glassbox.statistics import INDEX, STATISTICS
+from glassbox.core.statistics import INDEX, STATISTICS
 from tests.integration.gpu_engine import (
     PREFILL_ROWS,
     EngineResult,

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from glassbox import capture, rundir
-from glassbox.export.snapshot import read_snapshots
-from glassbox.runner import deliver_ends
+from glassbox import capture
+from glassbox.adapter.runner import deliver_ends
+from glassbox.core.statistics import INDEX
 from glassbox.signals import request_signals
-from glassbox.statistics import INDEX
-from glassbox.trace_directory import TraceDirectory
-from glassbox.trace_record import RequestTrace
+from glassbox.store import rundir
+from glassbox.store.snapshot import read_snapshots
+from glassbox.store.trace_directory import TraceDirectory
+from glassbox.store.trace_record import RequestTrace
 from tests.attached import attached_hook, running_observer
 from tests.integration.transformers_truth import EagerModel
 
@@ -97,7 +98,7 @@ class Engine:
 @pytest.fixture(scope="module")
 def engine(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     from glassbox.plugin import register
-    from glassbox.registration import unregister
+    from glassbox.processes.registration import unregister
 
     folder = tmp_path_factory.mktemp("glassbox")
     (folder / "glassbox.yaml").write_text(

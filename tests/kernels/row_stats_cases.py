@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from glassbox.core.statistics import NUM_BUCKETS, NUM_STATISTICS, STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_stats import LayerAccumulators
-from glassbox.statistics import NUM_BUCKETS, NUM_STATISTICS, STATISTICS
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BAD_BLOCK = 2**30  # an unused block table entry: following it is an illegal access

@@ -9,10 +9,10 @@ from torch import Tensor
 from tests.kernels.interpreter import DEVICE, ON_GPU
 
 # isort: split
+from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.kernels.row_stats import LayerAccumulators, RowStatsWorkspace, Tiling, row_stats
-from glassbox.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, STATISTICS
 from tests.kernels import row_stats_cases as made
 from tests.kernels.row_stats_cases import BASE, MIXED, Case, Inputs, Sequence, make_accumulators, make_inputs
 from tests.kernels.tolerances import assert_two_oracles

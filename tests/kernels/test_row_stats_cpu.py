@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical
 
+from glassbox.core.statistics import INDEX, NUM_STATISTICS, STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.kernels.row_stats_cpu import LayerRows, RowPlan, plan_rows, row_stats_cpu
 from glassbox.kernels.row_stats_native import KeyOrder, KeyPages, NativeLayer, NativeRows, NativeStep
-from glassbox.statistics import INDEX, NUM_STATISTICS, STATISTICS
 from tests.kernels.tolerances import assert_two_oracles
 
 NONFINITE = NUM_STATISTICS

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from glassbox.core.statistics import INDEX, NUM_STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_stats_native import KeyOrder, KeyPages, NativeLayer, NativeRows, NativeStep
-from glassbox.statistics import INDEX, NUM_STATISTICS
 from tests.kernels.test_row_stats_cpu import Batch
 
 BLOCK, D = 32, 64

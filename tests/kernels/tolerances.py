@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glassbox.statistics import INDEX, NUM_STATISTICS
+from glassbox.core.statistics import INDEX, NUM_STATISTICS
 
 EPS32: Final = torch.finfo(torch.float32).eps
 # Of plain torch's error in the same dtype.

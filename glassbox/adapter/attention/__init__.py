@@ -1,0 +1,1 @@
+"""The observed attention backends, and what their layers look like to a measurer."""

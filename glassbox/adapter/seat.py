@@ -1,0 +1,106 @@
+"""What glassbox has in this process: the one place of its state.
+
+vLLM calls a plugin's entry point, a backend's class methods and an attention impl's `forward` without giving them an
+object to hang state on, so something has to be global. This is all of it; whoever needs more is handed it.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from torch import Tensor
+
+from glassbox.adapter.attention.listening import Listening
+from glassbox.adapter.protocols import AttentionLayer, AttentionMetadata, CommonMetadata
+from glassbox.config.settings import Settings
+
+
+class Closable(Protocol):
+    """What has to be taken back."""
+
+    def close(self) -> None: ...
+
+
+class Hook(Protocol):
+    """The patches of a worker process."""
+
+    def install(self) -> None:
+        """Patch the runner and worker classes that are loaded; does nothing for those patched already."""
+
+    def remove(self) -> None:
+        """Put every patched method back and stop what was started."""
+
+
+class Listener(Protocol):
+    """Who is told by observed backends."""
+
+    def on_build(self, layer_names: list[str], common_attn_metadata: CommonMetadata) -> None:
+        """vLLM built the metadata of these layers."""
+
+    def after_attention(
+        self, impl: Any, layer: AttentionLayer, query: Tensor, kv_cache: Tensor, attn_metadata: AttentionMetadata
+    ) -> None:
+        """A layer's attention was computed, or queued."""
+
+
+class Seat:
+    """State of one process.
+
+    Attributes:
+        registration: what `register()` changed; None if nothing.
+        settings: live, as long as glassbox is registered.
+        hook: of this process, once an observed layer was built in it: then it is a worker.
+        listener: of this worker, while there is one.
+        listening: which `forward` the observed impls have.
+        inner_name: what CUSTOM stands for, between `validate_configuration` and `full_cls_name`, which vLLM calls one
+            after the other for one layer.
+    """
+
+    def __init__(self) -> None:
+        self.registration: Closable | None = None
+        self.settings: Settings | None = None
+        self.hook: Hook | None = None
+        self.listener: Listener | None = None
+        self.listening: Final = Listening()
+        self.inner_name: str | None = None
+        self._make_hook: Callable[[], Hook] | None = None
+
+    @property
+    def attach(self) -> str:
+        """`attach` as the server started with it: changing it needs a restart."""
+        return self.settings.started_with.attach if self.settings else "auto"
+
+    @property
+    def inner_backend(self) -> str:
+        """`inner_backend` as the server started with it."""
+        return self.settings.started_with.inner_backend if self.settings else "auto"
+
+    @property
+    def enabled(self) -> bool:
+        """`enabled` as the server started with it: what was not attached then needs a restart."""
+        return self.settings is None or self.settings.started_with.enabled
+
+    def take(self, settings: Settings, make_hook: Callable[[], Hook]) -> None:
+        """glassbox is registered.
+
+        Args:
+            settings: of this process.
+            make_hook: makes the hook if this process turns out to be a worker.
+        """
+        self.settings, self._make_hook = settings, make_hook
+
+    def layer_built(self) -> None:
+        """vLLM has built an observed layer in this process."""
+        if self.hook is None and self._make_hook is not None:
+            self.hook = self._make_hook()
+        if self.hook is not None:
+            self.hook.install()
+
+    def leave(self) -> None:
+        """glassbox is registered no more; patches are put back."""
+        hook, self.hook = self.hook, None
+        self.settings = self._make_hook = None
+        if hook is not None:
+            hook.remove()
+
+
+SEAT: Final = Seat()

@@ -1,0 +1,1 @@
+"""The command `glassbox`: commands, demo, bench and the generated dashboards."""

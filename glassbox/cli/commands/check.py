@@ -1,0 +1,94 @@
+"""The command `glassbox check`. Owns options, output and exit status."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from glassbox.cli.commands.common import fail, one_line_errors
+
+if TYPE_CHECKING:
+    from glassbox.cli.commands.model_shape import ModelShape
+    from glassbox.config.load import GlassboxConfig
+
+# Of the most common size today, 7 to 8 billion parameters (Llama 3, Mistral, Qwen 2.5 have 28 to 32 of each).
+_DEFAULT_SHAPE: Final = (32, 32)
+
+
+def check(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="The YAML file; without it the one that vLLM would find.", show_default=False),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the model: count time series for its layers and heads.", show_default=False),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Attention layers.", show_default=False)] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Query heads, of all ranks.", show_default=False)] = None,
+    engines: Annotated[int, typer.Option(min=1, help="Engines of the server (data parallel size).")] = 1,
+) -> None:
+    """Check a configuration file, print what it means, and count the time series it makes.
+
+    The output is YAML again: the file with its defaults filled in, and the count
+    as comments. A file that can't be used is one line on stderr and exit status 1.
+
+    \b
+    Examples:
+      glassbox check                              the file that vLLM would find
+      glassbox check my.yaml --model models/qwen  time series of that model
+      glassbox check my.yaml --layers 80 --heads 64 --engines 2
+    """
+    import yaml
+
+    from glassbox.config.load import ConfigError, find_config, load_config
+
+    if model is not None and (layers, heads) != (None, None):
+        raise fail("--model tells layers and heads; leave out --layers and --heads")
+    if (layers is None) != (heads is None):
+        raise fail("--layers and --heads must be given together; --model DIRECTORY reads both from config.json")
+    path = find_config() if file is None else file
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        raise fail(str(error)) from None
+    with one_line_errors():
+        shape, whose = _shape(model, layers, heads)
+    typer.echo(f"# {path}: valid. With the defaults filled in:")
+    typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    for line in _series_lines(config, shape, whose, engines):
+        typer.echo(f"# {line}".rstrip())
+
+
+def _shape(model: Path | None, layers: int | None, heads: int | None) -> tuple["ModelShape", str]:
+    """The shape to count for, and where it comes from."""
+    from glassbox.cli.commands.model_shape import ModelShape, read_shape
+
+    if model is not None:
+        return read_shape(model), f" ({model})"
+    if layers is not None and heads is not None:
+        return ModelShape(layers, heads), ""
+    return ModelShape(*_DEFAULT_SHAPE), " (as of an 8B model; for yours use --model, or --layers and --heads)"
+
+
+def _series_lines(config: "GlassboxConfig", shape: "ModelShape", whose: str, engines: int) -> list[str]:
+    from glassbox.export.families import fitting_detail, series_count
+    from glassbox.store.merge import DETAILS
+
+    prometheus = config.export.prometheus
+    drift = config.baseline.path is not None
+    shapes = [(shape.layers, shape.heads)] * engines
+    used, warning = fitting_detail(prometheus.detail, prometheus.max_series, shapes, with_drift=drift)
+    many = "1 engine" if engines == 1 else f"{engines} engines"
+    lines = [f"Time series of attention, {shape.layers} layers x {shape.heads} heads, {many}{whose}:"]
+    for detail in DETAILS:
+        number = engines * series_count(detail, shape.layers, shape.heads, with_drift=drift)
+        notes = ["in effect"] if detail == used else []
+        if number > prometheus.max_series:
+            notes.append(f"more than max_series {prometheus.max_series}")
+        lines.append(f"  detail {detail:5} {number:>12,}   {', '.join(notes)}")
+    if warning is not None:
+        lines.append(f"Falls back: {warning}")
+    if not (config.enabled and prometheus.enabled):
+        lines.append("None of them is shown: enabled or export.prometheus.enabled is false.")
+    return lines

@@ -1,0 +1,81 @@
+"""What the commands share: one-line errors, missing packages, common options and their completion."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from glassbox.core.statistics import STATISTICS, Phase
+
+
+class PhaseChoice(StrEnum):
+    """A phase, or both."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+    ALL = "all"
+
+    @property
+    def phase(self) -> Phase | None:
+        """None is both."""
+        return None if self == PhaseChoice.ALL else Phase(self.value)
+
+
+def fail(message: str, status: int = 1) -> typer.Exit:
+    """Print an error to stderr; raise what this returns."""
+    typer.echo(f"glassbox: {message}", err=True)
+    return typer.Exit(status)
+
+
+def require(extra: str, what: str, *modules: str, status: int = 1) -> None:
+    """End with a remedy if a package of an extra isn't installed.
+
+    Raises:
+        typer.Exit: one is missing.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        remedy = f"install the extra `{extra}`: pip install 'vllm-glassbox[{extra}]'"
+        raise fail(f"{what} needs {' and '.join(missing)}; {remedy}", status)
+
+
+@contextmanager
+def one_line_errors(status: int = 1) -> Iterator[None]:
+    """What can't be read, shown or written ends the command with one line."""
+    from glassbox.view.measured import ViewError
+
+    try:
+        yield
+    except ViewError as error:
+        raise fail(str(error), status) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise fail(f"{where}{error.strerror or error}; choose another path", status) from None
+
+
+def check_output(path: Path, *suffixes: str) -> None:
+    """End before the work begins if its result could not be written.
+
+    Raises:
+        typer.Exit: the suffix is none of those, or there is no such directory.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise fail(f"--output must end with {' or '.join(suffixes)}, got {path.name!r}")
+    if not path.parent.is_dir():
+        raise fail(f"--output must be in a directory that exists, got {str(path)!r}; make {path.parent} first")
+
+
+def complete_statistic(incomplete: str) -> list[tuple[str, str]]:
+    """Statistics that begin so, with their meaning."""
+    return [(s.name, s.meaning) for s in STATISTICS if s.exported and s.name.startswith(incomplete)]
+
+
+PhaseOption = Annotated[PhaseChoice, typer.Option("--phase", help="Of the rows: generated tokens, the prompt's, both.")]
+EngineOption = Annotated[
+    str | None,
+    typer.Option("--engine", help="Only this engine, by its label; without it all are added.", show_default=False),
+]

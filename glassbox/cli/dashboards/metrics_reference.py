@@ -1,0 +1,98 @@
+"""`docs/metrics.md`: every metric, recording rule and alert, from the tables that define them."""
+
+from collections.abc import Sequence
+
+from glassbox.cli.dashboards.rule_model import Group, RuleSettings
+from glassbox.cli.dashboards.rules import alerts, recordings
+from glassbox.core.statistics import STATISTICS, Statistic
+from glassbox.export.families import METRICS, Family
+
+_INTRODUCTION = """\
+# Metrics
+
+The names are those of Prometheus; in OpenTelemetry dots stand for the first underscores and units are in the unit field
+(`glassbox.attention.entropy_ratio`). All have the labels `model_name` and `engine`, the same as vLLM's own metrics, so
+that joins work. Those with `phase` (`prefill` or `decode`) also have `layer` at `export.prometheus.detail: layer`, and
+`layer` and `head` at `detail: head`; both are global indices. A **row** is one query token of one request in one layer
+and one head.
+"""
+
+_DRIFT = """\
+`glassbox_attention_drift_psi` and `glassbox_attention_drift_mean_shift` compare the rows of the last
+`baseline.window_s` seconds (up to a quarter more) with the file of `baseline.path`, which `glassbox baseline save`
+makes of a healthy run. They have the label `statistic` besides those above; a layer shows its worst head, and at
+`detail: model` the model does. There is no series for a head with fewer than `baseline.min_rows` rows on either side,
+nor for an engine that was idle for a whole window.
+
+- The population stability index is the sum over the histogram's buckets of (a - e) ln(a / e), e and a the shares of the
+  rows in the baseline and now, half a row having been added to each bucket. It is the symmetric Kullback-Leibler
+  divergence (Jeffreys 1946); by convention (Siddiqi, *Credit Risk Scorecards*, 2006) below 0.1 is no change, above
+  0.25 a major one. Without any change it is (B - 1)(1 / n + 1 / m) on average for n and m independent rows in B buckets
+  (Yurdakul 2018), and more for rows of few requests, which resemble each other.
+- The shift is (mean now - mean of the baseline) / sqrt((variance now + variance of the baseline) / 2), each row being
+  the middle of its bucket (Austin 2009, *Statistics in Medicine* 28:3083); 0.2 is small, 0.8 large (Cohen). It ends at
+  +-10.
+"""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [headings, tuple("---" for _ in headings), *(tuple(map(_cell, row)) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _range(row: Statistic) -> str:
+    low = "-∞" if row.lower is None else f"{row.lower:g}"
+    return f"{low} .. {'∞' if row.upper is None else f'{row.upper:g}'}"
+
+
+def _statistic(row: Statistic) -> tuple[str, ...]:
+    phases = "decode" if row.decode_only else "prefill, decode"
+    metric = f"`{row.metric}`" if row.exported else "none: in traced requests only"
+    bounds = ", ".join(f"{bound:g}" for bound in row.buckets) if row.exported else ""
+    return metric, row.meaning, f"`{row.formula}`", _range(row), phases, bounds
+
+
+def _family(family: Family) -> tuple[str, ...]:
+    labels = ", ".join(f"`{label}`" for label in family.label_names)
+    return f"`{family.name}`", family.kind, family.unit, labels, family.help
+
+
+def render(groups: tuple[Group, ...]) -> str:
+    """The page, without its header."""
+    recorded = [(f"`{rule.record}`", rule.comment) for rule in recordings(groups)]
+    hold = RuleSettings().hold
+    alarms = [
+        (f"[{rule.title}](runbooks/{rule.title}.md)", rule.severity, hold[rule.name], rule.when)
+        for rule in alerts(groups)
+    ]
+    signed = ", ".join(f"`{row.metric}`" for row in STATISTICS if row.exported and row.signed)
+    return "\n".join(
+        [
+            _INTRODUCTION,
+            "## Statistics of the attention\n",
+            "Histograms over the measured rows. The symbols of the formulas are explained in "
+            f"`glassbox/core/statistics.py`. {signed} has `_bucket` and `_count` but no `_sum`: its values may be "
+            "negative.\n",
+            _table(
+                ("Metric", "Meaning", "Formula", "Range", "Phases", "Buckets (`le`)"),
+                [_statistic(row) for row in STATISTICS],
+            ),
+            "## Other metrics\n",
+            _table(
+                ("Metric", "Kind", "Unit", "Labels", "Meaning"),
+                [_family(family) for family in METRICS if family.kind != "histogram"],
+            ),
+            "## Drift from a baseline\n",
+            _DRIFT,
+            "## Recording rules\n",
+            "Of `deploy/prometheus/rules.yaml`. The part before the first colon tells what a series stands for: an "
+            "engine, a layer of it, or a model on all its servers, each per phase.\n",
+            _table(("Series", "Meaning"), recorded),
+            "## Alerts\n",
+            _table(("Alert", "Severity", "For", "Fires when"), alarms),
+        ]
+    )

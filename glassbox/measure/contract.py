@@ -1,0 +1,198 @@
+"""What the parts of measuring say to each other: the measurers' interface, and what is asked of a step's traced rows.
+
+Owns types alone. `processes/worker/observer.py` calls a measurer, `processes/worker/traces/traced_step.py` asks and is
+answered, and neither knows the other's insides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from glassbox.kernels.layer_params import LayerParams
+from glassbox.kernels.row_stats_cpu import KeyReader
+from glassbox.kernels.row_stats_native import KeyPages
+from glassbox.measure.accumulate import AccumulatorArrays
+
+
+@dataclass(frozen=True)
+class AskedRows:
+    """What is asked of the probed rows of a step, R of them, over all of the worker's L layers at once.
+
+    Attributes:
+        rows: int32 [R, NUM_ROW_COLUMNS], their entries of the row list; places: int64 [R], where these stand in it.
+        positions: int32 [R], in their sequences.
+        top_k: the largest that one of them wants.
+        spans: int32 [R, S, 2], (start, exclusive end); (0, 0) fills up.
+        chosen: bool [R, L, H], the layers and heads that each of them wants; layer_rows: layers that one of them wants.
+        kept: the rows whose whole attention is wanted, ascending.
+    """
+
+    rows: npt.NDArray[np.int32]
+    places: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int32]
+    top_k: int
+    spans: npt.NDArray[np.int32]
+    chosen: npt.NDArray[np.bool_]
+    layer_rows: frozenset[int]
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayersAnswer:
+    """What was found for `AskedRows` in some layers, G of them, with H heads each.
+
+    Attributes:
+        layer_rows: which layers, ascending.
+        topk_positions: int32 [R, G, H, k]; topk_mass: float32, alike.
+        span_mass: float32 [R, G, H, S].
+        chosen_sum: float32 [R, n], attention to positions 0 .. n - 1 summed over the chosen layers and heads.
+        rows: float16 [G, H, keys] of each kept row, the last keys up to its own position.
+    """
+
+    layer_rows: Sequence[int]
+    topk_positions: npt.NDArray[np.int32]
+    topk_mass: npt.NDArray[np.float32]
+    span_mass: npt.NDArray[np.float32]
+    chosen_sum: npt.NDArray[np.float32]
+    rows: tuple[npt.NDArray[np.float16], ...]
+
+
+class StepTraces(Protocol):
+    """Where what is measured of a step's traced rows goes.
+
+    Attributes:
+        num_slots: of a ring that has a slot for every row that ROW_SLOT gives one.
+        layer_rows: observed layers that some of the traces keep.
+    """
+
+    num_slots: int
+    layer_rows: frozenset[int]
+
+    def add_stats(self, layer_rows: Sequence[int], stats: npt.NDArray[np.float32]) -> None:
+        """Keep the statistics of some layers.
+
+        Args:
+            layer_rows: of the layers among the observed ones.
+            stats: [N, R, H, NUM_STATISTICS + 1] of these layers and the whole row list.
+        """
+
+    def set_stats(self, ring: npt.NDArray[np.float32]) -> None:
+        """Keep the statistics of all layers.
+
+        Args:
+            ring: [num_slots, L, H, NUM_STATISTICS + 1], NaN where nothing was measured.
+        """
+
+    def asked(self) -> AskedRows | None:
+        """All questions together; None if there are none. Answers go to `add_layers`."""
+
+    def add_layers(self, answer: LayersAnswer, kept: Sequence[int]) -> None:
+        """Keep what was found in some layers for `asked()`, whose `kept` is given back."""
+
+    def commit(self) -> None:
+        """Give every trace its rows."""
+
+
+class BatchTables(NamedTuple):
+    """Where a step's requests stand; B of them, on the worker's device.
+
+    Attributes:
+        block_table: int32 [B, max_blocks].
+        query_start_loc: int32 [B + 1].
+        seq_lens: int32 [B].
+        group: one object for all layers of a KV-cache group in a step, which keeps these tensors alive.
+    """
+
+    block_table: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    group: object
+
+
+class LayerView(Protocol):
+    """A layer as its measurer reads it.
+
+    Attributes:
+        name: vLLM's.
+        params: what its scores depend on.
+    """
+
+    name: str
+    params: LayerParams
+
+
+class PackedLayer(LayerView, Protocol):
+    """A layer whose keys lie packed in pages (CPU)."""
+
+    def reader(self, kv_cache: Tensor) -> KeyReader:
+        """Reads keys of `kv_cache`, of this layer; it must not outlive the step, for vLLM may free the cache."""
+
+    def pages(self, kv_cache: Tensor) -> KeyPages:
+        """The pages for the native kernel."""
+
+
+class StridedLayer(LayerView, Protocol):
+    """A layer whose keys are a strided tensor (GPU).
+
+    Attributes:
+        num_heads, head_size: of its queries.
+    """
+
+    num_heads: int
+    head_size: int
+
+    def keys(self, kv_cache: Tensor | None = None) -> Tensor:
+        """K of the cache, [num_blocks, Hkv, block_size, D], in the type of its numbers.
+
+        Args:
+            kv_cache: the layer's; None takes it from the layer.
+        """
+
+
+View_contra = TypeVar("View_contra", bound=LayerView, contravariant=True)
+
+
+class Measurer(Protocol[View_contra]):
+    """Measures the rows of a step on one kind of device.
+
+    A step that is measured is `begin`, any number of `on_build` and `after_attention`, then `finish`; or `discard`,
+    whatever came before, also a `begin` or `finish` that raised.
+    """
+
+    max_rows: int
+    max_traced_rows: int
+
+    def end_warm_up(self) -> None:
+        """Warm-up and graph capture are over; what follows are real steps and dummies."""
+
+    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None) -> None:
+        """Measure `rows` ([R, 5] int32, see sampling.py) in the local `layers` during this step.
+
+        What is measured of rows with a trace slot goes to `traced` as well, which is committed when that is complete.
+        """
+
+    def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
+        """The attention metadata of these layers was built, from these tables."""
+
+    def after_attention(self, layer: View_contra, query: Tensor, kv_cache: Tensor, tables: BatchTables | None) -> None:
+        """K of this step is in the cache, and the inner attention was computed (CPU) or queued (GPU).
+
+        Args:
+            layer: of it.
+            query: [T, Hq, D] of the step.
+            kv_cache: of the layer, not empty.
+            tables: of the layer; None if only those of `on_build` are known.
+        """
+
+    def finish(self) -> None:
+        """The step's forward pass is over (CPU) or queued (GPU)."""
+
+    def discard(self) -> None:
+        """Measure nothing more of this step and keep nothing of it; what was added already stays."""
+
+    def copy(self, now_s: float) -> AccumulatorArrays:
+        """The cumulative numbers; called from another thread."""

@@ -1,0 +1,334 @@
+"""Measuring on the CPU: on the calling thread, over K read from vLLM's packed pages.
+
+One of two ways, chosen per step and kind of layer: the native kernel, or torch for many rows on many cores and where
+there is no compiler. Few rows cost mostly calls, and between two layers of a model nothing of them is in the CPU's
+caches. So after its attention only a layer's queries are put by, until as many layers have come as are measured at
+once, or the step ends; the keys that its rows see stay in the cache until then.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import torch
+
+from glassbox.core.errors import ErrorCounter
+from glassbox.core.logs import get_logger, log_once
+from glassbox.core.native import NativeError
+from glassbox.core.trace_options import MAX_ROW_KEYS
+from glassbox.kernels.row_plan import RowPlan, plan_rows
+from glassbox.kernels.row_probe_cpu import ProbeAnswers, row_probe_cpu
+from glassbox.kernels.row_stats_cpu import LayerRows, row_stats_cpu
+from glassbox.kernels.row_stats_native import NativeProbe, NativeRows, NativeStep, Questions, native_kernel
+from glassbox.measure.accumulate import AccumulatorArrays, Accumulators
+from glassbox.measure.contract import AskedRows, BatchTables, LayersAnswer, PackedLayer, StepTraces
+from glassbox.measure.native_layers import CachedLayer, LayerKind
+from glassbox.measure.sampling import ROW_PHASE, ROW_UNCOUNTED
+
+logger = get_logger(__name__)
+
+# Statistics of several layers are added to the accumulators together: it costs a dozen torch calls either way.
+_FLUSH_ELEMENTS: Final = 1 << 21  # 8 MB of float32
+
+
+@dataclass
+class _Waiting:
+    """Layers of one kind that torch measures together.
+
+    Attributes:
+        limit: how many at once.
+        asked: what is asked of the rows; None if their statistics are wanted.
+        rows: of the layers in the accumulators.
+    """
+
+    plan: RowPlan
+    limit: int
+    asked: AskedRows | None
+    rows: list[int] = field(default_factory=list)
+    layers: list[LayerRows] = field(default_factory=list)
+
+
+@dataclass
+class _Native:
+    """Layers of one size that the native kernel measures in a step.
+
+    Attributes:
+        step: names layers by their rows in the accumulators.
+        probe: of the layers of which something is asked; None if nothing is.
+        places: of these layers in `probe`, by their rows in the accumulators.
+    """
+
+    step: NativeStep
+    probe: NativeProbe | None
+    places: Mapping[int, int]
+
+
+class CpuMeasurer:
+    """Measures rows with `kernels/row_stats_native.py`, or `kernels/row_stats_cpu.py` and `kernels/row_probe_cpu.py`.
+
+    Args:
+        accumulators: on the CPU; [L, H] of the observed layers.
+        layer_rows: name of each observed layer -> its row in the accumulators.
+        sink_tokens, local_window: in tokens, see statistics.py.
+        errors: counts what goes wrong with probes.
+        native: whether the native kernel may be used.
+    """
+
+    def __init__(
+        self,
+        accumulators: Accumulators,
+        layer_rows: dict[str, int],
+        *,
+        sink_tokens: int,
+        local_window: int,
+        errors: ErrorCounter,
+        native: bool = True,
+    ) -> None:
+        self._accumulators, self._layer_rows, self._errors = accumulators, layer_rows, errors
+        self._sink_tokens, self._local_window = sink_tokens, local_window
+        self.max_rows = self.max_traced_rows = sys.maxsize
+        self._rows: np.ndarray | None = None
+        self._layers: frozenset[int] = frozenset()
+        self._traced: StepTraces | None = None
+        self._asked: AskedRows | None = None
+        # Of the rows that enter the accumulators, None is all.
+        self._counted: torch.Tensor | None = None
+        # Their ids are keys below, so they must not be another's.
+        self._groups: list[object] = []
+        # Of torch: plans, and layers that wait.
+        self._plans: dict[tuple[int, int | None, bool], RowPlan] = {}
+        self._waiting: dict[Hashable, _Waiting] = {}
+        # Of the native kernel: what it knows of layers, and the step's rows and results.
+        self._native = native and _has_kernel()
+        self._cached_layers: dict[int, CachedLayer] = {}
+        self._native_rows: dict[Hashable, NativeRows] = {}
+        self._natives: dict[Hashable, _Native] = {}
+        # [N, R, H, NUM_STATISTICS + 1] of so many layers, for the accumulators.
+        self._pending: list[tuple[list[int], torch.Tensor]] = []
+
+    def end_warm_up(self) -> None:
+        """Nothing was captured."""
+
+    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None) -> None:
+        """See contract.Measurer."""
+        self._asked = None if traced is None else traced.asked()
+        counted = (rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0
+        self._counted = None if counted.all() else torch.from_numpy(np.flatnonzero(counted))
+        self._rows, self._layers, self._traced = rows, layers, traced
+
+    def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
+        """Nothing to keep: the CPU's metadata holds all that is needed."""
+
+    def after_attention(
+        self, layer: PackedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables | None
+    ) -> None:
+        """Put by the queries of this layer's rows, if it is one of the step's layers."""
+        if self._rows is None or tables is None:
+            return
+        row = self._layer_rows.get(layer.name)
+        if row is None or row not in self._layers:
+            return
+        if self._native and self._take(row, layer, query, kv_cache, tables):
+            return
+        params = layer.params
+        plan = self._plan(self._rows, tables, kv_cache.shape[2], params.sliding_window)
+        # Made for each call: it is a view, and keeping it would keep a KV cache alive that vLLM has freed.
+        reader = layer.reader(kv_cache)
+        self._put_by(row, LayerRows.select(query, reader, plan, params), plan, None)
+        if self._asked is not None and row in self._asked.layer_rows:
+            plan = self._plan(self._asked.rows, tables, kv_cache.shape[2], params.sliding_window)
+            self._put_by(row, LayerRows.select(query, reader, plan, params), plan, self._asked)
+
+    def finish(self) -> None:
+        """Add what was measured in this step."""
+        try:
+            for key in list(self._waiting):
+                self._measure(key)
+            for native in self._natives.values():
+                with self._errors.guard("observe"):
+                    native.step.measure()
+                if native.step.measured:
+                    self._keep(native.step.measured, native.step.stats())
+                probed = [row for row in native.step.measured if row in native.places]
+                if native.probe is not None and probed:
+                    self._answer(probed, native.probe.answers([native.places[row] for row in probed]))
+            self._flush()
+            if self._traced is not None:
+                self._traced.commit()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """See contract.Measurer."""
+        for of_step in (self._waiting, self._plans, self._natives, self._native_rows):
+            of_step.clear()
+        self._pending.clear()
+        self._groups.clear()
+        self._rows = self._traced = self._asked = self._counted = None
+
+    def copy(self, now_s: float) -> AccumulatorArrays:
+        """See contract.Measurer."""
+        self._accumulators.rotate(now_s)
+        return self._accumulators.copy()
+
+    def _take(
+        self, row: int, layer: PackedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables
+    ) -> bool:
+        """Put by a layer's queries for the native kernel, if that is the faster way."""
+        cached = self._cached_layers.get(row)
+        if cached is None or cached.cache() is not kv_cache:
+            cached = self._cached_layers[row] = CachedLayer.of(layer, query, kv_cache)
+        key = (id(tables.group), cached.kind)
+        native = self._natives.get(key)
+        if native is None:
+            rows = self._rows_for(tables, kv_cache.shape[2], cached.kind.sliding_window)
+            if not rows.is_light(cached.kind.num_heads, cached.kind.head_size, cores=torch.get_num_threads()):
+                return False
+            native = self._natives[key] = self._new_native(rows, cached.kind)
+        native.step.take(row, cached.layer, query, native.places.get(row, -1))
+        return True
+
+    def _rows_for(self, tables: BatchTables, block_size: int, window: int | None) -> NativeRows:
+        assert self._rows is not None
+        key = (id(tables.group), window)
+        rows = self._native_rows.get(key)
+        if rows is None:
+            rows = self._native_rows[key] = NativeRows(
+                self._rows,
+                tables.query_start_loc,
+                tables.seq_lens,
+                tables.block_table,
+                block_size,
+                sliding_window=window,
+                sink_tokens=self._sink_tokens,
+                local_window=self._local_window,
+                asked=None if self._asked is None else self._asked.places,
+            )
+            self._groups.append(tables.group)
+        return rows
+
+    def _new_native(self, rows: NativeRows, kind: LayerKind) -> _Native:
+        asked, num_layers = self._asked, len(self._layers)
+        if asked is None:
+            return _Native(NativeStep(rows, num_layers, kind.num_heads, kind.head_size), None, {})
+        probed_rows = sorted(asked.layer_rows & self._layers)
+        questions = Questions(
+            top_k=asked.top_k,
+            spans=asked.spans,
+            chosen=asked.chosen[:, probed_rows, : kind.num_heads],
+            kept_rows=asked.kept,
+            max_row_keys=MAX_ROW_KEYS,
+            positions=asked.positions,
+        )
+        probe = NativeProbe(questions)
+        step = NativeStep(rows, num_layers, kind.num_heads, kind.head_size, probe)
+        return _Native(step, probe, {row: place for place, row in enumerate(probed_rows)})
+
+    def _plan(self, rows: np.ndarray, tables: BatchTables, block_size: int, window: int | None) -> RowPlan:
+        key = (id(tables.group), window, rows is self._rows)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = plan_rows(
+                rows,
+                tables.query_start_loc,
+                tables.seq_lens,
+                tables.block_table,
+                block_size=block_size,
+                sliding_window=window,
+                sink_tokens=self._sink_tokens,
+                local_window=self._local_window,
+            )
+            self._groups.append(tables.group)
+        return plan
+
+    def _put_by(self, row: int, layer: LayerRows, plan: RowPlan, asked: AskedRows | None) -> None:
+        key = (id(plan), layer.kind)
+        waiting = self._waiting.get(key)
+        if waiting is None:
+            limit = plan.layers_at_once(layer.num_heads, layer.key_numbers, whole=asked is not None)
+            waiting = self._waiting[key] = _Waiting(plan, limit, asked)
+        waiting.rows.append(row)
+        waiting.layers.append(layer)
+        if len(waiting.rows) >= waiting.limit:
+            self._measure(key)
+
+    def _measure(self, key: Hashable) -> None:
+        # Taken out first: layers that fail must not stand in the way of the next ones.
+        waiting = self._waiting.pop(key)
+        if waiting.asked is not None:
+            self._probe(waiting, waiting.asked)
+        else:
+            self._keep(waiting.rows, row_stats_cpu(waiting.layers, waiting.plan).numpy())
+
+    def _keep(self, rows: list[int], stats: np.ndarray) -> None:
+        """Statistics of these layers, for the accumulators and for traces."""
+        if self._traced is not None:
+            self._traced.add_stats(rows, stats)
+        counted = torch.from_numpy(stats)
+        self._pending.append((rows, counted if self._counted is None else counted[:, self._counted]))
+        if sum(stats.numel() for _, stats in self._pending) > _FLUSH_ELEMENTS:
+            self._flush()
+
+    def _probe(self, waiting: _Waiting, asked: AskedRows) -> None:
+        try:
+            found = row_probe_cpu(
+                waiting.layers,
+                waiting.plan,
+                asked.positions.tolist(),
+                top_k=asked.top_k,
+                spans=torch.from_numpy(asked.spans),
+                chosen=torch.from_numpy(asked.chosen[:, waiting.rows, : waiting.layers[0].num_heads]),
+                kept_rows=asked.kept,
+                max_row_keys=MAX_ROW_KEYS,
+            )
+        except Exception as error:
+            self._errors.count("probe", error)
+        else:
+            self._answer(waiting.rows, found)
+
+    def _answer(self, rows: list[int], found: ProbeAnswers) -> None:
+        assert self._traced is not None
+        assert self._asked is not None
+        answer = LayersAnswer(
+            layer_rows=rows,
+            topk_positions=found.topk_positions.numpy(),
+            topk_mass=found.topk_mass.numpy(),
+            span_mass=found.span_mass.numpy(),
+            chosen_sum=found.chosen_sum.numpy(),
+            rows=tuple(row.numpy() for row in found.rows),
+        )
+        self._traced.add_layers(answer, self._asked.kept)
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, []
+        if not pending or self._rows is None or (self._counted is not None and not len(self._counted)):
+            return
+        self._accumulators.rotate(time.monotonic())
+        phases = torch.from_numpy(self._rows[:, ROW_PHASE].astype(np.int64))
+        if self._counted is not None:
+            phases = phases[self._counted]
+        by_heads: dict[int, list[tuple[list[int], torch.Tensor]]] = {}
+        for rows, stats in pending:
+            by_heads.setdefault(stats.shape[2], []).append((rows, stats))
+        for group in by_heads.values():
+            layers = torch.tensor([row for rows, _ in group for row in rows])
+            self._accumulators.add(layers, torch.cat([stats for _, stats in group]), phases)
+
+
+def _has_kernel() -> bool:
+    try:
+        native_kernel()
+    except (NativeError, OSError) as error:
+        log_once(
+            logger,
+            logging.WARNING,
+            "native",
+            "Rows are measured by torch, which takes several times as long as the compiled kernel: %s",
+            error,
+        )
+        return False
+    return True

@@ -1,0 +1,315 @@
+"""Measuring on a GPU: one kernel launch per layer, on the stream of the inner attention and after it.
+
+Owns the device's row list and control words, and the asynchronous copy for the exporter. The launch is part of vLLM's
+CUDA graphs, which have a second executable without it for steps that are not measured (`graph_nodes.py`); which rows a
+replay measures is decided by what the step hook wrote to the device before it, in stream order. No call here waits for
+the GPU, except `copy`, which runs on the exporter's thread.
+
+Not on a stream beside the attention: a graph with branches costs more to launch than the overlap saves, and so do the
+launches after it (docs/performance.md).
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from glassbox.core.errors import ErrorCounter
+from glassbox.core.statistics import NUM_STATISTICS
+from glassbox.core.trace_options import MAX_ROW_KEYS
+from glassbox.kernels.row_probe import ProbedLayers, row_probe
+from glassbox.kernels.row_probe_cpu import ProbeAnswers
+from glassbox.kernels.row_stats import LayerAccumulators, RowStatsWorkspace, row_stats
+from glassbox.measure.accumulate import AccumulatorArrays, Accumulators
+from glassbox.measure.contract import AskedRows, BatchTables, LayersAnswer, StepTraces, StridedLayer
+from glassbox.measure.deferred import DeferredActions
+from glassbox.measure.graph_nodes import GraphNodes
+from glassbox.measure.sampling import NUM_ROW_COLUMNS, ROW_BATCH, ROW_SLOT
+
+# Numbers and queries of the rows that one step may trace; never fewer than these rows.
+_RING_BYTES: Final = 16 << 20
+_LEAST_SLOTS: Final = 8
+
+
+class GpuMeasurer:
+    """Measures rows with `kernels/row_stats.py`.
+
+    Args:
+        accumulators: on the GPU; [L, H] of the observed layers.
+        layer_rows: name of each observed layer -> its row in the accumulators.
+        sink_tokens, local_window: in tokens, see statistics.py.
+        max_rows: length of the row list; captured graphs hold it.
+        head_size: largest of the layers; query_dtype: holds their queries.
+        deferred: takes what waits for the GPU.
+        is_piecewise: see `GraphNodes`.
+        errors: counts what goes wrong with graphs and probes.
+    """
+
+    def __init__(
+        self,
+        accumulators: Accumulators,
+        layer_rows: dict[str, int],
+        *,
+        sink_tokens: int,
+        local_window: int,
+        max_rows: int,
+        head_size: int,
+        query_dtype: torch.dtype,
+        deferred: DeferredActions,
+        is_piecewise: Callable[[], bool],
+        errors: ErrorCounter,
+    ) -> None:
+        device = accumulators.counts.device
+        self.max_rows = max_rows
+        self._accumulators, self._layer_rows = accumulators, layer_rows
+        self._sink_tokens, self._local_window = sink_tokens, local_window
+        num_layers, num_heads = accumulators.rows.shape[:2]
+        self._row_list = torch.zeros(max_rows, NUM_ROW_COLUMNS, dtype=torch.int32, device=device)
+        # Rows of this step in each layer; 0 lets a launch return at once.
+        self._num_rows = torch.zeros(num_layers, dtype=torch.int32, device=device)
+        self._workspace = RowStatsWorkspace(device, max_rows, num_heads)
+        self._host = [t.new_empty(t.shape, device="cpu").pin_memory() for t in self._exported()]
+        # What is measured of traced rows, by slot; NaN is nothing.
+        slot_bytes = num_layers * num_heads * (4 * (NUM_STATISTICS + 1) + head_size * query_dtype.itemsize)
+        self.max_traced_rows = min(max(_RING_BYTES // max(slot_bytes, 1), _LEAST_SLOTS), max_rows)
+        place = (self.max_traced_rows, num_layers, num_heads)
+        self._ring = torch.zeros(*place, NUM_STATISTICS + 1, dtype=torch.float32, device=device)
+        self._queries = torch.zeros(*place, head_size, dtype=query_dtype, device=device)
+        self._traced: StepTraces | None = None
+        self._deferred, self._errors = deferred, errors
+        self._graphs = GraphNodes(errors, is_piecewise)
+        self._graphs.watch()
+        self._copy_stream = torch.cuda.Stream(device)
+        self._step_done = torch.cuda.Event()
+        self._copy_done = torch.cuda.Event()
+        self._ring_read = torch.cuda.Event()
+        self._seen: dict[str, StridedLayer] = {}
+        self._built: dict[str, BatchTables] = {}
+        self._layers: frozenset[int] = frozenset()
+        self._active = False
+        self._warming = True
+        # Held while a copy or a step's first and last writes are queued, so that neither runs amid the other.
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the GPU."""
+        lists = self._row_list.nbytes + self._num_rows.nbytes
+        return self._accumulators.nbytes + self._workspace.nbytes + lists + self._ring.nbytes + self._queries.nbytes
+
+    def end_warm_up(self) -> None:
+        """See contract.Measurer."""
+        self._warming = False
+        self._graphs.unwatch()
+
+    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None) -> None:
+        """See contract.Measurer. Queues two small copies on the current stream."""
+        counts = np.zeros(len(self._num_rows), dtype=np.int32)
+        counts[list(layers)] = len(rows)
+        # Before anything is queued: whatever fails in here, `discard` takes it back.
+        self._layers, self._active, self._traced = layers, True, traced
+        with self._lock:
+            torch.cuda.current_stream().wait_event(self._copy_done)
+            self._accumulators.rotate(time.monotonic())
+            # A fresh pinned tensor for each copy: the GPU may still read the one of the step before.
+            self._row_list[: len(rows)].copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
+            self._num_rows.copy_(torch.from_numpy(counts).pin_memory(), non_blocking=True)
+            if traced is not None:
+                torch.cuda.current_stream().wait_event(self._ring_read)
+                self._ring[: traced.num_slots].fill_(torch.nan)
+                self._queries[: traced.num_slots].fill_(torch.nan)
+        self._graphs.measuring = True
+
+    def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
+        """Keep what FlashInfer's own metadata lacks: its block table and sequence lengths."""
+        for name in layer_names:
+            self._built[name] = tables
+
+    def after_attention(
+        self, layer: StridedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables | None
+    ) -> None:
+        """Queue this layer's launch.
+
+        During warm-up it is queued too, with no rows, so that the kernel is compiled before a capture; during a
+        capture always, since every replay will run it.
+        """
+        row = self._layer_rows.get(layer.name)
+        if row is None:
+            return
+        if (
+            not self._warming
+            and not (self._active and row in self._layers)
+            and not torch.cuda.is_current_stream_capturing()
+        ):
+            return
+        self._launch(row, layer, query, kv_cache, tables or self._built[layer.name])
+
+    def finish(self) -> None:
+        """See contract.Measurer. Later replays find no rows."""
+        self._graphs.measuring = False
+        traced, self._traced = self._traced, None
+        answers = [] if traced is None else self._probe(traced)
+        with self._lock:
+            if self._active:
+                self._num_rows.zero_()
+                self._active = False
+            self._step_done.record()
+            if traced is not None:
+                self._collect(traced, answers)
+
+    def discard(self) -> None:
+        """See contract.Measurer. What was queued of this step is still added; later replays find no rows."""
+        self._graphs.measuring = self._active = False
+        self._traced = None
+        with self._lock:
+            self._num_rows.zero_()
+            self._step_done.record()
+
+    def _collect(self, traced: StepTraces, answers: list["_Answer"]) -> None:
+        """Queue the copies of what was measured of traced rows; it is kept when they are done."""
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self._copy_stream):
+            self._copy_stream.wait_event(self._step_done)
+            ring = _to_host(self._ring[: traced.num_slots])
+            self._ring_read.record()
+            found = [answer.to_host() for answer in answers]
+            done.record()
+
+        def keep() -> None:
+            traced.set_stats(ring.numpy())
+            for answer, host in zip(answers, found, strict=True):
+                traced.add_layers(answer.on_host(host), answer.asked.kept)
+            traced.commit()
+
+        self._deferred.add(keep, done)
+
+    def _probe(self, traced: StepTraces) -> list["_Answer"]:
+        """Queue what requests asked beyond statistics, over the keys as this step has left them."""
+        asked = traced.asked()
+        if asked is None:
+            return []
+        try:
+            return [self._probe_group(asked, names) for names in self._groups(asked)]
+        except Exception as error:
+            self._errors.count("probe", error)
+            return []
+
+    def _groups(self, asked: AskedRows) -> list[list[str]]:
+        """The layers that are asked for, by what one launch can do: one block table, one shape, one kind of score."""
+        groups: dict[object, list[str]] = {}
+        for name, row in self._layer_rows.items():
+            seen, built = self._seen.get(name), self._built.get(name)
+            if row in asked.layer_rows and seen is not None and built is not None:
+                keys, params = seen.keys(), seen.params
+                kind = (keys.dtype, keys.shape[1:], keys.stride(), seen.num_heads)
+                extras = (params.alibi_slopes is None, params.sinks is None)
+                groups.setdefault((id(built.group), kind, extras), []).append(name)
+        return list(groups.values())
+
+    def _probe_group(self, asked: AskedRows, names: list[str]) -> "_Answer":
+        seen = [self._seen[name] for name in names]
+        layer_rows = [self._layer_rows[name] for name in names]
+        num_heads, head_size = seen[0].num_heads, seen[0].head_size
+        device = self._ring.device
+        slots = _to_device(asked.rows[:, ROW_SLOT].astype(np.int64), device)
+        queries = self._queries.index_select(0, slots)
+        if len(layer_rows) < len(self._layer_rows):
+            queries = queries.index_select(1, _to_device(np.array(layer_rows, dtype=np.int64), device))
+        answers = row_probe(
+            queries[:, :, :num_heads, :head_size],
+            ProbedLayers.of([one.keys() for one in seen], [one.params for one in seen], num_heads),
+            self._built[names[0]].block_table,
+            _to_device(np.stack([asked.rows[:, ROW_BATCH], asked.positions], axis=1), device),
+            asked.positions.tolist(),
+            top_k=asked.top_k,
+            spans=_to_device(asked.spans, device),
+            chosen=_to_device(asked.chosen[:, layer_rows, :num_heads], device),
+            kept_rows=asked.kept,
+            max_row_keys=MAX_ROW_KEYS,
+        )
+        return _Answer(asked, layer_rows, answers)
+
+    def copy(self, now_s: float) -> AccumulatorArrays:
+        """See contract.Measurer. Waits for the copy, on the calling thread only."""
+        with self._lock, torch.cuda.stream(self._copy_stream):
+            self._copy_stream.wait_event(self._step_done)
+            self._accumulators.rotate(now_s)
+            for host, device in zip(self._host, self._exported(), strict=True):
+                host.copy_(device, non_blocking=True)
+            self._copy_done.record()
+        self._copy_done.synchronize()
+        counts, sums, rows, nonfinite, window_max = (host.numpy().copy() for host in self._host)
+        return AccumulatorArrays(counts, sums, rows, nonfinite, window_max.max(axis=0))
+
+    def _exported(self) -> tuple[torch.Tensor, ...]:
+        a = self._accumulators
+        return a.counts, a.sums, a.rows, a.nonfinite, a.window_max
+
+    def _launch(
+        self, row: int, layer: StridedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables
+    ) -> None:
+        self._seen[layer.name] = layer
+        num_heads, head_size = layer.num_heads, layer.head_size
+        row_stats(
+            query,
+            layer.keys(kv_cache),
+            tables.block_table,
+            tables.query_start_loc,
+            tables.seq_lens,
+            self._row_list,
+            self._num_rows[row:],
+            layer.params,
+            self._layer_accumulators(row, num_heads),
+            self._workspace,
+            sink_tokens=self._sink_tokens,
+            local_window=self._local_window,
+            ring=self._ring[:, row, :num_heads],
+            queries=self._queries[:, row, :num_heads, :head_size],
+        )
+        self._graphs.record(torch.cuda.current_stream())
+
+    def _layer_accumulators(self, row: int, num_heads: int) -> LayerAccumulators:
+        a = self._accumulators
+        return LayerAccumulators(
+            counts=a.counts[row, :num_heads],
+            sums=a.sums[row, :num_heads],
+            rows=a.rows[row, :num_heads],
+            nonfinite=a.nonfinite[row, :num_heads],
+            window_max=a.window_max[:, row, :num_heads],
+            window_slot=a.window_slot,
+            bounds=a.bounds,
+        )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What was asked and found in some layers, on the device."""
+
+    asked: AskedRows
+    layer_rows: Sequence[int]
+    found: ProbeAnswers
+
+    def to_host(self) -> list[torch.Tensor]:
+        """Queue the copies on the current stream."""
+        found = self.found
+        values = (found.topk_positions, found.topk_mass, found.span_mass, found.chosen_sum, *found.rows)
+        return [_to_host(value) for value in values]
+
+    def on_host(self, copies: list[torch.Tensor]) -> LayersAnswer:
+        """What `to_host` gave, once it is there."""
+        positions, mass, spans, total, *rows = (copy.numpy() for copy in copies)
+        return LayersAnswer(self.layer_rows, positions, mass, spans, total, tuple(rows))
+
+
+def _to_host(source: torch.Tensor) -> torch.Tensor:
+    """Queue a copy into pinned memory of its own."""
+    return torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
+
+
+def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Queue a copy from pinned memory of its own; nothing waits for it."""
+    return torch.from_numpy(np.ascontiguousarray(values)).pin_memory().to(device, non_blocking=True)

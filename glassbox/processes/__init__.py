@@ -1,0 +1,1 @@
+"""What runs where: in a worker, in an API server, in the exporter, and offline."""

@@ -1,0 +1,161 @@
+"""Whether a server needs an exporter process, and a worker's hold on it.
+
+Owns starting it, starting it again, and ending it. What it does is its own: nothing of that is imported here, since
+every worker imports this.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+import glassbox
+from glassbox.config.load import GlassboxConfig
+from glassbox.core.affinity import leave_workers_cores
+from glassbox.store import rundir
+from glassbox.store.exporter_lock import ExporterLock
+
+# prometheus_client's: set, the server has several processes whose metrics are files of this directory.
+MULTIPROCESS_ENV: Final = "PROMETHEUS_MULTIPROC_DIR"
+_LONGEST_BACKOFF_S: Final = 60.0
+_STOP_TIMEOUT_S: Final = 3.0
+_BINDING_VARIABLES: Final = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
+
+
+def wants_records(config: GlassboxConfig) -> bool:
+    """True if the configuration asks for records of traces."""
+    return config.enabled and config.requests.records.path is not None
+
+
+def wants_spans(config: GlassboxConfig) -> bool:
+    """True if the configuration asks for spans, and requests may be traced."""
+    requests, otel = config.requests, config.export.otel
+    return config.enabled and otel.enabled and otel.traces and (requests.opt_in or requests.trace_rate > 0)
+
+
+def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) -> bool:
+    """True if the configuration asks for anything that only an exporter process does.
+
+    vLLM's own /metrics with one API server needs none: it reads the snapshots itself.
+    """
+    environ = os.environ if environ is None else environ
+    export = config.export
+    if not config.enabled:
+        return False
+    pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
+    pushed = pushed or wants_records(config) or wants_spans(config)
+    shown = export.prometheus.enabled and (export.prometheus.port is not None or bool(environ.get(MULTIPROCESS_ENV)))
+    return pushed or shown
+
+
+def _child_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """Environment in which the child finds this very package, and numpy starts no threads and binds none."""
+    # Without what binds the worker's threads to its cores: the child's OpenMP would bind it there again.
+    child = {name: value for name, value in environ.items() if name not in _BINDING_VARIABLES}
+    child |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    root = Path(glassbox.__file__).resolve().parents[1]
+    # Not for an installed package: its directory would come before the standard library.
+    if root.name not in {"site-packages", "dist-packages"}:
+        child["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), environ.get("PYTHONPATH"))))
+    return child
+
+
+class ExporterProcess:
+    """A worker's hold on the server's exporter: starts it if it is needed and nobody else has.
+
+    Attributes:
+        deaths: how many exporters of this worker ended by themselves with an error.
+
+    Args:
+        config_path: the YAML file, absolute.
+        run_dir: of the server. Default: `rundir.run_dir()`.
+        environ: of the exporter. Default: this process's, as it is when the exporter is started.
+        clock: seconds, for the time between restarts.
+    """
+
+    def __init__(
+        self,
+        config_path: Path,
+        run_dir: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config_path = Path(config_path)
+        self._run_dir = run_dir
+        self._environ = environ
+        self._clock = clock
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._not_before = 0.0
+        self._failures = 0
+        self.deaths = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the exporter if this worker has started it and it runs."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def ensure(self, config: GlassboxConfig) -> None:
+        """Make sure that an exporter runs if `config` asks for one, and none of this worker's if not; never
+        waits.
+
+        An exporter that died is started again after 1, 2, 4, ... at most 60 seconds.
+
+        Raises:
+            RuntimeError: once for each exporter that died.
+            OSError: if it cannot be started.
+        """
+        self._reap()
+        environ = os.environ if self._environ is None else self._environ
+        if not is_needed(config, environ):
+            if self._process is not None:
+                self._process.terminate()  # reaped by a later call
+            return
+        run_dir = rundir.run_dir() if self._run_dir is None else self._run_dir
+        if self._process is None and self._clock() >= self._not_before and not ExporterLock.is_held(run_dir):
+            self._start(run_dir, environ)
+
+    def _start(self, run_dir: Path, environ: Mapping[str, str]) -> None:
+        # -P: a file of the working directory must not shadow a module.
+        command = [sys.executable, "-P", "-m", "glassbox.processes.exporter", "--run-dir", str(run_dir)]
+        command += ["--config", str(self._config_path), "--parent-pid", str(os.getpid())]
+        self._started = self._clock()
+        self._process = subprocess.Popen(
+            command,
+            env=_child_environ(environ),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        leave_workers_cores(self._process.pid)
+
+    def _reap(self) -> None:
+        if self._process is None or (code := self._process.poll()) is None:
+            return
+        self._process = None
+        now = self._clock()
+        # It ended because another one holds the lock, or was asked to.
+        if code in (0, -signal.SIGTERM):
+            self._not_before = now + 1.0
+            return
+        self.deaths += 1
+        self._failures = 0 if now - self._started > _LONGEST_BACKOFF_S else self._failures
+        backoff = min(2.0**self._failures, _LONGEST_BACKOFF_S)
+        self._failures += 1
+        self._not_before = now + backoff
+        raise RuntimeError(f"the exporter ended with exit status {code}; it is started again in {backoff:g} s")
+
+    def stop(self) -> None:
+        """End this worker's exporter after its last export; waits at most a few seconds."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None

@@ -1,0 +1,151 @@
+"""The exporter process: one per server, beside its workers, so that no export costs the engine anything.
+
+Owns its loop and its end (`main`). What it writes is `sinks.py`, how a worker starts it `launch.py`.
+"""
+
+import argparse
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from glassbox.config.load import ConfigError, GlassboxConfig, load_config
+from glassbox.config.watch import ConfigWatcher
+from glassbox.core.logs import get_logger, set_level
+from glassbox.processes.exporter.sinks import Sinks
+from glassbox.store.exporter_lock import ExporterLock
+
+logger = get_logger(__name__)
+
+# Only where the kernel has no pidfd (before Linux 5.3, some sandboxes).
+_PARENT_POLL_S: Final = 0.5
+_NICENESS: Final = 10
+
+
+class _Wakeups:
+    """What may interrupt the exporter's sleep: a signal, an edited configuration, the end of the parent."""
+
+    def __init__(self, parent_pid: int) -> None:
+        self._parent_pid = parent_pid
+        self._parent_gone = False
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._poll = select.poll()
+        self._poll.register(self._reader, select.POLLIN)
+        self._pidfd: int | None = None
+        try:
+            self._pidfd = os.pidfd_open(parent_pid)
+            self._poll.register(self._pidfd, select.POLLIN)
+        except ProcessLookupError:
+            self._parent_gone = True
+        except OSError as error:
+            logger.debug("no pidfd (%s): looking for the parent every %g s", error, _PARENT_POLL_S)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+
+    def wake(self) -> None:
+        """End the current or next sleep; from any thread."""
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
+            os.write(self._writer, b"\0")
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep until something happens, at most `seconds`."""
+        if self._pidfd is None:
+            seconds = min(seconds, _PARENT_POLL_S)
+        self._poll.poll(max(0.0, seconds) * 1000)
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._reader, 4096):
+                pass
+
+    def parent_gone(self) -> bool:
+        """True once the parent has ended (a zombie has, too)."""
+        if self._parent_gone:
+            return True
+        if self._pidfd is not None:
+            self._parent_gone = bool(select.select([self._pidfd], [], [], 0)[0])
+        else:
+            try:
+                os.kill(self._parent_pid, 0)
+            except ProcessLookupError:
+                self._parent_gone = True
+        return self._parent_gone
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for handle in (self._reader, self._writer, self._pidfd):
+            if handle is not None:
+                os.close(handle)
+
+
+def _run(run_dir: Path, config_path: Path, config: GlassboxConfig, parent_pid: int, lock: ExporterLock) -> None:
+    """Export every interval, at each edit of the configuration and once more at the end."""
+    stop = False
+
+    def on_signal(signum: int, frame: object) -> None:
+        nonlocal stop
+        stop = True
+
+    signal.signal(signal.SIGTERM, on_signal)
+    # Ctrl-C reaches the whole group; the parent's end tells when it is over.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    wakeups = _Wakeups(parent_pid)
+    current = config
+
+    def on_change(new: GlassboxConfig) -> None:
+        nonlocal current
+        current = new
+        set_level(new.log_level)
+        wakeups.wake()
+
+    # The workers report a bad edit; here it only must not be taken.
+    watcher = ConfigWatcher(config_path, on_change, lambda error: logger.debug("%s", error), initial=config)
+    watcher.start()
+    sinks = Sinks(run_dir, lambda: current)
+    try:
+        while not stop and not wakeups.parent_gone():
+            if not lock.renew():
+                logger.info("glassbox's exporter %d ends: another one has taken over", os.getpid())
+                return
+            seen, next_round = current, time.monotonic() + current.export.interval_s
+            sinks.round()
+            while not stop and not wakeups.parent_gone() and current is seen and time.monotonic() < next_round:
+                wakeups.sleep(next_round - time.monotonic())
+        sinks.round(last=True)
+    finally:
+        watcher.stop()
+        sinks.close()
+        wakeups.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the exporter of a server until its parent ends or SIGTERM arrives.
+
+    Returns:
+        0, also if the server has an exporter already; 2 if the configuration cannot be loaded.
+    """
+    parser = argparse.ArgumentParser(prog="python -m glassbox.processes.exporter", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True, help="where the workers leave their snapshots")
+    parser.add_argument("--config", type=Path, required=True, help="the YAML file")
+    parser.add_argument("--parent-pid", type=int, required=True, help="process with whose end this one ends")
+    options = parser.parse_args(argv)
+    options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = ExporterLock.acquire(options.run_dir)
+    if lock is None:
+        return 0
+    try:
+        try:
+            config = load_config(options.config)
+        except ConfigError as error:
+            logger.error("%s", error)
+            return 2
+        set_level(config.log_level)
+        with contextlib.suppress(OSError):
+            os.nice(_NICENESS)
+        _run(options.run_dir, options.config, config, options.parent_pid, lock)
+        return 0
+    finally:
+        lock.release()

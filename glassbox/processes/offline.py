@@ -1,0 +1,305 @@
+"""Attention of requests that run offline, in `vllm.LLM`, as tables.
+
+Owns `glassbox.capture`. It asks for traces as any client does, and reads the files that the workers leave in the run
+directory, so it works with the engine in this process and in another one, and with several ranks. pyarrow is the
+extra `tables`.
+"""
+
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from glassbox.adapter.runner import deliver_ends
+from glassbox.config.load import GlassboxConfig, find_config, load_config
+from glassbox.core.statistics import NUM_STATISTICS, PHASES, STATISTICS
+from glassbox.core.trace_options import (
+    CHOICE_KEY,
+    HEADS_KEY,
+    LAYERS_KEY,
+    ROWS_KEY,
+    SPANS_KEY,
+    TOP_K_KEY,
+    Span,
+    parse_options,
+)
+from glassbox.store import rundir
+from glassbox.store.trace_directory import TraceDirectory
+from glassbox.store.trace_record import RequestTrace
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_POLL_S: Final = 0.05
+_SAMPLE: Final = re.compile(r"(\d+)_")
+Spans = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What `capture` returns. In each table `request` is the prompt's index and `sample` the answer's (n > 1).
+
+    Attributes:
+        outputs: of vLLM, in the order of the prompts.
+        traces: of each prompt, one per answer.
+        requests: request, sample, request_id, status, truncated, prompt_len, num_generated, text.
+        rows: request, sample, position, phase, layer, head, a column per statistic, nonfinite.
+        top_k: request, sample, position, phase, layer, head, rank (from 0), key (position), mass; layer and head are
+            null for the attention averaged over all chosen ones.
+        spans: request, sample, position, phase, layer, head, span, mass.
+        attention: request, sample, position, phase, layer, head, first_key (position), attention (list of float).
+    """
+
+    outputs: list[Any]
+    traces: list[list[RequestTrace]]
+    requests: "pa.Table"
+    rows: "pa.Table"
+    top_k: "pa.Table"
+    spans: "pa.Table"
+    attention: "pa.Table"
+
+
+def capture(
+    llm: Any,
+    prompts: Sequence[Any],
+    sampling_params: Any = None,
+    *,
+    layers: Iterable[int] | None = None,
+    heads: Iterable[int] | None = None,
+    top_k: int = 0,
+    spans: Spans | Sequence[Spans] = (),
+    rows: bool = False,
+    timeout_s: float = 60.0,
+) -> Capture:
+    """Generate answers with `vllm.LLM.generate`, and return them with their attention as pyarrow tables.
+
+    Args:
+        llm: a vllm.LLM, made after glassbox was installed.
+        prompts: as for `LLM.generate`.
+        sampling_params: one, or one per prompt; None is the model's default.
+        layers, heads: global indices; None is all that are measured.
+        top_k: most attended positions per row, layer and head, at most 32; 0 is none.
+        spans: names of token ranges (start, exclusive end); one mapping for all prompts, or one per prompt.
+        rows: whether the attention to every position is wanted.
+        timeout_s: how long to wait for the traces after the answers are there.
+
+    Raises:
+        ValueError: an option breaks its rule (OptionError), or a list has not the prompts' length.
+        ImportError: pyarrow is missing.
+        RuntimeError: traces are missing; the message says what to look at.
+    """
+    _pyarrow()
+    config = load_config(find_config())
+    prompts = list(prompts)
+    params = _params(llm, prompts, sampling_params)
+    per_prompt = _per_prompt("spans", spans, len(prompts))
+    asked = [
+        _ask(one, _options(layers, heads, top_k, of_prompt, rows))
+        for one, of_prompt in zip(params, per_prompt, strict=True)
+    ]
+    # More than max_active at once would be refused.
+    batch = max(1, config.requests.max_active // max([1, *(one.n for one in asked)]))
+    outputs, traces = [], []
+    for start in range(0, len(prompts), batch):
+        since_s = time.time()
+        done = llm.generate(prompts[start : start + batch], asked[start : start + batch], use_tqdm=False)
+        outputs += done
+        traces += _wait(llm, done, since_s, timeout_s, config)
+    return Capture(outputs, traces, _requests_table(outputs, traces), *_tables(traces))
+
+
+def _params(llm: Any, prompts: list[Any], given: Any) -> list[Any]:
+    given = llm.get_default_sampling_params() if given is None else given
+    return _per_prompt("sampling_params", given, len(prompts))
+
+
+def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, list | tuple) or not value:
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} must be one for all or one per prompt, got {len(value)} for {count} prompts")
+    return list(value)
+
+
+def _options(
+    layers: Iterable[int] | None, heads: Iterable[int] | None, top_k: int, spans: Spans, rows: bool
+) -> dict[str, Any]:
+    options: dict[str, Any] = {CHOICE_KEY: "trace", TOP_K_KEY: top_k, ROWS_KEY: rows}
+    if layers is not None:
+        options[LAYERS_KEY] = list(layers)
+    if heads is not None:
+        options[HEADS_KEY] = list(heads)
+    if spans:
+        options[SPANS_KEY] = [str(Span(name, start, end)) for name, (start, end) in spans.items()]
+    parse_options(options)
+    return options
+
+
+def _ask(params: Any, options: dict[str, Any]) -> Any:
+    asked = copy(params)
+    asked.extra_args = {**(params.extra_args or {}), **options}
+    return asked
+
+
+def _wait(
+    llm: Any, outputs: list[Any], since_s: float, timeout_s: float, config: GlassboxConfig
+) -> list[list[RequestTrace]]:
+    """The traces of each output, once they have ended and lie in the run directory."""
+    deliver_ends(llm)
+    directory = TraceDirectory(rundir.run_dir())
+    wanted = {output.request_id: len(output.outputs) for output in outputs}
+    deadline = time.monotonic() + timeout_s
+    while True:
+        ended = [s for s in directory.summaries() if s.status != "active" and s.start_time_s >= since_s]
+        missing = [i for i, n in wanted.items() if sum(s.request_id == i for s in ended) < n]
+        if not missing:
+            break
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"{len(missing)} of {len(wanted)} requests left no trace in {directory.path} within {timeout_s:g} s; "
+                f"see glassbox's log for refusals. Requests can't be traced with requests.opt_in: false, nor where "
+                f"requests.keep ({config.requests.keep}) or keep_mb ({config.requests.keep_mb}) is too small"
+            )
+        time.sleep(_POLL_S)
+    found = {s.internal_id for s in ended}
+    return [
+        sorted((t for t in directory.find(output.request_id) if t.internal_id in found), key=_sample)
+        for output in outputs
+    ]
+
+
+def _sample(trace: RequestTrace) -> int:
+    """Number of the answer: vLLM writes it before the ids of a request with n > 1."""
+    match = _SAMPLE.match(trace.internal_id)
+    return int(match[1]) if match and trace.internal_id != trace.request_id else 0
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ImportError("glassbox.capture needs pyarrow; pip install 'vllm-glassbox[tables]'") from error
+    return pyarrow
+
+
+def _requests_table(outputs: list[Any], traces: list[list[RequestTrace]]) -> "pa.Table":
+    rows = [
+        {
+            "request": i,
+            "sample": sample,
+            "request_id": trace.request_id,
+            "status": trace.status,
+            "truncated": trace.truncated,
+            "prompt_len": trace.prompt_len,
+            "num_generated": trace.num_generated,
+            "text": output.outputs[sample].text if sample < len(output.outputs) else None,
+        }
+        for i, (output, of_prompt) in enumerate(zip(outputs, traces, strict=True))
+        for sample, trace in enumerate(of_prompt)
+    ]
+    return _pyarrow().Table.from_pylist(rows)
+
+
+def _tables(traces: list[list[RequestTrace]]) -> tuple["pa.Table", "pa.Table", "pa.Table", "pa.Table"]:
+    pa = _pyarrow()
+    parts: list[tuple[Any, Any, Any, Any]] = []
+    for i, of_prompt in enumerate(traces):
+        for sample, trace in enumerate(of_prompt):
+            places = _Places(pa, i, sample, trace)
+            parts.append((_rows(places), _top_k(places), _spans(places), _attention(places)))
+    tables = [pa.concat_tables(kind) for kind in zip(*parts, strict=True)] if parts else [pa.table({})] * 4
+    return tables[0], tables[1], tables[2], tables[3]
+
+
+class _Places:
+    """Row, layer and head of each line of a table of one trace, `repeat` lines for each."""
+
+    def __init__(self, pa: Any, request: int, sample: int, trace: RequestTrace) -> None:
+        self.pa, self.request, self.sample, self.trace = pa, request, sample, trace
+
+    def columns(self, repeat: int = 1) -> dict[str, Any]:
+        trace = self.trace
+        shape = (len(trace.positions), len(trace.layers), len(trace.heads), repeat)
+
+        def along(values: Any, axis: int, dtype: Any = np.int32) -> Any:
+            index = [None] * 4
+            array = np.asarray(values, dtype=dtype)[
+                tuple(slice(None) if a == axis else None for a in range(len(index)))
+            ]
+            return np.broadcast_to(array, shape).ravel()
+
+        return {
+            **self.common(int(np.prod(shape)), along(trace.positions, 0), along(trace.phases, 0)),
+            "layer": self.pa.array(along(trace.layers, 1)),
+            "head": self.pa.array(along(trace.heads, 2)),
+        }
+
+    def common(self, lines: int, positions: Any, phases: Any) -> dict[str, Any]:
+        pa = self.pa
+        names = pa.array([str(phase) for phase in PHASES])
+        return {
+            "request": pa.array(np.full(lines, self.request, dtype=np.int32)),
+            "sample": pa.array(np.full(lines, self.sample, dtype=np.int32)),
+            "position": pa.array(positions),
+            "phase": pa.DictionaryArray.from_arrays(pa.array(phases, type=pa.int8()), names).cast(pa.string()),
+        }
+
+
+def _rows(places: _Places) -> "pa.Table":
+    pa, stats = places.pa, places.trace.stats.reshape(-1, NUM_STATISTICS + 1)
+    values = {
+        statistic.name: pa.array(stats[:, i], from_pandas=True)  # NaN is "no value"
+        for i, statistic in enumerate(STATISTICS)
+    }
+    return pa.table({**places.columns(), **values, "nonfinite": pa.array(stats[:, NUM_STATISTICS] > 0)})
+
+
+def _top_k(places: _Places) -> "pa.Table":
+    pa, trace = places.pa, places.trace
+    k, rows = trace.topk_mass.shape[-1], len(trace.positions)
+    lines = rows * k
+    nothing = pa.nulls(lines, pa.int32())
+    mean = places.common(lines, np.repeat(trace.positions, k), np.repeat(trace.phases, k))
+    single = places.columns(k)
+    found = {
+        "rank": np.tile(np.arange(k, dtype=np.int32), rows * len(trace.layers) * len(trace.heads)),
+        "key": trace.topk_positions.ravel(),
+        "mass": trace.topk_mass.ravel(),
+    }
+    of_mean = {
+        "rank": np.tile(np.arange(k, dtype=np.int32), rows),
+        "key": trace.mean_topk_positions.ravel(),
+        "mass": trace.mean_topk_mass.ravel(),
+    }
+    table = pa.concat_tables(
+        [pa.table({**mean, "layer": nothing, "head": nothing, **of_mean}), pa.table({**single, **found})]
+    )
+    return table.filter(pa.compute.greater_equal(table["key"], 0))
+
+
+def _spans(places: _Places) -> "pa.Table":
+    pa, trace = places.pa, places.trace
+    count = len(trace.span_names)
+    lines = trace.span_mass.size // max(count, 1)
+    names = pa.array(list(trace.span_names) * lines, type=pa.string())
+    mass = pa.array(trace.span_mass.ravel(), from_pandas=True)
+    return pa.table({**places.columns(count), "span": names, "mass": mass})
+
+
+def _attention(places: _Places) -> "pa.Table":
+    pa, trace = places.pa, places.trace
+    lines = len(trace.positions) * len(trace.layers) * len(trace.heads)
+    columns = places.columns()
+    if not trace.has_rows:
+        columns = {name: column.slice(0, 0) for name, column in columns.items()}
+        lines = 0
+    heads = len(trace.layers) * len(trace.heads)
+    starts = np.repeat(trace.row_starts, heads)
+    lengths = np.diff(trace.row_offsets) // max(heads, 1) if trace.has_rows else np.zeros(0, dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(np.repeat(lengths, heads))]).astype(np.int64)
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(trace.row_values.astype(np.float32)))
+    return pa.table({**columns, "first_key": pa.array(starts[:lines]), "attention": lists})

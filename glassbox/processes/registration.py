@@ -1,0 +1,133 @@
+"""What glassbox does to a process of vLLM when it is loaded there, and how it takes that back.
+
+It reads the YAML, extends vLLM's backend registry, names the observed backends in it, wraps the intake, and adds a
+collector to prometheus_client's registry. It starts no thread and writes no file; that happens in workers
+(`processes/worker/worker.py`) and, when somebody scrapes, in the API server.
+"""
+
+import atexit
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from glassbox.adapter.seat import SEAT
+
+if TYPE_CHECKING:
+    from glassbox.adapter.seat import Hook
+    from glassbox.config.load import GlassboxConfig
+    from glassbox.config.settings import Settings
+    from glassbox.export.family_source import FamilySource
+
+
+class Registration:
+    """What was changed in this process.
+
+    Attributes:
+        source: of what this process's collector shows; None until there is one.
+    """
+
+    def __init__(self) -> None:
+        self.source: FamilySource | None = None
+        self._undo = ExitStack()  # first in, last out
+
+    def close(self) -> None:
+        """Take it back."""
+        self._undo.close()
+
+    def attach(self, path: Path, config: "GlassboxConfig") -> None:
+        """Change this process as the configuration at `path` says."""
+        from glassbox.adapter import overrides, publish, registry
+        from glassbox.config.follow import ConfigFile
+        from glassbox.config.load import restart_needed
+        from glassbox.config.settings import Settings
+        from glassbox.core.logs import get_logger, set_level
+        from glassbox.export import prometheus
+        from glassbox.processes.api_server import intake
+        from glassbox.store import rundir
+
+        undo = self._undo
+        undo.callback(registry.install().remove)
+        if rundir.RUN_DIR_ENV not in os.environ:
+            undo.callback(os.environ.pop, rundir.RUN_DIR_ENV, None)
+        rundir.run_dir()
+        undo.callback(rundir.remove)
+        atexit.register(rundir.remove)
+        undo.callback(atexit.unregister, rundir.remove)
+        settings = Settings(path, config, publish=publish.publish, read=publish.reader())
+        SEAT.take(settings, lambda: _make_hook(settings))
+        undo.callback(SEAT.leave)
+        undo.callback(settings.close)
+        undo.callback(overrides.override(config))
+
+        def on_change(edited: "GlassboxConfig") -> None:
+            set_level(edited.log_level)
+            if not config.enabled:  # then there is no worker of glassbox that would say it
+                for message in restart_needed(config, edited):
+                    get_logger(__name__).warning("%s: %s", path.name, message)
+
+        live = ConfigFile(path, config, on_change)
+        shown = prometheus.install(live)
+        undo.callback(shown.remove)
+        self.source = shown.source
+        if config.enabled:
+            undo.callback(intake.install(live, rundir.run_dir()))
+
+
+def _make_hook(settings: "Settings") -> "Hook":
+    # Only in workers: torch's half of glassbox is nothing that an API server needs.
+    from glassbox.processes.worker.hook import StepHook
+
+    return StepHook(settings)
+
+
+def register() -> None:
+    """See `plugin.register`."""
+    if SEAT.registration is not None:
+        return
+    try:
+        _register()
+    except Exception:
+        # vLLM dies of an exception from here, and an observer must not be the reason.
+        logging.getLogger("glassbox").exception("glassbox could not attach; the server runs unobserved")
+        unregister()
+
+
+def _register() -> None:
+    from glassbox.adapter import release
+    from glassbox.config.load import ConfigError, find_config, load_config
+    from glassbox.core.logs import get_logger
+
+    logger = get_logger(__name__)
+    reason = release.unsupported_reason()
+    if reason is not None:
+        logger.error("%s", reason)
+        return
+    path = find_config().absolute()
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        raise SystemExit(f"glassbox: {error}") from None
+    if not config.enabled:
+        logger.info("`enabled: false` in %s: nothing is observed", path)
+    SEAT.registration = registration = Registration()
+    registration.attach(path, config)
+
+
+def registered() -> Registration | None:
+    """What was changed in this process; None if nothing was."""
+    found = SEAT.registration
+    assert found is None or isinstance(found, Registration)
+    return found
+
+
+def unregister() -> None:
+    """Take back everything `register()` did in this process: patches, overrides, collector, registry API, variable."""
+    registration, SEAT.registration = SEAT.registration, None
+    if registration is None:
+        return
+    try:
+        registration.close()
+    except Exception:
+        logging.getLogger("glassbox").exception("glassbox could not take back all of its changes")

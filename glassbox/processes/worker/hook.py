@@ -1,0 +1,104 @@
+"""The step hook: knows which engine step is real, and tells the observer when it begins and ends.
+
+Owns the patches on vLLM's runner and worker classes and the one observed worker of the process. A step counts only
+between the return of `compile_or_warm_up_model` and the end of the worker: profile runs, warm-up and graph capture come
+before it, dummy runs are recognised by their argument. Patches are applied when the first observed layer is built, so
+that only worker processes are touched, and `remove()` takes them all back.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from glassbox.adapter.patch import patch_method
+from glassbox.adapter.runner import is_dummy_run, runner_classes, worker_classes
+from glassbox.adapter.seat import SEAT
+from glassbox.config.settings import Settings
+from glassbox.core.errors import ErrorCounter
+from glassbox.core.logs import get_logger
+from glassbox.processes.worker.worker import Worker
+
+logger = get_logger(__name__)
+
+
+class StepHook:
+    """Patches of this process and what they lead to.
+
+    Args:
+        settings: of this process.
+
+    Attributes:
+        worker: that is observed; None before its warm-up and after its end.
+        errors: of everything that runs in this process.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.worker: Worker | None = None
+        self.errors = ErrorCounter(logger)
+        self._settings = settings
+        self._restores: dict[type, Callable[[], None]] = {}
+
+    def install(self) -> None:
+        """Patch the runner and worker classes that are loaded; does nothing for those patched already."""
+        for cls in runner_classes():
+            self._patch(cls, "execute_model", self._wrap_execute_model)
+        for cls in worker_classes():
+            self._patch(cls, "compile_or_warm_up_model", self._wrap_warm_up)
+
+    def remove(self) -> None:
+        """Put every patched method back and stop what was started."""
+        self.disarm()
+        for restore in self._restores.values():
+            restore()
+        self._restores.clear()
+
+    def disarm(self) -> None:
+        """End the observation of this process's worker; its last numbers are written first."""
+        worker, self.worker, SEAT.listener = self.worker, None, None
+        if worker is not None:
+            worker.close()
+
+    def _patch(self, cls: type, name: str, make: Callable[[Any], Any]) -> None:
+        if cls not in self._restores and name in cls.__dict__:
+            self._restores[cls] = patch_method(cls, name, make)
+
+    def _prepare(self, vllm_worker: Any) -> None:
+        """Make the observer before warm-up: a captured graph must hold its buffers."""
+        if self.worker is not None and self.worker.vllm_worker() is vllm_worker:
+            return
+        self.disarm()
+        with self.errors.guard("prepare"):
+            self.worker = Worker(vllm_worker, self._settings, self.errors)
+            SEAT.listener = self.worker.observer
+
+    def _arm(self) -> None:
+        if self.worker is not None:
+            with self.errors.guard("arm"):
+                self.worker.start()
+
+    def _wrap_warm_up(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def compile_or_warm_up_model(vllm_worker: Any, *args: Any, **kwargs: Any) -> Any:
+            self._prepare(vllm_worker)
+            result = original(vllm_worker, *args, **kwargs)
+            self._arm()
+            return result
+
+        return compile_or_warm_up_model
+
+    def _wrap_execute_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def execute_model(runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            observer = None if self.worker is None else self.worker.observer
+            if observer is None or not observer.armed or is_dummy_run(args, kwargs):
+                return original(runner, scheduler_output, *args, **kwargs)
+            if not scheduler_output.total_num_scheduled_tokens:
+                observer.idle_step(runner, scheduler_output)
+                return original(runner, scheduler_output, *args, **kwargs)
+            observer.start_step(runner, scheduler_output)
+            try:
+                return original(runner, scheduler_output, *args, **kwargs)
+            finally:
+                observer.stop_step()
+
+        return execute_model

@@ -1,0 +1,226 @@
+"""What one worker measures: asks the samplers, hands the row list to the measurer, keeps the counters.
+
+Owns what is decided in a step, and the worker's cumulative numbers; how a step begins and ends is `step.py`.
+It does not patch vLLM (`hook.py`), compute statistics (`measure/*_measurer.py`, `kernels/`) or write files
+(`worker.py`).
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from glassbox.adapter.attention.layer_view import common_tables, tables_of, view_of
+from glassbox.adapter.protocols import AttentionLayer, AttentionMetadata, CommonMetadata
+from glassbox.adapter.runner import read_batch
+from glassbox.config.load import GlassboxConfig
+from glassbox.core.errors import ErrorCounter
+from glassbox.measure.contract import Measurer
+from glassbox.measure.sampling import ROW_BATCH, ROW_PHASE, ROW_UNCOUNTED, RowSampler, StepSampler
+from glassbox.processes.worker.step import Step
+from glassbox.processes.worker.traces.tracker import RequestTracker
+
+
+@dataclass
+class Counters:
+    """Cumulative counters of one worker, other than the accumulators.
+
+    Attributes:
+        steps: that began.
+        finished_steps: whose rows are in the accumulators (CPU) or on their way there (GPU).
+    """
+
+    steps: int = 0
+    finished_steps: int = 0
+    sampled_steps: int = 0
+    overhead_s: float = 0.0
+    dropped_rows: Counter[str] = field(default_factory=Counter)
+
+
+class Observer:
+    """The sampled observation of one worker.
+
+    Args:
+        measurer: for the worker's device.
+        layers: global index of each observed layer, in the order of the accumulators.
+        layer_names: vLLM's name of each.
+        num_layers_total: of the model; `sampling.layers` selects among these.
+        num_heads: query heads local to the worker.
+        config: returns the configuration in force; called at every step.
+        requests: which requests are traced.
+        listen: told whether layers are to call `after_attention`: in warm-up, since graphs are captured there, and
+            then in measured steps.
+        max_spec_tokens: draft tokens a decode step may verify (0 without speculative decoding).
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        measurer: Measurer[Any],
+        *,
+        layers: tuple[int, ...],
+        layer_names: tuple[str, ...],
+        num_layers_total: int,
+        num_heads: int,
+        config: Callable[[], GlassboxConfig],
+        requests: RequestTracker,
+        listen: Callable[[bool], None],
+        errors: ErrorCounter,
+        max_spec_tokens: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.armed = False
+        self._listen = listen
+        listen(True)
+        self.counters = Counters()
+        self.measurer, self.requests = measurer, requests
+        self._all_layers, self._num_layers_total, self._num_heads = layers, num_layers_total, num_heads
+        self._layer_names = frozenset(layer_names)
+        self._read_config, self._errors, self._clock = config, errors, clock
+        self._max_spec_tokens = max_spec_tokens
+        self._step: Step | None = None
+        self._config = config()
+        self._steps = StepSampler(self._rate(self._config), self._config.sampling.overhead_budget)
+        self._apply(self._config)
+
+    def arm(self) -> None:
+        """Count steps from now on."""
+        self.measurer.end_warm_up()
+        self.armed = True
+        self._listen(False)
+
+    def disarm(self) -> None:
+        """Count no more steps."""
+        self.armed = False
+        self._listen(False)
+
+    @property
+    def effective_sample_rate(self) -> float:
+        """Share of steps measured after the overhead budget; an edit shows before the next step takes it up."""
+        return math.ldexp(self._rate(self._read_config()), -self._steps.level)
+
+    @staticmethod
+    def _rate(config: GlassboxConfig) -> float:
+        return config.sample_rate if config.enabled else 0.0
+
+    def _apply(self, config: GlassboxConfig) -> None:
+        self._config = config
+        sampling = config.sampling
+        self._steps.set_rate(self._rate(config))
+        self._steps.set_budget(sampling.overhead_budget)
+        self._rows = RowSampler(
+            min(sampling.max_rows_per_step, self.measurer.max_rows),
+            sampling.prefill_rows_per_request,
+            max_traced_rows=self.measurer.max_traced_rows,
+            max_spec_tokens=self._max_spec_tokens,
+        )
+        selected = set(sampling.layers.select(self._num_layers_total))
+        self._layers = frozenset(row for row, layer in enumerate(self._all_layers) if layer in selected)
+
+    def idle_step(self, runner: Any, scheduler_output: Any) -> None:
+        """A scheduler output without tokens: it only tells which requests are gone."""
+        try:
+            self.requests.begin_step(runner, scheduler_output, self._config, self._layers)
+        except Exception as error:
+            self._errors.count("requests", error)
+
+    def start_step(self, runner: Any, scheduler_output: Any) -> None:
+        """A real engine step starts; the runner has not seen its scheduler output yet."""
+        step = self._step = Step(self.measurer, self._listen, self._errors, self._clock, runner)
+        self.counters.steps += 1
+        try:
+            config = self._read_config()
+            if config is not self._config:
+                self._apply(config)
+            sampled = self._steps.next_step()
+            if sampled:
+                self.counters.sampled_steps += 1
+            step.start(sampled=sampled, traced=self._has_traced(runner, scheduler_output, config))
+        except Exception as error:
+            step.fail("begin_step", error)
+        step.overhead_s += self._clock() - step.started_s
+
+    def _has_traced(self, runner: Any, scheduler_output: Any, config: GlassboxConfig) -> bool:
+        try:
+            return self.requests.begin_step(runner, scheduler_output, config, self._layers)
+        except Exception as error:  # the step may be sampled all the same
+            self._errors.count("requests", error)
+            return False
+
+    def on_build(self, layer_names: list[str], common_attn_metadata: CommonMetadata) -> None:
+        """vLLM built metadata; the first time in a sampled step the batch's order is final and rows are chosen."""
+        if layer_names and layer_names[0] not in self._layer_names:
+            return  # a drafter's, or one with virtual batches
+        step = self._step
+        started = self._clock()
+        try:
+            self.measurer.on_build(layer_names, common_tables(common_attn_metadata))
+            if step is not None and step.measured and not step.rows_chosen:
+                step.rows_chosen = True
+                self._choose_rows(step, common_attn_metadata)
+        except Exception as error:
+            if step is None:
+                self._errors.count("choose_rows", error)
+            else:
+                step.fail("choose_rows", error)
+        if step is not None:
+            step.overhead_s += self._clock() - started
+
+    def _choose_rows(self, step: Step, common_attn_metadata: CommonMetadata) -> None:
+        batch = read_batch(step.runner, common_attn_metadata)
+        traced, excluded = self.requests.marks(batch.req_ids)
+        rows, dropped = self._rows.select(
+            batch.num_scheduled,
+            batch.num_computed,
+            batch.prompt_len,
+            batch.query_start,
+            traced=traced,
+            excluded=excluded,
+            sampled=step.sampled,
+        )
+        if dropped:
+            # In rows_total's unit: one per layer and head.
+            self.counters.dropped_rows["max_rows_per_step"] += dropped * len(self._layers) * self._num_heads
+        if len(rows):
+            assert rows[:, ROW_BATCH].max() < len(batch.prompt_len)
+            traces = None
+            if traced is not None:
+                traces = self.requests.trace_rows(step.runner, batch, rows)
+                step.counted_share = 1 - np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED) / len(rows)
+            # Of a step that isn't sampled only what its traces asked for.
+            of_traces = traces.layer_rows if traces is not None else frozenset[int]()
+            if layers := self._layers if step.sampled else of_traces:
+                step.begin(rows, layers, traces)
+
+    def after_attention(
+        self, impl: Any, layer: AttentionLayer, query: Tensor, kv_cache: Tensor, attn_metadata: AttentionMetadata
+    ) -> None:
+        """Called by every observed layer while it is listened to; one that fails does not keep the others."""
+        step = self._step
+        started = self._clock() if step is not None else 0.0
+        try:
+            if kv_cache.numel():
+                view = view_of(impl, layer, query, kv_cache)
+                self.measurer.after_attention(view, query, kv_cache, tables_of(attn_metadata))
+        except Exception as error:
+            self._errors.count("observe", error)
+        if step is not None:
+            step.overhead_s += self._clock() - started
+
+    def stop_step(self) -> None:
+        """The step's `execute_model` is about to return, or to raise."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        step.stop()
+        self.counters.finished_steps += 1
+        self.counters.overhead_s += step.overhead_s
+        with self._errors.guard("end_step"):
+            # The budget is that of the sample: what traced requests cost besides is bounded by their number.
+            overhead_s = step.overhead_s * step.counted_share
+            self._steps.record(overhead_s, self._clock() - step.started_s, step.sampled)

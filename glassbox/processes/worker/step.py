@@ -1,0 +1,103 @@
+"""One engine step of a worker, from its start to its stop: what is on while it lasts, and that it is off afterwards.
+
+Owns the life cycle alone: `start`, then what the step does, then `stop`, and `fail` wherever something goes wrong in
+between. However it ends, nobody listens any more, the measurer has no rows, and the cost is known. Which rows are
+measured is decided in `observer.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+
+from glassbox.core.errors import ErrorCounter
+from glassbox.measure.contract import Measurer, StepTraces
+
+
+class Step:
+    """One real step of the engine.
+
+    Args:
+        measurer: of the worker.
+        listen: told whether layers are to call `after_attention`.
+        errors: counts what goes wrong.
+        clock: seconds, monotonic.
+        runner: vLLM's.
+
+    Attributes:
+        runner: as given.
+        sampled: the step sampler chose it, so all its rows are candidates.
+        measured: rows are to be measured: it is sampled, or has rows of traced requests; False once it has failed.
+        rows_chosen: the batch was seen, and rows were chosen of it.
+        started_s: when it began, by the clock.
+        overhead_s: seconds that glassbox has spent in it so far.
+        counted_share: of its rows, that belong to the sample.
+    """
+
+    def __init__(
+        self,
+        measurer: Measurer[Any],
+        listen: Callable[[bool], None],
+        errors: ErrorCounter,
+        clock: Callable[[], float],
+        runner: Any,
+    ) -> None:
+        self._measurer, self._listen, self._errors, self._clock = measurer, listen, errors, clock
+        self.runner: Final = runner
+        self.started_s: Final = clock()
+        self.sampled = self.measured = self.rows_chosen = False
+        self.overhead_s, self.counted_share = 0.0, 1.0
+        self._listening = self._begun = False
+
+    def start(self, *, sampled: bool, traced: bool) -> None:
+        """Listen to the layers if rows are to be measured.
+
+        Args:
+            sampled: whether the step sampler chose it.
+            traced: whether it has rows of traced requests.
+        """
+        self.sampled, self.measured = sampled, sampled or traced
+        if self.measured:
+            # Noted first: whoever fails half way may be listening.
+            self._listening = True
+            self._listen(True)
+
+    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None) -> None:
+        """Hand the row list to the measurer; see `Measurer.begin`."""
+        self._begun = True
+        self._measurer.begin(rows, layers, traced)
+
+    def fail(self, stage: str, error: Exception) -> None:
+        """Count the error and measure nothing more of this step."""
+        self._errors.count(stage, error)
+        self.measured = False
+        self._close()
+
+    def stop(self) -> None:
+        """The step's `execute_model` returns or raises. Called once, whatever happened before."""
+        started = self._clock()
+        try:
+            if self._begun:
+                self._measurer.finish()
+                self._begun = False
+        except Exception as error:
+            self.fail("end_step", error)
+        finally:
+            self.measured = False
+            self._close()
+            self.overhead_s += self._clock() - started
+
+    def _close(self) -> None:
+        """Off is off: each of the two even if the other one fails."""
+        try:
+            if self._begun:
+                self._begun = False
+                self._measurer.discard()
+        except Exception as error:
+            self._errors.count("discard", error)
+        try:
+            if self._listening:
+                self._listening = False
+                self._listen(False)
+        except Exception as error:
+            self._errors.count("listen", error)

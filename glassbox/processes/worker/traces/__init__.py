@@ -1,0 +1,1 @@
+"""In a worker: which requests are traced, what is kept of them, and writing it."""

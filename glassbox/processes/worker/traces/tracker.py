@@ -1,0 +1,270 @@
+"""Which request a row belongs to, and which requests are traced.
+
+Owns the life of a request as a worker sees it: it arrives with a scheduler output, may be preempted and resumed,
+reordered within the batch, and is gone when a later output says so. Everything is keyed by vLLM's internal id, which
+the runner gives for each batch row, so no place in a batch is ever remembered. It costs a few look-ups per step while
+nothing is traced, and never fails a request: one that can't be traced is counted, and served as any other.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from glassbox.adapter.runner import Batch, RequestTokens, copy_tokens, is_resumption, request_tokens, was_aborted
+from glassbox.config.load import GlassboxConfig
+from glassbox.core.logs import get_logger, log_once
+from glassbox.core.trace_options import CHOICE_KEY, ClientChoice, OptionError, parse_options
+from glassbox.measure.deferred import DeferredActions
+from glassbox.measure.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED, is_sampled_request
+from glassbox.processes.worker.traces.active import ActiveTrace, TraceHost
+from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
+from glassbox.store.trace_record import Why, external_id
+
+logger = get_logger(__name__)
+
+Reason = Literal["bad_options", "disabled", "max_active", "memory", "opt_in_off"]
+REFUSAL_REASONS: Final[dict[Reason, str]] = {
+    "bad_options": "its options are not understood, or name no layer or head that is measured",
+    "disabled": "glassbox is switched off (enabled: false)",
+    "max_active": "requests.max_active requests are traced already",
+    "memory": "traced requests have used up requests.max_active_mb",
+    "opt_in_off": "clients may not ask for traces (requests.opt_in: false)",
+}
+WHYS: Final[tuple[Why, ...]] = ("opt_in", "sampled")
+_MB: Final = 1_000_000
+
+
+def row_positions(batch: Batch, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Position of each row of a row list in its request's sequence, int32 [R]."""
+    of = rows[:, ROW_BATCH]
+    positions = batch.num_computed[of] + rows[:, ROW_QUERY] - batch.query_start[of]
+    return np.asarray(positions, dtype=np.int32)
+
+
+class RequestTracker:
+    """The requests of one worker that are traced, or kept out of all statistics.
+
+    All methods but `active`, `ended`, `release` and `counts` belong to the step thread.
+
+    Args:
+        host: the worker.
+        deferred: where what was measured waits for the device, and so the end of a trace, too.
+    """
+
+    def __init__(self, host: TraceHost, deferred: DeferredActions) -> None:
+        self._host, self._deferred = host, deferred
+        self._active: dict[str, ActiveTrace] = {}
+        self._ended: list[ActiveTrace] = []
+        # Requests without statistics, and refused ones: the V2 runner brings a preempted request as a new one.
+        self._off: set[str] = set()
+        self._refused: set[str] = set()
+        self._refusals: Counter[Reason] = Counter()
+        self._traced: Counter[Why] = Counter()
+        self._config: GlassboxConfig | None = None
+
+    def begin_step(
+        self, runner: Any, scheduler_output: Any, config: GlassboxConfig, layer_rows: frozenset[int]
+    ) -> bool:
+        """Hear of a step: who is gone, who is new.
+
+        Args:
+            runner: vLLM's, before it has seen the step.
+            scheduler_output: of the step; one without tokens tells who is gone, too.
+            config: in force.
+            layer_rows: observed layers that are measured now.
+
+        Returns:
+            Whether the step has rows of traced requests.
+        """
+        self._config = config
+        self._deferred.run()
+        # Before the new ones: an id may be gone and come again in the same step.
+        if scheduler_output.finished_req_ids and (self._active or self._off or self._refused):
+            for req_id in scheduler_output.finished_req_ids:
+                self._finish(runner, req_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            extra_args = new.sampling_params.extra_args if new.sampling_params is not None else None
+            if extra_args or config.requests.trace_rate:
+                self._arrive(new, extra_args, config, layer_rows)
+        if not self._active or not config.enabled:
+            return False
+        scheduled = scheduler_output.num_scheduled_tokens
+        return any(req_id in scheduled for req_id, trace in self._active.items() if not trace.truncated)
+
+    def marks(self, req_ids: tuple[str, ...]) -> tuple[npt.NDArray[np.bool_] | None, npt.NDArray[np.bool_] | None]:
+        """Which requests of a batch are traced and which have no statistics, bool [B] each; None is none."""
+        traced = excluded = None
+        if self._active and self._config is not None and self._config.enabled:
+            active = self._active
+            traced = np.array([req_id in active and not active[req_id].truncated for req_id in req_ids], dtype=bool)
+        if self._off:
+            excluded = np.array([req_id in self._off for req_id in req_ids], dtype=bool)
+        return traced, excluded
+
+    def trace_rows(self, runner: Any, batch: Batch, rows: npt.NDArray[np.int32]) -> TracedStep | None:
+        """Where the traced rows of a row list go; None if there are none, or no memory for any."""
+        indices = np.flatnonzero(rows[:, ROW_SLOT] >= 0)
+        if not indices.size or self._config is None:
+            return None
+        of = rows[indices, ROW_BATCH]
+        positions = row_positions(batch, rows[indices])
+        phases = (rows[indices, ROW_PHASE] & ~ROW_UNCOUNTED).astype(np.uint8)
+        members, kept, first = [], [], 0
+        room = self._room()
+        # Rows are ascending in their queries, so those of a request stand together.
+        for start, end in _runs(of):
+            req_id = batch.req_ids[of[start]]
+            trace = self._active[req_id]
+            before = trace.nbytes
+            limit = min(self._config.requests.max_trace_mb * _MB, trace.nbytes + room)
+            if not trace.reserve(positions[start:end].tolist(), limit):
+                continue
+            room -= trace.nbytes - before
+            if self._config.requests.include_text:
+                trace.tokens = request_tokens(runner, req_id)
+            trace.prompt_len = int(batch.prompt_len[of[start]])
+            members.append(TracedRows(trace, first, positions[start:end], phases[start:end]))
+            kept.append(indices[start:end])
+            first += end - start
+        if not members:
+            return None
+        return TracedStep(members, rows, np.concatenate(kept), len(self._host.layers), self._host.num_heads)
+
+    def close(self) -> None:
+        """The worker ends: what still runs is lost."""
+        for req_id in list(self._active):
+            self._deferred.add(partial(self._end, self._active.pop(req_id), "lost"))
+
+    def active(self) -> list[ActiveTrace]:
+        """Traces of requests that run."""
+        return list(self._active.values())
+
+    def ended(self) -> list[ActiveTrace]:
+        """Traces of requests that are gone, until they are released."""
+        return list(self._ended)
+
+    def release(self, trace: ActiveTrace) -> None:
+        """Forget a trace that `ended` gave."""
+        self._ended.remove(trace)
+
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Refused requests by reason and traced ones by why, since the start; those that never happened are 0."""
+        refused: dict[str, int] = {reason: self._refusals[reason] for reason in REFUSAL_REASONS}
+        return refused, {why: self._traced[why] for why in WHYS}
+
+    def _arrive(
+        self, new: Any, extra_args: Mapping[str, Any] | None, config: GlassboxConfig, layer_rows: frozenset[int]
+    ) -> None:
+        req_id = new.req_id
+        if req_id in self._active or req_id in self._off or req_id in self._refused or is_resumption(new):
+            return
+        try:
+            choice = parse_options(extra_args)
+        except OptionError as error:
+            # Whoever wants to be left out is left out, whatever else it says.
+            if (extra_args or {}).get(CHOICE_KEY) == "off":
+                self._off.add(req_id)
+            else:
+                self._refuse(req_id, "bad_options", str(error))
+            return
+        if choice.choice == "off":
+            self._off.add(req_id)
+        elif choice.choice == "trace" and config.requests.opt_in:
+            self._start(new, "opt_in", choice, config, layer_rows)
+        elif choice.choice == "trace":
+            self._refuse(req_id, "opt_in_off")
+        elif is_sampled_request(external_id(req_id), config.requests.trace_rate) and config.enabled:
+            self._start(new, "sampled", choice, config, layer_rows)
+
+    def _start(
+        self, new: Any, why: Why, choice: ClientChoice, config: GlassboxConfig, layer_rows: frozenset[int]
+    ) -> None:
+        host, options = self._host, choice.options
+        rows = tuple(
+            row for row in sorted(layer_rows) if options.layers is None or host.layers[row] in set(options.layers)
+        )
+        if not config.enabled:
+            self._refuse(new.req_id, "disabled")
+        elif not rows:
+            self._refuse(new.req_id, "bad_options", f"glassbox_layers must name a measured layer of {host.layers}")
+        elif options.heads is not None and min(options.heads) >= host.num_heads_total:
+            self._refuse(new.req_id, "bad_options", f"glassbox_heads must be below {host.num_heads_total}")
+        elif len(self._active) >= config.requests.max_active:
+            self._refuse(new.req_id, "max_active")
+        elif self._room() <= 0:
+            self._refuse(new.req_id, "memory")
+        else:
+            self._traced[why] += 1
+            self._active[new.req_id] = ActiveTrace(
+                host,
+                new.req_id,
+                why=why,
+                options=options,
+                traceparent=choice.traceparent,
+                sampling_params=new.sampling_params,
+                prompt_len=new.prompt_len,
+                layer_rows=rows,
+                head_columns=tuple(
+                    column
+                    for column in range(host.num_heads)
+                    if options.heads is None or host.head_offset + column in set(options.heads)
+                ),
+            )
+
+    def _room(self) -> int:
+        """Bytes that traces may still take, those that wait to be written counted."""
+        assert self._config is not None
+        used = sum(trace.nbytes for trace in (*self._active.values(), *list(self._ended)))
+        return self._config.requests.max_active_mb * _MB - used
+
+    def _refuse(self, req_id: str, reason: Reason, detail: str = "") -> None:
+        self._refused.add(req_id)
+        self._refusals[reason] += 1
+        log_once(
+            logger,
+            logging.WARNING,
+            f"refused-{reason}",
+            "Request %s is served, but not traced: %s%s. Further ones are only counted "
+            "(glassbox_trace_refused_total{reason=%r}).",
+            external_id(req_id),
+            REFUSAL_REASONS[reason],
+            f" ({detail})" if detail else "",
+            reason,
+        )
+
+    def _finish(self, runner: Any, req_id: str) -> None:
+        self._off.discard(req_id)
+        self._refused.discard(req_id)
+        trace = self._active.pop(req_id, None)
+        if trace is None:
+            return
+        include_text = self._config is not None and self._config.requests.include_text
+        if (tokens := request_tokens(runner, req_id)) is not None:
+            self._deferred.add(lambda: self._end_with(trace, tokens, trace.tokens is not None))
+        elif (copy := copy_tokens(runner, req_id, trace.sampling_params)) is not None:
+            self._deferred.add(lambda: self._end_with(trace, copy.tokens(), include_text), copy.event)
+        else:
+            self._deferred.add(lambda: self._end(trace, "finished"))
+
+    def _end_with(self, trace: ActiveTrace, tokens: RequestTokens, keep: bool) -> None:
+        if keep:
+            trace.tokens = tokens
+        aborted = was_aborted(tokens, self._host.max_model_len)
+        self._end(trace, "aborted" if aborted else "finished", len(tokens.generated))
+
+    def _end(
+        self, trace: ActiveTrace, status: Literal["finished", "aborted", "lost"], num_generated: int | None = None
+    ) -> None:
+        trace.end(status, num_generated)
+        self._ended.append(trace)
+
+
+def _runs(values: npt.NDArray[np.int32]) -> list[tuple[int, int]]:
+    """(start, end) of each run of equal values."""
+    starts = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist()]
+    return list(zip(starts, [*starts[1:], len(values)], strict=True))

@@ -1,0 +1,119 @@
+"""Writes traces into the run directory, on a worker's export thread.
+
+Owns when a trace is written and which files of the worker are removed. The format is `store/trace_record.py`, the
+memory `active.py`.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from glassbox.config.load import RequestsConfig
+from glassbox.core.logs import get_logger
+from glassbox.processes.worker.traces.active import ActiveTrace, TraceHost
+from glassbox.processes.worker.traces.tracker import RequestTracker
+from glassbox.store.tokenizer_note import write_source
+from glassbox.store.trace_directory import TraceFiles, traces_path
+from glassbox.store.trace_record import trace_name, trace_prefix, write_trace
+
+logger = get_logger(__name__)
+
+# Share of a core that writing running requests again may take. It is taken from the steps: they wait for Python's lock.
+RUNNING_SHARE: Final = 0.005
+
+
+class TraceWriter:
+    """Writes the traces of one worker.
+
+    Args:
+        run_dir: of the server.
+        host: the worker.
+        tracker: its requests.
+        clock, cpu_clock: seconds, monotonic, and those that this thread has computed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        host: TraceHost,
+        tracker: RequestTracker,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        cpu_clock: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._run_dir, self._directory = run_dir, traces_path(run_dir)
+        self._files = TraceFiles(self._directory, trace_prefix(host.engine, host.rank))
+        self._host, self._tracker = host, tracker
+        self._clock, self._cpu_clock = clock, cpu_clock
+        # When running requests may be written again.
+        self._running_due = clock()
+        # Version of each running request's trace that lies in the directory, by internal id.
+        self._written: dict[str, int] = {}
+        self._tokenizer_told = False
+
+    def write(self, config: RequestsConfig) -> int:
+        """Write what has changed: ended requests once, running ones again and again. Ended ones are released.
+
+        Many or long running ones take their time, and then wait until it is `RUNNING_SHARE` of what has passed.
+
+        Returns:
+            Number of files written.
+
+        Raises:
+            OSError: something can't be written; ended requests are released all the same, so that a full disk does
+                not fill the memory.
+        """
+        active = self._tracker.active()
+        ended = self._tracker.ended()
+        written, running_s = 0, 0.0
+        failure: OSError | None = None
+        again = self._clock() >= self._running_due
+        if (active or ended) and config.include_text:
+            try:
+                self._tell_tokenizer()
+            except OSError as error:
+                failure = error
+        for trace in dict.fromkeys((*ended, *active)):  # one may have ended between the two calls
+            runs = trace.status == "active"
+            if runs and not (again and self._written.get(trace.internal_id) != trace.version):
+                continue
+            before = self._cpu_clock()
+            try:
+                self._write(trace)
+                written += 1
+            except OSError as error:
+                failure = error
+            if runs:
+                running_s += self._cpu_clock() - before
+        if again:
+            self._running_due = self._clock() + running_s / RUNNING_SHARE
+        for trace in ended:
+            self._tracker.release(trace)
+        running = {trace.internal_id for trace in active}
+        self._written = {internal_id: v for internal_id, v in self._written.items() if internal_id in running}
+        if written:
+            self._prune(config, running)
+        if failure is not None:
+            raise failure
+        return written
+
+    def _tell_tokenizer(self) -> None:
+        """For whoever makes texts of these traces' tokens."""
+        if self._host.tokenizer and not self._tokenizer_told:
+            write_source(self._run_dir, self._host.tokenizer, self._host.tokenizer_revision)
+            self._tokenizer_told = True
+
+    def _write(self, trace: ActiveTrace) -> None:
+        version = trace.version
+        path = write_trace(self._directory, trace.record())
+        self._files.wrote(path.name, path.stat().st_size)
+        self._written[trace.internal_id] = version
+        logger.debug("Trace written: %s", path.name)
+
+    def _prune(self, config: RequestsConfig, running: set[str]) -> None:
+        host = self._host
+        names = {trace_name(host.engine, host.rank, host.instance, internal_id) for internal_id in running}
+        removed = self._files.prune(keep=config.keep, keep_mb=config.keep_mb, active=names)
+        if removed:
+            logger.debug("Removed %d old traces", len(removed))

@@ -1,0 +1,242 @@
+"""The directory of trace files: what lies in it, read as cheaply as can be, and kept small.
+
+Owns finding, caching and removing the files of `trace_record.py`. Workers write and remove, any process of the server
+reads. A file that can't be read is skipped and counted, as snapshots are.
+"""
+
+import contextlib
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from glassbox.core.files import FileVersion
+from glassbox.core.logs import get_logger
+from glassbox.store.trace_record import RequestTrace, merge_ranks, read_header, read_trace
+
+logger = get_logger(__name__)
+
+_FOLDER: Final = "traces"
+_MB: Final = 1_000_000
+
+
+def traces_path(run_dir: Path) -> Path:
+    """Where the traces of a run directory lie."""
+    return Path(run_dir) / _FOLDER
+
+
+@dataclass(frozen=True)
+class TraceSummary:
+    """What is known of a traced request without reading its arrays; fields as in RequestTrace, over all workers.
+
+    Attributes:
+        num_rows: kept rows that every worker has, at least as far as their number tells.
+    """
+
+    request_id: str
+    internal_id: str
+    engine: str
+    model_name: str
+    why: str
+    status: str
+    start_time_s: float
+    end_time_s: float | None
+    prompt_len: int
+    num_generated: int
+    num_rows: int
+    truncated: bool
+
+
+# Of one request: (engine, internal id).
+TraceKey = tuple[str, str]
+
+
+class TraceDirectory:
+    """Reads the traces of a run directory; a file's header is parsed again only when it was replaced.
+
+    Arrays are not kept: each call that returns a RequestTrace reads them.
+
+    Attributes:
+        path: of the directory, which need not exist.
+        unreadable: how many file versions could not be read so far.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = traces_path(run_dir)
+        self._cache: dict[str, tuple[FileVersion, dict[str, Any] | None]] = {}
+        self._seen: dict[str, FileVersion] = {}
+        self.unreadable = 0
+
+    def versions(self) -> dict[str, FileVersion]:
+        """Name and version of every trace file; empty if there is no directory."""
+        versions: dict[str, FileVersion] = {}
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.path) as entries:
+            for entry in entries:
+                if entry.name.startswith("trace-") and entry.name.endswith(".npz"):
+                    with contextlib.suppress(FileNotFoundError):  # went between listing and stat
+                        stat = entry.stat()
+                        versions[entry.name] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        return versions
+
+    def summaries(self) -> list[TraceSummary]:
+        """All traced requests, newest first."""
+        return [_summarise(headers) for headers in self._requests(self.versions()).values()]
+
+    def read(self) -> list[RequestTrace]:
+        """All traces, merged over workers, newest first. Reads every file: `summaries` is cheaper."""
+        return self._load(self._requests(self.versions()))
+
+    def changed(self) -> list[RequestTrace]:
+        """Traces of which a file was written since the last call (at first: all), newest first."""
+        versions = self.versions()
+        changed = {name for name, version in versions.items() if self._seen.get(name) != version}
+        self._seen = versions
+        requests = self._requests(versions)
+        return self._load({key: files for key, files in requests.items() if changed & files.keys()})
+
+    def get(self, request_id: str) -> RequestTrace | None:
+        """The trace of an internal id, or the newest of an external one; None if there is none.
+
+        Completions have external ids of the form `cmpl-...-0`, one per prompt, and their clients know `cmpl-...`: that
+        finds the first prompt's. `find` returns those of all prompts and samples.
+        """
+        found = self.find(request_id)
+        return found[0] if found else None
+
+    def find(self, request_id: str) -> list[RequestTrace]:
+        """All traces that `request_id` may mean: those of an internal id, else of an external one, else of a
+        completion's prompts; in the order of their internal ids within a request, newest request first."""
+        requests = self._requests(self.versions())
+
+        def chosen(fits: Any) -> dict[TraceKey, dict[str, dict[str, Any]]]:
+            return {key: files for key, files in requests.items() if fits(next(iter(files.values())))}
+
+        found = chosen(lambda header: header["internal_id"] == request_id)
+        found = found or chosen(lambda header: header["request_id"] == request_id)
+        found = found or chosen(lambda header: _is_prompt_of(header["request_id"], request_id))
+        return sorted(self._load(found), key=lambda trace: (trace.request_id, trace.internal_id))
+
+    def _requests(self, versions: Mapping[str, FileVersion]) -> dict[TraceKey, dict[str, dict[str, Any]]]:
+        """Headers by file, by request, newest request first."""
+        self._cache = {name: entry for name, entry in self._cache.items() if name in versions}
+        for name, version in versions.items():
+            if name not in self._cache or self._cache[name][0] != version:
+                self._cache[name] = (version, self._try(read_header, name))
+        requests: dict[TraceKey, dict[str, dict[str, Any]]] = {}
+        for name, (_, header) in sorted(self._cache.items()):
+            if header is not None:
+                requests.setdefault((header["engine"], header["internal_id"]), {})[name] = header
+        newest_first = sorted(requests, key=lambda key: (-_start(requests[key]), key))
+        return {key: requests[key] for key in newest_first}
+
+    def _load(self, requests: Mapping[TraceKey, Mapping[str, Any]]) -> list[RequestTrace]:
+        loaded = []
+        for files in requests.values():
+            parts = [part for part in (self._try(read_trace, name) for name in files) if part is not None]
+            if parts:
+                loaded.append(merge_ranks(parts))
+        return loaded
+
+    def _try(self, read: Any, name: str) -> Any:
+        try:
+            return read(self.path / name)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            self.unreadable += 1
+            log = logger.warning if self.unreadable == 1 else logger.debug
+            log("glassbox skips an unreadable trace file: %s", error)
+            return None
+
+
+def _is_prompt_of(external: str, request_id: str) -> bool:
+    base, dash, index = external.rpartition("-")
+    return bool(dash) and base == request_id and index.isdigit()
+
+
+def _start(headers: Mapping[str, Mapping[str, Any]]) -> float:
+    return min(float(header["start_time_s"]) for header in headers.values())
+
+
+def _summarise(headers: Mapping[str, Mapping[str, Any]]) -> TraceSummary:
+    parts = list(headers.values())
+    first = parts[0]
+    active = any(part["status"] == "active" for part in parts)
+    ends = [part["end_time_s"] for part in parts if part["end_time_s"] is not None]
+    return TraceSummary(
+        request_id=first["request_id"],
+        internal_id=first["internal_id"],
+        engine=first["engine"],
+        model_name=first["model_name"],
+        why=first["why"],
+        status="active" if active else first["status"],
+        start_time_s=_start(headers),
+        end_time_s=None if active else max(ends, default=None),
+        prompt_len=first["prompt_len"],
+        num_generated=max(part["num_generated"] for part in parts),
+        num_rows=min(part["num_rows"] for part in parts),
+        truncated=any(part["truncated"] for part in parts),
+    )
+
+
+class TraceFiles:
+    """The files that a worker writes, and those of its predecessors after a restart, kept within limits.
+
+    Lists the directory once, since workers have better things to do, and knows from then on what it holds.
+
+    Args:
+        directory: of the files.
+        prefix: of these files.
+    """
+
+    def __init__(self, directory: Path, prefix: str) -> None:
+        self._directory, self._prefix = Path(directory), prefix
+        # Bytes by name, the latest last; None is not listed yet.
+        self._sizes: dict[str, int] | None = None
+
+    def wrote(self, name: str, size: int) -> None:
+        """A file is there, or is there anew, with so many bytes."""
+        sizes = self._listed()
+        sizes.pop(name, None)
+        sizes[name] = size
+
+    def prune(self, *, keep: int, keep_mb: int, active: Collection[str] = ()) -> list[Path]:
+        """Remove the oldest files until what remains is within the limits.
+
+        Args:
+            keep: most files; keep_mb: most MB of them together.
+            active: names that are kept whatever the limits: requests that still run.
+
+        Returns:
+            The removed ones, oldest first.
+
+        Raises:
+            OSError: the directory can't be listed, or a file not removed.
+        """
+        sizes = self._listed()
+        if len(sizes) <= keep and sum(sizes.values()) <= keep_mb * _MB:
+            return []
+        removed, kept, total = [], 0, 0
+        for name in reversed(list(sizes)):
+            if name in active or (kept < keep and total + sizes[name] <= keep_mb * _MB):
+                kept, total = kept + 1, total + sizes[name]
+            else:
+                kept = keep  # what is older than a removed one goes, too
+                path = self._directory / name
+                path.unlink(missing_ok=True)
+                del sizes[name]
+                removed.append(path)
+        return removed[::-1]
+
+    def _listed(self) -> dict[str, int]:
+        if self._sizes is None:
+            found = []
+            with contextlib.suppress(FileNotFoundError), os.scandir(self._directory) as entries:
+                for entry in entries:
+                    if entry.name.startswith(self._prefix) and entry.name.endswith(".npz"):
+                        with contextlib.suppress(FileNotFoundError):
+                            stat = entry.stat()
+                            found.append((stat.st_mtime_ns, entry.name, stat.st_size))
+            self._sizes = {name: size for _, name, size in sorted(found)}
+        return self._sizes

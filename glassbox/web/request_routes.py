@@ -1,0 +1,161 @@
+"""Traced requests over HTTP: the list of them, and one as JSON or as a page. Read-only.
+
+Owns the parameters and the routes. What an answer says is `export.trace_document`'s, the page `request_page.py`'s.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from glassbox.config.load import GlassboxConfig
+from glassbox.export.token_text import TokenTexts
+from glassbox.export.trace_document import Selection, SelectionError, detail, document, summary
+from glassbox.store.trace_directory import TraceDirectory
+from glassbox.store.trace_record import RequestTrace
+from glassbox.web.answers import RequestError, guarded, json_answer
+from glassbox.web.request_page import page
+
+LIST_PATH: Final = "/glassbox/v1/requests"
+MAX_LISTED: Final = 1000
+DEFAULT_LISTED: Final = 50
+_STATUSES: Final = ("active", "finished", "aborted", "lost")
+_WHYS: Final = ("opt_in", "sampled")
+_LIST_PARAMETERS: Final = ("limit", "status", "why", "model_name", "engine")
+_ONE_PARAMETERS: Final = ("layers", "heads", "tokens", "format")
+_INDICES: Final = re.compile(r"\d{1,6}(,\d{1,6}){0,1023}")
+_RANGE: Final = re.compile(r"(\d{1,10}):(\d{1,10})")
+
+
+def request_routes(
+    run_dir: Path, config: Callable[[], GlassboxConfig], count_error: Callable[[str], None] = lambda _: None
+) -> list[Route]:
+    """GET /glassbox/v1/requests and /glassbox/v1/requests/{id}.
+
+    Args:
+        run_dir: of the server.
+        config: returns the configuration of the moment.
+        count_error: called with a stage for errors that are not the client's.
+    """
+    traces = _Traces(run_dir, config)
+
+    async def listed(request: Request) -> Response:
+        return json_answer(await run_in_threadpool(traces.listed, request.query_params))
+
+    async def one(request: Request) -> Response:
+        return await run_in_threadpool(traces.one, request.path_params["request_id"], request.query_params)
+
+    compressed = Middleware(GZipMiddleware, minimum_size=1024, compresslevel=4)
+    return [
+        Route(LIST_PATH, guarded(listed, count_error), middleware=[compressed]),
+        # An id is a client's to choose, and may hold slashes.
+        Route(f"{LIST_PATH}/{{request_id:path}}", guarded(one, count_error), middleware=[compressed]),
+    ]
+
+
+class _Traces:
+    """Answers; called from several threads."""
+
+    def __init__(self, run_dir: Path, config: Callable[[], GlassboxConfig]) -> None:
+        self._directory = TraceDirectory(run_dir)
+        self._texts = TokenTexts(run_dir)
+        self._config = config
+        self._lock = threading.Lock()
+
+    def listed(self, parameters: Mapping[str, str]) -> dict[str, Any]:
+        _check_names(parameters, _LIST_PARAMETERS)
+        limit = _limit(parameters.get("limit"))
+        wanted = {name: parameters[name] for name in _LIST_PARAMETERS[1:] if name in parameters}
+        _check_one_of("status", wanted.get("status"), _STATUSES)
+        _check_one_of("why", wanted.get("why"), _WHYS)
+        with self._lock:
+            summaries = self._directory.summaries()
+        found = [one for one in summaries if all(getattr(one, name) == value for name, value in wanted.items())]
+        return {"total": len(found), "requests": [summary(one) for one in found[:limit]]}
+
+    def one(self, request_id: str, parameters: Mapping[str, str]) -> Response:
+        _check_names(parameters, _ONE_PARAMETERS)
+        _check_one_of("format", parameters.get("format"), ("json", "html"))
+        chosen, is_chosen = _selection(parameters)
+        with self._lock:
+            # vLLM numbers the turns of a response: its client knows resp_..., the engine resp_..._0.
+            found = self._directory.find(request_id) or self._directory.find(f"{request_id}_0")
+        if not found:
+            raise RequestError(
+                f"request_id must be of a traced request that is still kept, got {request_id[:200]!r}; see {LIST_PATH}",
+                404,
+            )
+        trace = found[0]
+        texts = self._texts if self._config().requests.include_text and len(trace.token_ids) else None
+        try:
+            if parameters.get("format") == "html":
+                return _html(trace, chosen, texts)
+            shown = document(trace, texts)
+            # Further samples (n > 1) or prompts that the id may mean.
+            shown["others"] = [other.internal_id for other in found[1:]]
+            if is_chosen:
+                shown["detail"] = detail(trace, chosen)
+        except SelectionError as error:
+            raise RequestError(str(error)) from None
+        return json_answer(shown)
+
+
+def _html(trace: RequestTrace, chosen: Selection, texts: TokenTexts | None) -> Response:
+    content, nonce = page(trace, chosen, texts)
+    policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; base-uri 'none'"
+    headers = {
+        "Cache-Control": "no-store",
+        "Content-Security-Policy": f"{policy}; form-action 'none'; frame-ancestors 'none'",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return HTMLResponse(content, headers=headers)
+
+
+def _check_names(parameters: Mapping[str, str], known: tuple[str, ...]) -> None:
+    for name in parameters:
+        if name not in known:
+            raise RequestError(f"parameters must be among {', '.join(known)}, got {name[:80]!r}; remove it")
+
+
+def _check_one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {value[:80]!r}; leave it out for any")
+
+
+def _limit(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_LISTED
+    if not re.fullmatch(r"\d{1,6}", text, re.ASCII) or not 1 <= int(text) <= MAX_LISTED:
+        raise RequestError(f"limit must be a whole number from 1 to {MAX_LISTED}, got {text[:80]!r}; leave it out")
+    return int(text)
+
+
+def _selection(parameters: Mapping[str, str]) -> tuple[Selection, bool]:
+    """What the parameters choose, and whether they choose anything."""
+    tokens = parameters.get("tokens")
+    chosen_tokens = None
+    if tokens is not None:
+        match = _RANGE.fullmatch(tokens)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise RequestError(f"tokens must be start:end with start < end, got {tokens[:80]!r}; write such as 10:20")
+        chosen_tokens = (int(match[1]), int(match[2]))
+    chosen = Selection(_indices("layers", parameters), _indices("heads", parameters), chosen_tokens)
+    return chosen, any(name in parameters for name in ("layers", "heads", "tokens"))
+
+
+def _indices(name: str, parameters: Mapping[str, str]) -> tuple[int, ...] | None:
+    text = parameters.get(name)
+    if text is None or text == "all":
+        return None
+    if not _INDICES.fullmatch(text):
+        raise RequestError(f"{name} must be all or indices such as 0,5,11, got {text[:80]!r}")
+    return tuple(dict.fromkeys(int(part) for part in text.split(",")))

@@ -1,0 +1,74 @@
+"""Which layers of a model are observed."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from glassbox.adapter import layers
+from glassbox.adapter.layers import find_layers
+
+
+def layer(marker: bool | None, heads: int = 4, *, draft: bool = False, late: bool = False) -> Any:
+    """An attention layer whose impl is observed (True), a drafter's (False) or vLLM's own (None)."""
+    impl = SimpleNamespace() if marker is None else SimpleNamespace(glassbox_observed=marker)
+    backend = SimpleNamespace(forward_includes_kv_cache_update=late)
+    return SimpleNamespace(impl=impl, num_heads=heads, head_size=64, is_draft_layer=draft, attn_backend=backend)
+
+
+class ChunkedLocalAttention(SimpleNamespace):
+    """Named as vLLM's class is."""
+
+
+class TestFindLayers:
+    def test_observed_layers_come_in_the_order_of_the_model(self) -> None:
+        """Whatever the order of vLLM's dictionary; the widest layer gives the number of heads."""
+        found = find_layers({f"model.layers.{i}.self_attn.attn": layer(True, heads=i + 1) for i in (10, 2, 0)})
+        assert found.indices == (0, 2, 10)
+        assert found.names[1] == "model.layers.2.self_attn.attn"
+        assert found.num_heads == 11
+        assert found.bypassed == ()
+
+    def test_layers_of_other_backends_are_named_as_bypassed(self) -> None:
+        """A model may hard-wire a backend that glassbox does not wrap."""
+        found = find_layers({"layers.0.attn": layer(True), "layers.1.attn": layer(None)})
+        assert found.indices == (0,)
+        assert found.bypassed == ("layers.1.attn",)
+
+    def test_drafters_are_neither(self) -> None:
+        """A draft model's layers are not the model's, and nobody expects them to be measured."""
+        found = find_layers({"layers.0.attn": layer(False), "layers.1.attn": layer(True, draft=True)})
+        assert (found.names, found.bypassed) == ((), ())
+
+    def test_virtual_batches_and_late_keys_bypass(self) -> None:
+        """Their rows can't be found, or K is not there before the attention."""
+        chunked = ChunkedLocalAttention(**vars(layer(True)))
+        found = find_layers({"layers.0.attn": chunked, "layers.1.attn": layer(True, late=True)})
+        assert found.bypassed == ("layers.0.attn", "layers.1.attn")
+
+    def test_a_reason_against_all(self) -> None:
+        """With context parallelism every layer bypasses."""
+        assert find_layers({"layers.0.attn": layer(True)}, "a reason").bypassed == ("layers.0.attn",)
+
+    def test_a_name_without_a_number(self) -> None:
+        """It says which layer it can't place."""
+        with pytest.raises(ValueError, match=r"'encoder\.attn' has no index"):
+            find_layers({"encoder.attn": layer(True)})
+
+
+class TestUnobservableReason:
+    @pytest.mark.parametrize(
+        ("setting", "reason"),
+        [
+            ({}, None),
+            ({"decode_context_parallel_size": 2}, "context parallelism"),
+            ({"prefill_context_parallel_size": 2}, "context parallelism"),
+            ({"use_ubatching": True}, "micro-batching"),
+        ],
+    )
+    def test_reasons(self, setting: dict[str, Any], reason: str | None) -> None:
+        """What spreads a row's keys, or splits a step, can't be observed."""
+        default = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "use_ubatching": False}
+        config = SimpleNamespace(parallel_config=SimpleNamespace(**{**default, **setting}))
+        found = layers.unobservable_reason(config)
+        assert (found is None) if reason is None else (reason in str(found))

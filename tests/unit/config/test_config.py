@@ -1,0 +1,473 @@
+"""The YAML file: what is accepted, what is refused, and in which words."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from glassbox.config.load import (
+    MAX_CONFIG_BYTES,
+    RESTART_FIELDS,
+    SUPPORTED_INNER_BACKENDS,
+    ConfigError,
+    GlassboxConfig,
+    LayerSelection,
+    find_config,
+    load_config,
+    packaged_config,
+    restart_needed,
+)
+from glassbox.config.yaml import all_keys
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    return tmp_path / "glassbox.yaml"
+
+
+def message(path: Path, content: str | bytes) -> str:
+    """The error of a file with this content, without the path it starts with."""
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith(f"{path}: ")
+    return text.removeprefix(f"{path}: ")
+
+
+class TestGoodFiles:
+    @pytest.mark.parametrize("name", ["glassbox", "debug", "production"])
+    def test_shipped(self, name: str) -> None:
+        """The files in configs/ are good."""
+        load_config(ROOT / "configs" / f"{name}.yaml")
+
+    def test_packaged_is_the_default(self) -> None:
+        """The packaged file says what is the case without it, and names every key."""
+        assert load_config(packaged_config()) == GlassboxConfig()
+        text = packaged_config().read_text()
+        assert [key for key in all_keys(GlassboxConfig) if f"{key.rpartition('.')[2]}:" not in text] == []
+
+    def test_examples_differ_as_they_say(self) -> None:
+        """debug.yaml measures everything; production.yaml has a budget."""
+        debug = load_config(ROOT / "configs/debug.yaml")
+        assert (debug.sample_rate, debug.log_level, debug.export.prometheus.detail) == (1.0, "debug", "head")
+        production = load_config(ROOT / "configs/production.yaml")
+        assert production.sampling.overhead_budget == 0.01
+        assert (production.sample_rate, production.export.prometheus.detail) == (0.01, "layer")
+        assert not production.export.otel.enabled
+
+    def test_part(self, config_file: Path) -> None:
+        """Keys left out have their defaults."""
+        config_file.write_text("sampling: {max_rows_per_step: 7}")
+        config = load_config(config_file)
+        assert config.sampling.max_rows_per_step == 7
+        assert (config.sample_rate, config.sampling.prefill_rows_per_request) == (0.01, 8)
+
+    def test_byte_order_mark(self, config_file: Path) -> None:
+        """A UTF-8 byte order mark, as Windows editors write, is no error."""
+        config_file.write_bytes(b"\xef\xbb\xbfsample_rate: 1\n")
+        assert load_config(config_file).sample_rate == 1.0
+
+    def test_frozen(self) -> None:
+        """A configuration can't be changed."""
+        with pytest.raises(ValueError, match="frozen"):
+            GlassboxConfig().sample_rate = 1.0
+
+    @pytest.mark.parametrize("name", ["glassbox", "debug", "production"])
+    def test_dump(self, name: str) -> None:
+        """model_dump gives plain YAML values that make the same configuration again."""
+        config = load_config(ROOT / "configs" / f"{name}.yaml")
+        assert GlassboxConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump()))) == config
+
+    def test_every_field_is_described(self) -> None:
+        """Each field has a description, and a rule and remedy for its error."""
+
+        def check(model: type) -> None:
+            for name, field in model.model_fields.items():
+                assert field.description, name
+                assert {"rule", "remedy"} <= set(field.json_schema_extra), name
+                if hasattr(field.annotation, "model_fields"):
+                    check(field.annotation)
+
+        check(GlassboxConfig)
+
+    @pytest.mark.parametrize(
+        ("endpoint", "protocol"),
+        [
+            ("http://collector:4317", "grpc"),
+            ("https://c.example", "grpc"),
+            ("collector:4317", "grpc"),
+            ("[::1]:4317", "grpc"),
+            ("http://127.0.0.1:4318/v1/metrics", "http"),
+        ],
+    )
+    def test_endpoints(self, config_file: Path, endpoint: str, protocol: str) -> None:
+        """An endpoint is a URL, for gRPC also host:port."""
+        config_file.write_text(yaml.safe_dump({"export": {"otel": {"endpoint": endpoint, "protocol": protocol}}}))
+        assert load_config(config_file).export.otel.endpoint == endpoint
+
+    def test_home(self, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """~ in jsonl.path and baseline.path is the home directory."""
+        monkeypatch.setenv("HOME", "/home/someone")
+        config_file.write_text("{export: {jsonl: {path: ~/traces.jsonl}}, baseline: {path: ~/b.npz}}")
+        assert load_config(config_file).export.jsonl.expanded_path == Path("/home/someone/traces.jsonl")
+        assert load_config(config_file).baseline.expanded_path == Path("/home/someone/b.npz")
+
+    def test_no_secrets_in_repr(self, config_file: Path) -> None:
+        """A header's value does not show in the configuration's repr."""
+        config_file.write_text("export: {otel: {headers: {authorization: Bearer s3cret}}}")
+        config = load_config(config_file)
+        assert config.export.otel.headers == {"authorization": "Bearer s3cret"}
+        assert "s3cret" not in repr(config)
+
+
+class TestLayers:
+    @pytest.mark.parametrize(
+        ("text", "selected"),
+        [
+            ("all", (0, 1, 2, 3, 4)),
+            ("[4, 0, 2]", (0, 2, 4)),
+            ("[0, 9]", (0,)),
+            ("{every: 2}", (0, 2, 4)),
+            ("{every: 9}", (0,)),
+            ("{every: 1}", (0, 1, 2, 3, 4)),
+        ],
+    )
+    def test_select(self, config_file: Path, text: str, selected: tuple[int, ...]) -> None:
+        """The chosen layers of a model of five, ascending."""
+        config_file.write_text(f"sampling: {{layers: {text}}}")
+        assert load_config(config_file).sampling.layers.select(5) == selected
+
+    def test_missing(self) -> None:
+        """Indices beyond the model can be told."""
+        assert LayerSelection(indices=(0, 5, 9)).missing(5) == (5, 9)
+        assert LayerSelection(every=3).missing(5) == ()
+
+
+class TestBadValues:
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            ("sample_rate: 3", "sample_rate must be between 0 and 1, got 3; use 0 to stop sampling"),
+            ("sample_rate: -0.1", "sample_rate must be between 0 and 1, got -0.1; use 0 to stop sampling"),
+            ("sample_rate: .nan", "sample_rate must be between 0 and 1, got nan; use 0 to stop sampling"),
+            (
+                "sample_rate: '0.1'",
+                "sample_rate must be a number, got the string '0.1'; write 0.1 without quotes or exponent",
+            ),
+            (
+                "sample_rate: 1e-2",
+                "sample_rate must be a number, got the string '1e-2'; write 0.01 without quotes or exponent",
+            ),
+            ("sample_rate: true", "sample_rate must be a number, got true; write a plain number"),
+            (
+                "sample_rate: null",
+                "sample_rate must be a number, got null; give it a value, or delete the line to",
+            ),
+            ("enabled: 1", "enabled must be true or false, got 1; write true or false without quotes"),
+            (
+                "log_level: trace",
+                "log_level must be debug, info, warning or error, got the string 'trace'; use info",
+            ),
+            (
+                "sampling: {max_rows_per_step: true}",
+                "sampling.max_rows_per_step must be a whole number, got true;",
+            ),
+            (
+                "sampling: {max_rows_per_step: 8.0}",
+                "sampling.max_rows_per_step must be a whole number, got 8.0;",
+            ),
+            (
+                "sampling: {max_rows_per_step: 0}",
+                "sampling.max_rows_per_step must be between 1 and 4096, got 0;",
+            ),
+            (
+                "sampling: {overhead_budget: 0}",
+                "sampling.overhead_budget must be above 0 and at most 1, or null,",
+            ),
+            ("sampling: {layers: [1, 1]}", "sampling.layers must name each layer once, got [1, 1];"),
+            (
+                "sampling: {layers: [-1]}",
+                "sampling.layers must list layer indices, whole numbers from 0, got [-1];",
+            ),
+            ("sampling: {layers: [true]}", "sampling.layers must list layer indices"),
+            ("sampling: {layers: []}", "sampling.layers must list layer indices"),
+            (
+                "sampling: {layers: {every: 0}}",
+                "sampling.layers must have a whole number of at least 1 for every",
+            ),
+            ("sampling: {layers: {indices: [1]}}", "sampling.layers must be all, a list or {every: k}"),
+            (
+                "sampling: {layers: some}",
+                "sampling.layers must be all, a list or {every: k}, got the string 'some';",
+            ),
+            (
+                "sampling: 3",
+                "sampling must be a mapping, got 3; indent its keys below it, or delete the line",
+            ),
+            ("sampling:", "sampling must be a mapping, got null; give it a value, or delete the line"),
+            ("statistics: {sink_tokens: 0}", "statistics.sink_tokens must be between 1 and 1024, got 0;"),
+            ("requests: {trace_rate: 1.5}", "requests.trace_rate must be between 0 and 1, got 1.5;"),
+            (
+                "export: {interval_s: 0}",
+                "export.interval_s must be between 0.1 and 3600 seconds, got 0; use 5",
+            ),
+            (
+                "export: {prometheus: {port: 0}}",
+                "export.prometheus.port must be between 1 and 65535, or null, got 0;",
+            ),
+            (
+                "export: {prometheus: {detail: rank}}",
+                "export.prometheus.detail must be model, layer or head,",
+            ),
+            ("export: {otel: {endpoint: nowhere}}", "export.otel.endpoint must be a URL or host:port,"),
+            ("export: {otel: {endpoint: 'ftp://c:1'}}", "export.otel.endpoint must be a URL or host:port,"),
+            ("export: {otel: {endpoint: 'c:99999'}}", "export.otel.endpoint must be a URL or host:port,"),
+            (
+                "export: {otel: {endpoint: 'c:4317', protocol: http}}",
+                "export.otel.endpoint must be an http or https URL, got the string 'c:4317'; use a URL",
+            ),
+            ("baseline: {path: ''}", "baseline.path must be a file's path or null, got the string '';"),
+            ("baseline: {path: 3}", "baseline.path must be"),
+            ("baseline: {min_rows: 0}", "baseline.min_rows must be between 1 and 1000000000, got 0; use 500"),
+            ("baseline: {window_s: 0.5}", "baseline.window_s must be between 1 and 86400 seconds, got 0.5; use 600"),
+            ("baseline: {windows: 5}", "baseline.windows is not a known key; did you mean baseline.window_s?"),
+            (
+                "export: {jsonl: {path: ''}}",
+                "export.jsonl.path must be a file's path or null, got the string '';",
+            ),
+        ],
+    )
+    def test_message(self, config_file: Path, content: str, expected: str) -> None:
+        """An error names key, rule, value and remedy."""
+        assert message(config_file, content).startswith(expected)
+
+    def test_inner_backend(self, config_file: Path) -> None:
+        """A wrong inner_backend is answered with the right names."""
+        text = message(config_file, "inner_backend: FLASHATTN")
+        assert text == (
+            f"inner_backend must be auto or one of {', '.join(SUPPORTED_INNER_BACKENDS)}, "
+            "got the string 'FLASHATTN'; use auto if in doubt"
+        )
+
+    def test_several(self, config_file: Path) -> None:
+        """Of several errors the first is told, and how many more there are."""
+        text = message(config_file, "sample_rate: 3\nrequests: {opt_in: 7}\nfoo: 1")
+        assert text == "sample_rate must be between 0 and 1, got 3; use 0 to stop sampling (and 2 more)"
+
+    def test_long_value(self, config_file: Path) -> None:
+        """A long value is shortened."""
+        assert len(message(config_file, f"log_level: {'x' * 10_000}")) < 200
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            '{authorization: "s3cret\\n"}',
+            "{'a b': s3cret}",
+            "[s3cret]",
+            "{1: s3cret}",
+            "{a: [s3cret]}",
+            "s3cret",
+        ],
+    )
+    def test_no_secrets_in_messages(self, config_file: Path, headers: str) -> None:
+        """An error about headers does not show them."""
+        text = message(config_file, f"export: {{otel: {{headers: {headers}}}}}")
+        assert text.startswith("export.otel.headers")
+        assert "s3cret" not in text
+
+
+class TestUnknownKeys:
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            ("sampel_rate: 1", "sampel_rate is not a known key; did you mean sample_rate?"),
+            (
+                "export: {prometheus: {prot: 1}}",
+                "export.prometheus.prot is not a known key; did you mean export.prometheus.port?",
+            ),
+            ("sink_tokens: 4", "sink_tokens is not a known key; did you mean statistics.sink_tokens?"),
+            (
+                "statistics: {xyz: 4}",
+                "statistics.xyz is not a known key; known here: sink_tokens, local_window",
+            ),
+            ("3: 4", "3 is not a known key; known here: enabled, log_level,"),
+        ],
+    )
+    def test_suggestion(self, config_file: Path, content: str, expected: str) -> None:
+        """An unknown key is answered with the nearest known one, or with all there are."""
+        assert message(config_file, content).startswith(expected)
+
+
+class TestBadFiles:
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            ("", "must not be empty"),
+            ("# only a comment\n", "must not be empty"),
+            ("- 1", "must be a mapping of settings, got a list"),
+            ("hello", "must be a mapping of settings, got a string"),
+            ("sample_rate: [", "is not valid YAML in line 1, column 15:"),
+            ("a: 1\n\tb: 2", "is not valid YAML in line 2, column 1:"),
+            (
+                "enabled: true\nsampling:\n  layers: all\n  layers: [1]\n",
+                "is not valid YAML in line 4, column 3: the key 'layers' is there twice",
+            ),
+            ("a: 1\n---\nb: 2", "is not valid YAML in line 2, column 1:"),
+            ("a: 2026-13-45", "is not valid YAML: month must be in 1..12"),
+            ("a: 'x\x00'", "is not valid YAML in line 1: character"),
+            (
+                "!!python/object/apply:os.getcwd []",
+                "is not valid YAML in line 1, column 1: could not determine",
+            ),
+            ("[" * 5000, "is not valid YAML: nested too deep"),
+            (b"\xff\xfe\x00", "must be UTF-8 text, got byte 0xff at offset 0; save it as UTF-8"),
+            (b"#" * (MAX_CONFIG_BYTES + 1), f"must be at most {MAX_CONFIG_BYTES} bytes, got more"),
+        ],
+    )
+    def test_content(self, config_file: Path, content: str | bytes, expected: str) -> None:
+        """What is no configuration is told in one line, with line and column where there are any."""
+        assert message(config_file, content).startswith(expected)
+
+    def test_references_that_explode(self, config_file: Path) -> None:
+        """A file whose references would multiply to 10^9 values is refused at once."""
+        lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+        for last, name in zip("abcdefgh", "bcdefghi", strict=True):
+            lines.append(f"{name}: &{name} [{', '.join([f'*{last}'] * 10)}]")
+        lines.append("sample_rate: *i")
+        text = message(config_file, "\n".join(lines))
+        assert len(text) < 400
+
+    def test_missing(self, config_file: Path) -> None:
+        """A file that is not there."""
+        with pytest.raises(ConfigError, match=r"glassbox\.yaml: must be a file, but does not exist; create it or"):
+            load_config(config_file)
+
+    def test_directory(self, tmp_path: Path) -> None:
+        """A directory."""
+        with pytest.raises(ConfigError, match="must be a file, got a directory"):
+            load_config(tmp_path)
+
+    def test_pipe(self, tmp_path: Path) -> None:
+        """A pipe is refused instead of waited for."""
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(ConfigError, match="must be a regular file, got a device or pipe"):
+            load_config(tmp_path / "pipe")
+
+    def test_permission(self, config_file: Path) -> None:
+        """A file that this user may not read; as user 65534 if the tests run as root."""
+        config_file.write_text("enabled: true")
+        config_file.chmod(0o000)
+        root = os.geteuid() == 0
+        if root:  # who may read all
+            for directory in (config_file.parent, *config_file.parents[1:3]):
+                if directory.name.startswith(("pytest-", "test_")):
+                    directory.chmod(0o755)
+            os.seteuid(65534)
+        try:
+            with pytest.raises(ConfigError, match="must be readable by user"):
+                load_config(config_file)
+        finally:
+            if root:
+                os.seteuid(0)
+
+    def test_path_with_line_break(self, tmp_path: Path) -> None:
+        """The message is one line even if the path is not."""
+        with pytest.raises(ConfigError) as caught:
+            load_config(tmp_path / "a\nb.yaml")
+        assert "\n" not in str(caught.value)
+
+
+class TestFindConfig:
+    def test_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """$GLASSBOX_CONFIG comes first, made absolute, even if nothing is there."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "glassbox.yaml").touch()
+        assert find_config({"GLASSBOX_CONFIG": "mine.yaml"}) == tmp_path / "mine.yaml"
+
+    def test_working_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Then ./glassbox.yaml; an empty $GLASSBOX_CONFIG counts as none."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "glassbox.yaml").touch()
+        assert find_config({"GLASSBOX_CONFIG": ""}) == tmp_path / "glassbox.yaml"
+
+    def test_packaged(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Then the packaged file; a directory called glassbox.yaml is passed by."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "glassbox.yaml").mkdir()
+        assert find_config({}) == packaged_config()
+        assert packaged_config().is_file()
+
+    def test_broken_link_is_not_passed_by(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A ./glassbox.yaml that leads nowhere is found, so that loading it tells."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "glassbox.yaml").symlink_to("nowhere")
+        assert find_config({}) == tmp_path / "glassbox.yaml"
+
+
+class TestRestartNeeded:
+    def changed(self, text: str) -> GlassboxConfig:
+        return GlassboxConfig.model_validate(yaml.safe_load(text))
+
+    def test_live(self) -> None:
+        """An edit of live settings needs no restart."""
+        new = self.changed(
+            "{sample_rate: 1.0, log_level: debug, sampling: {layers: [1], max_rows_per_step: 9}, "
+            "requests: {trace_rate: 1.0}, baseline: {path: b.npz, min_rows: 9, window_s: 60}, "
+            "export: {interval_s: 1.0, prometheus: {detail: head}}}"
+        )
+        assert restart_needed(GlassboxConfig(), new) == []
+
+    @pytest.mark.parametrize(
+        ("text", "start"),
+        [
+            ("attach: custom", "attach changed from auto to custom"),
+            ("inner_backend: TRITON_ATTN", "inner_backend changed from auto to TRITON_ATTN"),
+            ("statistics: {sink_tokens: 1}", "statistics.sink_tokens changed from 4 to 1"),
+            ("statistics: {local_window: 64}", "statistics.local_window changed from 128 to 64"),
+        ],
+    )
+    def test_restart(self, text: str, start: str) -> None:
+        """A setting that is built in is named with both values and what to do."""
+        [told] = restart_needed(GlassboxConfig(), self.changed(text))
+        assert told.startswith(f"{start}, which takes effect after a restart")
+
+    def test_enabled(self) -> None:
+        """Switching on what was off at the start needs a restart, switching off does not."""
+        on, off = GlassboxConfig(), self.changed("enabled: false")
+        assert restart_needed(on, off) == []
+        [told] = restart_needed(off, on)
+        assert told.startswith("enabled changed from false to true")
+
+    def test_fields_exist(self) -> None:
+        """RESTART_FIELDS names keys of the file."""
+        assert set(RESTART_FIELDS) <= set(all_keys(GlassboxConfig))
+
+
+def test_wheel(tmp_path: Path) -> None:
+    """A built wheel holds the configurations and the kernels' package, in spite of the symlinks."""
+    # A copy: setuptools leaves build/ and egg-info in the source tree.
+    source = tmp_path / "source"
+    source.mkdir()
+    names = ["pyproject.toml", "LICENSE", "README.md", "glassbox", "configs", "kernels"]
+    subprocess.run(
+        ["cp", "-a", *(str(ROOT / name) for name in names if (ROOT / name).exists()), str(source)], check=True
+    )
+    (source / "README.md").touch()
+    subprocess.run(
+        [sys.executable, "-c", "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"],
+        cwd=source,
+        check=True,
+        capture_output=True,
+    )
+    [wheel] = (source / "dist").glob("*.whl")
+    files = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"glassbox/configs/{name}.yaml" for name in ("glassbox", "debug", "production")} <= files
+    assert {f"glassbox/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")} <= files

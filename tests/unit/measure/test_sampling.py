@@ -1,0 +1,448 @@
+"""Which steps and rows are measured: against brute-force models and simulated servers."""
+
+import math
+import random
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glassbox.measure.sampling import (
+    NUM_ROW_COLUMNS,
+    ROW_BATCH,
+    ROW_PHASE,
+    ROW_QUERY,
+    ROW_SLOT,
+    ROW_UNCOUNTED,
+    RowSampler,
+    StepSampler,
+    is_sampled_step,
+)
+
+
+def sampled_steps(rate: float, level: int = 0, steps: int = 10_000) -> list[int]:
+    return [step for step in range(steps) if is_sampled_step(step, rate, level)]
+
+
+class TestIsSampledStep:
+    def test_extremes(self) -> None:
+        """Rate 0 samples nothing and rate 1 every step."""
+        assert sampled_steps(0.0, steps=100) == []
+        assert sampled_steps(1.0, steps=100) == list(range(100))
+
+    def test_one_in_four(self) -> None:
+        """Rate 0.25 samples each fourth step."""
+        assert sampled_steps(0.25, steps=12) == [3, 7, 11]
+
+    @given(st.floats(1e-3, 1.0))
+    @settings(max_examples=60, deadline=None)
+    def test_share(self, rate: float) -> None:
+        """Of 10,000 steps, rate * 10,000 are sampled, rounded up or down."""
+        assert math.floor(rate * 10_000) - 1 <= len(sampled_steps(rate)) <= math.ceil(rate * 10_000)
+
+    @given(st.floats(1e-3, 1.0), st.integers(0, 4))
+    @settings(max_examples=60, deadline=None)
+    def test_even_spread(self, rate: float, level: int) -> None:
+        """Gaps between sampled steps differ by at most one step, at any level."""
+        gaps = {after - before for before, after in pairwise(sampled_steps(rate, level))}
+        assert not gaps or max(gaps) - min(gaps) <= 1
+
+    @given(st.floats(1e-3, 1.0), st.integers(0, 5))
+    @settings(max_examples=40, deadline=None)
+    def test_nested_levels(self, rate: float, level: int) -> None:
+        """What a rank on a higher level samples, a rank on a lower one samples too: each second of it."""
+        lower, higher = sampled_steps(rate, level), sampled_steps(rate, level + 1)
+        assert higher == lower[::2]
+
+    @pytest.mark.parametrize("start", [10**9, 2**53, 2**80])
+    def test_long_running_server(self, start: int) -> None:
+        """After any number of steps the share is still exact."""
+        assert sum(is_sampled_step(start + i, 0.01) for i in range(10_000)) in {99, 100, 101}
+
+    def test_tiny_rate(self) -> None:
+        """A rate below the resolution is not rounded to never: it samples once in 2^32 steps."""
+        assert is_sampled_step(2**32 - 1, 1e-12)
+
+
+Cost = Callable[[int, random.Random], float]
+
+
+def constant(seconds: float) -> Cost:
+    return lambda step, rng: seconds
+
+
+def noisy(mean_s: float, sigma: float) -> Cost:
+    """Log-normal with the given mean."""
+    return lambda step, rng: mean_s * rng.lognormvariate(-sigma * sigma / 2, sigma)
+
+
+class Server:
+    """Drives a StepSampler with a cost model: measuring a step adds `cost` to the `base` it takes anyway."""
+
+    def __init__(self, rate: float, budget: float | None, base: Cost, cost: Cost) -> None:
+        self.sampler = StepSampler(rate, budget)
+        self.base, self.cost = base, cost
+        self.rng = random.Random(7)
+        self.steps = 0
+        self.level_changes = 0
+
+    def run(self, steps: int) -> float:
+        """Share of the time of these steps that measuring took."""
+        overhead_s = time_s = 0.0
+        for _ in range(steps):
+            level = self.sampler.level
+            sampled = self.sampler.next_step()
+            cost_s = self.cost(self.steps, self.rng) if sampled else 0.0
+            step_s = self.base(self.steps, self.rng) + cost_s
+            self.sampler.record(cost_s, step_s, sampled)
+            overhead_s += cost_s
+            time_s += step_s
+            self.steps += 1
+            self.level_changes += self.sampler.level != level
+        return overhead_s / time_s
+
+
+class TestStepSampler:
+    def test_counts_without_budget(self) -> None:
+        """Without a budget the steps are those of the sample rate, whatever they cost."""
+        sampler = StepSampler(0.25)
+        sampled = []
+        for _ in range(12):
+            sampled.append(sampler.next_step())
+            sampler.record(1.0, 1.0, sampled[-1])
+        assert [step for step, yes in enumerate(sampled) if yes] == [3, 7, 11]
+        assert (sampler.step, sampler.level, sampler.effective_rate) == (12, 0, 0.25)
+
+    @pytest.mark.parametrize("budget", [0.001, 0.01, 0.05, 0.2])
+    @pytest.mark.parametrize("base_s", [0.003, 0.008, 0.05])
+    @pytest.mark.parametrize("sigma", [0.0, 0.5])
+    def test_long_run_share(self, budget: float, base_s: float, sigma: float) -> None:
+        """At rate 1 and 2 ms a sampled step, the share is within the budget and not below a fourth of it."""
+        server = Server(1.0, budget, noisy(base_s, sigma), noisy(0.002, sigma))
+        server.run(2000)
+        unthrottled = 0.002 / (base_s + 0.002)
+        assert min(budget / 4, unthrottled / 2) <= server.run(40_000) <= budget * 1.05
+
+    def test_reacts_at_once(self) -> None:
+        """At rate 1 and 5 ms steps one sample of 2 ms is enough to throttle to a budget of 0.01."""
+        server = Server(1.0, 0.01, constant(0.003), constant(0.002))
+        server.run(1)
+        assert server.sampler.effective_rate * 0.002 / 0.005 <= 0.01
+
+    def test_settles(self) -> None:
+        """Under constant costs the level moves when it is found, and at most twice after."""
+        server = Server(1.0, 0.01, constant(0.008), constant(0.002))
+        server.run(100_000)
+        assert 1 <= server.level_changes <= 3
+
+    def test_noise_moves_the_level_little(self) -> None:
+        """With costs that scatter by half their size, the level changes less than once in 5000 steps."""
+        server = Server(1.0, 0.01, noisy(0.008, 0.5), noisy(0.002, 0.5))
+        server.run(100_000)
+        assert server.level_changes <= 20
+
+    def test_rare_dear_samples(self) -> None:
+        """When one sample in fifty costs 150 times as much, the long-run share still is within the budget."""
+
+        def cost(step: int, rng: random.Random) -> float:
+            return 0.0005 if rng.random() < 0.98 else 0.075
+
+        server = Server(1.0, 0.01, constant(0.008), cost)
+        server.run(2000)
+        assert 0.01 / 4 <= server.run(150_000) <= 0.01 * 1.05
+
+    def test_changing_load(self) -> None:
+        """When costs change by a factor of 8 every 5000 steps, the long-run share is within the budget."""
+
+        def cost(step: int, rng: random.Random) -> float:
+            return 0.004 if step // 5000 % 2 else 0.0005
+
+        server = Server(1.0, 0.01, constant(0.008), cost)
+        server.run(2000)
+        assert 0.01 / 4 <= server.run(100_000) <= 0.01 * 1.05
+
+    def test_recovers(self) -> None:
+        """When measuring becomes 20 times cheaper, the rate rises again within half a minute of step time."""
+        costs_s = {"now": 0.02}
+        server = Server(1.0, 0.05, constant(0.01), lambda step, rng: costs_s["now"])
+        server.run(5000)
+        throttled = server.sampler.effective_rate
+        costs_s["now"] = 0.001
+        server.run(3000)
+        assert server.sampler.effective_rate >= 8 * throttled
+
+    def test_first_sample_compiles(self) -> None:
+        """A first sample of 30 s (kernels are compiled) is forgiven: in five minutes the budget is in use."""
+        server = Server(1.0, 0.01, constant(0.01), lambda step, rng: 30.0 if step == 0 else 0.001)
+        server.run(30_000)
+        assert 0.01 / 4 <= server.run(10_000) <= 0.01 * 1.05
+
+    def test_level_zero_within_budget(self) -> None:
+        """A sample rate that costs less than the budget is not touched."""
+        server = Server(0.01, 0.01, constant(0.008), constant(0.002))
+        server.run(20_000)
+        assert (server.level_changes, server.sampler.effective_rate) == (0, 0.01)
+
+    def test_cost_of_unsampled_steps(self) -> None:
+        """When unsampled steps alone use up the budget, measuring goes on at a tenth of it."""
+        sampler = StepSampler(1.0, 0.01)
+        sampled_s = time_s = 0.0
+        for step in range(60_000):
+            sampled = sampler.next_step()
+            sampler.record(0.002 if sampled else 0.0005, 0.01, sampled)
+            if step > 5000:
+                sampled_s += 0.002 * sampled
+                time_s += 0.01
+        assert 0.01 / 40 <= sampled_s / time_s <= 0.01 / 10
+
+    def test_set_budget(self) -> None:
+        """A budget can be set and lifted while running; lifted, the sample rate holds at once."""
+        server = Server(1.0, None, constant(0.008), constant(0.002))
+        server.run(100)
+        assert server.sampler.effective_rate == 1.0
+        server.sampler.set_budget(0.01)
+        assert server.sampler.effective_rate <= 0.05
+        server.sampler.set_budget(None)
+        assert server.sampler.effective_rate == 1.0
+
+    def test_set_rate(self) -> None:
+        """A new rate holds from the next step, and is throttled by what is known of the costs."""
+        server = Server(0.01, 0.01, constant(0.008), constant(0.002))
+        server.run(1000)
+        server.sampler.set_rate(1.0)
+        assert server.sampler.effective_rate <= 0.05
+        server.sampler.set_rate(0.0)
+        assert server.run(1000) == 0.0
+
+    @pytest.mark.parametrize(("overhead_s", "step_s"), [(0.0, 0.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, math.nan)])
+    def test_senseless_times(self, overhead_s: float, step_s: float) -> None:
+        """A clock that stands still or runs back changes nothing."""
+        sampler = StepSampler(1.0, 0.01)
+        sampler.record(overhead_s, step_s, True)
+        assert sampler.effective_rate == 1.0
+
+
+def fixed_positions(prompt_len: int, rows: int) -> set[int]:
+    """The prompt positions to measure, from the definition in exact integers."""
+    if prompt_len <= rows:
+        return set(range(prompt_len))
+    return {-(-(k + 1) * prompt_len // rows) - 1 for k in range(rows)}
+
+
+def brute_force(
+    batch: list[tuple[int, int, int]], prefill_rows: int, max_spec_tokens: int
+) -> list[tuple[int, int, int, int]]:
+    """All candidates (query, row, phase, prompt length) of (scheduled, computed, prompt length) requests."""
+    candidates = []
+    query = 0
+    for row, (scheduled, computed, prompt_len) in enumerate(batch):
+        for offset in range(scheduled):
+            position = computed + offset
+            if position < prompt_len:
+                wanted = position in fixed_positions(prompt_len, prefill_rows)
+            else:
+                wanted = scheduled <= 1 + max_spec_tokens or offset == scheduled - 1
+            if wanted:
+                candidates.append((query + offset, row, int(position >= prompt_len), prompt_len))
+        query += scheduled
+    return candidates
+
+
+def select(sampler: RowSampler, batch: list[tuple[int, int, int]], **marks: Any) -> tuple[np.ndarray, int]:
+    columns = np.array(batch, dtype=np.int32).reshape(-1, 3)
+    query_start = np.concatenate([[0], np.cumsum(columns[:, 0])]).astype(np.int32)
+    return sampler.select(columns[:, 0], columns[:, 1], columns[:, 2], query_start, **marks)
+
+
+requests = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60), st.integers(1, 70)), max_size=12)
+
+
+class TestRowSampler:
+    @given(requests, st.integers(0, 20), st.integers(0, 4))
+    @settings(max_examples=300, deadline=None)
+    def test_candidates(self, batch: list[tuple[int, int, int]], prefill_rows: int, spec: int) -> None:
+        """With room for all, the rows are exactly those of the definition, in the order of the tokens."""
+        rows, dropped = select(RowSampler(10_000, prefill_rows, max_spec_tokens=spec), batch)
+        expected = brute_force(batch, prefill_rows, spec)
+        assert [tuple(row[:4]) for row in rows.tolist()] == expected
+        assert dropped == 0
+        assert rows.dtype == np.int32
+        assert rows.shape == (len(expected), NUM_ROW_COLUMNS)
+
+    @given(requests, st.integers(1, 6), st.integers(1, 8))
+    @settings(max_examples=200, deadline=None)
+    def test_limit(self, batch: list[tuple[int, int, int]], max_rows: int, repeats: int) -> None:
+        """With less room, each step has max_rows candidates, and each has its turn as often as any, +-1."""
+        sampler = RowSampler(max_rows, 8)
+        expected = brute_force(batch, 8, 0)
+        turns = dict.fromkeys(expected, 0)
+        for _ in range(repeats):
+            rows, dropped = select(sampler, batch)
+            assert len(rows) == min(max_rows, len(expected))
+            assert dropped == len(expected) - len(rows)
+            assert np.all(np.diff(rows[:, ROW_QUERY]) > 0)
+            for row in rows.tolist():
+                turns[tuple(row[:4])] += 1
+        assert not turns or max(turns.values()) - min(turns.values()) <= 1
+
+    @given(st.integers(1, 400), st.integers(0, 24), st.data())
+    @settings(max_examples=200, deadline=None)
+    def test_chunks(self, prompt_len: int, prefill_rows: int, data: st.DataObject) -> None:
+        """However a prompt is cut into chunks, the same positions are measured, the last one among them."""
+        sampler = RowSampler(10_000, prefill_rows)
+        computed, seen = 0, []
+        while computed < prompt_len:
+            scheduled = data.draw(st.integers(1, prompt_len - computed))
+            rows, _ = select(sampler, [(scheduled, computed, prompt_len)])
+            seen += [computed + query for query in rows[:, ROW_QUERY].tolist()]
+            computed += scheduled
+        assert seen == sorted(fixed_positions(prompt_len, prefill_rows))
+        assert prefill_rows == 0 or seen[-1] == prompt_len - 1
+        assert len(seen) == min(prefill_rows, prompt_len)
+
+    def test_empty_batch(self) -> None:
+        """A step without requests has no rows."""
+        rows, dropped = select(RowSampler(256, 8), [])
+        assert (rows.shape, rows.dtype, dropped) == ((0, NUM_ROW_COLUMNS), np.int32, 0)
+
+    def test_nothing_scheduled(self) -> None:
+        """A padded batch row without tokens has no rows, in prefill and in decode."""
+        assert len(select(RowSampler(256, 8), [(0, 0, 0), (0, 5, 9), (0, 20, 9)])[0]) == 0
+
+    def test_one_row(self) -> None:
+        """A decoding request gives its one token, with its prompt's length and without a slot."""
+        rows, _ = select(RowSampler(256, 8), [(1, 20, 9)])
+        assert rows.tolist() == [[0, 0, 1, 9, -1]]
+
+    def test_first_decode_step(self) -> None:
+        """The last prompt token is prefill; the first generated one, at position prompt_len, is decode."""
+        sampler = RowSampler(256, 8)
+        assert select(sampler, [(1, 8, 9)])[0][0, ROW_PHASE] == 0
+        assert select(sampler, [(1, 9, 9)])[0][0, ROW_PHASE] == 1
+
+    def test_resumed_request(self) -> None:
+        """A preempted request that recomputes 5 generated tokens gives the last of them as decode row."""
+        rows, _ = select(RowSampler(256, 0), [(14, 0, 9)])
+        assert rows.tolist() == [[13, 0, 1, 9, -1]]
+
+    def test_steady_batch_shares_turns(self) -> None:
+        """Of 1000 decoding requests with room for 256, after 125 steps each was measured 32 times."""
+        sampler = RowSampler(256, 8)
+        turns = np.zeros(1000, dtype=int)
+        for _ in range(125):
+            rows, dropped = select(sampler, [(1, 50, 10)] * 1000)
+            assert dropped == 744
+            turns[rows[:, ROW_BATCH]] += 1
+        assert set(turns.tolist()) == {32}
+
+    def test_deterministic(self) -> None:
+        """Two ranks with the same batches choose the same rows."""
+        batches = [[(1, 50 + i, 10)] * (20 + i) for i in range(30)]
+        ranks = [RowSampler(7, 3), RowSampler(7, 3)]
+        for batch in batches:
+            first, second = (select(sampler, batch)[0].tolist() for sampler in ranks)
+            assert first == second
+
+    def test_long_prompts(self) -> None:
+        """Prompts of millions of tokens don't overflow."""
+        prompt_len = 10_000_000
+        rows, _ = select(RowSampler(5000, 4096), [(prompt_len, 0, prompt_len)])
+        assert rows[:, ROW_QUERY].tolist() == sorted(fixed_positions(prompt_len, 4096))
+
+
+marked = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 60), st.integers(1, 70), st.booleans(), st.booleans()), max_size=12
+)
+
+
+class TestTracedRows:
+    """Rows of traced requests come first, in every step, and don't change what the sample is."""
+
+    def columns(self, batch: list[tuple[int, int, int, bool, bool]]) -> tuple[Any, np.ndarray, np.ndarray]:
+        return [one[:3] for one in batch], *(np.array([one[i] for one in batch], dtype=bool) for i in (3, 4))
+
+    @given(marked, st.booleans())
+    @settings(max_examples=300, deadline=None)
+    def test_with_room_for_all(self, batch: list[tuple[int, int, int, bool, bool]], sampled: bool) -> None:
+        """A sampled step has all candidates, all of them counted; another one those of traced requests, uncounted."""
+        plain, traced, excluded = self.columns(batch)
+        traced &= ~excluded
+        rows, dropped = select(RowSampler(10_000, 8), plain, traced=traced, excluded=excluded, sampled=sampled)
+        uncounted = 0 if sampled else ROW_UNCOUNTED
+        expected = [
+            (query, row, phase | uncounted, prompt_len)
+            for query, row, phase, prompt_len in brute_force(plain, 8, 0)
+            if not excluded[row] and (sampled or traced[row])
+        ]
+        assert [tuple(row[:4]) for row in rows.tolist()] == expected
+        assert dropped == 0
+        slots = rows[traced[rows[:, ROW_BATCH]], ROW_SLOT]
+        assert slots.tolist() == list(range(len(slots))), "traced rows are numbered"
+        assert (rows[~traced[rows[:, ROW_BATCH]], ROW_SLOT] == -1).all()
+
+    @given(marked, st.integers(1, 30))
+    @settings(max_examples=200, deadline=None)
+    def test_limit(self, batch: list[tuple[int, int, int, bool, bool]], max_rows: int) -> None:
+        """Never more than max_rows; all traced rows as long as they fit; what is left out is counted."""
+        plain, traced, _ = self.columns(batch)
+        rows, dropped = select(RowSampler(max_rows, 8), plain, traced=traced)
+        candidates = brute_force(plain, 8, 0)
+        wanted = sum(bool(traced[row[1]]) for row in candidates)
+        assert len(rows) <= max_rows
+        assert dropped == len(candidates) - len(rows)
+        assert (rows[:, ROW_SLOT] >= 0).sum() == min(wanted, max_rows)
+        if wanted == 0:
+            assert len(rows) == min(max_rows, len(candidates))
+
+    @given(marked, st.integers(1, 30), st.integers(1, 10))
+    @settings(max_examples=200, deadline=None)
+    def test_limit_of_traced_rows(
+        self, batch: list[tuple[int, int, int, bool, bool]], max_rows: int, max_traced: int
+    ) -> None:
+        """A ring has no more slots than it has; rows of traced requests that get none may still be in the sample."""
+        plain, traced, _ = self.columns(batch)
+        sampler = RowSampler(max_rows, 8, max_traced_rows=max_traced)
+        for _ in range(3):
+            rows, dropped = select(sampler, plain, traced=traced)
+            candidates = brute_force(plain, 8, 0)
+            wanted = sum(bool(traced[row[1]]) for row in candidates)
+            slots = rows[rows[:, ROW_SLOT] >= 0]
+            assert slots[:, ROW_SLOT].tolist() == list(range(min(wanted, max_rows, max_traced)))
+            assert traced[slots[:, ROW_BATCH]].all()
+            assert len(rows) <= max_rows
+            assert dropped == len(candidates) - len(rows)
+            assert ((rows[:, ROW_PHASE] & ROW_UNCOUNTED == 0) | (rows[:, ROW_SLOT] >= 0)).all()
+
+    def test_the_sample_stays_fair(self) -> None:
+        """Of 100 requests of which 10 are traced, each is counted as often as any other."""
+        sampler = RowSampler(30, 8)
+        traced = np.arange(100) < 10
+        turns = np.zeros(100, dtype=int)
+        for _ in range(50):
+            rows, _ = select(sampler, [(1, 50, 10)] * 100, traced=traced)
+            assert set(range(10)) <= set(rows[:, ROW_BATCH].tolist()), "traced ones are in every step"
+            turns[rows[(rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0, ROW_BATCH]] += 1
+        assert set(turns.tolist()) == {10}
+
+    def test_more_traced_rows_than_room(self) -> None:
+        """They take turns, and nothing else is measured."""
+        sampler = RowSampler(4, 8)
+        turns = np.zeros(8, dtype=int)
+        for _ in range(6):
+            rows, dropped = select(sampler, [(1, 50, 10)] * 10, traced=np.arange(10) < 8)
+            assert (len(rows), dropped) == (4, 6)
+            turns[rows[:, ROW_BATCH]] += 1
+        assert set(turns.tolist()) == {3}
+
+    def test_a_step_without_traced_requests_is_as_before(self) -> None:
+        """Marks that mark nothing change nothing."""
+        batch = [(1, 50, 10)] * 10
+        nobody = np.zeros(10, dtype=bool)
+        plain, marks = RowSampler(4, 8), RowSampler(4, 8)
+        for _ in range(5):
+            expected, _ = select(plain, batch)
+            np.testing.assert_array_equal(expected, select(marks, batch, traced=nobody, excluded=nobody)[0])

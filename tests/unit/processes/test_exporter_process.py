@@ -1,0 +1,449 @@
+"""The exporter process: alone, only where needed, live to edits, gone with its parent, unimpressed by failing sinks."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from glassbox.config.load import GlassboxConfig, load_config
+from glassbox.processes.exporter.launch import ExporterProcess, is_needed
+from glassbox.processes.exporter.loop import main
+from glassbox.processes.exporter.sinks import Sinks
+from glassbox.store.exporter_lock import ExporterLock
+from glassbox.store.exporter_status import read_status
+from glassbox.store.snapshot import write_snapshot
+from tests.export_samples import limited_file_size, make_snapshot, write_config
+from tests.otlp_receiver import OtlpReceiver
+from tests.prometheus_server import free_port
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+    return result
+
+
+def scrape(port: int) -> str | None:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            return str(answer.read().decode())
+    except (urllib.error.URLError, ConnectionError):
+        return None
+
+
+@pytest.fixture(autouse=True)
+def environ(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("OTEL_", "PROMETHEUS_", "GLASSBOX_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("GLASSBOX_HTTP_ADDR", "127.0.0.1")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "run"
+    write_snapshot(directory, make_snapshot())
+    return directory
+
+
+@pytest.fixture
+def start(run_dir: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts `python -m glassbox.processes.exporter`, by default as a child of this test; ends what is left."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(parent_pid: int | None = None, **export: Any) -> subprocess.Popen[bytes]:
+        if export:
+            write_config(tmp_path / "glassbox.yaml", **export)
+        command = [sys.executable, "-P", "-m", "glassbox.processes.exporter", "--run-dir", str(run_dir)]
+        command += ["--config", str(tmp_path / "glassbox.yaml"), "--parent-pid", str(parent_pid or os.getpid())]
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def config(**export: Any) -> GlassboxConfig:
+    return GlassboxConfig.model_validate({"export": export})
+
+
+class TestIsNeeded:
+    @pytest.mark.parametrize(
+        ("export", "environ", "expected"),
+        [
+            ({}, {}, False),
+            ({"prometheus": {"port": 9464}}, {}, True),
+            ({"prometheus": {"port": 9464, "enabled": False}}, {}, False),
+            ({}, {"PROMETHEUS_MULTIPROC_DIR": "/x"}, True),
+            ({"prometheus": {"enabled": False}}, {"PROMETHEUS_MULTIPROC_DIR": "/x"}, False),
+            ({"otel": {"enabled": True}}, {}, True),
+            ({"otel": {"enabled": True, "metrics": False, "traces": False}}, {}, False),
+            ({"otel": {"enabled": True, "metrics": False}}, {}, True),
+            ({"jsonl": {"path": "/x"}}, {}, True),
+        ],
+    )
+    def test_only_if_something_asks_for_it(
+        self, export: dict[str, Any], environ: dict[str, str], expected: bool
+    ) -> None:
+        """With one API server and no push, vLLM's own /metrics is enough."""
+        assert is_needed(config(**export), environ) is expected
+
+    def test_never_if_switched_off(self) -> None:
+        """`enabled: false` means nothing runs."""
+        off = GlassboxConfig.model_validate({"enabled": False, "export": {"jsonl": {"path": "/x"}}})
+        assert is_needed(off, {}) is False
+
+
+class TestLock:
+    def test_one_holder(self, tmp_path: Path) -> None:
+        """Who holds it is the only one, until it gives it back."""
+        assert not ExporterLock.is_held(tmp_path)
+        lock = ExporterLock.acquire(tmp_path)
+        assert lock is not None
+        assert ExporterLock.is_held(tmp_path)
+        assert ExporterLock.acquire(tmp_path) is None
+        lock.release()
+        assert not ExporterLock.is_held(tmp_path)
+
+    def test_a_removed_file_is_made_again(self, tmp_path: Path) -> None:
+        """A cleaner of /tmp does not make room for a second exporter."""
+        lock = ExporterLock.acquire(tmp_path)
+        assert lock is not None
+        (tmp_path / "exporter.lock").unlink()
+        assert lock.renew()
+        assert ExporterLock.is_held(tmp_path)
+        (tmp_path / "exporter.lock").unlink()
+        other = ExporterLock.acquire(tmp_path)
+        assert other is not None
+        assert not lock.renew()
+        other.release()
+        lock.release()
+
+
+class TestSinks:
+    """In this process, round by round."""
+
+    @pytest.fixture
+    def current(self) -> dict[str, GlassboxConfig]:
+        return {"config": config()}
+
+    @pytest.fixture
+    def sinks(self, run_dir: Path, current: dict[str, GlassboxConfig]) -> Iterator[Sinks]:
+        sinks = Sinks(run_dir, lambda: current["config"], {"GLASSBOX_HTTP_ADDR": "127.0.0.1"})
+        yield sinks
+        sinks.close()
+
+    def test_nothing_asked_nothing_done(self, sinks: Sinks, run_dir: Path) -> None:
+        """Only the status file is written."""
+        sinks.round()
+        assert sorted(path.name for path in run_dir.iterdir()) == ["exporter.json", "worker-0-0-i0.npz"]
+        assert sinks.errors.counts() == {}
+
+    def test_a_taken_port_is_counted_and_tried_again(
+        self, sinks: Sinks, current: dict[str, GlassboxConfig], tmp_path: Path
+    ) -> None:
+        """As soon as the port is free it is opened; the other sinks work meanwhile."""
+        with socket.create_server(("127.0.0.1", 0)) as holder:
+            port = holder.getsockname()[1]
+            current["config"] = config(prometheus={"port": port}, jsonl={"path": str(tmp_path / "a.jsonl")})
+            sinks.round()
+            sinks.round()
+            assert sinks.errors.counts() == {"http": 2}
+            assert sinks.http_port is None
+            assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 1
+        sinks.round()
+        assert "glassbox_steps_total" in (scrape(port) or "")
+        text = scrape(port) or ""
+        assert 'glassbox_errors_total{engine="0",model_name="tiny/model",stage="http"} 2.0' in text
+
+    def test_the_own_port_has_page_and_snapshot(self, sinks: Sinks, current: dict[str, GlassboxConfig]) -> None:
+        """Besides /metrics; they go with it when the port is taken out of the configuration."""
+        port = free_port()
+        current["config"] = config(prometheus={"port": port})
+        sinks.round()
+        for path, expected in (("", b"<!doctype html>"), ("v1/snapshot?phase=decode", b'"model":"tiny/model"')):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/glassbox/{path}", timeout=5) as answer:
+                assert expected in answer.read()
+        current["config"] = config()
+        sinks.round()
+        assert scrape(port) is None
+
+    def test_a_full_disk_is_counted(self, sinks: Sinks, current: dict[str, GlassboxConfig], run_dir: Path) -> None:
+        """Neither JSONL nor the status file stops the round."""
+        current["config"] = config(jsonl={"path": "/dev/full"})
+        with limited_file_size(1):
+            sinks.round()
+        assert sinks.errors.counts() == {"jsonl": 1, "status": 1}
+        assert not [path.name for path in run_dir.iterdir() if path.name.endswith(".tmp")]
+
+    def test_a_vanished_directory_is_not_made_again(self, sinks: Sinks, run_dir: Path) -> None:
+        """It is the server's to make and remove; an exporter that outlives it must not leave one behind."""
+        sinks.round()
+        shutil.rmtree(run_dir)
+        sinks.round()
+        assert not run_dir.exists()
+        assert sinks.errors.counts() == {"status": 1}
+
+    def test_a_missing_collector_does_not_delay_a_round(self, sinks: Sinks, current: dict[str, GlassboxConfig]) -> None:
+        """Sending is a thread's business."""
+        current["config"] = config(otel={"enabled": True, "endpoint": f"http://127.0.0.1:{free_port()}"})
+        sinks.round()
+        start = time.monotonic()
+        sinks.round()
+        assert time.monotonic() - start < 0.2
+
+    def test_counters_of_a_dead_exporter_go_on(self, run_dir: Path, tmp_path: Path) -> None:
+        """A new exporter begins with the errors in the status file, and does not tell old rows again."""
+        settings = config(jsonl={"path": str(tmp_path / "a.jsonl")})
+        first = Sinks(run_dir, lambda: settings, {})
+        first.errors.count("otel", "x")
+        first.round()
+        second = Sinks(run_dir, lambda: settings, {})
+        second.errors.count("otel", "x")
+        second.round()
+        status = read_status(run_dir)
+        assert status is not None
+        assert status.errors == {"otel": 2}
+        assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 1
+
+    def test_switched_off_multiprocess_files_are_empty(self, run_dir: Path, tmp_path: Path) -> None:
+        """`prometheus.enabled: false` takes the series out of vLLM's /metrics."""
+        directory = tmp_path / "multiproc"
+        directory.mkdir()
+        current = [config()]
+        sinks = Sinks(run_dir, lambda: current[0], {"PROMETHEUS_MULTIPROC_DIR": str(directory)})
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, str(directory))
+        sinks.round()
+        assert b"glassbox_steps_total" in generate_latest(registry)
+        current[0] = config(prometheus={"enabled": False})
+        sinks.round()
+        assert generate_latest(registry) == b""
+        sinks.close()
+
+
+class TestProcess:
+    """As a process of its own."""
+
+    def test_all_sinks_at_once(
+        self, start: Any, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Own port, multiprocess files, OTLP and JSONL show the same number; SIGTERM ends it with 0."""
+        directory = tmp_path / "multiproc"
+        directory.mkdir()
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(directory))
+        port = free_port()
+        with OtlpReceiver() as receiver:
+            process = start(
+                prometheus={"port": port},
+                otel={"enabled": True, "endpoint": receiver.grpc_endpoint},
+                jsonl={"path": str(tmp_path / "out.jsonl")},
+            )
+            received = receiver.wait_for_metrics()
+            assert received["glassbox.steps"].sum.data_points[0].as_int == 1000
+            line = 'glassbox_steps_total{engine="0",model_name="tiny/model"} 1000.0'
+            assert line in wait_for(lambda: scrape(port))
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, str(directory))
+            assert line in wait_for(lambda: generate_latest(registry).decode())
+            assert json.loads((tmp_path / "out.jsonl").read_text())["steps"] == 1000
+            write_snapshot(run_dir, make_snapshot(steps=1001))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == 0
+            # The last export holds the last snapshot.
+            assert receiver.metrics()["glassbox.steps"].sum.data_points[0].as_int == 1001
+        assert scrape(port) is None
+        assert process.stderr.read() == b""
+
+    def test_the_second_one_ends_at_once(self, start: Any, run_dir: Path, tmp_path: Path) -> None:
+        """A server has one exporter; another one leaves with 0 and without a word."""
+        first = start(jsonl={"path": str(tmp_path / "a")})
+        wait_for(lambda: read_status(run_dir))
+        second = start()
+        assert second.wait(5) == 0
+        assert second.stderr.read() == b""
+        assert first.poll() is None
+
+    def test_it_ends_with_its_parent(self, start: Any, run_dir: Path, tmp_path: Path) -> None:
+        """Within two seconds of the parent's end, after one last export."""
+        parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        path = tmp_path / "a.jsonl"
+        process = start(parent_pid=parent.pid, interval_s=60, jsonl={"path": str(path)})
+        wait_for(path.exists)
+        write_snapshot(run_dir, make_snapshot(seed=9, instance="late"))
+        parent.kill()
+        began = time.monotonic()
+        assert process.wait(5) == 0
+        assert time.monotonic() - began < 2.0
+        parent.wait()
+        assert len(path.read_text().splitlines()) == 2
+
+    def test_edits_take_effect_within_two_seconds(self, start: Any, tmp_path: Path) -> None:
+        """The port opens, moves and closes, the detail changes, OTLP is switched to another collector: no restart."""
+        path, first, second = tmp_path / "glassbox.yaml", free_port(), free_port()
+        start(interval_s=60, prometheus={"port": first, "detail": "model"})
+        assert "layer=" not in wait_for(lambda: scrape(first))
+        edited = time.monotonic()
+        with OtlpReceiver() as receiver:
+            otel = {"enabled": True, "endpoint": receiver.http_endpoint, "protocol": "http"}
+            write_config(path, interval_s=60, prometheus={"port": second}, otel=otel)
+            assert 'layer="1"' in wait_for(lambda: scrape(second))
+            receiver.wait_for_metrics(timeout_s=2)
+        assert time.monotonic() - edited < 2.5
+        assert scrape(first) is None
+        write_config(path, interval_s=60, prometheus={"port": None})
+        wait_for(lambda: scrape(second) is None, timeout_s=2.5)
+
+    def test_a_bad_configuration_is_one_line(self, start: Any, tmp_path: Path) -> None:
+        """Exit status 2 and the message, no traceback."""
+        (tmp_path / "glassbox.yaml").write_text("export: {interval_s: soon}")
+        process = start()
+        assert process.wait(10) == 2
+        error = process.stderr.read().decode()
+        assert "interval_s" in error
+        assert "Traceback" not in error
+        assert len(error.splitlines()) == 1
+
+    def test_a_bad_edit_keeps_it_going(self, start: Any, tmp_path: Path) -> None:
+        """The last good configuration stays in use."""
+        port = free_port()
+        process = start(prometheus={"port": port})
+        wait_for(lambda: scrape(port))
+        (tmp_path / "glassbox.yaml").write_text("export: {interval_s: soon}")
+        time.sleep(1.0)
+        assert scrape(port)
+        assert process.poll() is None
+
+    def test_garbage_and_a_missing_collector_do_not_end_it(self, start: Any, run_dir: Path) -> None:
+        """They are counted where everybody sees them."""
+        (run_dir / "worker-0-9-bad.npz").write_bytes(b"garbage")
+        port = free_port()
+        endpoint = f"http://127.0.0.1:{free_port()}"
+        process = start(prometheus={"port": port}, otel={"enabled": True, "endpoint": endpoint, "protocol": "http"})
+        wait_for(lambda: 'stage="otel"' in (scrape(port) or ""), timeout_s=20)
+        assert 'stage="snapshot"} 1.0' in (scrape(port) or "")
+        assert process.poll() is None
+
+    def test_it_imports_neither_torch_nor_vllm(self) -> None:
+        """Nor OpenTelemetry before it is needed."""
+        code = (
+            "import sys, glassbox.processes.exporter.loop;"
+            "print([name for name in ('torch', 'vllm', 'opentelemetry', 'grpc') if name in sys.modules])"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True
+        )
+        assert result.stdout == b"[]\n"
+
+    def test_it_is_small(self, start: Any, run_dir: Path, tmp_path: Path) -> None:
+        """Without OTLP it needs less than 100 MB."""
+        process = start(jsonl={"path": str(tmp_path / "a")})
+        wait_for(lambda: read_status(run_dir))
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        resident_kib = int(status.split("VmRSS:")[1].split()[0])
+        assert resident_kib < 100_000
+
+
+class TestWorkerSide:
+    @pytest.fixture
+    def clock(self) -> list[float]:
+        return [0.0]
+
+    @pytest.fixture
+    def exporter(self, run_dir: Path, tmp_path: Path, clock: list[float]) -> Iterator[ExporterProcess]:
+        path = write_config(tmp_path / "glassbox.yaml", jsonl={"path": str(tmp_path / "a.jsonl")})
+        exporter = ExporterProcess(path, run_dir, clock=lambda: clock[0])
+        yield exporter
+        exporter.stop()
+
+    def test_it_is_started_once(self, exporter: ExporterProcess, run_dir: Path, tmp_path: Path) -> None:
+        """Asking again changes nothing; another worker does not start a second one; starting does not wait."""
+        settings = load_config(tmp_path / "glassbox.yaml")
+        began = time.monotonic()
+        exporter.ensure(settings)
+        assert time.monotonic() - began < 0.5
+        pid = exporter.pid
+        wait_for(lambda: read_status(run_dir))
+        exporter.ensure(settings)
+        assert exporter.pid == pid is not None
+        other = ExporterProcess(tmp_path / "glassbox.yaml", run_dir)
+        other.ensure(settings)
+        assert other.pid is None
+
+    def test_it_is_not_started_if_not_needed(self, exporter: ExporterProcess) -> None:
+        """The default configuration needs none."""
+        exporter.ensure(config())
+        assert exporter.pid is None
+
+    def test_it_ends_when_it_is_not_needed_any_more(
+        self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path
+    ) -> None:
+        """An edit that switches all sinks off ends it, without an error."""
+        exporter.ensure(load_config(tmp_path / "glassbox.yaml"))
+        wait_for(lambda: read_status(run_dir))
+        exporter.ensure(config())
+        wait_for(lambda: exporter.pid is None)
+        exporter.ensure(config())
+        assert exporter.deaths == 0
+
+    def test_a_dead_one_is_started_again_later_and_later(
+        self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path, clock: list[float]
+    ) -> None:
+        """Each death is an error for the worker to count; the pause doubles, so that a crash is no storm."""
+        settings = load_config(tmp_path / "glassbox.yaml")
+        for backoff in (1, 2, 4):
+            exporter.ensure(settings)
+            pid = exporter.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: exporter.pid is None)
+            with pytest.raises(RuntimeError, match=f"exit status -9; it is started again in {backoff} s"):
+                exporter.ensure(settings)
+            clock[0] += backoff - 0.1
+            exporter.ensure(settings)
+            assert exporter.pid is None
+            clock[0] += 0.2
+        assert exporter.deaths == 3
+
+    def test_stopping_exports_once_more(self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path) -> None:
+        """What the worker wrote last is exported before the end."""
+        exporter.ensure(load_config(tmp_path / "glassbox.yaml"))
+        wait_for((tmp_path / "a.jsonl").exists)
+        write_snapshot(run_dir, make_snapshot(seed=9, instance="late"))
+        exporter.stop()
+        exporter.stop()
+        assert exporter.pid is None
+        rows = sum(
+            place["rows"]
+            for line in (tmp_path / "a.jsonl").read_text().splitlines()
+            for place in json.loads(line)["places"]
+        )
+        assert rows == make_snapshot().rows.sum() + make_snapshot(seed=9).rows.sum()
+
+
+def test_main_names_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without them it says what it needs."""
+    with pytest.raises(SystemExit) as error:
+        main([])
+    assert error.value.code == 2
+    assert "--run-dir, --config, --parent-pid" in capsys.readouterr().err

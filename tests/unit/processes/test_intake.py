@@ -1,0 +1,270 @@
+"""What the API server does with a request's keys: checks, spans by message, a traceparent for the worker."""
+
+import ast
+import asyncio
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from glassbox.adapter import server as vllm_server
+from glassbox.adapter.server import INTAKE_PATCHES, Patch
+from glassbox.config.load import GlassboxConfig
+from glassbox.processes.api_server import intake as intake_module
+from glassbox.processes.api_server.intake import MAX_REMEMBERED, Intake, TracedRequests
+
+vllm_exceptions = pytest.importorskip("vllm.exceptions", reason="needs vLLM")
+ClientError = vllm_exceptions.VLLMValidationError
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@dataclass
+class Params:
+    extra_args: dict[str, Any] | None
+
+
+@dataclass
+class Model:
+    """30 layers, 9 heads in all on 3 ranks."""
+
+    def get_num_attention_heads(self, parallel: Any) -> int:
+        return 9 // int(parallel.tensor_parallel_size)
+
+    def get_total_num_hidden_layers(self) -> int:
+        return 30
+
+
+VLLM_CONFIG = SimpleNamespace(model_config=Model(), parallel_config=SimpleNamespace(tensor_parallel_size=3))
+
+
+@dataclass
+class Server:
+    """vLLM's methods as the intake wraps them; `seen` is what the originals were given."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    seen: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.intake = Intake(lambda: GlassboxConfig.model_validate(self.config), Path("unused"))
+        self.engine_client = SimpleNamespace(vllm_config=VLLM_CONFIG)
+
+        async def check_model(_: Any, request: Any) -> None:
+            self.seen.append(request)
+
+        def process_inputs(_: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            self.seen.append(params)
+            return SimpleNamespace(sampling_params=Params(params.extra_args))
+
+        async def add_request(_: Any, request_id: str, prompt: Any, params: Any, trace_headers: Any = None) -> Any:
+            # As AsyncLLM without --otlp-traces-endpoint: the headers go no further.
+            return self.process("r1", params.extra_args)
+
+        self._check = self.intake.check_model(check_model)
+        self._process = self.intake.process_inputs(process_inputs)
+        self._add = self.intake.add_request(add_request)
+
+    def check(self, xargs: Mapping[str, Any] | None, **fields: Any) -> None:
+        asyncio.run(self._check(self, SimpleNamespace(vllm_xargs=xargs, **fields)))
+
+    def process(self, request_id: str, extra_args: dict[str, Any] | None, **kwargs: Any) -> dict[str, Any] | None:
+        processor = SimpleNamespace(vllm_config=VLLM_CONFIG)
+        result: dict[str, Any] | None = self._process(
+            processor, request_id, {}, Params(extra_args), ("generate",), **kwargs
+        ).sampling_params.extra_args
+        return result
+
+    def add(self, extra_args: dict[str, Any], headers: dict[str, str] | None) -> dict[str, Any] | None:
+        result: dict[str, Any] | None = asyncio.run(
+            self._add(None, "r1", {}, Params(extra_args), trace_headers=headers)
+        )
+        return result
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+class TestPatches:
+    @pytest.mark.parametrize("patch", INTAKE_PATCHES, ids=lambda patch: f"{patch.cls}.{patch.method}")
+    def test_the_methods_are_there(self, patch: Patch) -> None:
+        """The installed vLLM defines each of them in that very class, and the intake has a wrapper for it."""
+        spec = importlib.util.find_spec(patch.module)
+        assert spec is not None
+        assert spec.origin is not None
+        classes = {n.name: n for n in ast.parse(Path(spec.origin).read_text()).body if isinstance(n, ast.ClassDef)}
+        methods = {n.name for n in classes[patch.cls].body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+        assert patch.method in methods
+        assert callable(getattr(Intake, patch.wrapper))
+
+
+class TestCheckModel:
+    @pytest.mark.parametrize("xargs", [None, {}, {"other": 1}, {"glassbox": "trace"}, {"glassbox": "off"}])
+    def test_good_ones_pass(self, server: Server, xargs: Any) -> None:
+        """vLLM's own check gets the request."""
+        server.check(xargs)
+        assert [xargs] == [request.vllm_xargs for request in server.seen]
+
+    @pytest.mark.parametrize(
+        ("xargs", "message"),
+        [
+            ({"glassbox": "yes"}, "glassbox must be trace or off, got 'yes'"),
+            ({"glassbox_tracing": 1}, "'glassbox_tracing' must be one of glassbox, "),
+            ({"glassbox": "trace", "glassbox_top_k": 99}, "glassbox_top_k must be a whole number from 0 to 32, got 99"),
+            ({"glassbox": "trace", "glassbox_layers": [3, 30]}, "glassbox_layers must be from 0 to 29"),
+            ({"glassbox": "trace", "glassbox_heads": [9]}, "glassbox_heads must be from 0 to 8"),
+            ({"glassbox": "trace", "glassbox_traceparent": TRACEPARENT}, "glassbox_traceparent must not be given"),
+        ],
+    )
+    def test_bad_ones_are_the_clients_error(self, server: Server, xargs: Any, message: str) -> None:
+        """vLLM answers 400 to this error; its own check isn't reached."""
+        with pytest.raises(ClientError, match=message) as raised:
+            server.check(xargs)
+        assert "vllm_xargs" == raised.value.parameter
+        assert [] == server.seen
+
+    def test_spans_by_message_are_for_chats(self, server: Server) -> None:
+        """A completion has no messages; a chat has."""
+        xargs = {"glassbox": "trace", "glassbox_spans": ["user=message:0"]}
+        server.check(xargs, messages=[{"role": "user", "content": "Hi"}])
+        with pytest.raises(ClientError, match="by message are for chat completions, got user=message:0"):
+            server.check(xargs, prompt="Hi")
+
+    def test_switched_off(self) -> None:
+        """With `enabled: false` nothing is looked at."""
+        server = Server({"enabled": False})
+        server.check({"glassbox": "nonsense"})
+        assert 1 == len(server.seen)
+
+
+class TestProcessInputs:
+    def test_a_traced_request_is_remembered(self, server: Server) -> None:
+        """Under the id that its client sees; others are not."""
+        server.process("cmpl-1-0", {"glassbox": "trace"})
+        server.process("cmpl-2-0", {"glassbox": "off"})
+        server.process("cmpl-3-0", {"session_id": "x"})
+        assert ["cmpl-1-0"] == [f"cmpl-{i}-0" for i in range(4) if f"cmpl-{i}-0" in server.intake.traced]
+
+    def test_the_traceparent_is_added(self, server: Server) -> None:
+        """To what the engine gets, not to the caller's parameters."""
+        extra_args = {"glassbox": "trace", "other": 1}
+        found = server.process("r1", extra_args, trace_headers={"traceparent": TRACEPARENT})
+        assert {"glassbox": "trace", "other": 1, "glassbox_traceparent": TRACEPARENT} == found
+        assert {"glassbox": "trace", "other": 1} == extra_args
+
+    @pytest.mark.parametrize("extra_args", [None, {"other": 1}, {"glassbox": "off"}])
+    def test_only_for_traced_requests(self, server: Server, extra_args: Any) -> None:
+        """A request that isn't traced goes to the engine as it came."""
+        assert extra_args == server.process("r1", extra_args, trace_headers={"traceparent": TRACEPARENT})
+
+    def test_headers_that_vllm_drops(self, server: Server) -> None:
+        """Without vLLM's tracing the traceparent arrives all the same; the next request doesn't get it."""
+        traced = {"glassbox": "trace"}
+        assert {**traced, "glassbox_traceparent": TRACEPARENT} == server.add(traced, {"traceparent": TRACEPARENT})
+        assert traced == server.add(traced, None)
+        assert {"other": 1} == server.add({"other": 1}, {"traceparent": TRACEPARENT})
+
+    @pytest.mark.parametrize(
+        "extra_args",
+        [
+            {"glassbox": "nonsense"},
+            {"glassbox": "trace", "glassbox_traceparent": TRACEPARENT},
+            {"glassbox": "trace", "glassbox_spans": ["user=message:0"]},
+            {"glassbox": "trace", "glassbox_layers": [30]},
+        ],
+    )
+    def test_bad_options(self, server: Server, extra_args: Any) -> None:
+        """Whatever came another way than through the API ends here, before the engine."""
+        with pytest.raises(ClientError):
+            server.process("r1", extra_args)
+        assert [] == server.seen
+        assert "r1" not in server.intake.traced
+
+    def test_switched_off(self) -> None:
+        """With `enabled: false` nothing is checked, added or remembered."""
+        server = Server({"enabled": False})
+        extra_args = {"glassbox": "trace"}
+        assert extra_args == server.process("r1", extra_args, trace_headers={"traceparent": TRACEPARENT})
+        assert "r1" not in server.intake.traced
+
+
+class TestRenderChatRequest:
+    def render(self, server: Server, monkeypatch: pytest.MonkeyPatch, spans: Any, result: Any = None) -> Any:
+        """The request after the wrapped method; prompts are the texts' characters, one token each."""
+
+        class Chat:
+            def __init__(self, _serving: Any, request: Any, _rendered: Any) -> None:
+                self.prompt_token_ids = [ord(c) for c in "".join(f"[{m['content']}]" for m in request.messages)]
+
+            async def render(self, messages: list[Any]) -> str:
+                return "".join(f"[{m['content']}]" for m in messages)
+
+            async def tokenize(self, text: str) -> Any:
+                return [ord(c) for c in text], [(i, i + 1) for i in range(len(text))]
+
+        monkeypatch.setattr(vllm_server, "Chat", Chat)
+        messages = [{"role": "user", "content": "abc"}, {"role": "user", "content": "de"}]
+        xargs = {"glassbox": "trace", "glassbox_spans": spans} if spans else {"glassbox": "trace"}
+        request = SimpleNamespace(vllm_xargs=xargs, messages=messages)
+
+        async def original(_: Any, request: Any) -> Any:
+            return ([], []) if result is None else result
+
+        answer = asyncio.run(server.intake.render_chat_request(original)(server, request))
+        assert answer == (([], []) if result is None else result)
+        return request
+
+    def test_messages_become_ranges(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`[abc][de]`: the second message is 6:8; a span of positions stays."""
+        request = self.render(server, monkeypatch, ["last=message:-1", "start=0:2", "first=message:0"])
+        assert ["start=0:2", "last=6:8", "first=1:4"] == request.vllm_xargs["glassbox_spans"]
+
+    def test_an_error_is_the_clients(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An index out of range."""
+        with pytest.raises(ClientError, match="must name one of the 2 messages, 0 to 1, got 2"):
+            self.render(server, monkeypatch, ["x=message:2"])
+
+    @pytest.mark.parametrize("spans", [None, ["a=1:2"]])
+    def test_nothing_to_do(self, server: Server, monkeypatch: pytest.MonkeyPatch, spans: Any) -> None:
+        """Without a span by message the keys stay as they are."""
+        assert spans == self.render(server, monkeypatch, spans).vllm_xargs.get("glassbox_spans")
+
+    def test_vllms_own_error(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is the answer."""
+        self.render(server, monkeypatch, ["x=message:0"], result="an ErrorResponse")
+
+
+class TestTracedRequests:
+    def test_it_is_bounded(self) -> None:
+        """The oldest id is forgotten first."""
+        traced = TracedRequests()
+        for number in range(MAX_REMEMBERED + 1):
+            traced.add(str(number))
+        assert "0" not in traced
+        assert "1" in traced
+        assert str(MAX_REMEMBERED) in traced
+
+
+class TestInstall:
+    def test_undo(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """The methods are wrapped, and afterwards the very objects of before."""
+        processor = ModuleType("glassbox_test_processor")
+
+        class InputProcessor:
+            def process_inputs(self) -> None: ...
+
+        processor.InputProcessor = InputProcessor  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, processor.__name__, processor)
+        patch = Patch(processor.__name__, "InputProcessor", "process_inputs", "process_inputs")
+        monkeypatch.setattr(vllm_server, "INTAKE_PATCHES", (patch,))
+        before = InputProcessor.__dict__["process_inputs"]
+        undo = intake_module.install(GlassboxConfig, tmp_path)
+        assert before is not InputProcessor.__dict__["process_inputs"]
+        undo()
+        assert before is InputProcessor.__dict__["process_inputs"]

@@ -1,0 +1,250 @@
+"""`register()` attaches once, refuses bad files and lets no exception reach vLLM; `unregister()` takes it all back."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from glassbox.adapter import release
+from glassbox.adapter.seat import SEAT
+from glassbox.core.kill_switch import is_disabled
+from glassbox.export import prometheus
+from glassbox.plugin import register
+from glassbox.processes.registration import unregister
+from glassbox.store import rundir
+
+registry = pytest.importorskip("vllm.v1.attention.backends.registry", reason="needs vLLM")
+Backend = registry.AttentionBackendEnum
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A good file, no run directory yet, and nothing registered afterwards."""
+    for name in (rundir.RUN_DIR_ENV, "GLASSBOX_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GLASSBOX_CONFIG", str(tmp_path / "glassbox.yaml"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "glassbox.yaml").write_text("sample_rate: 0.5\n")
+    unregister()
+    yield
+    unregister()
+
+
+@pytest.fixture
+def log() -> Iterator[list[logging.LogRecord]]:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("glassbox")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+def overrides() -> dict[str, str]:
+    return {member.name: member.get_path() for member in Backend if member.is_overridden()}
+
+
+def attached() -> bool:
+    return bool(overrides()) or hasattr(Backend, "get_config") or SEAT.settings is not None
+
+
+class TestKillSwitch:
+    @pytest.mark.parametrize(
+        ("value", "disabled"), [("1", True), ("true", True), ("yes", True), ("0", False), ("", False), ("off", False)]
+    )
+    def test_values(self, value: str, disabled: bool) -> None:
+        """GLASSBOX_DISABLE=1; 0 and the like do not disable."""
+        assert disabled is is_disabled({"GLASSBOX_DISABLE": value})
+
+    def test_not_set(self) -> None:
+        """Glassbox runs."""
+        assert is_disabled({}) is False
+
+    def test_loads_nothing(self) -> None:
+        """vLLM imports the entry point's module; disabled, that and the switch is all it ever loads."""
+        program = (
+            "import sys; before = set(sys.modules); from glassbox.plugin import register; register();"
+            "print(sorted(m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names))"
+        )
+        environment = {**os.environ, "GLASSBOX_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+        out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+        assert (
+            out.stdout.decode().strip()
+            == "['glassbox', 'glassbox.core', 'glassbox.core.kill_switch', 'glassbox.plugin']"
+        )
+
+
+class TestRegister:
+    def test_attaches(self) -> None:
+        """All supported members are overridden, CUSTOM is the router, the configuration is in vLLM's registry."""
+        register()
+        assert overrides() == {
+            "CUSTOM": "glassbox.adapter.attention.router.GlassboxBackend",
+            **{
+                name: f"glassbox.adapter.attention.observed.Observed{name}"
+                for name in ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
+            },
+        }
+        assert registry.get_backend_config(Backend.CUSTOM)["sample_rate"] == 0.5
+        settings = SEAT.settings
+        assert settings is not None
+        assert settings.config.sample_rate == 0.5
+
+    def test_twice(self) -> None:
+        """The second call changes nothing, not even if the file has changed since."""
+        register()
+        settings, before = SEAT.settings, overrides()
+        Path(os.environ["GLASSBOX_CONFIG"]).write_text("sample_rate: 3\n")
+        register()
+        assert SEAT.settings is settings
+        assert before == overrides()
+
+    def test_attach_custom(self) -> None:
+        """Only CPU_ATTN, whose platform never asks CUSTOM, is overridden; what it stands for is decided later."""
+        Path(os.environ["GLASSBOX_CONFIG"]).write_text("attach: custom\n")
+        register()
+        assert set(overrides()) == {"CUSTOM", "CPU_ATTN"}
+
+    def test_enabled_false(self, log: list[logging.LogRecord]) -> None:
+        """No member is overridden; one line says so."""
+        path = Path(os.environ["GLASSBOX_CONFIG"])
+        path.write_text("enabled: false\n")
+        register()
+        assert set(overrides()) == {"CUSTOM"}
+        assert [record.getMessage() for record in log] == [f"`enabled: false` in {path}: nothing is observed"]
+
+    def test_overridden_by_another_plugin(self, log: list[logging.LogRecord]) -> None:
+        """A backend that somebody else put in vLLM's place is left there, before and after."""
+        registry.register_backend(Backend.TRITON_ATTN, "somewhere.else.Backend")
+        try:
+            register()
+            assert overrides()["TRITON_ATTN"] == "somewhere.else.Backend"
+            assert overrides()["FLASH_ATTN"] == "glassbox.adapter.attention.observed.ObservedFLASH_ATTN"
+            (record,) = log
+            assert record.levelno == logging.WARNING
+            assert "TRITON_ATTN is overridden by somewhere.else.Backend already" in record.getMessage()
+            unregister()
+            assert overrides() == {"TRITON_ATTN": "somewhere.else.Backend"}
+        finally:
+            Backend.TRITON_ATTN.clear_override()
+
+
+class TestRefusal:
+    def test_bad_file(self) -> None:
+        """The process ends with one line; nothing was attached."""
+        path = Path(os.environ["GLASSBOX_CONFIG"])
+        path.write_text("sample_rate: 3\n")
+        with pytest.raises(SystemExit) as end:
+            register()
+        assert end.value.code == (
+            f"glassbox: {path}: sample_rate must be between 0 and 1, got 3; use 0 to stop sampling"
+        )
+        assert not attached()
+
+    def test_wrong_inner_backend(self) -> None:
+        """The error lists the right ones."""
+        Path(os.environ["GLASSBOX_CONFIG"]).write_text("inner_backend: FLASH\n")
+        with pytest.raises(SystemExit, match="inner_backend must be auto or one of CPU_ATTN, FLASH_ATTN, TRITON_ATTN"):
+            register()
+
+    @pytest.mark.parametrize(
+        ("found", "message"),
+        [
+            (
+                "0.31.2",
+                "vLLM 0.31.2 is not supported, this glassbox observes vLLM 0.32.x; the server runs unobserved. "
+                "Install vllm==0.32.0 or a glassbox for vLLM 0.31.2",
+            ),
+            (None, "vLLM is not installed; install vllm-glassbox[cpu] or vllm-glassbox[cuda]"),
+        ],
+    )
+    def test_unsupported_vllm(
+        self, found: str | None, message: str, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One error line, no exception, nothing attached: the server runs unobserved."""
+        monkeypatch.setattr(release, "vllm_version", lambda: found)
+        register()
+        assert [(record.levelname, record.getMessage()) for record in log] == [("ERROR", message)]
+        assert not attached()
+
+    @pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.32.0+cpu"])
+    def test_supported_vllm(self, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Any patch release of the supported minor one."""
+        monkeypatch.setattr(release, "vllm_version", lambda: found)
+        assert release.unsupported_reason() is None
+
+
+class TestFailure:
+    """vLLM dies of an exception from a plugin; glassbox is no reason to die."""
+
+    def assert_unobserved(self, log: list[logging.LogRecord]) -> None:
+        (record,) = log
+        assert record.levelno == logging.ERROR
+        assert record.getMessage() == "glassbox could not attach; the server runs unobserved"
+        assert record.exc_info is not None
+        assert not attached()
+        assert rundir.RUN_DIR_ENV not in os.environ
+
+    def test_while_attaching(self, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was attached before the error is taken back."""
+
+        def fail(_config: object) -> None:
+            assert overrides()["CPU_ATTN"]
+            raise RuntimeError("no")
+
+        monkeypatch.setattr(prometheus, "install", fail)
+        register()
+        self.assert_unobserved(log)
+
+    def test_registry_of_another_shape(self, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A vLLM that only claims to be 0.32."""
+        monkeypatch.delattr(registry, "MambaAttentionBackendEnum")
+        register()
+        self.assert_unobserved(log)
+
+    def test_module_that_does_not_load(self, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A broken dependency of glassbox's own."""
+        monkeypatch.setitem(sys.modules, "glassbox.config.settings", None)
+        register()
+        self.assert_unobserved(log)
+
+
+class TestUnregister:
+    def test_nothing_registered(self) -> None:
+        """It does nothing."""
+        unregister()
+        assert not attached()
+
+    def test_takes_everything_back(self) -> None:
+        """Overrides, registry API, collector and variable."""
+        from prometheus_client import REGISTRY
+
+        def state() -> object:
+            return dict(vars(registry)), overrides(), set(REGISTRY._collector_to_names), dict(os.environ)
+
+        before = state()
+        register()
+        assert before != state()
+        unregister()
+        assert before == state()
+        assert SEAT.registration is None
+
+    def test_run_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its own is removed; one that the operator named stays, and so does the variable."""
+        register()
+        own = rundir.create()
+        assert own.is_dir()
+        unregister()
+        assert not own.exists()
+
+        monkeypatch.setenv(rundir.RUN_DIR_ENV, str(tmp_path / "named"))
+        register()
+        rundir.create()
+        unregister()
+        assert (tmp_path / "named").is_dir()
+        assert os.environ[rundir.RUN_DIR_ENV] == str(tmp_path / "named")

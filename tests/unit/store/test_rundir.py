@@ -1,0 +1,191 @@
+"""The run directory: with real processes and a real file system."""
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from glassbox.store import rundir
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    return {"XDG_RUNTIME_DIR": str(tmp_path)}
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Path:
+    return tmp_path / f"glassbox-{os.geteuid()}"
+
+
+class TestRunDir:
+    def test_first_process_names_it(self, environ: dict[str, str], parent: Path) -> None:
+        """The path names this process and is set for its children; nothing is made."""
+        path = rundir.run_dir(environ)
+        assert path.parent == parent
+        assert path.name.split("-")[0] == str(os.getpid())
+        assert environ["GLASSBOX_RUN_DIR"] == str(path)
+        assert not parent.exists()
+
+    def test_children_inherit(self, environ: dict[str, str]) -> None:
+        """A child process has the same run directory."""
+        path = rundir.run_dir(environ)
+        child = subprocess.run(
+            [sys.executable, "-c", "from glassbox.store.rundir import run_dir; print(run_dir())"],
+            env={**os.environ, **environ},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert child.stdout.strip() == str(path)
+
+    def test_temporary_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without a usable XDG_RUNTIME_DIR it is in the temporary directory."""
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        for runtime in ("", "relative", str(tmp_path / "nowhere")):
+            path = rundir.run_dir({"XDG_RUNTIME_DIR": runtime})
+            assert path.parent == tmp_path / f"glassbox-{os.geteuid()}"
+
+    def test_operators_choice(self, tmp_path: Path) -> None:
+        """GLASSBOX_RUN_DIR is taken as it is, an empty one as none."""
+        assert rundir.run_dir({"GLASSBOX_RUN_DIR": str(tmp_path / "x")}) == tmp_path / "x"
+        empty = {"GLASSBOX_RUN_DIR": "", "XDG_RUNTIME_DIR": str(tmp_path)}
+        assert rundir.run_dir(empty).parent.parent == tmp_path
+
+
+class TestCreate:
+    def test_private(self, environ: dict[str, str], parent: Path) -> None:
+        """The directory and the one above it are for their user only; making it again is no error."""
+        previous = os.umask(0)
+        try:
+            path = rundir.create(environ)
+            assert rundir.create(environ) == path
+        finally:
+            os.umask(previous)
+        assert {stat.S_IMODE(p.stat().st_mode) for p in (path, parent)} == {0o700}
+
+    def test_open_parent_is_closed(self, environ: dict[str, str], parent: Path) -> None:
+        """A parent of ours that others could read is made private."""
+        parent.mkdir(mode=0o755)
+        rundir.create(environ)
+        assert stat.S_IMODE(parent.stat().st_mode) == 0o700
+
+    def test_symlink_attack(self, environ: dict[str, str], parent: Path, tmp_path: Path) -> None:
+        """A symlink in place of the parent is refused."""
+        (tmp_path / "elsewhere").mkdir()
+        parent.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(PermissionError, match="must be a directory, not a symlink; remove it or set"):
+            rundir.create(environ)
+        assert list((tmp_path / "elsewhere").iterdir()) == []
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory of another user")
+    def test_foreign_parent(self, environ: dict[str, str], parent: Path) -> None:
+        """A parent that belongs to another user is refused."""
+        parent.mkdir()
+        os.chown(parent, 65534, -1)
+        with pytest.raises(PermissionError, match="must belong to user 0, but belongs to user 65534"):
+            rundir.create(environ)
+
+    def test_file_in_its_place(self, environ: dict[str, str], parent: Path) -> None:
+        """A file in place of the parent is an error, not overwritten."""
+        parent.write_text("mine")
+        with pytest.raises(OSError, match="glassbox-"):
+            rundir.create(environ)
+        assert parent.read_text() == "mine"
+
+    def test_operators_choice(self, tmp_path: Path) -> None:
+        """A directory that the operator names is made with what is above it."""
+        path = tmp_path / "a" / "b"
+        assert rundir.create({"GLASSBOX_RUN_DIR": str(path)}) == path
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+class TestRemove:
+    def test_owner(self, environ: dict[str, str]) -> None:
+        """The owner removes it with what is in it; the second time there is nothing to do."""
+        path = rundir.create(environ)
+        (path / "worker.npz").touch()
+        assert rundir.remove(environ)
+        assert not path.exists()
+        assert not rundir.remove(environ)
+
+    def test_other_process(self, environ: dict[str, str]) -> None:
+        """A child does not remove its parent's."""
+        path = rundir.create(environ)
+        subprocess.run(
+            [sys.executable, "-c", "from glassbox.store import rundir; assert not rundir.remove()"],
+            env={**os.environ, **environ},
+            check=True,
+        )
+        assert path.is_dir()
+
+    def test_operators_choice(self, tmp_path: Path) -> None:
+        """What the operator named stays."""
+        environ = {"GLASSBOX_RUN_DIR": str(tmp_path / "x")}
+        path = rundir.create(environ)
+        assert not rundir.remove(environ)
+        assert path.is_dir()
+
+
+class TestPurgeDead:
+    @pytest.fixture
+    def child(self, environ: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+        """A living process with its run directory."""
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "from glassbox.store import rundir; print(rundir.create(), flush=True); input()",
+            ],
+            env={**os.environ, "GLASSBOX_RUN_DIR": "", **environ},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        yield process, Path(process.stdout.readline().strip())
+        process.kill()
+        process.communicate()
+
+    def test_dead_owner(self, child: tuple[subprocess.Popen[str], Path], parent: Path) -> None:
+        """A living server's directory stays; when the server was killed, it goes."""
+        process, path = child
+        (path / "worker.npz").touch()
+        assert rundir.purge_dead(parent) == []
+        assert path.is_dir()
+        process.kill()
+        process.wait()
+        assert rundir.purge_dead(parent) == [path]
+        assert not path.exists()
+
+    def test_recycled_pid(self, environ: dict[str, str], parent: Path) -> None:
+        """A living process with the pid of a dead owner does not keep its directory."""
+        path = rundir.create(environ)
+        pid, start, namespace = path.name.split("-")
+        old = parent / f"{pid}-{int(start) - 1}-{namespace}"
+        old.mkdir()
+        assert rundir.purge_dead(parent) == [old]
+        assert path.is_dir()
+
+    def test_left_alone(self, environ: dict[str, str], parent: Path, tmp_path: Path) -> None:
+        """Other names, pid namespaces (containers), files and symlinks stay, and what they lead to."""
+        rundir.create(environ)
+        _, _, namespace = rundir.run_dir(environ).name.split("-")
+        target = tmp_path / "target"
+        target.mkdir()
+        (parent / f"4194999-1-{int(namespace) + 1}").mkdir()
+        (parent / "notes").mkdir()
+        (parent / f"4194999-2-{namespace}").touch()
+        (parent / f"4194999-3-{namespace}").symlink_to(target)
+        before = sorted(parent.iterdir())
+        assert rundir.purge_dead(parent) == []
+        assert sorted(parent.iterdir()) == before
+        assert target.is_dir()
+
+    def test_no_parent(self, tmp_path: Path) -> None:
+        """Without any run directory there is nothing to do."""
+        assert rundir.purge_dead(tmp_path / "nowhere") == []

@@ -1,0 +1,207 @@
+"""Snapshot files: what is written is what is read; nothing that lies about breaks a reader."""
+
+import errno
+import shutil
+import subprocess
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glassbox.store.snapshot import Snapshot, SnapshotReader, read_snapshots, snapshot_name, write_snapshot
+from tests.export_samples import limited_file_size, make_snapshot
+
+ARRAYS = {"counts", "sums", "rows", "nonfinite", "window_max"}
+
+
+def assert_same(expected: Snapshot, found: Snapshot) -> None:
+    for field in fields(Snapshot):
+        left, right = getattr(expected, field.name), getattr(found, field.name)
+        if field.name in ARRAYS:
+            np.testing.assert_array_equal(left, right, err_msg=field.name)
+            assert left.dtype == right.dtype, field.name
+        else:
+            assert left == right, field.name
+            assert type(left) is type(right), field.name
+
+
+class TestRoundTrip:
+    def test_everything_comes_back_with_its_type(self, tmp_path: Path) -> None:
+        """A snapshot that was written and read is the same in every field."""
+        snapshot = make_snapshot(layers=(3, 7, 8), head_offset=4, heads=3, total_heads=12, reload_successful=False)
+        write_snapshot(tmp_path, snapshot)
+        (found,) = read_snapshots(tmp_path)
+        assert_same(snapshot, found)
+
+    @pytest.mark.parametrize("largest", [0, 255, 256, 2**32, 2**62])
+    def test_counts_of_any_size_come_back_as_int64(self, tmp_path: Path, largest: int) -> None:
+        """Counts are stored in the smallest type that holds them, and read as int64."""
+        snapshot = make_snapshot()
+        snapshot.counts[0, 0, 0, 0, 0] = largest
+        write_snapshot(tmp_path, snapshot)
+        (found,) = read_snapshots(tmp_path)
+        assert found.counts[0, 0, 0, 0, 0] == largest
+        assert found.counts.dtype == np.int64
+
+    def test_a_worker_without_layers_or_rows_is_a_snapshot_too(self, tmp_path: Path) -> None:
+        """A model whose attention is bypassed everywhere still reports that."""
+        write_snapshot(tmp_path, make_snapshot(layers=(), layers_bypassed=4))
+        (found,) = read_snapshots(tmp_path)
+        assert found.layers_bypassed == 4
+
+    def test_numpy_scalars_are_accepted(self, tmp_path: Path) -> None:
+        """Counters that have become numpy scalars are written as numbers."""
+        write_snapshot(tmp_path, make_snapshot(steps=np.int64(7), sample_rate=np.float32(0.5)))
+        (found,) = read_snapshots(tmp_path)
+        assert (found.steps, found.sample_rate) == (7, 0.5)
+
+    def test_the_file_of_a_large_model_is_small(self, tmp_path: Path) -> None:
+        """80 layers with 8 local heads stay under a megabyte as long as no count needs more than two bytes."""
+        path = write_snapshot(tmp_path, make_snapshot(layers=tuple(range(80)), heads=8))
+        assert path.stat().st_size < 1_000_000
+
+
+class TestNames:
+    def test_the_name_says_engine_rank_and_instance(self, tmp_path: Path) -> None:
+        """One file per instance, as worker-<engine>-<rank>-<instance>.npz, in a private directory."""
+        path = write_snapshot(tmp_path / "run", make_snapshot(engine="1", rank=3, instance="abc"))
+        assert path == tmp_path / "run" / "worker-1-3-abc.npz"
+        assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+
+    def test_no_label_leaves_the_directory(self) -> None:
+        """Characters that mean something in a path are replaced."""
+        assert snapshot_name(make_snapshot(engine="../0", instance="a/b")) == "worker-.._0-0-a_b.npz"
+
+    def test_writing_again_replaces_the_file(self, tmp_path: Path) -> None:
+        """A directory holds one file per instance and no temporary ones."""
+        for steps in (1, 2):
+            write_snapshot(tmp_path, make_snapshot(steps=steps))
+        (found,) = read_snapshots(tmp_path)
+        assert found.steps == 2
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+class TestShapes:
+    def test_a_wrong_shape_is_named(self) -> None:
+        """The error says which array, the shape it must have, and the one it has."""
+        with pytest.raises(ValueError, match=r"rows must have shape \[3, 2, 2\], got \[2, 2, 2\]|counts must have"):
+            make_snapshot(layers=(0, 1)).__class__(
+                **{f.name: getattr(make_snapshot(), f.name) for f in fields(Snapshot) if f.name != "layers"},
+                layers=(0, 1, 2),
+            )
+
+    def test_a_layer_may_not_come_twice(self) -> None:
+        """Otherwise its rows would be lost."""
+        with pytest.raises(ValueError, match=r"layers must be distinct, got \[1, 1\]"):
+            replace(make_snapshot(), layers=(1, 1))
+
+    def test_heads_must_be_among_the_models(self) -> None:
+        """A head offset that leads out of the model is an error."""
+        with pytest.raises(ValueError, match=r"heads 3\.\.4 must be among the model's 4 heads"):
+            replace(make_snapshot(total_heads=4), head_offset=3)
+
+
+class TestGarbage:
+    @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04" + b"\0" * 100, b"\x93NUMPY\x01\x00v\x00{"])
+    def test_garbage_is_skipped_and_counted_once(self, tmp_path: Path, content: bytes) -> None:
+        """A file that is no snapshot neither raises nor hides the others; reading again does not count it again."""
+        write_snapshot(tmp_path, make_snapshot())
+        (tmp_path / "worker-0-1-bad.npz").write_bytes(content)
+        reader = SnapshotReader(tmp_path)
+        assert [len(reader.read()), len(reader.read())] == [1, 1]
+        assert reader.unreadable == 1
+
+    def test_every_truncation_of_a_file_is_skipped(self, tmp_path: Path) -> None:
+        """However much of a snapshot is missing at its end, it is never half read."""
+        path = write_snapshot(tmp_path, make_snapshot())
+        data = path.read_bytes()
+        reader = SnapshotReader(tmp_path)
+        lengths = range(0, len(data), max(1, len(data) // 50))
+        for length in lengths:
+            path.write_bytes(data[:length])
+            assert reader.read() == []
+        assert reader.unreadable == len(lengths)
+
+    def test_another_format_or_shape_is_skipped(self, tmp_path: Path) -> None:
+        """A file of another version of glassbox, whose statistics differ, is not shown."""
+        snapshot = make_snapshot()
+        path = write_snapshot(tmp_path, snapshot)
+        with np.load(path) as archive:
+            arrays = dict(archive)
+        arrays["counts"] = arrays["counts"][:, :, :, :1]
+        np.savez(path, **arrays)
+        assert read_snapshots(tmp_path) == []
+
+    def test_pickles_are_never_loaded(self, tmp_path: Path) -> None:
+        """An object array cannot run code in the reader."""
+        snapshot = make_snapshot()
+        path = write_snapshot(tmp_path, snapshot)
+        with np.load(path) as archive:
+            arrays = dict(archive)
+        arrays["counts"] = np.array([object], dtype=object)
+        np.savez(path, **arrays)
+        assert read_snapshots(tmp_path) == []
+
+    def test_other_files_are_left_alone(self, tmp_path: Path) -> None:
+        """Temporary files and files of others are not even opened."""
+        for name in (".worker-0-0-x.npz.tmp", "exporter.json", "worker-0-0-x.txt"):
+            (tmp_path / name).write_bytes(b"garbage")
+        reader = SnapshotReader(tmp_path)
+        assert reader.read() == []
+        assert reader.unreadable == 0
+
+
+class TestDirectory:
+    def test_a_missing_directory_has_no_snapshots(self, tmp_path: Path) -> None:
+        """Before the first worker and after the last one there is nothing to read."""
+        assert read_snapshots(tmp_path / "none") == []
+
+    def test_a_directory_that_vanishes_and_comes_back(self, tmp_path: Path) -> None:
+        """The reader forgets what was removed and finds what is new."""
+        run_dir = tmp_path / "run"
+        reader = SnapshotReader(run_dir)
+        write_snapshot(run_dir, make_snapshot(steps=1))
+        assert len(reader.read()) == 1
+        shutil.rmtree(run_dir)
+        assert reader.read() == []
+        write_snapshot(run_dir, make_snapshot(steps=2))
+        assert [snapshot.steps for snapshot in reader.read()] == [2]
+
+    def test_an_unchanged_file_is_parsed_once(self, tmp_path: Path) -> None:
+        """The same object comes back until the file is replaced."""
+        write_snapshot(tmp_path, make_snapshot(steps=1))
+        reader = SnapshotReader(tmp_path)
+        (first,) = reader.read()
+        assert reader.read()[0] is first
+        write_snapshot(tmp_path, make_snapshot(steps=2))
+        assert reader.read()[0].steps == 2
+
+
+class TestFullDisk:
+    def test_the_error_is_raised_and_the_old_snapshot_stays(self, tmp_path: Path) -> None:
+        """When a snapshot does not fit, the caller gets the OSError, the older file stays, nothing is left over."""
+        small = make_snapshot(layers=(), instance="w")
+        write_snapshot(tmp_path, small)
+        with limited_file_size(4096), pytest.raises(OSError, match="File too large") as error:
+            write_snapshot(tmp_path, make_snapshot(layers=tuple(range(40)), instance="w"))
+        assert error.value.errno == errno.EFBIG
+        assert [path.name for path in tmp_path.iterdir()] == ["worker-0-0-w.npz"]
+        assert_same(small, read_snapshots(tmp_path)[0])
+
+    def test_a_full_file_system(self, tmp_path: Path) -> None:
+        """The same on a file system without a free block."""
+        mount = tmp_path / "tiny"
+        mount.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)]
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("mounting a tmpfs needs privileges that this user does not have")
+        try:
+            write_snapshot(mount, make_snapshot(steps=1))
+            with pytest.raises(OSError, match="No space left") as error:
+                write_snapshot(mount, make_snapshot(steps=2, layers=tuple(range(60)), heads=8))
+            assert error.value.errno == errno.ENOSPC
+            assert [snapshot.steps for snapshot in read_snapshots(mount)] == [1]
+            assert len(list(mount.iterdir())) == 1
+        finally:
+            subprocess.run(["umount", str(mount)], check=True)
