@@ -47,10 +47,11 @@ else
 	$(PYTEST) $(PYTEST_ARGS)
 endif
 
-lint: $(STAMP)  ## Check style, types, shell scripts and the Dockerfile
+lint: $(STAMP)  ## Check style, types, imports between rooms, shell scripts and the Dockerfile
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/glassbox dashboards --check
 	$(VENV)/bin/shellcheck .ci/run tools/*.sh
 	@# hadolint has no package for every platform; where it is missing its absence is said, not hidden.
