@@ -10,7 +10,7 @@ export PYTHON
 DEMO_ARGS ?=
 # make test PYTEST_ARGS="tests/unit -k config"
 PYTEST_ARGS ?=
-PYTEST := $(PY) -m pytest -m "not gpu and not slow" --timeout 900
+PYTEST := $(PY) -m pytest -m "not gpu and not slow" --timeout 900 --durations 30
 # make bench BENCH=tests/bench/bench_row_stats.py (the benchmarks of single kernels need a GPU)
 BENCH ?= -m glassbox.cli bench
 BENCH_ARGS ?=
