@@ -5,13 +5,15 @@ object to hang state on, so something has to be global. This is all of it; whoev
 """
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from glassbox.adapter.attention.listening import Listening
-from glassbox.adapter.protocols import AttentionLayer, AttentionMetadata, CommonMetadata
 from glassbox.config.settings import Settings
+
+if TYPE_CHECKING:  # every process of a server has a seat, and only workers need torch
+    from torch import Tensor
+
+    from glassbox.adapter.protocols import AttentionLayer, AttentionMetadata, CommonMetadata
 
 
 class Closable(Protocol):
@@ -33,11 +35,16 @@ class Hook(Protocol):
 class Listener(Protocol):
     """Who is told by observed backends."""
 
-    def on_build(self, layer_names: list[str], common_attn_metadata: CommonMetadata) -> None:
+    def on_build(self, layer_names: list[str], common_attn_metadata: "CommonMetadata") -> None:
         """vLLM built the metadata of these layers."""
 
     def after_attention(
-        self, impl: Any, layer: AttentionLayer, query: Tensor, kv_cache: Tensor, attn_metadata: AttentionMetadata
+        self,
+        impl: Any,
+        layer: "AttentionLayer",
+        query: "Tensor",
+        kv_cache: "Tensor",
+        attn_metadata: "AttentionMetadata",
     ) -> None:
         """A layer's attention was computed, or queued."""
 
