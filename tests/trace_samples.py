@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.processes.worker.traces.active import TraceHost
 from glassbox.store.trace_record import RequestTrace, Span, TraceOptions
@@ -18,6 +19,15 @@ class Scheduled:
     scheduled_new_reqs: list[Any] = field(default_factory=list)
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
     finished_req_ids: set[str] = field(default_factory=set)
+
+    @property
+    def total_num_scheduled_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens.values())
+
+
+def scheduled_step(*args: Any, **fields: Any) -> ScheduledStep:
+    """What the adapter makes of a SchedulerOutput with these fields."""
+    return ScheduledStep(Scheduled(*args, **fields))
 
 
 def new_request(

@@ -6,7 +6,19 @@ Written from vLLM 0.32's sources. None of vLLM is imported; its objects have the
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
+
+
+class AttentionBackend(Protocol):
+    """vllm.v1.attention.backend.AttentionBackend, a class with class methods."""
+
+    forward_includes_kv_cache_update: bool
+
+    @staticmethod
+    def get_name() -> str: ...
 
 
 class AttentionImpl(Protocol):
@@ -27,15 +39,30 @@ class AttentionImpl(Protocol):
     kv_cache_dtype: str
 
 
+class ObservedImpl(AttentionImpl, Protocol):
+    """An impl of `attention/observed.py`.
+
+    Attributes:
+        glassbox_view: what its measurer reads it through, once it was seen; see `attention/layer_view.py`.
+    """
+
+    glassbox_view: Any
+
+
 class AttentionLayer(Protocol):
     """vllm.model_executor.layers.attention.Attention.
 
     Attributes:
+        impl: of the layer's backend; MLA's are others.
         kv_cache: of the layer, as its backend lays it out; empty before it is allocated.
         isa: on a CPU, the instructions in use ("vec", "vec16", "amx", ...), which decide how a page is laid out.
     """
 
     layer_name: str
+    impl: Any
+    attn_backend: type["AttentionBackend"]
+    num_heads: int
+    head_size: int
     kv_cache: Tensor
     isa: str
     _q_scale: Tensor
@@ -91,3 +118,119 @@ class SchedulerOutput(Protocol):
     num_scheduled_tokens: Mapping[str, int]
     total_num_scheduled_tokens: int
     finished_req_ids: set[str]
+
+
+class InputBatch(Protocol):
+    """vllm.v1.worker.gpu_input_batch.InputBatch of the V1 runner; arrays are longer than the batch.
+
+    Attributes:
+        num_computed_tokens_cpu, num_prompt_tokens: int32 [max_num_reqs].
+    """
+
+    num_reqs: int
+    num_computed_tokens_cpu: npt.NDArray[np.int32]
+    num_prompt_tokens: npt.NDArray[np.int32]
+    req_ids: Sequence[str]
+
+
+class CachedRequest(Protocol):
+    """vllm.v1.worker.gpu_input_batch.CachedRequestState."""
+
+    prompt_token_ids: list[int] | None
+    output_token_ids: list[int]
+    sampling_params: SamplingParams | None
+
+
+class V1Runner(Protocol):
+    """vllm.v1.worker.gpu_model_runner.GPUModelRunner; the CPU's inherits from it."""
+
+    input_batch: InputBatch
+    requests: Mapping[str, CachedRequest]
+
+
+class HostArray(Protocol):
+    """A tensor of the V2 runner's states that the host has, too."""
+
+    np: npt.NDArray[Any]
+
+
+class DeviceArray(Protocol):
+    """A tensor of the V2 runner's states that lives on the device."""
+
+    gpu: Tensor
+
+
+class RequestStates(Protocol):
+    """vllm.v1.worker.gpu.states.RequestState; all arrays are by the request's index."""
+
+    num_computed_tokens_np: npt.NDArray[np.int32]
+    prompt_len: HostArray
+    index_to_req_id: Mapping[int, str]
+    req_id_to_index: Mapping[str, int]
+    all_token_ids: DeviceArray
+    total_len: DeviceArray
+
+
+class V2Runner(Protocol):
+    """vllm.v1.worker.gpu.model_runner.GPUModelRunner."""
+
+    req_states: RequestStates
+
+
+Runner = V1Runner | V2Runner
+
+
+class ModelConfig(Protocol):
+    """vllm.config.ModelConfig."""
+
+    served_model_name: str | Sequence[str]
+    dtype: torch.dtype
+    max_model_len: int
+    tokenizer: str | None
+    tokenizer_revision: str | None
+
+    def get_total_num_hidden_layers(self) -> int: ...
+
+    def get_num_attention_heads(self, parallel_config: "ParallelConfig") -> int: ...
+
+
+class ParallelConfig(Protocol):
+    """vllm.config.ParallelConfig."""
+
+    tensor_parallel_size: int
+    data_parallel_index: int
+    decode_context_parallel_size: int
+    prefill_context_parallel_size: int
+    use_ubatching: bool
+
+
+class SpeculativeConfig(Protocol):
+    """vllm.config.SpeculativeConfig."""
+
+    num_speculative_tokens: int | None
+
+
+class CompilationConfig(Protocol):
+    """vllm.config.CompilationConfig.
+
+    Attributes:
+        static_forward_context: the layers that keep something between steps, by name.
+    """
+
+    static_forward_context: Mapping[str, Any]
+
+
+class VllmConfig(Protocol):
+    """vllm.config.VllmConfig."""
+
+    model_config: ModelConfig
+    parallel_config: ParallelConfig
+    compilation_config: CompilationConfig
+    speculative_config: SpeculativeConfig | None
+
+
+class VllmWorker(Protocol):
+    """vllm.v1.worker.gpu_worker.Worker; the CPU's inherits from it."""
+
+    vllm_config: VllmConfig
+    device: torch.device

@@ -4,11 +4,21 @@ All imports of vLLM are inside functions: importing this module loads none.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+
+from glassbox.adapter.protocols import (
+    CachedRequest,
+    CommonMetadata,
+    InputBatch,
+    RequestStates,
+    Runner,
+    SamplingParams,
+    VllmConfig,
+)
 
 # (module, class) whose `execute_model` is one engine step. The CPU runners inherit from these.
 _RUNNER_CLASSES: Final = (
@@ -60,24 +70,35 @@ class Batch:
     req_ids: tuple[str, ...]
 
 
-def read_batch(runner: Any, common_attn_metadata: Any) -> Batch:
+def _input_batch(runner: Runner) -> InputBatch | None:
+    """Of the V1 runner."""
+    return getattr(runner, "input_batch", None)
+
+
+def _request_states(runner: Runner) -> RequestStates | None:
+    """Of the V2 runner."""
+    return getattr(runner, "req_states", None)
+
+
+def read_batch(runner: Runner, common_attn_metadata: CommonMetadata) -> Batch:
     """The batch of the step that is being prepared, from either model runner.
 
     Call it from a metadata builder: then the runner has ordered its batch. Padding rows are left out.
     """
-    if hasattr(runner, "input_batch"):  # V1 runner: vllm/v1/worker/gpu_model_runner.py
-        batch = runner.input_batch
+    batch, states = _input_batch(runner), _request_states(runner)
+    if batch is not None:
         n = batch.num_reqs
         num_computed = batch.num_computed_tokens_cpu[:n]
         prompt_len = batch.num_prompt_tokens[:n]
         req_ids = tuple(batch.req_ids[:n])
-    else:  # V2 runner: vllm/v1/worker/gpu/states.py
-        states = runner.req_states
+    elif states is not None:
         index = np.asarray(common_attn_metadata.req_idx)
         n = len(index)
         num_computed = states.num_computed_tokens_np[index]
         prompt_len = states.prompt_len.np[index]
         req_ids = tuple(states.index_to_req_id[i] for i in index.tolist())
+    else:
+        raise AttributeError(f"{type(runner).__name__} has neither input_batch nor req_states; its rows can't be found")
     query_start = common_attn_metadata.query_start_loc_cpu[: n + 1].numpy()
     return Batch(
         num_scheduled=np.diff(query_start),
@@ -96,17 +117,18 @@ class RequestTokens:
         prompt: token ids; None if the prompt was given as embeddings.
         generated: token ids; of the V1 runner vLLM's own list that goes on growing, where -1 stands for those that it
             has not read back from the device.
-        sampling_params: vLLM's, None for a pooling request.
+        sampling_params: vLLM's own; None for a pooling request.
     """
 
     prompt: list[int] | None
     generated: list[int]
-    sampling_params: Any
+    sampling_params: SamplingParams | None
 
 
-def request_tokens(runner: Any, req_id: str) -> RequestTokens | None:
+def request_tokens(runner: Runner, req_id: str) -> RequestTokens | None:
     """The tokens of a request that has not been removed yet; None in the V2 runner, which keeps them on the device."""
-    state = getattr(runner, "requests", {}).get(req_id)
+    requests: Mapping[str, CachedRequest] = getattr(runner, "requests", {})
+    state = requests.get(req_id)
     if state is None:
         return None
     return RequestTokens(state.prompt_token_ids, state.output_token_ids, state.sampling_params)
@@ -125,7 +147,7 @@ class TokenCopy:
     ids: Any
     length: Any
     prompt_len: int
-    sampling_params: Any
+    sampling_params: SamplingParams | None
 
     def tokens(self) -> RequestTokens:
         """The tokens; call it after the event."""
@@ -140,15 +162,15 @@ class TokenCopy:
         return RequestTokens(ids[: self.prompt_len], generated, params)
 
 
-def copy_tokens(runner: Any, req_id: str, sampling_params: Any) -> TokenCopy | None:
+def copy_tokens(runner: Runner, req_id: str, sampling_params: SamplingParams | None) -> TokenCopy | None:
     """Queue the copy of a request's tokens; None if the runner does not keep them on the device, or not any more.
 
     Call it before the runner hears that the request is gone.
     """
     import torch
 
-    states = getattr(runner, "req_states", None)
-    index = getattr(states, "req_id_to_index", {}).get(req_id)
+    states = _request_states(runner)
+    index = None if states is None else states.req_id_to_index.get(req_id)
     if states is None or index is None:
         return None
     ids, length = (
@@ -186,18 +208,12 @@ def deliver_ends(llm: Any) -> None:
         engine.step()
 
 
-def is_resumption(new_request: Any) -> bool:
-    """Whether an entry of `scheduled_new_reqs` is a preempted request: the V2 runner gets those anew."""
-    prefill = new_request.prefill_token_ids
-    return prefill is not None and len(prefill) > new_request.prompt_len
-
-
 def is_dummy_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True for the V2 runner's `execute_model(scheduler_output, intermediate_tensors, dummy_run, ...)` without work."""
     return bool(kwargs.get("dummy_run", args[1] if len(args) > 1 else False))
 
 
-def max_spec_tokens(vllm_config: Any) -> int:
+def max_spec_tokens(vllm_config: VllmConfig) -> int:
     """Draft tokens that one decode step may verify; 0 without speculative decoding."""
     speculative = vllm_config.speculative_config
     return int(speculative.num_speculative_tokens or 0) if speculative is not None else 0

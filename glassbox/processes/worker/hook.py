@@ -11,7 +11,9 @@ from functools import wraps
 from typing import Any
 
 from glassbox.adapter.patch import patch_method
+from glassbox.adapter.protocols import Runner, SchedulerOutput, VllmWorker
 from glassbox.adapter.runner import is_dummy_run, runner_classes, worker_classes
+from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.adapter.seat import SEAT
 from glassbox.config.settings import Settings
 from glassbox.core.errors import ErrorCounter
@@ -62,7 +64,7 @@ class StepHook:
         if cls not in self._restores and name in cls.__dict__:
             self._restores[cls] = patch_method(cls, name, make)
 
-    def _prepare(self, vllm_worker: Any) -> None:
+    def _prepare(self, vllm_worker: VllmWorker) -> None:
         """Make the observer before warm-up: a captured graph must hold its buffers."""
         if self.worker is not None and self.worker.vllm_worker() is vllm_worker:
             return
@@ -78,7 +80,7 @@ class StepHook:
 
     def _wrap_warm_up(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
-        def compile_or_warm_up_model(vllm_worker: Any, *args: Any, **kwargs: Any) -> Any:
+        def compile_or_warm_up_model(vllm_worker: VllmWorker, *args: Any, **kwargs: Any) -> Any:
             self._prepare(vllm_worker)
             result = original(vllm_worker, *args, **kwargs)
             self._arm()
@@ -88,14 +90,15 @@ class StepHook:
 
     def _wrap_execute_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
-        def execute_model(runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        def execute_model(runner: Runner, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
             observer = None if self.worker is None else self.worker.observer
             if observer is None or not observer.armed or is_dummy_run(args, kwargs):
                 return original(runner, scheduler_output, *args, **kwargs)
-            if not scheduler_output.total_num_scheduled_tokens:
-                observer.idle_step(runner, scheduler_output)
+            scheduled = ScheduledStep(scheduler_output)
+            if not scheduled.num_tokens:
+                observer.idle_step(runner, scheduled)
                 return original(runner, scheduler_output, *args, **kwargs)
-            observer.start_step(runner, scheduler_output)
+            observer.start_step(runner, scheduled)
             try:
                 return original(runner, scheduler_output, *args, **kwargs)
             finally:

@@ -16,8 +16,9 @@ import numpy as np
 from torch import Tensor
 
 from glassbox.adapter.attention.layer_view import common_tables, tables_of, view_of
-from glassbox.adapter.protocols import AttentionLayer, AttentionMetadata, CommonMetadata
+from glassbox.adapter.protocols import AttentionLayer, AttentionMetadata, CommonMetadata, ObservedImpl, Runner
 from glassbox.adapter.runner import read_batch
+from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
 from glassbox.measure.contract import Measurer
@@ -122,14 +123,14 @@ class Observer:
         selected = set(sampling.layers.select(self._num_layers_total))
         self._layers = frozenset(row for row, layer in enumerate(self._all_layers) if layer in selected)
 
-    def idle_step(self, runner: Any, scheduler_output: Any) -> None:
+    def idle_step(self, runner: Runner, scheduled: ScheduledStep) -> None:
         """A scheduler output without tokens: it only tells which requests are gone."""
         try:
-            self.requests.begin_step(runner, scheduler_output, self._config, self._layers)
+            self.requests.begin_step(runner, scheduled, self._config, self._layers)
         except Exception as error:
             self._errors.count("requests", error)
 
-    def start_step(self, runner: Any, scheduler_output: Any) -> None:
+    def start_step(self, runner: Runner, scheduled: ScheduledStep) -> None:
         """A real engine step starts; the runner has not seen its scheduler output yet."""
         step = self._step = Step(self.measurer, self._listen, self._errors, self._clock, runner)
         self.counters.steps += 1
@@ -140,14 +141,14 @@ class Observer:
             sampled = self._steps.next_step()
             if sampled:
                 self.counters.sampled_steps += 1
-            step.start(sampled=sampled, traced=self._has_traced(runner, scheduler_output, config))
+            step.start(sampled=sampled, traced=self._has_traced(runner, scheduled, config))
         except Exception as error:
             step.fail("begin_step", error)
         step.overhead_s += self._clock() - step.started_s
 
-    def _has_traced(self, runner: Any, scheduler_output: Any, config: GlassboxConfig) -> bool:
+    def _has_traced(self, runner: Runner, scheduled: ScheduledStep, config: GlassboxConfig) -> bool:
         try:
-            return self.requests.begin_step(runner, scheduler_output, config, self._layers)
+            return self.requests.begin_step(runner, scheduled, config, self._layers)
         except Exception as error:  # the step may be sampled all the same
             self._errors.count("requests", error)
             return False
@@ -198,7 +199,12 @@ class Observer:
                 step.begin(rows, layers, traces)
 
     def after_attention(
-        self, impl: Any, layer: AttentionLayer, query: Tensor, kv_cache: Tensor, attn_metadata: AttentionMetadata
+        self,
+        impl: ObservedImpl,
+        layer: AttentionLayer,
+        query: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: AttentionMetadata,
     ) -> None:
         """Called by every observed layer while it is listened to; one that fails does not keep the others."""
         step = self._step

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from glassbox.adapter.protocols import Runner
 from glassbox.core.errors import ErrorCounter
 from glassbox.measure.contract import Measurer, StepTraces
 
@@ -40,7 +41,7 @@ class Step:
         listen: Callable[[bool], None],
         errors: ErrorCounter,
         clock: Callable[[], float],
-        runner: Any,
+        runner: Runner,
     ) -> None:
         self._measurer, self._listen, self._errors, self._clock = measurer, listen, errors, clock
         self.runner: Final = runner

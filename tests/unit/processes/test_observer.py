@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
 from glassbox.measure.deferred import DeferredActions
@@ -16,7 +17,7 @@ from glassbox.measure.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT,
 from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.traced_step import TracedStep
 from glassbox.processes.worker.traces.tracker import RequestTracker
-from tests.trace_samples import Scheduled, make_host, new_request
+from tests.trace_samples import Scheduled, make_host, new_request, scheduled_step
 
 LAYERS: Final = (0, 1, 2, 3)
 NAMES: Final = tuple(f"model.layers.{layer}.self_attn.attn" for layer in LAYERS)
@@ -166,7 +167,7 @@ class Setup:
             ],
             num_scheduled_tokens={f"request-{i}": int(n) for i, n in enumerate(scheduled)},
         )
-        self.observer.start_step(SimpleNamespace(input_batch=batch), output)
+        self.observer.start_step(SimpleNamespace(input_batch=batch), ScheduledStep(output))
         try:
             for names in groups:
                 self.observer.on_build(list(names), metadata)
@@ -398,14 +399,14 @@ class TestTracedRequests:
         """The last request's end comes with an output that schedules nothing."""
         setup = Setup()
         setup.step([DECODE], new={0: {"glassbox": "trace"}})
-        setup.observer.idle_step(SimpleNamespace(), Scheduled(finished_req_ids={"request-0"}))
+        setup.observer.idle_step(SimpleNamespace(), scheduled_step(finished_req_ids={"request-0"}))
         assert (setup.requests.active(), len(setup.requests.ended())) == ([], 1)
         assert setup.observer.counters.steps == 1
 
     def test_a_scheduler_output_of_another_shape(self) -> None:
         """An error in following requests is counted; the step is sampled all the same."""
         setup = Setup()
-        setup.observer.idle_step(SimpleNamespace(), SimpleNamespace())
+        setup.observer.idle_step(SimpleNamespace(), ScheduledStep(SimpleNamespace()))
         assert setup.errors.counts() == {"requests": 1}
         setup.step([DECODE], new={0: {"glassbox": object()}})
         assert len(setup.measurer.rows) == 1

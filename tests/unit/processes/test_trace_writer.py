@@ -18,7 +18,7 @@ from glassbox.processes.worker.traces.tracker import RequestTracker
 from glassbox.processes.worker.traces.writer import RUNNING_SHARE, TraceWriter
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import TraceOptions
-from tests.trace_samples import Scheduled, make_host, new_request
+from tests.trace_samples import make_host, new_request, scheduled_step
 
 
 def chunk(position: int) -> Chunk:
@@ -54,10 +54,10 @@ class Setup:
 
     def arrive(self, *ids: str) -> None:
         new = [new_request(i, 5, {"glassbox": "trace"}) for i in ids]
-        self.tracker.begin_step(None, Scheduled(new, dict.fromkeys(ids, 5)), self.config, frozenset({0, 1}))
+        self.tracker.begin_step(None, scheduled_step(new, dict.fromkeys(ids, 5)), self.config, frozenset({0, 1}))
 
     def finish(self, *ids: str) -> None:
-        self.tracker.begin_step(None, Scheduled(finished_req_ids=set(ids)), self.config, frozenset({0, 1}))
+        self.tracker.begin_step(None, scheduled_step(finished_req_ids=set(ids)), self.config, frozenset({0, 1}))
 
     def write(self) -> int:
         return self.writer.write(self.config.requests)

@@ -17,7 +17,7 @@ from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, RowSampler, is_sampled_request
 from glassbox.processes.worker.traces.tracker import REFUSAL_REASONS, RequestTracker, row_positions
-from tests.trace_samples import Scheduled, make_host, new_request
+from tests.trace_samples import make_host, new_request, scheduled_step
 
 LAYER_ROWS = frozenset({0, 1})
 NO_RUNNER = SimpleNamespace()
@@ -35,12 +35,12 @@ def arrive(
     requests: RequestTracker, *ids: str, extra_args: dict[str, Any] | None = None, settings_: Any = None
 ) -> bool:
     """A step in which requests of 5 prompt tokens come; returns whether traced rows are in it."""
-    output = Scheduled([new_request(i, 5, extra_args) for i in ids], dict.fromkeys(ids, 5))
+    output = scheduled_step([new_request(i, 5, extra_args) for i in ids], dict.fromkeys(ids, 5))
     return requests.begin_step(NO_RUNNER, output, settings_ or config(), LAYER_ROWS)
 
 
 def finish(requests: RequestTracker, *ids: str, runner: Any = NO_RUNNER) -> None:
-    requests.begin_step(runner, Scheduled(finished_req_ids=set(ids)), config(), LAYER_ROWS)
+    requests.begin_step(runner, scheduled_step(finished_req_ids=set(ids)), config(), LAYER_ROWS)
 
 
 def refused(requests: RequestTracker) -> dict[str, int]:
@@ -91,7 +91,7 @@ class TestOptIn:
         requests = tracker(layers=(4, 5, 6), num_heads=2, head_offset=2, num_heads_total=4)
         requests.begin_step(
             NO_RUNNER,
-            Scheduled([new_request("a", 5, {**TRACE, "glassbox_layers": [6, 9], "glassbox_heads": [0, 3]})], {"a": 5}),
+            scheduled_step([new_request("a", 5, {**TRACE, "glassbox_layers": [6, 9], "glassbox_heads": [0, 3]})], {"a": 5}),
             config(),
             frozenset({0, 1, 2}),
         )
@@ -196,7 +196,7 @@ class TestEnds:
         arrive(requests, "a", extra_args=TRACE)
         arrive(requests, "b", extra_args=TRACE, settings_=config(max_active=1))
         again = [new_request(i, 5, TRACE, [0] * n) for i, n in (("a", 9), ("b", 5), ("c", 9))]
-        requests.begin_step(NO_RUNNER, Scheduled(again, dict.fromkeys("abc", 9)), config(), LAYER_ROWS)
+        requests.begin_step(NO_RUNNER, scheduled_step(again, dict.fromkeys("abc", 9)), config(), LAYER_ROWS)
         assert [trace.internal_id for trace in requests.active()] == ["a"]
         assert refused(requests) == {"max_active": 1}
 
@@ -204,7 +204,7 @@ class TestEnds:
         """Gone and new in one step are two requests."""
         requests = tracker()
         arrive(requests, "a", extra_args=TRACE)
-        output = Scheduled([new_request("a", 3, None)], {"a": 3}, {"a"})
+        output = scheduled_step([new_request("a", 3, None)], {"a": 3}, {"a"})
         assert not requests.begin_step(NO_RUNNER, output, config(), LAYER_ROWS)
         assert (requests.active(), len(requests.ended())) == ([], 1)
 
@@ -293,7 +293,7 @@ class FakeRunner:
 
 class TestLimits:
     def step(self, requests: RequestTracker, ids: list[str], position: int, settings_: GlassboxConfig) -> None:
-        requests.begin_step(NO_RUNNER, Scheduled(num_scheduled_tokens=dict.fromkeys(ids, 1)), settings_, LAYER_ROWS)
+        requests.begin_step(NO_RUNNER, scheduled_step(num_scheduled_tokens=dict.fromkeys(ids, 1)), settings_, LAYER_ROWS)
         runner = FakeRunner()
         runner.ids = ids
         measure(requests, runner, [(1, position, 5)] * len(ids))
@@ -358,7 +358,7 @@ class TestText:
             measure(requests, runner, [(5, 0, 5)])
             state.output_token_ids.append(7)
             assert requests.active()[0].record().token_ids.tolist() == expected
-            requests.begin_step(runner, Scheduled(finished_req_ids={"a"}), settings_, LAYER_ROWS)
+            requests.begin_step(runner, scheduled_step(finished_req_ids={"a"}), settings_, LAYER_ROWS)
             state.output_token_ids.clear()
             assert requests.ended()[0].record().token_ids.tolist() == expected
 
@@ -429,7 +429,7 @@ class Machine(RuleBasedStateMachine):
         for req_id in scheduled:
             self.alive[req_id] |= {"new": False, "resumed": False, "in_batch": True}
         runner = FakeRunner()
-        self.requests.begin_step(runner, Scheduled(new, scheduled, self.gone), self.settings, LAYER_ROWS)
+        self.requests.begin_step(runner, scheduled_step(new, scheduled, self.gone), self.settings, LAYER_ROWS)
         self.gone = set()
         active = {trace.internal_id for trace in self.requests.active()}
         for req_id in fresh:

@@ -8,14 +8,15 @@ nothing is traced, and never fails a request: one that can't be traced is counte
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from glassbox.adapter.runner import Batch, RequestTokens, copy_tokens, is_resumption, request_tokens, was_aborted
+from glassbox.adapter.protocols import Runner
+from glassbox.adapter.runner import Batch, RequestTokens, copy_tokens, request_tokens, was_aborted
+from glassbox.adapter.scheduler import Arrival, ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.trace_options import CHOICE_KEY, ClientChoice, OptionError, parse_options
@@ -68,13 +69,13 @@ class RequestTracker:
         self._config: GlassboxConfig | None = None
 
     def begin_step(
-        self, runner: Any, scheduler_output: Any, config: GlassboxConfig, layer_rows: frozenset[int]
+        self, runner: Runner, step: ScheduledStep, config: GlassboxConfig, layer_rows: frozenset[int]
     ) -> bool:
         """Hear of a step: who is gone, who is new.
 
         Args:
             runner: vLLM's, before it has seen the step.
-            scheduler_output: of the step; one without tokens tells who is gone, too.
+            step: as the scheduler wants it; one without tokens tells who is gone, too.
             config: in force.
             layer_rows: observed layers that are measured now.
 
@@ -84,16 +85,15 @@ class RequestTracker:
         self._config = config
         self._deferred.run()
         # Before the new ones: an id may be gone and come again in the same step.
-        if scheduler_output.finished_req_ids and (self._active or self._off or self._refused):
-            for req_id in scheduler_output.finished_req_ids:
+        if self._active or self._off or self._refused:
+            for req_id in step.finished:
                 self._finish(runner, req_id)
-        for new in scheduler_output.scheduled_new_reqs:
-            extra_args = new.sampling_params.extra_args if new.sampling_params is not None else None
-            if extra_args or config.requests.trace_rate:
-                self._arrive(new, extra_args, config, layer_rows)
+        for new in step.arrivals():
+            if new.extra_args or config.requests.trace_rate:
+                self._arrive(new, config, layer_rows)
         if not self._active or not config.enabled:
             return False
-        scheduled = scheduler_output.num_scheduled_tokens
+        scheduled = step.scheduled
         return any(req_id in scheduled for req_id, trace in self._active.items() if not trace.truncated)
 
     def marks(self, req_ids: tuple[str, ...]) -> tuple[npt.NDArray[np.bool_] | None, npt.NDArray[np.bool_] | None]:
@@ -106,7 +106,7 @@ class RequestTracker:
             excluded = np.array([req_id in self._off for req_id in req_ids], dtype=bool)
         return traced, excluded
 
-    def trace_rows(self, runner: Any, batch: Batch, rows: npt.NDArray[np.int32]) -> TracedStep | None:
+    def trace_rows(self, runner: Runner, batch: Batch, rows: npt.NDArray[np.int32]) -> TracedStep | None:
         """Where the traced rows of a row list go; None if there are none, or no memory for any."""
         indices = np.flatnonzero(rows[:, ROW_SLOT] >= 0)
         if not indices.size or self._config is None:
@@ -157,17 +157,15 @@ class RequestTracker:
         refused: dict[str, int] = {reason: self._refusals[reason] for reason in REFUSAL_REASONS}
         return refused, {why: self._traced[why] for why in WHYS}
 
-    def _arrive(
-        self, new: Any, extra_args: Mapping[str, Any] | None, config: GlassboxConfig, layer_rows: frozenset[int]
-    ) -> None:
+    def _arrive(self, new: Arrival, config: GlassboxConfig, layer_rows: frozenset[int]) -> None:
         req_id = new.req_id
-        if req_id in self._active or req_id in self._off or req_id in self._refused or is_resumption(new):
+        if req_id in self._active or req_id in self._off or req_id in self._refused or new.resumed:
             return
         try:
-            choice = parse_options(extra_args)
+            choice = parse_options(new.extra_args)
         except OptionError as error:
             # Whoever wants to be left out is left out, whatever else it says.
-            if (extra_args or {}).get(CHOICE_KEY) == "off":
+            if (new.extra_args or {}).get(CHOICE_KEY) == "off":
                 self._off.add(req_id)
             else:
                 self._refuse(req_id, "bad_options", str(error))
@@ -182,7 +180,7 @@ class RequestTracker:
             self._start(new, "sampled", choice, config, layer_rows)
 
     def _start(
-        self, new: Any, why: Why, choice: ClientChoice, config: GlassboxConfig, layer_rows: frozenset[int]
+        self, new: Arrival, why: Why, choice: ClientChoice, config: GlassboxConfig, layer_rows: frozenset[int]
     ) -> None:
         host, options = self._host, choice.options
         rows = tuple(
@@ -237,7 +235,7 @@ class RequestTracker:
             reason,
         )
 
-    def _finish(self, runner: Any, req_id: str) -> None:
+    def _finish(self, runner: Runner, req_id: str) -> None:
         self._off.discard(req_id)
         self._refused.discard(req_id)
         trace = self._active.pop(req_id, None)
