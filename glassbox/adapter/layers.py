@@ -3,8 +3,10 @@
 Owns the labels of a worker's metrics, too. All imports of vLLM are inside functions: importing this module loads none.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from glassbox.adapter.protocols import AttentionLayer, VllmConfig
 
 
 def is_draft_model() -> bool:
@@ -32,7 +34,7 @@ class ServerInfo:
     num_heads: int
 
 
-def server_info(vllm_config: Any) -> ServerInfo:
+def server_info(vllm_config: VllmConfig) -> ServerInfo:
     """Read the labels from the worker's VllmConfig; call it in a worker whose groups are set up."""
     from vllm.distributed import get_tp_group
 
@@ -47,7 +49,7 @@ def server_info(vllm_config: Any) -> ServerInfo:
     )
 
 
-def attention_layers(vllm_config: Any) -> dict[str, Any]:
+def attention_layers(vllm_config: VllmConfig) -> dict[str, AttentionLayer]:
     """Decoder attention layers of this worker by name, MLA layers included; drafters' too."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.v1.attention.backend import AttentionType
@@ -74,7 +76,7 @@ def layer_index(layer_name: str) -> int:
     raise ValueError(f"attention layer {layer_name!r} has no index in its name")
 
 
-def is_observable(layer: Any) -> bool:
+def is_observable(layer: AttentionLayer) -> bool:
     """False for layers of an observed backend whose rows can't be found or whose K comes too late.
 
     Chunked local attention (Llama 4) splits requests into virtual ones. A backend whose `forward` writes the KV cache
@@ -84,7 +86,7 @@ def is_observable(layer: Any) -> bool:
     return not virtual and not layer.attn_backend.forward_includes_kv_cache_update
 
 
-def unobservable_reason(vllm_config: Any) -> str | None:
+def unobservable_reason(vllm_config: VllmConfig) -> str | None:
     """Why no layer of this worker can be observed, whatever its backend; None if nothing stands against it."""
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
@@ -113,7 +115,7 @@ class ObservedLayers:
     bypassed: tuple[str, ...]
 
 
-def find_layers(layers: dict[str, Any], unobservable: str | None = None) -> ObservedLayers:
+def find_layers(layers: Mapping[str, AttentionLayer], unobservable: str | None = None) -> ObservedLayers:
     """Sort the attention layers of a loaded model into observed and bypassed; drafters' are neither.
 
     Args:

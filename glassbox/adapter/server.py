@@ -1,21 +1,28 @@
 """What glassbox touches of vLLM's API server: `runner.py`'s counterpart for that process.
 
-Owns the names of the wrapped methods and how a chat is rendered and tokenized as the server does it. Read and run
-against vLLM 0.32. All imports are inside functions: importing this module loads no vLLM.
+Owns the wrappers of vLLM's methods, which hand what they are given to an `Intake` in its own words, and how a chat is
+rendered and tokenized as the server does it. Read and run against vLLM 0.32. All imports are inside functions:
+importing this module loads no vLLM.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from types import ModuleType
+from typing import Any, Final, Protocol, TypeGuard
 
+from glassbox.adapter.late_patch import LatePatches
+from glassbox.adapter.patch import patch_method
 from glassbox.core.trace_options import OptionError
+
+ExtraArgs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A method of vLLM and the method of `intake.Intake` that makes its wrapper."""
+    """A method of vLLM and the method of `Wrappers` that wraps it."""
 
     module: str
     cls: str
@@ -120,3 +127,157 @@ class Chat:
             return_offsets_mapping=True,
         )
         return encoding["input_ids"], encoding["offset_mapping"]
+
+
+class Intake(Protocol):
+    """Who decides what becomes of a request; all methods that take one are called in the API server's event loop."""
+
+    def is_for_us(self, extra_args: object) -> TypeGuard[ExtraArgs]:
+        """Whether a request says anything to glassbox."""
+
+    def check(self, extra_args: ExtraArgs, shape: tuple[int, int] | None, *, is_chat: bool) -> None:
+        """Look at the options of a request as its client gave them.
+
+        Args:
+            extra_args: the client's `vllm_xargs`.
+            shape: numbers of layers and of heads of the model, None if they are not known.
+            is_chat: whether the request has messages.
+
+        Raises:
+            OptionError: they are bad.
+        """
+
+    def wants_chat(self, extra_args: ExtraArgs) -> bool:
+        """Whether `resolve` is to be asked."""
+
+    async def resolve(self, extra_args: ExtraArgs, messages: Sequence[Any], chat: Chat) -> ExtraArgs:
+        """The options with spans by message turned into ranges of tokens.
+
+        Raises:
+            OptionError: one can't be found.
+        """
+
+    def note_headers(self, extra_args: object, traceparent: str | None) -> None:
+        """Remember the trace context of the request that this task adds, which vLLM drops if it does not trace."""
+
+    def admit(self, extra_args: ExtraArgs, shape: tuple[int, int] | None) -> bool:
+        """Whether a request that goes to the engine is to be traced.
+
+        Raises:
+            OptionError: its options are bad.
+        """
+
+    def begin(self, request_id: str, extra_args: ExtraArgs, traceparent: str | None) -> ExtraArgs | None:
+        """A request that `admit` let in has an id; returns what its worker gets instead of its options, if anything."""
+
+    def watch_spans(self, endpoint: str) -> None:
+        """vLLM's tracer provider is there, and sends to this endpoint."""
+
+
+class Wrappers:
+    """Makes the wrapper of each method; which one is named by its patch.
+
+    Args:
+        intake: is asked.
+    """
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+
+    def check_model(self, original: Any) -> Any:
+        """Around `BaseServing._check_model`, the first that every API does with a request: bad options end here.
+
+        Later would be too late for a streamed answer, whose status is sent before the engine is asked.
+        """
+
+        @functools.wraps(original)
+        def _check_model(serving: Any, request: Any) -> Any:
+            extra_args = getattr(request, "vllm_xargs", None)
+            if self._intake.is_for_us(extra_args):
+                is_chat = isinstance(getattr(request, "messages", None), list)
+                with client_errors():
+                    self._intake.check(extra_args, model_shape(config_of(serving)), is_chat=is_chat)
+            return original(serving, request)
+
+        return _check_model
+
+    def render_chat_request(self, original: Any) -> Any:
+        """Around `OpenAIServingChat.render_chat_request`: spans by message become token ranges in the request."""
+
+        @functools.wraps(original)
+        def render_chat_request(serving: Any, request: Any) -> Any:
+            if self._intake.is_for_us(request.vllm_xargs) and self._intake.wants_chat(request.vllm_xargs):
+                return self._render(original, serving, request)
+            return original(serving, request)
+
+        return render_chat_request
+
+    async def _render(self, original: Any, serving: Any, request: Any) -> Any:
+        result = await original(serving, request)
+        if not isinstance(result, tuple):  # an error, which is the answer
+            return result
+        with client_errors():
+            chat = Chat(serving, request, result)
+            request.vllm_xargs = await self._intake.resolve(request.vllm_xargs, request.messages, chat)
+        return result
+
+    def add_request(self, original: Any) -> Any:
+        """Around `AsyncLLM.add_request`, which is given the trace headers."""
+
+        @functools.wraps(original)
+        def add_request(engine: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            self._intake.note_headers(getattr(params, "extra_args", None), _traceparent(kwargs))
+            return original(engine, request_id, prompt, params, *args, **kwargs)
+
+        return add_request
+
+    def process_inputs(self, original: Any) -> Any:
+        """Around `InputProcessor.process_inputs`, through which every request passes, also those of `LLM`.
+
+        Here the worker gets what only the API server knows. The caller's parameters are left as they are.
+        """
+
+        @functools.wraps(original)
+        def process_inputs(processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            extra_args: Any = getattr(params, "extra_args", None)
+            if not self._intake.is_for_us(extra_args):
+                return original(processor, request_id, prompt, params, *args, **kwargs)
+            with client_errors():
+                traced = self._intake.admit(extra_args, model_shape(processor.vllm_config))
+            request = original(processor, request_id, prompt, params, *args, **kwargs)
+            if traced:
+                changed = self._intake.begin(request_id, extra_args, _traceparent(kwargs))
+                if changed is not None and request.sampling_params is not None:
+                    request.sampling_params.extra_args = changed
+            return request
+
+        return process_inputs
+
+    def engine_init(self, original: Any) -> Any:
+        """Around the engine's `__init__`, in which vLLM's tracer provider is made."""
+
+        @functools.wraps(original)
+        def __init__(engine: Any, *args: Any, **kwargs: Any) -> None:
+            original(engine, *args, **kwargs)
+            endpoint = engine.observability_config.otlp_traces_endpoint
+            if endpoint is not None:
+                self._intake.watch_spans(endpoint)
+
+        return __init__
+
+
+def _traceparent(kwargs: Mapping[str, Any]) -> str | None:
+    traceparent: str | None = (kwargs.get("trace_headers") or {}).get("traceparent")
+    return traceparent
+
+
+def wrap_intake(intake: Intake) -> Callable[[], None]:
+    """Wrap vLLM's methods in this process, as soon as their modules are imported; returns the undo."""
+    wrappers, patches = Wrappers(intake), LatePatches()
+    for patch in INTAKE_PATCHES:
+        patches.add(patch.module, functools.partial(_wrap, patch, getattr(wrappers, patch.wrapper)))
+    return patches.remove
+
+
+def _wrap(patch: Patch, make: Callable[[Any], Any], module: ModuleType) -> Callable[[], None]:
+    return patch_method(getattr(module, patch.cls), patch.method, make)

@@ -5,17 +5,14 @@ the worker, and telling the exporter of its `llm_request` span. The rules of the
 which methods of vLLM are wrapped, `adapter/server.py`'s. A request without such keys passes through untouched.
 """
 
-import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from glassbox.adapter import server
-from glassbox.adapter.late_patch import LatePatches
-from glassbox.adapter.patch import patch_method
+from glassbox.adapter.server import ExtraArgs
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger
 from glassbox.core.trace_options import (
@@ -62,7 +59,7 @@ class TracedRequests:
 
 
 class Intake:
-    """The wrappers of vLLM's methods.
+    """What becomes of requests; see `adapter/server.py` for the methods that wrappers of vLLM's call.
 
     Attributes:
         traced: requests that asked for a trace.
@@ -78,114 +75,63 @@ class Intake:
         self._unwatch: list[Callable[[], None]] = []
         self.traced = TracedRequests()
 
-    def _is_for_us(self, extra_args: object) -> bool:
+    def is_for_us(self, extra_args: object) -> TypeGuard[ExtraArgs]:
+        """See server.Intake."""
         return bool(extra_args) and has_keys(extra_args) and self._config().enabled
 
-    def check_model(self, original: Any) -> Any:
-        """Around `BaseServing._check_model`, the first that every API does with a request: bad options end here.
+    def check(self, extra_args: ExtraArgs, shape: tuple[int, int] | None, *, is_chat: bool) -> None:
+        """See server.Intake."""
+        choice = parse_options(extra_args, from_client=True)
+        check_model_has(choice, shape)
+        if choice.message_spans and not is_chat:
+            raise OptionError(
+                f"{SPANS_KEY} by message are for chat completions, got "
+                f"{choice.message_spans[0].name}=message:{choice.message_spans[0].message}; give token "
+                "positions (name=start:end) instead"
+            )
 
-        Later would be too late for a streamed answer, whose status is sent before the engine is asked.
-        """
+    def wants_chat(self, extra_args: ExtraArgs) -> bool:
+        """See server.Intake."""
+        return SPANS_KEY in extra_args
 
-        @functools.wraps(original)
-        def _check_model(serving: Any, request: Any) -> Any:
-            extra_args = getattr(request, "vllm_xargs", None)
-            if self._is_for_us(extra_args):
-                with server.client_errors():
-                    choice = parse_options(extra_args, from_client=True)
-                    check_model_has(choice, server.model_shape(server.config_of(serving)))
-                    if choice.message_spans and not isinstance(getattr(request, "messages", None), list):
-                        raise OptionError(
-                            f"{SPANS_KEY} by message are for chat completions, got "
-                            f"{choice.message_spans[0].name}=message:{choice.message_spans[0].message}; give token "
-                            "positions (name=start:end) instead"
-                        )
-            return original(serving, request)
+    async def resolve(self, extra_args: ExtraArgs, messages: Sequence[Any], chat: server.Chat) -> ExtraArgs:
+        """See server.Intake."""
+        choice = parse_options(extra_args, from_client=True)
+        if not choice.message_spans:
+            return extra_args
+        found = await message_spans.resolve(
+            choice.message_spans, messages, chat.prompt_token_ids, chat.render, chat.tokenize
+        )
+        logger.debug("spans by message: %s", ", ".join(map(str, found)))
+        spans: list[Span] = [*choice.options.spans, *found]
+        return {**extra_args, SPANS_KEY: [str(span) for span in spans]}
 
-        return _check_model
+    def note_headers(self, extra_args: object, traceparent: str | None) -> None:
+        """See server.Intake."""
+        if has_keys(extra_args):
+            _traceparent.set(traceparent)
 
-    def render_chat_request(self, original: Any) -> Any:
-        """Around `OpenAIServingChat.render_chat_request`: spans by message become token ranges in the request."""
+    def admit(self, extra_args: ExtraArgs, shape: tuple[int, int] | None) -> bool:
+        """See server.Intake."""
+        if TRACEPARENT_KEY in extra_args:
+            parse_options(extra_args, from_client=True)  # says that it must not be given
+        choice = parse_options(extra_args)
+        check_model_has(choice, shape)
+        return choice.choice == "trace"
 
-        @functools.wraps(original)
-        def render_chat_request(serving: Any, request: Any) -> Any:
-            if self._is_for_us(request.vllm_xargs) and SPANS_KEY in request.vllm_xargs:
-                return self._render(original, serving, request)
-            return original(serving, request)
+    def begin(self, request_id: str, extra_args: ExtraArgs, traceparent: str | None) -> ExtraArgs | None:
+        """See server.Intake."""
+        self.traced.add(request_id)
+        traceparent = traceparent or _traceparent.get()
+        return {**extra_args, TRACEPARENT_KEY: str(traceparent)} if traceparent else None
 
-        return render_chat_request
-
-    async def _render(self, original: Any, serving: Any, request: Any) -> Any:
-        result = await original(serving, request)
-        if not isinstance(result, tuple):  # an error, which is the answer
-            return result
-        with server.client_errors():
-            choice = parse_options(request.vllm_xargs, from_client=True)
-            if choice.message_spans:
-                chat = server.Chat(serving, request, result)
-                found = await message_spans.resolve(
-                    choice.message_spans, request.messages, chat.prompt_token_ids, chat.render, chat.tokenize
-                )
-                spans: list[Span] = [*choice.options.spans, *found]
-                request.vllm_xargs = {**request.vllm_xargs, SPANS_KEY: [str(span) for span in spans]}
-                logger.debug("spans by message: %s", ", ".join(map(str, found)))
-        return result
-
-    def add_request(self, original: Any) -> Any:
-        """Around `AsyncLLM.add_request`: remembers the trace headers that vLLM drops if it does not trace itself."""
-
-        @functools.wraps(original)
-        def add_request(engine: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-            if has_keys(getattr(params, "extra_args", None)):
-                _traceparent.set((kwargs.get("trace_headers") or {}).get("traceparent"))
-            return original(engine, request_id, prompt, params, *args, **kwargs)
-
-        return add_request
-
-    def process_inputs(self, original: Any) -> Any:
-        """Around `InputProcessor.process_inputs`, through which every request passes, also those of `LLM`.
-
-        Here the worker gets what only the API server knows. The caller's parameters are left as they are.
-        """
-
-        @functools.wraps(original)
-        def process_inputs(processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-            extra_args: Any = getattr(params, "extra_args", None)
-            if not self._is_for_us(extra_args):
-                return original(processor, request_id, prompt, params, *args, **kwargs)
-            with server.client_errors():
-                if TRACEPARENT_KEY in extra_args:
-                    parse_options(extra_args, from_client=True)  # says that it must not be given
-                choice = parse_options(extra_args)
-                check_model_has(choice, server.model_shape(processor.vllm_config))
-            request = original(processor, request_id, prompt, params, *args, **kwargs)
-            if choice.choice == "trace":
-                self.traced.add(request_id)
-                headers = kwargs.get("trace_headers") or {}
-                traceparent = headers.get("traceparent") or _traceparent.get()
-                if traceparent and request.sampling_params is not None:
-                    request.sampling_params.extra_args = {**extra_args, TRACEPARENT_KEY: str(traceparent)}
-            return request
-
-        return process_inputs
-
-    def engine_init(self, original: Any) -> Any:
-        """Around the engine's `__init__`, in which vLLM's tracer provider is made."""
-
-        @functools.wraps(original)
-        def __init__(engine: Any, *args: Any, **kwargs: Any) -> None:
-            original(engine, *args, **kwargs)
-            endpoint = engine.observability_config.otlp_traces_endpoint
-            if endpoint is not None:
-                try:
-                    watcher = LlmSpanWatcher(self._run_dir, self._wants_span, endpoint)
-                    self._unwatch.append(watch(server.tracer_provider(), watcher))
-                except Exception as error:
-                    logger.warning(
-                        "glassbox.attention spans can't be children of vLLM's: %s: %s", type(error).__name__, error
-                    )
-
-        return __init__
+    def watch_spans(self, endpoint: str) -> None:
+        """See server.Intake."""
+        try:
+            watcher = LlmSpanWatcher(self._run_dir, self._wants_span, endpoint)
+            self._unwatch.append(watch(server.tracer_provider(), watcher))
+        except Exception as error:
+            logger.warning("glassbox.attention spans can't be children of vLLM's: %s: %s", type(error).__name__, error)
 
     def _wants_span(self, request_id: str) -> bool:
         config = self._config()
@@ -221,10 +167,6 @@ def check_model_has(choice: ClientChoice, shape: tuple[int, int] | None) -> None
             )
 
 
-def _wrap(patch: server.Patch, make: Callable[[Any], Any], module: ModuleType) -> Callable[[], None]:
-    return patch_method(getattr(module, patch.cls), patch.method, make)
-
-
 def install(config: Callable[[], GlassboxConfig], run_dir: Path) -> Callable[[], None]:
     """Wrap vLLM's methods in this process, as soon as their modules are imported; starts no thread.
 
@@ -236,12 +178,10 @@ def install(config: Callable[[], GlassboxConfig], run_dir: Path) -> Callable[[],
         The undo.
     """
     intake = Intake(config, run_dir)
-    patches = LatePatches()
-    for patch in server.INTAKE_PATCHES:
-        patches.add(patch.module, functools.partial(_wrap, patch, getattr(intake, patch.wrapper)))
+    unwrap = server.wrap_intake(intake)
 
     def undo() -> None:
-        patches.remove()
+        unwrap()
         intake.close()
 
     return undo

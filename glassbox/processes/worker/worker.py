@@ -1,7 +1,7 @@
 """What glassbox runs in a vLLM worker: the observer over its layers, and one thread that writes snapshot files.
 
-Owns the worker's identity and the export thread's life. The thread starts when vLLM's
-warm-up is over and ends with the worker; whatever it does, an error is counted and serving goes on.
+Owns the worker's identity and the export thread's life. The thread starts when vLLM's warm-up is over and ends with the
+worker; whatever it does, an error is counted and serving goes on.
 """
 
 import atexit
@@ -11,13 +11,12 @@ import uuid
 import weakref
 from typing import Any
 
-import torch
-
 from glassbox import __version__
-from glassbox.adapter.layers import attention_layers, find_layers, server_info, unobservable_reason
+from glassbox.adapter.protocols import VllmWorker
 from glassbox.adapter.release import vllm_version
-from glassbox.adapter.runner import is_piecewise_forward, max_spec_tokens
+from glassbox.adapter.runner import is_piecewise_forward
 from glassbox.adapter.seat import SEAT
+from glassbox.adapter.vllm_worker import read_worker
 from glassbox.config.settings import Settings
 from glassbox.core.affinity import leave_workers_cores
 from glassbox.core.errors import ErrorCounter
@@ -45,59 +44,54 @@ class Worker:
         errors: counts what goes wrong in every part.
     """
 
-    def __init__(self, vllm_worker: Any, settings: Settings, errors: ErrorCounter) -> None:
+    def __init__(self, vllm_worker: VllmWorker, settings: Settings, errors: ErrorCounter) -> None:
         self.vllm_worker = weakref.ref(vllm_worker)
         self._settings, self._errors = settings, errors
         self._instance = uuid.uuid4().hex[:12]
         self._start_time_s = time.time()
-        vllm_config = vllm_worker.vllm_config
-        self._info = server_info(vllm_config)
-        model_layers = attention_layers(vllm_config)
-        self._unobservable = unobservable_reason(vllm_config)
-        self._layers = find_layers(model_layers, self._unobservable)
-        self._backend = _backend_names([model_layers[name] for name in self._layers.names])
+        facts = self._facts = read_worker(vllm_worker)
+        server, layers = facts.server, facts.layers
         config = settings.config
-        device = _device_of(vllm_worker)
-        self._accumulators = Accumulators(len(self._layers.names), self._layers.num_heads, device)
+        accumulators = Accumulators(len(layers.names), layers.num_heads, facts.device)
         self._deferred = DeferredActions(errors)
         measurer = make_measurer(
-            self._accumulators,
-            {name: row for row, name in enumerate(self._layers.names)},
+            accumulators,
+            {name: local for local, name in enumerate(layers.names)},
             sink_tokens=config.statistics.sink_tokens,
             local_window=config.statistics.local_window,
             max_rows=config.sampling.max_rows_per_step,
-            head_size=self._layers.head_size,
-            query_dtype=vllm_config.model_config.dtype,
+            head_size=layers.head_size,
+            query_dtype=facts.query_dtype,
             deferred=self._deferred,
             is_piecewise=is_piecewise_forward,
             errors=errors,
         )
         host = TraceHost(
-            engine=self._info.engine,
-            rank=self._info.rank,
-            model_name=self._info.model_name,
+            engine=server.engine,
+            rank=server.rank,
+            model_name=server.model_name,
             instance=self._instance,
-            layers=self._layers.indices,
-            head_offset=self._info.rank * self._layers.num_heads,
-            num_heads=self._layers.num_heads,
-            num_heads_total=self._info.num_heads,
-            max_model_len=vllm_config.model_config.max_model_len,
-            tokenizer=str(vllm_config.model_config.tokenizer or ""),
-            tokenizer_revision=vllm_config.model_config.tokenizer_revision,
+            layers=layers.indices,
+            head_offset=server.rank * layers.num_heads,
+            num_heads=layers.num_heads,
+            num_heads_total=server.num_heads,
+            max_model_len=facts.max_model_len,
+            tokenizer=facts.tokenizer,
+            tokenizer_revision=facts.tokenizer_revision,
         )
         self._requests = RequestTracker(host, self._deferred)
         self._traces = TraceWriter(rundir.run_dir(), host, self._requests)
         self.observer = Observer(
             measurer,
-            layers=self._layers.indices,
-            layer_names=self._layers.names,
-            num_layers_total=self._info.num_layers,
-            num_heads=self._layers.num_heads,
+            layers=layers.indices,
+            layer_names=layers.names,
+            num_layers_total=server.num_layers,
+            num_heads=layers.num_heads,
             config=lambda: settings.config,
             requests=self._requests,
             listen=SEAT.listening.listen,
             errors=errors,
-            max_spec_tokens=max_spec_tokens(vllm_config),
+            max_spec_tokens=facts.max_spec_tokens,
         )
         self._exporter = ExporterProcess(settings.path)
         self._wake = threading.Event()
@@ -176,27 +170,27 @@ class Worker:
             instance=self._instance,
             time_s=time.time(),
             start_time_s=self._start_time_s,
-            model_name=self._info.model_name,
-            engine=self._info.engine,
-            rank=self._info.rank,
-            layers=self._layers.indices,
-            head_offset=self._info.rank * self._layers.num_heads,
-            num_heads_total=self._info.num_heads,
-            num_layers_total=self._info.num_layers,
+            model_name=self._facts.server.model_name,
+            engine=self._facts.server.engine,
+            rank=self._facts.server.rank,
+            layers=self._facts.layers.indices,
+            head_offset=self._facts.server.rank * self._facts.layers.num_heads,
+            num_heads_total=self._facts.server.num_heads,
+            num_layers_total=self._facts.server.num_layers,
             steps=counters.steps,
             sampled_steps=counters.sampled_steps,
             dropped_rows=dict(counters.dropped_rows),
             errors=self._errors.counts(),
             overhead_seconds=counters.overhead_s,
             sample_rate=self.observer.effective_sample_rate,
-            layers_observed=len(self._layers.names),
-            layers_bypassed=len(self._layers.bypassed),
+            layers_observed=len(self._facts.layers.names),
+            layers_bypassed=len(self._facts.layers.bypassed),
             reload_successful=status.successful,
             reload_timestamp_s=status.timestamp_s,
             build={
                 "version": __version__,
                 "vllm_version": vllm_version() or "",
-                "backend": self._backend,
+                "backend": self._facts.backend,
             },
             counts=arrays.counts,
             sums=arrays.sums,
@@ -209,13 +203,13 @@ class Worker:
         )
 
     def _log_coverage(self) -> None:
-        found, config = self._layers, self._settings.config
+        found, config = self._facts.layers, self._settings.config
         logger.info(
             "Observing %d of %d attention layers (%s) of %s at sample_rate %g, configured by %s",
             len(found.names),
             len(found.names) + len(found.bypassed),
-            self._backend or "none",
-            self._info.model_name,
+            self._facts.backend or "none",
+            self._facts.server.model_name,
             config.sample_rate,
             self._settings.path,
         )
@@ -223,15 +217,6 @@ class Worker:
             logger.warning(
                 "%d attention layers bypass glassbox and are not measured (%s): %s",
                 len(found.bypassed),
-                self._unobservable or "their backend is not one that glassbox wraps",
+                self._facts.unobservable or "their backend is not one that glassbox wraps",
                 ", ".join(found.bypassed),
             )
-
-
-def _backend_names(layers: list[Any]) -> str:
-    return ",".join(sorted({layer.attn_backend.get_name() for layer in layers}))
-
-
-def _device_of(vllm_worker: Any) -> torch.device:
-    device: torch.device = vllm_worker.device
-    return device

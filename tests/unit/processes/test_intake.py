@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from glassbox.adapter import server as vllm_server
-from glassbox.adapter.server import INTAKE_PATCHES, Patch
+from glassbox.adapter.server import INTAKE_PATCHES, Patch, Wrappers
 from glassbox.config.load import GlassboxConfig
 from glassbox.processes.api_server import intake as intake_module
 from glassbox.processes.api_server.intake import MAX_REMEMBERED, Intake, TracedRequests
@@ -65,9 +65,10 @@ class Server:
             # As AsyncLLM without --otlp-traces-endpoint: the headers go no further.
             return self.process("r1", params.extra_args)
 
-        self._check = self.intake.check_model(check_model)
-        self._process = self.intake.process_inputs(process_inputs)
-        self._add = self.intake.add_request(add_request)
+        self.wrappers = Wrappers(self.intake)
+        self._check = self.wrappers.check_model(check_model)
+        self._process = self.wrappers.process_inputs(process_inputs)
+        self._add = self.wrappers.add_request(add_request)
 
     def check(self, xargs: Mapping[str, Any] | None, **fields: Any) -> None:
         asyncio.run(self._check(self, SimpleNamespace(vllm_xargs=xargs, **fields)))
@@ -101,7 +102,7 @@ class TestPatches:
         classes = {n.name: n for n in ast.parse(Path(spec.origin).read_text()).body if isinstance(n, ast.ClassDef)}
         methods = {n.name for n in classes[patch.cls].body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
         assert patch.method in methods
-        assert callable(getattr(Intake, patch.wrapper))
+        assert callable(getattr(Wrappers, patch.wrapper))
 
 
 class TestCheckModel:
@@ -216,7 +217,7 @@ class TestRenderChatRequest:
         async def original(_: Any, request: Any) -> Any:
             return ([], []) if result is None else result
 
-        answer = asyncio.run(server.intake.render_chat_request(original)(server, request))
+        answer = asyncio.run(server.wrappers.render_chat_request(original)(server, request))
         assert answer == (([], []) if result is None else result)
         return request
 

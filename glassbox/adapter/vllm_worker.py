@@ -1,0 +1,65 @@
+"""What the observation of a worker has to know of vLLM's worker object, read once."""
+
+from dataclasses import dataclass
+
+import torch
+
+from glassbox.adapter.layers import (
+    ObservedLayers,
+    ServerInfo,
+    attention_layers,
+    find_layers,
+    server_info,
+    unobservable_reason,
+)
+from glassbox.adapter.protocols import VllmWorker
+from glassbox.adapter.runner import max_spec_tokens
+
+
+@dataclass(frozen=True)
+class WorkerFacts:
+    """Of one worker whose model is loaded.
+
+    Attributes:
+        server: what its metrics are labelled with.
+        layers: which are observed.
+        unobservable: why none of them can be; None if nothing stands against it.
+        backend: names of the observed layers' backends, joined by commas.
+        device: it computes on.
+        query_dtype: of the layers' queries.
+        max_model_len: most tokens of a sequence.
+        max_spec_tokens: draft tokens that a decode step may verify.
+        tokenizer, tokenizer_revision: folder or name of the model's tokenizer, empty if there is none.
+    """
+
+    server: ServerInfo
+    layers: ObservedLayers
+    unobservable: str | None
+    backend: str
+    device: torch.device
+    query_dtype: torch.dtype
+    max_model_len: int
+    max_spec_tokens: int
+    tokenizer: str
+    tokenizer_revision: str | None
+
+
+def read_worker(vllm_worker: VllmWorker) -> WorkerFacts:
+    """Read them; call it in a worker whose groups are set up and whose model is loaded."""
+    vllm_config = vllm_worker.vllm_config
+    model = vllm_config.model_config
+    model_layers = attention_layers(vllm_config)
+    unobservable = unobservable_reason(vllm_config)
+    layers = find_layers(model_layers, unobservable)
+    return WorkerFacts(
+        server=server_info(vllm_config),
+        layers=layers,
+        unobservable=unobservable,
+        backend=",".join(sorted({model_layers[name].attn_backend.get_name() for name in layers.names})),
+        device=vllm_worker.device,
+        query_dtype=model.dtype,
+        max_model_len=model.max_model_len,
+        max_spec_tokens=max_spec_tokens(vllm_config),
+        tokenizer=str(model.tokenizer or ""),
+        tokenizer_revision=model.tokenizer_revision,
+    )
