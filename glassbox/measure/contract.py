@@ -27,7 +27,8 @@ class AskedRows:
         positions: int32 [R], in their sequences.
         top_k: the largest that one of them wants.
         spans: int32 [R, S, 2], (start, exclusive end); (0, 0) fills up.
-        chosen: bool [R, L, H], the layers and heads that each of them wants; layer_rows: layers that one of them wants.
+        chosen: bool [R, L, H], the layers and heads that each of them wants.
+        local_layers: layers that one of them wants.
         kept: the rows whose whole attention is wanted, ascending.
     """
 
@@ -37,7 +38,7 @@ class AskedRows:
     top_k: int
     spans: npt.NDArray[np.int32]
     chosen: npt.NDArray[np.bool_]
-    layer_rows: frozenset[int]
+    local_layers: frozenset[int]
     kept: tuple[int, ...]
 
 
@@ -46,14 +47,14 @@ class LayersAnswer:
     """What was found for `AskedRows` in some layers, G of them, with H heads each.
 
     Attributes:
-        layer_rows: which layers, ascending.
+        local_layers: which layers, ascending.
         topk_positions: int32 [R, G, H, k]; topk_mass: float32, alike.
         span_mass: float32 [R, G, H, S].
         chosen_sum: float32 [R, n], attention to positions 0 .. n - 1 summed over the chosen layers and heads.
         rows: float16 [G, H, keys] of each kept row, the last keys up to its own position.
     """
 
-    layer_rows: Sequence[int]
+    local_layers: Sequence[int]
     topk_positions: npt.NDArray[np.int32]
     topk_mass: npt.NDArray[np.float32]
     span_mass: npt.NDArray[np.float32]
@@ -66,17 +67,17 @@ class StepTraces(Protocol):
 
     Attributes:
         num_slots: of a ring that has a slot for every row that ROW_SLOT gives one.
-        layer_rows: observed layers that some of the traces keep.
+        local_layers: observed layers that some of the traces keep.
     """
 
     num_slots: int
-    layer_rows: frozenset[int]
+    local_layers: frozenset[int]
 
-    def add_stats(self, layer_rows: Sequence[int], stats: npt.NDArray[np.float32]) -> None:
+    def add_stats(self, local_layers: Sequence[int], stats: npt.NDArray[np.float32]) -> None:
         """Keep the statistics of some layers.
 
         Args:
-            layer_rows: of the layers among the observed ones.
+            local_layers: of the layers among the observed ones.
             stats: [N, R, H, NUM_STATISTICS + 1] of these layers and the whole row list.
         """
 

@@ -42,13 +42,13 @@ class _Waiting:
     Attributes:
         limit: how many at once.
         asked: what is asked of the rows; None if their statistics are wanted.
-        rows: of the layers in the accumulators.
+        local_layers: which they are.
     """
 
     plan: RowPlan
     limit: int
     asked: AskedRows | None
-    rows: list[int] = field(default_factory=list)
+    local_layers: list[int] = field(default_factory=list)
     layers: list[LayerRows] = field(default_factory=list)
 
 
@@ -57,9 +57,9 @@ class _Native:
     """Layers of one size that the native kernel measures in a step.
 
     Attributes:
-        step: names layers by their rows in the accumulators.
+        step: names layers by their index in the accumulators.
         probe: of the layers of which something is asked; None if nothing is.
-        places: of these layers in `probe`, by their rows in the accumulators.
+        places: of these layers in `probe`, by their index in the accumulators.
     """
 
     step: NativeStep
@@ -72,7 +72,7 @@ class CpuMeasurer:
 
     Args:
         accumulators: on the CPU; [L, H] of the observed layers.
-        layer_rows: name of each observed layer -> its row in the accumulators.
+        local_layers: name of each observed layer -> its local layer, the index in the accumulators.
         sink_tokens, local_window: in tokens, see statistics.py.
         errors: counts what goes wrong with probes.
         native: whether the native kernel may be used.
@@ -81,14 +81,14 @@ class CpuMeasurer:
     def __init__(
         self,
         accumulators: Accumulators,
-        layer_rows: dict[str, int],
+        local_layers: dict[str, int],
         *,
         sink_tokens: int,
         local_window: int,
         errors: ErrorCounter,
         native: bool = True,
     ) -> None:
-        self._accumulators, self._layer_rows, self._errors = accumulators, layer_rows, errors
+        self._accumulators, self._local_layers, self._errors = accumulators, local_layers, errors
         self._sink_tokens, self._local_window = sink_tokens, local_window
         self.max_rows = self.max_traced_rows = sys.maxsize
         self._rows: np.ndarray | None = None
@@ -129,19 +129,19 @@ class CpuMeasurer:
         """Put by the queries of this layer's rows, if it is one of the step's layers."""
         if self._rows is None or tables is None:
             return
-        row = self._layer_rows.get(layer.name)
-        if row is None or row not in self._layers:
+        local = self._local_layers.get(layer.name)
+        if local is None or local not in self._layers:
             return
-        if self._native and self._take(row, layer, query, kv_cache, tables):
+        if self._native and self._take(local, layer, query, kv_cache, tables):
             return
         params = layer.params
         plan = self._plan(self._rows, tables, kv_cache.shape[2], params.sliding_window)
         # Made for each call: it is a view, and keeping it would keep a KV cache alive that vLLM has freed.
         reader = layer.reader(kv_cache)
-        self._put_by(row, LayerRows.select(query, reader, plan, params), plan, None)
-        if self._asked is not None and row in self._asked.layer_rows:
+        self._put_by(local, LayerRows.select(query, reader, plan, params), plan, None)
+        if self._asked is not None and local in self._asked.local_layers:
             plan = self._plan(self._asked.rows, tables, kv_cache.shape[2], params.sliding_window)
-            self._put_by(row, LayerRows.select(query, reader, plan, params), plan, self._asked)
+            self._put_by(local, LayerRows.select(query, reader, plan, params), plan, self._asked)
 
     def finish(self) -> None:
         """Add what was measured in this step."""
@@ -153,9 +153,9 @@ class CpuMeasurer:
                     native.step.measure()
                 if native.step.measured:
                     self._keep(native.step.measured, native.step.stats())
-                probed = [row for row in native.step.measured if row in native.places]
+                probed = [local for local in native.step.measured if local in native.places]
                 if native.probe is not None and probed:
-                    self._answer(probed, native.probe.answers([native.places[row] for row in probed]))
+                    self._answer(probed, native.probe.answers([native.places[local] for local in probed]))
             self._flush()
             if self._traced is not None:
                 self._traced.commit()
@@ -176,12 +176,12 @@ class CpuMeasurer:
         return self._accumulators.copy()
 
     def _take(
-        self, row: int, layer: PackedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables
+        self, local: int, layer: PackedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables
     ) -> bool:
         """Put by a layer's queries for the native kernel, if that is the faster way."""
-        cached = self._cached_layers.get(row)
+        cached = self._cached_layers.get(local)
         if cached is None or cached.cache() is not kv_cache:
-            cached = self._cached_layers[row] = CachedLayer.of(layer, query, kv_cache)
+            cached = self._cached_layers[local] = CachedLayer.of(layer, query, kv_cache)
         key = (id(tables.group), cached.kind)
         native = self._natives.get(key)
         if native is None:
@@ -189,7 +189,7 @@ class CpuMeasurer:
             if not rows.is_light(cached.kind.num_heads, cached.kind.head_size, cores=torch.get_num_threads()):
                 return False
             native = self._natives[key] = self._new_native(rows, cached.kind)
-        native.step.take(row, cached.layer, query, native.places.get(row, -1))
+        native.step.take(local, cached.layer, query, native.places.get(local, -1))
         return True
 
     def _rows_for(self, tables: BatchTables, block_size: int, window: int | None) -> NativeRows:
@@ -215,18 +215,18 @@ class CpuMeasurer:
         asked, num_layers = self._asked, len(self._layers)
         if asked is None:
             return _Native(NativeStep(rows, num_layers, kind.num_heads, kind.head_size), None, {})
-        probed_rows = sorted(asked.layer_rows & self._layers)
+        probed = sorted(asked.local_layers & self._layers)
         questions = Questions(
             top_k=asked.top_k,
             spans=asked.spans,
-            chosen=asked.chosen[:, probed_rows, : kind.num_heads],
+            chosen=asked.chosen[:, probed, : kind.num_heads],
             kept_rows=asked.kept,
             max_row_keys=MAX_ROW_KEYS,
             positions=asked.positions,
         )
         probe = NativeProbe(questions)
         step = NativeStep(rows, num_layers, kind.num_heads, kind.head_size, probe)
-        return _Native(step, probe, {row: place for place, row in enumerate(probed_rows)})
+        return _Native(step, probe, {local: place for place, local in enumerate(probed)})
 
     def _plan(self, rows: np.ndarray, tables: BatchTables, block_size: int, window: int | None) -> RowPlan:
         key = (id(tables.group), window, rows is self._rows)
@@ -245,15 +245,15 @@ class CpuMeasurer:
             self._groups.append(tables.group)
         return plan
 
-    def _put_by(self, row: int, layer: LayerRows, plan: RowPlan, asked: AskedRows | None) -> None:
+    def _put_by(self, local: int, layer: LayerRows, plan: RowPlan, asked: AskedRows | None) -> None:
         key = (id(plan), layer.kind)
         waiting = self._waiting.get(key)
         if waiting is None:
             limit = plan.layers_at_once(layer.num_heads, layer.key_numbers, whole=asked is not None)
             waiting = self._waiting[key] = _Waiting(plan, limit, asked)
-        waiting.rows.append(row)
+        waiting.local_layers.append(local)
         waiting.layers.append(layer)
-        if len(waiting.rows) >= waiting.limit:
+        if len(waiting.local_layers) >= waiting.limit:
             self._measure(key)
 
     def _measure(self, key: Hashable) -> None:
@@ -262,14 +262,14 @@ class CpuMeasurer:
         if waiting.asked is not None:
             self._probe(waiting, waiting.asked)
         else:
-            self._keep(waiting.rows, row_stats_cpu(waiting.layers, waiting.plan).numpy())
+            self._keep(waiting.local_layers, row_stats_cpu(waiting.layers, waiting.plan).numpy())
 
-    def _keep(self, rows: list[int], stats: np.ndarray) -> None:
+    def _keep(self, local_layers: list[int], stats: np.ndarray) -> None:
         """Statistics of these layers, for the accumulators and for traces."""
         if self._traced is not None:
-            self._traced.add_stats(rows, stats)
+            self._traced.add_stats(local_layers, stats)
         counted = torch.from_numpy(stats)
-        self._pending.append((rows, counted if self._counted is None else counted[:, self._counted]))
+        self._pending.append((local_layers, counted if self._counted is None else counted[:, self._counted]))
         if sum(stats.numel() for _, stats in self._pending) > _FLUSH_ELEMENTS:
             self._flush()
 
@@ -281,20 +281,20 @@ class CpuMeasurer:
                 asked.positions.tolist(),
                 top_k=asked.top_k,
                 spans=torch.from_numpy(asked.spans),
-                chosen=torch.from_numpy(asked.chosen[:, waiting.rows, : waiting.layers[0].num_heads]),
+                chosen=torch.from_numpy(asked.chosen[:, waiting.local_layers, : waiting.layers[0].num_heads]),
                 kept_rows=asked.kept,
                 max_row_keys=MAX_ROW_KEYS,
             )
         except Exception as error:
             self._errors.count("probe", error)
         else:
-            self._answer(waiting.rows, found)
+            self._answer(waiting.local_layers, found)
 
-    def _answer(self, rows: list[int], found: ProbeAnswers) -> None:
+    def _answer(self, local_layers: list[int], found: ProbeAnswers) -> None:
         assert self._traced is not None
         assert self._asked is not None
         answer = LayersAnswer(
-            layer_rows=rows,
+            local_layers=local_layers,
             topk_positions=found.topk_positions.numpy(),
             topk_mass=found.topk_mass.numpy(),
             span_mass=found.span_mass.numpy(),
@@ -312,10 +312,10 @@ class CpuMeasurer:
         if self._counted is not None:
             phases = phases[self._counted]
         by_heads: dict[int, list[tuple[list[int], torch.Tensor]]] = {}
-        for rows, stats in pending:
-            by_heads.setdefault(stats.shape[2], []).append((rows, stats))
+        for local_layers, stats in pending:
+            by_heads.setdefault(stats.shape[2], []).append((local_layers, stats))
         for group in by_heads.values():
-            layers = torch.tensor([row for rows, _ in group for row in rows])
+            layers = torch.tensor([local for local_layers, _ in group for local in local_layers])
             self._accumulators.add(layers, torch.cat([stats for _, stats in group]), phases)
 
 

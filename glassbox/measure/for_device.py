@@ -13,7 +13,7 @@ from glassbox.measure.deferred import DeferredActions
 
 def make_measurer(
     accumulators: Accumulators,
-    layer_rows: dict[str, int],
+    local_layers: dict[str, int],
     *,
     sink_tokens: int,
     local_window: int,
@@ -28,7 +28,7 @@ def make_measurer(
 
     Args:
         accumulators: of the observed layers, on the worker's device.
-        layer_rows: name of each observed layer -> its row in the accumulators.
+        local_layers: name of each observed layer -> its local layer, the index in the accumulators.
         sink_tokens, local_window: in tokens, see statistics.py.
         max_rows: largest row list; a GPU's buffers and graphs are made for it.
         head_size, query_dtype: of the layers, the largest head size; for the queries of traced rows.
@@ -43,13 +43,15 @@ def make_measurer(
     if device == "cpu":
         from glassbox.measure.cpu_measurer import CpuMeasurer
 
-        return CpuMeasurer(accumulators, layer_rows, sink_tokens=sink_tokens, local_window=local_window, errors=errors)
+        return CpuMeasurer(
+            accumulators, local_layers, sink_tokens=sink_tokens, local_window=local_window, errors=errors
+        )
     if device == "cuda":
         from glassbox.measure.gpu_measurer import GpuMeasurer
 
         return GpuMeasurer(
             accumulators,
-            layer_rows,
+            local_layers,
             sink_tokens=sink_tokens,
             local_window=local_window,
             max_rows=max_rows,

@@ -40,7 +40,7 @@ class GpuMeasurer:
 
     Args:
         accumulators: on the GPU; [L, H] of the observed layers.
-        layer_rows: name of each observed layer -> its row in the accumulators.
+        local_layers: name of each observed layer -> its local layer, the index in the accumulators.
         sink_tokens, local_window: in tokens, see statistics.py.
         max_rows: length of the row list; captured graphs hold it.
         head_size: largest of the layers; query_dtype: holds their queries.
@@ -52,7 +52,7 @@ class GpuMeasurer:
     def __init__(
         self,
         accumulators: Accumulators,
-        layer_rows: dict[str, int],
+        local_layers: dict[str, int],
         *,
         sink_tokens: int,
         local_window: int,
@@ -65,7 +65,7 @@ class GpuMeasurer:
     ) -> None:
         device = accumulators.counts.device
         self.max_rows = max_rows
-        self._accumulators, self._layer_rows = accumulators, layer_rows
+        self._accumulators, self._local_layers = accumulators, local_layers
         self._sink_tokens, self._local_window = sink_tokens, local_window
         num_layers, num_heads = accumulators.rows.shape[:2]
         self._row_list = torch.zeros(max_rows, NUM_ROW_COLUMNS, dtype=torch.int32, device=device)
@@ -137,16 +137,16 @@ class GpuMeasurer:
         During warm-up it is queued too, with no rows, so that the kernel is compiled before a capture; during a
         capture always, since every replay will run it.
         """
-        row = self._layer_rows.get(layer.name)
-        if row is None:
+        local = self._local_layers.get(layer.name)
+        if local is None:
             return
         if (
             not self._warming
-            and not (self._active and row in self._layers)
+            and not (self._active and local in self._layers)
             and not torch.cuda.is_current_stream_capturing()
         ):
             return
-        self._launch(row, layer, query, kv_cache, tables or self._built[layer.name])
+        self._launch(local, layer, query, kv_cache, tables or self._built[layer.name])
 
     def finish(self) -> None:
         """See contract.Measurer. Later replays find no rows."""
@@ -201,9 +201,9 @@ class GpuMeasurer:
     def _groups(self, asked: AskedRows) -> list[list[str]]:
         """The layers that are asked for, by what one launch can do: one block table, one shape, one kind of score."""
         groups: dict[object, list[str]] = {}
-        for name, row in self._layer_rows.items():
+        for name, local in self._local_layers.items():
             seen, built = self._seen.get(name), self._built.get(name)
-            if row in asked.layer_rows and seen is not None and built is not None:
+            if local in asked.local_layers and seen is not None and built is not None:
                 keys, params = seen.keys(), seen.params
                 kind = (keys.dtype, keys.shape[1:], keys.stride(), seen.num_heads)
                 extras = (params.alibi_slopes is None, params.sinks is None)
@@ -212,13 +212,13 @@ class GpuMeasurer:
 
     def _probe_group(self, asked: AskedRows, names: list[str]) -> "_Answer":
         seen = [self._seen[name] for name in names]
-        layer_rows = [self._layer_rows[name] for name in names]
+        local_layers = [self._local_layers[name] for name in names]
         num_heads, head_size = seen[0].num_heads, seen[0].head_size
         device = self._ring.device
         slots = _to_device(asked.rows[:, ROW_SLOT].astype(np.int64), device)
         queries = self._queries.index_select(0, slots)
-        if len(layer_rows) < len(self._layer_rows):
-            queries = queries.index_select(1, _to_device(np.array(layer_rows, dtype=np.int64), device))
+        if len(local_layers) < len(self._local_layers):
+            queries = queries.index_select(1, _to_device(np.array(local_layers, dtype=np.int64), device))
         answers = row_probe(
             queries[:, :, :num_heads, :head_size],
             ProbedLayers.of([one.keys() for one in seen], [one.params for one in seen], num_heads),
@@ -227,11 +227,11 @@ class GpuMeasurer:
             asked.positions.tolist(),
             top_k=asked.top_k,
             spans=_to_device(asked.spans, device),
-            chosen=_to_device(asked.chosen[:, layer_rows, :num_heads], device),
+            chosen=_to_device(asked.chosen[:, local_layers, :num_heads], device),
             kept_rows=asked.kept,
             max_row_keys=MAX_ROW_KEYS,
         )
-        return _Answer(asked, layer_rows, answers)
+        return _Answer(asked, local_layers, answers)
 
     def copy(self, now_s: float) -> AccumulatorArrays:
         """See contract.Measurer. Waits for the copy, on the calling thread only."""
@@ -250,7 +250,7 @@ class GpuMeasurer:
         return a.counts, a.sums, a.rows, a.nonfinite, a.window_max
 
     def _launch(
-        self, row: int, layer: StridedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables
+        self, local: int, layer: StridedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables
     ) -> None:
         self._seen[layer.name] = layer
         num_heads, head_size = layer.num_heads, layer.head_size
@@ -261,25 +261,25 @@ class GpuMeasurer:
             tables.query_start_loc,
             tables.seq_lens,
             self._row_list,
-            self._num_rows[row:],
+            self._num_rows[local:],
             layer.params,
-            self._layer_accumulators(row, num_heads),
+            self._layer_accumulators(local, num_heads),
             self._workspace,
             sink_tokens=self._sink_tokens,
             local_window=self._local_window,
-            ring=self._ring[:, row, :num_heads],
-            queries=self._queries[:, row, :num_heads, :head_size],
+            ring=self._ring[:, local, :num_heads],
+            queries=self._queries[:, local, :num_heads, :head_size],
         )
         self._graphs.record(torch.cuda.current_stream())
 
-    def _layer_accumulators(self, row: int, num_heads: int) -> LayerAccumulators:
+    def _layer_accumulators(self, local: int, num_heads: int) -> LayerAccumulators:
         a = self._accumulators
         return LayerAccumulators(
-            counts=a.counts[row, :num_heads],
-            sums=a.sums[row, :num_heads],
-            rows=a.rows[row, :num_heads],
-            nonfinite=a.nonfinite[row, :num_heads],
-            window_max=a.window_max[:, row, :num_heads],
+            counts=a.counts[local, :num_heads],
+            sums=a.sums[local, :num_heads],
+            rows=a.rows[local, :num_heads],
+            nonfinite=a.nonfinite[local, :num_heads],
+            window_max=a.window_max[:, local, :num_heads],
             window_slot=a.window_slot,
             bounds=a.bounds,
         )
@@ -290,7 +290,7 @@ class _Answer:
     """What was asked and found in some layers, on the device."""
 
     asked: AskedRows
-    layer_rows: Sequence[int]
+    local_layers: Sequence[int]
     found: ProbeAnswers
 
     def to_host(self) -> list[torch.Tensor]:
@@ -302,7 +302,7 @@ class _Answer:
     def on_host(self, copies: list[torch.Tensor]) -> LayersAnswer:
         """What `to_host` gave, once it is there."""
         positions, mass, spans, total, *rows = (copy.numpy() for copy in copies)
-        return LayersAnswer(self.layer_rows, positions, mass, spans, total, tuple(rows))
+        return LayersAnswer(self.local_layers, positions, mass, spans, total, tuple(rows))
 
 
 def _to_host(source: torch.Tensor) -> torch.Tensor:

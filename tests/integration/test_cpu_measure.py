@@ -89,7 +89,7 @@ class Step:
         host = make_host(layers=(0, 4, 8), num_heads=HEADS)
         traces = [
             ActiveTrace(
-                host, name, why="opt_in", options=asked, traceparent=None, prompt_len=prompt_len, layer_rows=layers,
+                host, name, why="opt_in", options=asked, traceparent=None, prompt_len=prompt_len, local_layers=layers,
                 head_columns=(0, 1, 3),
             )
             for name, asked, prompt_len, layers in (("a", ASKS, 30, (0, 1, 2)), ("c", FEW, 2, (2,)))

@@ -194,7 +194,7 @@ class Observer:
                 traces = self.requests.trace_rows(step.runner, batch, rows)
                 step.counted_share = 1 - np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED) / len(rows)
             # Of a step that isn't sampled only what its traces asked for.
-            of_traces = traces.layer_rows if traces is not None else frozenset[int]()
+            of_traces = traces.local_layers if traces is not None else frozenset[int]()
             if layers := self._layers if step.sampled else of_traces:
                 step.begin(rows, layers, traces)
 

@@ -152,7 +152,7 @@ class TestFromTwoThreads:
         """A record taken at any time is whole: its rows are the first so many."""
         trace = ActiveTrace(
             make_host(), "a", why="opt_in", options=TraceOptions(), traceparent=None, prompt_len=5,
-            layer_rows=(0, 1), head_columns=(0, 1),
+            local_layers=(0, 1), head_columns=(0, 1),
         )  # fmt: skip
         failures: list[str] = []
         stop = threading.Event()
@@ -180,7 +180,7 @@ class TestRecord:
     def trace(self) -> ActiveTrace:
         return ActiveTrace(
             make_host(), "a", why="sampled", options=TraceOptions(), traceparent=None, prompt_len=5,
-            layer_rows=(0, 1), head_columns=(0, 1),
+            local_layers=(0, 1), head_columns=(0, 1),
         )  # fmt: skip
 
     def test_a_position_computed_again(self) -> None:

@@ -17,9 +17,9 @@ from tests.trace_samples import make_host
 HOST = make_host(layers=(0, 4, 8), num_heads=3)
 
 
-def trace(options: TraceOptions, layer_rows: tuple[int, ...] = (0, 1, 2), heads: tuple[int, ...] = (0, 1, 2)) -> Any:
+def trace(options: TraceOptions, local_layers: tuple[int, ...] = (0, 1, 2), heads: tuple[int, ...] = (0, 1, 2)) -> Any:
     return ActiveTrace(
-        HOST, "a", why="opt_in", options=options, traceparent=None, prompt_len=4, layer_rows=layer_rows,
+        HOST, "a", why="opt_in", options=options, traceparent=None, prompt_len=4, local_layers=local_layers,
         head_columns=heads,
     )  # fmt: skip
 
@@ -50,7 +50,7 @@ def found(step: TracedStep, group: Sequence[int], rows: Sequence[dict[int, np.nd
     for i, one in enumerate(p):
         total[i, : one.shape[-1]] = one[asked.chosen[i, list(group), : one.shape[1]]].sum(0)
     return LayersAnswer(
-        layer_rows=group,
+        local_layers=group,
         topk_positions=np.stack(best),
         topk_mass=np.stack([np.take_along_axis(one, b, -1) for one, b in zip(p, best, strict=True)]),
         span_mass=np.stack([one[..., :1] for one in p]),
@@ -67,7 +67,7 @@ def step_of(*members: TracedRows) -> TracedStep:
 class TestStatistics:
     def test_each_trace_gets_its_rows_layers_and_heads(self) -> None:
         """Rows stand anywhere in the row list; layers that were not measured are NaN."""
-        whole, part = trace(TraceOptions()), trace(TraceOptions(), layer_rows=(0, 2), heads=(1,))
+        whole, part = trace(TraceOptions()), trace(TraceOptions(), local_layers=(0, 2), heads=(1,))
         row_list = np.zeros((6, NUM_ROW_COLUMNS), dtype=np.int32)
         step = TracedStep(
             [rows_of(whole, 0, 3, 4), rows_of(part, 2, 7)], row_list, np.array([1, 2, 5]), num_layers=3, num_heads=3
@@ -110,13 +110,13 @@ class TestProbes:
 
     def test_rows_to_probe(self) -> None:
         """Only of requests that asked for more than statistics, in their order."""
-        plain, asking = trace(TraceOptions()), trace(TraceOptions(top_k=2), layer_rows=(1,), heads=(0, 2))
+        plain, asking = trace(TraceOptions()), trace(TraceOptions(top_k=2), local_layers=(1,), heads=(0, 2))
         row_list = np.arange(20, dtype=np.int32).reshape(4, NUM_ROW_COLUMNS)
         step = TracedStep([rows_of(plain, 0, 5), rows_of(asking, 1, 6, 7)], row_list, np.array([0, 1, 3]), 3, 3)
         asked = step.asked()
         assert asked is not None
         np.testing.assert_array_equal(row_list[[1, 3]], asked.rows)
-        assert (asked.positions.tolist(), asked.top_k, asked.kept, asked.layer_rows) == ([6, 7], 2, (), {1})
+        assert (asked.positions.tolist(), asked.top_k, asked.kept, asked.local_layers) == ([6, 7], 2, (), {1})
         assert asked.chosen.tolist() == [[[False] * 3, [True, False, True], [False] * 3]] * 2
 
     def test_questions_of_several_requests(self) -> None:
@@ -127,7 +127,7 @@ class TestProbes:
         assert asked is not None
         assert (asked.top_k, asked.kept, asked.positions.tolist()) == (2, (0, 1), [5, 6, 8])
         assert asked.spans.tolist() == [[[0, 0]], [[0, 0]], [[0, 1]]]
-        assert asked.layer_rows == {0, 1, 2}
+        assert asked.local_layers == {0, 1, 2}
 
     def test_a_layer_that_only_another_request_wants(self) -> None:
         """What was found there of the row is not kept, nor counted in its mean."""
@@ -145,7 +145,7 @@ class TestProbes:
     def test_everything_of_chosen_places(self) -> None:
         """Top positions, masses, rows, and the mean over exactly the chosen layers and heads, in groups of layers."""
         options = TraceOptions(top_k=2, spans=(Span("a", 0, 1),), rows=True)
-        one = trace(options, layer_rows=(0, 2), heads=(0, 2))
+        one = trace(options, local_layers=(0, 2), heads=(0, 2))
         step = step_of(rows_of(one, 0, 5))
         of_layer = {layer: attention(layer, 5) for layer in range(3)}
         for group in ((0, 1), (2,)):

@@ -19,7 +19,7 @@ from glassbox.measure.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT,
 from glassbox.processes.worker.traces.tracker import REFUSAL_REASONS, RequestTracker, row_positions
 from tests.trace_samples import make_host, new_request, scheduled_step
 
-LAYER_ROWS = frozenset({0, 1})
+LOCAL_LAYERS = frozenset({0, 1})
 NO_RUNNER = SimpleNamespace()
 
 
@@ -36,11 +36,11 @@ def arrive(
 ) -> bool:
     """A step in which requests of 5 prompt tokens come; returns whether traced rows are in it."""
     output = scheduled_step([new_request(i, 5, extra_args) for i in ids], dict.fromkeys(ids, 5))
-    return requests.begin_step(NO_RUNNER, output, settings_ or config(), LAYER_ROWS)
+    return requests.begin_step(NO_RUNNER, output, settings_ or config(), LOCAL_LAYERS)
 
 
 def finish(requests: RequestTracker, *ids: str, runner: Any = NO_RUNNER) -> None:
-    requests.begin_step(runner, scheduled_step(finished_req_ids=set(ids)), config(), LAYER_ROWS)
+    requests.begin_step(runner, scheduled_step(finished_req_ids=set(ids)), config(), LOCAL_LAYERS)
 
 
 def refused(requests: RequestTracker) -> dict[str, int]:
@@ -91,12 +91,14 @@ class TestOptIn:
         requests = tracker(layers=(4, 5, 6), num_heads=2, head_offset=2, num_heads_total=4)
         requests.begin_step(
             NO_RUNNER,
-            scheduled_step([new_request("a", 5, {**TRACE, "glassbox_layers": [6, 9], "glassbox_heads": [0, 3]})], {"a": 5}),
+            scheduled_step(
+                [new_request("a", 5, {**TRACE, "glassbox_layers": [6, 9], "glassbox_heads": [0, 3]})], {"a": 5}
+            ),
             config(),
             frozenset({0, 1, 2}),
         )
         (trace,) = requests.active()
-        assert (trace.layer_rows, trace.head_columns) == ((2,), (1,))
+        assert (trace.local_layers, trace.head_columns) == ((2,), (1,))
         record = trace.record()
         assert (record.layers, record.heads, record.why, record.status) == ((6,), (3,), "opt_in", "active")
 
@@ -196,7 +198,7 @@ class TestEnds:
         arrive(requests, "a", extra_args=TRACE)
         arrive(requests, "b", extra_args=TRACE, settings_=config(max_active=1))
         again = [new_request(i, 5, TRACE, [0] * n) for i, n in (("a", 9), ("b", 5), ("c", 9))]
-        requests.begin_step(NO_RUNNER, scheduled_step(again, dict.fromkeys("abc", 9)), config(), LAYER_ROWS)
+        requests.begin_step(NO_RUNNER, scheduled_step(again, dict.fromkeys("abc", 9)), config(), LOCAL_LAYERS)
         assert [trace.internal_id for trace in requests.active()] == ["a"]
         assert refused(requests) == {"max_active": 1}
 
@@ -205,7 +207,7 @@ class TestEnds:
         requests = tracker()
         arrive(requests, "a", extra_args=TRACE)
         output = scheduled_step([new_request("a", 3, None)], {"a": 3}, {"a"})
-        assert not requests.begin_step(NO_RUNNER, output, config(), LAYER_ROWS)
+        assert not requests.begin_step(NO_RUNNER, output, config(), LOCAL_LAYERS)
         assert (requests.active(), len(requests.ended())) == ([], 1)
 
     @pytest.mark.parametrize(
@@ -293,7 +295,9 @@ class FakeRunner:
 
 class TestLimits:
     def step(self, requests: RequestTracker, ids: list[str], position: int, settings_: GlassboxConfig) -> None:
-        requests.begin_step(NO_RUNNER, scheduled_step(num_scheduled_tokens=dict.fromkeys(ids, 1)), settings_, LAYER_ROWS)
+        requests.begin_step(
+            NO_RUNNER, scheduled_step(num_scheduled_tokens=dict.fromkeys(ids, 1)), settings_, LOCAL_LAYERS
+        )
         runner = FakeRunner()
         runner.ids = ids
         measure(requests, runner, [(1, position, 5)] * len(ids))
@@ -358,7 +362,7 @@ class TestText:
             measure(requests, runner, [(5, 0, 5)])
             state.output_token_ids.append(7)
             assert requests.active()[0].record().token_ids.tolist() == expected
-            requests.begin_step(runner, scheduled_step(finished_req_ids={"a"}), settings_, LAYER_ROWS)
+            requests.begin_step(runner, scheduled_step(finished_req_ids={"a"}), settings_, LOCAL_LAYERS)
             state.output_token_ids.clear()
             assert requests.ended()[0].record().token_ids.tolist() == expected
 
@@ -429,7 +433,7 @@ class Machine(RuleBasedStateMachine):
         for req_id in scheduled:
             self.alive[req_id] |= {"new": False, "resumed": False, "in_batch": True}
         runner = FakeRunner()
-        self.requests.begin_step(runner, scheduled_step(new, scheduled, self.gone), self.settings, LAYER_ROWS)
+        self.requests.begin_step(runner, scheduled_step(new, scheduled, self.gone), self.settings, LOCAL_LAYERS)
         self.gone = set()
         active = {trace.internal_id for trace in self.requests.active()}
         for req_id in fresh:

@@ -79,7 +79,7 @@ class ActiveTrace:
         traceparent: that came with it.
         sampling_params: vLLM's.
         prompt_len: tokens.
-        layer_rows: which of the worker's observed layers are kept, ascending.
+        local_layers: which of the worker's observed layers are kept, ascending.
         head_columns: which of its heads are kept, ascending.
 
     Attributes:
@@ -101,13 +101,13 @@ class ActiveTrace:
         traceparent: str | None,
         sampling_params: Any = None,
         prompt_len: int,
-        layer_rows: tuple[int, ...],
+        local_layers: tuple[int, ...],
         head_columns: tuple[int, ...],
     ) -> None:
         self.internal_id, self.request_id = internal_id, external_id(internal_id)
         self.why, self.options, self.prompt_len = why, options, prompt_len
         self.sampling_params = sampling_params
-        self.layer_rows, self.head_columns = layer_rows, head_columns
+        self.local_layers, self.head_columns = local_layers, head_columns
         self.nbytes = self.num_generated = self.version = 0
         self.truncated = False
         self.status: Status = "active"
@@ -119,7 +119,7 @@ class ActiveTrace:
 
     def row_nbytes(self, position: int) -> int:
         """Bytes that a row at `position` takes."""
-        options, places = self.options, len(self.layer_rows) * len(self.head_columns)
+        options, places = self.options, len(self.local_layers) * len(self.head_columns)
         numbers = places * (NUM_STATISTICS + 1 + 2 * options.top_k + len(options.spans)) + 2 * options.top_k + 2
         return 4 * numbers + (2 * places * min(position + 1, MAX_ROW_KEYS) if options.rows else 0)
 
@@ -186,7 +186,7 @@ class ActiveTrace:
             prompt_len=self.prompt_len,
             num_generated=self.num_generated,
             traceparent=self._traceparent,
-            layers=tuple(host.layers[row] for row in self.layer_rows),
+            layers=tuple(host.layers[local] for local in self.local_layers),
             heads=tuple(host.head_offset + column for column in self.head_columns),
             options=self.options,
             truncated=self.truncated,
@@ -207,7 +207,7 @@ class ActiveTrace:
         return {name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in _JOINED}
 
     def _empty(self) -> Chunk:
-        place, k = (len(self.layer_rows), len(self.head_columns)), self.options.top_k
+        place, k = (len(self.local_layers), len(self.head_columns)), self.options.top_k
         return Chunk(
             positions=np.zeros(0, dtype=np.int32),
             phases=np.zeros(0, dtype=np.uint8),

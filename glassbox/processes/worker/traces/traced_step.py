@@ -50,7 +50,7 @@ class TracedStep:
 
     Attributes:
         num_slots: of a ring that has a slot for every row that ROW_SLOT gives one.
-        layer_rows: observed layers that some of the traces keep.
+        local_layers: observed layers that some of the traces keep.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class TracedStep:
         self._slots = row_list[indices, ROW_SLOT]
         # Slots are given out in order; rows for which there was no memory have one, too.
         self.num_slots = int(row_list[:, ROW_SLOT].max(initial=-1)) + 1
-        self.layer_rows = frozenset(row for member in members for row in member.trace.layer_rows)
+        self.local_layers = frozenset(n for member in members for n in member.trace.local_layers)
         self._stats = np.full((len(indices), num_layers, num_heads, NUM_STATISTICS + 1), np.nan, dtype=np.float32)
         self._probes = [_Probe(member, num_heads) for member in members if member.trace.options.probes]
         numbers = [np.arange(p.rows.numbers.start, p.rows.numbers.stop) for p in self._probes]
         self._probed_places = indices[np.concatenate(numbers)] if numbers else indices[:0]
         self._probed = row_list[self._probed_places]
 
-    def add_stats(self, layer_rows: Sequence[int], stats: npt.NDArray[np.float32]) -> None:
+    def add_stats(self, local_layers: Sequence[int], stats: npt.NDArray[np.float32]) -> None:
         """See contract.StepTraces."""
-        self._stats[:, layer_rows, : stats.shape[2]] = stats[:, self._indices].swapaxes(0, 1)
+        self._stats[:, local_layers, : stats.shape[2]] = stats[:, self._indices].swapaxes(0, 1)
 
     def set_stats(self, ring: npt.NDArray[np.float32]) -> None:
         """See contract.StepTraces."""
@@ -93,7 +93,7 @@ class TracedStep:
         at = 0
         for probe in self._probes:
             trace, n = probe.rows.trace, len(probe.rows.positions)
-            chosen[np.ix_(range(at, at + n), trace.layer_rows, trace.head_columns)] = True
+            chosen[np.ix_(range(at, at + n), trace.local_layers, trace.head_columns)] = True
             at += n
         return AskedRows(
             rows=self._probed,
@@ -102,7 +102,7 @@ class TracedStep:
             top_k=max(one.top_k for one in options),
             spans=spans,
             chosen=chosen,
-            layer_rows=frozenset(row for probe in self._probes for row in probe.rows.trace.layer_rows),
+            local_layers=frozenset(n for probe in self._probes for n in probe.rows.trace.local_layers),
             kept=tuple(i for i, one in enumerate(options) if one.rows),
         )
 
@@ -120,7 +120,7 @@ class TracedStep:
         probes = {id(probe.rows): probe for probe in self._probes}
         for member in self._members:
             trace = member.trace
-            place = np.ix_(trace.layer_rows, trace.head_columns)
+            place = np.ix_(trace.local_layers, trace.head_columns)
             probe = probes.get(id(member)) or _Probe(member, 0)
             trace.append(probe.chunk(self._stats[member.numbers][:, place[0], place[1]]))
 
@@ -131,9 +131,9 @@ class _Probe:
     def __init__(self, rows: TracedRows, num_heads: int) -> None:
         trace, options = rows.trace, rows.trace.options
         n, k = len(rows.positions), options.top_k
-        place = (len(trace.layer_rows), len(trace.head_columns))
+        place = (len(trace.local_layers), len(trace.head_columns))
         self.rows = rows
-        self._place = {layer_row: i for i, layer_row in enumerate(trace.layer_rows)}
+        self._place = {local_layer: i for i, local_layer in enumerate(trace.local_layers)}
         self._topk_positions = np.full((n, *place, k), NO_POSITION, dtype=np.int32)
         self._topk_mass = np.zeros((n, *place, k), dtype=np.float32)
         self._span_mass = np.full((n, *place, len(options.spans)), np.nan, dtype=np.float32)
@@ -148,11 +148,11 @@ class _Probe:
 
     def add_layers(self, answer: LayersAnswer, mine: slice, rows: Sequence[npt.NDArray[np.float16]]) -> None:
         """Keep what was asked of some layers; `mine` are these rows among all that were asked, `rows` the kept ones."""
-        group = [g for g, layer_row in enumerate(answer.layer_rows) if layer_row in self._place]
+        group = [g for g, local_layer in enumerate(answer.local_layers) if local_layer in self._place]
         columns = [c for c in self.rows.trace.head_columns if c < answer.topk_mass.shape[2]]
         if not group or not columns:
             return
-        own = [self._place[answer.layer_rows[g]] for g in group]
+        own = [self._place[answer.local_layers[g]] for g in group]
         everywhere = range(len(self.rows.positions))
         to, of = np.ix_(everywhere, own, range(len(columns))), np.ix_(everywhere, group, columns)
         self._topk_positions[to] = answer.topk_positions[mine][of][..., : self._topk_mass.shape[-1]]

@@ -69,7 +69,7 @@ class RequestTracker:
         self._config: GlassboxConfig | None = None
 
     def begin_step(
-        self, runner: Runner, step: ScheduledStep, config: GlassboxConfig, layer_rows: frozenset[int]
+        self, runner: Runner, step: ScheduledStep, config: GlassboxConfig, local_layers: frozenset[int]
     ) -> bool:
         """Hear of a step: who is gone, who is new.
 
@@ -77,7 +77,7 @@ class RequestTracker:
             runner: vLLM's, before it has seen the step.
             step: as the scheduler wants it; one without tokens tells who is gone, too.
             config: in force.
-            layer_rows: observed layers that are measured now.
+            local_layers: observed layers that are measured now.
 
         Returns:
             Whether the step has rows of traced requests.
@@ -90,7 +90,7 @@ class RequestTracker:
                 self._finish(runner, req_id)
         for new in step.arrivals():
             if new.extra_args or config.requests.trace_rate:
-                self._arrive(new, config, layer_rows)
+                self._arrive(new, config, local_layers)
         if not self._active or not config.enabled:
             return False
         scheduled = step.scheduled
@@ -157,7 +157,7 @@ class RequestTracker:
         refused: dict[str, int] = {reason: self._refusals[reason] for reason in REFUSAL_REASONS}
         return refused, {why: self._traced[why] for why in WHYS}
 
-    def _arrive(self, new: Arrival, config: GlassboxConfig, layer_rows: frozenset[int]) -> None:
+    def _arrive(self, new: Arrival, config: GlassboxConfig, local_layers: frozenset[int]) -> None:
         req_id = new.req_id
         if req_id in self._active or req_id in self._off or req_id in self._refused or new.resumed:
             return
@@ -173,22 +173,20 @@ class RequestTracker:
         if choice.choice == "off":
             self._off.add(req_id)
         elif choice.choice == "trace" and config.requests.opt_in:
-            self._start(new, "opt_in", choice, config, layer_rows)
+            self._start(new, "opt_in", choice, config, local_layers)
         elif choice.choice == "trace":
             self._refuse(req_id, "opt_in_off")
         elif is_sampled_request(external_id(req_id), config.requests.trace_rate) and config.enabled:
-            self._start(new, "sampled", choice, config, layer_rows)
+            self._start(new, "sampled", choice, config, local_layers)
 
     def _start(
-        self, new: Arrival, why: Why, choice: ClientChoice, config: GlassboxConfig, layer_rows: frozenset[int]
+        self, new: Arrival, why: Why, choice: ClientChoice, config: GlassboxConfig, local_layers: frozenset[int]
     ) -> None:
         host, options = self._host, choice.options
-        rows = tuple(
-            row for row in sorted(layer_rows) if options.layers is None or host.layers[row] in set(options.layers)
-        )
+        kept = tuple(n for n in sorted(local_layers) if options.layers is None or host.layers[n] in set(options.layers))
         if not config.enabled:
             self._refuse(new.req_id, "disabled")
-        elif not rows:
+        elif not kept:
             self._refuse(new.req_id, "bad_options", f"glassbox_layers must name a measured layer of {host.layers}")
         elif options.heads is not None and min(options.heads) >= host.num_heads_total:
             self._refuse(new.req_id, "bad_options", f"glassbox_heads must be below {host.num_heads_total}")
@@ -206,7 +204,7 @@ class RequestTracker:
                 traceparent=choice.traceparent,
                 sampling_params=new.sampling_params,
                 prompt_len=new.prompt_len,
-                layer_rows=rows,
+                local_layers=kept,
                 head_columns=tuple(
                     column
                     for column in range(host.num_heads)
