@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from glassbox.adapter.runner import is_piecewise_forward
 from glassbox.core.errors import ErrorCounter
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration]
@@ -56,7 +57,7 @@ def nodes(errors: ErrorCounter) -> Iterator[Any]:
     """Graphs made in the test are watched."""
     from glassbox.measure.graph_nodes import GraphNodes
 
-    made = GraphNodes(errors)
+    made = GraphNodes(errors, is_piecewise_forward)
     made.watch()
     yield made
     made.unwatch()
