@@ -1,6 +1,7 @@
-"""Follows a configuration file while the server runs.
+"""Watches a configuration file while the server runs.
 
-Owns the watching thread (`FileWatcher`) and what a new content leads to (`ConfigWatcher`).
+Owns the watching thread (`FileWatcher`), and asking it to look at a configuration (`ConfigWatcher`); what a new content
+leads to is `follow.py`'s.
 
 Watched is the file's directory, because editors replace a file by rename and Kubernetes replaces a symlink
 beside it (`..data`). Events alone are not enough: a symlink may lead into a directory that is not watched,
@@ -12,13 +13,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import watchfiles
 
-from glassbox.config.load import ConfigError, GlassboxConfig, parse_config, read_bytes
+from glassbox.config.follow import ConfigFollower, ReloadStatus
+from glassbox.config.load import ConfigError, GlassboxConfig
 from glassbox.core.affinity import leave_workers_cores
 from glassbox.core.logs import get_logger
 
@@ -28,12 +29,9 @@ _DEBOUNCE_MS: Final = 500
 _SILENCE_MS: Final = 250
 _LOOK_EVERY_MS: Final = 500
 _POLL_MS: Final = 300
-# A bad content counts if it is still there after this: it may be half written.
-_SETTLE_S: Final = 0.2
 # Of Kubernetes' ConfigMap and Secret volumes: the symlink that is swapped when the content changes.
 _KUBERNETES_LINK: Final = "..data"
 
-_Argument = TypeVar("_Argument")
 _Signature = tuple[int, int, int, int] | None
 
 
@@ -143,21 +141,6 @@ def _inode(path: Path) -> tuple[int, int] | None:
     return (found.st_dev, found.st_ino)
 
 
-@dataclass(frozen=True)
-class ReloadStatus:
-    """How the last reading of the file went.
-
-    Attributes:
-        successful: False while the file is bad (or gone) and the last good configuration is kept.
-        timestamp_s: unix time at which the file was last found good.
-        error: the message if not successful.
-    """
-
-    successful: bool
-    timestamp_s: float
-    error: str | None = None
-
-
 class ConfigWatcher:
     """Watches a configuration file and hands on every good edit.
 
@@ -188,76 +171,30 @@ class ConfigWatcher:
         initial: GlassboxConfig | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._path = Path(path)
-        self._on_change = on_change
-        self._on_error = on_error
-        self._on_recovery = on_recovery
-        self._clock = clock
-        self._current = initial
-        self._status = ReloadStatus(successful=True, timestamp_s=clock())
-        self._seen: bytes | str | None = None  # content, or why there is none, at the last reading
-        self._files = FileWatcher(self._path, self._check, name="glassbox-config-watcher")
+        self._follower = ConfigFollower(
+            Path(path), on_change, on_error, on_recovery=on_recovery, initial=initial, clock=clock
+        )
+        self._files = FileWatcher(Path(path), self._look, name="glassbox-config-watcher")
 
     @property
     def current(self) -> GlassboxConfig | None:
         """The last good configuration; None before the first."""
-        return self._current
+        return self._follower.current
 
     @property
     def status(self) -> ReloadStatus:
         """How the last reading went."""
-        return self._status
+        return self._follower.status
 
     def start(self) -> None:
         """Read the file and watch it from now on. Does nothing if it is watched already."""
         if not self._files.running:
-            self._check(at_start=True)
+            self._follower.look()
             self._files.start()
 
     def stop(self) -> None:
         """End the watching; returns within a second. Does nothing if it is not watched."""
         self._files.stop()
 
-    def _check(self, at_start: bool = False) -> None:
-        content, outcome = self._read()
-        if content == self._seen:
-            return
-        if not at_start and isinstance(outcome, ConfigError):
-            if self._files.wait(_SETTLE_S):
-                return
-            content, outcome = self._read()
-            if content == self._seen:
-                return
-        self._seen = content
-        if isinstance(outcome, ConfigError):
-            self._status = ReloadStatus(False, self._status.timestamp_s, str(outcome))
-            self._call(self._on_error, outcome)
-            return
-        # The configuration at the start is news to nobody; the first good one after a bad start is.
-        news = outcome != self._current and not (at_start and self._current is None)
-        recovered = not self._status.successful
-        self._current = outcome
-        self._status = ReloadStatus(True, self._clock())
-        if news:
-            self._call(self._on_change, outcome)
-        elif recovered:
-            self._call(self._on_recovery, outcome)
-
-    def _read(self) -> tuple[bytes | str, GlassboxConfig | ConfigError]:
-        content: bytes | str
-        try:
-            content = read_bytes(self._path)
-        except ConfigError as error:
-            return str(error), error
-        try:
-            return content, parse_config(self._path, content)
-        except ConfigError as error:
-            return content, error
-
-    def _call(self, callback: Callable[[_Argument], None], argument: _Argument) -> None:
-        try:
-            callback(argument)
-        except Exception as error:
-            message = f"applying {self._path} failed: {type(error).__name__}: {error}"
-            self._status = ReloadStatus(False, self._status.timestamp_s, " ".join(message.split()))
-            get_logger(__name__).exception("Applying %s failed", self._path)
+    def _look(self) -> None:
+        self._follower.look(ended=self._files.wait)
