@@ -8,22 +8,27 @@ const EXTREMES = 5;
 const EXTREMES_PAUSE_MS = 2000;
 const QUOTED = ["mean", "p50", "p95", "window_max"];
 
-const element = (id) => document.getElementById(id);
-
 export class Panel {
   #extremesAt = -Infinity;
 
-  /** @param {{select: (index: number) => void, step: (rows: number, columns: number) => void, close: () => void}} actions */
-  constructor(actions) {
-    this.actions = actions;
-    this.histogram = new Histogram(element("histogram"), element("histogram-readout"));
-    this.history = new HistoryChart(element("history"));
+  /**
+   * @param {Document | ShadowRoot} root has the panel's elements, by their ids
+   * @param {{select: (index: number) => void, step: (rows: number, columns: number) => void, close: () => void}} actions
+   */
+  constructor(root, actions) {
+    Object.assign(this, { root, actions });
+    this.histogram = new Histogram(this.#element("histogram"), this.#element("histogram-readout"));
+    this.history = new HistoryChart(this.#element("history"));
     const steps = { left: [0, -1], right: [0, 1], up: [-1, 0], down: [1, 0] };
     for (const [name, [rows, columns]] of Object.entries(steps)) {
-      element(`step-${name}`).addEventListener("click", () => actions.step(rows, columns));
+      this.#element(`step-${name}`).addEventListener("click", () => actions.step(rows, columns));
     }
-    element("close").addEventListener("click", () => actions.close());
-    element("panel").addEventListener("keydown", (event) => event.key === "Escape" && actions.close());
+    this.#element("close").addEventListener("click", () => actions.close());
+    this.#element("panel").addEventListener("keydown", (event) => event.key === "Escape" && actions.close());
+  }
+
+  #element(id) {
+    return this.root.getElementById(id);
   }
 
   retheme() {
@@ -32,16 +37,16 @@ export class Panel {
   }
 
   #switch(withHead) {
-    element("panel-empty").hidden = withHead;
-    element("panel-head").hidden = !withHead;
-    element("steps").hidden = !withHead;
-    if (!withHead) element("panel-title").textContent = "No head selected";
+    this.#element("panel-empty").hidden = withHead;
+    this.#element("panel-head").hidden = !withHead;
+    this.#element("steps").hidden = !withHead;
+    if (!withHead) this.#element("panel-title").textContent = "No head selected";
   }
 
   /** No head is selected: offer those with the largest and the smallest shown values. */
   showExtremes(matrix, values, text) {
     this.#switch(false);
-    const list = element("extremes");
+    const list = this.#element("extremes");
     const now = performance.now();
     // Not under a pointer or a focus: what was read is what must be selected.
     if (now - this.#extremesAt < EXTREMES_PAUSE_MS || list.matches(":hover, :focus-within")) return;
@@ -80,26 +85,26 @@ export class Panel {
   showHead({ matrix, index, statistic, baseline, histogram, histogramWindow, history }) {
     this.#switch(true);
     const { layer, head } = matrix.placeOf(index);
-    element("panel-title").textContent = `Layer ${layer}, head ${head}`;
+    this.#element("panel-title").textContent = `Layer ${layer}, head ${head}`;
     this.#showNumbers(matrix, index, statistic, baseline);
-    element("histogram-title").textContent = `Histogram, ${histogramWindow}`;
+    this.#element("histogram-title").textContent = `Histogram, ${histogramWindow}`;
     if (histogram) {
       this.histogram.show(histogram);
       this.#showTable(histogram);
     } else {
       // Another head or statistic: its own comes with the next frame.
       this.histogram.clear();
-      element("histogram-readout").textContent = "";
-      element("histogram-rows").replaceChildren();
+      this.#element("histogram-readout").textContent = "";
+      this.#element("histogram-rows").replaceChildren();
     }
     const points = history.times.length;
-    element("history-title").textContent = "History since this page was opened";
-    element("history-readout").textContent = points < 2 ? "Each interval adds a point." : "";
+    this.#element("history-title").textContent = "History since this page was opened";
+    this.#element("history-readout").textContent = points < 2 ? "Each interval adds a point." : "";
     this.history.show(history, baseline && !Number.isNaN(baseline.of("mean")[index]) ? baseline.of("mean")[index] : null);
   }
 
   #showNumbers(matrix, index, statistic, baseline) {
-    const list = element("numbers");
+    const list = this.#element("numbers");
     const entries = QUOTED.filter((kind) => matrix.kinds[kind]).map((kind) => {
       const value = matrix.of(kind)[index];
       const text = withUnit(number(value), statistic.unit);
@@ -127,8 +132,8 @@ export class Panel {
   }
 
   #showTable({ bounds, counts }) {
-    if (!element("histogram-details").open && element("histogram-rows").children.length === counts.length) return;
-    element("histogram-rows").replaceChildren(
+    if (!this.#element("histogram-details").open && this.#element("histogram-rows").children.length === counts.length) return;
+    this.#element("histogram-rows").replaceChildren(
       ...counts.map((rows, at) => {
         const row = document.createElement("tr");
         row.title = bucketName(bounds, at);

@@ -1,4 +1,4 @@
-// What the user looks at: the selection, kept in the address so that it can be sent to somebody.
+// What the user looks at: the selection, kept in an address (the page's own, say) so that it can be sent to somebody.
 
 const DEFAULTS = {
   statistic: "entropy_ratio",
@@ -14,13 +14,24 @@ const DEFAULTS = {
 };
 
 export class View {
-  constructor() {
+  #address;
+
+  /**
+   * @param {{read: () => string, write: (text: string) => void, onChange: (changed: () => void) => void}} address keeps
+   *     the selection as a query; `changed` is called when somebody else has written it
+   */
+  constructor(address) {
+    this.#address = address;
     this.read();
+  }
+
+  onChange(changed) {
+    this.#address.onChange(changed);
   }
 
   /** Take over what the address says. */
   read() {
-    const given = new URLSearchParams(location.hash.slice(1));
+    const given = new URLSearchParams(this.#address.read());
     for (const [name, value] of Object.entries(DEFAULTS)) this[name] = given.get(name) ?? value;
     if (!["last", "total"].includes(this.window)) this.window = DEFAULTS.window;
     if (!/^\d{1,6}$/.test(this.layer) || !/^\d{1,6}$/.test(this.head)) this.layer = this.head = "";
@@ -36,8 +47,7 @@ export class View {
 
   write() {
     const changed = Object.entries(DEFAULTS).filter(([name, value]) => this[name] !== value);
-    const hash = new URLSearchParams(changed.map(([name]) => [name, this[name]])).toString();
-    history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+    this.#address.write(new URLSearchParams(changed.map(([name]) => [name, this[name]])).toString());
   }
 
   get hasHead() {
