@@ -3,13 +3,16 @@
 Written from vLLM 0.32's sources. None of vLLM is imported; its objects have these attributes without knowing of it.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from __future__ import annotations  # types alone: whoever imports them in an API server loads no torch
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+    from torch import Tensor
 
 
 class AttentionBackend(Protocol):
