@@ -63,7 +63,7 @@ class AttentionLayer(Protocol):
 
     layer_name: str
     impl: Any
-    attn_backend: type["AttentionBackend"]
+    attn_backend: type[AttentionBackend]
     num_heads: int
     head_size: int
     kv_cache: Tensor
@@ -194,7 +194,7 @@ class ModelConfig(Protocol):
 
     def get_total_num_hidden_layers(self) -> int: ...
 
-    def get_num_attention_heads(self, parallel_config: "ParallelConfig") -> int: ...
+    def get_num_attention_heads(self, parallel_config: ParallelConfig) -> int: ...
 
 
 class ParallelConfig(Protocol):

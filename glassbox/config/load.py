@@ -1,8 +1,8 @@
 """The configuration: where the YAML file is found, how it is loaded and compared.
 
-Owns the way from a file to a `GlassboxConfig`. The settings themselves are in `glassbox.config_model`, YAML
-and the wording of errors in `glassbox.config_yaml`, following the file in `glassbox.config_watch`. A
-configuration is a frozen object that is passed in; nobody keeps it global.
+Owns the way from a file to a `GlassboxConfig`. The settings themselves are in `model.py`, YAML and the wording of
+errors in `yaml.py`, following the file in `follow.py`. A configuration is a frozen object that is passed in; nobody
+keeps it global.
 """
 
 import os
