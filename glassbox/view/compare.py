@@ -1,6 +1,6 @@
 """Two runs or two models place by place: how much each statistic differs.
 
-Owns which places are compared and how the differences are ordered; the effect sizes are `drift.py`.
+Owns which places are compared and how the differences are ordered; the effect sizes are `signals/drift.py`.
 """
 
 import math
