@@ -81,7 +81,7 @@ def backend_of(layer: Any) -> Any:
 
 def measured() -> dict[str, Any]:
     """The numbers of this process's observer; no `observer` without one."""
-    seat = sys.modules.get("glassbox.seat")
+    seat = sys.modules.get("glassbox.adapter.seat")
     observer = seat.SEAT.listener if seat else None
     if observer is None:
         return {"observer": False}

@@ -41,7 +41,7 @@ def make_prompts(tokenizer: Any) -> list[list[int]]:
 
 def measured() -> dict[str, int]:
     """What the plugin of this process has counted; zeros if it is not there."""
-    seat = sys.modules.get("glassbox.seat")
+    seat = sys.modules.get("glassbox.adapter.seat")
     observer = seat.SEAT.listener if seat else None
     if observer is None:
         return {"steps": 0, "sampled_steps": 0, "rows": 0}

@@ -2,7 +2,7 @@
 
     python tests/e2e/plugin_state.py ACTION...
 
-Actions: `load` (vLLM's own load_general_plugins), `register` and `unregister` (glassbox.plugin's). The result is a list
+Actions: `load` (vLLM's own load_general_plugins), `register` and `unregister` (glassbox's). The result is a list
 of states: one after importing vLLM's modules, one after each action.
 """
 
@@ -117,9 +117,10 @@ def main(actions: list[str]) -> None:
 
             load_general_plugins()
         else:
-            import glassbox.plugin
+            from glassbox import plugin
+            from glassbox.processes import registration
 
-            getattr(glassbox.plugin, action)()
+            {"register": plugin.register, "unregister": registration.unregister}[action]()
         states.append(state())
     loaded = sorted(name for name in sys.modules if name.split(".")[0] == "glassbox")
     sys.stdout.write(f"RESULT {json.dumps({'states': states, 'loaded': loaded})}\n")

@@ -139,7 +139,8 @@ class TestUntouched:
         absent = run_state(tmp_path, "load", VLLM_PLUGINS=",".join(sorted(plugins - {"glassbox"})))
         disabled = run_state(tmp_path, "load", VLLM_PLUGINS=",".join(sorted(plugins)), GLASSBOX_DISABLE="1")
         assert absent.result["loaded"] == []
-        assert disabled.result["loaded"] == ["glassbox", "glassbox.plugin"], "it was found, and did nothing"
+        modules = ["glassbox", "glassbox.core", "glassbox.core.kill_switch", "glassbox.plugin"]
+        assert disabled.result["loaded"] == modules, "it was found, and did nothing"
         for expected, found in zip(absent.result["states"], disabled.result["states"], strict=True):
             assert expected.keys() == found.keys()
             for key, value in expected.items():

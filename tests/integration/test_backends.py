@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pytest
 
-from glassbox.adapter.attention import listening, observed, router
+from glassbox.adapter.attention import observed, router
 from glassbox.adapter.attention.observed import inner_class, observed_class, observed_path
 from glassbox.adapter.attention.router import GlassboxBackend
 from glassbox.adapter.seat import SEAT
@@ -83,12 +83,12 @@ class TestObservedClass:
         """A step that is not measured runs vLLM's own method."""
         impl, inner = available(name).get_impl_cls(), inner_class(name).get_impl_cls()
         assert impl.forward is inner.forward
-        listening.listen(True)
+        SEAT.listening.listen(True)
         try:
             assert own_names(impl) == {"__init__", "forward"}
             assert impl.forward is not inner.forward
         finally:
-            listening.listen(False)
+            SEAT.listening.listen(False)
         assert impl.forward is inner.forward
 
     def test_inherited_flags(self, name: str) -> None:
