@@ -61,12 +61,13 @@ def imported_by(path: Path, *, but_in: str = "") -> list[str]:
     return statements
 
 
-class TestWorker:
-    @pytest.fixture(scope="class")
-    def loaded(self) -> set[str]:
-        """By what a worker imports: the step hook, and what the entry point's module needs."""
-        return loaded_by("import glassbox.plugin, glassbox.processes.registration, glassbox.processes.worker.hook")
+@pytest.fixture(scope="module")
+def loaded() -> set[str]:
+    """By what a worker imports: the step hook, and what the entry point's module needs."""
+    return loaded_by("import glassbox.plugin, glassbox.processes.registration, glassbox.processes.worker.hook")
 
+
+class TestWorker:
     def test_nothing_that_exports_or_shows(self, loaded: set[str]) -> None:
         """No sink, no page, no view, no command: a worker writes snapshots, others read them."""
         assert "glassbox.processes.worker.observer" in loaded
