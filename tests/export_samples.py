@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
 
+from glassbox.core.accumulator_arrays import ARRAY
 from glassbox.core.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS, Phase
-from glassbox.store.snapshot import Snapshot
+from glassbox.store.snapshot import Snapshot, Totals
 
 
 def make_snapshot(
@@ -42,6 +43,22 @@ def make_snapshot(
             sums[:, :, prefill, s] = 0.0
         if statistic.upper is not None and statistic.upper <= 0:
             sums[..., s] *= -1
+    numbers: dict[str, Any] = {
+        "steps": 1000,
+        "sampled_steps": 10,
+        "dropped_rows": {"max_rows": 3},
+        "errors": {"sampler": 1},
+        "trace_refused": {"max_active": 2},
+        "traced_requests": {"opt_in": 3, "sampled": 0},
+        "traced_requests_active": 1,
+        "overhead_seconds": 0.125,
+        "sample_rate": 0.01,
+        "layers_observed": len(layers),
+        "layers_bypassed": 1,
+        "reload_successful": True,
+        "reload_timestamp_s": 1_700_000_000.5,
+        "build": {"version": "0.1.0", "vllm_version": "0.32.0", "backend": "CPU_ATTN"},
+    }
     snapshot = Snapshot(
         instance=f"i{seed}",
         time_s=1_700_000_100.0,
@@ -53,38 +70,33 @@ def make_snapshot(
         head_offset=head_offset,
         num_heads_total=heads if total_heads is None else total_heads,
         num_layers_total=4,
-        steps=1000,
-        sampled_steps=10,
-        dropped_rows={"max_rows": 3},
-        errors={"sampler": 1},
-        trace_refused={"max_active": 2},
-        traced_requests={"opt_in": 3, "sampled": 0},
-        traced_requests_active=1,
-        overhead_seconds=0.125,
-        sample_rate=0.01,
-        layers_observed=len(layers),
-        layers_bypassed=1,
-        reload_successful=True,
-        reload_timestamp_s=1_700_000_000.5,
-        build={"version": "0.1.0", "vllm_version": "0.32.0", "backend": "CPU_ATTN"},
+        numbers=numbers,
         counts=counts,
         sums=sums,
         rows=rows,
         nonfinite=nonfinite,
         window_max=(rng.integers(-40, 80, size=shape) / 4).astype(np.float32),
     )
-    return replace(snapshot, **changes)
+    return changed(snapshot, **changes)
+
+
+T = TypeVar("T", bound=Totals)
+
+
+def changed(totals: T, **changes: Any) -> T:
+    """A copy in which engine numbers, such as `steps`, and other fields have other values."""
+    numbers = {name: changes.pop(name) for name in tuple(changes) if name in totals.numbers}
+    return replace(totals, numbers={**totals.numbers, **numbers}, **changes)
 
 
 def split_heads(snapshot: Snapshot, at: int) -> tuple[Snapshot, Snapshot]:
     """The snapshots of two tensor-parallel ranks that together measured what `snapshot` says."""
-    arrays = ("counts", "sums", "rows", "nonfinite", "window_max")
-    first = {name: getattr(snapshot, name)[:, :at] for name in arrays}
-    second = {name: getattr(snapshot, name)[:, at:] for name in arrays}
+    first = {name: getattr(snapshot, name)[:, :at] for name in ARRAY}
+    second = {name: getattr(snapshot, name)[:, at:] for name in ARRAY}
     empty: dict[str, int] = {}
     return (
-        replace(snapshot, instance="tp0", rank=0, **first),
-        replace(
+        changed(snapshot, instance="tp0", rank=0, **first),
+        changed(
             snapshot,
             instance="tp1",
             rank=1,

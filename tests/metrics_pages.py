@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -12,12 +11,13 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.registry import Collector
 
+from glassbox.core.accumulator_arrays import CUMULATIVE_ARRAYS
 from glassbox.export.families import build_families
 from glassbox.export.jsonl import WindowSummaries
 from glassbox.export.prometheus import to_metric
 from glassbox.store.merge import Detail, merge
 from glassbox.store.snapshot import Snapshot
-from tests.export_samples import make_snapshot
+from tests.export_samples import changed, make_snapshot
 
 VLLM_LINES = (
     '# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine="0",model_name="tiny/model"} 3.0\n'
@@ -50,15 +50,15 @@ def write_jsonl(path: Path, rounds: Sequence[Sequence[Snapshot]], detail: Detail
 def later(snapshot: Snapshot, seed: int, seconds: float = 5.0) -> Snapshot:
     """The same worker, some seconds and some rows later."""
     more = make_snapshot(seed=seed, layers=snapshot.layers, heads=snapshot.rows.shape[1])
-    names = ("counts", "sums", "rows", "nonfinite")
-    return replace(
+    overhead: Any = snapshot.numbers["overhead_seconds"]
+    return changed(
         snapshot,
         time_s=snapshot.time_s + seconds,
         steps=snapshot.steps + 100,
         sampled_steps=snapshot.sampled_steps + 1,
-        overhead_seconds=snapshot.overhead_seconds + 0.25,
+        overhead_seconds=overhead + 0.25,
         window_max=more.window_max,
-        **{name: getattr(snapshot, name) + getattr(more, name) for name in names},
+        **{name: getattr(snapshot, name) + getattr(more, name) for name in CUMULATIVE_ARRAYS},
     )
 
 

@@ -10,7 +10,7 @@ from glassbox.config.load import GlassboxConfig
 from glassbox.core.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS
 from glassbox.export.family_source import FamilySource, Merged
 from glassbox.store.merge import MergedEngine, merge
-from tests.export_samples import make_snapshot
+from tests.export_samples import changed, make_snapshot
 
 _STEPS = 12  # different intervals, in turns
 _SECONDS = 0.1
@@ -68,7 +68,7 @@ class SyntheticSource(FamilySource):
     def merged(self) -> Merged:
         """One interval later than before."""
         old, new = self._engine, self._intervals[self._looks % _STEPS]
-        self._engine = replace(
+        self._engine = changed(
             old,
             time_s=old.time_s + _SECONDS,
             steps=old.steps + 40,

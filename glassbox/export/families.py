@@ -1,18 +1,19 @@
 """Metric families: what is exported, neutral to how.
 
-Owns the names, kinds, labels and help texts of all metrics: those of attention come from
-`statistics.STATISTICS`, the others from the one table here. Prometheus, OTLP and the multiprocess files are
-written from the same families, so they cannot differ. It does no input or output.
+Owns the kinds, labels and values of all metrics: those of the statistics come from `core/statistics.py`, those of an
+engine from `core/counters.py`, and the few others per layer and head are named here. Prometheus, OTLP and the
+multiprocess files are written from the same families, so they cannot differ. It does no input or output.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.core.counters import ENGINE_NUMBERS, EngineNumber
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, PHASES, STATISTICS, Phase, Statistic
 from glassbox.signals.drift_watch import COMPARED, Drift, EngineKey
 from glassbox.store.merge import Aggregate, Detail, MergedEngine, aggregate
@@ -115,96 +116,11 @@ _DRIFT_SHIFT: Final = _plain(
     "Mean of a statistic's recent rows minus the baseline's, in standard deviations; of the head that moved most.",
     ("phase", "statistic"),
 )
-# Per engine.
-_STEPS: Final = _plain("steps_total", "steps", "counter", "{step}", "Engine steps seen.")
-_SAMPLED_STEPS: Final = _plain(
-    "sampled_steps_total", "sampled_steps", "counter", "{step}", "Engine steps of which rows were measured."
-)
-_DROPPED_ROWS: Final = _plain(
-    "dropped_rows_total",
-    "dropped_rows",
-    "counter",
-    "{row}",
-    "Rows that should have been measured but were not, by reason.",
-    ("reason",),
-)
-_ERRORS: Final = _plain(
-    "errors_total",
-    "errors",
-    "counter",
-    "{error}",
-    "Errors of glassbox itself, by stage; serving is not affected.",
-    ("stage",),
-)
-_OVERHEAD: Final = _plain(
-    "overhead_seconds_total", "overhead", "counter", "s", "Time spent on measuring, of the slowest rank."
-)
-_SAMPLE_RATE: Final = _plain(
-    "sample_rate",
-    "sample_rate",
-    "gauge",
-    "1",
-    "Share of engine steps that are measured, after the overhead budget.",
-)
-_LAYERS_OBSERVED: Final = _plain(
-    "layers_observed",
-    "layers_observed",
-    "gauge",
-    "{layer}",
-    "Layers of the model whose attention is observed.",
-)
-_LAYERS_BYPASSED: Final = _plain(
-    "layers_bypassed",
-    "layers_bypassed",
-    "gauge",
-    "{layer}",
-    "Layers of the model whose attention is not observed.",
-)
-_TRACED_ACTIVE: Final = _plain(
-    "traced_requests_active",
-    "traced_requests_active",
-    "gauge",
-    "{request}",
-    "Requests that are being traced.",
-)
-_TRACED: Final = _plain(
-    "traced_requests_total",
-    "traced_requests",
-    "counter",
-    "{request}",
-    "Requests traced, because the client asked (opt_in) or by requests.trace_rate (sampled).",
-    ("why",),
-)
-_TRACE_REFUSED: Final = _plain(
-    "trace_refused_total",
-    "trace_refused",
-    "counter",
-    "{request}",
-    "Requests that should have been traced but were not, by reason; they were served as any other.",
-    ("reason",),
-)
-_BUILD_INFO: Final = _plain(
-    "build_info",
-    "build_info",
-    "gauge",
-    "1",
-    "Always 1; the labels tell the versions and the observed attention backend.",
-    ("version", "vllm_version", "backend"),
-)
-_RELOAD_OK: Final = _plain(
-    "config_last_reload_successful",
-    "config.last_reload_successful",
-    "gauge",
-    "1",
-    "1 if the last (re)load of the configuration file succeeded in all workers, else 0.",
-)
-_RELOAD_TIME: Final = _plain(
-    "config_last_reload_timestamp_seconds",
-    "config.last_reload_timestamp",
-    "gauge",
-    "s",
-    "Unix time of the last (re)load of the configuration file.",
-)
+
+
+def _of_engine(row: EngineNumber) -> Family:
+    kind: Kind = "gauge" if row.kind == "info" else row.kind
+    return _plain(row.metric, row.otel_name, kind, row.unit, row.help, row.labels)
 
 
 def _histogram(statistic: Statistic) -> Family:
@@ -222,24 +138,9 @@ def _histogram(statistic: Statistic) -> Family:
 _EXPORTED: Final = tuple(statistic for statistic in STATISTICS if statistic.exported)
 _HISTOGRAMS: Final = tuple(_histogram(statistic) for statistic in _EXPORTED)
 _BY_DETAIL: Final = (*_HISTOGRAMS, _WINDOW_MAX, _ROWS, _NONFINITE, _DRIFT_PSI, _DRIFT_SHIFT)
+_OF_ENGINE: Final = {row.name: _of_engine(row) for row in ENGINE_NUMBERS}
 # Every metric, without series; labels as at detail `model`. Docs and dashboards are checked against it.
-METRICS: Final = (
-    *_BY_DETAIL,
-    _STEPS,
-    _SAMPLED_STEPS,
-    _DROPPED_ROWS,
-    _ERRORS,
-    _OVERHEAD,
-    _SAMPLE_RATE,
-    _LAYERS_OBSERVED,
-    _LAYERS_BYPASSED,
-    _TRACED_ACTIVE,
-    _TRACED,
-    _TRACE_REFUSED,
-    _BUILD_INFO,
-    _RELOAD_OK,
-    _RELOAD_TIME,
-)
+METRICS: Final = (*_BY_DETAIL, *_OF_ENGINE.values())
 
 
 def build_families(
@@ -330,26 +231,17 @@ def _drift_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any
 
 
 def _engine_values(engine: MergedEngine, errors: Mapping[str, int]) -> Iterator[tuple[Family, tuple[str, ...], float]]:
-    """Values of the metrics per engine, with the values of their own labels."""
-    yield _STEPS, (), engine.steps
-    yield _SAMPLED_STEPS, (), engine.sampled_steps
-    for reason, count in engine.dropped_rows.items():
-        yield _DROPPED_ROWS, (reason,), count
-    for stage in sorted({*engine.errors, *errors}):
-        yield _ERRORS, (stage,), engine.errors.get(stage, 0) + errors.get(stage, 0)
-    yield _OVERHEAD, (), engine.overhead_seconds
-    yield _SAMPLE_RATE, (), engine.sample_rate
-    yield _LAYERS_OBSERVED, (), engine.layers_observed
-    yield _LAYERS_BYPASSED, (), engine.layers_bypassed
-    yield _TRACED_ACTIVE, (), engine.traced_requests_active
-    for why, count in engine.traced_requests.items():
-        yield _TRACED, (why,), count
-    for reason, count in engine.trace_refused.items():
-        yield _TRACE_REFUSED, (reason,), count
-    names = _BUILD_INFO.label_names[len(ENGINE_LABELS) :]
-    yield _BUILD_INFO, tuple(engine.build.get(name, "") for name in names), 1
-    yield _RELOAD_OK, (), int(engine.reload_successful)
-    yield _RELOAD_TIME, (), engine.reload_timestamp_s
+    """Values of the metrics per engine, with the values of their own labels; `errors` are added to the engine's."""
+    for row in ENGINE_NUMBERS:
+        family, number = _OF_ENGINE[row.name], cast(Any, engine.numbers[row.name])
+        if row.kind == "info":
+            yield family, tuple(number.get(label, "") for label in row.labels), 1
+        elif row.labels:
+            more = errors if row.name == "errors" else {}
+            for value in sorted({*number, *more}):
+                yield family, (value,), number.get(value, 0) + more.get(value, 0)
+        else:
+            yield family, (), int(number) if row.holds is bool else number
 
 
 def samples_per_place(with_drift: bool = False) -> int:

@@ -7,12 +7,14 @@ quantile is interpolated in its bucket, never exact. How the file is rotated is 
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.core.accumulator_arrays import CUMULATIVE_ARRAYS
 from glassbox.core.histograms import quantiles
 from glassbox.core.statistics import PHASES, STATISTICS
 from glassbox.export.families import DETAIL_LABELS
@@ -66,7 +68,7 @@ def _summary(engine: MergedEngine, last: MergedEngine | None, detail: Detail) ->
         "model_name": engine.model_name,
         "engine": engine.engine,
         "detail": detail,
-        "sample_rate": engine.sample_rate,
+        "sample_rate": engine.numbers["sample_rate"],
         "steps": engine.steps - (last.steps if last else 0),
         "sampled_steps": engine.sampled_steps - (last.sampled_steps if last else 0),
         "places": list(_places(window, detail)),
@@ -78,19 +80,12 @@ def _difference(part: Aggregate, last: Aggregate) -> Aggregate:
     old = {labels: k for k, labels in enumerate(last.labels)}
     at = np.array([old.get(labels, -1) for labels in part.labels])
 
-    def since(now: npt.NDArray[Any], then: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def since(now: npt.NDArray[Any], then: npt.NDArray[Any]) -> Any:
         result = now.copy()
         result[at >= 0] -= then[at[at >= 0]]
         return result
 
-    return Aggregate(
-        labels=part.labels,
-        counts=since(part.counts, last.counts),
-        sums=since(part.sums, last.sums),
-        rows=since(part.rows, last.rows),
-        nonfinite=since(part.nonfinite, last.nonfinite),
-        window_max=part.window_max,
-    )
+    return replace(part, **{name: since(getattr(part, name), getattr(last, name)) for name in CUMULATIVE_ARRAYS})
 
 
 def _finite(value: float) -> float | None:

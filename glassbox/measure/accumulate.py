@@ -6,12 +6,11 @@ of Prometheus), except that the window maxima live in rotating slots.
 """
 
 import threading
-from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import torch
 
+from glassbox.core.accumulator_arrays import ARRAY, CUMULATIVE_ARRAYS, AccumulatorArray, AccumulatorArrays
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS
 
 # The window of `max_logit_window_max`: this many slots of this length, so between 45 and 60 s.
@@ -23,25 +22,6 @@ _NONFINITE: Final = NUM_STATISTICS
 _MAX_LOGIT: Final = INDEX["max_logit"]
 
 
-@dataclass(frozen=True)
-class AccumulatorArrays:
-    """A copy of the accumulators on the host; L layers, H heads, 2 phases, S statistics, B buckets.
-
-    Attributes:
-        counts: [L, H, 2, S, B] int64, rows per bucket, not cumulative over the buckets.
-        sums: [L, H, 2, S] float64, in the statistic's unit.
-        rows: [L, H, 2] int64, measured rows, non-finite ones included.
-        nonfinite: [L, H, 2] int64.
-        window_max: [L, H, 2] float32, largest max_logit of the last minute, -inf if there was none.
-    """
-
-    counts: np.ndarray
-    sums: np.ndarray
-    rows: np.ndarray
-    nonfinite: np.ndarray
-    window_max: np.ndarray
-
-
 class Accumulators:
     """Cumulative statistics of `num_layers` x `num_heads` (both local to the worker).
 
@@ -49,12 +29,14 @@ class Accumulators:
     """
 
     def __init__(self, num_layers: int, num_heads: int, device: torch.device | str = "cpu") -> None:
-        shape = (num_layers, num_heads, _NUM_PHASES)
-        self.counts = torch.zeros(*shape, NUM_STATISTICS, NUM_BUCKETS, dtype=torch.int64, device=device)
-        self.sums = torch.zeros(*shape, NUM_STATISTICS, dtype=torch.float64, device=device)
-        self.rows = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.nonfinite = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.window_max = torch.full((WINDOW_SLOTS, *shape), -torch.inf, device=device)
+
+        def empty(row: AccumulatorArray, *slots: int) -> torch.Tensor:
+            shape, dtype = (*slots, *row.shape(num_layers, num_heads)), getattr(torch, row.dtype)
+            return torch.full(shape, row.nothing, dtype=dtype, device=device)
+
+        self.counts, self.sums = empty(ARRAY["counts"]), empty(ARRAY["sums"])
+        self.rows, self.nonfinite = empty(ARRAY["rows"]), empty(ARRAY["nonfinite"])
+        self.window_max = empty(ARRAY["window_max"], WINDOW_SLOTS)
         # [S, B - 1], the finite upper bounds (`le`).
         self.bounds = torch.tensor([s.buckets for s in STATISTICS], dtype=torch.float32, device=device)
         # The slot of `window_max` in use, where a kernel can read it.
@@ -129,9 +111,6 @@ class Accumulators:
         """A consistent copy on the host."""
         with self.lock:
             return AccumulatorArrays(
-                counts=self.counts.cpu().numpy().copy(),
-                sums=self.sums.cpu().numpy().copy(),
-                rows=self.rows.cpu().numpy().copy(),
-                nonfinite=self.nonfinite.cpu().numpy().copy(),
+                **{name: getattr(self, name).cpu().numpy().copy() for name in CUMULATIVE_ARRAYS},
                 window_max=self.window_max.amax(dim=0).cpu().numpy().copy(),
             )

@@ -20,14 +20,16 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.core.accumulator_arrays import ARRAY, check_shapes, narrowed
 from glassbox.core.files import write_atomically
-from glassbox.core.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS
+from glassbox.core.statistics import STATISTICS
 from glassbox.store.merge import MergedEngine
 
 FORMAT: Final = "glassbox-baseline"
 FORMAT_VERSION: Final = 1
 # 128 layers of 128 heads are 28 MB before compression; a file that unpacks to much more is none of ours.
 MAX_BYTES: Final = 1 << 28
+# Of the accumulators' arrays those that tell how the rows of a head were distributed.
 ARRAYS: Final = ("counts", "sums", "rows")
 
 
@@ -75,16 +77,7 @@ class Baseline:
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("layers must not be empty")
-        base = (len(self.layers), self.num_heads, len(PHASES))
-        wanted = {
-            "counts": (*base, NUM_STATISTICS, NUM_BUCKETS),
-            "sums": (*base, NUM_STATISTICS),
-            "rows": base,
-        }
-        for name, shape in wanted.items():
-            found = getattr(self, name).shape
-            if found != shape:
-                raise ValueError(f"{name} must have shape {list(shape)}, got {list(found)}")
+        check_shapes(self, ARRAYS, len(self.layers), self.num_heads)
         above = self.num_layers if self.num_layers is not None else max(self.layers, default=0) + 1
         if list(self.layers) != sorted(set(self.layers)) or any(not 0 <= layer < above for layer in self.layers):
             raise ValueError(f"layers must be ascending and below {above}, got {list(self.layers)}")
@@ -130,9 +123,7 @@ def from_engines(
         source=source,
         sink_tokens=sink_tokens,
         local_window=local_window,
-        counts=np.sum([engine.counts for engine in measured], axis=0),
-        sums=np.sum([engine.sums for engine in measured], axis=0),
-        rows=np.sum([engine.rows for engine in measured], axis=0),
+        **{name: np.sum([getattr(engine, name) for engine in measured], axis=0) for name in ARRAYS},
     )
 
 
@@ -145,10 +136,7 @@ def save_baseline(path: Path, baseline: Baseline) -> None:
     meta = {"format": FORMAT, "format_version": FORMAT_VERSION, "buckets": _buckets()}
     meta |= {name: getattr(baseline, name) for name in _META}
     meta["build"] = dict(baseline.build)
-    arrays: dict[str, Any] = {"sums": baseline.sums}
-    for name in ("counts", "rows"):
-        counts = getattr(baseline, name)
-        arrays[name] = counts.astype(np.min_scalar_type(int(counts.max(initial=0))))
+    arrays: dict[str, Any] = {name: narrowed(getattr(baseline, name)) for name in ARRAYS}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), **arrays)
     write_atomically(Path(path), buffer.getvalue())
@@ -174,12 +162,10 @@ def load_baseline(path: Path) -> Baseline:
         with np.load(path, allow_pickle=False) as archive:
             meta = json.loads(bytes(archive["meta"]).decode())
             _check_meta(path, meta, remedy)
-            arrays = {name: archive[name] for name in ARRAYS}
+            arrays = {name: archive[name].astype(ARRAY[name].dtype) for name in ARRAYS}
         return Baseline(
             **{**{name: meta[name] for name in _META}, "layers": tuple(int(layer) for layer in meta["layers"])},
-            counts=arrays["counts"].astype(np.int64),
-            sums=arrays["sums"].astype(np.float64),
-            rows=arrays["rows"].astype(np.int64),
+            **arrays,
         )
     except BaselineError:
         raise

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.config.load import BaselineConfig, GlassboxConfig, StatisticsConfig
+from glassbox.core.accumulator_arrays import narrowed
 from glassbox.core.files import FileVersion
 from glassbox.core.logs import get_logger
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, STATISTICS, Statistic
@@ -109,7 +110,7 @@ class RecentRows:
         apart_s = window_s / _STATES
         if len(states) > 1 and states[-1][0] - states[-2][0] < apart_s and now - states[-1][0] < apart_s:
             states.pop()
-        states.append((now, counts.astype(np.min_scalar_type(int(counts.max(initial=0))))))
+        states.append((now, narrowed(counts)))
         while len(states) > 1 and now - states[1][0] >= window_s:
             states.popleft()
         oldest = states[0][1]

@@ -13,98 +13,79 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
-import numpy.typing as npt
 
+from glassbox.core.accumulator_arrays import ARRAY, AccumulatorArrays, check_shapes, narrowed
+from glassbox.core.counters import ENGINE_NUMBER, EngineValue
 from glassbox.core.files import FileVersion, write_atomically
 from glassbox.core.logs import get_logger
-from glassbox.core.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES
 
 logger = get_logger(__name__)
 
-FORMAT_VERSION: Final = 2
-_ARRAYS: Final = ("counts", "sums", "rows", "nonfinite", "window_max")
+FORMAT_VERSION: Final = 3
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
 
 
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """Everything one worker process has measured since it started (cumulative).
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Totals(AccumulatorArrays):
+    """What was measured and counted since `start_time_s`, by one worker (`Snapshot`) or by all of an engine.
 
-    With L layers, H local heads, S = NUM_STATISTICS and B = NUM_BUCKETS; phases in the order of PHASES.
+    Attributes:
+        model_name, engine: labels, as in vLLM's own metrics.
+        time_s, start_time_s: Unix time of the newest number and of the beginning of the counting.
+        layers: global index of each of the L layers of the arrays.
+        numbers: those of the table of engine numbers, by name.
+    """
+
+    model_name: str
+    engine: str
+    time_s: float
+    start_time_s: float
+    layers: tuple[int, ...]
+    numbers: Mapping[str, EngineValue]
+
+    @property
+    def steps(self) -> int:
+        """Engine steps seen."""
+        return cast(int, self.numbers["steps"])
+
+    @property
+    def sampled_steps(self) -> int:
+        """Engine steps of which rows were measured."""
+        return cast(int, self.numbers["sampled_steps"])
+
+    @property
+    def build(self) -> Mapping[str, str]:
+        """Versions and the observed backend: `version`, `vllm_version`, `backend`."""
+        return cast(Mapping[str, str], self.numbers["build"])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Snapshot(Totals):
+    """Everything one worker process has measured since it started (cumulative); H is its number of local heads.
 
     Attributes:
         instance: unique per start of a worker process.
-        time_s, start_time_s: Unix time of the snapshot and of the beginning of the worker's counting.
-        model_name, engine: labels, as in vLLM's own metrics.
         rank: in the tensor-parallel group.
-        layers: global index of each of the L layers of the arrays.
         head_offset: global index of the first local head.
         num_heads_total, num_layers_total: of the model.
-        steps, sampled_steps: engine steps seen and measured.
-        dropped_rows, errors: counts by reason and by stage.
-        overhead_seconds: time spent on measuring.
-        sample_rate: effective share of steps, after the overhead budget.
-        layers_observed, layers_bypassed: number of this worker's layers with and without observed attention.
-        reload_successful, reload_timestamp_s: of the last (re)load of the configuration.
-        build: `version`, `vllm_version`, `backend`.
-        trace_refused, traced_requests: numbers of requests by reason and by why.
-        traced_requests_active: requests that are traced now.
-        counts: int64 [L, H, 2, S, B], values per bucket, not cumulative over buckets.
-        sums: float64 [L, H, 2, S].
-        rows, nonfinite: int64 [L, H, 2]; rows includes the nonfinite ones.
-        window_max: float32 [L, H, 2], largest logit of the last window, -inf if there was none.
 
     Raises:
-        ValueError: if an array does not have that shape or the layers are not distinct.
+        ValueError: if an array does not have that shape, the layers are not distinct, or the numbers are not those of
+            the table.
     """
 
     instance: str
-    time_s: float
-    start_time_s: float
-    model_name: str
-    engine: str
     rank: int
-    layers: tuple[int, ...]
     head_offset: int
     num_heads_total: int
     num_layers_total: int
-    steps: int
-    sampled_steps: int
-    dropped_rows: Mapping[str, int]
-    errors: Mapping[str, int]
-    overhead_seconds: float
-    sample_rate: float
-    layers_observed: int
-    layers_bypassed: int
-    reload_successful: bool
-    reload_timestamp_s: float
-    build: Mapping[str, str]
-    trace_refused: Mapping[str, int]
-    traced_requests: Mapping[str, int]
-    traced_requests_active: int
-    counts: npt.NDArray[np.int64]
-    sums: npt.NDArray[np.float64]
-    rows: npt.NDArray[np.int64]
-    nonfinite: npt.NDArray[np.int64]
-    window_max: npt.NDArray[np.float32]
 
     def __post_init__(self) -> None:
         heads = self.rows.shape[1] if self.rows.ndim == 3 else -1
-        base = (len(self.layers), heads, len(PHASES))
-        wanted = {
-            "counts": (*base, NUM_STATISTICS, NUM_BUCKETS),
-            "sums": (*base, NUM_STATISTICS),
-            "rows": base,
-            "nonfinite": base,
-            "window_max": base,
-        }
-        for name, shape in wanted.items():
-            found = getattr(self, name).shape
-            if found != shape:
-                raise ValueError(f"{name} must have shape {list(shape)}, got {list(found)}")
+        check_shapes(self, ARRAY, len(self.layers), heads)
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers must be distinct, got {list(self.layers)}")
         if self.head_offset < 0 or self.head_offset + heads > self.num_heads_total:
@@ -112,9 +93,27 @@ class Snapshot:
                 f"heads {self.head_offset}..{self.head_offset + heads - 1} must be among the model's "
                 f"{self.num_heads_total} heads"
             )
+        _check_numbers(self.numbers)
 
 
-_META: Final = tuple(field.name for field in fields(Snapshot) if field.name not in _ARRAYS)
+def _check_numbers(numbers: Mapping[str, object]) -> None:
+    """See that these are the numbers of the table, all of them and no others.
+
+    A missing one is not taken for 0: a worker that doesn't tell of its last reload has not failed to reload.
+    """
+    if numbers.keys() != ENGINE_NUMBER.keys():
+        missing = ", ".join(sorted(ENGINE_NUMBER.keys() - numbers.keys())) or "none"
+        unknown = ", ".join(sorted(numbers.keys() - ENGINE_NUMBER.keys())) or "none"
+        raise ValueError(
+            f"numbers must be those of the table of engine numbers, missing: {missing}, unknown: {unknown}; "
+            "run one version of glassbox in all processes of a server"
+        )
+    for name, value in numbers.items():
+        if not ENGINE_NUMBER[name].accepts(value):
+            raise ValueError(f"{name} must be of the kind that the table of engine numbers says, got {value!r}")
+
+
+_META: Final = tuple(field.name for field in fields(Snapshot) if field.name not in ARRAY)
 
 
 def snapshot_name(snapshot: Snapshot) -> str:
@@ -123,31 +122,21 @@ def snapshot_name(snapshot: Snapshot) -> str:
     return f"worker-{engine}-{snapshot.rank}-{instance}.npz"
 
 
-def _narrow(counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    """The same counts in the smallest unsigned type: a quarter of the file, or an eighth."""
-    if counts.size == 0 or counts.min() < 0:
-        return counts
-    return counts.astype(np.min_scalar_type(int(counts.max())))
-
-
 def _encode(snapshot: Snapshot) -> bytes:
-    meta: dict[str, Any] = {name: getattr(snapshot, name) for name in _META}
-    for name, value in meta.items():
-        if isinstance(value, Mapping):
-            meta[name] = dict(value)
+    meta = {name: getattr(snapshot, name) for name in _META}
     text = json.dumps({"format": FORMAT_VERSION, **meta}, default=_plain)
-    arrays = {name: getattr(snapshot, name) for name in _ARRAYS}
-    for name in ("counts", "rows", "nonfinite"):
-        arrays[name] = _narrow(arrays[name])
+    arrays: dict[str, Any] = {name: narrowed(getattr(snapshot, name)) for name in ARRAY}
     buffer = io.BytesIO()
     np.savez(buffer, meta=np.frombuffer(text.encode(), dtype=np.uint8), **arrays)
     return buffer.getvalue()
 
 
 def _plain(value: Any) -> Any:
-    """JSON for the numpy scalars that counters easily become."""
+    """JSON for the numpy scalars that counters easily become, and for mappings of any type."""
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, Mapping):
+        return dict(value)
     raise TypeError(f"a snapshot cannot hold {type(value).__name__}")
 
 
@@ -169,13 +158,10 @@ def write_snapshot(run_dir: Path, snapshot: Snapshot) -> Path:
 
 def _decode(data: bytes) -> Snapshot:
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in _ARRAYS}
         meta = json.loads(bytes(archive["meta"]).decode())
-    if meta.pop("format", None) != FORMAT_VERSION:
-        raise ValueError(f"format must be {FORMAT_VERSION}")
-    dtypes = {"sums": np.float64, "window_max": np.float32}
-    for name, array in arrays.items():
-        arrays[name] = array.astype(dtypes.get(name, np.int64), copy=False)
+        if meta.pop("format", None) != FORMAT_VERSION:
+            raise ValueError(f"format must be {FORMAT_VERSION}")
+        arrays = {name: archive[name].astype(row.dtype, copy=False) for name, row in ARRAY.items()}
     meta["layers"] = tuple(int(layer) for layer in meta["layers"])
     return Snapshot(**meta, **arrays)
 

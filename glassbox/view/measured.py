@@ -7,17 +7,17 @@ input or output.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.core.accumulator_arrays import ARRAY, CUMULATIVE_ARRAYS
 from glassbox.core.histograms import quantiles
-from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS, Phase, Statistic
+from glassbox.core.statistics import INDEX, PHASES, STATISTICS, Phase, Statistic
 from glassbox.store.merge import DETAILS, Detail
 
 Floats = npt.NDArray[np.float64]
-_ARRAYS: Final = ("counts", "sums", "rows", "nonfinite")
 
 
 class ViewError(ValueError):
@@ -121,14 +121,15 @@ class Measured:
         if detail == self.detail:
             return self
         axes = (1,) if detail == "layer" else (0, 1)
-        summed = {name: getattr(self, name).sum(axis=axes, keepdims=True) for name in _ARRAYS}
+        arrays: dict[str, Any] = {
+            name: row.reduce(getattr(self, name), axes, keepdims=True) for name, row in ARRAY.items()
+        }
         return replace(
             self,
             detail=detail,
             layers=self.layers if detail == "layer" else (None,),
             heads=(None,),
-            window_max=self.window_max.max(axis=axes, keepdims=True, initial=-np.inf),
-            **summed,
+            **arrays,
         )
 
     def plus(self, other: "Measured") -> "Measured":
@@ -139,8 +140,7 @@ class Measured:
         layers, heads = places([*product(self.layers, self.heads), *product(other.layers, other.heads)])
         both = replace(self, layers=layers, heads=heads)
         mine, others = _arrays_at(self, both), _arrays_at(other, both)
-        arrays: dict[str, Any] = {name: mine[name] + others[name] for name in _ARRAYS}
-        arrays["window_max"] = np.maximum(mine["window_max"], others["window_max"])
+        arrays: dict[str, Any] = {name: row.combine(mine[name], others[name]) for name, row in ARRAY.items()}
         end = max(self.time_s, other.time_s)
         begin = min(m.time_s - (m.window_s or 0.0) for m in (self, other))
         return replace(
@@ -171,7 +171,7 @@ class Measured:
             self,
             window_s=self.time_s - earlier.time_s,
             engines=_engines_since(self.engines, earlier.engines),
-            **{name: getattr(self, name) - then[name] for name in _ARRAYS},
+            **{name: getattr(self, name) - then[name] for name in CUMULATIVE_ARRAYS},
         )
 
 
@@ -193,14 +193,7 @@ def find_statistic(name: str) -> Statistic:
 
 def empty_arrays(num_layers: int, num_heads: int) -> dict[str, Floats]:
     """The arrays of a `Measured` before anything is in them."""
-    base = (num_layers, num_heads, len(PHASES))
-    return {
-        "counts": np.zeros((*base, NUM_STATISTICS, NUM_BUCKETS)),
-        "sums": np.zeros((*base, NUM_STATISTICS)),
-        "rows": np.zeros(base),
-        "nonfinite": np.zeros(base),
-        "window_max": np.full(base, -np.inf),
-    }
+    return {name: np.full(row.shape(num_layers, num_heads), float(row.nothing)) for name, row in ARRAY.items()}
 
 
 def places(keys: Iterable[tuple[int | None, int | None]]) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
@@ -214,7 +207,7 @@ def _none_first(index: int | None) -> int:
     return -1 if index is None else index
 
 
-def _placed(values: Floats, of: Measured, like: Measured, fill: float = 0.0) -> Floats:
+def _placed(values: Floats, of: Measured, like: Measured, fill: float) -> Floats:
     """An array of one run at the layers and heads of another; `fill` where it has none."""
     result = np.full((len(like.layers), len(like.heads), *values.shape[2:]), fill)
     rows = {layer: i for i, layer in enumerate(of.layers)}
@@ -228,8 +221,7 @@ def _placed(values: Floats, of: Measured, like: Measured, fill: float = 0.0) -> 
 
 def _arrays_at(run: Measured, like: Measured) -> dict[str, Any]:
     """All arrays of one run at the layers and heads of another."""
-    arrays = {name: _placed(getattr(run, name), run, like) for name in _ARRAYS}
-    return {**arrays, "window_max": _placed(run.window_max, run, like, fill=-np.inf)}
+    return {name: _placed(getattr(run, name), run, like, fill=float(row.nothing)) for name, row in ARRAY.items()}
 
 
 def _engines_since(now: Engines, then: Engines) -> Engines:

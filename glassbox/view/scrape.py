@@ -12,6 +12,7 @@ import numpy as np
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from glassbox.core.counters import ENGINE_NUMBER
 from glassbox.core.statistics import INDEX, PHASES, STATISTICS, Phase
 from glassbox.store.merge import Detail
 from glassbox.view.measured import Engines, Measured, ViewError, empty_arrays, places
@@ -174,35 +175,37 @@ def _add(arrays: dict[str, Any], name: str, labels: dict[str, str], value: float
         arrays["sums"][(*place(labels), _METRICS[name.removesuffix("_sum")])] += value
 
 
+def _name(number: str) -> str:
+    """Metric of an engine number."""
+    return f"{_PREFIX}{ENGINE_NUMBER[number].metric}"
+
+
 def _engines(samples: list[Any]) -> Engines:
     """Counters of the engines; where one speaks for all it is the largest."""
     values: dict[str, list[float]] = {}
     dropped: dict[str, float] = {}
     errors: dict[str, float] = {}
-    by_label = {
-        f"{_PREFIX}dropped_rows_total": ("reason", dropped),
-        f"{_PREFIX}errors_total": ("stage", errors),
-    }
+    by_label = {_name("dropped_rows"): ("reason", dropped), _name("errors"): ("stage", errors)}
     build: dict[str, str] = {}
     for sample in samples:
         values.setdefault(sample.name, []).append(sample.value)
         if sample.name in by_label:
             label, found = by_label[sample.name]
             found[sample.labels[label]] = found.get(sample.labels[label], 0.0) + sample.value
-        if sample.name == "glassbox_build_info":
-            build = {key: sample.labels.get(key, "") for key in ("version", "vllm_version", "backend")}
+        if sample.name == _name("build"):
+            build = {key: sample.labels.get(key, "") for key in ENGINE_NUMBER["build"].labels}
 
     def total(name: str) -> float:
-        return sum(values.get(f"{_PREFIX}{name}", ()))
+        return sum(values.get(_name(name), ()))
 
     def largest(name: str) -> float | None:
-        return max(values.get(f"{_PREFIX}{name}", ()), default=None)
+        return max(values.get(_name(name), ()), default=None)
 
     return Engines(
-        steps=total("steps_total"),
-        sampled_steps=total("sampled_steps_total"),
+        steps=total("steps"),
+        sampled_steps=total("sampled_steps"),
         sample_rate=largest("sample_rate"),
-        overhead_s=largest("overhead_seconds_total"),
+        overhead_s=largest("overhead_seconds"),
         dropped=dropped,
         errors=errors,
         layers_observed=largest("layers_observed"),

@@ -5,16 +5,21 @@ Owns the layout of the answer, which the frames of the stream share. The numbers
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from glassbox import __version__
 from glassbox.config.load import GlassboxConfig
+from glassbox.core.counters import ENGINE_NUMBERS
 from glassbox.core.statistics import PHASES, STATISTICS, Statistic
 from glassbox.export.family_source import FamilySource
 from glassbox.store.merge import MergedEngine
 from glassbox.web.answers import encode
 from glassbox.web.matrices import head_answer, phase_answer
 from glassbox.web.selection import Selection
+
+# Names of the engine numbers that an answer has, in its order.
+_PLACES: Final = {row.name: row.page for row in ENGINE_NUMBERS if row.page is not None}
+_NUMBERS: Final = tuple(sorted(_PLACES, key=lambda name: _PLACES[name]))
 
 
 def statistic_answer(statistic: Statistic) -> dict[str, Any]:
@@ -55,14 +60,7 @@ def engine_answer(engine: MergedEngine, selection: Selection, config: GlassboxCo
         "heads": engine.num_heads,
         # Layers that the configuration leaves out have no new rows, although they are observed.
         "unsampled_layers": [layer for layer in engine.layers if layer not in sampled],
-        "layers_bypassed": engine.layers_bypassed,
-        "sample_rate": engine.sample_rate,
-        "steps": engine.steps,
-        "sampled_steps": engine.sampled_steps,
-        "dropped_rows": engine.dropped_rows,
-        "errors": engine.errors,
-        "overhead_seconds": engine.overhead_seconds,
-        "build": engine.build,
+        **{name: engine.numbers[name] for name in _NUMBERS},
         "phases": {phase.value: phase_answer(engine, selection.statistics, phase) for phase in selection.phases},
     }
     if selection.head is not None:

@@ -12,6 +12,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.core.accumulator_arrays import CUMULATIVE_ARRAYS
+from glassbox.core.counters import ENGINE_NUMBERS, EngineNumber
 from glassbox.core.histograms import quantiles
 from glassbox.core.statistics import INDEX, PHASES, Phase, Statistic
 from glassbox.store.merge import MergedEngine
@@ -40,20 +42,18 @@ def between(old: MergedEngine | None, new: MergedEngine) -> MergedEngine:
     return replace(
         new,
         start_time_s=old.time_s,
-        steps=max(0, new.steps - old.steps),
-        sampled_steps=max(0, new.sampled_steps - old.sampled_steps),
-        dropped_rows=_less(new.dropped_rows, old.dropped_rows),
-        errors=_less(new.errors, old.errors),
-        overhead_seconds=max(0.0, new.overhead_seconds - old.overhead_seconds),
-        counts=new.counts - old.counts,
-        sums=new.sums - old.sums,
-        rows=new.rows - old.rows,
-        nonfinite=new.nonfinite - old.nonfinite,
+        numbers={row.name: _gained(row, old.numbers[row.name], new.numbers[row.name]) for row in ENGINE_NUMBERS},
+        **{name: getattr(new, name) - getattr(old, name) for name in CUMULATIVE_ARRAYS},
     )
 
 
-def _less(new: dict[str, int], old: dict[str, int]) -> dict[str, int]:
-    return {name: max(0, count - old.get(name, 0)) for name, count in new.items()}
+def _gained(row: EngineNumber, old: Any, new: Any) -> Any:
+    """Of a counter what came since `old`, never below 0; anything else as it is now."""
+    if row.kind != "counter":
+        return new
+    if row.labels:
+        return {value: max(0, count - old.get(value, 0)) for value, count in new.items()}
+    return max(row.zero(), new - old)
 
 
 def means(engine: MergedEngine, statistic: Statistic, phase: Phase) -> Floats:

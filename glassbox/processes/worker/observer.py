@@ -7,9 +7,8 @@ It does not patch vLLM (`hook.py`), compute statistics (`measure/*_measurer.py`,
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from glassbox.adapter.protocols import AttentionLayer, AttentionMetadata, Common
 from glassbox.adapter.runner import read_batch
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
+from glassbox.core.counters import ENGINE_NUMBERS
 from glassbox.core.errors import ErrorCounter
 from glassbox.measure.contract import Measurer
 from glassbox.measure.sampling import ROW_BATCH, ROW_PHASE, ROW_UNCOUNTED, RowSampler, StepSampler
@@ -27,20 +27,21 @@ from glassbox.processes.worker.step import Step
 from glassbox.processes.worker.traces.tracker import RequestTracker
 
 
-@dataclass
-class Counters:
-    """Cumulative counters of one worker, other than the accumulators.
+class Counters(SimpleNamespace):
+    """What the steps of one worker count: an attribute for each counter of the table of engine numbers, from 0 on.
 
     Attributes:
-        steps: that began.
-        finished_steps: whose rows are in the accumulators (CPU) or on their way there (GPU).
+        finished_steps: whose rows are in the accumulators (CPU) or on their way there (GPU); no engine number.
     """
 
-    steps: int = 0
-    finished_steps: int = 0
-    sampled_steps: int = 0
-    overhead_s: float = 0.0
-    dropped_rows: Counter[str] = field(default_factory=Counter)
+    def __init__(self) -> None:
+        super().__init__(**{row.name: row.zero() for row in ENGINE_NUMBERS if row.kind == "counter"})
+        self.finished_steps = 0
+
+    def numbers(self) -> dict[str, Any]:
+        """A copy, by name."""
+        counted = ((row, getattr(self, row.name)) for row in ENGINE_NUMBERS if row.kind == "counter")
+        return {row.name: dict(value) if row.labels else value for row, value in counted}
 
 
 class Observer:
@@ -225,7 +226,7 @@ class Observer:
             return
         step.stop()
         self.counters.finished_steps += 1
-        self.counters.overhead_s += step.overhead_s
+        self.counters.overhead_seconds += step.overhead_s
         with self._errors.guard("end_step"):
             # The budget is that of the sample: what traced requests cost besides is bounded by their number.
             overhead_s = step.overhead_s * step.counted_share

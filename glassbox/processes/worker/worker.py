@@ -19,6 +19,7 @@ from glassbox.adapter.seat import SEAT
 from glassbox.adapter.vllm_worker import read_worker
 from glassbox.config.settings import Settings
 from glassbox.core.affinity import leave_workers_cores
+from glassbox.core.counters import EngineValue
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
 from glassbox.measure.accumulate import Accumulators
@@ -142,30 +143,23 @@ class Worker:
 
     def write_if_changed(self) -> None:
         """Write a snapshot unless the last one says the same."""
-        counters, status = self.observer.counters, self._settings.status
+        numbers = self._numbers()
         state = (
-            counters.steps,
+            numbers,
             # A snapshot taken within a step lacks its rows: the next one has them even if no step follows.
-            counters.finished_steps,
-            self.observer.effective_sample_rate,
-            status.successful,
-            status.timestamp_s,
-            len(self._requests.active()),
-            self._requests.counts(),
+            self.observer.counters.finished_steps,
             # Window maxima fade while nothing is served.
             int(time.monotonic() // 15),
-            tuple(sorted(self._errors.counts().items())),
         )
         if state != self._last_written:
             write_snapshot(rundir.run_dir(), self.snapshot())
             self._last_written = state
-            logger.debug("Snapshot written: %d steps, %d of them measured", counters.steps, counters.sampled_steps)
+            steps, sampled_steps = numbers["steps"], numbers["sampled_steps"]
+            logger.debug("Snapshot written: %d steps, %d of them measured", steps, sampled_steps)
 
     def snapshot(self) -> Snapshot:
         """All numbers of this worker as they stand now."""
         arrays = self.observer.measurer.copy(time.monotonic())
-        counters, status = self.observer.counters, self._settings.status
-        refused, traced = self._requests.counts()
         return Snapshot(
             instance=self._instance,
             time_s=time.time(),
@@ -177,30 +171,27 @@ class Worker:
             head_offset=self._facts.server.rank * self._facts.layers.num_heads,
             num_heads_total=self._facts.server.num_heads,
             num_layers_total=self._facts.server.num_layers,
-            steps=counters.steps,
-            sampled_steps=counters.sampled_steps,
-            dropped_rows=dict(counters.dropped_rows),
-            errors=self._errors.counts(),
-            overhead_seconds=counters.overhead_s,
-            sample_rate=self.observer.effective_sample_rate,
-            layers_observed=len(self._facts.layers.names),
-            layers_bypassed=len(self._facts.layers.bypassed),
-            reload_successful=status.successful,
-            reload_timestamp_s=status.timestamp_s,
-            build={
-                "version": __version__,
-                "vllm_version": vllm_version() or "",
-                "backend": self._facts.backend,
-            },
-            counts=arrays.counts,
-            sums=arrays.sums,
-            rows=arrays.rows,
-            nonfinite=arrays.nonfinite,
-            window_max=arrays.window_max,
-            trace_refused=refused,
-            traced_requests=traced,
-            traced_requests_active=len(self._requests.active()),
+            numbers=self._numbers(),
+            **vars(arrays),
         )
+
+    def _numbers(self) -> dict[str, EngineValue]:
+        """The numbers of the table of engine numbers: what the observer's steps count, and what others know."""
+        status = self._settings.status
+        refused, traced = self._requests.counts()
+        return {
+            **self.observer.counters.numbers(),
+            "errors": self._errors.counts(),
+            "sample_rate": self.observer.effective_sample_rate,
+            "layers_observed": len(self._facts.layers.names),
+            "layers_bypassed": len(self._facts.layers.bypassed),
+            "reload_successful": status.successful,
+            "reload_timestamp_s": status.timestamp_s,
+            "build": {"version": __version__, "vllm_version": vllm_version() or "", "backend": self._facts.backend},
+            "trace_refused": refused,
+            "traced_requests": traced,
+            "traced_requests_active": len(self._requests.active()),
+        }
 
     def _log_coverage(self) -> None:
         found, config = self._facts.layers, self._settings.config

@@ -12,13 +12,12 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Self
 
 import pyte
 import pytest
 
-from tests.export_samples import make_snapshot
+from tests.export_samples import changed, make_snapshot
 from tests.metrics_pages import PageServer, later, metrics_page
 
 SNAPSHOT = make_snapshot(layers=tuple(range(40)), heads=2)
@@ -163,7 +162,7 @@ class TestTerminal:
             assert "HTTP 503" in gone
             assert "\n0 " in gone
             server.status = 200
-            server.body = metrics_page([replace(SNAPSHOT, steps=5)], "layer")
+            server.body = metrics_page([changed(SNAPSHOT, steps=5)], "layer")
             back = terminal.wait(lambda text: "began anew" in text, "the new server")
             assert "No answer" not in back
             server.close()

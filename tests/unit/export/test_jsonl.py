@@ -15,7 +15,7 @@ from glassbox.export.jsonl import JsonlSink, WindowSummaries
 from glassbox.export.rotation import RotatingFile
 from glassbox.store.merge import MergedEngine, merge
 from glassbox.store.snapshot import Snapshot
-from tests.export_samples import limited_file_size, make_snapshot
+from tests.export_samples import changed, limited_file_size, make_snapshot
 from tests.metrics_pages import later
 
 
@@ -73,7 +73,7 @@ class TestWindow:
         snapshot = make_snapshot()
         assert len(summarize(summaries, snapshot)) == 1
         assert summarize(summaries, snapshot) == []
-        assert summarize(summaries, replace(snapshot, time_s=snapshot.time_s + 5, steps=snapshot.steps + 3)) == []
+        assert summarize(summaries, changed(snapshot, time_s=snapshot.time_s + 5, steps=snapshot.steps + 3)) == []
 
     def test_a_restarted_worker_is_not_told_twice(self) -> None:
         """Its new instance adds to the old one: only the new rows are in the window."""

@@ -392,7 +392,7 @@ class TestTracedRequests:
         setup.measurer.seconds = {"begin": 0.02}
         for step in range(400):
             setup.step([DECODE], step_s=0.05, new={} if step else {0: {"glassbox": "trace"}})
-        assert setup.observer.counters.overhead_s == pytest.approx(400 * 0.02)
+        assert setup.observer.counters.overhead_seconds == pytest.approx(400 * 0.02)
         assert setup.observer.effective_sample_rate == 0.01
 
     def test_gone_with_a_step_without_tokens(self) -> None:
@@ -418,14 +418,14 @@ class TestOverhead:
         setup = Setup()
         setup.measurer.seconds = {"begin": 0.25, "after_attention": 0.5, "finish": 1.0}
         setup.step([DECODE], step_s=8.0)
-        assert setup.observer.counters.overhead_s == 0.25 + 4 * 0.5 + 1.0
+        assert setup.observer.counters.overhead_seconds == 0.25 + 4 * 0.5 + 1.0
 
     def test_unsampled(self) -> None:
         """A step that isn't measured costs what keeping the metadata costs."""
         setup = Setup(sample_rate=0.0)
         setup.measurer.seconds = {"on_build": 0.125, "begin": 9.0, "finish": 9.0}
         setup.step([DECODE], step_s=8.0)
-        assert setup.observer.counters.overhead_s == 0.125
+        assert setup.observer.counters.overhead_seconds == 0.125
 
     def test_budget(self) -> None:
         """With a budget that every step would exceed fewfold the share of time stays within it, in the long run."""
@@ -434,7 +434,7 @@ class TestOverhead:
         start = setup.clock.now
         for _ in range(4000):
             setup.step([DECODE], step_s=0.05)
-        share = setup.observer.counters.overhead_s / (setup.clock.now - start)
+        share = setup.observer.counters.overhead_seconds / (setup.clock.now - start)
         assert 0.002 < share <= 0.0105
         assert setup.observer.effective_sample_rate < 1
 
@@ -469,7 +469,7 @@ class TestFailures:
         assert set(setup.errors.counts()) == {stage}
         assert setup.listening[-2:] == [True, False]
         times = setup.measurer.calls.count(call)
-        assert times * 0.25 == setup.observer.counters.overhead_s, "what fails costs, too"
+        assert times * 0.25 == setup.observer.counters.overhead_seconds, "what fails costs, too"
         setup.measurer.failing = set()
         setup.measurer.calls.clear()
         setup.step([DECODE])

@@ -20,7 +20,7 @@ from glassbox.view.measured import Measured, ViewError
 from glassbox.view.notable import find_notable
 from glassbox.view.scrape import read_text
 from glassbox.view.windows import read_run
-from tests.export_samples import make_snapshot
+from tests.export_samples import changed, make_snapshot
 from tests.metrics_pages import later, metrics_page, serve_page, write_jsonl
 
 SNAPSHOT = make_snapshot(layers=(0, 1, 2, 5), heads=3)
@@ -290,7 +290,7 @@ class TestNotable:
         first.sums[2, 0, 0, INDEX["sink_ratio"]] = 390.0
         first.nonfinite[1, 2, 1] = 17
         first.window_max[2, 3, 0] = 123.0
-        second = Snapshot(**{**vars(first), "time_s": first.time_s + 5, "steps": 2000})
+        second = changed(first, time_s=first.time_s + 5, steps=2000)
         twice = {name: getattr(first, name) * 2 for name in ("counts", "sums", "rows", "nonfinite")}
         twice["counts"][1, 1, 0, 0] = first.counts[1, 1, 0, 0] + np.array([0] * 11 + [400])
         second = Snapshot(**{**vars(second), **twice})

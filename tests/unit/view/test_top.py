@@ -19,7 +19,7 @@ from glassbox.view.measured import Measured, exported_statistics
 from glassbox.view.over_time import Watch
 from glassbox.view.scrape import read_text
 from glassbox.view.text import format_value
-from tests.export_samples import make_snapshot
+from tests.export_samples import changed, make_snapshot
 from tests.metrics_pages import later, metrics_page
 
 NOW = 1000.0
@@ -187,7 +187,7 @@ class TestWatch:
         """At low sample rates most changes have none."""
         first = later(SNAPSHOT, 1)
         watch = watching(look_at(), look_at(first, time_s=NOW + 2))
-        watch.take(look_at(replace(first, steps=first.steps + 50), time_s=NOW + 4))
+        watch.take(look_at(changed(first, steps=first.steps + 50), time_s=NOW + 4))
         assert watch.rows is not None
         assert watch.pulse is not None
         assert (True, 0.0, 50) == (watch.rows.rows.any(), watch.pulse.rows.sum(), watch.pulse.engines.steps)

@@ -1,15 +1,14 @@
 """Matrices: what was measured between two snapshots, means, and the digits that are sent."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
+from glassbox.core.accumulator_arrays import CUMULATIVE_ARRAYS
 from glassbox.core.histograms import quantiles
 from glassbox.core.statistics import INDEX, STATISTICS, Phase
 from glassbox.store.merge import MergedEngine, merge
 from glassbox.web.matrices import between, head_answer, listed, means, phase_answer, rounded
-from tests.export_samples import make_snapshot
+from tests.export_samples import changed, make_snapshot
 
 
 def engine_of(seed: int = 0, **changes: object) -> MergedEngine:
@@ -18,15 +17,8 @@ def engine_of(seed: int = 0, **changes: object) -> MergedEngine:
 
 def later(engine: MergedEngine, by: MergedEngine, time_s: float) -> MergedEngine:
     """`engine` after it has also measured what is in `by`."""
-    return replace(
-        engine,
-        time_s=time_s,
-        steps=engine.steps + 7,
-        counts=engine.counts + by.counts,
-        sums=engine.sums + by.sums,
-        rows=engine.rows + by.rows,
-        nonfinite=engine.nonfinite + by.nonfinite,
-    )
+    summed = {name: getattr(engine, name) + getattr(by, name) for name in CUMULATIVE_ARRAYS}
+    return changed(engine, time_s=time_s, steps=engine.steps + 7, **summed)
 
 
 class TestBetween:
@@ -35,7 +27,7 @@ class TestBetween:
         old, added = engine_of(1), engine_of(2)
         new = later(old, added, old.time_s + 5)
         found = between(old, new)
-        for name in ("counts", "sums", "rows", "nonfinite"):
+        for name in CUMULATIVE_ARRAYS:
             np.testing.assert_array_equal(getattr(added, name), getattr(found, name))
         assert (old.time_s, new.time_s, 7) == (found.start_time_s, found.time_s, found.steps)
 

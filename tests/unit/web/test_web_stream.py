@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import pytest
 from starlette.datastructures import QueryParams
 
 from glassbox.config.load import GlassboxConfig
+from glassbox.core.accumulator_arrays import CUMULATIVE_ARRAYS
 from glassbox.export.family_source import FamilySource
 from glassbox.store.snapshot import Snapshot, write_snapshot
 from glassbox.web.answers import RequestError
 from glassbox.web.selection import parse_stream
 from glassbox.web.stream import KEEP_ALIVE_S, MAX_LISTENERS, Feed, Moment
-from tests.export_samples import make_snapshot, split_heads
+from tests.export_samples import changed, make_snapshot, split_heads
 
 INTERVAL_S = 5.0
 CONFIG = GlassboxConfig.model_validate({"export": {"interval_s": INTERVAL_S}})
@@ -45,10 +45,8 @@ class Workers:
         for rank in ranks:
             part = split_heads(self.added, 2)[rank]
             old = self._now[rank]
-            summed = {
-                name: getattr(old, name) + getattr(part, name) for name in ("counts", "sums", "rows", "nonfinite")
-            }
-            self._now[rank] = replace(old, time_s=time_s, steps=old.steps + 10, **summed)
+            summed = {name: getattr(old, name) + getattr(part, name) for name in CUMULATIVE_ARRAYS}
+            self._now[rank] = changed(old, time_s=time_s, steps=old.steps + 10, **summed)
             path = write_snapshot(self.run_dir, self._now[rank])
             # Two writes within the clock tick of the file system would look the same.
             os.utime(path, ns=(0, int(time_s * 1e9) + old.steps))

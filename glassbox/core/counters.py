@@ -1,0 +1,223 @@
+"""The table of engine numbers: what glassbox counts and tells of an engine beside the statistics of attention.
+
+Owns of each number its name, what it holds, its metric, how those of an engine's workers become one, and its place in
+the page's answers. Workers, snapshot files, merging, metrics and page follow the table: a new counter is a row here and
+the line that counts it. The rules that `MergeRule` names are `store/merge.py`'s.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from numbers import Integral, Real
+from typing import Any, Final, Literal
+
+EngineValue = bool | int | float | Mapping[str, int] | Mapping[str, str]
+
+
+class MergeRule(Enum):
+    """How the numbers of an engine's workers become one.
+
+    A place is a pipeline stage and a tensor-parallel rank; a worker that was restarted stands at its predecessor's,
+    and only the last one of a place is live.
+    """
+
+    SUM = auto()  # of all workers, each counts its own
+    LARGEST_PLACE = auto()  # all places see the same: that of the place that saw most, its workers summed
+    LARGEST_LIVE = auto()  # of the live workers
+    SUM_OF_STAGES = auto()  # of the live workers: ranks see the same layers, stages different ones
+    ALL_LIVE = auto()  # true if it is of all live workers
+    NEWEST = auto()  # that of the worker whose snapshot is the newest
+
+
+@dataclass(frozen=True)
+class EngineNumber:
+    """A row of the table.
+
+    Attributes:
+        name: key in snapshot files and in the page's answers.
+        metric: in Prometheus, without `glassbox_`; otel_name: in OpenTelemetry, without `glassbox.`.
+        kind: a counter never falls; an info is a gauge that is always 1, with texts in its labels.
+        unit: OpenTelemetry unit (UCUM).
+        help: of the metric.
+        merge: see MergeRule.
+        holds: int, float or bool; with a label, of each of the label's values.
+        labels: the metric's own. A counter or gauge has at most one, and is a mapping from that label's values; an info
+            is a mapping from its labels to texts.
+        page: place among the page's fields of an engine, ascending; None if it isn't shown there.
+    """
+
+    name: str
+    metric: str
+    otel_name: str
+    kind: Literal["counter", "gauge", "info"]
+    unit: str
+    help: str
+    merge: MergeRule
+    holds: type[int] | type[float] | type[bool] = int
+    labels: tuple[str, ...] = ()
+    page: int | None = None
+
+    def zero(self) -> Any:
+        """Nothing counted yet: 0, or for a labelled one a `collections.Counter`."""
+        return Counter() if self.labels else self.holds()
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value, of this process or of a file, has the kind that the row says."""
+        if self.labels:
+            inner = str if self.kind == "info" else Integral
+            return isinstance(value, Mapping) and all(
+                isinstance(key, str) and isinstance(part, inner) for key, part in value.items()
+            )
+        if self.holds is bool:
+            return isinstance(value, bool)
+        return isinstance(value, Integral if self.holds is int else Real)
+
+
+# In the order of the metrics.
+ENGINE_NUMBERS: Final[tuple[EngineNumber, ...]] = (
+    EngineNumber(
+        name="steps",
+        metric="steps_total",
+        otel_name="steps",
+        kind="counter",
+        unit="{step}",
+        help="Engine steps seen.",
+        merge=MergeRule.LARGEST_PLACE,
+        page=3,
+    ),
+    EngineNumber(
+        name="sampled_steps",
+        metric="sampled_steps_total",
+        otel_name="sampled_steps",
+        kind="counter",
+        unit="{step}",
+        help="Engine steps of which rows were measured.",
+        merge=MergeRule.LARGEST_PLACE,
+        page=4,
+    ),
+    EngineNumber(
+        name="dropped_rows",
+        metric="dropped_rows_total",
+        otel_name="dropped_rows",
+        kind="counter",
+        unit="{row}",
+        help="Rows that should have been measured but were not, by reason.",
+        merge=MergeRule.SUM,
+        labels=("reason",),
+        page=5,
+    ),
+    EngineNumber(
+        name="errors",
+        metric="errors_total",
+        otel_name="errors",
+        kind="counter",
+        unit="{error}",
+        help="Errors of glassbox itself, by stage; serving is not affected.",
+        merge=MergeRule.SUM,
+        labels=("stage",),
+        page=6,
+    ),
+    EngineNumber(
+        name="overhead_seconds",
+        metric="overhead_seconds_total",
+        otel_name="overhead",
+        kind="counter",
+        unit="s",
+        help="Time spent on measuring, of the slowest rank.",
+        merge=MergeRule.LARGEST_PLACE,
+        holds=float,
+        page=7,
+    ),
+    EngineNumber(
+        name="sample_rate",
+        metric="sample_rate",
+        otel_name="sample_rate",
+        kind="gauge",
+        unit="1",
+        help="Share of engine steps that are measured, after the overhead budget.",
+        merge=MergeRule.LARGEST_LIVE,
+        holds=float,
+        page=2,
+    ),
+    EngineNumber(
+        name="layers_observed",
+        metric="layers_observed",
+        otel_name="layers_observed",
+        kind="gauge",
+        unit="{layer}",
+        help="Layers of the model whose attention is observed.",
+        merge=MergeRule.SUM_OF_STAGES,
+    ),
+    EngineNumber(
+        name="layers_bypassed",
+        metric="layers_bypassed",
+        otel_name="layers_bypassed",
+        kind="gauge",
+        unit="{layer}",
+        help="Layers of the model whose attention is not observed.",
+        merge=MergeRule.SUM_OF_STAGES,
+        page=1,
+    ),
+    EngineNumber(
+        name="traced_requests_active",
+        metric="traced_requests_active",
+        otel_name="traced_requests_active",
+        kind="gauge",
+        unit="{request}",
+        help="Requests that are being traced.",
+        merge=MergeRule.LARGEST_LIVE,
+    ),
+    EngineNumber(
+        name="traced_requests",
+        metric="traced_requests_total",
+        otel_name="traced_requests",
+        kind="counter",
+        unit="{request}",
+        help="Requests traced, because the client asked (opt_in) or by requests.trace_rate (sampled).",
+        merge=MergeRule.LARGEST_PLACE,
+        labels=("why",),
+    ),
+    EngineNumber(
+        name="trace_refused",
+        metric="trace_refused_total",
+        otel_name="trace_refused",
+        kind="counter",
+        unit="{request}",
+        help="Requests that should have been traced but were not, by reason; they were served as any other.",
+        merge=MergeRule.LARGEST_PLACE,
+        labels=("reason",),
+    ),
+    EngineNumber(
+        name="build",
+        metric="build_info",
+        otel_name="build_info",
+        kind="info",
+        unit="1",
+        help="Always 1; the labels tell the versions and the observed attention backend.",
+        merge=MergeRule.NEWEST,
+        labels=("version", "vllm_version", "backend"),
+        page=8,
+    ),
+    EngineNumber(
+        name="reload_successful",
+        metric="config_last_reload_successful",
+        otel_name="config.last_reload_successful",
+        kind="gauge",
+        unit="1",
+        help="1 if the last (re)load of the configuration file succeeded in all workers, else 0.",
+        merge=MergeRule.ALL_LIVE,
+        holds=bool,
+    ),
+    EngineNumber(
+        name="reload_timestamp_s",
+        metric="config_last_reload_timestamp_seconds",
+        otel_name="config.last_reload_timestamp",
+        kind="gauge",
+        unit="s",
+        help="Unix time of the last (re)load of the configuration file.",
+        merge=MergeRule.LARGEST_LIVE,
+        holds=float,
+    ),
+)
+ENGINE_NUMBER: Final = {row.name: row for row in ENGINE_NUMBERS}
