@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_stats_cpu import KeyReader
 from glassbox.kernels.row_stats_native import KeyPages
-from glassbox.measure.accumulate import AccumulatorArrays
 
 
 @dataclass(frozen=True)

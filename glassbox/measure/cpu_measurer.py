@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.native import NativeError
@@ -24,7 +25,7 @@ from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import ProbeAnswers, row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerRows, row_stats_cpu
 from glassbox.kernels.row_stats_native import NativeProbe, NativeRows, NativeStep, Questions, native_kernel
-from glassbox.measure.accumulate import AccumulatorArrays, Accumulators
+from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.contract import AskedRows, BatchTables, LayersAnswer, PackedLayer, StepTraces
 from glassbox.measure.native_layers import CachedLayer, LayerKind
 from glassbox.measure.sampling import ROW_PHASE, ROW_UNCOUNTED

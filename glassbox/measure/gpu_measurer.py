@@ -18,13 +18,14 @@ from typing import Final
 import numpy as np
 import torch
 
+from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.core.trace_options import MAX_ROW_KEYS
 from glassbox.kernels.row_probe import ProbedLayers, row_probe
 from glassbox.kernels.row_probe_cpu import ProbeAnswers
 from glassbox.kernels.row_stats import LayerAccumulators, RowStatsWorkspace, row_stats
-from glassbox.measure.accumulate import AccumulatorArrays, Accumulators
+from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.contract import AskedRows, BatchTables, LayersAnswer, StepTraces, StridedLayer
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.graph_nodes import GraphNodes

@@ -10,10 +10,11 @@ import torch
 from vllm import _custom_ops as ops
 
 from glassbox.adapter.attention.layer_view import PackedView, tables_of
+from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.native import NativeError
 from glassbox.measure import cpu_measurer
-from glassbox.measure.accumulate import AccumulatorArrays, Accumulators
+from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.cpu_measurer import CpuMeasurer
 from glassbox.measure.sampling import ROW_UNCOUNTED
 from glassbox.processes.worker.traces.active import ActiveTrace

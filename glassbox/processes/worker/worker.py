@@ -51,6 +51,7 @@ class Worker:
         self._instance = uuid.uuid4().hex[:12]
         self._start_time_s = time.time()
         facts = self._facts = read_worker(vllm_worker)
+        self._build = {"version": __version__, "vllm_version": vllm_version() or "", "backend": facts.backend}
         server, layers = facts.server, facts.layers
         config = settings.config
         accumulators = Accumulators(len(layers.names), layers.num_heads, facts.device)
@@ -187,7 +188,7 @@ class Worker:
             "layers_bypassed": len(self._facts.layers.bypassed),
             "reload_successful": status.successful,
             "reload_timestamp_s": status.timestamp_s,
-            "build": {"version": __version__, "vllm_version": vllm_version() or "", "backend": self._facts.backend},
+            "build": self._build,
             "trace_refused": refused,
             "traced_requests": traced,
             "traced_requests_active": len(self._requests.active()),

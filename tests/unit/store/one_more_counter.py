@@ -61,8 +61,8 @@ def worker(rank: int) -> Any:
         _facts=SimpleNamespace(
             server=SimpleNamespace(model_name="tiny/model", engine="0", rank=rank, num_heads=2, num_layers=1),
             layers=SimpleNamespace(indices=(0,), names=("a",), bypassed=(), num_heads=1),
-            backend="CPU_ATTN",
         ),
+        _build={"version": "1", "vllm_version": "2", "backend": "CPU_ATTN"},
         observer=SimpleNamespace(
             counters=Counters(), effective_sample_rate=1.0, measurer=SimpleNamespace(copy=lambda now_s: arrays)
         ),
