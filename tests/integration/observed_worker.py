@@ -1,0 +1,148 @@
+"""A worker's observer over a real measurer and real caches, driven step by step without vLLM's engine."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from glassbox.adapter.scheduler import ScheduledStep
+from glassbox.config.load import GlassboxConfig
+from glassbox.core.errors import ErrorCounter
+from glassbox.measure.accumulate import Accumulators
+from glassbox.measure.deferred import DeferredActions
+from glassbox.measure.for_device import make_measurer
+from glassbox.processes.worker.observer import Observer
+from glassbox.processes.worker.traces.tracker import RequestTracker
+from tests.trace_samples import Scheduled, make_host, new_request
+
+LAYERS: Final = (0, 4, 8)
+NAMES: Final = tuple(f"model.layers.{layer}.self_attn.attn" for layer in LAYERS)
+HEADS, KV_HEADS, D, BLOCK = 4, 2, 64, 32
+# Keys of each of three requests before the first step; each step adds one. The first asks for everything.
+KEYS: Final = (69, 39, 2)
+PROMPTS: Final = (30, 20, 1)
+IDS: Final = ("a-00000000", "b-00000000", "c-00000000")
+EVERYTHING: Final = {"glassbox": "trace", "glassbox_top_k": 3, "glassbox_spans": ["head=0:4"], "glassbox_rows": 1}
+
+
+class VllmLayer(SimpleNamespace):
+    """Can be held weakly, as vLLM's can."""
+
+
+class ObservedWorker:
+    """Decode steps of three requests in three layers; the keys are all written beforehand.
+
+    Args:
+        device: cpu or cuda.
+        native: whether the CPU's native kernel may be used.
+
+    Attributes:
+        listening: what `listen` was told.
+    """
+
+    def __init__(self, device: str, *, native: bool = True) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.device, self.steps = device, 0
+        self.errors = ErrorCounter(logging.getLogger("glassbox.tests"))
+        self.deferred = DeferredActions(self.errors)
+        self.accumulators = Accumulators(len(LAYERS), HEADS, device)
+        self.measurer = make_measurer(
+            self.accumulators,
+            {name: local for local, name in enumerate(NAMES)},
+            sink_tokens=4,
+            local_window=8,
+            max_rows=16,
+            head_size=D,
+            query_dtype=torch.float32,
+            deferred=self.deferred,
+            is_piecewise=lambda: False,
+            errors=self.errors,
+        )
+        if not native:
+            self.measurer._native = False  # type: ignore[attr-defined]
+        self.listening: list[bool] = []
+        self.requests = RequestTracker(make_host(layers=LAYERS, num_heads=HEADS), self.deferred)
+        self.observer = Observer(
+            self.measurer,
+            layers=LAYERS,
+            layer_names=NAMES,
+            num_layers_total=9,
+            num_heads=HEADS,
+            config=GlassboxConfig.model_validate({"sample_rate": 1.0}).model_copy,
+            requests=self.requests,
+            listen=self.listening.append,
+            errors=self.errors,
+        )
+        self.table = torch.tensor([[5, 1, 7], [0, 3, 4], [2, 6, 6]], dtype=torch.int32, device=device)
+        self.query = torch.randn(len(KEYS), HEADS, D, generator=generator).to(device)
+        self.layers = [self._layer(name, generator) for name in NAMES]
+        # Kernels are compiled here, and graphs would be captured.
+        self._forward(self._metadata())
+        self.observer.arm()
+
+    def _layer(self, name: str, generator: torch.Generator) -> tuple[Any, Any, torch.Tensor]:
+        """Impl, layer and cache, whose every block holds keys."""
+        cache = torch.zeros(8, KV_HEADS, BLOCK, 2 * D)
+        keys = torch.randn(8 * BLOCK, KV_HEADS, D, generator=generator)
+        if self.device == "cpu":
+            from vllm import _custom_ops as ops
+
+            key_half, value_half = cache.view(8, KV_HEADS, 2 * BLOCK, D).chunk(2, dim=2)
+            slots = torch.arange(8 * BLOCK)
+            ops.cpu_attn_reshape_and_cache(
+                keys, torch.zeros_like(keys), key_half, value_half, slots, "vec", 1.0, 1.0, "auto"
+            )
+        else:
+            cache[..., :D] = keys.view(8, BLOCK, KV_HEADS, D).transpose(1, 2)
+            cache = cache.to(self.device)
+        impl = SimpleNamespace(
+            scale=0.2, head_size=D, sliding_window=-1, logits_soft_cap=0, alibi_slopes=None, kv_cache_dtype="auto",
+            glassbox_view=None,
+        )  # fmt: skip
+        return impl, VllmLayer(layer_name=name, isa="vec", _k_scale_float=1.0, kv_cache=cache), cache
+
+    def _metadata(self) -> Any:
+        starts = torch.arange(len(KEYS) + 1, dtype=torch.int32)
+        lens = torch.tensor([n + 1 + self.steps for n in KEYS], dtype=torch.int32)
+        common = {"query_start_loc": starts.to(self.device), "seq_lens": lens.to(self.device)}
+        return SimpleNamespace(
+            **common, query_start_loc_cpu=starts, block_table_tensor=self.table, block_table=self.table
+        )
+
+    def _forward(self, metadata: Any) -> None:
+        self.observer.on_build(list(NAMES), metadata)
+        for impl, layer, cache in self.layers:
+            if self.listening[-1]:
+                self.observer.after_attention(impl, layer, self.query, cache, metadata)
+
+    def step(self) -> None:
+        """One decode step."""
+        batch = SimpleNamespace(
+            num_reqs=len(KEYS),
+            num_computed_tokens_cpu=np.array(KEYS) + self.steps,
+            num_prompt_tokens=np.array(PROMPTS),
+            req_ids=list(IDS),
+        )
+        new = [] if self.steps else [new_request(IDS[0], PROMPTS[0], EVERYTHING)]
+        output = Scheduled(scheduled_new_reqs=new, num_scheduled_tokens=dict.fromkeys(IDS, 1))
+        runner: Any = SimpleNamespace(input_batch=batch, requests={})
+        self.observer.start_step(runner, ScheduledStep(output))
+        try:
+            self._forward(self._metadata())
+        finally:
+            self.observer.stop_step()
+        self.steps += 1
+
+    def rows(self) -> list[int]:
+        """Rows measured so far, in each layer; they must be the same in all heads."""
+        self.deferred.finish()
+        rows = self.measurer.copy(1.0).rows.sum(-1)
+        assert (rows == rows[:, :1]).all()
+        return [int(n) for n in rows[:, 0]]
+
+    def traced_positions(self) -> list[int]:
+        """Of the rows that the trace keeps."""
+        (trace,) = self.requests.active()
+        return [int(position) for position in trace.record().positions]

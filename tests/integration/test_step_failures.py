@@ -1,0 +1,122 @@
+"""Whatever fails in a step, and wherever: it is counted, nobody listens afterwards, and the next step begins clean."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import pytest
+
+from glassbox.measure import cpu_measurer
+from glassbox.measure.accumulate import Accumulators
+from glassbox.processes.worker.traces.traced_step import TracedStep
+from tests.integration.observed_worker import KEYS, LAYERS, ObservedWorker
+
+pytestmark = pytest.mark.integration
+
+# (owner, name) of what fails, and the stage that counts it.
+Point = tuple[Any, str, str]
+CPU: Final[dict[str, Point]] = {
+    "questions": (TracedStep, "asked", "choose_rows"),
+    "rows": (cpu_measurer, "NativeRows", "observe"),
+    "layer": (cpu_measurer.CachedLayer, "of", "observe"),
+    "queries": (cpu_measurer.NativeStep, "take", "observe"),
+    "kernel": (cpu_measurer.NativeStep, "measure", "observe"),
+    "statistics of traces": (TracedStep, "add_stats", "end_step"),
+    "answers": (TracedStep, "add_answers", "end_step"),
+    "accumulators": (Accumulators, "add", "end_step"),
+    "traces": (TracedStep, "commit", "end_step"),
+}
+TORCH: Final[dict[str, Point]] = {
+    "plan": (cpu_measurer, "plan_rows", "observe"),
+    "statistics": (cpu_measurer, "row_stats_cpu", "end_step"),
+    "probe": (cpu_measurer, "row_probe_cpu", "probe"),
+}
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("broken")
+
+
+def check(worker: ObservedWorker, monkeypatch: pytest.MonkeyPatch, point: Point, prepare: Callable[[], None]) -> None:
+    """A good step, one that fails at a point, and a good one again."""
+    owner, name, stage = point
+    worker.step()
+    assert worker.rows() == [len(KEYS)] * len(LAYERS)
+    spent = worker.observer.counters.overhead_seconds
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, broken)
+        prepare()
+        worker.step()
+        before = worker.rows()
+    assert set(worker.errors.counts()) == {stage}
+    assert worker.listening[-1] is False
+    assert worker.observer.counters.overhead_seconds > spent
+    failed = KEYS[0] + 1
+    worker.step()
+    assert worker.rows() == [n + len(KEYS) for n in before], "all rows of the good step, and no stale one"
+    positions = worker.traced_positions()
+    assert {KEYS[0], KEYS[0] + 2} == set(positions) - {failed}
+    counts = dict(worker.errors.counts())
+    worker.step()
+    assert worker.errors.counts() == counts
+
+
+@pytest.mark.parametrize("point", CPU.values(), ids=CPU)
+def test_native(monkeypatch: pytest.MonkeyPatch, point: Point) -> None:
+    """The compiled kernel: at each stage of a measured step with a traced request."""
+    worker = ObservedWorker("cpu")
+
+    def forget_layers() -> None:
+        worker.measurer._cached_layers.clear()
+
+    check(worker, monkeypatch, point, forget_layers)
+
+
+@pytest.mark.parametrize("point", TORCH.values(), ids=TORCH)
+def test_torch(monkeypatch: pytest.MonkeyPatch, point: Point) -> None:
+    """Where torch measures."""
+    check(ObservedWorker("cpu", native=False), monkeypatch, point, lambda: None)
+
+
+def test_one_layer_does_not_keep_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer whose cache can't be read is an error in each step, and the only one without rows."""
+    worker = ObservedWorker("cpu")
+    of = cpu_measurer.CachedLayer.of
+
+    def not_the_second(view: Any, *args: Any) -> Any:
+        return broken() if view.name.split(".")[2] == "4" else of(view, *args)
+
+    monkeypatch.setattr(cpu_measurer.CachedLayer, "of", not_the_second)
+    worker.step()
+    worker.step()
+    assert worker.rows() == [2 * len(KEYS), 0, 2 * len(KEYS)]
+    assert worker.errors.counts() == {"observe": 2}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("asked", "probe"),
+        ("rotate", "choose_rows"),
+        ("row_stats", "observe"),
+        ("row_probe", "probe"),
+        ("_collect", "end_step"),
+        ("commit", "deferred"),
+    ],
+)
+def test_gpu(monkeypatch: pytest.MonkeyPatch, name: str, stage: str) -> None:
+    """The measurer on a GPU: rows that were queued already are measured, and no replay after it measures any."""
+    from glassbox.measure import gpu_measurer
+
+    worker = ObservedWorker("cuda")
+    owner = {
+        "asked": TracedStep,
+        "rotate": Accumulators,
+        "_collect": gpu_measurer.GpuMeasurer,
+        "commit": TracedStep,
+    }.get(name, gpu_measurer)
+    check(worker, monkeypatch, (owner, name, stage), lambda: None)
+    measurer: Any = worker.measurer
+    assert not measurer._num_rows.any()
+    assert not measurer._active
+    assert not measurer._graphs.measuring
