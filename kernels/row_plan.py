@@ -16,8 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-_QUERY, _BATCH, _PHASE, _PROMPT_LEN = range(4)
-_DECODE: Final = 1  # bit of the phase; others don't concern the statistics
+from glassbox.core.rows import ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_PROMPT_LEN, ROW_QUERY
 
 # Float32 numbers of one tile's keys: 4 MB. Tiles of a quarter of that cost more calls, of twice that more
 # cache misses (64 requests x 2000 keys and 1 x 131072, 2-core AVX-512 server, 2026-11).
@@ -129,15 +128,15 @@ class RowPlan:
     ) -> None:
         """See `plan_rows`."""
         # Sorted by request, then by query: an item's rows stand together.
-        order = np.lexsort((rows[:, _QUERY], rows[:, _BATCH]))
+        order = np.lexsort((rows[:, ROW_QUERY], rows[:, ROW_BATCH]))
         listed = rows[order].astype(np.int64)
-        batch = listed[:, _BATCH]
-        position = lens[batch].astype(np.int64) - starts[batch + 1] + listed[:, _QUERY]
-        if ((listed[:, _QUERY] < starts[batch]) | (listed[:, _QUERY] >= starts[batch + 1]) | (position < 0)).any():
+        query, batch = listed[:, ROW_QUERY], listed[:, ROW_BATCH]
+        position = lens[batch].astype(np.int64) - starts[batch + 1] + query
+        if ((query < starts[batch]) | (query >= starts[batch + 1]) | (position < 0)).any():
             raise ValueError("every row must be a token of its request, got a query index outside of its batch row")
         first = np.zeros_like(position) if sliding_window is None else np.maximum(position - sliding_window + 1, 0)
         self.num_rows: Final = len(rows)
-        self.query_index: Final = torch.from_numpy(listed[:, _QUERY].copy())
+        self.query_index: Final = torch.from_numpy(query.copy())
         self.sliding_window: Final = sliding_window
         self.sink_tokens: Final = sink_tokens
         self.local_window: Final = local_window
@@ -149,13 +148,13 @@ class RowPlan:
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
         n = (position - first + 1)[inverse, None]
-        context = np.clip((listed[:, _PROMPT_LEN] - first)[inverse, None], 0, n)
+        context = np.clip((listed[:, ROW_PROMPT_LEN] - first)[inverse, None], 0, n)
         log_n = np.log(n.astype(np.float64))
         self.inverse_log_n: Final = np.divide(1.0, log_n, out=np.zeros_like(log_n), where=n > 1).astype(np.float32)
         self.num_keys: Final = n.astype(np.float32)
         self.num_context: Final = np.maximum(context, 1).astype(np.float32)
         self.num_generated: Final = np.maximum(n - context, 1).astype(np.float32)
-        self.decode: Final = (listed[inverse, _PHASE, None] & _DECODE) == _DECODE
+        self.decode: Final = (listed[inverse, ROW_PHASE, None] & ROW_DECODE) == ROW_DECODE
 
     def groups(self, num_heads: int, key_numbers: int) -> tuple[Group, ...]:
         """The step's work, cut to the size of a layer and kept for other layers of that size.
@@ -219,7 +218,7 @@ class RowPlan:
         """Groups of items (an item is a run of rows of one request), of like row count and length."""
         if not len(self._order):
             return
-        batch = self._listed[:, _BATCH]
+        batch = self._listed[:, ROW_BATCH]
         index = np.arange(len(batch))
         new_request = np.r_[True, batch[1:] != batch[:-1]]
         in_request = index - np.maximum.accumulate(np.where(new_request, index, 0))
@@ -264,7 +263,7 @@ class RowPlan:
             rows=self._order[index[real]],
             real=real,
             position=torch.from_numpy(self._position[index, None]),
-            prompt_len=torch.from_numpy(self._listed[index, _PROMPT_LEN][:, None]),
+            prompt_len=torch.from_numpy(self._listed[index, ROW_PROMPT_LEN][:, None]),
             tiles=tuple(self._tile(items, at, min(step, num_blocks - at)) for at in range(0, num_blocks, step)),
         )
 
@@ -272,7 +271,7 @@ class RowPlan:
         """Blocks `at` .. `at + num_blocks` of each item; shorter items repeat their last block, hidden."""
         index = items.index
         columns = np.minimum(at + np.arange(num_blocks), items.length[:, None] - 1) + items.low[:, None]
-        block_ids = self._table[self._listed[items.start, _BATCH][:, None], columns].astype(np.int64)
+        block_ids = self._table[self._listed[items.start, ROW_BATCH][:, None], columns].astype(np.int64)
         keys = num_blocks * self._block_size
         base = np.repeat((items.low + at) * self._block_size, items.rows_per_item)[:, None]
         position, first = self._position[index, None], self._first[index, None]
@@ -283,7 +282,7 @@ class RowPlan:
             weights = column_weights(
                 torch.from_numpy(base),
                 torch.from_numpy(position),
-                torch.from_numpy(self._listed[index, _PROMPT_LEN][:, None]),
+                torch.from_numpy(self._listed[index, ROW_PROMPT_LEN][:, None]),
                 keys=keys,
                 sink_tokens=self.sink_tokens,
                 local_window=self.local_window,
@@ -349,7 +348,7 @@ def plan_rows(
     """Plans the measurement of a step's rows, once for all layers that share these arguments.
 
     Args:
-        rows: the row list, int32 [R, 5] (query index, batch row, phase, prompt length, trace slot).
+        rows: the row list, int32 [R, NUM_ROW_COLUMNS]; see `core/rows.py`.
         query_start_loc: [B + 1].
         seq_lens: [B].
         block_table: [B, max_blocks]; entries beyond a sequence are not looked at.

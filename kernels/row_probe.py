@@ -20,8 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from glassbox.kernels.layer_params import LayerParams
+from glassbox.kernels.paged_keys import (
+    MAX_HEAD_SIZE,
+    MAX_PAGE_ELEMENTS,
+    NO_WINDOW,
+    dot_dtype,
+    load_keys,
+    soft_capped,
+)
 from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers
-from glassbox.kernels.row_stats import MAX_HEAD_SIZE, MAX_PAGE_ELEMENTS, NO_WINDOW, dot_dtype
 
 SCRATCH_BYTES: Final = 16 << 20
 
@@ -35,8 +42,6 @@ _WARPS: Final = 4
 _BLOCK_H: Final = 16
 # An address that is a multiple of this lets the kernel load 16 bytes at once.
 _ALIGNMENT: Final = 16
-
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 # What differs between steps must not compile another variant.
 _FREE_POINTERS: Final = [
@@ -111,7 +116,6 @@ def _row_probe_kernel(
         return
 
     offs_n = tl.arange(0, BLOCK_N)
-    offs_p = tl.arange(0, BLOCK_N // PAGE if BLOCK_N % PAGE == 0 else 1)
     offs_d = tl.arange(0, BLOCK_D)
     # [BLOCK_D, BLOCK_H]; further heads and the padding of HEAD_SIZE are 0.
     q = tl.load(
@@ -140,32 +144,15 @@ def _row_probe_kernel(
     for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
         j = tile * BLOCK_N + offs_n
         visible = (j >= lowest) & (j <= position)
-        if BLOCK_N % PAGE == 0:
-            # Whole pages a tile: one table entry per page.
-            entry = tl.load(
-                table_ptr + tile * (BLOCK_N // PAGE) + offs_p,
-                mask=tile * BLOCK_N + offs_p * PAGE <= position,
-                other=0,
-            )
-            block = tl.reshape(tl.broadcast_to(entry[:, None], [BLOCK_N // PAGE, PAGE]), [BLOCK_N])
-            slot = offs_n % PAGE
-        else:
-            block = tl.load(table_ptr + j // PAGE, mask=visible, other=0)
-            slot = j % PAGE
-        k = tl.load(
-            k_head_ptr
-            + block.to(tl.int64)[:, None] * stride_k_block
-            + (slot[:, None] * stride_k_slot + offs_d[None, :]),
-            mask=visible[:, None] & (offs_d < HEAD_SIZE)[None, :],
-            other=0.0,
-        )
+        k = load_keys(
+            k_head_ptr, table_ptr, tile, j, visible, position, offs_n, offs_d, stride_k_block, stride_k_slot,
+            HEAD_SIZE, PAGE, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
         # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_H] -> [BLOCK_N, BLOCK_H]
         s = tl.dot(k.to(DOT_DTYPE), q, input_precision="ieee") * factor
         finite = tl.abs(s) < float("inf")
         if HAS_SOFT_CAP:
-            # tanh(x) = 1 - 2 / (e^2x + 1), which is +-1 where e^2x overflows or vanishes.
-            capped = divisor - 2.0 * divisor / (tl.exp2(s * (2.0 * _LOG2E / divisor)) + 1.0)
-            s = tl.where(soft_cap > 0.0, capped, s)
+            s = tl.where(soft_cap > 0.0, soft_capped(s, divisor), s)
         if HAS_ALIBI:
             s = s - slopes[None, :] * (position - j).to(tl.float32)[:, None]
         s = tl.where(finite, s, float("nan"))

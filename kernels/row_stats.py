@@ -19,19 +19,36 @@ import torch
 import triton
 import triton.language as tl
 
+from glassbox.core.rows import (
+    NUM_ROW_COLUMNS,
+    ROW_BATCH,
+    ROW_DECODE,
+    ROW_PHASE,
+    ROW_PROMPT_LEN,
+    ROW_QUERY,
+    ROW_SLOT,
+    ROW_UNCOUNTED,
+)
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS
 from glassbox.kernels.layer_params import LayerParams
+from glassbox.kernels.paged_keys import (
+    LOG2E,
+    MAX_HEAD_SIZE,
+    MAX_PAGE_ELEMENTS,
+    NO_WINDOW,
+    dot_dtype,
+    load_keys,
+    soft_capped,
+)
 
-ROW_COLUMNS: Final = 5
-MAX_HEAD_SIZE: Final = 256
-
-_ROW_QUERY = tl.constexpr(0)
-_ROW_BATCH = tl.constexpr(1)
-_ROW_PHASE = tl.constexpr(2)
-_ROW_PROMPT_LEN = tl.constexpr(3)
-_ROW_SLOT = tl.constexpr(4)
-_ROW_UNCOUNTED = tl.constexpr(2)
-_ROW_COLUMNS = tl.constexpr(ROW_COLUMNS)
+_NUM_ROW_COLUMNS = tl.constexpr(NUM_ROW_COLUMNS)
+_ROW_QUERY = tl.constexpr(ROW_QUERY)
+_ROW_BATCH = tl.constexpr(ROW_BATCH)
+_ROW_PHASE = tl.constexpr(ROW_PHASE)
+_ROW_PROMPT_LEN = tl.constexpr(ROW_PROMPT_LEN)
+_ROW_SLOT = tl.constexpr(ROW_SLOT)
+_ROW_DECODE = tl.constexpr(ROW_DECODE)
+_ROW_UNCOUNTED = tl.constexpr(ROW_UNCOUNTED)
 
 _ENTROPY_RATIO = tl.constexpr(INDEX["entropy_ratio"])
 _EFFECTIVE_KEYS = tl.constexpr(INDEX["effective_keys"])
@@ -46,7 +63,6 @@ _NUM_STATISTICS = tl.constexpr(NUM_STATISTICS)
 _NUM_BUCKETS = tl.constexpr(NUM_BUCKETS)
 _BLOCK_STATISTICS = tl.constexpr(triton.next_power_of_2(NUM_STATISTICS))
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 # 2^-256 is 0 in float32; a finite floor keeps 0 * -inf out of E.
 _MIN_EXPONENT = tl.constexpr(-256.0)
@@ -59,16 +75,13 @@ _MERGE_BLOCK = tl.constexpr(16)
 
 # Query heads of one KV head that share a tile; more of them (wide MQA) are done in groups of this many.
 _MAX_BLOCK_HEADS: Final = 16
-NO_WINDOW: Final = 2**31 - 1
-# Offsets within a page are int32 in the kernel; those of pages are int64.
-MAX_PAGE_ELEMENTS: Final = 2**31 - 1
 
 
 @triton.jit
 def _exponent(score, reference):
     """log2 of e^(score - reference), floored; NaN (both infinite) becomes the floor."""
     # Subtract before scaling: exact for scores near the maximum however large they are.
-    return tl.maximum((score - reference) * _LOG2E, _MIN_EXPONENT)
+    return tl.maximum((score - reference) * LOG2E, _MIN_EXPONENT)
 
 
 @triton.jit
@@ -139,7 +152,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     block_table_ptr,  # [num_seqs, max_blocks] int32
     query_start_loc_ptr,  # [num_seqs + 1] int32
     seq_lens_ptr,  # [num_seqs] int32
-    rows_ptr,  # [max_rows, 5] int32
+    rows_ptr,  # [max_rows, _NUM_ROW_COLUMNS] int32
     num_rows_ptr,  # [1] int32
     q_scale_ptr,  # [1] or [Hkv] float32
     k_scale_ptr,  # [1] or [Hkv] float32
@@ -206,8 +219,8 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     # The plan: which tiles of keys each listed row has, [BLOCK_ROWS]. Every program makes the same one.
     index = tl.arange(0, BLOCK_ROWS)
     listed = index < tl.minimum(num_rows, max_rows)
-    row_batch = tl.load(rows_ptr + index * _ROW_COLUMNS + _ROW_BATCH, mask=listed, other=0)
-    row_query = tl.load(rows_ptr + index * _ROW_COLUMNS + _ROW_QUERY, mask=listed, other=0)
+    row_batch = tl.load(rows_ptr + index * _NUM_ROW_COLUMNS + _ROW_BATCH, mask=listed, other=0)
+    row_query = tl.load(rows_ptr + index * _NUM_ROW_COLUMNS + _ROW_QUERY, mask=listed, other=0)
     query_start = tl.load(query_start_loc_ptr + row_batch, mask=listed, other=0)
     query_end = tl.load(query_start_loc_ptr + row_batch + 1, mask=listed, other=0)
     seq_len = tl.load(seq_lens_ptr + row_batch, mask=listed, other=0)
@@ -224,7 +237,6 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     stop = tl.minimum(start + share, total)
 
     offs_n = tl.arange(0, BLOCK_N)
-    offs_p = tl.arange(0, BLOCK_N // PAGE if BLOCK_N % PAGE == 0 else 1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_h = tl.arange(0, BLOCK_H)
     offs_s = tl.arange(0, _BLOCK_STATISTICS)
@@ -234,9 +246,9 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
         row_tiles = _pick(tiles, index, row)
         row_begin = (_pick(ends, index, row) - row_tiles) * HEAD_BLOCKS
         position = _pick(positions, index, row)
-        query = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_QUERY)
-        batch = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_BATCH)
-        prompt_len = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_PROMPT_LEN)
+        query = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_QUERY)
+        batch = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_BATCH)
+        prompt_len = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_PROMPT_LEN)
         head_block = (unit - row_begin) // row_tiles
         begin = row_begin + head_block * row_tiles
         end = begin + row_tiles
@@ -300,29 +312,10 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                 j = tile * BLOCK_N + offs_n
                 # lowest <= j <= position in one comparison
                 visible = (j - lowest).to(tl.uint32, bitcast=True) < n_visible
-                if BLOCK_N % PAGE == 0:
-                    # Whole pages a tile: one table entry per page, and where a key lies in its page never changes.
-                    entry = tl.load(
-                        table_ptr + tile * (BLOCK_N // PAGE) + offs_p,
-                        mask=tile * BLOCK_N + offs_p * PAGE <= position,
-                        other=0,
-                    )
-                    block = tl.reshape(tl.broadcast_to(entry[:, None], [BLOCK_N // PAGE, PAGE]), [BLOCK_N])
-                    slot = offs_n % PAGE
-                else:
-                    block = tl.load(table_ptr + j // PAGE, mask=j <= position, other=0)
-                    slot = j % PAGE
-                wanted = visible[:, None]
-                if HEAD_SIZE < BLOCK_D:
-                    wanted = wanted & (offs_d < HEAD_SIZE)[None, :]
-                k = tl.load(
-                    k_head_ptr
-                    + block.to(tl.int64)[:, None] * stride_k_block
-                    # int32 within a page: int64 here costs 40 registers
-                    + (slot[:, None] * stride_k_slot + offs_d[None, :]),
-                    mask=wanted,
-                    other=0.0,
-                )
+                k = load_keys(
+                    k_head_ptr, table_ptr, tile, j, visible, position, offs_n, offs_d, stride_k_block, stride_k_slot,
+                    HEAD_SIZE, PAGE, BLOCK_D, BLOCK_N,
+                )  # fmt: skip
                 # [BLOCK_N, BLOCK_D] @ [BLOCK_D, DOT_H] -> [BLOCK_N, DOT_H]
                 s = tl.dot(k.to(DOT_DTYPE), q, input_precision="ieee")
                 if BLOCK_H < DOT_H:
@@ -331,8 +324,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                 s = s * factor
                 bad += s * 0.0  # stays 0 unless s is NaN or infinite
                 if HAS_SOFT_CAP:
-                    # tanh(x) = 1 - 2 / (e^2x + 1), which is +-1 where e^2x overflows or vanishes.
-                    s = soft_cap - 2.0 * soft_cap / (tl.exp2(s * (2.0 * _LOG2E / soft_cap)) + 1.0)
+                    s = soft_capped(s, soft_cap)
                 age = (position - j).to(tl.float32)
                 if HAS_ALIBI:
                     s = s - slopes[None, :] * age[:, None]
@@ -438,8 +430,8 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                     m = m_new
 
         if complete:
-            marks = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_PHASE)
-            phase = marks & 1
+            marks = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_PHASE)
+            phase = marks & _ROW_DECODE
             in_sample = in_group < tl.where((marks & _ROW_UNCOUNTED) == 0, GROUP, 0)
             zk = row_zc + row_zg
             top = m
@@ -458,7 +450,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             entropy = tl.where(n > 1, (tl.log2(zk) - row_e / zk) / log_n, 0.0)
             context = row_zc / tl.maximum(n_context, 1).to(tl.float32)
             generated = row_zg / tl.maximum(n - n_context, 1).to(tl.float32)
-            lookback = tl.where(phase == 1, context / (context + generated), float("nan"))
+            lookback = tl.where(phase == _ROW_DECODE, context / (context + generated), float("nan"))
 
             # [S, BLOCK_H]; the bounds of a statistic hold against rounding.
             column = offs_s[:, None]
@@ -480,7 +472,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                 tl.store(out[None, :] + column, value, mask=is_value)
                 tl.store(out + _NUM_STATISTICS, row_bad, mask=is_head)
             if HAS_RING:
-                ring_slot = tl.load(rows_ptr + row * _ROW_COLUMNS + _ROW_SLOT)
+                ring_slot = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_SLOT)
                 traced = in_group < tl.where(ring_slot >= 0, GROUP, 0)
                 ring = ring_ptr + ring_slot.to(tl.int64) * stride_ring + heads * (_NUM_STATISTICS + 1)
                 tl.store(ring[None, :] + column, value, mask=is_value & traced[None, :])
@@ -598,18 +590,6 @@ def _default_programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def dot_dtype(q: torch.dtype, k: torch.dtype, on_cpu: bool) -> Any:
-    """Type of the dot's operands: the narrowest in which q and K are exact."""
-    half = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    # Triton's interpreter multiplies bfloat16 by its bit pattern (seen in 3.9).
-    if on_cpu or torch.float32 in (q, k):
-        return tl.float32
-    if q in half and k in half:
-        return half[q] if q == k else tl.float32
-    # FP8 is exact in both half types; two FP8 operands take bfloat16.
-    return half.get(q) or half.get(k) or tl.bfloat16
-
-
 def _tiling(q: torch.Tensor, k_cache: torch.Tensor) -> Tiling:
     """The fastest of those measured on an H200 (bench_row_stats, suites tune and shapes, 2026-11)."""
     if torch.float32 in (q.dtype, k_cache.dtype):
@@ -648,8 +628,8 @@ def row_stats(
         block_table: [num_seqs, max_blocks] int32, the last dimension contiguous.
         query_start_loc: [num_seqs + 1] int32, first token of each sequence's queries.
         seq_lens: [num_seqs] int32, keys of each sequence including this step's; 0 is padding.
-        rows: [max_rows, 5] int32 row list (query, batch row, phase, prompt length, ring slot or -1); a phase with
-            bit 1 set is a row that is not added to the accumulators.
+        rows: [max_rows, NUM_ROW_COLUMNS] int32 row list, see `core/rows.py`; rows marked ROW_UNCOUNTED are not added
+            to the accumulators.
         num_rows: int32, its first element is the number of rows in use; 0 leaves everything as it is.
         params: of the layer.
         accumulators: of the layer.

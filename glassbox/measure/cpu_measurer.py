@@ -20,6 +20,7 @@ from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.native import NativeError
+from glassbox.core.rows import ROW_PHASE, ROW_UNCOUNTED
 from glassbox.core.trace_options import MAX_ROW_KEYS
 from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import ProbeAnswers, row_probe_cpu
@@ -28,7 +29,6 @@ from glassbox.kernels.row_stats_native import NativeProbe, NativeRows, NativeSte
 from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.contract import AskedRows, BatchTables, LayersAnswer, PackedLayer, StepTraces
 from glassbox.measure.native_layers import CachedLayer, LayerKind
-from glassbox.measure.sampling import ROW_PHASE, ROW_UNCOUNTED
 
 logger = get_logger(__name__)
 

@@ -20,6 +20,7 @@ import torch
 
 from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.core.errors import ErrorCounter
+from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_SLOT
 from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.core.trace_options import MAX_ROW_KEYS
 from glassbox.kernels.row_probe import ProbedLayers, row_probe
@@ -29,7 +30,6 @@ from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.contract import AskedRows, BatchTables, LayersAnswer, StepTraces, StridedLayer
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.graph_nodes import GraphNodes
-from glassbox.measure.sampling import NUM_ROW_COLUMNS, ROW_BATCH, ROW_SLOT
 
 # Numbers and queries of the rows that one step may trace; never fewer than these rows.
 _RING_BYTES: Final = 16 << 20

@@ -12,17 +12,16 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-# Columns of the row list, int32 [R, NUM_ROW_COLUMNS].
-ROW_QUERY: Final = 0  # index into the step's flattened tokens
-ROW_BATCH: Final = 1  # batch row
-ROW_PHASE: Final = 2  # bit 0: 0 prefill, 1 decode, index into statistics.PHASES; bit 1: ROW_UNCOUNTED
-ROW_PROMPT_LEN: Final = 3  # tokens of the request's prompt
-ROW_SLOT: Final = 4  # trace ring slot: number among the step's traced rows, -1 if the request is not traced
-NUM_ROW_COLUMNS: Final = 5
-
-# In ROW_PHASE of a row that is measured only because its request is traced. It must not enter the accumulators:
-# traced requests are measured in every step and would outweigh the sample.
-ROW_UNCOUNTED: Final = 2
+from glassbox.core.rows import (
+    NUM_ROW_COLUMNS,
+    ROW_BATCH,
+    ROW_DECODE,
+    ROW_PHASE,
+    ROW_PROMPT_LEN,
+    ROW_QUERY,
+    ROW_SLOT,
+    ROW_UNCOUNTED,
+)
 
 # Fixed point: with floats two ranks could disagree, and the share would drift after many steps.
 _RATE_BITS: Final = 32
@@ -311,7 +310,7 @@ class RowSampler:
         rows = np.empty((candidate.size, NUM_ROW_COLUMNS), dtype=np.int32)
         rows[:, ROW_QUERY] = np.asarray(query_start, dtype=np.int64)[request] + position - first[request]
         rows[:, ROW_BATCH] = request
-        rows[:, ROW_PHASE] = is_decode
+        rows[:, ROW_PHASE] = np.where(is_decode, ROW_DECODE, 0)
         rows[:, ROW_PROMPT_LEN] = prompt[request]
         rows[:, ROW_SLOT] = -1
         if counted is not None and in_traces is not None:

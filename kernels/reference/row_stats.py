@@ -1,6 +1,6 @@
 """Exact reference of the row statistics: float64, one row and one head at a time.
 
-Owns the meaning of every number in `glassbox.statistics.STATISTICS`; the fast kernels are tested against it.
+Owns the meaning of every number in `glassbox.core.statistics.STATISTICS`; the fast kernels are tested against it.
 It is slow and plain on purpose: each line is one formula of that table.
 
 How a score is made, found by comparing the output of vLLM's CPU kernel (`cpu_attention_with_kv_cache`, vLLM
@@ -20,9 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from glassbox.core.rows import ROW_DECODE
 from glassbox.core.statistics import INDEX, NUM_STATISTICS
-
-DECODE = 1
 
 
 def row_stats_ref(
@@ -49,7 +48,7 @@ def row_stats_ref(
         keys: of each request all keys of its sequence, [n_total, Hkv, D]; Hq is a multiple of Hkv.
         position: own position of each row in its sequence, [R].
         request: index into `keys` of each row, [R].
-        phase: 0 prefill, 1 decode, [R].
+        phase: ROW_DECODE of a decode row, 0 of a prefill row, [R].
         prompt_len: tokens of the prompt of each row's request, [R].
         scale: factor of q.k.
         sliding_window: visible keys of a row, its own included; None is all.
@@ -82,7 +81,7 @@ def row_stats_ref(
             if alibi_slopes is not None:
                 score = score + alibi_slopes[head].to(dtype) * (j - i)
             sink = None if sinks is None else sinks[head].to(dtype)
-            prompt = prompt_len[row] if phase[row] == DECODE else None
+            prompt = prompt_len[row] if phase[row] == ROW_DECODE else None
             out[row, head, :NUM_STATISTICS] = _one_row(
                 score, j, i, sink=sink, prompt_len=prompt, sink_tokens=sink_tokens, local_window=local_window
             )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glassbox.measure.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY
+from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY
 from tests.attached import running_observer
 
 

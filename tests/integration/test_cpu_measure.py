@@ -13,10 +13,10 @@ from glassbox.adapter.attention.layer_view import PackedView, tables_of
 from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.native import NativeError
+from glassbox.core.rows import ROW_UNCOUNTED
 from glassbox.measure import cpu_measurer
 from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.cpu_measurer import CpuMeasurer
-from glassbox.measure.sampling import ROW_UNCOUNTED
 from glassbox.processes.worker.traces.active import ActiveTrace
 from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
 from glassbox.store.trace_record import RequestTrace, Span, TraceOptions

@@ -21,8 +21,9 @@ from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.counters import ENGINE_NUMBERS
 from glassbox.core.errors import ErrorCounter
+from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_UNCOUNTED
 from glassbox.measure.contract import Measurer
-from glassbox.measure.sampling import ROW_BATCH, ROW_PHASE, ROW_UNCOUNTED, RowSampler, StepSampler
+from glassbox.measure.sampling import RowSampler, StepSampler
 from glassbox.processes.worker.step import Step
 from glassbox.processes.worker.traces.tracker import RequestTracker
 

@@ -11,17 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glassbox.measure.sampling import (
-    NUM_ROW_COLUMNS,
-    ROW_BATCH,
-    ROW_PHASE,
-    ROW_QUERY,
-    ROW_SLOT,
-    ROW_UNCOUNTED,
-    RowSampler,
-    StepSampler,
-    is_sampled_step,
-)
+from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
+from glassbox.measure.sampling import RowSampler, StepSampler, is_sampled_step
 
 
 def sampled_steps(rate: float, level: int = 0, steps: int = 10_000) -> list[int]:

@@ -12,8 +12,8 @@ import torch
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
+from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.measure.deferred import DeferredActions
-from glassbox.measure.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.traced_step import TracedStep
 from glassbox.processes.worker.traces.tracker import RequestTracker

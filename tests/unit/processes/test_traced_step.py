@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_SLOT
 from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.measure.contract import LayersAnswer
-from glassbox.measure.sampling import NUM_ROW_COLUMNS, ROW_SLOT
 from glassbox.processes.worker.traces.active import ActiveTrace
 from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
 from glassbox.store.trace_record import Span, TraceOptions

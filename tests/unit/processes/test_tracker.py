@@ -13,9 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from glassbox.adapter.runner import read_batch
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
+from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT
 from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.measure.deferred import DeferredActions
-from glassbox.measure.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, RowSampler, is_sampled_request
+from glassbox.measure.sampling import RowSampler, is_sampled_request
 from glassbox.processes.worker.traces.tracker import REFUSAL_REASONS, RequestTracker, row_positions
 from tests.trace_samples import make_host, new_request, scheduled_step
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.core.rows import ROW_SLOT
 from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.kernels.row_probe_cpu import NO_POSITION
 from glassbox.measure.contract import AskedRows, LayersAnswer
-from glassbox.measure.sampling import ROW_SLOT
 from glassbox.processes.worker.traces.active import ActiveTrace, Chunk
 from glassbox.store.trace_record import MAX_ROW_KEYS
 

@@ -19,9 +19,10 @@ from glassbox.adapter.runner import Batch, RequestTokens, copy_tokens, request_t
 from glassbox.adapter.scheduler import Arrival, ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
+from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.core.trace_options import CHOICE_KEY, ClientChoice, OptionError, parse_options
 from glassbox.measure.deferred import DeferredActions
-from glassbox.measure.sampling import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED, is_sampled_request
+from glassbox.measure.sampling import is_sampled_request
 from glassbox.processes.worker.traces.active import ActiveTrace, TraceHost
 from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
 from glassbox.store.trace_record import Why, external_id
