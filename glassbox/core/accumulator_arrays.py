@@ -19,7 +19,7 @@ _LENGTHS: Final[dict[Axis, int]] = {"phase": len(PHASES), "statistic": NUM_STATI
 
 @dataclass(frozen=True)
 class AccumulatorArray:
-    """A row of the table.
+    """An entry of the table.
 
     Attributes:
         axes: after those of the place, which are [L, H] (layers, heads) unless somebody has summed over them.
@@ -65,8 +65,8 @@ ACCUMULATOR_ARRAYS: Final = (
     AccumulatorArray("nonfinite", ("phase",), "int64"),
     AccumulatorArray("window_max", ("phase",), "float32", cumulative=False),
 )
-ARRAY: Final = {row.name: row for row in ACCUMULATOR_ARRAYS}
-CUMULATIVE_ARRAYS: Final = tuple(row.name for row in ACCUMULATOR_ARRAYS if row.cumulative)
+ARRAY: Final = {entry.name: entry for entry in ACCUMULATOR_ARRAYS}
+CUMULATIVE_ARRAYS: Final = tuple(entry.name for entry in ACCUMULATOR_ARRAYS if entry.cumulative)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
 """The table of engine numbers: what glassbox counts and tells of an engine beside the statistics of attention.
 
 Owns of each number its name, what it holds, its metric, how those of an engine's workers become one, and its place in
-the page's answers. Workers, snapshot files, merging, metrics and page follow the table: a new counter is a row here and
-the line that counts it. The rules that `MergeRule` names are `store/merge.py`'s.
+the page's answers. Workers, snapshot files, merging, metrics and page follow the table: a new counter is an entry here
+and the line that counts it. The rules that `MergeRule` names are `store/merge.py`'s.
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ class MergeRule(Enum):
 
 @dataclass(frozen=True)
 class EngineNumber:
-    """A row of the table.
+    """An entry of the table.
 
     Attributes:
         name: key in snapshot files and in the page's answers.
@@ -63,7 +63,7 @@ class EngineNumber:
         return Counter() if self.labels else self.holds()
 
     def accepts(self, value: object) -> bool:
-        """Whether a value, of this process or of a file, has the kind that the row says."""
+        """Whether a value, of this process or of a file, has the kind that the entry says."""
         if self.labels:
             inner = str if self.kind == "info" else Integral
             return isinstance(value, Mapping) and all(
@@ -220,4 +220,4 @@ ENGINE_NUMBERS: Final[tuple[EngineNumber, ...]] = (
         holds=float,
     ),
 )
-ENGINE_NUMBER: Final = {row.name: row for row in ENGINE_NUMBERS}
+ENGINE_NUMBER: Final = {entry.name: entry for entry in ENGINE_NUMBERS}

@@ -118,9 +118,9 @@ _DRIFT_SHIFT: Final = _plain(
 )
 
 
-def _of_engine(row: EngineNumber) -> Family:
-    kind: Kind = "gauge" if row.kind == "info" else row.kind
-    return _plain(row.metric, row.otel_name, kind, row.unit, row.help, row.labels)
+def _of_engine(entry: EngineNumber) -> Family:
+    kind: Kind = "gauge" if entry.kind == "info" else entry.kind
+    return _plain(entry.metric, entry.otel_name, kind, entry.unit, entry.help, entry.labels)
 
 
 def _histogram(statistic: Statistic) -> Family:
@@ -138,7 +138,7 @@ def _histogram(statistic: Statistic) -> Family:
 _EXPORTED: Final = tuple(statistic for statistic in STATISTICS if statistic.exported)
 _HISTOGRAMS: Final = tuple(_histogram(statistic) for statistic in _EXPORTED)
 _BY_DETAIL: Final = (*_HISTOGRAMS, _WINDOW_MAX, _ROWS, _NONFINITE, _DRIFT_PSI, _DRIFT_SHIFT)
-_OF_ENGINE: Final = {row.name: _of_engine(row) for row in ENGINE_NUMBERS}
+_OF_ENGINE: Final = {entry.name: _of_engine(entry) for entry in ENGINE_NUMBERS}
 # Every metric, without series; labels as at detail `model`. Docs and dashboards are checked against it.
 METRICS: Final = (*_BY_DETAIL, *_OF_ENGINE.values())
 
@@ -232,16 +232,16 @@ def _drift_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any
 
 def _engine_values(engine: MergedEngine, errors: Mapping[str, int]) -> Iterator[tuple[Family, tuple[str, ...], float]]:
     """Values of the metrics per engine, with the values of their own labels; `errors` are added to the engine's."""
-    for row in ENGINE_NUMBERS:
-        family, number = _OF_ENGINE[row.name], cast(Any, engine.numbers[row.name])
-        if row.kind == "info":
-            yield family, tuple(number.get(label, "") for label in row.labels), 1
-        elif row.labels:
-            more = errors if row.name == "errors" else {}
+    for entry in ENGINE_NUMBERS:
+        family, number = _OF_ENGINE[entry.name], cast(Any, engine.numbers[entry.name])
+        if entry.kind == "info":
+            yield family, tuple(number.get(label, "") for label in entry.labels), 1
+        elif entry.labels:
+            more = errors if entry.name == "errors" else {}
             for value in sorted({*number, *more}):
                 yield family, (value,), number.get(value, 0) + more.get(value, 0)
         else:
-            yield family, (), int(number) if row.holds is bool else number
+            yield family, (), int(number) if entry.holds is bool else number
 
 
 def samples_per_place(with_drift: bool = False) -> int:

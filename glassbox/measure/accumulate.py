@@ -30,9 +30,9 @@ class Accumulators:
 
     def __init__(self, num_layers: int, num_heads: int, device: torch.device | str = "cpu") -> None:
 
-        def empty(row: AccumulatorArray, *slots: int) -> torch.Tensor:
-            shape, dtype = (*slots, *row.shape(num_layers, num_heads)), getattr(torch, row.dtype)
-            return torch.full(shape, row.nothing, dtype=dtype, device=device)
+        def empty(entry: AccumulatorArray, *slots: int) -> torch.Tensor:
+            shape, dtype = (*slots, *entry.shape(num_layers, num_heads)), getattr(torch, entry.dtype)
+            return torch.full(shape, entry.nothing, dtype=dtype, device=device)
 
         self.counts, self.sums = empty(ARRAY["counts"]), empty(ARRAY["sums"])
         self.rows, self.nonfinite = empty(ARRAY["rows"]), empty(ARRAY["nonfinite"])

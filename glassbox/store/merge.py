@@ -104,7 +104,7 @@ def _merge_engine(snapshots: Iterable[Snapshot]) -> MergedEngine:
         num_layers=max(snapshot.num_layers_total for snapshot in workers.all),
         time_s=workers.newest.time_s,
         start_time_s=min(snapshot.start_time_s for snapshot in workers.all),
-        numbers={row.name: _RULES[row.merge](workers, row.name) for row in ENGINE_NUMBERS},
+        numbers={entry.name: _RULES[entry.merge](workers, entry.name) for entry in ENGINE_NUMBERS},
         **_merge_arrays(workers, layers, heads),
     )
 
@@ -151,7 +151,7 @@ def _merge_arrays(workers: _Workers, layers: tuple[int, ...], heads: int) -> dic
     Within a rank, the same head is a restarted worker: it adds up. Across ranks it is a replicated head, which both
     measured: the lowest rank stands for it, because rows count once per layer and head.
     """
-    arrays = {name: row.empty(len(layers), heads) for name, row in ARRAY.items()}
+    arrays = {name: entry.empty(len(layers), heads) for name, entry in ARRAY.items()}
     owner = np.full((len(layers), heads), -1, dtype=np.int64)  # rank whose numbers stand at [layer, head]
     live = {id(snapshot) for snapshot in workers.live.values()}
     for snapshot in workers.all:
@@ -163,11 +163,11 @@ def _merge_arrays(workers: _Workers, layers: tuple[int, ...], heads: int) -> dic
         )
         mine = (owner[at] == -1) | (owner[at] == snapshot.rank)
         owner[at] = np.where(mine, snapshot.rank, owner[at])
-        for row in ACCUMULATOR_ARRAYS:
-            if row.cumulative or id(snapshot) in live:
-                where = mine.reshape(*mine.shape, *(1 for _ in row.axes))
-                its = np.where(where, getattr(snapshot, row.name), row.nothing)
-                arrays[row.name][at] = row.combine(arrays[row.name][at], its)
+        for entry in ACCUMULATOR_ARRAYS:
+            if entry.cumulative or id(snapshot) in live:
+                where = mine.reshape(*mine.shape, *(1 for _ in entry.axes))
+                its = np.where(where, getattr(snapshot, entry.name), entry.nothing)
+                arrays[entry.name][at] = entry.combine(arrays[entry.name][at], its)
     return arrays
 
 
@@ -182,6 +182,7 @@ def aggregate(engine: MergedEngine, detail: Detail) -> Aggregate:
     }
     places = len(labels[detail])
     arrays = {
-        row.name: row.reduce(getattr(engine, row.name), axes).reshape(row.shape(places)) for row in ACCUMULATOR_ARRAYS
+        entry.name: entry.reduce(getattr(engine, entry.name), axes).reshape(entry.shape(places))
+        for entry in ACCUMULATOR_ARRAYS
     }
     return Aggregate(labels=tuple(labels[detail]), **arrays)

@@ -161,7 +161,7 @@ def _decode(data: bytes) -> Snapshot:
         meta = json.loads(bytes(archive["meta"]).decode())
         if meta.pop("format", None) != FORMAT_VERSION:
             raise ValueError(f"format must be {FORMAT_VERSION}")
-        arrays = {name: archive[name].astype(row.dtype, copy=False) for name, row in ARRAY.items()}
+        arrays = {name: archive[name].astype(entry.dtype, copy=False) for name, entry in ARRAY.items()}
     meta["layers"] = tuple(int(layer) for layer in meta["layers"])
     return Snapshot(**meta, **arrays)
 

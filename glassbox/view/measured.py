@@ -122,7 +122,7 @@ class Measured:
             return self
         axes = (1,) if detail == "layer" else (0, 1)
         arrays: dict[str, Any] = {
-            name: row.reduce(getattr(self, name), axes, keepdims=True) for name, row in ARRAY.items()
+            name: entry.reduce(getattr(self, name), axes, keepdims=True) for name, entry in ARRAY.items()
         }
         return replace(
             self,
@@ -140,7 +140,7 @@ class Measured:
         layers, heads = places([*product(self.layers, self.heads), *product(other.layers, other.heads)])
         both = replace(self, layers=layers, heads=heads)
         mine, others = _arrays_at(self, both), _arrays_at(other, both)
-        arrays: dict[str, Any] = {name: row.combine(mine[name], others[name]) for name, row in ARRAY.items()}
+        arrays: dict[str, Any] = {name: entry.combine(mine[name], others[name]) for name, entry in ARRAY.items()}
         end = max(self.time_s, other.time_s)
         begin = min(m.time_s - (m.window_s or 0.0) for m in (self, other))
         return replace(
@@ -193,7 +193,7 @@ def find_statistic(name: str) -> Statistic:
 
 def empty_arrays(num_layers: int, num_heads: int) -> dict[str, Floats]:
     """The arrays of a `Measured` before anything is in them."""
-    return {name: np.full(row.shape(num_layers, num_heads), float(row.nothing)) for name, row in ARRAY.items()}
+    return {name: np.full(entry.shape(num_layers, num_heads), float(entry.nothing)) for name, entry in ARRAY.items()}
 
 
 def places(keys: Iterable[tuple[int | None, int | None]]) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
@@ -221,7 +221,7 @@ def _placed(values: Floats, of: Measured, like: Measured, fill: float) -> Floats
 
 def _arrays_at(run: Measured, like: Measured) -> dict[str, Any]:
     """All arrays of one run at the layers and heads of another."""
-    return {name: _placed(getattr(run, name), run, like, fill=float(row.nothing)) for name, row in ARRAY.items()}
+    return {name: _placed(getattr(run, name), run, like, fill=float(entry.nothing)) for name, entry in ARRAY.items()}
 
 
 def _engines_since(now: Engines, then: Engines) -> Engines:

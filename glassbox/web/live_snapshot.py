@@ -18,7 +18,7 @@ from glassbox.web.matrices import head_answer, phase_answer
 from glassbox.web.selection import Selection
 
 # Names of the engine numbers that an answer has, in its order.
-_PLACES: Final = {row.name: row.page for row in ENGINE_NUMBERS if row.page is not None}
+_PLACES: Final = {entry.name: entry.page for entry in ENGINE_NUMBERS if entry.page is not None}
 _NUMBERS: Final = tuple(sorted(_PLACES, key=lambda name: _PLACES[name]))
 
 

@@ -42,18 +42,20 @@ def between(old: MergedEngine | None, new: MergedEngine) -> MergedEngine:
     return replace(
         new,
         start_time_s=old.time_s,
-        numbers={row.name: _gained(row, old.numbers[row.name], new.numbers[row.name]) for row in ENGINE_NUMBERS},
+        numbers={
+            entry.name: _gained(entry, old.numbers[entry.name], new.numbers[entry.name]) for entry in ENGINE_NUMBERS
+        },
         **{name: getattr(new, name) - getattr(old, name) for name in CUMULATIVE_ARRAYS},
     )
 
 
-def _gained(row: EngineNumber, old: Any, new: Any) -> Any:
+def _gained(entry: EngineNumber, old: Any, new: Any) -> Any:
     """Of a counter what came since `old`, never below 0; anything else as it is now."""
-    if row.kind != "counter":
+    if entry.kind != "counter":
         return new
-    if row.labels:
+    if entry.labels:
         return {value: max(0, count - old.get(value, 0)) for value, count in new.items()}
-    return max(row.zero(), new - old)
+    return max(entry.zero(), new - old)
 
 
 def means(engine: MergedEngine, statistic: Statistic, phase: Phase) -> Floats:

@@ -36,13 +36,13 @@ class Counters(SimpleNamespace):
     """
 
     def __init__(self) -> None:
-        super().__init__(**{row.name: row.zero() for row in ENGINE_NUMBERS if row.kind == "counter"})
+        super().__init__(**{entry.name: entry.zero() for entry in ENGINE_NUMBERS if entry.kind == "counter"})
         self.finished_steps = 0
 
     def numbers(self) -> dict[str, Any]:
         """A copy, by name."""
-        counted = ((row, getattr(self, row.name)) for row in ENGINE_NUMBERS if row.kind == "counter")
-        return {row.name: dict(value) if row.labels else value for row, value in counted}
+        counted = ((entry, getattr(self, entry.name)) for entry in ENGINE_NUMBERS if entry.kind == "counter")
+        return {entry.name: dict(value) if entry.labels else value for entry, value in counted}
 
 
 class Observer:

@@ -1,7 +1,7 @@
-"""A program: two workers of a glassbox whose table of engine numbers has one row more, and who shows it.
+"""A program: two workers of a glassbox whose table of engine numbers has one entry more, and who shows it.
 
-The row is added before any module that follows the table is loaded, as if it stood in `core/counters.py`. Nothing else
-here is about that counter but the line that counts it. Arguments: a folder, and the counter's own label or "".
+The entry is added before any module that follows the table is loaded, as if it stood in `core/counters.py`. Nothing
+else here is about that counter but the line that counts it. Arguments: a folder, and the counter's own label or "".
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from glassbox.core import counters
 
 FOLDER, LABEL = Path(sys.argv[1]), sys.argv[2]
-ROW = counters.EngineNumber(
+ENTRY = counters.EngineNumber(
     name="late_steps",
     metric="late_steps_total",
     otel_name="late_steps",
@@ -24,8 +24,8 @@ ROW = counters.EngineNumber(
     labels=(LABEL,) if LABEL else (),
     page=99,
 )
-counters.ENGINE_NUMBERS += (ROW,)
-counters.ENGINE_NUMBER[ROW.name] = ROW
+counters.ENGINE_NUMBERS += (ENTRY,)
+counters.ENGINE_NUMBER[ENTRY.name] = ENTRY
 
 import numpy as np  # noqa: E402  # the table is complete only now
 from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402
@@ -50,7 +50,7 @@ ALL = Selection(STATISTICS[:1], (Phase.DECODE,))
 
 def worker(rank: int) -> Any:
     """A worker without a vLLM: what `snapshot()` asks of its parts, for one layer with one of two heads."""
-    arrays = AccumulatorArrays(**{name: row.empty(1, 1) for name, row in ARRAY.items()})
+    arrays = AccumulatorArrays(**{name: entry.empty(1, 1) for name, entry in ARRAY.items()})
     made = object.__new__(Worker)
     vars(made).update(
         _instance=f"rank{rank}",
@@ -84,7 +84,7 @@ def write(workers: list[Any]) -> list[Path]:
 
 def number_in(path: Path) -> Any:
     with np.load(path) as archive:
-        return json.loads(bytes(archive["meta"]))["numbers"][ROW.name]
+        return json.loads(bytes(archive["meta"]))["numbers"][ENTRY.name]
 
 
 def main() -> None:
@@ -101,11 +101,11 @@ def main() -> None:
     text = generate_latest(registry).decode()
     result = {
         "files": [number_in(path) for path in paths],
-        "before": before.numbers[ROW.name],
-        "merged": after.numbers[ROW.name],
+        "before": before.numbers[ENTRY.name],
+        "merged": after.numbers[ENTRY.name],
         "metrics": [line for line in text.splitlines() if "late_steps" in line],
-        "page": json.loads(snapshot_answer(source, ALL))["engines"][0][ROW.name],
-        "interval": engine_answer(between(before, after), ALL, CONFIG)[ROW.name],
+        "page": json.loads(snapshot_answer(source, ALL))["engines"][0][ENTRY.name],
+        "interval": engine_answer(between(before, after), ALL, CONFIG)[ENTRY.name],
     }
     print(f"RESULT {json.dumps(result)}")
 

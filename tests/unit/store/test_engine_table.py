@@ -1,4 +1,4 @@
-"""The table of engine numbers: a new counter is one row and the line that counts it."""
+"""The table of engine numbers: a new counter is one entry and the line that counts it."""
 
 import json
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from tests.export_samples import changed, make_snapshot, split_heads
 from tests.program import environment, run_program
 
 
-class TestOneRowMore:
+class TestOneEntryMore:
     @pytest.mark.parametrize("label", ["", "cause"])
     def test_it_is_everywhere(self, tmp_path: Path, label: str) -> None:
-        """A row that only the test knows is in the files of two ranks, their merge, the metrics and the page."""
+        """An entry that only the test knows is in the files of two ranks, their merge, the metrics and the page."""
         args = [str(tmp_path / "run"), label]
         found = run_program("unit/store/one_more_counter.py", args, environment(), tmp_path).result
 
@@ -43,13 +43,13 @@ class TestOneRowMore:
 
 class TestTheTable:
     def test_names_and_metrics_are_distinct(self) -> None:
-        """Two rows under one name would be one number."""
-        for names in ([row.name for row in ENGINE_NUMBERS], [row.metric for row in ENGINE_NUMBERS]):
+        """Two entries under one name would be one number."""
+        for names in ([entry.name for entry in ENGINE_NUMBERS], [entry.metric for entry in ENGINE_NUMBERS]):
             assert len(names) == len(set(names))
 
     def test_a_counter_ends_in_total(self) -> None:
         """As Prometheus wants it, and nothing else does."""
-        assert all(row.metric.endswith("_total") == (row.kind == "counter") for row in ENGINE_NUMBERS)
+        assert all(entry.metric.endswith("_total") == (entry.kind == "counter") for entry in ENGINE_NUMBERS)
 
     def test_every_rule_merges(self) -> None:
         """Of two ranks and of a restart, as each rule says; a label that one worker does not have is 0 there."""
@@ -72,7 +72,7 @@ class TestTheTable:
             MergeRule.ALL_LIVE: engine.numbers["reload_successful"],
             MergeRule.NEWEST: engine.build,
         }
-        assert set(MergeRule) == {row.merge for row in ENGINE_NUMBERS}
+        assert set(MergeRule) == {entry.merge for entry in ENGINE_NUMBERS}
 
 
 def rewrite(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
