@@ -2,7 +2,7 @@
 
 Owns the measurement of layers of one kind. It does not know how a cache is laid out (a `KeyReader` does), nor how a
 step's work is cut (`row_plan.py`), nor where rows come from. The meaning of each number stands in
-`glassbox.statistics`, its exact form in `reference/row_stats.py`.
+`glassbox.core.statistics`, its exact form in `reference/row_stats.py`.
 
 Each tile normalises its own softmax, so all its sums are means over at most some thousand keys, which float32
 holds well; what spans tiles is merged in float64. So precision doesn't depend on the length of the context.
@@ -102,7 +102,7 @@ class LayerRows:
 
 
 def row_stats_cpu(layers: Sequence[LayerRows], plan: RowPlan) -> Tensor:
-    """Statistics of the planned rows in some layers, as `glassbox.statistics` defines them.
+    """Statistics of the planned rows in some layers, as `glassbox.core.statistics` defines them.
 
     Scores of magnitude 1e38 and more count as overflow (nonfinite).
 

@@ -41,7 +41,7 @@ def row_stats_ref(
     local_window: int = 128,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Statistics of attention rows, as `glassbox.statistics` defines them.
+    """Statistics of attention rows, as `glassbox.core.statistics` defines them.
 
     Args:
         q: queries of the rows, [R, Hq, D].
