@@ -2,23 +2,27 @@
 // they are there, and many layers are measured in one call: between two layers of a model nothing of what measures them
 // is left in the CPU's caches.
 //
-// Owns the arithmetic alone. What each number means stands in glassbox/statistics.py, its exact form in
-// reference/row_stats.py and reference/row_probe.py; the structs are filled by row_stats_native.py, field by field.
+// Owns the arithmetic alone. What each number means stands in glassbox/core/statistics.py, its exact form in
+// reference/row_stats.py and reference/row_probe.py; the structs are filled by row_stats_native.py, field by field. Which
+// column has what, which number is which type, and what its structs look like, it passes as macros to the compiler:
+// GLASSBOX_ROW_COLUMNS, GLASSBOX_STATISTICS, GLASSBOX_TYPES, GLASSBOX_MAX_TOP_K and GLASSBOX_LAYOUT.
 //
 // A page's keys are widened to float32 and put in the order [head dimension][token] once for all rows and heads that
 // read them, unless they lie so. Sums over keys are float32 within CHUNK keys and double beyond.
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 extern "C" {
 
 // The row list of a step, and where its requests stand.
 struct GlassboxRows {
-    const int32_t* rows;  // [num_rows, 5]: query index, batch row, phase, prompt length, trace slot
+    const int32_t* rows;         // [num_rows, NUM_ROW_COLUMNS]
     const int32_t* query_start;  // [batch + 1]
     const int32_t* seq_lens;     // [batch]
     const int32_t* block_table;  // [batch, blocks]
@@ -48,7 +52,7 @@ struct GlassboxLayer {
 
 // What is asked of A rows in L layers of H heads.
 struct GlassboxAsked {
-    int64_t layers, top_k, num_spans, sum_keys;
+    int64_t layers, top_k, num_spans, sum_keys;  // top_k at most MAX_TOP_K
     const int32_t* spans;     // [A, num_spans, 2]
     const uint8_t* chosen;    // [A, L, H]
     int32_t* topk_positions;  // [A, L, H, top_k], filled with -1
@@ -68,22 +72,28 @@ int glassbox_row_stats(const GlassboxRows*, const GlassboxLayer* const* layers, 
 
 namespace {
 
-enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16, E4M3, E5M2 };
+// Whether a field of C++ is what ctypes has in its place.
+template <class T>
+constexpr bool is_pointer = std::is_pointer_v<T>;
+template <class T>
+constexpr bool is_int = std::is_same_v<T, int64_t>;
+template <class T>
+constexpr bool is_real = std::is_same_v<T, double>;
 
-// Columns of glassbox/statistics.py.
-enum Column {
-    ENTROPY_RATIO,
-    EFFECTIVE_KEYS,
-    MAX_LOGIT,
-    TOP1_RATIO,
-    SINK_RATIO,
-    LOCAL_RATIO,
-    DISTANCE_TOKENS,
-    SELF_LOGPROB,
-    LOOKBACK_RATIO,
-    NONFINITE,
-    NUM_COLUMNS
-};
+#define GLASSBOX_STRUCT(Struct, size) \
+    static_assert(sizeof(Struct) == size, #Struct " must have the fields that row_stats_native.py gives it");
+#define GLASSBOX_FIELD(Struct, field, offset, is_kind)                                    \
+    static_assert(offsetof(Struct, field) == offset && is_kind<decltype(Struct::field)>, \
+                  #Struct "." #field " must stand where row_stats_native.py has it, as the same type");
+GLASSBOX_LAYOUT
+
+enum Type : int64_t { GLASSBOX_TYPES };
+
+// Of the row list (glassbox/core/rows.py), with the bits of a phase.
+enum RowColumn : int32_t { GLASSBOX_ROW_COLUMNS };
+
+// Of the statistics of a row and head (glassbox/core/statistics.py), with NONFINITE behind them.
+enum Column { GLASSBOX_STATISTICS };
 
 constexpr int64_t CHUNK = 512;
 #ifdef __AVX512F__
@@ -91,7 +101,7 @@ constexpr int64_t LANES = 32;
 #else
 constexpr int64_t LANES = 16;
 #endif
-constexpr int64_t MAX_TOP = 64;
+constexpr int64_t MAX_TOP_K = GLASSBOX_MAX_TOP_K;
 constexpr float NAN_F = std::numeric_limits<float>::quiet_NaN();
 
 inline float from_bits(uint32_t bits) {
@@ -189,7 +199,7 @@ const float* ordered_page(const void* page, const GlassboxLayer& layer, int64_t 
         case FLOAT32: widen_page<Float32>(page, layer, tokens, low, high, to); break;
         case BFLOAT16: widen_page<BFloat16>(page, layer, tokens, low, high, to); break;
         case FLOAT16: widen_page<Float16>(page, layer, tokens, low, high, to); break;
-        case E4M3: widen_page<E4m3>(page, layer, tokens, low, high, to); break;
+        case FLOAT8_E4M3FN: widen_page<E4m3>(page, layer, tokens, low, high, to); break;
         default: widen_page<E5m2>(page, layer, tokens, low, high, to);
     }
     return to;
@@ -283,10 +293,10 @@ struct Row {
     bool decode;
 
     Row(const GlassboxRows& of, int64_t number) {
-        const int32_t* row = of.rows + number * 5;
-        const int64_t query = row[0], batch = row[1];
-        prompt_len = row[3];
-        decode = (row[2] & 1) != 0;
+        const int32_t* row = of.rows + number * NUM_ROW_COLUMNS;
+        const int64_t query = row[ROW_QUERY], batch = row[ROW_BATCH];
+        prompt_len = row[ROW_PROMPT_LEN];
+        decode = (row[ROW_PHASE] & ROW_DECODE) != 0;
         if (batch < 0 || batch >= of.batch || query < of.query_start[batch] || query >= of.query_start[batch + 1]) {
             position = first = -1;
             return;
@@ -345,6 +355,8 @@ double finish_row(float* scores, const Row& row, double sink, bool has_sink, con
     const double inverse_z = std::exp(-log_z);
     const int64_t base = row.first, limit = row.position + 1;
     const double entropy = log_zk - energy / total;
+    // A statistic that is not computed here has no value.
+    std::fill_n(out, NUM_COLUMNS, NAN_F);
     out[ENTROPY_RATIO] = n > 1 ? float(std::clamp(entropy / std::log(double(n)), 0.0, 1.0)) : 0.0f;
     out[EFFECTIVE_KEYS] = float(std::clamp(total * total / squares, 1.0, double(n)));
     out[MAX_LOGIT] = most;
@@ -354,7 +366,6 @@ double finish_row(float* scores, const Row& row, double sink, bool has_sink, con
         float(std::min(1.0, sum_between(scores, base, limit, limit - rows.local_window, limit) * inverse_z));
     out[DISTANCE_TOKENS] = float(std::max(0.0, distance / total));
     out[SELF_LOGPROB] = float(std::min(0.0, own - double(most) - log_z));
-    out[LOOKBACK_RATIO] = NAN_F;
     if (row.decode) {
         const int64_t num_context = std::clamp<int64_t>(row.prompt_len - base, 0, n);
         const double in_context = sum_between(scores, base, limit, base, base + num_context);
@@ -437,8 +448,9 @@ class Item {
    public:
     Item(const GlassboxRows& rows, int64_t begin) : rows_(rows), begin_(begin), end_(begin) {
         lowest_ = std::numeric_limits<int64_t>::max();
-        const int32_t batch = rows.rows[begin * 5 + 1];
-        for (; end_ < rows.num_rows && rows.rows[end_ * 5 + 1] == batch; ++end_) {
+        const auto batch_of = [&](int64_t number) { return rows.rows[number * NUM_ROW_COLUMNS + ROW_BATCH]; };
+        const int32_t batch = batch_of(begin);
+        for (; end_ < rows.num_rows && batch_of(end_) == batch; ++end_) {
             const Row row(rows, end_);
             sound_ = sound_ && row.is_sound();
             lowest_ = std::min(lowest_, row.first);
@@ -499,9 +511,9 @@ class Item {
                     continue;
                 }
                 cap_and_bias(seen, row.keys(), layer, head);
-                int32_t top[MAX_TOP];
+                int32_t top[MAX_TOP_K];
                 const bool wanted = number >= 0;
-                const int64_t num_top = wanted ? top_of(seen, row.keys(), std::min(asked->top_k, MAX_TOP), top) : 0;
+                const int64_t num_top = wanted ? top_of(seen, row.keys(), asked->top_k, top) : 0;
                 const bool has_sink = layer.sinks != nullptr;
                 const double inverse_z = finish_row(seen, row, has_sink ? layer.sinks[head] : 0, has_sink, rows_, out);
                 if (wanted)
@@ -539,7 +551,8 @@ void glassbox_take(const GlassboxRows* rows, const GlassboxLayer* layer, const v
                    int64_t head_stride, float* queries) {
     for (int64_t row = 0; row < rows->num_rows; ++row)
         for (int64_t head = 0; head < layer->heads; ++head, queries += layer->head_size) {
-            const int64_t at = rows->rows[row * 5] * token_stride + head * head_stride;
+            const int64_t token = rows->rows[row * NUM_ROW_COLUMNS + ROW_QUERY];
+            const int64_t at = token * token_stride + head * head_stride;
             widen_query(layer->query_type, element(layer->query_type, query, at), layer->head_size, queries);
             for (int64_t d = 0; d < layer->head_size; ++d) queries[d] *= float(layer->scale);
         }

@@ -8,7 +8,7 @@ for scores that don't fit the memory of one step, and where there is no compiler
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,19 +19,15 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from glassbox.core.native import load_cpp
-from glassbox.core.statistics import NUM_STATISTICS
+from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_COLUMNS, ROW_DECODE
+from glassbox.core.statistics import INDEX, NUM_STATISTICS
+from glassbox.core.trace_options import MAX_TOP_K
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers
 
 _SOURCE: Final = Path(__file__).with_name("row_stats.cpp")
-# `Type` in the C++ file.
-_TYPES: Final = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float8_e4m3fn: 3,
-    torch.float8_e5m2: 4,
-}
+# Of queries and keys; the kernel knows each by its number here.
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 # Multiplications of queries and keys in a layer, up to which one core is faster than torch's calls on many; up to so
 # many cores it always is.
 _LIGHT: Final = 1 << 21
@@ -44,7 +40,7 @@ _POINTER, _INT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
 class _Rows(ctypes.Structure):
-    """GlassboxRows of the C++ file; so are the next ones, field by field."""
+    """GlassboxRows of the C++ file; so are the next ones, field by field, which the compiler checks."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("rows", "query_start", "seq_lens", "block_table", "asked")),
@@ -76,6 +72,42 @@ class _Asked(ctypes.Structure):
     )
 
 
+_STRUCTS: Final[dict[str, type[ctypes.Structure]]] = {
+    "GlassboxRows": _Rows,
+    "GlassboxSizes": _Sizes,
+    "GlassboxLayer": _Layer,
+    "GlassboxAsked": _Asked,
+}
+
+
+def _enumerators(values: Mapping[str, int]) -> str:
+    return ",".join(f"{name.upper()}={value}" for name, value in values.items())
+
+
+def _layout() -> str:
+    """A check of each struct and field, for the C++ compiler."""
+    kinds = {_POINTER: "is_pointer", _INT: "is_int", _REAL: "is_real"}
+    checks = []
+    for name, struct in _STRUCTS.items():
+        checks.append(f"GLASSBOX_STRUCT({name},{ctypes.sizeof(struct)})")
+        for field, kind, *_ in struct._fields_:
+            checks.append(f"GLASSBOX_FIELD({name},{field},{getattr(struct, field).offset},{kinds[kind]})")
+    return " ".join(checks)
+
+
+def _definitions() -> dict[str, str]:
+    """The macros of the C++ file, from the tables that Python has."""
+    of_rows = {f"row_{name}": column for column, name in enumerate(ROW_COLUMNS)}
+    of_rows |= {"num_row_columns": NUM_ROW_COLUMNS, "row_decode": ROW_DECODE}
+    return {
+        "GLASSBOX_ROW_COLUMNS": _enumerators(of_rows),
+        "GLASSBOX_STATISTICS": _enumerators(INDEX | {"nonfinite": NUM_STATISTICS, "num_columns": NUM_STATISTICS + 1}),
+        "GLASSBOX_TYPES": _enumerators({str(dtype).removeprefix("torch."): i for i, dtype in enumerate(_DTYPES)}),
+        "GLASSBOX_MAX_TOP_K": str(MAX_TOP_K),
+        "GLASSBOX_LAYOUT": _layout(),
+    }
+
+
 @dataclass(frozen=True)
 class NativeKernel:
     """The compiled functions of the C++ file, `glassbox_` before each of their names."""
@@ -90,9 +122,10 @@ def native_kernel() -> NativeKernel:
     """The functions, compiled when they are first asked for.
 
     Raises:
-        NativeError, OSError: see `load_cpp`.
+        NativeError: also if the structs of the C++ file are not those of this one.
+        OSError: see `load_cpp`.
     """
-    library = load_cpp(_SOURCE)
+    library = load_cpp(_SOURCE, _definitions())
     kernel = NativeKernel(library.glassbox_sizes, library.glassbox_take, library.glassbox_row_stats)
     library.glassbox_sizes.argtypes = [_POINTER] * 2
     library.glassbox_take.restype = None
@@ -192,8 +225,8 @@ class NativeLayer:
             run=run,
             slopes=_address(slopes),
             sinks=_address(sinks),
-            query_type=_TYPES[query_dtype],
-            key_type=_TYPES[keys.dtype],
+            query_type=_DTYPES.index(query_dtype),
+            key_type=_DTYPES.index(keys.dtype),
             page_stride=keys.page_stride,
             head_stride=keys.head_stride,
             num_pages=keys.num_pages,
@@ -299,9 +332,14 @@ class NativeProbe:
 
     Attributes:
         address: of the kernel's argument.
+
+    Raises:
+        ValueError: more top positions are asked for than the kernel has room for.
     """
 
     def __init__(self, asked: Questions) -> None:
+        if asked.top_k > MAX_TOP_K:
+            raise ValueError(f"top_k must be at most {MAX_TOP_K}, got {asked.top_k}; ask for fewer positions")
         num_rows, num_layers, num_heads = asked.chosen.shape
         self._spans = np.ascontiguousarray(asked.spans, dtype=np.int32)
         self._chosen = np.ascontiguousarray(asked.chosen, dtype=np.uint8)

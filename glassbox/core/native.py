@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -33,16 +33,21 @@ class NativeError(RuntimeError):
     """There is no compiler, or it refused; the message says why."""
 
 
-def load_cpp(source: Path) -> ctypes.CDLL:
+def load_cpp(source: Path, defines: Mapping[str, str] | None = None) -> ctypes.CDLL:
     """Load a C++ file as a shared library, compiling it unless that has been done on a CPU like this one.
+
+    Args:
+        source: the file.
+        defines: what macros of the file stand for, by name; so a table of this package need not be written there again.
 
     Raises:
         NativeError: it can't be compiled.
         OSError: the result can't be written or loaded.
     """
     compiler = _compiler()
+    options = (*_FLAGS, *(f"-D{macro}={text}" for macro, text in (defines or {}).items()))
     key = hashlib.sha256(source.read_bytes())
-    key.update(repr((os.path.realpath(compiler[0]), compiler[1:], _FLAGS, _TARGETS, sorted(cpu_flags()))).encode())
+    key.update(repr((os.path.realpath(compiler[0]), compiler[1:], options, _TARGETS, sorted(cpu_flags()))).encode())
     name = f"{source.stem}-{key.hexdigest()[:20]}.so"
     try:
         folder = cache_dir() / "native"
@@ -54,10 +59,10 @@ def load_cpp(source: Path) -> ctypes.CDLL:
         # No home (RuntimeError), or one that can't be written: compiled at each start. A library stays loaded when its
         # file is gone.
         with tempfile.TemporaryDirectory(prefix="glassbox-") as alone:
-            return ctypes.CDLL(str(_compile(compiler, source, Path(alone) / name)))
+            return ctypes.CDLL(str(_compile(compiler, options, source, Path(alone) / name)))
     with scratch as partial:
         # Renamed when it is whole: several workers may start at once.
-        _compile(compiler, source, Path(partial) / name).replace(folder / name)
+        _compile(compiler, options, source, Path(partial) / name).replace(folder / name)
     return ctypes.CDLL(str(folder / name))
 
 
@@ -71,11 +76,10 @@ def _compiler() -> list[str]:
     raise NativeError(f"no C++ compiler: none of {', '.join(names)} is on PATH; install g++ or set CXX")
 
 
-def _compile(compiler: Sequence[str], source: Path, target: Path) -> Path:
+def _compile(compiler: Sequence[str], options: Sequence[str], source: Path, target: Path) -> Path:
     message = ""
     for of_target in _TARGETS:
-        command = [*compiler, *_FLAGS, *of_target, str(source), "-o", str(target)]
-        message = _run(command)
+        message = _run([*compiler, *options, *of_target, str(source), "-o", str(target)])
         if not message:
             return target
     raise NativeError(f"{shlex.join(compiler)} can't compile {source.name}: {message}")

@@ -1,14 +1,30 @@
 """What the native kernel alone has to do: pages in any order and dtype, and what it refuses."""
 
+import ctypes
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from glassbox.core.native import NativeError
+from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_COLUMNS, ROW_QUERY
 from glassbox.core.statistics import INDEX, NUM_STATISTICS
+from glassbox.core.trace_options import MAX_TOP_K
+from glassbox.kernels import row_stats_native
 from glassbox.kernels.layer_params import LayerParams
-from glassbox.kernels.row_stats_native import KeyOrder, KeyPages, NativeLayer, NativeRows, NativeStep
+from glassbox.kernels.row_stats_native import (
+    KeyOrder,
+    KeyPages,
+    NativeLayer,
+    NativeProbe,
+    NativeRows,
+    NativeStep,
+    Questions,
+    native_kernel,
+)
 from tests.kernels.test_row_stats_cpu import Batch
 
 BLOCK, D = 32, 64
@@ -94,8 +110,8 @@ class TestPages:
         n = len(numbers)
         # Requests of one block; a row of one key each, so its score is that key.
         blocks = n // 16
-        rows = np.zeros((n, 5), dtype=np.int32)
-        rows[:, 0], rows[:, 1] = np.arange(n), np.arange(n) // 16
+        rows = np.zeros((n, NUM_ROW_COLUMNS), dtype=np.int32)
+        rows[:, ROW_QUERY], rows[:, ROW_BATCH] = np.arange(n), np.arange(n) // 16
         native = NativeRows(
             rows, np.arange(0, n + 1, 16), np.full(blocks, 16), np.arange(blocks)[:, None], 16,
             sliding_window=1, sink_tokens=4, local_window=8,
@@ -164,3 +180,106 @@ class TestRows:
         assert not rows(200_000).is_light(32, 128, cores=4)
         assert not rows(100_000).is_light(32, 128, cores=5)
         assert rows(300).is_light(32, 128, cores=64)
+
+
+class TestTables:
+    """Columns, numbers of types and structs are those of Python, whatever they are."""
+
+    @pytest.fixture
+    def compile_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+        """Has the kernel compiled from the tables as they are now; what was compiled before is back afterwards."""
+
+        def again() -> None:
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+            kernel = native_kernel.__wrapped__()
+            monkeypatch.setattr(row_stats_native, "native_kernel", lambda: kernel)
+
+        return again
+
+    def test_statistics_follow_the_table(
+        self, compile_again: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With two statistics in each other's place, their numbers are, too."""
+        expected = measure(replace(BATCH), torch.float32, "dimensions")
+        order = list(INDEX)
+        order[1], order[6] = order[6], order[1]
+        monkeypatch.setattr(row_stats_native, "INDEX", {name: column for column, name in enumerate(order)})
+        compile_again()
+        got = measure(replace(BATCH), torch.float32, "dimensions")
+        assert not got.equal(expected)
+        torch.testing.assert_close(got[..., [0, 6, 2, 3, 4, 5, 1, 7, 8, 9]], expected, rtol=0, atol=0, equal_nan=True)
+
+    def test_a_statistic_that_the_kernel_lacks_has_no_value(
+        self, compile_again: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """NaN, not what the memory held; all others are as they were."""
+        expected = measure(replace(BATCH), torch.float32, "dimensions")
+        monkeypatch.setattr(row_stats_native, "INDEX", INDEX | {"novel": NUM_STATISTICS})
+        monkeypatch.setattr(row_stats_native, "NUM_STATISTICS", NUM_STATISTICS + 1)
+        compile_again()
+        got = measure(replace(BATCH), torch.float32, "dimensions")
+        assert got[..., NUM_STATISTICS].isnan().all()
+        kept = [*range(NUM_STATISTICS), NUM_STATISTICS + 1]
+        torch.testing.assert_close(got[..., kept], expected, rtol=0, atol=0, equal_nan=True)
+
+    def test_a_statistic_of_another_name_is_an_error(
+        self, compile_again: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What the kernel computes must be in the table."""
+        renamed = {name.replace("max_logit", "largest"): column for name, column in INDEX.items()}
+        monkeypatch.setattr(row_stats_native, "INDEX", renamed)
+        with pytest.raises(NativeError, match=r"can't compile row_stats.cpp: .*MAX_LOGIT"):
+            compile_again()
+
+    def test_row_columns_follow_the_table(
+        self, compile_again: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With the row list's columns the other way round, the same rows have the same numbers."""
+        expected = measure(replace(BATCH), torch.float32, "dimensions")
+        monkeypatch.setattr(row_stats_native, "ROW_COLUMNS", ROW_COLUMNS[::-1])
+        compile_again()
+        turned = BATCH.row_list[:, ::-1]
+        monkeypatch.setattr(Batch, "row_list", turned)
+        got = measure(replace(BATCH), torch.float32, "dimensions")
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+    def test_types_follow_the_list(self, compile_again: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Types of queries and keys have no numbers of their own in the kernel."""
+        monkeypatch.setattr(row_stats_native, "_DTYPES", row_stats_native._DTYPES[::-1])
+        compile_again()
+        for dtype in DTYPES:
+            batch = replace(BATCH)
+            batch.check_statistics(measure(batch, dtype, "tokens"))
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            (lambda fields: (fields[1], fields[0], *fields[2:]), r"GlassboxSizes\.item_scores must stand where"),
+            (lambda fields: fields[:1], "GlassboxSizes must have the fields that row_stats_native.py gives it"),
+            (lambda fields: (*fields, ("more", ctypes.c_int64)), "GlassboxSizes must have the fields that"),
+            (lambda fields: (fields[0], ("other", ctypes.c_int64)), "other"),
+            (
+                lambda fields: (fields[0], (fields[1][0], ctypes.c_double)),
+                r"GlassboxSizes\.item_scores must stand where",
+            ),
+        ],
+        ids=["swapped", "fewer", "more", "renamed", "of another type"],
+    )
+    def test_structs_that_differ_are_an_error(
+        self,
+        fields: Callable[[tuple], tuple],
+        message: str,
+        compile_again: Callable[[], None],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The kernel doesn't compile, and the message names struct and field."""
+        changed = type("_Sizes", (ctypes.Structure,), {"_fields_": fields(row_stats_native._Sizes._fields_)})
+        monkeypatch.setitem(row_stats_native._STRUCTS, "GlassboxSizes", changed)
+        with pytest.raises(NativeError, match=f"can't compile row_stats.cpp: .*{message}"):
+            compile_again()
+
+    def test_more_top_positions_than_the_kernel_has_room_for(self) -> None:
+        """They are refused, not left out."""
+        asked = Questions(MAX_TOP_K + 1, np.zeros((1, 0, 2)), np.ones((1, 1, 1), dtype=bool), (), 1, np.zeros(1, int))
+        with pytest.raises(ValueError, match=f"top_k must be at most {MAX_TOP_K}, got {MAX_TOP_K + 1}; ask for fewer"):
+            NativeProbe(asked)

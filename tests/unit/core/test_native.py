@@ -1,5 +1,6 @@
 """Compiling a C++ file: once per CPU and source, whatever the machine lacks."""
 
+import ctypes
 import subprocess
 from pathlib import Path
 
@@ -55,6 +56,22 @@ def test_another_source_or_cpu_is_another_file(source: Path, cache: Path, monkey
     monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"another"}))
     load_cpp(source)
     assert len(list(cache.iterdir())) == 3
+
+
+def test_definitions(source: Path, cache: Path, runs: list[list[str]]) -> None:
+    """Macros stand for what they are given, commas and quotes too; other definitions are another file."""
+    source.write_text(
+        'enum { NAMES };\nextern "C" int answer() { return SECOND; }\nextern "C" const char text[] = TEXT;\n'
+    )
+    first, second = ({"NAMES": f"FIRST,SECOND={n}", "TEXT": '"a b, c"'} for n in (1, 2))
+    library = load_cpp(source, first)
+    assert (library.answer(), ctypes.c_char_p(ctypes.addressof(ctypes.c_char.in_dll(library, "text"))).value) == (
+        1,
+        b"a b, c",
+    )
+    assert load_cpp(source, second).answer() == 2
+    assert load_cpp(source, first).answer() == 1
+    assert len(runs) == len(list(cache.iterdir())) == 2
 
 
 def test_a_cache_that_cannot_be_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
