@@ -1,4 +1,4 @@
-"""Full attention rows on a GPU, and what traced requests ask of them: top positions, span masses, the rows.
+"""Whole attention vectors on a GPU, and what traced requests ask of them: top positions, span masses, the vectors.
 
 The GPU twin of `row_probe_cpu.py`, for a few rows in all layers of one KV-cache group. Owns the kernel that
 scores the keys (as `row_stats.py` does, by the same formula) and the torch operations that follow it; their exact form
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glassbox.core.trace_arrays import NO_POSITION
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.paged_keys import (
     MAX_HEAD_SIZE,
@@ -28,7 +29,7 @@ from glassbox.kernels.paged_keys import (
     load_keys,
     soft_capped,
 )
-from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers
+from glassbox.kernels.probe_answers import ProbeAnswers, no_answers
 
 SCRATCH_BYTES: Final = 16 << 20
 
@@ -286,10 +287,10 @@ def row_probe(
     top_k: int,
     spans: Tensor,
     chosen: Tensor,
-    kept_rows: Sequence[int] = (),
-    max_row_keys: int,
+    kept_attention: Sequence[int] = (),
+    max_attention_keys: int,
     scratch_bytes: int = SCRATCH_BYTES,
-) -> ProbeAnswers:
+) -> ProbeAnswers[Tensor]:
     """Attention of each row to every position up to its own, in every layer: softmax over its visible keys (and a
     learned sink). Asynchronous, on the current stream.
 
@@ -305,8 +306,8 @@ def row_probe(
         top_k: most attended positions per head; 0 is none.
         spans: [R, S, 2] int32, (start, exclusive end) of position ranges whose mass is wanted; (0, 0) has none.
         chosen: [R, L, H] bool, what is summed into `ProbeAnswers.chosen_sum`.
-        kept_rows: numbers of the rows that are wanted as a whole.
-        max_row_keys: most keys of such a row; of a longer one the last are kept.
+        kept_attention: numbers of the rows whose whole attention is wanted.
+        max_attention_keys: most keys of it; of a longer row the last are kept.
         scratch_bytes: of the scores that are held at once.
 
     Raises:
@@ -316,17 +317,15 @@ def row_probe(
     _check(queries, layers, block_table, rows, positions, spans, chosen)
     longest = max(positions, default=-1) + 1
     columns = (longest // _BLOCK_N + 1) * _BLOCK_N  # at least one more than keys: the sink's
-    place = (num_rows, num_layers, num_heads)
-    device = queries.device
-    answers = ProbeAnswers(
-        topk_positions=torch.full((*place, top_k), NO_POSITION, dtype=torch.int32, device=device),
-        topk_mass=torch.zeros(*place, top_k, dtype=torch.float32, device=device),
-        span_mass=torch.empty(*place, spans.shape[1], dtype=torch.float32, device=device),
-        chosen_sum=torch.zeros(num_rows, longest, dtype=torch.float32, device=device),
-        rows=tuple(
-            torch.empty(*place[1:], min(positions[row] + 1, max_row_keys), dtype=torch.float16, device=device)
-            for row in kept_rows
-        ),
+    answers = no_answers(
+        positions,
+        num_layers,
+        num_heads,
+        top_k=top_k,
+        num_spans=spans.shape[1],
+        kept_attention=kept_attention,
+        max_attention_keys=max_attention_keys,
+        device=queries.device,
     )
     fitting = max(scratch_bytes // (4 * num_heads * columns), 1)  # (row, layer) pairs
     row_step = min(fitting, max(num_rows, 1))
@@ -346,7 +345,7 @@ def row_probe(
             _fill_top_mass(answers, attention, part, column)
             attention = attention[..., :longest]
             _fill_spans(answers, attention, part, spans[of_rows])
-            for out, row in zip(answers.rows, kept_rows, strict=True):
+            for out, row in zip(answers.attention, kept_attention, strict=True):
                 if of_rows.start <= row < of_rows.stop:
                     end = positions[row] + 1
                     out[of_layers] = attention[row - of_rows.start, :, :, end - out.shape[-1] : end]
@@ -440,7 +439,7 @@ def _scores(
     return scores
 
 
-def _fill_positions(answers: ProbeAnswers, scores: Tensor, part: tuple[slice, slice], k: int) -> Tensor:
+def _fill_positions(answers: ProbeAnswers[Tensor], scores: Tensor, part: tuple[slice, slice], k: int) -> Tensor:
     """Write the positions of a chunk's k highest scores; returns their columns, int64 [rows, layers, H, k]."""
     # Of the scores, not of the mass: an invisible key must not stand before a visible one whose mass is 0, too.
     best, column = torch.topk(scores, k, dim=-1)
@@ -450,14 +449,14 @@ def _fill_positions(answers: ProbeAnswers, scores: Tensor, part: tuple[slice, sl
     return column
 
 
-def _fill_top_mass(answers: ProbeAnswers, attention: Tensor, part: tuple[slice, slice], column: Tensor) -> None:
+def _fill_top_mass(answers: ProbeAnswers[Tensor], attention: Tensor, part: tuple[slice, slice], column: Tensor) -> None:
     """Write the masses of those columns, where they are positions."""
     k = column.shape[-1]
     there = answers.topk_positions[part][..., :k] != NO_POSITION
     answers.topk_mass[part][..., :k] = torch.where(there, attention.gather(-1, column), 0.0)
 
 
-def _fill_spans(answers: ProbeAnswers, attention: Tensor, part: tuple[slice, slice], spans: Tensor) -> None:
+def _fill_spans(answers: ProbeAnswers[Tensor], attention: Tensor, part: tuple[slice, slice], spans: Tensor) -> None:
     """Write a chunk's masses of spans [rows, S, 2], from its attention [rows, layers, H, longest]."""
     j = torch.arange(attention.shape[-1], device=attention.device)
     bad = attention[..., 0].isnan()  # one score that is not finite makes all of a head's attention NaN

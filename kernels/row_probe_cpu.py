@@ -1,4 +1,4 @@
-"""Full attention rows on the CPU, and what traced requests ask of them: top positions, span masses, the rows.
+"""Whole attention vectors on the CPU, and what traced requests ask of them: top positions, span masses, the vectors.
 
 Owns the measurement of a few rows in layers of one kind, for requests that asked for more than statistics. Scores are
 those of `row_stats_cpu.py`, the exact form of what is done with them stands in `reference/row_probe.py`. Which rows,
@@ -6,37 +6,14 @@ and what becomes of the answers, is `glassbox/processes/worker/traces/traced_ste
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 
+from glassbox.core.trace_arrays import NO_POSITION
+from glassbox.kernels.probe_answers import ProbeAnswers, no_answers
 from glassbox.kernels.row_plan import Group, RowPlan
 from glassbox.kernels.row_stats_cpu import HIDDEN, LayerRows, per_head, scaled_queries, tile_scores
-
-NO_POSITION: Final = -1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ProbeAnswers:
-    """What was asked of R rows in L layers of H query heads; all on the device of the keys.
-
-    Attributes:
-        topk_positions, topk_mass: int32 and float32 [R, L, H, k], by falling mass; NO_POSITION and 0 where there are
-            fewer keys or the head's scores are not finite.
-        span_mass: float32 [R, L, H, S]; NaN where scores are not finite.
-        chosen_sum: float32 [R, longest row], attention summed over the chosen layers and heads, 0 behind a row's own
-            position; NaN in a row one of whose chosen heads has scores that are not finite.
-        rows: float16 [L, H, n] for each kept row, its last n keys up to its own position, 0 where a window hides
-            them; NaN where scores are not finite.
-    """
-
-    topk_positions: Tensor
-    topk_mass: Tensor
-    span_mass: Tensor
-    chosen_sum: Tensor
-    rows: tuple[Tensor, ...]
 
 
 def row_probe_cpu(
@@ -47,9 +24,9 @@ def row_probe_cpu(
     top_k: int,
     spans: Tensor,
     chosen: Tensor,
-    kept_rows: Sequence[int] = (),
-    max_row_keys: int,
-) -> ProbeAnswers:
+    kept_attention: Sequence[int] = (),
+    max_attention_keys: int,
+) -> ProbeAnswers[Tensor]:
     """Attention of the planned rows in some layers: softmax over their visible keys (and a learned sink).
 
     Memory: a few times the rows' scores, layers x H x keys float32, for the rows of requests of like length at once.
@@ -61,8 +38,8 @@ def row_probe_cpu(
         top_k: most attended positions per head; 0 is none.
         spans: int32 [R, S, 2], (start, exclusive end) of position ranges whose mass is wanted; (0, 0) has none.
         chosen: bool [R, L, H], what is summed into `ProbeAnswers.chosen_sum`.
-        kept_rows: numbers of the rows that are wanted as a whole.
-        max_row_keys: most keys of such a row; of a longer one the last are kept.
+        kept_attention: numbers of the rows whose whole attention is wanted.
+        max_attention_keys: most keys of it; of a longer row the last are kept.
 
     Raises:
         ValueError: the layers are of several kinds, or the plan is for another number of rows.
@@ -73,15 +50,14 @@ def row_probe_cpu(
         )
     num_heads = layers[0].num_heads
     queries = scaled_queries(layers)
-    place = (len(positions), len(layers), num_heads)
-    answers = ProbeAnswers(
-        topk_positions=torch.full((*place, top_k), NO_POSITION, dtype=torch.int32),
-        topk_mass=torch.zeros(*place, top_k),
-        span_mass=torch.empty(*place, spans.shape[1]),
-        chosen_sum=torch.zeros(len(positions), max(positions, default=-1) + 1),
-        rows=tuple(
-            torch.zeros(*place[1:], min(positions[row] + 1, max_row_keys), dtype=torch.float16) for row in kept_rows
-        ),
+    answers = no_answers(
+        positions,
+        len(layers),
+        num_heads,
+        top_k=top_k,
+        num_spans=spans.shape[1],
+        kept_attention=kept_attention,
+        max_attention_keys=max_attention_keys,
     )
     for group in plan.groups(num_heads, layers[0].key_numbers):
         real, rows = torch.from_numpy(group.real), torch.from_numpy(group.rows)
@@ -99,9 +75,9 @@ def row_probe_cpu(
         _fill_sums(answers, attention, bad, rows, base, positions, chosen[rows])
         attention.masked_fill_(bad.unsqueeze(-1), torch.nan)
         _fill_spans(answers, attention, rows, base, spans[rows])
-        for out, row in zip(answers.rows, kept_rows, strict=True):
+        for out, row in zip(answers.attention, kept_attention, strict=True):
             for i in (rows == row).nonzero().flatten().tolist():
-                _fill_row(out, attention[:, i], int(base[i]), positions[row])
+                _fill_attention(out, attention[:, i], int(base[i]), positions[row])
     return answers
 
 
@@ -119,7 +95,7 @@ def _group_scores(queries: Tensor, layers: Sequence[LayerRows], group: Group, pl
 
 
 def _fill_top(
-    answers: ProbeAnswers, scores: Tensor, attention: Tensor, bad: Tensor, rows: Tensor, base: Tensor
+    answers: ProbeAnswers[Tensor], scores: Tensor, attention: Tensor, bad: Tensor, rows: Tensor, base: Tensor
 ) -> None:
     k = min(answers.topk_mass.shape[-1], scores.shape[-1])
     if not k:
@@ -133,7 +109,7 @@ def _fill_top(
 
 
 def _fill_sums(
-    answers: ProbeAnswers,
+    answers: ProbeAnswers[Tensor],
     attention: Tensor,  # [L, rows, H, keys], 0 in bad heads
     bad: Tensor,
     rows: Tensor,
@@ -150,14 +126,14 @@ def _fill_sums(
             answers.chosen_sum[row] = torch.nan
 
 
-def _fill_spans(answers: ProbeAnswers, attention: Tensor, rows: Tensor, base: Tensor, spans: Tensor) -> None:
+def _fill_spans(answers: ProbeAnswers[Tensor], attention: Tensor, rows: Tensor, base: Tensor, spans: Tensor) -> None:
     j = torch.arange(attention.shape[-1]) + base  # [rows, keys]
     inside = (j.unsqueeze(-1) >= spans[:, None, :, 0]) & (j.unsqueeze(-1) < spans[:, None, :, 1])
     # [L, rows, H, keys] @ [rows, keys, S]; attention is 0 where a row sees no key.
     answers.span_mass[rows] = torch.matmul(attention, inside.float()).transpose(0, 1)
 
 
-def _fill_row(out: Tensor, attention: Tensor, first: int, position: int) -> None:
+def _fill_attention(out: Tensor, attention: Tensor, first: int, position: int) -> None:
     """The last keys of one row, [L, H, n], from attention [L, H, keys] to the positions from `first` on."""
     keys = attention[..., : position + 1 - first][..., -out.shape[-1] :]
     out[..., out.shape[-1] - keys.shape[-1] :] = keys

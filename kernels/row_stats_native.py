@@ -21,9 +21,10 @@ from torch import Tensor
 from glassbox.core.native import load_cpp
 from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_COLUMNS, ROW_DECODE
 from glassbox.core.statistics import INDEX, NUM_STATISTICS
+from glassbox.core.trace_arrays import trace_array
 from glassbox.core.trace_options import MAX_TOP_K
 from glassbox.kernels.layer_params import LayerParams
-from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers
+from glassbox.kernels.probe_answers import ProbeAnswers
 
 _SOURCE: Final = Path(__file__).with_name("row_stats.cpp")
 # Of queries and keys; the kernel knows each by its number here.
@@ -312,15 +313,15 @@ class Questions:
         top_k: most attended positions per head.
         spans: int32 [A, S, 2], (start, exclusive end) of position ranges.
         chosen: bool [A, G, H], what is summed into `ProbeAnswers.chosen_sum`.
-        kept_rows: numbers of the rows that are wanted as a whole; max_row_keys: most keys of such a row.
+        kept_attention: numbers of the rows whose whole attention is wanted; max_attention_keys: most keys of it.
         positions: int [A], of the rows in their sequences.
     """
 
     top_k: int
     spans: NDArray[np.int32]
     chosen: NDArray[np.bool_]
-    kept_rows: Sequence[int]
-    max_row_keys: int
+    kept_attention: Sequence[int]
+    max_attention_keys: int
     positions: NDArray[np.int32]
 
 
@@ -343,16 +344,18 @@ class NativeProbe:
         num_rows, num_layers, num_heads = asked.chosen.shape
         self._spans = np.ascontiguousarray(asked.spans, dtype=np.int32)
         self._chosen = np.ascontiguousarray(asked.chosen, dtype=np.uint8)
-        self._topk_positions = np.full((*asked.chosen.shape, asked.top_k), NO_POSITION, dtype=np.int32)
-        self._topk_mass = np.zeros((*asked.chosen.shape, asked.top_k), dtype=np.float32)
-        self._span_mass = np.full((*asked.chosen.shape, self._spans.shape[1]), np.nan, dtype=np.float32)
+        sizes = {"token": num_rows, "layer": num_layers, "head": num_heads, "top_k": asked.top_k}
+        sizes["span"] = self._spans.shape[1]
+        self._topk_positions, self._topk_mass, self._span_mass = (
+            trace_array(name).filled(sizes) for name in ("topk_positions", "topk_mass", "span_mass")
+        )
         self._sum = np.zeros((num_rows, int(asked.positions.max(initial=-1)) + 1))
-        kept_rows = list(asked.kept_rows)
+        kept = list(asked.kept_attention)
         self._kept_keys = np.zeros(num_rows, dtype=np.int64)
-        self._kept_keys[kept_rows] = np.minimum(asked.positions[kept_rows] + 1, asked.max_row_keys)
-        self._kept = [np.zeros((num_layers, num_heads, self._kept_keys[row]), dtype=np.float32) for row in kept_rows]
+        self._kept_keys[kept] = np.minimum(asked.positions[kept] + 1, asked.max_attention_keys)
+        self._kept = [np.zeros((num_layers, num_heads, self._kept_keys[row]), dtype=np.float32) for row in kept]
         self._kept_at = np.zeros(num_rows, dtype=np.uint64)
-        self._kept_at[kept_rows] = [row.ctypes.data for row in self._kept]
+        self._kept_at[kept] = [values.ctypes.data for values in self._kept]
         self._struct = _Asked(
             layers=num_layers,
             top_k=asked.top_k,
@@ -369,15 +372,15 @@ class NativeProbe:
         )
         self.address: Final = ctypes.addressof(self._struct)
 
-    def answers(self, layers: Sequence[int]) -> ProbeAnswers:
+    def answers(self, layers: Sequence[int]) -> ProbeAnswers[NDArray]:
         """What was found in those of the layers that were measured; `chosen_sum` is over all of them."""
         chosen = list(layers)
         return ProbeAnswers(
-            topk_positions=torch.from_numpy(self._topk_positions[:, chosen]),
-            topk_mass=torch.from_numpy(self._topk_mass[:, chosen]),
-            span_mass=torch.from_numpy(self._span_mass[:, chosen]),
-            chosen_sum=torch.from_numpy(self._sum.astype(np.float32)),
-            rows=tuple(torch.from_numpy(row[chosen].astype(np.float16)) for row in self._kept),
+            topk_positions=self._topk_positions[:, chosen],
+            topk_mass=self._topk_mass[:, chosen],
+            span_mass=self._span_mass[:, chosen],
+            chosen_sum=self._sum.astype(np.float32),
+            attention=tuple(values[chosen].astype(np.float16) for values in self._kept),
         )
 
 

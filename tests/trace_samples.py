@@ -1,6 +1,6 @@
 """Traces for tests: consistent in themselves, every number different from its neighbours."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +8,9 @@ import numpy as np
 
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.core.statistics import NUM_STATISTICS
+from glassbox.core.trace_arrays import without_values
 from glassbox.processes.worker.traces.active import TraceHost
-from glassbox.store.trace_record import RequestTrace, Span, TraceOptions
+from glassbox.store.trace_record import RequestTrace, Span, TraceOptions, joined_attention, no_attention
 
 
 @dataclass
@@ -68,20 +69,20 @@ def make_trace(
     heads: tuple[int, ...] = (0, 1, 2),
     top_k: int = 2,
     spans: tuple[Span, ...] = (Span("system", 0, 3), Span("user", 3, 6)),
-    rows: bool = True,
+    attention: bool = True,
     **changes: Any,
 ) -> RequestTrace:
     """A trace of random attention; everything but `stats` is computed from it, in numpy."""
     rng = np.random.default_rng(seed)
     place = (len(layers), len(heads))
-    attention = [rng.dirichlet(np.ones(position + 1), size=place) for position in positions]
+    weights = [rng.dirichlet(np.ones(position + 1), size=place) for position in positions]
     k = max(top_k, 0)
     topk_positions = np.full((len(positions), *place, k), -1, dtype=np.int32)
     topk_mass = np.zeros((len(positions), *place, k), dtype=np.float32)
     mean_positions = np.full((len(positions), k), -1, dtype=np.int32)
     mean_mass = np.zeros((len(positions), k), dtype=np.float32)
     span_mass = np.zeros((len(positions), *place, len(spans)), dtype=np.float32)
-    for t, p in enumerate(attention):
+    for t, p in enumerate(weights):
         best = np.argsort(-p, axis=-1)[..., :k]
         topk_positions[t, ..., : best.shape[-1]] = best
         topk_mass[t, ..., : best.shape[-1]] = np.take_along_axis(p, best, axis=-1)
@@ -90,8 +91,8 @@ def make_trace(
         mean_positions[t, : len(best)], mean_mass[t, : len(best)] = best, mean[best]
         for s, span in enumerate(spans):
             span_mass[t, ..., s] = p[..., span.start : span.end].sum(-1)
-    flat = [p.astype(np.float16).ravel() for p in attention] if rows else []
-    offsets = np.concatenate([[0], np.cumsum([len(values) for values in flat])]).astype(np.int64)
+    starts = np.zeros(len(positions), dtype=np.int32)
+    kept = joined_attention([p.astype(np.float16) for p in weights], starts) if attention else no_attention()
     stats = rng.random((len(positions), *place, NUM_STATISTICS + 1)).astype(np.float32)
     stats[..., NUM_STATISTICS] = 0
     fields: dict[str, Any] = {
@@ -110,6 +111,14 @@ def make_trace(
         "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         "layers": layers,
         "heads": heads,
+        "span_names": tuple(span.name for span in spans),
+        "options": TraceOptions(top_k=top_k, spans=spans, attention=attention),
+        "truncated": False,
+    }
+    sizes = {"token": len(positions), "layer": len(layers), "head": len(heads), "top_k": k, "span": len(spans)}
+    arrays: dict[str, Any] = {
+        **without_values(sizes),
+        **kept,
         "positions": np.array(positions, dtype=np.int32),
         "phases": (np.array(positions) >= prompt_len).astype(np.uint8),
         "stats": stats,
@@ -117,14 +126,14 @@ def make_trace(
         "topk_mass": topk_mass,
         "mean_topk_positions": mean_positions,
         "mean_topk_mass": mean_mass,
-        "span_names": tuple(span.name for span in spans),
         "span_ranges": np.array([(span.start, span.end) for span in spans], dtype=np.int32).reshape(-1, 2),
         "span_mass": span_mass,
-        "row_values": np.concatenate(flat) if flat else np.zeros(0, dtype=np.float16),
-        "row_offsets": offsets if rows else offsets[:0],
-        "row_starts": np.zeros(len(positions) if rows else 0, dtype=np.int32),
-        "options": TraceOptions(top_k=top_k, spans=spans, rows=rows),
-        "truncated": False,
         "token_ids": np.arange(prompt_len + 4, dtype=np.int32),
     }
-    return RequestTrace(**{**fields, **changes})
+    arrays |= {name: changes.pop(name) for name in list(changes) if name in arrays}
+    return RequestTrace(**{**fields, "arrays": arrays, **changes})
+
+
+def with_arrays(trace: RequestTrace, **arrays: Any) -> RequestTrace:
+    """The trace with other arrays of these names."""
+    return replace(trace, arrays={**trace.arrays, **arrays})

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 # Every limit bounds what one request can cost: memory of a row is at most
-# layers x heads x (statistics + 2 top_k + spans) numbers, and MAX_ROW_KEYS half-precision ones with full rows.
+# layers x heads x (statistics + 2 top_k + spans) numbers, and MAX_ATTENTION_KEYS half-precision ones with its whole
+# attention.
 MAX_TOP_K: Final = 32
 MAX_SPANS: Final = 16
-MAX_ROW_KEYS: Final = 8192
+MAX_ATTENTION_KEYS: Final = 8192
 MAX_SPAN_NAME: Final = 64
 # Token positions and indices are int32 in the records.
 MAX_POSITION: Final = 2**31 - 1
@@ -73,19 +74,19 @@ class TraceOptions:
             left out.
         top_k: most attended positions per layer and head, and of their mean; 0 is none, at most MAX_TOP_K.
         spans: token ranges whose attention mass is wanted, at most MAX_SPANS, names distinct.
-        rows: whether the full attention rows are kept (of at most their latest MAX_ROW_KEYS keys).
+        attention: whether each row's whole attention is kept (to at most its latest MAX_ATTENTION_KEYS keys).
     """
 
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     top_k: int = 0
     spans: tuple[Span, ...] = ()
-    rows: bool = False
+    attention: bool = False
 
     @property
     def probes(self) -> bool:
         """True if the statistics of a row are not enough: its probabilities must be computed."""
-        return bool(self.top_k or self.spans or self.rows)
+        return bool(self.top_k or self.spans or self.attention)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = F
             heads=_parse_indices(HEADS_KEY, given.get(HEADS_KEY)),
             top_k=_parse_top_k(given.get(TOP_K_KEY)),
             spans=spans,
-            rows=_parse_rows(given.get(ROWS_KEY)),
+            attention=_parse_attention(given.get(ROWS_KEY)),
         ),
         message_spans=message_spans,
         traceparent=traceparent if isinstance(traceparent, str) and _TRACEPARENT.fullmatch(traceparent) else None,
@@ -195,7 +196,7 @@ def _parse_top_k(value: object) -> int:
     return number
 
 
-def _parse_rows(value: object) -> bool:
+def _parse_attention(value: object) -> bool:
     if value is None:
         return False
     text = value.lower() if isinstance(value, str) else value

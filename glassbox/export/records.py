@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from glassbox.core.statistics import PHASES, STATISTICS
+from glassbox.core.trace_arrays import TraceArray, shown_along_tokens
 from glassbox.export.rotation import BYTES_PER_MB, KEPT_FILES, RotatingFile
 from glassbox.export.trace_document import flat_signals
 
@@ -137,32 +138,54 @@ def schema() -> "pa.Schema":
     columns += [("start_time_s", pa.float64()), ("end_time_s", pa.float64()), ("truncated", pa.bool_())]
     columns += [(name, pa.int64()) for name in ("prompt_len", "num_generated", "num_rows", "tokens_left_out")]
     columns += [("layers", wholes), ("heads", wholes), ("signals", pa.map_(pa.string(), pa.float64()))]
-    columns += [("tokens_position", wholes), ("tokens_phase", pa.list_(pa.string()))]
-    columns += [(f"tokens_{statistic.name}", reals) for statistic in STATISTICS]
-    columns += [("tokens_nonfinite", pa.list_(pa.bool_())), ("tokens_spans", pa.map_(pa.string(), reals))]
-    columns += [("tokens_top_k_position", pa.list_(wholes)), ("tokens_top_k_mass", pa.list_(reals))]
+    columns += [column for array in shown_along_tokens() for column in _columns(array).items()]
     columns += [(f"{phase.value}_{one.name}", pa.list_(reals)) for phase in PHASES for one in STATISTICS]
     columns += [("text_first_position", pa.int64()), ("text_tokens", pa.list_(pa.string()))]
     return pa.schema(columns)
 
 
+def _columns(array: TraceArray) -> "dict[str, pa.DataType]":
+    """Names and types of the columns for what the document shows of an array along the tokens."""
+    import pyarrow as pa
+
+    if array.axes[-1] == "statistic":
+        numbers = {f"tokens_{statistic.name}": pa.list_(pa.float64()) for statistic in STATISTICS}
+        return {**numbers, "tokens_nonfinite": pa.list_(pa.bool_())}
+    is_whole = array.dtype.startswith(("int", "uint")) and not array.averaged
+    values = pa.list_(pa.string() if array.labels else pa.int32() if is_whole else pa.float64())
+    if array.axes[-1] == "span":
+        values = pa.map_(pa.string(), values)
+    elif array.axes[-1] == "top_k":
+        values = pa.list_(values)
+    return {_column(array): values}
+
+
+def _cells(array: TraceArray, tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in these columns; None in those that the document lacks."""
+    if array.axes[-1] == "statistic":
+        numbers = {f"tokens_{name}": values for name, values in tokens[array.field].items()}
+        return {**numbers, "tokens_nonfinite": tokens["nonfinite"]}
+    shown: Any = tokens
+    for part in array.field.split("."):
+        shown = None if shown is None else shown.get(part)
+    return {_column(array): list(shown.items()) if array.axes[-1] == "span" else shown}
+
+
+def _column(array: TraceArray) -> str:
+    return "tokens_" + array.field.replace(".", "_")
+
+
 def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
     tokens, places, text = document["tokens"], document["places"], document.get("text", {})
-    top_k = tokens.get("top_k", {})
     row = {name: value for name, value in document.items() if not isinstance(value, dict)}
-    row |= {f"tokens_{name}": value for name, value in tokens["statistics"].items()}
+    for array in shown_along_tokens():
+        row |= _cells(array, tokens)
     for phase in PHASES:
         row |= {f"{phase.value}_{name}": value for name, value in places.get(phase.value, {}).items()}
     return row | {
         "options": json.dumps(document["options"]),
         "signals": list(flat_signals(document["signals"]).items()),
         "tokens_left_out": tokens["left_out"],
-        "tokens_position": tokens["position"],
-        "tokens_phase": tokens["phase"],
-        "tokens_nonfinite": tokens["nonfinite"],
-        "tokens_spans": list(tokens["spans"].items()),
-        "tokens_top_k_position": top_k.get("position"),
-        "tokens_top_k_mass": top_k.get("mass"),
         "text_first_position": text.get("first_position"),
         "text_tokens": text.get("tokens"),
     }

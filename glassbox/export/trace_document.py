@@ -1,10 +1,12 @@
 """A traced request as a JSON document: what the HTTP interface answers and what the records hold.
 
-Owns the document's fields, the choice of layers, heads and tokens, and its bounds. Without a choice it holds means, so
-that its size grows with the tokens and with layers x heads, but not with their product; with one it adds the numbers of
-each token, layer and head chosen. NaN ("no value") is null. It reads no file.
+Owns the document's fields (for those of the trace's arrays see `core/trace_arrays.py`), the choice of layers, heads and
+tokens, and its bounds. Without a choice it holds means, so that its size grows with the tokens and with layers x heads,
+but not with their product; with one it adds the numbers of each token, layer and head chosen. NaN ("no value") is null.
+It reads no file.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.core.statistics import PHASES, STATISTICS
+from glassbox.core.trace_arrays import PLACE, TraceArray, shown_along_tokens, shown_by_place
 from glassbox.signals import request_signals
 from glassbox.store.trace_directory import TraceSummary
 from glassbox.store.trace_record import RequestTrace
@@ -24,6 +27,7 @@ MAX_NUMBERS: Final = 500_000
 # Token texts of a document; the last ones.
 MAX_TEXTS: Final = 32_768
 _DIGITS: Final = 6
+_PLACE_AXES: Final = (PLACE.index("layer"), PLACE.index("head"))
 
 Texts = Callable[[Sequence[int]], list[str]]
 
@@ -127,7 +131,7 @@ def _options(trace: RequestTrace) -> dict[str, Any]:
         "heads": trace.options.heads,
         "top_k": trace.options.top_k,
         "spans": {name: [int(a), int(b)] for name, (a, b) in zip(trace.span_names, trace.span_ranges, strict=True)},
-        "rows": trace.options.rows,
+        "rows": trace.options.attention,
     }
 
 
@@ -144,21 +148,39 @@ def _finite(value: Any) -> Any:
 
 
 def _tokens(trace: RequestTrace, rows: slice) -> dict[str, Any]:
-    averaged = mean(trace.stats[rows], axis=(1, 2))
-    spans = mean(trace.span_mass[rows], axis=(1, 2))
-    found: dict[str, Any] = {
-        "position": trace.positions[rows].tolist(),
-        "phase": [PHASES[phase].value for phase in trace.phases[rows]],
-        "statistics": {statistic.name: plain(averaged[:, s]) for s, statistic in enumerate(STATISTICS)},
-        "nonfinite": [bool(value > 0) for value in averaged[:, -1]],
-        "spans": {name: plain(spans[:, s]) for s, name in enumerate(trace.span_names)},
-    }
-    if trace.mean_topk_mass.shape[-1]:
-        found["top_k"] = {
-            "position": trace.mean_topk_positions[rows].tolist(),
-            "mass": plain(trace.mean_topk_mass[rows]),
-        }
+    found: dict[str, Any] = {}
+    for array in shown_along_tokens():
+        values = trace.arrays[array.name][rows]
+        _show(found, trace, array, mean(values, axis=_PLACE_AXES) if array.by_place else values)
+    found["nonfinite"] = [bool(value > 0) for value in mean(trace.stats[rows][..., -1], axis=_PLACE_AXES)]
     return found
+
+
+def _show(found: dict[str, Any], trace: RequestTrace, array: TraceArray, values: npt.NDArray[Any]) -> None:
+    """Put an array's values into a part of the document: those along a last axis with names by these."""
+    if "top_k" in array.axes and not trace.sizes["top_k"]:
+        return
+    names = _names(trace, array)
+    *parents, field = array.field.split(".")
+    for parent in parents:
+        found = found.setdefault(parent, {})
+    if array.labels:
+        found[field] = [array.labels[value] for value in values]
+    elif names is not None:
+        found[field] = {name: _numbers(values[..., i]) for i, name in enumerate(names)}
+    else:
+        found[field] = _numbers(values)
+
+
+def _names(trace: RequestTrace, array: TraceArray) -> tuple[str, ...] | None:
+    """Of the parts of an array's last axis; None if they have none."""
+    by_axis = {"statistic": tuple(statistic.name for statistic in STATISTICS), "span": trace.span_names}
+    return by_axis.get(array.axes[-1])
+
+
+def _numbers(values: npt.NDArray[Any]) -> list[Any]:
+    exact: list[Any] = values.tolist() if np.issubdtype(values.dtype, np.integer) else plain(values)
+    return exact
 
 
 def _places(trace: RequestTrace) -> dict[str, Any]:
@@ -192,18 +214,17 @@ def detail(trace: RequestTrace, chosen: Selection) -> dict[str, Any]:
     at = np.ix_(rows, np.asarray(layers), np.asarray(heads))
     shown: dict[str, Any] = {
         "axes": ["token", "layer", "head"],
-        "position": trace.positions[rows].tolist(),
-        "phase": [PHASES[phase].value for phase in trace.phases[rows]],
         "layers": [trace.layers[index] for index in layers],
         "heads": [trace.heads[index] for index in heads],
-        "statistics": {statistic.name: plain(trace.stats[at][..., s]) for s, statistic in enumerate(STATISTICS)},
-        "spans": {name: plain(trace.span_mass[at][..., s]) for s, name in enumerate(trace.span_names)},
     }
-    if trace.topk_mass.shape[-1]:
-        shown["top_k"] = {"position": trace.topk_positions[at].tolist(), "mass": plain(trace.topk_mass[at])}
-    if trace.has_rows:
+    for array in (*(array for array in shown_along_tokens() if array.axes == ("token",)), *shown_by_place()):
+        _show(shown, trace, array, trace.arrays[array.name][at if array.by_place else rows])
+    if trace.has_attention:
         shown["rows"] = [
-            {"first_position": int(trace.row_starts[t]), "attention": plain(trace.row(t)[at[1][0], at[2][0]])}
+            {
+                "first_position": int(trace.attention_starts[t]),
+                "attention": plain(trace.attention(t)[at[1][0], at[2][0]]),
+            }
             for t in rows.tolist()
         ]
     return shown
@@ -225,13 +246,18 @@ def pick(field: str, wanted: tuple[int, ...] | None, there: tuple[int, ...]) -> 
 
 
 def _check_size(trace: RequestTrace, rows: npt.NDArray[np.int_], places: int) -> None:
-    per_place = len(STATISTICS) + len(trace.span_names) + 2 * trace.topk_mass.shape[-1]
-    numbers = len(rows) * places * per_place
-    if trace.has_rows and len(trace.layers) and len(trace.heads):
-        keys = np.diff(trace.row_offsets)[rows].sum() // (len(trace.layers) * len(trace.heads))
+    numbers = len(rows) * places * sum(_width(trace, array) for array in shown_by_place())
+    if trace.has_attention and len(trace.layers) and len(trace.heads):
+        keys = np.diff(trace.attention_offsets)[rows].sum() // (len(trace.layers) * len(trace.heads))
         numbers += int(keys) * places
     if numbers > MAX_NUMBERS:
         raise SelectionError(
             f"the answer must have at most {MAX_NUMBERS} numbers, got {numbers}; choose fewer layers and heads, or "
             "tokens=start:end"
         )
+
+
+def _width(trace: RequestTrace, array: TraceArray) -> int:
+    """Numbers that are shown of an array by layer and head in one of these places."""
+    names = _names(trace, array)
+    return len(names) if names is not None else math.prod(trace.arrays[array.name].shape[len(PLACE) :])

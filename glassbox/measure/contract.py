@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.kernels.layer_params import LayerParams
+from glassbox.kernels.probe_answers import ProbeAnswers
 from glassbox.kernels.row_stats_cpu import KeyReader
 from glassbox.kernels.row_stats_native import KeyPages
 
@@ -29,7 +30,7 @@ class AskedRows:
         spans: int32 [R, S, 2], (start, exclusive end); (0, 0) fills up.
         chosen: bool [R, L, H], the layers and heads that each of them wants.
         local_layers: layers that one of them wants.
-        kept: the rows whose whole attention is wanted, ascending.
+        kept_attention: numbers of the rows whose whole attention is wanted, ascending.
     """
 
     rows: npt.NDArray[np.int32]
@@ -39,27 +40,7 @@ class AskedRows:
     spans: npt.NDArray[np.int32]
     chosen: npt.NDArray[np.bool_]
     local_layers: frozenset[int]
-    kept: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class LayersAnswer:
-    """What was found for `AskedRows` in some layers, G of them, with H heads each.
-
-    Attributes:
-        local_layers: which layers, ascending.
-        topk_positions: int32 [R, G, H, k]; topk_mass: float32, alike.
-        span_mass: float32 [R, G, H, S].
-        chosen_sum: float32 [R, n], attention to positions 0 .. n - 1 summed over the chosen layers and heads.
-        rows: float16 [G, H, keys] of each kept row, the last keys up to its own position.
-    """
-
-    local_layers: Sequence[int]
-    topk_positions: npt.NDArray[np.int32]
-    topk_mass: npt.NDArray[np.float32]
-    span_mass: npt.NDArray[np.float32]
-    chosen_sum: npt.NDArray[np.float32]
-    rows: tuple[npt.NDArray[np.float16], ...]
+    kept_attention: tuple[int, ...]
 
 
 class StepTraces(Protocol):
@@ -89,10 +70,15 @@ class StepTraces(Protocol):
         """
 
     def asked(self) -> AskedRows | None:
-        """All questions together; None if there are none. Answers go to `add_layers`."""
+        """All questions together; None if there are none. Answers go to `add_answers`."""
 
-    def add_layers(self, answer: LayersAnswer, kept: Sequence[int]) -> None:
-        """Keep what was found in some layers for `asked()`, whose `kept` is given back."""
+    def add_answers(self, local_layers: Sequence[int], answers: ProbeAnswers[npt.NDArray]) -> None:
+        """Keep what was found for `asked()` in some layers.
+
+        Args:
+            local_layers: which, ascending.
+            answers: of all asked rows in these layers.
+        """
 
     def commit(self) -> None:
         """Give every trace its rows."""

@@ -21,13 +21,13 @@ from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.native import NativeError
 from glassbox.core.rows import ROW_PHASE, ROW_UNCOUNTED
-from glassbox.core.trace_options import MAX_ROW_KEYS
+from glassbox.core.trace_options import MAX_ATTENTION_KEYS
 from glassbox.kernels.row_plan import RowPlan, plan_rows
-from glassbox.kernels.row_probe_cpu import ProbeAnswers, row_probe_cpu
+from glassbox.kernels.row_probe_cpu import row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerRows, row_stats_cpu
 from glassbox.kernels.row_stats_native import NativeProbe, NativeRows, NativeStep, Questions, native_kernel
 from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import AskedRows, BatchTables, LayersAnswer, PackedLayer, StepTraces
+from glassbox.measure.contract import AskedRows, BatchTables, PackedLayer, StepTraces
 from glassbox.measure.native_layers import CachedLayer, LayerKind
 
 logger = get_logger(__name__)
@@ -155,8 +155,8 @@ class CpuMeasurer:
                 if native.step.measured:
                     self._keep(native.step.measured, native.step.stats())
                 probed = [local for local in native.step.measured if local in native.places]
-                if native.probe is not None and probed:
-                    self._answer(probed, native.probe.answers([native.places[local] for local in probed]))
+                if self._traced is not None and native.probe is not None and probed:
+                    self._traced.add_answers(probed, native.probe.answers([native.places[n] for n in probed]))
             self._flush()
             if self._traced is not None:
                 self._traced.commit()
@@ -221,8 +221,8 @@ class CpuMeasurer:
             top_k=asked.top_k,
             spans=asked.spans,
             chosen=asked.chosen[:, probed, : kind.num_heads],
-            kept_rows=asked.kept,
-            max_row_keys=MAX_ROW_KEYS,
+            kept_attention=asked.kept_attention,
+            max_attention_keys=MAX_ATTENTION_KEYS,
             positions=asked.positions,
         )
         probe = NativeProbe(questions)
@@ -283,26 +283,14 @@ class CpuMeasurer:
                 top_k=asked.top_k,
                 spans=torch.from_numpy(asked.spans),
                 chosen=torch.from_numpy(asked.chosen[:, waiting.local_layers, : waiting.layers[0].num_heads]),
-                kept_rows=asked.kept,
-                max_row_keys=MAX_ROW_KEYS,
+                kept_attention=asked.kept_attention,
+                max_attention_keys=MAX_ATTENTION_KEYS,
             )
         except Exception as error:
             self._errors.count("probe", error)
         else:
-            self._answer(waiting.local_layers, found)
-
-    def _answer(self, local_layers: list[int], found: ProbeAnswers) -> None:
-        assert self._traced is not None
-        assert self._asked is not None
-        answer = LayersAnswer(
-            local_layers=local_layers,
-            topk_positions=found.topk_positions.numpy(),
-            topk_mass=found.topk_mass.numpy(),
-            span_mass=found.span_mass.numpy(),
-            chosen_sum=found.chosen_sum.numpy(),
-            rows=tuple(row.numpy() for row in found.rows),
-        )
-        self._traced.add_layers(answer, self._asked.kept)
+            assert self._traced is not None
+            self._traced.add_answers(waiting.local_layers, found.moved(torch.Tensor.numpy))
 
     def _flush(self) -> None:
         pending, self._pending = self._pending, []

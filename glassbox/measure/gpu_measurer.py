@@ -12,7 +12,6 @@ launches after it (docs/performance.md).
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -22,18 +21,20 @@ from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_SLOT
 from glassbox.core.statistics import NUM_STATISTICS
-from glassbox.core.trace_options import MAX_ROW_KEYS
+from glassbox.core.trace_options import MAX_ATTENTION_KEYS
+from glassbox.kernels.probe_answers import ProbeAnswers
 from glassbox.kernels.row_probe import ProbedLayers, row_probe
-from glassbox.kernels.row_probe_cpu import ProbeAnswers
 from glassbox.kernels.row_stats import LayerAccumulators, RowStatsWorkspace, row_stats
 from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import AskedRows, BatchTables, LayersAnswer, StepTraces, StridedLayer
+from glassbox.measure.contract import AskedRows, BatchTables, StepTraces, StridedLayer
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.graph_nodes import GraphNodes
 
 # Numbers and queries of the rows that one step may trace; never fewer than these rows.
 _RING_BYTES: Final = 16 << 20
 _LEAST_SLOTS: Final = 8
+# Local layers, and what was found in them, on the device.
+_Answers = tuple[list[int], ProbeAnswers[torch.Tensor]]
 
 
 class GpuMeasurer:
@@ -170,25 +171,26 @@ class GpuMeasurer:
             self._num_rows.zero_()
             self._step_done.record()
 
-    def _collect(self, traced: StepTraces, answers: list["_Answer"]) -> None:
+    def _collect(self, traced: StepTraces, answers: list[_Answers]) -> None:
         """Queue the copies of what was measured of traced rows; it is kept when they are done."""
         done = torch.cuda.Event()
         with torch.cuda.stream(self._copy_stream):
             self._copy_stream.wait_event(self._step_done)
             ring = _to_host(self._ring[: traced.num_slots])
             self._ring_read.record()
-            found = [answer.to_host() for answer in answers]
+            found = [of_layers.moved(_to_host) for _, of_layers in answers]
             done.record()
 
         def keep() -> None:
             traced.set_stats(ring.numpy())
-            for answer, host in zip(answers, found, strict=True):
-                traced.add_layers(answer.on_host(host), answer.asked.kept)
+            # Also keeps the device's answers alive until they are copied.
+            for (local_layers, _), of_layers in zip(answers, found, strict=True):
+                traced.add_answers(local_layers, of_layers.moved(torch.Tensor.numpy))
             traced.commit()
 
         self._deferred.add(keep, done)
 
-    def _probe(self, traced: StepTraces) -> list["_Answer"]:
+    def _probe(self, traced: StepTraces) -> list[_Answers]:
         """Queue what requests asked beyond statistics, over the keys as this step has left them."""
         asked = traced.asked()
         if asked is None:
@@ -211,7 +213,7 @@ class GpuMeasurer:
                 groups.setdefault((id(built.group), kind, extras), []).append(name)
         return list(groups.values())
 
-    def _probe_group(self, asked: AskedRows, names: list[str]) -> "_Answer":
+    def _probe_group(self, asked: AskedRows, names: list[str]) -> _Answers:
         seen = [self._seen[name] for name in names]
         local_layers = [self._local_layers[name] for name in names]
         num_heads, head_size = seen[0].num_heads, seen[0].head_size
@@ -229,10 +231,10 @@ class GpuMeasurer:
             top_k=asked.top_k,
             spans=_to_device(asked.spans, device),
             chosen=_to_device(asked.chosen[:, local_layers, :num_heads], device),
-            kept_rows=asked.kept,
-            max_row_keys=MAX_ROW_KEYS,
+            kept_attention=asked.kept_attention,
+            max_attention_keys=MAX_ATTENTION_KEYS,
         )
-        return _Answer(asked, local_layers, answers)
+        return local_layers, answers
 
     def copy(self, now_s: float) -> AccumulatorArrays:
         """See contract.Measurer. Waits for the copy, on the calling thread only."""
@@ -284,26 +286,6 @@ class GpuMeasurer:
             window_slot=a.window_slot,
             bounds=a.bounds,
         )
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What was asked and found in some layers, on the device."""
-
-    asked: AskedRows
-    local_layers: Sequence[int]
-    found: ProbeAnswers
-
-    def to_host(self) -> list[torch.Tensor]:
-        """Queue the copies on the current stream."""
-        found = self.found
-        values = (found.topk_positions, found.topk_mass, found.span_mass, found.chosen_sum, *found.rows)
-        return [_to_host(value) for value in values]
-
-    def on_host(self, copies: list[torch.Tensor]) -> LayersAnswer:
-        """What `to_host` gave, once it is there."""
-        positions, mass, spans, total, *rows = (copy.numpy() for copy in copies)
-        return LayersAnswer(self.local_layers, positions, mass, spans, total, tuple(rows))
 
 
 def _to_host(source: torch.Tensor) -> torch.Tensor:

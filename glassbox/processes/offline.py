@@ -16,7 +16,9 @@ import numpy as np
 
 from glassbox.adapter.runner import deliver_ends
 from glassbox.config.load import GlassboxConfig, find_config, load_config
+from glassbox.core import trace_arrays
 from glassbox.core.statistics import NUM_STATISTICS, PHASES, STATISTICS
+from glassbox.core.trace_arrays import PLACE, Axis, TraceArray
 from glassbox.core.trace_options import (
     CHOICE_KEY,
     HEADS_KEY,
@@ -238,6 +240,15 @@ class _Places:
             "head": self.pa.array(along(trace.heads, 2)),
         }
 
+    def columns_along(self, axes: tuple[Axis, ...]) -> dict[str, Any]:
+        """A column for each array along these axes that has one."""
+        arrays = [array for array in trace_arrays.TRACE_ARRAYS if array.axes == axes and array.column]
+        return {array.column: self.numbers(array) for array in arrays}
+
+    def numbers(self, array: TraceArray) -> Any:
+        """All numbers of an array, one after the other; NaN is null."""
+        return self.pa.array(self.trace.arrays[array.name].ravel(), from_pandas=True)
+
     def common(self, lines: int, positions: Any, phases: Any) -> dict[str, Any]:
         pa = self.pa
         names = pa.array([str(phase) for phase in PHASES])
@@ -255,7 +266,8 @@ def _rows(places: _Places) -> "pa.Table":
         statistic.name: pa.array(stats[:, i], from_pandas=True)  # NaN is "no value"
         for i, statistic in enumerate(STATISTICS)
     }
-    return pa.table({**places.columns(), **values, "nonfinite": pa.array(stats[:, NUM_STATISTICS] > 0)})
+    alike = {array.name: places.numbers(array) for array in trace_arrays.TRACE_ARRAYS if array.axes == PLACE}
+    return pa.table({**places.columns(), **values, "nonfinite": pa.array(stats[:, NUM_STATISTICS] > 0), **alike})
 
 
 def _top_k(places: _Places) -> "pa.Table":
@@ -264,19 +276,14 @@ def _top_k(places: _Places) -> "pa.Table":
     lines = rows * k
     nothing = pa.nulls(lines, pa.int32())
     mean = places.common(lines, np.repeat(trace.positions, k), np.repeat(trace.phases, k))
-    single = places.columns(k)
+    ranks = np.arange(k, dtype=np.int32)
+    of_mean = {"rank": np.tile(ranks, rows), **places.columns_along(("token", "top_k"))}
     found = {
-        "rank": np.tile(np.arange(k, dtype=np.int32), rows * len(trace.layers) * len(trace.heads)),
-        "key": trace.topk_positions.ravel(),
-        "mass": trace.topk_mass.ravel(),
-    }
-    of_mean = {
-        "rank": np.tile(np.arange(k, dtype=np.int32), rows),
-        "key": trace.mean_topk_positions.ravel(),
-        "mass": trace.mean_topk_mass.ravel(),
+        "rank": np.tile(ranks, rows * len(trace.layers) * len(trace.heads)),
+        **places.columns_along((*PLACE, "top_k")),
     }
     table = pa.concat_tables(
-        [pa.table({**mean, "layer": nothing, "head": nothing, **of_mean}), pa.table({**single, **found})]
+        [pa.table({**mean, "layer": nothing, "head": nothing, **of_mean}), pa.table({**places.columns(k), **found})]
     )
     return table.filter(pa.compute.greater_equal(table["key"], 0))
 
@@ -286,20 +293,19 @@ def _spans(places: _Places) -> "pa.Table":
     count = len(trace.span_names)
     lines = trace.span_mass.size // max(count, 1)
     names = pa.array(list(trace.span_names) * lines, type=pa.string())
-    mass = pa.array(trace.span_mass.ravel(), from_pandas=True)
-    return pa.table({**places.columns(count), "span": names, "mass": mass})
+    return pa.table({**places.columns(count), "span": names, **places.columns_along((*PLACE, "span"))})
 
 
 def _attention(places: _Places) -> "pa.Table":
     pa, trace = places.pa, places.trace
     lines = len(trace.positions) * len(trace.layers) * len(trace.heads)
     columns = places.columns()
-    if not trace.has_rows:
+    if not trace.has_attention:
         columns = {name: column.slice(0, 0) for name, column in columns.items()}
         lines = 0
     heads = len(trace.layers) * len(trace.heads)
-    starts = np.repeat(trace.row_starts, heads)
-    lengths = np.diff(trace.row_offsets) // max(heads, 1) if trace.has_rows else np.zeros(0, dtype=np.int64)
+    starts = np.repeat(trace.attention_starts, heads)
+    lengths = np.diff(trace.attention_offsets) // max(heads, 1)
     offsets = np.concatenate([[0], np.cumsum(np.repeat(lengths, heads))]).astype(np.int64)
-    lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(trace.row_values.astype(np.float32)))
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(trace.attention_values.astype(np.float32)))
     return pa.table({**columns, "first_key": pa.array(starts[:lines]), "attention": lists})

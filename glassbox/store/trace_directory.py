@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from glassbox.core.files import FileVersion
 from glassbox.core.logs import get_logger
-from glassbox.store.trace_record import RequestTrace, merge_ranks, read_header, read_trace
+from glassbox.store.trace_ranks import merge_ranks
+from glassbox.store.trace_record import RequestTrace, read_header, read_trace
 
 logger = get_logger(__name__)
 

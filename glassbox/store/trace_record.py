@@ -1,27 +1,29 @@
 """The record of one traced request, and its file.
 
-Owns what is known of a traced request, the format in which a worker leaves it in the run directory, and how the records
-of several ranks become one. Where a record comes from is `processes/worker/traces/tracker.py`, how a directory of them
-is read and kept small `trace_directory.py`, what clients may ask `core/trace_options.py`, whose names can be imported
-from here, too.
+Owns what is known of a traced request, and the format in which a worker leaves it in the run directory. Its arrays are
+those of `core/trace_arrays.py`. Where a record comes from is `processes/worker/traces/tracker.py`, how those of several
+ranks become one `trace_ranks.py`, how a directory of them is read and kept small `trace_directory.py`, what clients may
+ask `core/trace_options.py`, whose names can be imported from here, too.
 """
 
 import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.core import trace_arrays
 from glassbox.core.files import write_atomically
-from glassbox.core.statistics import NUM_STATISTICS, PHASES
+from glassbox.core.statistics import PHASES
+from glassbox.core.trace_arrays import Sizes, trace_array
 from glassbox.core.trace_options import (
-    MAX_ROW_KEYS,
+    MAX_ATTENTION_KEYS,
     MAX_SPANS,
     MAX_TOP_K,
     ClientChoice,
@@ -34,7 +36,7 @@ from glassbox.core.trace_options import (
 
 __all__ = [
     "FORMAT_VERSION",
-    "MAX_ROW_KEYS",
+    "MAX_ATTENTION_KEYS",
     "MAX_SPANS",
     "MAX_TOP_K",
     "ClientChoice",
@@ -44,7 +46,8 @@ __all__ = [
     "Span",
     "TraceOptions",
     "external_id",
-    "merge_ranks",
+    "joined_attention",
+    "no_attention",
     "parse_options",
     "read_header",
     "read_trace",
@@ -53,14 +56,13 @@ __all__ = [
     "write_trace",
 ]
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 Why = Literal["opt_in", "sampled"]
 Status = Literal["active", "finished", "aborted", "lost"]
 
 _INTERNAL: Final = re.compile(r"(?:\d+_)?(?P<external>.+)-[0-9a-f]{8}", re.DOTALL)
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
 _NAME_CHARS: Final = 80
-_NO_POSITION: Final = -1
 
 
 def external_id(internal_id: str) -> str:
@@ -77,7 +79,7 @@ def external_id(internal_id: str) -> str:
 class RequestTrace:
     """All that is known of one traced request on one worker, or merged over workers.
 
-    T kept rows (positions of the sequence), L layers, H heads, k = top_k, S spans.
+    Each array of core/trace_arrays.py is an attribute by its name, too: `trace.stats` is `trace.arrays["stats"]`.
 
     Attributes:
         request_id: external id, as the client sees it; the samples of a request with n > 1 share it.
@@ -90,24 +92,13 @@ class RequestTrace:
         prompt_len, num_generated: tokens. The last generated token is never an input, so it has no row.
         traceparent: W3C trace context that came with the request, or None.
         layers, heads: global index of each along the axes L and H.
-        positions: int32 [T], ascending, so prefill rows come first. A position that was computed again after a
-            preemption stands there once.
-        phases: uint8 [T], index into statistics.PHASES.
-        stats: float32 [T, L, H, NUM_STATISTICS + 1], columns as in statistics.py, the last is 1 where a score was not
-            finite. NaN is "no value".
-        topk_positions, topk_mass: int32 and float32 [T, L, H, k], by falling mass; -1 and 0 where there are fewer keys.
-        mean_topk_positions, mean_topk_mass: [T, k], of the attention averaged over these layers and heads.
-        span_names: of the S spans. span_ranges: int32 [S, 2], start and exclusive end.
-        span_mass: float32 [T, L, H, S], sum of the attention to the span's positions.
-        row_values: float16, the full rows one after the other; `row` cuts them. Empty if not asked for.
-        row_offsets: int64 [T + 1] into `row_values`.
-        row_starts: int32 [T], position of the first key kept of each row.
         options: that the request gave.
         truncated: True if a limit ended the collecting; what is there is right, later rows are missing.
-        token_ids: int32 [prompt_len + num_generated], or empty without `requests.include_text`.
+        span_names: of the S spans.
+        arrays: by name, all of the table; T kept rows, L layers, H heads, k = top_k, S spans.
 
     Raises:
-        ValueError: an array has another shape.
+        ValueError: an array is missing, not of the table, or has another shape or type.
     """
 
     request_id: str
@@ -127,61 +118,61 @@ class RequestTrace:
     heads: tuple[int, ...]
     options: TraceOptions
     truncated: bool
-    positions: npt.NDArray[np.int32]
-    phases: npt.NDArray[np.uint8]
-    stats: npt.NDArray[np.float32]
-    topk_positions: npt.NDArray[np.int32]
-    topk_mass: npt.NDArray[np.float32]
-    mean_topk_positions: npt.NDArray[np.int32]
-    mean_topk_mass: npt.NDArray[np.float32]
-    span_mass: npt.NDArray[np.float32]
     span_names: tuple[str, ...]
-    span_ranges: npt.NDArray[np.int32]
-    row_values: npt.NDArray[np.float16]
-    row_offsets: npt.NDArray[np.int64]
-    row_starts: npt.NDArray[np.int32]
-    token_ids: npt.NDArray[np.int32]
+    arrays: Mapping[str, npt.NDArray[Any]]
 
     def __post_init__(self) -> None:
-        rows, place = len(self.positions), (len(self.layers), len(self.heads))
-        k, spans = self.topk_mass.shape[-1], len(self.span_names)
-        wanted: dict[str, tuple[int, ...]] = {
-            "positions": (rows,),
-            "phases": (rows,),
-            "stats": (rows, *place, NUM_STATISTICS + 1),
-            "topk_positions": (rows, *place, k),
-            "topk_mass": (rows, *place, k),
-            "mean_topk_positions": (rows, k),
-            "mean_topk_mass": (rows, k),
-            "span_mass": (rows, *place, spans),
-            "span_ranges": (spans, 2),
-        }
-        if self.has_rows:
-            wanted |= {"row_offsets": (rows + 1,), "row_starts": (rows,)}
-        for name, shape in wanted.items():
-            found = getattr(self, name).shape
-            if found != shape:
-                raise ValueError(f"{name} must have shape {list(shape)}, got {list(found)}")
+        names = {array.name for array in trace_arrays.TRACE_ARRAYS}
+        if names != self.arrays.keys():
+            raise ValueError(f"arrays must be those of the table; differing: {sorted(names ^ self.arrays.keys())}")
+        sizes = self.sizes
+        for array in trace_arrays.TRACE_ARRAYS:
+            found, shape = self.arrays[array.name], array.shape(sizes)
+            if found.ndim != len(shape) or any(n not in {None, m} for n, m in zip(shape, found.shape, strict=True)):
+                raise ValueError(f"{array.name} must have shape {list(shape)}, got {list(found.shape)}")
+            if found.dtype != array.dtype:
+                raise ValueError(f"{array.name} must have type {array.dtype}, got {found.dtype}")
+
+    def __getattr__(self, name: str) -> npt.NDArray[Any]:
+        try:
+            values: npt.NDArray[Any] = self.__dict__["arrays"][name]
+        except KeyError:
+            raise AttributeError(f"a trace has no {name}; its arrays are listed in core/trace_arrays.py") from None
+        return values
 
     @property
-    def has_rows(self) -> bool:
-        """True if full attention rows were kept."""
-        return bool(len(self.row_offsets))
+    def sizes(self) -> Sizes:
+        """Of the axes of its arrays."""
+        rows = len(self.positions)
+        return {
+            "token": rows,
+            "layer": len(self.layers),
+            "head": len(self.heads),
+            "top_k": self.topk_mass.shape[-1],
+            "span": len(self.span_names),
+            "kept_token": rows if self.has_attention else 0,
+            "offset": rows + 1 if self.has_attention else 0,
+        }
+
+    @property
+    def has_attention(self) -> bool:
+        """True if the whole attention of each row was kept."""
+        return bool(len(self.attention_offsets))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(getattr(self, name).nbytes for name in _ARRAYS)
+        return sum(array.nbytes for array in self.arrays.values())
 
-    def row(self, t: int) -> npt.NDArray[np.float16]:
-        """Attention [L, H, keys] of kept row `t` to the positions from `row_starts[t]` to its own.
+    def attention(self, t: int) -> npt.NDArray[np.float16]:
+        """Attention [L, H, keys] of kept row `t` to the positions from `attention_starts[t]` to its own.
 
         Raises:
-            ValueError: the request did not ask for rows.
+            ValueError: the request did not ask for it.
         """
-        if not self.has_rows:
+        if not self.has_attention:
             raise ValueError("rows must have been asked for, with glassbox_rows: 1; this trace has none")
-        values = self.row_values[self.row_offsets[t] : self.row_offsets[t + 1]]
+        values = self.attention_values[self.attention_offsets[t] : self.attention_offsets[t + 1]]
         return values.reshape(len(self.layers), len(self.heads), -1)
 
     def decode(self) -> npt.NDArray[np.bool_]:
@@ -189,22 +180,30 @@ class RequestTrace:
         return self.phases == PHASES.index("decode")
 
 
-_ARRAYS: Final = (
-    "positions",
-    "phases",
-    "stats",
-    "topk_positions",
-    "topk_mass",
-    "mean_topk_positions",
-    "mean_topk_mass",
-    "span_mass",
-    "span_ranges",
-    "row_values",
-    "row_offsets",
-    "row_starts",
-    "token_ids",
-)
-_HEADER: Final = tuple(f.name for f in fields(RequestTrace) if f.name not in _ARRAYS)
+_HEADER: Final = tuple(f.name for f in fields(RequestTrace) if f.name != "arrays")
+
+
+def joined_attention(
+    of_rows: Sequence[npt.NDArray[np.float16]], starts: npt.NDArray[np.int32]
+) -> dict[str, npt.NDArray[Any]]:
+    """The arrays that hold whole attention vectors.
+
+    Args:
+        of_rows: [L, H, keys] of each row.
+        starts: int32 [T], position of the first of these keys.
+    """
+    none = no_attention()
+    return {
+        "attention_values": np.concatenate([none["attention_values"], *(values.ravel() for values in of_rows)]),
+        "attention_offsets": np.cumsum([0, *(values.size for values in of_rows)], dtype=np.int64),
+        "attention_starts": starts,
+    }
+
+
+def no_attention() -> dict[str, npt.NDArray[Any]]:
+    """The same of a request that did not ask for them."""
+    names = ("attention_values", "attention_offsets", "attention_starts")
+    return {name: trace_array(name).filled({}) for name in names}
 
 
 def trace_name(engine: str, rank: int, instance: str, internal_id: str) -> str:
@@ -241,12 +240,11 @@ def _encode(trace: RequestTrace) -> bytes:
     header: dict[str, Any] = {name: getattr(trace, name) for name in _HEADER}
     header["options"] = asdict(trace.options)
     header["num_rows"] = len(trace.positions)
-    arrays: dict[str, np.ndarray] = {name: getattr(trace, name) for name in _ARRAYS}
     # Each array of an archive costs a worker 0.1 ms, and most traces leave half of them empty.
-    header["empty"] = {name: (array.dtype.name, array.shape) for name, array in arrays.items() if not array.size}
+    header["empty"] = {name: array.shape for name, array in trace.arrays.items() if not array.size}
     text = json.dumps({"format": FORMAT_VERSION, **header})
     buffer = io.BytesIO()
-    filled: dict[str, Any] = {name: array for name, array in arrays.items() if array.size}
+    filled: dict[str, Any] = {name: array for name, array in trace.arrays.items() if array.size}
     np.savez(buffer, header=np.frombuffer(text.encode(), dtype=np.uint8), **filled)
     return buffer.getvalue()
 
@@ -263,10 +261,12 @@ def read_trace(path: Path) -> RequestTrace:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             header = _decode_header(bytes(archive["header"]))
             empty = header.pop("empty")
-            arrays: dict[str, Any] = {name: np.empty(shape, dtype=dtype) for name, (dtype, shape) in empty.items()}
-            arrays |= {name: archive[name] for name in _ARRAYS if name not in empty}
+            arrays = {
+                array.name: np.empty(empty[array.name], array.dtype) if array.name in empty else archive[array.name]
+                for array in trace_arrays.TRACE_ARRAYS
+            }
         header.pop("num_rows")
-        return RequestTrace(**header, **arrays)
+        return RequestTrace(**header, arrays=arrays)
     except Exception as error:  # garbage can fail anywhere in zip, npy, JSON or shapes
         raise _unreadable(path, error) from error
 
@@ -304,120 +304,6 @@ def _decode_header(text: bytes) -> dict[str, Any]:
         heads=None if options["heads"] is None else tuple(options["heads"]),
         top_k=options["top_k"],
         spans=tuple(Span(**span) for span in options["spans"]),
-        rows=options["rows"],
+        attention=options["attention"],
     )
     return header
-
-
-def merge_ranks(traces: Sequence[RequestTrace]) -> RequestTrace:
-    """One trace of a request's traces on the workers of its engine.
-
-    Tensor-parallel ranks bring heads, pipeline stages layers. Rows are those that all of them have: while a request
-    runs, one worker's file may be older. A place that no worker measured holds NaN, and no positions. The positions of
-    `mean_topk` are chosen among those of the workers, and their mass is a lower bound with several.
-
-    Raises:
-        ValueError: `traces` is empty or of several requests.
-    """
-    if not traces:
-        raise ValueError("traces must have at least one element, got none")
-    if len({(trace.engine, trace.internal_id) for trace in traces}) > 1:
-        raise ValueError("traces must be of one request; merge each request by itself")
-    if len(traces) == 1:
-        return traces[0]
-    # The lowest rank stands for heads that several hold (replicated ones).
-    parts = sorted(traces, key=lambda t: (t.rank, t.layers, t.start_time_s, t.instance))
-    positions = parts[0].positions
-    for part in parts[1:]:
-        positions = np.intersect1d(positions, part.positions)
-    layers = tuple(sorted({layer for part in parts for layer in part.layers}))
-    heads = tuple(sorted({head for part in parts for head in part.heads}))
-    k = max(part.topk_mass.shape[-1] for part in parts)
-    shape = (len(positions), len(layers), len(heads))
-    first = parts[0]
-    stats = np.full((*shape, NUM_STATISTICS + 1), np.nan, dtype=np.float32)
-    topk_positions = np.full((*shape, k), _NO_POSITION, dtype=np.int32)
-    topk_mass = np.zeros((*shape, k), dtype=np.float32)
-    span_mass = np.full((*shape, len(first.span_names)), np.nan, dtype=np.float32)
-    rows = _Rows(parts, positions, layers, heads) if all(part.has_rows for part in parts) else None
-    for part in reversed(parts):
-        take = np.searchsorted(part.positions, positions)
-        at = np.ix_(np.arange(len(positions)), np.searchsorted(layers, part.layers), np.searchsorted(heads, part.heads))
-        stats[at] = part.stats[take]
-        topk_positions[at] = part.topk_positions[take]
-        topk_mass[at] = part.topk_mass[take]
-        span_mass[at] = part.span_mass[take]
-    mean_positions, mean_mass = _merge_means(parts, positions, k)
-    ends = [part.end_time_s for part in parts]
-    active = any(part.status == "active" for part in parts)
-    return replace(
-        first,
-        status="active" if active else first.status,
-        start_time_s=min(part.start_time_s for part in parts),
-        end_time_s=None if active else max((end for end in ends if end is not None), default=None),
-        num_generated=max(part.num_generated for part in parts),
-        layers=layers,
-        heads=heads,
-        truncated=any(part.truncated for part in parts),
-        positions=positions,
-        phases=first.phases[np.searchsorted(first.positions, positions)],
-        stats=stats,
-        topk_positions=topk_positions,
-        topk_mass=topk_mass,
-        mean_topk_positions=mean_positions,
-        mean_topk_mass=mean_mass,
-        span_mass=span_mass,
-        row_values=rows.values if rows else first.row_values[:0],
-        row_offsets=rows.offsets if rows else first.row_offsets[:0],
-        row_starts=rows.starts if rows else first.row_starts[:0],
-    )
-
-
-def _merge_means(
-    parts: Sequence[RequestTrace], positions: npt.NDArray[np.int32], k: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """The k positions with most mass among those of the parts, each part weighted by its layers and heads."""
-    places = np.array([len(part.layers) * len(part.heads) for part in parts], dtype=np.float64)
-    weights = places / max(places.sum(), 1)
-    found = np.full((len(positions), k), _NO_POSITION, dtype=np.int32)
-    mass = np.zeros((len(positions), k), dtype=np.float32)
-    takes = [np.searchsorted(part.positions, positions) for part in parts]
-    for t in range(len(positions)):
-        total: dict[int, float] = {}
-        for part, take, weight in zip(parts, takes, weights, strict=True):
-            row = take[t]
-            for key, value in zip(
-                part.mean_topk_positions[row].tolist(), part.mean_topk_mass[row].tolist(), strict=True
-            ):
-                if key != _NO_POSITION:
-                    total[key] = total.get(key, 0.0) + weight * value
-        best = sorted(total.items(), key=lambda item: (-item[1], item[0]))[:k]
-        for i, (key, value) in enumerate(best):
-            found[t, i], mass[t, i] = key, value
-    return found, mass
-
-
-class _Rows:
-    """Full rows of several workers, put together."""
-
-    def __init__(
-        self,
-        parts: Sequence[RequestTrace],
-        positions: npt.NDArray[np.int32],
-        layers: tuple[int, ...],
-        heads: tuple[int, ...],
-    ) -> None:
-        values, lengths = [], []
-        takes = [np.searchsorted(part.positions, positions) for part in parts]
-        self.starts = parts[0].row_starts[takes[0]]
-        for t in range(len(positions)):
-            keys = parts[0].row(takes[0][t]).shape[-1]
-            whole = np.full((len(layers), len(heads), keys), np.nan, dtype=np.float16)
-            for part, take in reversed(list(zip(parts, takes, strict=True))):
-                whole[np.ix_(np.searchsorted(layers, part.layers), np.searchsorted(heads, part.heads))] = part.row(
-                    take[t]
-                )
-            values.append(whole.ravel())
-            lengths.append(whole.size)
-        self.values = np.concatenate(values) if values else np.zeros(0, dtype=np.float16)
-        self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.core.statistics import INDEX, STATISTICS
+from glassbox.core.trace_arrays import trace_array
 from glassbox.export.trace_document import Selection, Texts, document, pick
 from glassbox.store.trace_record import RequestTrace
 
 # Of the numbers per layer and head; beyond it, layers are left out, evenly.
 MAX_BYTES: Final = 8_000_000
-# Most attended positions shown of a trace that has full rows but no top-k.
-_ROWS_TOP_K: Final = 8
+# Most attended positions shown of a trace that has whole attention vectors but no top-k.
+_WHOLE_TOP_K: Final = 8
 # What the page draws along the answer; both from 0 to 1.
 _DRAWN: Final = ("entropy_ratio", "lookback_ratio")
 _ONE: Final = 65_535
@@ -91,20 +92,20 @@ def _label(name: str) -> str:
 
 
 def _top_k(trace: RequestTrace) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], dict[str, Any] | None]:
-    """Positions and masses [T, L, H, k], and those of the mean; made from full rows if only these were asked for."""
-    if trace.topk_mass.shape[-1] or not trace.has_rows:
+    """Positions and masses [T, L, H, k], and those of the mean; from whole vectors if only these were asked for."""
+    if trace.topk_mass.shape[-1] or not trace.has_attention:
         mean = {
             "position": trace.mean_topk_positions.tolist(),
             "mass": np.round(trace.mean_topk_mass.astype(np.float64), 6).tolist(),
         }
         return trace.topk_positions, trace.topk_mass, mean
-    shape = (len(trace.positions), len(trace.layers), len(trace.heads), _ROWS_TOP_K)
-    positions, masses = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32)
-    for t in range(shape[0]):
-        row = np.nan_to_num(trace.row(t).astype(np.float32))
-        best = np.argsort(-row, axis=-1, kind="stable")[..., :_ROWS_TOP_K]
-        positions[t, ..., : best.shape[-1]] = best + trace.row_starts[t]
-        masses[t, ..., : best.shape[-1]] = np.take_along_axis(row, best, axis=-1)
+    sizes = {**trace.sizes, "top_k": _WHOLE_TOP_K}
+    positions, masses = (trace_array(name).filled(sizes) for name in ("topk_positions", "topk_mass"))
+    for t in range(len(positions)):
+        attention = np.nan_to_num(trace.attention(t).astype(np.float32))
+        best = np.argsort(-attention, axis=-1, kind="stable")[..., :_WHOLE_TOP_K]
+        positions[t, ..., : best.shape[-1]] = best + trace.attention_starts[t]
+        masses[t, ..., : best.shape[-1]] = np.take_along_axis(attention, best, axis=-1)
     return positions, masses, None
 
 

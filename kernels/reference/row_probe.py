@@ -1,7 +1,7 @@
-"""Exact reference of full attention rows and what is derived from them: float64, one row and one head at a time.
+"""Exact reference of whole attention vectors and what is derived from them: float64, one row and one head at a time.
 
-Owns the meaning of a traced request's top positions and span masses; `row_probe_cpu.py` is tested against it. How a
-score is made is written in `reference/row_stats.py`.
+Owns the meaning of a traced request's top positions and span masses; `kernels/row_probe_cpu.py` is tested against it.
+How a score is made is written in `row_stats.py`.
 """
 
 import math

@@ -207,7 +207,7 @@ class TestTwoRequests:
     def test_picking_and_choosing_is_of_one_page(self, browser: Browser, tmp_path: Path) -> None:
         """A second trace beside the page's own: a token picked here, a layer chosen there."""
         for seed, name in ((0, "one"), (1, "two")):
-            write_trace(traces_path(tmp_path), make_trace(seed=seed, request_id=name, top_k=4, rows=False))
+            write_trace(traces_path(tmp_path), make_trace(seed=seed, request_id=name, top_k=4, attention=False))
         config = GlassboxConfig()
         server = HttpServer(0, Starlette(routes=request_routes(tmp_path, lambda: config)), "127.0.0.1")
         # The page's policy lets it fetch nothing, not even its neighbour.

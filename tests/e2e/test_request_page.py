@@ -48,13 +48,13 @@ def trace(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RequestTra
         positions=(3, *range(len(prompt) - 1, end)),
         layers=(0, 4, 9),
         top_k=4,
-        rows=False,
+        attention=False,
         num_generated=len(answer),
         token_ids=np.array(prompt + answer, dtype=np.int32),
     )
     write_source(run_dir, str(folder), None)
     write_trace(traces_path(run_dir), made)
-    write_trace(traces_path(run_dir), make_trace(seed=1, request_id="bare", top_k=0, rows=False, spans=()))
+    write_trace(traces_path(run_dir), make_trace(seed=1, request_id="bare", top_k=0, attention=False, spans=()))
     return made
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.integration
 NUM_LAYERS, HEADS, KV_HEADS, D, BLOCK = 3, 4, 2, 64, 32
 # Sequence and query lengths of a decode step, a chunk of a prompt and another decode step.
 SEQ_LENS, QUERY_LENS, PROMPT_LENS = (70, 40, 3), (1, 20, 1), (30, 100, 2)
-ASKS = TraceOptions(top_k=5, spans=(Span("first", 0, 4), Span("rest", 4, 1000)), rows=True)
+ASKS = TraceOptions(top_k=5, spans=(Span("first", 0, 4), Span("rest", 4, 1000)), attention=True)
 FEW = TraceOptions(top_k=2, layers=(8,))
 
 
@@ -128,13 +128,13 @@ def assert_same(
     np.testing.assert_allclose(one[0].sums, other[0].sums, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(one[0].window_max, other[0].window_max, rtol=1e-5)
     for mine, theirs in zip(one[1], other[1], strict=True):
-        for name in ("positions", "phases", "topk_positions", "mean_topk_positions", "row_offsets"):
+        for name in ("positions", "phases", "topk_positions", "mean_topk_positions", "attention_offsets"):
             np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name), err_msg=name)
         for name in ("stats", "topk_mass", "mean_topk_mass", "span_mass"):
             np.testing.assert_allclose(
                 getattr(mine, name), getattr(theirs, name), rtol=1e-4, atol=1e-5, equal_nan=True, err_msg=name
             )
-        np.testing.assert_allclose(mine.row_values, theirs.row_values, rtol=2e-3, atol=1e-6)
+        np.testing.assert_allclose(mine.attention_values, theirs.attention_values, rtol=2e-3, atol=1e-6)
     assert one[2].counts() == other[2].counts()
 
 

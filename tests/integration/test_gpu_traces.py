@@ -151,7 +151,7 @@ class TestValues:
         """Spans, top positions and statistics are those of the row, to float16's rounding of it."""
         for trace, _ in engines[name].of(EVERYTHING):
             for t in range(len(trace.positions)):
-                row = trace.row(t).astype(np.float64)
+                row = trace.attention(t).astype(np.float64)
                 np.testing.assert_allclose(row.sum(-1), 1, atol=5e-3)
                 np.testing.assert_allclose(trace.stats[t, ..., INDEX["top1_ratio"]], row.max(-1), rtol=0, atol=1e-3)
                 count = min(5, row.shape[-1])
@@ -174,8 +174,8 @@ def _of_trace(trace: RequestTrace, t: int) -> dict[str, np.ndarray]:
     found = {name: trace.stats[t, ..., INDEX[name]] for name in ("top1_ratio", "sink_ratio")}
     k = min(trace.options.top_k, int(trace.positions[t]) + 1)
     found |= {"topk_mass": trace.topk_mass[t, ..., :k], "mean_topk_mass": trace.mean_topk_mass[t, :k]}
-    if trace.has_rows:
-        found |= {"span_mass": trace.span_mass[t], "row": trace.row(t)}
+    if trace.has_attention:
+        found |= {"span_mass": trace.span_mass[t], "row": trace.attention(t)}
     return found
 
 
@@ -198,7 +198,7 @@ def _add_errors(
             "topk_mass": np.take_along_axis(p, keys, -1),
             "mean_topk_mass": p.mean(axis=(0, 1))[mean_keys],
         }
-        if trace.has_rows:
+        if trace.has_attention:
             spans = [p[..., span.start : span.end].sum(-1) for span in trace.options.spans]
             reduced |= {"span_mass": np.stack(spans, -1), "row": p}
         return reduced

@@ -171,8 +171,8 @@ def assert_equals_truth(trace: RequestTrace, attention: np.ndarray) -> None:
         for s, span in enumerate(spans):
             expected = p[..., span.start : span.end].sum(-1)
             np.testing.assert_allclose(trace.span_mass[t, ..., s], expected, rtol=0, atol=MASS, err_msg=where)
-        if trace.has_rows:
-            np.testing.assert_allclose(trace.row(t), p, rtol=0, atol=HALF, err_msg=where)
+        if trace.has_attention:
+            np.testing.assert_allclose(trace.attention(t), p, rtol=0, atol=HALF, err_msg=where)
         if not k:
             continue
         count = min(k, position + 1)

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels.interpreter import DEVICE, ON_GPU
 
 # isort: split
+from glassbox.core.trace_arrays import NO_POSITION
 from glassbox.kernels.layer_params import LayerParams
+from glassbox.kernels.probe_answers import ProbeAnswers
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref, top_k_ref
 from glassbox.kernels.row_probe import ProbedLayers, row_probe
-from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers
 from tests.kernels.row_stats_cases import BASE, INF, LARGE, MIXED, NAN, Case, Inputs, Sequence, make_inputs
 from tests.kernels.tolerances import ORACLE_FACTOR, SUM_ROUNDING, score_error
 
@@ -72,8 +73,8 @@ class Group:
     def layers(self) -> ProbedLayers:
         return ProbedLayers.of([i.k_cache for i in self.inputs], [i.params for i in self.inputs], self.case.heads)
 
-    def probe(self, **options: Any) -> ProbeAnswers:
-        defaults: dict[str, Any] = {"top_k": 5, "kept_rows": range(len(self.rows)), "max_row_keys": 64}
+    def probe(self, **options: Any) -> ProbeAnswers[Tensor]:
+        defaults: dict[str, Any] = {"top_k": 5, "kept_attention": range(len(self.rows)), "max_attention_keys": 64}
         return row_probe(
             self.queries, self.layers, self.inputs[0].block_table, self.rows, self.positions,
             spans=self.spans, chosen=self.chosen, **(defaults | options),
@@ -141,7 +142,7 @@ def assert_top_k(positions: Tensor, mass: Tensor, expected: Tensor, visible: int
         assert_near(mass[:count], expected[positions[:count].long()], tolerance, "masses at the top positions")
 
 
-def assert_answers(group: Group, answers: ProbeAnswers, max_row_keys: int = 64) -> None:
+def assert_answers(group: Group, answers: ProbeAnswers, max_attention_keys: int = 64) -> None:
     """Everything that was asked, against the reference; every row is a kept row."""
     a = [t.cpu() for t in (answers.topk_positions, answers.topk_mass, answers.span_mass, answers.chosen_sum)]
     topk_positions, topk_mass, span_mass, chosen_sum = a
@@ -150,7 +151,7 @@ def assert_answers(group: Group, answers: ProbeAnswers, max_row_keys: int = 64) 
     assert chosen_sum.shape == (len(group.rows), max(group.positions) + 1)
     for r, position in enumerate(group.positions):
         total, total_tolerance = torch.zeros(chosen_sum.shape[1], dtype=torch.float64), 0.0
-        kept = answers.rows[r].cpu()
+        kept = answers.attention[r].cpu()
         assert kept.dtype == torch.float16
         for i, inputs in enumerate(group.inputs):
             expected = group.expected(r, i)
@@ -162,7 +163,7 @@ def assert_answers(group: Group, answers: ProbeAnswers, max_row_keys: int = 64) 
                 wanted = torch.tensor([span_mass_ref(of_head, start, end) for of_head in expected])
                 wanted[expected[:, 0].isnan()] = NAN
                 assert_near(span_mass[r, i, :, s], wanted, tolerance, f"span {s} of row {r}, layer {i}")
-            last = expected[:, -max_row_keys:]
+            last = expected[:, -max_attention_keys:]
             half = EPS16 * last.abs() + 2.0**-25  # half of the smallest step
             assert_near(kept[i], last, tolerance + half, f"row {r}, layer {i}")
             total[: position + 1] += expected[chosen[r, i]].sum(0)
@@ -245,7 +246,7 @@ class TestAgainstReference:
         first = make_inputs(case, "cpu").rows
         listed = case.rows or tuple((int(b), 0) for b in first[:, 1].tolist() if b >= 0)
         group = Group(replace(case, rows=listed[:: max(len(listed) // 8, 1)]), {}, {"sliding_window": 300}, {})
-        assert_answers(group, group.probe(max_row_keys=4096, scratch_bytes=4 << 20), max_row_keys=4096)
+        assert_answers(group, group.probe(max_attention_keys=4096, scratch_bytes=4 << 20), max_attention_keys=4096)
 
 
 class TestQuestions:
@@ -260,11 +261,11 @@ class TestQuestions:
         """No top positions, no spans, nothing chosen and no rows: the results have no width, or are 0."""
         group = Group(BASE, {}, {})
         group.spans, group.chosen = group.spans[:, :0], torch.zeros_like(group.chosen)
-        answers = group.probe(top_k=0, kept_rows=())
+        answers = group.probe(top_k=0, kept_attention=())
         assert [answers.topk_positions.shape[3], answers.topk_mass.shape[3], answers.span_mass.shape[3]] == [0, 0, 0]
         assert answers.chosen_sum.shape == (3, 130)
         assert not answers.chosen_sum.any()
-        assert answers.rows == ()
+        assert answers.attention == ()
 
     def test_no_rows(self) -> None:
         """Zero rows have zero answers."""
@@ -286,15 +287,15 @@ class TestQuestions:
         assert (answers.span_mass[0, :, :, 1] == 0).all()
         assert (answers.span_mass[1, :, :, 1] == 0).all()
 
-    @pytest.mark.parametrize("max_row_keys", [1, 37, 1000])
-    def test_some_rows_are_kept(self, max_row_keys: int) -> None:
+    @pytest.mark.parametrize("max_attention_keys", [1, 37, 1000])
+    def test_some_rows_are_kept(self, max_attention_keys: int) -> None:
         """In the order asked, the last keys up to the own position, as in a probe that keeps all."""
         group = Group(BASE, {}, {"sliding_window": 8})
-        kept = group.probe(kept_rows=(2, 0), max_row_keys=max_row_keys).rows
-        whole = group.probe(max_row_keys=1000).rows
+        kept = group.probe(kept_attention=(2, 0), max_attention_keys=max_attention_keys).attention
+        whole = group.probe(max_attention_keys=1000).attention
         assert [row.shape[2] for row in whole] == [37, 1, 130]
         for row, of_whole in zip(kept, (whole[2], whole[0]), strict=True):
-            assert torch.equal(row, of_whole[..., -max_row_keys:])
+            assert torch.equal(row, of_whole[..., -max_attention_keys:])
 
     def test_chunks_are_not_seen(self) -> None:
         """Chunks of layers, and of rows, give the same answers; only sums over layers round in another order."""
@@ -307,7 +308,7 @@ class TestQuestions:
                 # Reductions on a GPU may be cut in another way.
                 tolerance = SUM_ROUNDING if ON_GPU else 0.0
                 torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=0, atol=tolerance)
-            for part, of_whole in zip(parts.rows, whole.rows, strict=True):
+            for part, of_whole in zip(parts.attention, whole.attention, strict=True):
                 assert torch.equal(part, of_whole)
             assert_answers(group, parts)
 
@@ -441,7 +442,8 @@ class TestNeverWaits:
         with Operations() as seen:
             row_probe(
                 group.queries, layers, group.inputs[0].block_table, group.rows, group.positions, top_k=200,
-                spans=group.spans, chosen=group.chosen, kept_rows=(0, 3), max_row_keys=50, scratch_bytes=1 << 14,
+                spans=group.spans, chosen=group.chosen, kept_attention=(0, 3), max_attention_keys=50,
+                scratch_bytes=1 << 14,
             )  # fmt: skip
         assert seen.waiting == []
         assert len(seen.softmax_bytes) > 1
@@ -456,7 +458,7 @@ class TestNeverWaits:
             try:
                 row_probe(
                     group.queries, group.layers, group.inputs[0].block_table, group.rows, group.positions, top_k=5,
-                    spans=group.spans, chosen=group.chosen, kept_rows=(0, 3), max_row_keys=50,
+                    spans=group.spans, chosen=group.chosen, kept_attention=(0, 3), max_attention_keys=50,
                 )  # fmt: skip
             finally:
                 torch.cuda.set_sync_debug_mode("default")

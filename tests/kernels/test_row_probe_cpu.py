@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glassbox.core.trace_arrays import NO_POSITION
+from glassbox.kernels.probe_answers import ProbeAnswers
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref, top_k_ref
-from glassbox.kernels.row_probe_cpu import NO_POSITION, ProbeAnswers, row_probe_cpu
+from glassbox.kernels.row_probe_cpu import row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerRows
 from glassbox.kernels.row_stats_native import NativeProbe, NativeStep, Questions
 from tests.kernels.test_row_stats_cpu import Batch, PlainReader, implementation
@@ -20,7 +22,7 @@ __all__ = ["implementation"]  # a fixture of this module, too
 ROUNDING = 2.0**-23
 HALF_ROUNDING = 2.0**-10
 SPANS = ((0, 3), (2, 9), (40, 60), (0, 0))
-MAX_ROW_KEYS = 64
+MAX_ATTENTION_KEYS = 64
 
 
 class Layers:
@@ -34,7 +36,7 @@ class Layers:
         shape = (self.num_rows, len(batches), self.num_heads)
         self.chosen = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
 
-    def probe(self, key_budget: int | None = None, **options: Any) -> ProbeAnswers:
+    def probe(self, key_budget: int | None = None, **options: Any) -> ProbeAnswers[torch.Tensor]:
         first = self.batches[0]
         _, table = first.cache()
         plan = first.plan(table, **({} if key_budget is None else {"key_budget": key_budget}))
@@ -48,19 +50,19 @@ class Layers:
         defaults: dict[str, Any] = {
             "top_k": 5,
             "spans": torch.tensor(self.spans, dtype=torch.int32),
-            "kept_rows": range(self.num_rows),
-            "max_row_keys": MAX_ROW_KEYS,
+            "kept_attention": range(self.num_rows),
+            "max_attention_keys": MAX_ATTENTION_KEYS,
         }
         return row_probe_cpu(layers, plan, first.positions, chosen=self.chosen, **(defaults | options))
 
-    def _native(self, table: np.ndarray, **options: Any) -> ProbeAnswers:
+    def _native(self, table: np.ndarray, **options: Any) -> ProbeAnswers[torch.Tensor]:
         first = self.batches[0]
         asked = Questions(
             top_k=options.get("top_k", 5),
             spans=np.asarray(options.get("spans", np.array(self.spans, dtype=np.int32))),
             chosen=self.chosen.numpy(),
-            kept_rows=options.get("kept_rows", range(self.num_rows)),
-            max_row_keys=options.get("max_row_keys", MAX_ROW_KEYS),
+            kept_attention=options.get("kept_attention", range(self.num_rows)),
+            max_attention_keys=options.get("max_attention_keys", MAX_ATTENTION_KEYS),
             positions=np.array(first.positions, dtype=np.int32),
         )
         probe = NativeProbe(asked)
@@ -72,7 +74,7 @@ class Layers:
             alive.append(lying)
             step.take(n, layer, batch.q, n)
         step.measure()
-        return probe.answers(range(len(self.batches)))
+        return probe.answers(range(len(self.batches))).moved(torch.from_numpy)
 
     def expected(self, row: int, layer: int) -> torch.Tensor:
         """float64 [H, position + 1]."""
@@ -83,11 +85,11 @@ class Layers:
             sliding_window=batch.window, soft_cap=batch.soft_cap, alibi_slopes=batch.slopes, sinks=batch.learned,
         )  # fmt: skip
 
-    def check(self, **options: Any) -> ProbeAnswers:
+    def check(self, **options: Any) -> ProbeAnswers[torch.Tensor]:
         """Everything that was asked, against the reference; every row is a kept row."""
         answers = self.probe(**options)
         positions = self.batches[0].positions
-        max_row_keys = options.get("max_row_keys", MAX_ROW_KEYS)
+        max_attention_keys = options.get("max_attention_keys", MAX_ATTENTION_KEYS)
         assert answers.chosen_sum.shape == (self.num_rows, max(positions) + 1)
         for r, position in enumerate(positions):
             total, total_tolerance = np.zeros(answers.chosen_sum.shape[1]), 0.0
@@ -100,8 +102,8 @@ class Layers:
                 for s, (start, end) in enumerate(self.spans[r]):
                     wanted = [span_mass_ref(of_head, start, end) for of_head in expected]
                     np.testing.assert_allclose(answers.span_mass[r, n, :, s], wanted, rtol=0, atol=10 * tolerance)
-                last = expected[:, -max_row_keys:]
-                np.testing.assert_allclose(answers.rows[r][n], last, rtol=HALF_ROUNDING, atol=tolerance + 2.0**-24)
+                last = expected[:, -max_attention_keys:]
+                np.testing.assert_allclose(answers.attention[r][n], last, rtol=HALF_ROUNDING, atol=tolerance + 2.0**-24)
                 chosen = self.chosen[r, n].numpy()
                 total[: position + 1] += expected[chosen].sum(0)
                 total_tolerance += tolerance * chosen.sum()
@@ -186,24 +188,24 @@ class TestAgainstReference:
 class TestQuestions:
     def test_nothing_asked(self) -> None:
         """No top positions, no rows."""
-        answers = Layers(MIXED).probe(top_k=0, kept_rows=())
+        answers = Layers(MIXED).probe(top_k=0, kept_attention=())
         assert answers.topk_mass.shape == (8, 1, 6, 0)
-        assert answers.rows == ()
+        assert answers.attention == ()
 
     def test_no_spans(self) -> None:
         """Nor spans."""
         answers = Layers(MIXED).probe(spans=torch.zeros(8, 0, 2, dtype=torch.int32))
         assert answers.span_mass.shape == (8, 1, 6, 0)
 
-    @pytest.mark.parametrize("max_row_keys", [1, 37, 1000])
-    def test_some_rows_are_kept(self, max_row_keys: int) -> None:
+    @pytest.mark.parametrize("max_attention_keys", [1, 37, 1000])
+    def test_some_rows_are_kept(self, max_attention_keys: int) -> None:
         """In the order asked, the last keys up to the own position, as in a probe that keeps all."""
         layers = Layers(replace(MIXED, window=30), replace(MIXED, window=30, seed=1))
-        kept = layers.probe(kept_rows=(4, 3), max_row_keys=max_row_keys).rows
-        whole = layers.probe(max_row_keys=1000).rows
+        kept = layers.probe(kept_attention=(4, 3), max_attention_keys=max_attention_keys).attention
+        whole = layers.probe(max_attention_keys=1000).attention
         assert [row.shape[2] for row in whole] == [position + 1 for position in MIXED.positions]
         for row, of_whole in zip(kept, (whole[4], whole[3]), strict=True):
-            assert torch.equal(row, of_whole[..., -max_row_keys:])
+            assert torch.equal(row, of_whole[..., -max_attention_keys:])
 
 
 class TestNotFinite:
@@ -221,13 +223,13 @@ class TestNotFinite:
         assert (answers.topk_positions[4, 0, heads] == NO_POSITION).all()
         assert (answers.topk_mass[4, 0, heads] == 0).all()
         assert answers.span_mass[4, 0, heads].isnan().all()
-        assert answers.rows[4][0, heads].isnan().all()
+        assert answers.attention[4][0, heads].isnan().all()
         for name in ("topk_positions", "topk_mass", "span_mass"):
             got, wanted = getattr(answers, name), getattr(expected, name)
             got[4, 0, heads] = wanted[4, 0, heads] = 0
             assert torch.equal(got, wanted), name
-        for row, wanted in zip(answers.rows, expected.rows, strict=True):
-            if row is answers.rows[4]:
+        for row, wanted in zip(answers.attention, expected.attention, strict=True):
+            if row is answers.attention[4]:
                 row[0, heads] = wanted[0, heads] = 0
             assert torch.equal(row, wanted)
         # Bad heads that were not chosen don't spoil the sum.
@@ -246,5 +248,11 @@ class TestErrors:
         layer = LayerRows.select(MIXED.q, PlainReader(pages), plan, MIXED.params)
         with pytest.raises(ValueError, match=r"must be for 1 rows, got 8; plan the probed rows"):
             row_probe_cpu(
-                [layer], plan, [3], top_k=1, spans=torch.zeros(1, 0, 2), chosen=torch.ones(1, 1, 6), max_row_keys=1
+                [layer],
+                plan,
+                [3],
+                top_k=1,
+                spans=torch.zeros(1, 0, 2),
+                chosen=torch.ones(1, 1, 6),
+                max_attention_keys=1,
             )

@@ -59,7 +59,7 @@ class TestGood:
     )
     def test_switches(self, value: Any, rows: bool) -> None:
         """JSON's true arrives as 1 or as a string."""
-        assert rows == parse_options(trace(rows=value)).options.rows
+        assert rows == parse_options(trace(rows=value)).options.attention
 
     def test_all(self) -> None:
         """The word for what is the default."""

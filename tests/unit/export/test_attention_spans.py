@@ -18,7 +18,7 @@ from glassbox.store.llm_spans import LlmSpan
 from glassbox.store.trace_record import RequestTrace
 from tests.otlp_receiver import OtlpReceiver
 from tests.otlp_receiver import attributes as received_attributes
-from tests.trace_samples import make_trace
+from tests.trace_samples import make_trace, with_arrays
 from tests.unit.store.test_llm_spans import make_span
 
 
@@ -127,7 +127,9 @@ class TestBounds:
     @pytest.mark.parametrize("count", [1, 32, 33, 5000])
     def test_events_of_long_answers(self, count: int) -> None:
         """At most 32, of at least 32 tokens, without a gap."""
-        trace = make_trace(positions=tuple(range(6, 6 + count)), layers=(0,), heads=(0,), top_k=0, spans=(), rows=False)
+        trace = make_trace(
+            positions=tuple(range(6, 6 + count)), layers=(0,), heads=(0,), top_k=0, spans=(), attention=False
+        )
         found = [event for event, _ in events(trace, trace.start_time_s + 1)]
         assert MAX_EVENTS >= len(found)
         assert 6 == found[0]["glassbox.first_position"]
@@ -144,7 +146,7 @@ class TestBounds:
     def test_values_that_are_not_finite(self) -> None:
         """Are left out."""
         trace = make_trace()
-        blank = replace(trace, stats=np.full_like(trace.stats, np.nan))
+        blank = with_arrays(trace, stats=np.full_like(trace.stats, np.nan))
         ((found, _),) = events(blank, 1_700_000_002.5)
         assert {"glassbox.first_position", "glassbox.last_position"} == found.keys()
 

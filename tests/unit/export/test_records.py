@@ -47,7 +47,7 @@ class TestParquet:
         trace = make_trace()
         shown = document(trace, lambda ids: [str(i) for i in ids])
         sink = open_records(tmp_path / "traces", "parquet", 1)
-        sink.write([shown, document(make_trace(seed=1, top_k=0, spans=(), rows=False))])
+        sink.write([shown, document(make_trace(seed=1, top_k=0, spans=(), attention=False))])
         sink.flush(force=True)
         first, second = self.read(tmp_path / "traces")
         for name in ("request_id", "status", "start_time_s", "prompt_len", "truncated", "layers", "heads"):

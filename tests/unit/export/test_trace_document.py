@@ -1,7 +1,6 @@
 """A trace as JSON: equal to numpy, without NaN, bounded, and only what was chosen."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from glassbox.export.trace_document import (
     mean,
     plain,
 )
-from tests.trace_samples import make_trace
+from tests.trace_samples import make_trace, with_arrays
 
 
 def close(found: Any, true: Any) -> None:
@@ -34,7 +33,7 @@ def with_nan(**fields: Any) -> Any:
     stats = trace.stats.copy()
     stats[1, 0, 0, :] = np.nan
     stats[trace.phases == 0, ..., INDEX["lookback_ratio"]] = np.nan
-    return replace(trace, stats=stats)
+    return with_arrays(trace, stats=stats)
 
 
 class TestPlain:
@@ -96,13 +95,15 @@ class TestDocument:
         trace = make_trace()
         shown = document(trace, lambda ids: [f"<{i}>" for i in ids])
         assert {"first_position": 0, "tokens": [f"<{i}>" for i in range(10)]} == shown["text"]
-        for hidden in (document(trace), document(replace(trace, token_ids=trace.token_ids[:0]), lambda _: ["x"])):
+        for hidden in (document(trace), document(with_arrays(trace, token_ids=trace.token_ids[:0]), lambda _: ["x"])):
             assert not {"text", "token_ids"} & hidden.keys()
 
     def test_it_is_bounded(self) -> None:
         """Of a long request the newest rows are shown, and how many are not."""
         count = MAX_TOKENS + 3
-        trace = make_trace(positions=tuple(range(2, count + 2)), layers=(0,), heads=(0,), top_k=0, spans=(), rows=False)
+        trace = make_trace(
+            positions=tuple(range(2, count + 2)), layers=(0,), heads=(0,), top_k=0, spans=(), attention=False
+        )
         tokens = document(trace)["tokens"]
         assert 3 == tokens["left_out"]
         assert list(range(5, count + 2)) == tokens["position"]
@@ -125,7 +126,7 @@ class TestDetail:
         close(shown["statistics"]["sink_ratio"], trace.stats[rows][:, [1]][..., places, INDEX["sink_ratio"]])
         close(shown["spans"]["system"], trace.span_mass[rows][:, [1]][..., places, 0])
         assert trace.topk_positions[rows][:, [1]][:, :, places].tolist() == shown["top_k"]["position"]
-        close(shown["rows"][0]["attention"], trace.row(1)[np.ix_([1], places)])
+        close(shown["rows"][0]["attention"], trace.attention(1)[np.ix_([1], places)])
         assert [6, 7, 8] == [len(row["attention"][0][0]) for row in shown["rows"]]
 
     def test_everything(self) -> None:

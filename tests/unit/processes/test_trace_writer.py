@@ -11,7 +11,7 @@ import pytest
 
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
-from glassbox.core.statistics import NUM_STATISTICS
+from glassbox.core.trace_arrays import without_values
 from glassbox.measure.deferred import DeferredActions
 from glassbox.processes.worker.traces.active import ActiveTrace, Chunk
 from glassbox.processes.worker.traces.tracker import RequestTracker
@@ -23,16 +23,9 @@ from tests.trace_samples import make_host, new_request, scheduled_step
 
 def chunk(position: int) -> Chunk:
     """One row of a request with 2 layers and 2 heads."""
-    return Chunk(
-        positions=np.array([position], dtype=np.int32),
-        phases=np.ones(1, dtype=np.uint8),
-        stats=np.full((1, 2, 2, NUM_STATISTICS + 1), position, dtype=np.float32),
-        topk_positions=np.zeros((1, 2, 2, 0), dtype=np.int32),
-        topk_mass=np.zeros((1, 2, 2, 0), dtype=np.float32),
-        mean_topk_positions=np.zeros((1, 0), dtype=np.int32),
-        mean_topk_mass=np.zeros((1, 0), dtype=np.float32),
-        span_mass=np.zeros((1, 2, 2, 0), dtype=np.float32),
-    )
+    arrays = without_values({"token": 1, "layer": 2, "head": 2, "top_k": 0, "span": 0})
+    arrays["positions"][:], arrays["phases"][:], arrays["stats"][:] = position, 1, position
+    return Chunk(arrays)
 
 
 class Setup:
@@ -189,7 +182,7 @@ class TestRecord:
         for position in (4, 5, 6, 4, 6, 7):
             trace.append(chunk(position))
         again = chunk(5)
-        again.stats[:] = 55
+        again.arrays["stats"][:] = 55
         trace.append(again)
         record = trace.record()
         assert record.positions.tolist() == [4, 5, 6, 7]

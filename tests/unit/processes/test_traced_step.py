@@ -8,7 +8,7 @@ import numpy as np
 
 from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_SLOT
 from glassbox.core.statistics import NUM_STATISTICS
-from glassbox.measure.contract import LayersAnswer
+from glassbox.kernels.probe_answers import ProbeAnswers
 from glassbox.processes.worker.traces.active import ActiveTrace
 from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
 from glassbox.store.trace_record import Span, TraceOptions
@@ -36,7 +36,7 @@ def attention(layer: int, position: int, heads: int = 3, first: int = 0) -> np.n
     return p / p.sum(axis=-1, keepdims=True)
 
 
-def found(step: TracedStep, group: Sequence[int], rows: Sequence[dict[int, np.ndarray]]) -> LayersAnswer:
+def found(step: TracedStep, group: Sequence[int], rows: Sequence[dict[int, np.ndarray]]) -> ProbeAnswers[Any]:
     """What a probe finds in a group of layers: two top positions, one span of position 0, every kept row.
 
     Args:
@@ -49,13 +49,12 @@ def found(step: TracedStep, group: Sequence[int], rows: Sequence[dict[int, np.nd
     total = np.zeros((len(rows), max(one.shape[-1] for one in p)), dtype=np.float32)
     for i, one in enumerate(p):
         total[i, : one.shape[-1]] = one[asked.chosen[i, list(group), : one.shape[1]]].sum(0)
-    return LayersAnswer(
-        local_layers=group,
+    return ProbeAnswers(
         topk_positions=np.stack(best),
         topk_mass=np.stack([np.take_along_axis(one, b, -1) for one, b in zip(p, best, strict=True)]),
         span_mass=np.stack([one[..., :1] for one in p]),
         chosen_sum=total,
-        rows=tuple(p[i].astype(np.float16) for i in asked.kept),
+        attention=tuple(p[i].astype(np.float16) for i in asked.kept_attention),
     )
 
 
@@ -116,16 +115,16 @@ class TestProbes:
         asked = step.asked()
         assert asked is not None
         np.testing.assert_array_equal(row_list[[1, 3]], asked.rows)
-        assert (asked.positions.tolist(), asked.top_k, asked.kept, asked.local_layers) == ([6, 7], 2, (), {1})
+        assert (asked.positions.tolist(), asked.top_k, asked.kept_attention, asked.local_layers) == ([6, 7], 2, (), {1})
         assert asked.chosen.tolist() == [[[False] * 3, [True, False, True], [False] * 3]] * 2
 
     def test_questions_of_several_requests(self) -> None:
         """The largest k, spans filled up, the rows of those that want them."""
-        first = trace(TraceOptions(top_k=2, rows=True), (0, 2))
+        first = trace(TraceOptions(top_k=2, attention=True), (0, 2))
         second = trace(TraceOptions(top_k=1, spans=(Span("a", 0, 1),)), (1,))
         asked = step_of(rows_of(first, 0, 5, 6), rows_of(second, 2, 8)).asked()
         assert asked is not None
-        assert (asked.top_k, asked.kept, asked.positions.tolist()) == (2, (0, 1), [5, 6, 8])
+        assert (asked.top_k, asked.kept_attention, asked.positions.tolist()) == (2, (0, 1), [5, 6, 8])
         assert asked.spans.tolist() == [[[0, 0]], [[0, 0]], [[0, 1]]]
         assert asked.local_layers == {0, 1, 2}
 
@@ -134,7 +133,7 @@ class TestProbes:
         first, second = trace(TraceOptions(top_k=2), (0,)), trace(TraceOptions(top_k=2), (0, 1))
         step = step_of(rows_of(first, 0, 5), rows_of(second, 1, 6))
         rows = [{layer: attention(layer, position) for layer in (0, 1)} for position in (5, 6)]
-        step.add_layers(found(step, (0, 1), rows), ())
+        step.add_answers((0, 1), found(step, (0, 1), rows))
         step.commit()
         for one, of_row, layers in ((first, rows[0], (0,)), (second, rows[1], (0, 1))):
             p = np.stack([of_row[layer] for layer in layers])
@@ -144,16 +143,16 @@ class TestProbes:
 
     def test_everything_of_chosen_places(self) -> None:
         """Top positions, masses, rows, and the mean over exactly the chosen layers and heads, in groups of layers."""
-        options = TraceOptions(top_k=2, spans=(Span("a", 0, 1),), rows=True)
+        options = TraceOptions(top_k=2, spans=(Span("a", 0, 1),), attention=True)
         one = trace(options, local_layers=(0, 2), heads=(0, 2))
         step = step_of(rows_of(one, 0, 5))
         of_layer = {layer: attention(layer, 5) for layer in range(3)}
         for group in ((0, 1), (2,)):
-            step.add_layers(found(step, group, [of_layer]), (0,))
+            step.add_answers(group, found(step, group, [of_layer]))
         step.commit()
         record = one.record()
         rows = np.stack([of_layer[layer][[0, 2]] for layer in (0, 2)])
-        np.testing.assert_array_equal(record.row(0), rows.astype(np.float16))
+        np.testing.assert_array_equal(record.attention(0), rows.astype(np.float16))
         np.testing.assert_array_equal(record.topk_mass[0], -np.sort(-rows)[..., :2])
         np.testing.assert_array_equal(record.span_mass[0, ..., 0], rows[..., 0])
         mean = rows.mean(axis=(0, 1))
@@ -166,7 +165,7 @@ class TestProbes:
         step = step_of(rows_of(one, 0, 5))
         of_layer = {0: attention(0, 5), 1: attention(1, 5, heads=2)}
         for layer in (0, 1):
-            step.add_layers(found(step, (layer,), [of_layer]), ())
+            step.add_answers((layer,), found(step, (layer,), [of_layer]))
         step.commit()
         record = one.record()
         assert record.topk_positions[0, 1, 2].tolist() == [-1, -1]
@@ -176,14 +175,14 @@ class TestProbes:
 
     def test_a_window(self) -> None:
         """Positions before the first visible key have no attention in the row and in the mean."""
-        one = trace(TraceOptions(top_k=2, rows=True), (0,))
+        one = trace(TraceOptions(top_k=2, attention=True), (0,))
         step = step_of(rows_of(one, 0, 9))
         p = attention(0, 9, first=6)
-        step.add_layers(found(step, (0,), [{0: p}]), (0,))
+        step.add_answers((0,), found(step, (0,), [{0: p}]))
         step.commit()
         record = one.record()
-        assert record.row(0).shape == (1, 3, 10)
-        np.testing.assert_array_equal(record.row(0)[0], p.astype(np.float16))
+        assert record.attention(0).shape == (1, 3, 10)
+        np.testing.assert_array_equal(record.attention(0)[0], p.astype(np.float16))
         assert record.mean_topk_positions[0, 0] == 9
 
     def test_scores_that_are_not_finite(self) -> None:
@@ -191,7 +190,7 @@ class TestProbes:
         one = trace(TraceOptions(top_k=2), (0,))
         step = step_of(rows_of(one, 0, 5))
         bad = found(step, (0,), [{0: attention(0, 5)}])
-        step.add_layers(replace(bad, chosen_sum=bad.chosen_sum * np.nan), ())
+        step.add_answers((0,), replace(bad, chosen_sum=bad.chosen_sum * np.nan))
         step.commit()
         assert one.record().mean_topk_positions.tolist() == [[-1, -1]]
         assert one.record().mean_topk_mass.tolist() == [[0, 0]]

@@ -72,7 +72,7 @@ class TestFocus:
     def test_of_the_last_prompt_token(self) -> None:
         """The mean over the heads of its attention to each span's positions."""
         trace = make_trace(spans=(Span("instruction", 0, 2), Span("data", 2, 6)))
-        attention = trace.row(1).astype(np.float64)  # position 5 of 6 prompt tokens
+        attention = trace.attention(1).astype(np.float64)  # position 5 of 6 prompt tokens
         focus = request_signals(trace)["focus"]
         assert focus["instruction"] == pytest.approx(attention[..., :2].sum(-1).mean(), abs=1e-3)
         assert focus["data"] == pytest.approx(attention[..., 2:].sum(-1).mean(), abs=1e-3)

@@ -1,7 +1,7 @@
 """Trace files: what is written is what is read, ranks become one, and nothing that lies about breaks a reader."""
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from glassbox.store.trace_directory import TraceDirectory, TraceFiles, traces_path
+from glassbox.store.trace_ranks import merge_ranks
 from glassbox.store.trace_record import (
     FORMAT_VERSION,
     RequestTrace,
     TraceOptions,
     external_id,
-    merge_ranks,
+    joined_attention,
     read_header,
     read_trace,
     trace_name,
@@ -25,14 +26,14 @@ from tests.trace_samples import make_trace
 
 
 def assert_same(expected: RequestTrace, found: RequestTrace) -> None:
-    for field in fields(RequestTrace):
-        left, right = getattr(expected, field.name), getattr(found, field.name)
-        if isinstance(left, np.ndarray):
-            np.testing.assert_array_equal(left, right, err_msg=field.name)
-            assert left.dtype == right.dtype, field.name
-        else:
-            assert left == right, field.name
-            assert type(left) is type(right), field.name
+    assert expected.arrays.keys() == found.arrays.keys()
+    for name, left in expected.arrays.items():
+        np.testing.assert_array_equal(left, found.arrays[name], err_msg=name)
+        assert left.dtype == found.arrays[name].dtype, name
+    for name in (field.name for field in fields(RequestTrace) if field.name != "arrays"):
+        left, right = getattr(expected, name), getattr(found, name)
+        assert left == right, name
+        assert type(left) is type(right), name
 
 
 class TestExternalId:
@@ -57,7 +58,7 @@ class TestRoundTrip:
         "changes",
         [
             {},
-            {"rows": False, "top_k": 0, "spans": ()},
+            {"attention": False, "top_k": 0, "spans": ()},
             {"positions": ()},
             {"layers": (7,), "heads": (4,), "positions": (0,)},
             {"status": "active", "end_time_s": None, "traceparent": None, "why": "sampled", "truncated": True},
@@ -76,14 +77,14 @@ class TestRoundTrip:
     def test_rows_are_cut_as_they_were(self) -> None:
         """A row has a number for each layer, head and position up to its own."""
         trace = make_trace(positions=(2, 5, 6))
-        assert [(2, 3, 3), (2, 3, 6), (2, 3, 7)] == [trace.row(t).shape for t in range(3)]
-        np.testing.assert_allclose(trace.row(1).astype(float).sum(-1), 1, atol=2e-3)
+        assert [(2, 3, 3), (2, 3, 6), (2, 3, 7)] == [trace.attention(t).shape for t in range(3)]
+        np.testing.assert_allclose(trace.attention(1).astype(float).sum(-1), 1, atol=2e-3)
         np.testing.assert_array_equal([False, False, True], trace.decode())
 
     def test_rows_that_nobody_asked_for(self) -> None:
         """The error says how to ask."""
         with pytest.raises(ValueError, match=r"rows must have been asked for, with glassbox_rows: 1"):
-            make_trace(rows=False).row(0)
+            make_trace(attention=False).attention(0)
 
     def test_a_wrong_shape(self) -> None:
         """It is found when the trace is made, not by a reader."""
@@ -138,25 +139,22 @@ class TestFailures:
 
 def cut(trace: RequestTrace, *, layers: slice = slice(None), heads: slice = slice(None), **changes: Any) -> Any:
     """The part of a trace that a worker with these layers and heads would have."""
-    rows = [trace.row(t)[layers, heads].ravel() for t in range(len(trace.positions))]
+    rows = [trace.attention(t)[layers, heads] for t in range(len(trace.positions))]
     mean = np.zeros((len(trace.positions), 2), dtype=np.float32)
     mean_positions = np.zeros((len(trace.positions), 2), dtype=np.int32)
-    for t in range(len(trace.positions)):
-        p = trace.row(t)[layers, heads].astype(np.float64).mean(axis=(0, 1))
+    for t, row in enumerate(rows):
+        p = row.astype(np.float64).mean(axis=(0, 1))
         mean_positions[t] = np.argsort(-p)[:2]
         mean[t] = p[mean_positions[t]]
-    values = {f.name: getattr(trace, f.name) for f in fields(trace)}
-    for name in ("stats", "topk_positions", "topk_mass", "span_mass"):
-        values[name] = values[name][:, layers, heads]
-    values |= {
-        "layers": trace.layers[layers],
-        "heads": trace.heads[heads],
-        "row_values": np.concatenate(rows),
-        "row_offsets": np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
+    by_place = ("stats", "topk_positions", "topk_mass", "span_mass")
+    arrays = {
+        **trace.arrays,
+        **{name: trace.arrays[name][:, layers, heads] for name in by_place},
+        **joined_attention(rows, trace.attention_starts),
         "mean_topk_positions": mean_positions,
         "mean_topk_mass": mean,
     }
-    return RequestTrace(**{**values, **changes})
+    return replace(trace, layers=trace.layers[layers], heads=trace.heads[heads], arrays=arrays, **changes)
 
 
 class TestMerge:
@@ -169,11 +167,20 @@ class TestMerge:
             for layers in (slice(1, 3), slice(0, 1))
         ]
         merged = merge_ranks(parts)
-        for name in ("layers", "heads", "positions", "phases", "stats", "topk_positions", "span_mass", "row_offsets"):
+        for name in (
+            "layers",
+            "heads",
+            "positions",
+            "phases",
+            "stats",
+            "topk_positions",
+            "span_mass",
+            "attention_offsets",
+        ):
             np.testing.assert_array_equal(getattr(whole, name), getattr(merged, name), err_msg=name)
-        np.testing.assert_array_equal(whole.row_values, merged.row_values)
+        np.testing.assert_array_equal(whole.attention_values, merged.attention_values)
         for t in range(len(whole.positions)):
-            mean = whole.row(t).astype(np.float64).mean(axis=(0, 1))
+            mean = whole.attention(t).astype(np.float64).mean(axis=(0, 1))
             assert (merged.mean_topk_mass[t] <= mean[merged.mean_topk_positions[t]] + 1e-6).all()
             assert merged.mean_topk_mass[t, 0] >= merged.mean_topk_mass[t, 1] > 0
 
@@ -186,7 +193,7 @@ class TestMerge:
         assert merged.positions.tolist() == [2, 5, 6]
         assert (merged.status, merged.end_time_s) == ("active", None)
         np.testing.assert_array_equal(ahead.stats[:3, :, 0], merged.stats[:, :, 0])
-        np.testing.assert_array_equal(behind.row(2), merged.row(2)[:, 1:])
+        np.testing.assert_array_equal(behind.attention(2), merged.attention(2)[:, 1:])
 
     def test_replicated_heads(self) -> None:
         """The lowest rank stands for a head that two hold."""

@@ -168,7 +168,7 @@ class TestOne:
     def test_too_much(self, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
         """An answer has a limit; the error says how many numbers there would be."""
         monkeypatch.setattr(trace_document, "MAX_NUMBERS", 100)
-        web.write(make_trace(top_k=0, spans=(), rows=False))
+        web.write(make_trace(top_k=0, spans=(), attention=False))
         error = web.get("/cmpl-1-0", 400, layers="0")["error"]
         assert "the answer must have at most 100 numbers, got 135; choose fewer layers and heads" in error
         web.get("/cmpl-1-0", layers="0", tokens="0:6")
@@ -240,14 +240,14 @@ class TestPage:
         """Without a top-k the rows have it."""
         trace = web.write(make_trace(top_k=0))
         positions, masses = self.decoded(web.page("/cmpl-1-0")[1])
-        row = trace.row(4)[1, 2].astype(np.float64)
+        row = trace.attention(4)[1, 2].astype(np.float64)
         order = np.argsort(-row, kind="stable")[:8]
         assert order.tolist() == positions[4, 1, 2, : len(order)].tolist()
         np.testing.assert_allclose(masses[4, 1, 2, : len(order)], row[order], atol=1e-4)
 
     def test_nothing_asked_for(self, web: Web) -> None:
         """The page still has the statistics."""
-        web.write(make_trace(top_k=0, rows=False, spans=()))
+        web.write(make_trace(top_k=0, attention=False, spans=()))
         assert 0 == web.page("/cmpl-1-0")[1]["k"]
 
     def test_a_choice(self, web: Web) -> None:
@@ -259,7 +259,7 @@ class TestPage:
     def test_it_is_bounded(self, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
         """Layers are left out evenly, and the page says so."""
         monkeypatch.setattr(request_page, "MAX_BYTES", 3 * 5 * 3 * (6 * 2 + 2 * 2))
-        web.write(make_trace(layers=tuple(range(9)), rows=False))
+        web.write(make_trace(layers=tuple(range(9)), attention=False))
         _, data = web.page("/cmpl-1-0")
         assert [0, 4, 8] == data["layers"]
         assert "Only 3 of 9 layers" in data["note"]

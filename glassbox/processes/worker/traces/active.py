@@ -6,16 +6,25 @@ take a record at any time. Which requests are traced is decided in `tracker.py`,
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from glassbox.adapter.runner import RequestTokens
-from glassbox.core.statistics import NUM_STATISTICS
-from glassbox.store.trace_record import MAX_ROW_KEYS, RequestTrace, Status, TraceOptions, Why, external_id
+from glassbox.core.trace_arrays import row_nbytes, without_values
+from glassbox.store.trace_record import (
+    MAX_ATTENTION_KEYS,
+    RequestTrace,
+    Status,
+    TraceOptions,
+    Why,
+    external_id,
+    joined_attention,
+    no_attention,
+)
 
 # Bytes of a chunk beside its arrays: a Python object with some ten array headers.
 _CHUNK_BYTES: Final = 1500
@@ -48,24 +57,15 @@ class TraceHost:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of one request in one step; shapes as in RequestTrace.
+    """Rows of one request in one step.
 
     Attributes:
-        rows: one float16 [L, H, keys] per row, empty if not asked for.
+        arrays: the collected ones of core/trace_arrays.py, by name.
+        attention: one float16 [L, H, keys] per row, empty if not asked for.
     """
 
-    positions: npt.NDArray[np.int32]
-    phases: npt.NDArray[np.uint8]
-    stats: npt.NDArray[np.float32]
-    topk_positions: npt.NDArray[np.int32]
-    topk_mass: npt.NDArray[np.float32]
-    mean_topk_positions: npt.NDArray[np.int32]
-    mean_topk_mass: npt.NDArray[np.float32]
-    span_mass: npt.NDArray[np.float32]
-    rows: tuple[npt.NDArray[np.float16], ...] = ()
-
-
-_JOINED: Final = tuple(field.name for field in fields(Chunk) if field.name != "rows")
+    arrays: Mapping[str, npt.NDArray[Any]]
+    attention: tuple[npt.NDArray[np.float16], ...] = ()
 
 
 class ActiveTrace:
@@ -116,12 +116,23 @@ class ActiveTrace:
         self._start_time_s = time.time()
         self._end_time_s: float | None = None
         self._chunks: list[Chunk] = []
+        # Looked up once: rows are reserved in every step.
+        self._row_nbytes = row_nbytes({**self.sizes, "key": 0})
+        self._key_nbytes = row_nbytes({**self.sizes, "key": 1}) - self._row_nbytes if options.attention else 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axes of its arrays, but those along which it grows."""
+        return {
+            "layer": len(self.local_layers),
+            "head": len(self.head_columns),
+            "top_k": self.options.top_k,
+            "span": len(self.options.spans),
+        }
 
     def row_nbytes(self, position: int) -> int:
         """Bytes that a row at `position` takes."""
-        options, places = self.options, len(self.local_layers) * len(self.head_columns)
-        numbers = places * (NUM_STATISTICS + 1 + 2 * options.top_k + len(options.spans)) + 2 * options.top_k + 2
-        return 4 * numbers + (2 * places * min(position + 1, MAX_ROW_KEYS) if options.rows else 0)
+        return self._row_nbytes + self._key_nbytes * min(position + 1, MAX_ATTENTION_KEYS)
 
     def reserve(self, positions: Sequence[int], limit: int) -> bool:
         """Whether rows at `positions` may be kept within `limit` bytes; if not, nothing is kept from now on."""
@@ -136,7 +147,7 @@ class ActiveTrace:
     def append(self, chunk: Chunk) -> None:
         """Keep a chunk for which `reserve` had room."""
         self._chunks.append(chunk)
-        self.num_generated = max(self.num_generated, int(chunk.positions[-1]) + 2 - self.prompt_len)
+        self.num_generated = max(self.num_generated, int(chunk.arrays["positions"][-1]) + 2 - self.prompt_len)
         self.version += 1
 
     def end(self, status: Status, num_generated: int | None = None) -> None:
@@ -160,7 +171,7 @@ class ActiveTrace:
         """All that is known now; called from any thread."""
         ended = self._end_time_s
         chunks = tuple(self._chunks)
-        joined = self._join(chunks)
+        joined = self._joined(chunks)
         # A position computed again (after a preemption, or a rejected draft) counts as it was the last time.
         _, last = np.unique(joined["positions"][::-1], return_index=True)
         keep = len(joined["positions"]) - 1 - last
@@ -168,9 +179,7 @@ class ActiveTrace:
             # Rejected drafts at the very end were never computed again.
             keep = keep[joined["positions"][keep] < self.prompt_len + max(self.num_generated - 1, 0)]
         arrays = {name: values[keep] for name, values in joined.items()}
-        rows = [row for chunk in chunks for row in chunk.rows]
-        kept = [rows[i] for i in keep.tolist()] if self.options.rows else []
-        offsets = np.concatenate([[0], np.cumsum([row.size for row in kept], dtype=np.int64)]).astype(np.int64)
+        arrays |= self._kept_attention([values for chunk in chunks for values in chunk.attention], keep, arrays)
         host, spans = self._host, self.options.spans
         return RequestTrace(
             request_id=self.request_id,
@@ -191,33 +200,25 @@ class ActiveTrace:
             options=self.options,
             truncated=self.truncated,
             span_names=tuple(span.name for span in spans),
-            span_ranges=np.array([(span.start, span.end) for span in spans], dtype=np.int32).reshape(-1, 2),
-            row_values=np.concatenate([row.ravel() for row in kept]) if kept else np.zeros(0, dtype=np.float16),
-            row_offsets=offsets if self.options.rows else offsets[:0],
-            row_starts=np.maximum(arrays["positions"] + 1 - MAX_ROW_KEYS, 0)
-            if self.options.rows
-            else np.zeros(0, dtype=np.int32),
-            token_ids=self._token_ids(),
-            **arrays,
+            arrays=arrays
+            | {
+                "span_ranges": np.array([(span.start, span.end) for span in spans], dtype=np.int32).reshape(-1, 2),
+                "token_ids": self._token_ids(),
+            },
         )
 
-    def _join(self, chunks: tuple[Chunk, ...]) -> dict[str, np.ndarray]:
-        if not chunks:
-            chunks = (self._empty(),)
-        return {name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in _JOINED}
+    def _joined(self, chunks: Sequence[Chunk]) -> dict[str, npt.NDArray[Any]]:
+        # The empty ones give shapes and types to a trace without chunks.
+        empty = without_values({"token": 0, **self.sizes})
+        return {name: np.concatenate([none, *(chunk.arrays[name] for chunk in chunks)]) for name, none in empty.items()}
 
-    def _empty(self) -> Chunk:
-        place, k = (len(self.local_layers), len(self.head_columns)), self.options.top_k
-        return Chunk(
-            positions=np.zeros(0, dtype=np.int32),
-            phases=np.zeros(0, dtype=np.uint8),
-            stats=np.zeros((0, *place, NUM_STATISTICS + 1), dtype=np.float32),
-            topk_positions=np.zeros((0, *place, k), dtype=np.int32),
-            topk_mass=np.zeros((0, *place, k), dtype=np.float32),
-            mean_topk_positions=np.zeros((0, k), dtype=np.int32),
-            mean_topk_mass=np.zeros((0, k), dtype=np.float32),
-            span_mass=np.zeros((0, *place, len(self.options.spans)), dtype=np.float32),
-        )
+    def _kept_attention(
+        self, collected: Sequence[npt.NDArray[np.float16]], keep: npt.NDArray[np.intp], arrays: Mapping[str, Any]
+    ) -> dict[str, npt.NDArray[Any]]:
+        if not self.options.attention:
+            return no_attention()
+        starts = np.maximum(arrays["positions"] + 1 - MAX_ATTENTION_KEYS, 0)
+        return joined_attention([collected[i] for i in keep.tolist()], starts)
 
     def _token_ids(self) -> npt.NDArray[np.int32]:
         tokens = self.tokens

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.core.rows import ROW_SLOT
-from glassbox.core.statistics import NUM_STATISTICS
-from glassbox.kernels.row_probe_cpu import NO_POSITION
-from glassbox.measure.contract import AskedRows, LayersAnswer
+from glassbox.core.trace_arrays import trace_array, without_values
+from glassbox.kernels.probe_answers import ProbeAnswers
+from glassbox.measure.contract import AskedRows
 from glassbox.processes.worker.traces.active import ActiveTrace, Chunk
-from glassbox.store.trace_record import MAX_ROW_KEYS
+from glassbox.store.trace_record import MAX_ATTENTION_KEYS
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class TracedStep:
         # Slots are given out in order; rows for which there was no memory have one, too.
         self.num_slots = int(row_list[:, ROW_SLOT].max(initial=-1)) + 1
         self.local_layers = frozenset(n for member in members for n in member.trace.local_layers)
-        self._stats = np.full((len(indices), num_layers, num_heads, NUM_STATISTICS + 1), np.nan, dtype=np.float32)
-        self._probes = [_Probe(member, num_heads) for member in members if member.trace.options.probes]
+        self._stats = trace_array("stats").filled({"token": len(indices), "layer": num_layers, "head": num_heads})
+        self._probes = [_Probe(member) for member in members if member.trace.options.probes]
         numbers = [np.arange(p.rows.numbers.start, p.rows.numbers.stop) for p in self._probes]
         self._probed_places = indices[np.concatenate(numbers)] if numbers else indices[:0]
         self._probed = row_list[self._probed_places]
@@ -81,7 +81,7 @@ class TracedStep:
         self._stats[...] = ring[self._slots]
 
     def asked(self) -> AskedRows | None:
-        """All questions together; None if there are none. Answers go to `add_layers`."""
+        """All questions together; None if there are none. Answers go to `add_answers`."""
         if not self._probes:
             return None
         options = [probe.rows.trace.options for probe in self._probes for _ in probe.rows.positions]
@@ -103,17 +103,17 @@ class TracedStep:
             spans=spans,
             chosen=chosen,
             local_layers=frozenset(n for probe in self._probes for n in probe.rows.trace.local_layers),
-            kept=tuple(i for i, one in enumerate(options) if one.rows),
+            kept_attention=tuple(i for i, one in enumerate(options) if one.attention),
         )
 
-    def add_layers(self, answer: LayersAnswer, kept: Sequence[int]) -> None:
-        """Keep what was found in some layers for `asked()`, whose `kept` is given back."""
-        at = 0
+    def add_answers(self, local_layers: Sequence[int], answers: ProbeAnswers[npt.NDArray]) -> None:
+        """See contract.StepTraces."""
+        at = kept = 0
         for probe in self._probes:
             n = len(probe.rows.positions)
-            rows = [answer.rows[kept.index(i)] for i in range(at, at + n)] if probe.rows.trace.options.rows else []
-            probe.add_layers(answer, slice(at, at + n), rows)
-            at += n
+            wanted = n if probe.rows.trace.options.attention else 0
+            probe.add_answers(local_layers, answers, slice(at, at + n), answers.attention[kept : kept + wanted])
+            at, kept = at + n, kept + wanted
 
     def commit(self) -> None:
         """Give every trace its rows."""
@@ -121,69 +121,64 @@ class TracedStep:
         for member in self._members:
             trace = member.trace
             place = np.ix_(trace.local_layers, trace.head_columns)
-            probe = probes.get(id(member)) or _Probe(member, 0)
+            probe = probes.get(id(member)) or _Probe(member)
             trace.append(probe.chunk(self._stats[member.numbers][:, place[0], place[1]]))
 
 
 class _Probe:
-    """Answers of one request's rows, collected over the layers; empty arrays for a request that asked nothing."""
+    """Answers of one request's rows, collected over the layers; no values for a request that asked nothing."""
 
-    def __init__(self, rows: TracedRows, num_heads: int) -> None:
+    def __init__(self, rows: TracedRows) -> None:
         trace, options = rows.trace, rows.trace.options
-        n, k = len(rows.positions), options.top_k
-        place = (len(trace.local_layers), len(trace.head_columns))
         self.rows = rows
         self._place = {local_layer: i for i, local_layer in enumerate(trace.local_layers)}
-        self._topk_positions = np.full((n, *place, k), NO_POSITION, dtype=np.int32)
-        self._topk_mass = np.zeros((n, *place, k), dtype=np.float32)
-        self._span_mass = np.full((n, *place, len(options.spans)), np.nan, dtype=np.float32)
-        lengths = rows.positions.tolist() if num_heads else []
+        self._arrays = without_values({"token": len(rows.positions), **trace.sizes})
+        positions = rows.positions.tolist()
         self._summed_places = 0
-        self._sums = [np.zeros(position + 1) for position in lengths] if k else []
-        self._rows = (
-            [np.zeros((*place, min(position + 1, MAX_ROW_KEYS)), dtype=np.float16) for position in lengths]
-            if options.rows
-            else []
-        )
+        self._sums = [np.zeros(position + 1) for position in positions] if options.top_k else []
+        place = (len(trace.local_layers), len(trace.head_columns))
+        lengths = [min(position + 1, MAX_ATTENTION_KEYS) for position in positions] if options.attention else []
+        self._attention = [np.zeros((*place, length), dtype=np.float16) for length in lengths]
 
-    def add_layers(self, answer: LayersAnswer, mine: slice, rows: Sequence[npt.NDArray[np.float16]]) -> None:
-        """Keep what was asked of some layers; `mine` are these rows among all that were asked, `rows` the kept ones."""
-        group = [g for g, local_layer in enumerate(answer.local_layers) if local_layer in self._place]
-        columns = [c for c in self.rows.trace.head_columns if c < answer.topk_mass.shape[2]]
+    def add_answers(
+        self,
+        local_layers: Sequence[int],
+        answers: ProbeAnswers[npt.NDArray],
+        mine: slice,
+        attention: Sequence[npt.NDArray[np.float16]],
+    ) -> None:
+        """Keep what was asked of some layers.
+
+        Args:
+            local_layers: which.
+            answers: of all rows that were asked; mine: these rows among them.
+            attention: whole vectors of these rows, if they are wanted.
+        """
+        group = [g for g, local_layer in enumerate(local_layers) if local_layer in self._place]
+        columns = [c for c in self.rows.trace.head_columns if c < answers.topk_mass.shape[2]]
         if not group or not columns:
             return
-        own = [self._place[answer.local_layers[g]] for g in group]
+        own = [self._place[local_layers[g]] for g in group]
         everywhere = range(len(self.rows.positions))
         to, of = np.ix_(everywhere, own, range(len(columns))), np.ix_(everywhere, group, columns)
-        self._topk_positions[to] = answer.topk_positions[mine][of][..., : self._topk_mass.shape[-1]]
-        self._topk_mass[to] = answer.topk_mass[mine][of][..., : self._topk_mass.shape[-1]]
-        self._span_mass[to] = answer.span_mass[mine][of][..., : self._span_mass.shape[-1]]
+        for name, found in answers.by_array().items():
+            # Others may have asked for more top positions and spans.
+            self._arrays[name][to] = found[mine][of][..., : self._arrays[name].shape[-1]]
         self._summed_places += len(own) * len(columns)
         if self._sums:
-            for total, found in zip(self._sums, answer.chosen_sum[mine], strict=True):
-                np.add(total, found[: len(total)], out=total)
-        for row, keys in zip(self._rows, rows, strict=True):
-            row[np.ix_(own, range(len(columns)))] = keys[np.ix_(group, columns)]
+            for total, summed in zip(self._sums, answers.chosen_sum[mine], strict=True):
+                np.add(total, summed[: len(total)], out=total)
+        for kept, values in zip(self._attention, attention, strict=True):
+            kept[np.ix_(own, range(len(columns)))] = values[np.ix_(group, columns)]
 
     def chunk(self, stats: npt.NDArray[np.float32]) -> Chunk:
         """Of these rows, with their statistics [n, L, H, NUM_STATISTICS + 1]."""
-        k = self._topk_mass.shape[-1]
-        mean_positions = np.full((len(stats), k), NO_POSITION, dtype=np.int32)
-        mean_mass = np.zeros((len(stats), k), dtype=np.float32)
+        arrays = self._arrays | {"positions": self.rows.positions, "phases": self.rows.phases, "stats": stats}
+        mean_positions, mean_mass = arrays["mean_topk_positions"], arrays["mean_topk_mass"]
         places = max(self._summed_places, 1)
         for i, total in enumerate(self._sums):
             # A head without finite scores leaves no mean.
             if np.isfinite(total).all():
-                best = np.argsort(-total, kind="stable")[:k]
+                best = np.argsort(-total, kind="stable")[: mean_mass.shape[1]]
                 mean_positions[i, : len(best)], mean_mass[i, : len(best)] = best, total[best] / places
-        return Chunk(
-            positions=self.rows.positions,
-            phases=self.rows.phases,
-            stats=stats,
-            topk_positions=self._topk_positions,
-            topk_mass=self._topk_mass,
-            mean_topk_positions=mean_positions,
-            mean_topk_mass=mean_mass,
-            span_mass=self._span_mass,
-            rows=tuple(self._rows),
-        )
+        return Chunk(arrays, tuple(self._attention))
