@@ -198,16 +198,6 @@ def was_aborted(tokens: RequestTokens, max_model_len: int) -> bool:
     return len(generated) < (params.max_tokens or 0) and prompt_len + len(generated) < max_model_len
 
 
-def deliver_ends(llm: Any) -> None:
-    """Let the workers of a `vllm.LLM` hear that its requests are gone, when all of them have ended.
-
-    An engine in a process of its own does that by itself; one in this process only steps when it is told to.
-    """
-    engine = llm.llm_engine
-    if type(engine.engine_core).__name__ == "InprocClient":
-        engine.step()
-
-
 def is_dummy_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True for the V2 runner's `execute_model(scheduler_output, intermediate_tensors, dummy_run, ...)` without work."""
     return bool(kwargs.get("dummy_run", args[1] if len(args) > 1 else False))

@@ -8,13 +8,22 @@ extra `tables`.
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from glassbox.adapter.runner import deliver_ends
+from glassbox.adapter.offline_engine import (
+    Answered,
+    OfflineEngine,
+    OfflineParams,
+    RequestOutput,
+    default_params,
+    deliver_ends,
+    generate,
+    num_answers,
+    with_options,
+)
 from glassbox.config.load import GlassboxConfig, find_config, load_config
 from glassbox.core import trace_arrays
 from glassbox.core.statistics import NUM_STATISTICS, PHASES, STATISTICS
@@ -56,7 +65,7 @@ class Capture:
         attention: request, sample, position, phase, layer, head, first_key (position), attention (list of float).
     """
 
-    outputs: list[Any]
+    outputs: list[RequestOutput]
     traces: list[list[RequestTrace]]
     requests: "pa.Table"
     rows: "pa.Table"
@@ -66,9 +75,9 @@ class Capture:
 
 
 def capture(
-    llm: Any,
+    llm: OfflineEngine,
     prompts: Sequence[Any],
-    sampling_params: Any = None,
+    sampling_params: OfflineParams | Sequence[OfflineParams] | None = None,
     *,
     layers: Iterable[int] | None = None,
     heads: Iterable[int] | None = None,
@@ -100,22 +109,26 @@ def capture(
     params = _params(llm, prompts, sampling_params)
     per_prompt = _per_prompt("spans", spans, len(prompts))
     asked = [
-        _ask(one, _options(layers, heads, top_k, of_prompt, rows))
+        with_options(one, _options(layers, heads, top_k, of_prompt, rows))
         for one, of_prompt in zip(params, per_prompt, strict=True)
     ]
     # More than max_active at once would be refused.
-    batch = max(1, config.requests.max_active // max([1, *(one.n for one in asked)]))
-    outputs, traces = [], []
+    batch = max(1, config.requests.max_active // max([1, *(num_answers(one) for one in asked)]))
+    answered: list[Answered] = []
+    traces: list[list[RequestTrace]] = []
     for start in range(0, len(prompts), batch):
         since_s = time.time()
-        done = llm.generate(prompts[start : start + batch], asked[start : start + batch], use_tqdm=False)
-        outputs += done
+        done = generate(llm, prompts[start : start + batch], asked[start : start + batch])
+        answered += done
         traces += _wait(llm, done, since_s, timeout_s, config)
-    return Capture(outputs, traces, _requests_table(outputs, traces), *_tables(traces))
+    outputs = [one.output for one in answered]
+    return Capture(outputs, traces, _requests_table(answered, traces), *_tables(traces))
 
 
-def _params(llm: Any, prompts: list[Any], given: Any) -> list[Any]:
-    given = llm.get_default_sampling_params() if given is None else given
+def _params(
+    llm: OfflineEngine, prompts: list[Any], given: OfflineParams | Sequence[OfflineParams] | None
+) -> list[OfflineParams]:
+    given = default_params(llm) if given is None else given
     return _per_prompt("sampling_params", given, len(prompts))
 
 
@@ -141,19 +154,13 @@ def _options(
     return options
 
 
-def _ask(params: Any, options: dict[str, Any]) -> Any:
-    asked = copy(params)
-    asked.extra_args = {**(params.extra_args or {}), **options}
-    return asked
-
-
 def _wait(
-    llm: Any, outputs: list[Any], since_s: float, timeout_s: float, config: GlassboxConfig
+    llm: OfflineEngine, answered: list[Answered], since_s: float, timeout_s: float, config: GlassboxConfig
 ) -> list[list[RequestTrace]]:
     """The traces of each output, once they have ended and lie in the run directory."""
     deliver_ends(llm)
     directory = TraceDirectory(rundir.run_dir())
-    wanted = {output.request_id: len(output.outputs) for output in outputs}
+    wanted = {one.request_id: len(one.texts) for one in answered}
     deadline = time.monotonic() + timeout_s
     while True:
         ended = [s for s in directory.summaries() if s.status != "active" and s.start_time_s >= since_s]
@@ -169,8 +176,7 @@ def _wait(
         time.sleep(_POLL_S)
     found = {s.internal_id for s in ended}
     return [
-        sorted((t for t in directory.find(output.request_id) if t.internal_id in found), key=_sample)
-        for output in outputs
+        sorted((t for t in directory.find(one.request_id) if t.internal_id in found), key=_sample) for one in answered
     ]
 
 
@@ -188,7 +194,7 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-def _requests_table(outputs: list[Any], traces: list[list[RequestTrace]]) -> "pa.Table":
+def _requests_table(answered: list[Answered], traces: list[list[RequestTrace]]) -> "pa.Table":
     rows = [
         {
             "request": i,
@@ -198,9 +204,9 @@ def _requests_table(outputs: list[Any], traces: list[list[RequestTrace]]) -> "pa
             "truncated": trace.truncated,
             "prompt_len": trace.prompt_len,
             "num_generated": trace.num_generated,
-            "text": output.outputs[sample].text if sample < len(output.outputs) else None,
+            "text": one.texts[sample] if sample < len(one.texts) else None,
         }
-        for i, (output, of_prompt) in enumerate(zip(outputs, traces, strict=True))
+        for i, (one, of_prompt) in enumerate(zip(answered, traces, strict=True))
         for sample, trace in enumerate(of_prompt)
     ]
     return _pyarrow().Table.from_pylist(rows)

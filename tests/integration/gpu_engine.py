@@ -166,7 +166,7 @@ def _count_preemptions() -> list[int]:
 
 def _deliver_traces(llm: Any) -> None:
     """Wait until the traces of all ended requests lie in the run directory."""
-    from glassbox.adapter.runner import deliver_ends
+    from glassbox.adapter.offline_engine import deliver_ends
     from tests.attached import attached_hook
 
     deliver_ends(llm)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from glassbox import capture
-from glassbox.adapter.runner import deliver_ends
+from glassbox.adapter.offline_engine import deliver_ends
 from glassbox.core.statistics import INDEX
 from glassbox.signals import request_signals
 from glassbox.store import rundir
