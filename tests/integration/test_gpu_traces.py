@@ -120,7 +120,7 @@ class TestValues:
 
     @pytest.mark.parametrize("name", OBSERVED)
     def test_everything(self, engines: dict[str, Traced], name: str) -> None:
-        """Statistics, masses of spans and of the positions that are named, and whole rows."""
+        """Statistics, masses of spans and of the positions that are named, and whole attention vectors."""
         import torch
 
         from tests.integration.transformers_truth import EagerModel

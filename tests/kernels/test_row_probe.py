@@ -1,5 +1,5 @@
-"""Full rows, top positions and span masses on a GPU equal the float64 reference: in Triton's interpreter without one,
-compiled with one."""
+"""Whole attention, top positions and span masses on a GPU equal the float64 reference: in Triton's interpreter without
+one, compiled with one."""
 
 from collections.abc import Sequence as Items
 from dataclasses import replace

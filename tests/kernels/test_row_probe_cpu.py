@@ -1,4 +1,4 @@
-"""Full rows, top positions and span masses on the CPU equal the float64 reference, whatever the batch looks like."""
+"""Whole attention, top positions and span masses on the CPU equal the float64 reference, whatever the batch is like."""
 
 from dataclasses import replace
 from typing import Any

@@ -337,7 +337,7 @@ class TestLimits:
         assert requests.active()[-1].record().positions.tolist() == [5]
 
     def test_full_rows_are_counted_before_they_are_made(self) -> None:
-        """A long context with full rows fills the limit with few rows."""
+        """A long context with whole attention vectors fills the limit with few rows."""
         requests, limits = tracker(), config(max_trace_mb=1)
         arrive(requests, "a", extra_args={**TRACE, "glassbox_rows": 1}, settings_=limits)
         trace = requests.active()[0]
