@@ -21,14 +21,7 @@ from torch import Tensor
 
 from glassbox.core.trace_arrays import NO_POSITION
 from glassbox.kernels.layer_params import LayerParams
-from glassbox.kernels.paged_keys import (
-    MAX_HEAD_SIZE,
-    MAX_PAGE_ELEMENTS,
-    NO_WINDOW,
-    dot_dtype,
-    load_keys,
-    soft_capped,
-)
+from glassbox.kernels.paged_keys import MAX_HEAD_SIZE, MAX_PAGE_ELEMENTS, NO_WINDOW, dot_dtype, load_keys, soft_capped
 from glassbox.kernels.probe_answers import ProbeAnswers, no_answers
 
 SCRATCH_BYTES: Final = 16 << 20

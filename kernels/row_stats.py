@@ -19,16 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from glassbox.core.rows import (
-    NUM_ROW_COLUMNS,
-    ROW_BATCH,
-    ROW_DECODE,
-    ROW_PHASE,
-    ROW_PROMPT_LEN,
-    ROW_QUERY,
-    ROW_SLOT,
-    ROW_UNCOUNTED,
-)
+from glassbox.core import rows as row_list
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.paged_keys import (
@@ -41,14 +32,14 @@ from glassbox.kernels.paged_keys import (
     soft_capped,
 )
 
-_NUM_ROW_COLUMNS = tl.constexpr(NUM_ROW_COLUMNS)
-_ROW_QUERY = tl.constexpr(ROW_QUERY)
-_ROW_BATCH = tl.constexpr(ROW_BATCH)
-_ROW_PHASE = tl.constexpr(ROW_PHASE)
-_ROW_PROMPT_LEN = tl.constexpr(ROW_PROMPT_LEN)
-_ROW_SLOT = tl.constexpr(ROW_SLOT)
-_ROW_DECODE = tl.constexpr(ROW_DECODE)
-_ROW_UNCOUNTED = tl.constexpr(ROW_UNCOUNTED)
+_NUM_ROW_COLUMNS = tl.constexpr(row_list.NUM_ROW_COLUMNS)
+_ROW_QUERY = tl.constexpr(row_list.ROW_QUERY)
+_ROW_BATCH = tl.constexpr(row_list.ROW_BATCH)
+_ROW_PHASE = tl.constexpr(row_list.ROW_PHASE)
+_ROW_PROMPT_LEN = tl.constexpr(row_list.ROW_PROMPT_LEN)
+_ROW_SLOT = tl.constexpr(row_list.ROW_SLOT)
+_ROW_DECODE = tl.constexpr(row_list.ROW_DECODE)
+_ROW_UNCOUNTED = tl.constexpr(row_list.ROW_UNCOUNTED)
 
 _ENTROPY_RATIO = tl.constexpr(INDEX["entropy_ratio"])
 _EFFECTIVE_KEYS = tl.constexpr(INDEX["effective_keys"])
@@ -90,6 +81,13 @@ def _combine(m1, a1, b1, c1, d1, e1, f1, g1, o1, x1, m2, a2, b2, c2, d2, e2, f2,
     return (
         tl.maximum(m1, m2), a1 + a2, b1 + b2, c1 + c2, d1 + d2, e1 + e2, f1 + f2, g1 + g2, tl.maximum(o1, o2), x1 + x2
     )  # fmt: skip
+
+
+@triton.jit
+def _no_keys(zeros):
+    """State of no keys, for `_combine`: nothing is above its maximum, and nothing is in its sums."""
+    lowest = zeros + float("-inf")
+    return lowest, zeros, zeros, zeros, zeros, zeros, zeros, zeros, lowest, zeros
 
 
 @triton.jit
@@ -284,30 +282,17 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
         # 140, at 64 x 4,096 keys on an H200). Only if a later score is far above the reference, the keys are read once
         # more, with the maximum now known.
         reference = tl.full([BLOCK_H], 0.0, tl.float32)
-        m = tl.full([BLOCK_H], 0.0, tl.float32)
-        row_zc = tl.zeros([BLOCK_H], tl.float32)
-        row_zg = tl.zeros([BLOCK_H], tl.float32)
-        row_e = tl.zeros([BLOCK_H], tl.float32)
-        row_z2 = tl.zeros([BLOCK_H], tl.float32)
-        row_sink = tl.zeros([BLOCK_H], tl.float32)
-        row_local = tl.zeros([BLOCK_H], tl.float32)
-        row_distance = tl.zeros([BLOCK_H], tl.float32)
-        row_own = tl.zeros([BLOCK_H], tl.float32)
-        row_bad = tl.zeros([BLOCK_H], tl.float32)
+        m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = _no_keys(
+            tl.zeros([BLOCK_H], tl.float32)
+        )
         reference_tile = first_tile
         again = True
         while again:
-            top = tl.full([BLOCK_N, BLOCK_H], float("-inf"), tl.float32)
-            z_context = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-            # Not Zk - context: that difference would lose a small generated mass to cancellation.
-            z_generated = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-            e = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)  # E * log2(e)
-            z2 = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-            sink = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-            local = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-            distance = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-            own = tl.full([BLOCK_N, BLOCK_H], float("-inf"), tl.float32)
-            bad = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+            # Beside the context's mass the generated one, too: their difference would lose a small one to cancellation.
+            # E is times log2(e).
+            top, z_context, z_generated, e, z2, sink, local, distance, own, bad = _no_keys(
+                tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+            )
             for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
                 j = tile * BLOCK_N + offs_n
                 # lowest <= j <= position in one comparison
@@ -388,16 +373,9 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             complete = tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu") == last - first
             if complete:
                 tl.store(arrival_ptr, 0)
-                m = tl.full([BLOCK_H], float("-inf"), tl.float32)
-                row_zc = tl.zeros([BLOCK_H], tl.float32)
-                row_zg = tl.zeros([BLOCK_H], tl.float32)
-                row_e = tl.zeros([BLOCK_H], tl.float32)
-                row_z2 = tl.zeros([BLOCK_H], tl.float32)
-                row_sink = tl.zeros([BLOCK_H], tl.float32)
-                row_local = tl.zeros([BLOCK_H], tl.float32)
-                row_distance = tl.zeros([BLOCK_H], tl.float32)
-                row_own = tl.full([BLOCK_H], float("-inf"), tl.float32)
-                row_bad = tl.zeros([BLOCK_H], tl.float32)
+                m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = _no_keys(
+                    tl.zeros([BLOCK_H], tl.float32)
+                )
                 for block_start in tl.range(first, last + 1, _MERGE_BLOCK):
                     program = block_start + tl.arange(0, _MERGE_BLOCK)
                     there = program <= last

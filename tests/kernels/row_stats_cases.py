@@ -4,9 +4,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from glassbox.core.rows import NUM_ROW_COLUMNS
 from glassbox.core.statistics import NUM_BUCKETS, NUM_STATISTICS, STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_stats import LayerAccumulators
+from tests.kernels.row_lists import entry
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BAD_BLOCK = 2**30  # an unused block table entry: following it is an illegal access
@@ -117,12 +119,12 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     listed = case.rows
     if listed is None:
         listed = tuple((b, i) for b, s in enumerate(case.sequences) for i in range(s.query_len))
-    rows = torch.full((case.max_rows, 5), -(2**30), dtype=torch.int32)
+    rows = torch.full((case.max_rows, NUM_ROW_COLUMNS), -(2**30), dtype=torch.int32)
     for r, (b, i) in enumerate(listed):
         s = case.sequences[b]
         position = s.seq_len - s.query_len + i
         slot = case.slots[r] if case.slots else -1
-        rows[r] = torch.tensor([starts[b] + i, b, int(position >= s.prompt_len), s.prompt_len, slot])
+        rows[r] = torch.tensor(entry(starts[b] + i, b, position, s.prompt_len, slot))
     slopes = torch.rand(case.heads, generator=generator) * 0.2
     sinks = torch.randn(case.heads, generator=generator) * 2
     params = LayerParams(
@@ -212,34 +214,30 @@ TILE_CASES: tuple[Case, ...] = (
     replace(BASE, name="page-256", page=256),
     replace(BASE, name="page-24", page=24, kv_dtype=torch.float8_e4m3fn),
 )
+_LARGE = replace(BASE, head_size=128, num_programs=264, local_window=128, max_rows=256)
 LARGE: tuple[Case, ...] = (
-    Case(
-        "long",
-        (Sequence(1, 40_001, 39_000), Sequence(1, 77, 5), Sequence(1, 5_000, 4_999)),
+    replace(
+        _LARGE,
+        name="long",
+        sequences=(Sequence(1, 40_001, 39_000), Sequence(1, 77, 5), Sequence(1, 5_000, 4_999)),
         heads=8,
-        head_size=128,
-        num_programs=264,
-        local_window=128,
+        max_rows=16,
     ),
-    Case(
-        "many",
-        tuple(Sequence(1, 100 + 37 * i, 60 + 30 * i) for i in range(64)),
+    replace(
+        _LARGE,
+        name="many",
+        sequences=tuple(Sequence(1, 100 + 37 * i, 60 + 30 * i) for i in range(64)),
         heads=32,
         kv_heads=8,
-        head_size=128,
-        num_programs=264,
-        max_rows=256,
-        local_window=128,
     ),
-    Case(
-        "prefill",
-        (Sequence(2_000, 4_000, 8_000), Sequence(500, 500, 500)),
+    replace(
+        _LARGE,
+        name="prefill",
+        sequences=(Sequence(2_000, 4_000, 8_000), Sequence(500, 500, 500)),
         rows=tuple((0, i) for i in range(0, 2_000, 97)) + tuple((1, i) for i in range(0, 500, 61)),
         heads=16,
-        kv_heads=2,
-        head_size=128,
         num_programs=132,
-        max_rows=256,
         sliding_window=1_024,
+        local_window=16,
     ),
 )

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels.interpreter import DEVICE, ON_GPU
 
 # isort: split
+from glassbox.core.rows import ROW_BATCH, ROW_QUERY
 from glassbox.core.trace_arrays import NO_POSITION
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.probe_answers import ProbeAnswers
@@ -53,9 +54,9 @@ class Group:
         first = self.inputs[0]
         row_list = first.rows[: int(first.num_rows)]
         starts, lengths = first.query_start_loc.tolist(), first.seq_lens.tolist()
-        self.batch = row_list[:, 1].tolist()
+        tokens, self.batch = row_list[:, ROW_QUERY], row_list[:, ROW_BATCH].tolist()
         self.positions = [
-            lengths[b] - starts[b + 1] + token for token, b in zip(row_list[:, 0].tolist(), self.batch, strict=True)
+            lengths[b] - starts[b + 1] + token for token, b in zip(tokens.tolist(), self.batch, strict=True)
         ]
         self.rows = torch.tensor(list(zip(self.batch, self.positions, strict=True)), dtype=torch.int32, device=DEVICE)
         place = (len(self.rows), len(changes), case.heads)
@@ -64,7 +65,7 @@ class Group:
         self.queries = ring[: place[0]]
         for i, inputs in enumerate(self.inputs):
             # torch can't index FP8 on a CPU
-            self.queries[:, i] = inputs.q.float()[row_list[:, 0].long()].to(case.dtype)
+            self.queries[:, i] = inputs.q.float()[tokens.long()].to(case.dtype)
         spans = [[(start + r, end + r) for start, end in SPANS] for r in range(place[0])]
         self.spans = torch.tensor(spans, dtype=torch.int32, device=DEVICE)
         self.chosen = torch.rand(place, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < 0.6
@@ -244,7 +245,7 @@ class TestAgainstReference:
     def test_long_and_many_rows(self, case: Case) -> None:
         """The same over the whole GPU, in several chunks."""
         first = make_inputs(case, "cpu").rows
-        listed = case.rows or tuple((int(b), 0) for b in first[:, 1].tolist() if b >= 0)
+        listed = case.rows or tuple((int(b), 0) for b in first[:, ROW_BATCH].tolist() if b >= 0)
         group = Group(replace(case, rows=listed[:: max(len(listed) // 8, 1)]), {}, {"sliding_window": 300}, {})
         assert_answers(group, group.probe(max_attention_keys=4096, scratch_bytes=4 << 20), max_attention_keys=4096)
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glassbox.core.rows import ROW_QUERY
 from glassbox.core.trace_arrays import NO_POSITION
 from glassbox.kernels.probe_answers import ProbeAnswers
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref, top_k_ref
@@ -79,7 +80,7 @@ class Layers:
     def expected(self, row: int, layer: int) -> torch.Tensor:
         """float64 [H, position + 1]."""
         batch = self.batches[layer]
-        query = int(batch.row_list[row, 0])
+        query = int(batch.row_list[row, ROW_QUERY])
         return row_probe_ref(
             batch.q[query], batch.keys[batch.rows[row][0]], batch.positions[row], scale=batch.scale,
             sliding_window=batch.window, soft_cap=batch.soft_cap, alibi_slopes=batch.slopes, sinks=batch.learned,

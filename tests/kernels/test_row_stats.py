@@ -9,11 +9,13 @@ from torch import Tensor
 from tests.kernels.interpreter import DEVICE, ON_GPU
 
 # isort: split
+from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_PROMPT_LEN, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.kernels.row_stats import LayerAccumulators, RowStatsWorkspace, Tiling, row_stats
 from tests.kernels import row_stats_cases as made
+from tests.kernels.row_lists import entry
 from tests.kernels.row_stats_cases import BASE, MIXED, Case, Inputs, Sequence, make_accumulators, make_inputs
 from tests.kernels.tolerances import assert_two_oracles
 
@@ -56,7 +58,7 @@ class Run:
 
     @property
     def phases(self) -> Tensor:
-        return self.inputs.rows.cpu()[: int(self.inputs.num_rows), 2].long()
+        return self.inputs.rows.cpu()[: int(self.inputs.num_rows), ROW_PHASE].long()
 
 
 def oracle(inputs: Inputs, dtype: torch.dtype) -> Tensor:
@@ -64,8 +66,8 @@ def oracle(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     p = inputs.params
     rows = inputs.rows.cpu()[: int(inputs.num_rows)]
     starts, lengths = inputs.query_start_loc.tolist(), inputs.seq_lens.tolist()
-    batch = rows[:, 1].tolist()
-    q = inputs.q.cpu().float().to(dtype)[rows[:, 0].long()]
+    batch = rows[:, ROW_BATCH].tolist()
+    q = inputs.q.cpu().float().to(dtype)[rows[:, ROW_QUERY].long()]
     keys = [k.float().to(dtype) for k in inputs.keys]
     if p.q_scale is not None:
         q = q * p.q_scale.cpu().to(dtype)
@@ -74,10 +76,10 @@ def oracle(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     return row_stats_ref(
         q,
         keys,
-        [lengths[b] - starts[b + 1] + token for token, b in zip(rows[:, 0].tolist(), batch, strict=True)],
+        [lengths[b] - starts[b + 1] + token for token, b in zip(rows[:, ROW_QUERY].tolist(), batch, strict=True)],
         request=batch,
-        phase=rows[:, 2].tolist(),
-        prompt_len=rows[:, 3].tolist(),
+        phase=rows[:, ROW_PHASE].tolist(),
+        prompt_len=rows[:, ROW_PROMPT_LEN].tolist(),
         scale=p.scale,
         sliding_window=p.sliding_window,
         soft_cap=p.soft_cap,
@@ -92,7 +94,7 @@ def oracle(inputs: Inputs, dtype: torch.dtype) -> Tensor:
 def magnitude(inputs: Inputs) -> float:
     """Largest sum over d of |scale * q_d * k_d|, plus the largest bias."""
     p = inputs.params
-    rows = inputs.rows.cpu()[: int(inputs.num_rows), 0].long()
+    rows = inputs.rows.cpu()[: int(inputs.num_rows), ROW_QUERY].long()
     q = inputs.q.cpu().double()[rows].nan_to_num(0, 0, 0).abs()
     largest = 0.0
     for k in inputs.keys:
@@ -223,7 +225,7 @@ class TestRowList:
         """A row of a sequence with query length 0 and length 0 counts nowhere; its neighbours do."""
         inputs = make_inputs(MIXED, DEVICE)
         rows = inputs.rows.cpu()
-        rows[1] = torch.tensor([inputs.query_start_loc.tolist()[2], 2, 1, 0, -1])
+        rows[1] = torch.tensor(entry(inputs.query_start_loc.tolist()[2], 2, position=0, prompt_len=0))
         inputs.rows.copy_(rows)
         run = Run(MIXED, inputs)
         assert (run.out[1] == UNWRITTEN).all()
@@ -251,7 +253,7 @@ class TestRowList:
         run = Run(case, ring=ring, queries=kept[:, 1, : case.heads, : case.head_size])
         expected = torch.full_like(kept, UNWRITTEN)
         for slot, row in ((3, 0), (0, 2)):
-            query = run.inputs.q[int(run.inputs.rows[row, 0])]
+            query = run.inputs.q[int(run.inputs.rows[row, ROW_QUERY])]
             expected[slot, 1, : case.heads, : case.head_size] = query.float()
         assert torch.equal(kept, expected)
 
@@ -260,8 +262,9 @@ class TestRowList:
         case = replace(MIXED, keys=((0, 67, 0, float("nan")),))
         marked = [r % 2 == 0 for r in range(len(Run(case).out))]
         inputs, others = make_inputs(case, DEVICE), make_inputs(case, DEVICE)
-        inputs.rows[: len(marked), 2] |= torch.tensor([2 * mark for mark in marked], dtype=torch.int32, device=DEVICE)
-        inputs.rows[0, 4] = 1
+        marks = torch.tensor([ROW_UNCOUNTED * mark for mark in marked], dtype=torch.int32, device=DEVICE)
+        inputs.rows[: len(marked), ROW_PHASE] |= marks
+        inputs.rows[0, ROW_SLOT] = 1
         # The same list without the marked rows.
         kept = others.rows[: len(marked)][[not mark for mark in marked]].clone()
         others.rows[: len(kept)] = kept

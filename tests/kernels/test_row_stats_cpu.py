@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical
 
+from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_PHASE, ROW_PROMPT_LEN, ROW_QUERY
 from glassbox.core.statistics import INDEX, NUM_STATISTICS, STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.kernels.row_stats_cpu import LayerRows, RowPlan, plan_rows, row_stats_cpu
 from glassbox.kernels.row_stats_native import KeyOrder, KeyPages, NativeLayer, NativeRows, NativeStep
+from tests.kernels.row_lists import entry
 from tests.kernels.tolerances import assert_two_oracles
 
 NONFINITE = NUM_STATISTICS
@@ -89,10 +91,10 @@ class Batch:
     @property
     def row_list(self) -> np.ndarray:
         listed = [
-            (self.starts[b] + offset, b, int(position >= self.lengths[b][2]), self.lengths[b][2], -1)
+            entry(self.starts[b] + offset, b, position, self.lengths[b][2])
             for (b, offset), position in zip(self.rows, self.positions, strict=True)
         ]
-        return np.array(listed, dtype=np.int32).reshape(-1, 5)
+        return np.array(listed, dtype=np.int32).reshape(-1, NUM_ROW_COLUMNS)
 
     @property
     def params(self) -> LayerParams:
@@ -166,8 +168,8 @@ class Batch:
     def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:
         rows = self.row_list
         return row_stats_ref(
-            self.q[rows[:, 0].tolist()], self.keys, self.positions, request=rows[:, 1].tolist(),
-            phase=rows[:, 2].tolist(), prompt_len=rows[:, 3].tolist(), scale=self.scale,
+            self.q[rows[:, ROW_QUERY].tolist()], self.keys, self.positions, request=rows[:, ROW_BATCH].tolist(),
+            phase=rows[:, ROW_PHASE].tolist(), prompt_len=rows[:, ROW_PROMPT_LEN].tolist(), scale=self.scale,
             sliding_window=self.window, soft_cap=self.soft_cap, alibi_slopes=self.slopes, sinks=self.learned,
             sink_tokens=self.sink_tokens, local_window=self.local_window, dtype=dtype,
         )  # fmt: skip
@@ -318,7 +320,7 @@ class TestAgainstReference:
         lengths = [(131_072, 1, 5), *[(4000, 300, 300)] * 5, *[(100, 1, 5)] * 200]
         rows = [(0, 0), *[(b, x) for b in range(1, 6) for x in range(60)], *[(b, 0) for b in range(6, 206)]]
         starts = np.r_[0, np.cumsum([query for _, query, _ in lengths])]
-        listed = np.array([(starts[b] + x, b, 0, lengths[b][2], -1) for b, x in rows], dtype=np.int32)
+        listed = np.array([entry(starts[b] + x, b, x, lengths[b][2]) for b, x in rows], dtype=np.int32)
         table = np.zeros((len(lengths), 131_072 // 32), dtype=np.int32)
         plan = plan_rows(listed, starts, np.array([n for n, _, _ in lengths]), table, 32)
         groups = plan.groups(num_heads, 8 * 128)
@@ -361,7 +363,7 @@ class TestAgainstReference:
         batch = Batch([(10, 2, 5)], [(0, 0)])
         with pytest.raises(ValueError, match="every row must be a token of its request"):
             plan_rows(
-                np.array([[5, 0, 0, 5, -1]], dtype=np.int32), batch.starts, np.array([10]), np.zeros((1, 1)),
+                np.array([entry(5, 0, 0, 5)], dtype=np.int32), batch.starts, np.array([10]), np.zeros((1, 1)),
                 16,
             )  # fmt: skip
 

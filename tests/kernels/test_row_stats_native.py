@@ -25,6 +25,7 @@ from glassbox.kernels.row_stats_native import (
     Questions,
     native_kernel,
 )
+from tests.kernels.row_lists import entry
 from tests.kernels.test_row_stats_cpu import Batch
 
 BLOCK, D = 32, 64
@@ -141,7 +142,7 @@ class TestRows:
         """As for torch."""
         with pytest.raises(ValueError, match="every row must be a token of its request"):
             NativeRows(
-                np.array([[7, 0, 0, 5, -1]], dtype=np.int32), [0, 5], [5], [[0]], 16,
+                np.array([entry(7, 0, 0, 5)], dtype=np.int32), [0, 5], [5], [[0]], 16,
                 sliding_window=None, sink_tokens=4, local_window=8,
             )  # fmt: skip
 
@@ -172,7 +173,8 @@ class TestRows:
 
         def rows(num_keys: int) -> NativeRows:
             return NativeRows(
-                np.array([[0, 0, 1, 5, -1]], dtype=np.int32), [0, 1], [num_keys], np.zeros((1, num_keys // 16 + 1)), 16,
+                np.array([entry(0, 0, num_keys - 1, 5)], dtype=np.int32), [0, 1], [num_keys],
+                np.zeros((1, num_keys // 16 + 1)), 16,
                 sliding_window=None, sink_tokens=4, local_window=8,
             )  # fmt: skip
 
