@@ -4,7 +4,6 @@ Owns reading the file again, keeping the last good configuration, and telling of
 thread where one may run (`watch.py`), or whenever somebody wants the configuration (`ConfigFile`).
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from glassbox.config.load import ConfigError, GlassboxConfig, load_config, parse_config, read_bytes
-from glassbox.core.files import FileVersion
+from glassbox.core.files import file_version
 from glassbox.core.logs import get_logger
 
 logger = get_logger(__name__)
@@ -145,20 +144,13 @@ class ConfigFile:
         self._path = Path(path)
         self._lock = threading.Lock()
         # What the caller loaded may be older than the file is now: the first call reads it.
-        self._version = self._stat() if config is None else None
+        self._version = file_version(self._path) if config is None else None
         self._config = load_config(self._path) if config is None else config
         self._follower = ConfigFollower(self._path, on_change, _keep_last_good, initial=self._config)
 
-    def _stat(self) -> FileVersion | None:
-        try:
-            stat = os.stat(self._path)
-        except OSError:
-            return None
-        return (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-
     def __call__(self) -> GlassboxConfig:
         """The configuration of this moment."""
-        version = self._stat()
+        version = file_version(self._path)
         if version is not None and version != self._version:
             with self._lock:  # a scrape and a request may ask at once
                 self._version = version

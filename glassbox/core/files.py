@@ -1,10 +1,38 @@
 """Files that other processes read while they are written: replaced whole, and known by their version."""
 
 import contextlib
+import os
 from pathlib import Path
 
 # (inode, mtime in ns, size) of a file: changes whenever a writer renamed a new file into place.
 FileVersion = tuple[int, int, int]
+
+
+def file_version(path: Path) -> FileVersion | None:
+    """Version of a file; None if it can't be looked at."""
+    try:
+        return _version(os.stat(path))
+    except OSError:
+        return None
+
+
+def file_versions(folder: Path, prefix: str, suffix: str) -> dict[str, FileVersion]:
+    """Name and version of the files of a folder whose names begin and end so; empty if there is no folder.
+
+    Raises:
+        OSError: the folder exists but may not be listed.
+    """
+    versions: dict[str, FileVersion] = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(prefix) and entry.name.endswith(suffix):
+                with contextlib.suppress(FileNotFoundError):  # went between listing and stat
+                    versions[entry.name] = _version(entry.stat())
+    return versions
+
+
+def _version(found: os.stat_result) -> FileVersion:
+    return (found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

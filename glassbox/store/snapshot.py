@@ -5,10 +5,8 @@ snapshot is cumulative, so the newest file of a worker replaces its older one an
 but time.
 """
 
-import contextlib
 import io
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,7 +17,7 @@ import numpy as np
 
 from glassbox.core.accumulator_arrays import ARRAY, AccumulatorArrays, check_shapes, narrowed
 from glassbox.core.counters import ENGINE_NUMBER, EngineValue
-from glassbox.core.files import FileVersion, write_atomically
+from glassbox.core.files import FileVersion, file_versions, write_atomically
 from glassbox.core.logs import get_logger
 
 logger = get_logger(__name__)
@@ -180,17 +178,7 @@ class SnapshotReader:
 
     def versions(self) -> dict[str, FileVersion]:
         """Name and version of every snapshot file; empty if there is no directory."""
-        versions: dict[str, FileVersion] = {}
-        try:
-            with os.scandir(self._run_dir) as entries:
-                for entry in entries:
-                    if entry.name.startswith("worker-") and entry.name.endswith(".npz"):
-                        with contextlib.suppress(FileNotFoundError):  # went between listing and stat
-                            stat = entry.stat()
-                            versions[entry.name] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-        except FileNotFoundError:
-            return {}
-        return versions
+        return file_versions(self._run_dir, "worker-", ".npz")
 
     def read(self, versions: Mapping[str, FileVersion] | None = None) -> list[Snapshot]:
         """All readable snapshots, in the order of their file names.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from glassbox.core.files import FileVersion
+from glassbox.core.files import FileVersion, file_versions
 from glassbox.core.logs import get_logger
 from glassbox.store.trace_ranks import merge_ranks
 from glassbox.store.trace_record import RequestTrace, read_header, read_trace
@@ -71,14 +71,7 @@ class TraceDirectory:
 
     def versions(self) -> dict[str, FileVersion]:
         """Name and version of every trace file; empty if there is no directory."""
-        versions: dict[str, FileVersion] = {}
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.path) as entries:
-            for entry in entries:
-                if entry.name.startswith("trace-") and entry.name.endswith(".npz"):
-                    with contextlib.suppress(FileNotFoundError):  # went between listing and stat
-                        stat = entry.stat()
-                        versions[entry.name] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-        return versions
+        return file_versions(self.path, "trace-", ".npz")
 
     def summaries(self) -> list[TraceSummary]:
         """All traced requests, newest first."""
