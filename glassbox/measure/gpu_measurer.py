@@ -192,10 +192,10 @@ class GpuMeasurer:
 
     def _probe(self, traced: StepTraces) -> list[_Answers]:
         """Queue what requests asked beyond statistics, over the keys as this step has left them."""
-        asked = traced.asked()
-        if asked is None:
-            return []
         try:
+            asked = traced.asked()
+            if asked is None:
+                return []
             return [self._probe_group(asked, names) for names in self._groups(asked)]
         except Exception as error:
             self._errors.count("probe", error)

@@ -6,7 +6,6 @@ where families are built, thus by whoever exports, never by a worker.
 """
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from glassbox.config.load import BaselineConfig, GlassboxConfig, StatisticsConfig
 from glassbox.core.accumulator_arrays import narrowed
-from glassbox.core.files import FileVersion
+from glassbox.core.files import FileVersion, file_version
 from glassbox.core.logs import get_logger
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, STATISTICS, Statistic
 from glassbox.signals.baseline import Baseline, BaselineError, load_baseline
@@ -149,7 +148,7 @@ class DriftWatch:
             what changes whenever the result of `compare` may.
         """
         path = config.expanded_path
-        version = None if path is None else (path, _file_version(path))
+        version = None if path is None else (path, file_version(path))
         if version != self._version:
             self._version = version
             self._baseline = None
@@ -222,11 +221,3 @@ def mismatch(baseline: Baseline, engine: MergedEngine, statistics: StatisticsCon
         if saved is not None and saved != used:
             return f"baseline.path must be a baseline with {name} {used}, got one with {saved}; {remedy}"
     return None
-
-
-def _file_version(path: Path) -> FileVersion | None:
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return None
-    return (stat.st_ino, stat.st_mtime_ns, stat.st_size)

@@ -46,7 +46,7 @@ def check(worker: ObservedWorker, monkeypatch: pytest.MonkeyPatch, point: Point,
         patch.setattr(owner, name, broken)
         prepare()
         worker.step()
-        before = worker.rows()
+    before = worker.rows()
     assert set(worker.errors.counts()) == {stage}
     assert worker.listening[-1] is False
     assert worker.observer.counters.overhead_seconds > spent
