@@ -1,7 +1,8 @@
-"""What a probe finds in some layers: one description for every kernel that probes, and for whoever keeps the answers.
+"""What a probe is asked and what it finds in some layers: one description for every kernel that probes, and for whoever
+asks and keeps the answers.
 
-Owns the answers' fields. Their types and what stands for "no value" are those of the trace's arrays of the same names
-(`core/trace_arrays.py`).
+Owns the fields of both. The answers' types and what stands for "no value" are those of the trace's arrays of the same
+names (`core/trace_arrays.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,43 @@ from glassbox.core.trace_arrays import collected, trace_array
 
 Values = TypeVar("Values")
 Moved = TypeVar("Moved")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Questions(Generic[Values]):
+    """What is asked of R rows in L layers of H query heads, as tensors of the keys' device or as numpy's arrays.
+
+    Attributes:
+        positions: [R] on the host, of the rows in their sequences; the rows are in the order of the row list.
+        top_k: most attended positions per head; 0 is none.
+        spans: int32 [R, S, 2], (start, exclusive end) of position ranges whose mass is wanted; (0, 0) has none.
+        chosen: bool [R, L, H], what is summed into `ProbeAnswers.chosen_sum`.
+        kept_attention: numbers of the rows whose whole attention is wanted.
+        max_attention_keys: most keys of it; of a longer row the last are kept.
+    """
+
+    positions: Sequence[int]
+    top_k: int
+    spans: Values
+    chosen: Values
+    kept_attention: Sequence[int]
+    max_attention_keys: int
+
+    @property
+    def longest(self) -> int:
+        """Keys up to the last of the positions."""
+        return max(self.positions, default=-1) + 1
+
+    def moved(self, move: Callable[[Values], Moved]) -> "Questions[Moved]":
+        """The same with `move` applied to spans and chosen."""
+        return Questions(
+            self.positions,
+            self.top_k,
+            move(self.spans),
+            move(self.chosen),
+            self.kept_attention,
+            self.max_attention_keys,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,37 +90,24 @@ class ProbeAnswers(Generic[Values]):
         return {array.name: getattr(self, array.name) for array in collected() if hasattr(self, array.name)}
 
 
-def no_answers(
-    positions: Sequence[int],
-    num_layers: int,
-    num_heads: int,
-    *,
-    top_k: int,
-    num_spans: int,
-    kept_attention: Sequence[int],
-    max_attention_keys: int,
-    device: torch.device | str = "cpu",
-) -> ProbeAnswers[Tensor]:
-    """Answers to be filled in: "no value" everywhere, and zeros in sums and whole vectors.
-
-    Args:
-        positions: of the rows in their sequences.
-        top_k, num_spans, kept_attention, max_attention_keys: what is asked, see `row_probe_cpu`.
-        device: of the tensors.
-    """
-    sizes = {"token": len(positions), "layer": num_layers, "head": num_heads, "top_k": top_k, "span": num_spans}
+def no_answers(asked: Questions[Tensor]) -> ProbeAnswers[Tensor]:
+    """Answers to be filled in, on the questions' device: "no value" everywhere, and zeros in sums and whole vectors."""
+    num_rows, num_layers, num_heads = asked.chosen.shape
+    device = asked.chosen.device
+    sizes = {"token": num_rows, "layer": num_layers, "head": num_heads, "top_k": asked.top_k}
+    sizes["span"] = asked.spans.shape[1]
 
     def filled(name: str) -> Tensor:
         array = trace_array(name)
         shape: Any = array.shape(sizes)
         return torch.full(shape, array.fill, dtype=getattr(torch, array.dtype), device=device)
 
-    lengths = [min(positions[row] + 1, max_attention_keys) for row in kept_attention]
+    lengths = [min(asked.positions[row] + 1, asked.max_attention_keys) for row in asked.kept_attention]
     dtype = getattr(torch, trace_array("attention_values").dtype)
     return ProbeAnswers(
         topk_positions=filled("topk_positions"),
         topk_mass=filled("topk_mass"),
         span_mass=filled("span_mass"),
-        chosen_sum=torch.zeros(len(positions), max(positions, default=-1) + 1, device=device),
+        chosen_sum=torch.zeros(num_rows, asked.longest, device=device),
         attention=tuple(torch.zeros(num_layers, num_heads, n, dtype=dtype, device=device) for n in lengths),
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from glassbox.core.trace_arrays import NO_POSITION
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.paged_keys import MAX_HEAD_SIZE, MAX_PAGE_ELEMENTS, NO_WINDOW, dot_dtype, load_keys, soft_capped
-from glassbox.kernels.probe_answers import ProbeAnswers, no_answers
+from glassbox.kernels.probe_answers import ProbeAnswers, Questions, no_answers
 
 SCRATCH_BYTES: Final = 16 << 20
 
@@ -275,13 +275,8 @@ def row_probe(
     layers: ProbedLayers,
     block_table: Tensor,
     rows: Tensor,
-    positions: Sequence[int],
+    asked: Questions[Tensor],
     *,
-    top_k: int,
-    spans: Tensor,
-    chosen: Tensor,
-    kept_attention: Sequence[int] = (),
-    max_attention_keys: int,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> ProbeAnswers[Tensor]:
     """Attention of each row to every position up to its own, in every layer: softmax over its visible keys (and a
@@ -295,31 +290,17 @@ def row_probe(
         layers: of one KV-cache group, L of them.
         block_table: of the group, [num_seqs, max_blocks] int32, the last dimension contiguous.
         rows: [R, 2] int32, (batch row, position) of each row; the last dimension contiguous.
-        positions: those in `rows`, known to the host.
-        top_k: most attended positions per head; 0 is none.
-        spans: [R, S, 2] int32, (start, exclusive end) of position ranges whose mass is wanted; (0, 0) has none.
-        chosen: [R, L, H] bool, what is summed into `ProbeAnswers.chosen_sum`.
-        kept_attention: numbers of the rows whose whole attention is wanted.
-        max_attention_keys: most keys of it; of a longer row the last are kept.
+        asked: of these rows, whose positions are those in `rows`, and these layers.
         scratch_bytes: of the scores that are held at once.
 
     Raises:
         ValueError: for shapes that do not fit each other.
     """
     num_rows, num_layers, num_heads, _ = queries.shape
-    _check(queries, layers, block_table, rows, positions, spans, chosen)
-    longest = max(positions, default=-1) + 1
+    _check(queries, layers, block_table, rows, asked)
+    longest = asked.longest
     columns = (longest // _BLOCK_N + 1) * _BLOCK_N  # at least one more than keys: the sink's
-    answers = no_answers(
-        positions,
-        num_layers,
-        num_heads,
-        top_k=top_k,
-        num_spans=spans.shape[1],
-        kept_attention=kept_attention,
-        max_attention_keys=max_attention_keys,
-        device=queries.device,
-    )
+    answers = no_answers(asked)
     fitting = max(scratch_bytes // (4 * num_heads * columns), 1)  # (row, layer) pairs
     row_step = min(fitting, max(num_rows, 1))
     layer_step = fitting // row_step
@@ -329,7 +310,7 @@ def row_probe(
             of_layers = slice(first_layer, min(first_layer + layer_step, num_layers))
             scores = _scores(queries, layers, block_table, rows, of_rows, of_layers, columns)
             part = (of_rows, of_layers)
-            column = _fill_positions(answers, scores, part, min(top_k, longest))
+            column = _fill_positions(answers, scores, part, min(asked.top_k, longest))
             if layers.sinks is not None:
                 # One more score without a key, in the column behind the last one.
                 scores[..., longest] = layers.sinks[of_layers]
@@ -337,33 +318,25 @@ def row_probe(
             del scores
             _fill_top_mass(answers, attention, part, column)
             attention = attention[..., :longest]
-            _fill_spans(answers, attention, part, spans[of_rows])
-            for out, row in zip(answers.attention, kept_attention, strict=True):
+            _fill_spans(answers, attention, part, asked.spans[of_rows])
+            for out, row in zip(answers.attention, asked.kept_attention, strict=True):
                 if of_rows.start <= row < of_rows.stop:
-                    end = positions[row] + 1
+                    end = asked.positions[row] + 1
                     out[of_layers] = attention[row - of_rows.start, :, :, end - out.shape[-1] : end]
             # In place, so last. Not a product: NaN * 0 is NaN.
-            attention.masked_fill_(~chosen[part].unsqueeze(-1), 0.0)
+            attention.masked_fill_(~asked.chosen[part].unsqueeze(-1), 0.0)
             answers.chosen_sum[of_rows] += attention.sum((1, 2))
     return answers
 
 
-def _check(
-    queries: Tensor,
-    layers: ProbedLayers,
-    block_table: Tensor,
-    rows: Tensor,
-    positions: Sequence[int],
-    spans: Tensor,
-    chosen: Tensor,
-) -> None:
-    num_rows = len(positions)
+def _check(queries: Tensor, layers: ProbedLayers, block_table: Tensor, rows: Tensor, asked: Questions[Tensor]) -> None:
+    num_rows = len(asked.positions)
     place = (num_rows, len(layers.key_pointers), layers.num_heads)
     for name, tensor, shape in (
         ("queries", queries, (*place, layers.like.shape[3])),
         ("rows", rows, (num_rows, 2)),
-        ("spans", spans, (num_rows, *spans.shape[1:2], 2)),
-        ("chosen", chosen, place),
+        ("spans", asked.spans, (num_rows, *asked.spans.shape[1:2], 2)),
+        ("chosen", asked.chosen, place),
     ):
         if tensor.shape != shape:
             raise ValueError(

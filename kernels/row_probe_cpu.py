@@ -11,22 +11,12 @@ import torch
 from torch import Tensor
 
 from glassbox.core.trace_arrays import NO_POSITION
-from glassbox.kernels.probe_answers import ProbeAnswers, no_answers
+from glassbox.kernels.probe_answers import ProbeAnswers, Questions, no_answers
 from glassbox.kernels.row_plan import Group, RowPlan
 from glassbox.kernels.row_stats_cpu import HIDDEN, LayerRows, per_head, scaled_queries, tile_scores
 
 
-def row_probe_cpu(
-    layers: Sequence[LayerRows],
-    plan: RowPlan,
-    positions: Sequence[int],
-    *,
-    top_k: int,
-    spans: Tensor,
-    chosen: Tensor,
-    kept_attention: Sequence[int] = (),
-    max_attention_keys: int,
-) -> ProbeAnswers[Tensor]:
+def row_probe_cpu(layers: Sequence[LayerRows], plan: RowPlan, asked: Questions[Tensor]) -> ProbeAnswers[Tensor]:
     """Attention of the planned rows in some layers: softmax over their visible keys (and a learned sink).
 
     Memory: a few times the rows' scores, layers x H x keys float32, for the rows of requests of like length at once.
@@ -34,31 +24,19 @@ def row_probe_cpu(
     Args:
         layers: L of one kind, best `plan.layers_at_once(..., whole=True)` of them.
         plan: of the R probed rows alone.
-        positions: of the rows in their sequences, in the order of the row list, as all that follows.
-        top_k: most attended positions per head; 0 is none.
-        spans: int32 [R, S, 2], (start, exclusive end) of position ranges whose mass is wanted; (0, 0) has none.
-        chosen: bool [R, L, H], what is summed into `ProbeAnswers.chosen_sum`.
-        kept_attention: numbers of the rows whose whole attention is wanted.
-        max_attention_keys: most keys of it; of a longer row the last are kept.
+        asked: of these rows and layers.
 
     Raises:
         ValueError: the layers are of several kinds, or the plan is for another number of rows.
     """
+    positions = asked.positions
     if len(positions) != plan.num_rows:
         raise ValueError(
             f"a plan must be for {len(positions)} rows, got {plan.num_rows}; plan the probed rows by themselves"
         )
     num_heads = layers[0].num_heads
     queries = scaled_queries(layers)
-    answers = no_answers(
-        positions,
-        len(layers),
-        num_heads,
-        top_k=top_k,
-        num_spans=spans.shape[1],
-        kept_attention=kept_attention,
-        max_attention_keys=max_attention_keys,
-    )
+    answers = no_answers(asked)
     for group in plan.groups(num_heads, layers[0].key_numbers):
         real, rows = torch.from_numpy(group.real), torch.from_numpy(group.rows)
         scores, bad = _group_scores(queries.index_select(1, group.row_index), layers, group, plan)
@@ -72,10 +50,10 @@ def row_probe_cpu(
         base = group.tiles[0].base[real]  # [rows, 1]
         _fill_top(answers, scores, attention, bad, rows, base)
         attention.masked_fill_(bad.unsqueeze(-1), 0.0)
-        _fill_sums(answers, attention, bad, rows, base, positions, chosen[rows])
+        _fill_sums(answers, attention, bad, rows, base, positions, asked.chosen[rows])
         attention.masked_fill_(bad.unsqueeze(-1), torch.nan)
-        _fill_spans(answers, attention, rows, base, spans[rows])
-        for out, row in zip(answers.attention, kept_attention, strict=True):
+        _fill_spans(answers, attention, rows, base, asked.spans[rows])
+        for out, row in zip(answers.attention, asked.kept_attention, strict=True):
             for i in (rows == row).nonzero().flatten().tolist():
                 _fill_attention(out, attention[:, i], int(base[i]), positions[row])
     return answers

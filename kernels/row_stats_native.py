@@ -24,7 +24,7 @@ from glassbox.core.statistics import INDEX, NUM_STATISTICS
 from glassbox.core.trace_arrays import trace_array
 from glassbox.core.trace_options import MAX_TOP_K
 from glassbox.kernels.layer_params import LayerParams
-from glassbox.kernels.probe_answers import ProbeAnswers
+from glassbox.kernels.probe_answers import ProbeAnswers, Questions
 
 _SOURCE: Final = Path(__file__).with_name("row_stats.cpp")
 # Of queries and keys; the kernel knows each by its number here.
@@ -305,26 +305,6 @@ class NativeRows:
         return np.empty(head_size * self.block_size + num_heads * self._sizes.item_scores, dtype=np.float32)
 
 
-@dataclass(frozen=True, eq=False)
-class Questions:
-    """What is asked of A rows in G layers.
-
-    Attributes:
-        top_k: most attended positions per head.
-        spans: int32 [A, S, 2], (start, exclusive end) of position ranges.
-        chosen: bool [A, G, H], what is summed into `ProbeAnswers.chosen_sum`.
-        kept_attention: numbers of the rows whose whole attention is wanted; max_attention_keys: most keys of it.
-        positions: int [A], of the rows in their sequences.
-    """
-
-    top_k: int
-    spans: NDArray[np.int32]
-    chosen: NDArray[np.bool_]
-    kept_attention: Sequence[int]
-    max_attention_keys: int
-    positions: NDArray[np.int32]
-
-
 class NativeProbe:
     """Answers of the probed rows in some layers, as the kernel fills them in.
 
@@ -338,7 +318,7 @@ class NativeProbe:
         ValueError: more top positions are asked for than the kernel has room for.
     """
 
-    def __init__(self, asked: Questions) -> None:
+    def __init__(self, asked: Questions[NDArray]) -> None:
         if asked.top_k > MAX_TOP_K:
             raise ValueError(f"top_k must be at most {MAX_TOP_K}, got {asked.top_k}; ask for fewer positions")
         num_rows, num_layers, num_heads = asked.chosen.shape
@@ -349,10 +329,10 @@ class NativeProbe:
         self._topk_positions, self._topk_mass, self._span_mass = (
             trace_array(name).filled(sizes) for name in ("topk_positions", "topk_mass", "span_mass")
         )
-        self._sum = np.zeros((num_rows, int(asked.positions.max(initial=-1)) + 1))
+        self._sum = np.zeros((num_rows, asked.longest))
         kept = list(asked.kept_attention)
         self._kept_keys = np.zeros(num_rows, dtype=np.int64)
-        self._kept_keys[kept] = np.minimum(asked.positions[kept] + 1, asked.max_attention_keys)
+        self._kept_keys[kept] = [min(asked.positions[row] + 1, asked.max_attention_keys) for row in kept]
         self._kept = [np.zeros((num_layers, num_heads, self._kept_keys[row]), dtype=np.float32) for row in kept]
         self._kept_at = np.zeros(num_rows, dtype=np.uint64)
         self._kept_at[kept] = [values.ctypes.data for values in self._kept]

@@ -13,10 +13,28 @@ import numpy.typing as npt
 from torch import Tensor
 
 from glassbox.core.accumulator_arrays import AccumulatorArrays
+from glassbox.core.trace_options import MAX_ATTENTION_KEYS
 from glassbox.kernels.layer_params import LayerParams
-from glassbox.kernels.probe_answers import ProbeAnswers
+from glassbox.kernels.probe_answers import ProbeAnswers, Questions
 from glassbox.kernels.row_stats_cpu import KeyReader
 from glassbox.kernels.row_stats_native import KeyPages
+from glassbox.measure.accumulate import Accumulators
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredLayers:
+    """What a measurer measures, on whatever device.
+
+    Attributes:
+        accumulators: [L, H] of the layers, on the device that they run on.
+        local_layers: name of each layer -> its local layer, the index in the accumulators.
+        sink_tokens, local_window: in tokens, see core/statistics.py.
+    """
+
+    accumulators: Accumulators
+    local_layers: dict[str, int]
+    sink_tokens: int
+    local_window: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,17 @@ class AskedRows:
     chosen: npt.NDArray[np.bool_]
     local_layers: frozenset[int]
     kept_attention: tuple[int, ...]
+
+    def questions(self, local_layers: Sequence[int], num_heads: int) -> Questions[npt.NDArray]:
+        """What is asked of these layers, which have so many heads."""
+        return Questions(
+            positions=self.positions.tolist(),
+            top_k=self.top_k,
+            spans=self.spans,
+            chosen=self.chosen[:, local_layers, :num_heads],
+            kept_attention=self.kept_attention,
+            max_attention_keys=MAX_ATTENTION_KEYS,
+        )
 
 
 class StepTraces(Protocol):

@@ -21,13 +21,11 @@ from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.native import NativeError
 from glassbox.core.rows import ROW_PHASE, ROW_UNCOUNTED
-from glassbox.core.trace_options import MAX_ATTENTION_KEYS
 from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerRows, row_stats_cpu
-from glassbox.kernels.row_stats_native import NativeProbe, NativeRows, NativeStep, Questions, native_kernel
-from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import AskedRows, BatchTables, PackedLayer, StepTraces
+from glassbox.kernels.row_stats_native import NativeProbe, NativeRows, NativeStep, native_kernel
+from glassbox.measure.contract import AskedRows, BatchTables, MeasuredLayers, PackedLayer, StepTraces
 from glassbox.measure.native_layers import CachedLayer, LayerKind
 
 logger = get_logger(__name__)
@@ -72,25 +70,21 @@ class CpuMeasurer:
     """Measures rows with `kernels/row_stats_native.py`, or `kernels/row_stats_cpu.py` and `kernels/row_probe_cpu.py`.
 
     Args:
-        accumulators: on the CPU; [L, H] of the observed layers.
-        local_layers: name of each observed layer -> its local layer, the index in the accumulators.
-        sink_tokens, local_window: in tokens, see statistics.py.
+        layers: what is measured, whose accumulators are on the CPU.
         errors: counts what goes wrong with probes.
         native: whether the native kernel may be used.
     """
 
     def __init__(
         self,
-        accumulators: Accumulators,
-        local_layers: dict[str, int],
+        layers: MeasuredLayers,
         *,
-        sink_tokens: int,
-        local_window: int,
         errors: ErrorCounter,
         native: bool = True,
     ) -> None:
-        self._accumulators, self._local_layers, self._errors = accumulators, local_layers, errors
-        self._sink_tokens, self._local_window = sink_tokens, local_window
+        self._accumulators, self._local_layers = layers.accumulators, layers.local_layers
+        self._sink_tokens, self._local_window = layers.sink_tokens, layers.local_window
+        self._errors = errors
         self.max_rows = self.max_traced_rows = sys.maxsize
         self._rows: np.ndarray | None = None
         self._layers: frozenset[int] = frozenset()
@@ -217,15 +211,7 @@ class CpuMeasurer:
         if asked is None:
             return _Native(NativeStep(rows, num_layers, kind.num_heads, kind.head_size), None, {})
         probed = sorted(asked.local_layers & self._layers)
-        questions = Questions(
-            top_k=asked.top_k,
-            spans=asked.spans,
-            chosen=asked.chosen[:, probed, : kind.num_heads],
-            kept_attention=asked.kept_attention,
-            max_attention_keys=MAX_ATTENTION_KEYS,
-            positions=asked.positions,
-        )
-        probe = NativeProbe(questions)
+        probe = NativeProbe(asked.questions(probed, kind.num_heads))
         step = NativeStep(rows, num_layers, kind.num_heads, kind.head_size, probe)
         return _Native(step, probe, {local: place for place, local in enumerate(probed)})
 
@@ -276,16 +262,8 @@ class CpuMeasurer:
 
     def _probe(self, waiting: _Waiting, asked: AskedRows) -> None:
         try:
-            found = row_probe_cpu(
-                waiting.layers,
-                waiting.plan,
-                asked.positions.tolist(),
-                top_k=asked.top_k,
-                spans=torch.from_numpy(asked.spans),
-                chosen=torch.from_numpy(asked.chosen[:, waiting.local_layers, : waiting.layers[0].num_heads]),
-                kept_attention=asked.kept_attention,
-                max_attention_keys=MAX_ATTENTION_KEYS,
-            )
+            questions = asked.questions(waiting.local_layers, waiting.layers[0].num_heads)
+            found = row_probe_cpu(waiting.layers, waiting.plan, questions.moved(torch.from_numpy))
         except Exception as error:
             self._errors.count("probe", error)
         else:

@@ -6,17 +6,13 @@ from typing import Any
 import torch
 
 from glassbox.core.errors import ErrorCounter
-from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import Measurer
+from glassbox.measure.contract import MeasuredLayers, Measurer
 from glassbox.measure.deferred import DeferredActions
 
 
 def make_measurer(
-    accumulators: Accumulators,
-    local_layers: dict[str, int],
+    layers: MeasuredLayers,
     *,
-    sink_tokens: int,
-    local_window: int,
     max_rows: int,
     head_size: int,
     query_dtype: torch.dtype,
@@ -24,12 +20,10 @@ def make_measurer(
     is_piecewise: Callable[[], bool],
     errors: ErrorCounter,
 ) -> Measurer[Any]:
-    """The measurer for the device of `accumulators`.
+    """The measurer for the device of the accumulators.
 
     Args:
-        accumulators: of the observed layers, on the worker's device.
-        local_layers: name of each observed layer -> its local layer, the index in the accumulators.
-        sink_tokens, local_window: in tokens, see statistics.py.
+        layers: what is measured.
         max_rows: largest row list; a GPU's buffers and graphs are made for it.
         head_size, query_dtype: of the layers, the largest head size; for the queries of traced rows.
         deferred: takes what waits for a GPU.
@@ -39,21 +33,16 @@ def make_measurer(
     Raises:
         RuntimeError: no kernel measures on that device.
     """
-    device = accumulators.counts.device.type
+    device = layers.accumulators.counts.device.type
     if device == "cpu":
         from glassbox.measure.cpu_measurer import CpuMeasurer
 
-        return CpuMeasurer(
-            accumulators, local_layers, sink_tokens=sink_tokens, local_window=local_window, errors=errors
-        )
+        return CpuMeasurer(layers, errors=errors)
     if device == "cuda":
         from glassbox.measure.gpu_measurer import GpuMeasurer
 
         return GpuMeasurer(
-            accumulators,
-            local_layers,
-            sink_tokens=sink_tokens,
-            local_window=local_window,
+            layers,
             max_rows=max_rows,
             head_size=head_size,
             query_dtype=query_dtype,

@@ -21,12 +21,10 @@ from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_SLOT
 from glassbox.core.statistics import NUM_STATISTICS
-from glassbox.core.trace_options import MAX_ATTENTION_KEYS
 from glassbox.kernels.probe_answers import ProbeAnswers
 from glassbox.kernels.row_probe import ProbedLayers, row_probe
 from glassbox.kernels.row_stats import LayerAccumulators, RowStatsWorkspace, row_stats
-from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import AskedRows, BatchTables, StepTraces, StridedLayer
+from glassbox.measure.contract import AskedRows, BatchTables, MeasuredLayers, StepTraces, StridedLayer
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.graph_nodes import GraphNodes
 
@@ -41,9 +39,7 @@ class GpuMeasurer:
     """Measures rows with `kernels/row_stats.py`.
 
     Args:
-        accumulators: on the GPU; [L, H] of the observed layers.
-        local_layers: name of each observed layer -> its local layer, the index in the accumulators.
-        sink_tokens, local_window: in tokens, see statistics.py.
+        layers: what is measured, whose accumulators are on the GPU.
         max_rows: length of the row list; captured graphs hold it.
         head_size: largest of the layers; query_dtype: holds their queries.
         deferred: takes what waits for the GPU.
@@ -53,11 +49,8 @@ class GpuMeasurer:
 
     def __init__(
         self,
-        accumulators: Accumulators,
-        local_layers: dict[str, int],
+        layers: MeasuredLayers,
         *,
-        sink_tokens: int,
-        local_window: int,
         max_rows: int,
         head_size: int,
         query_dtype: torch.dtype,
@@ -65,11 +58,11 @@ class GpuMeasurer:
         is_piecewise: Callable[[], bool],
         errors: ErrorCounter,
     ) -> None:
-        device = accumulators.counts.device
+        self._accumulators, self._local_layers = layers.accumulators, layers.local_layers
+        self._sink_tokens, self._local_window = layers.sink_tokens, layers.local_window
         self.max_rows = max_rows
-        self._accumulators, self._local_layers = accumulators, local_layers
-        self._sink_tokens, self._local_window = sink_tokens, local_window
-        num_layers, num_heads = accumulators.rows.shape[:2]
+        device = self._accumulators.counts.device
+        num_layers, num_heads = self._accumulators.rows.shape[:2]
         self._row_list = torch.zeros(max_rows, NUM_ROW_COLUMNS, dtype=torch.int32, device=device)
         # Rows of this step in each layer; 0 lets a launch return at once.
         self._num_rows = torch.zeros(num_layers, dtype=torch.int32, device=device)
@@ -227,12 +220,7 @@ class GpuMeasurer:
             ProbedLayers.of([one.keys() for one in seen], [one.params for one in seen], num_heads),
             self._built[names[0]].block_table,
             _to_device(np.stack([asked.rows[:, ROW_BATCH], asked.positions], axis=1), device),
-            asked.positions.tolist(),
-            top_k=asked.top_k,
-            spans=_to_device(asked.spans, device),
-            chosen=_to_device(asked.chosen[:, local_layers, :num_heads], device),
-            kept_attention=asked.kept_attention,
-            max_attention_keys=MAX_ATTENTION_KEYS,
+            asked.questions(local_layers, num_heads).moved(lambda values: _to_device(values, device)),
         )
         return local_layers, answers
 

@@ -11,6 +11,7 @@ from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
 from glassbox.measure.accumulate import Accumulators
+from glassbox.measure.contract import MeasuredLayers
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.for_device import make_measurer
 from glassbox.processes.worker.observer import Observer
@@ -49,10 +50,7 @@ class ObservedWorker:
         self.deferred = DeferredActions(self.errors)
         self.accumulators = Accumulators(len(LAYERS), HEADS, device)
         self.measurer = make_measurer(
-            self.accumulators,
-            {name: local for local, name in enumerate(NAMES)},
-            sink_tokens=4,
-            local_window=8,
+            MeasuredLayers(self.accumulators, {name: local for local, name in enumerate(NAMES)}, 4, 8),
             max_rows=16,
             head_size=D,
             query_dtype=torch.float32,

@@ -16,6 +16,7 @@ from glassbox.core.native import NativeError
 from glassbox.core.rows import ROW_UNCOUNTED
 from glassbox.measure import cpu_measurer
 from glassbox.measure.accumulate import Accumulators
+from glassbox.measure.contract import MeasuredLayers
 from glassbox.measure.cpu_measurer import CpuMeasurer
 from glassbox.processes.worker.traces.active import ActiveTrace
 from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
@@ -97,10 +98,8 @@ class Step:
         ]  # fmt: skip
         errors = ErrorCounter(logging.getLogger("glassbox.tests"))
         accumulators = Accumulators(NUM_LAYERS, HEADS)
-        measurer = CpuMeasurer(
-            accumulators, {f"layer{n}": n for n in range(NUM_LAYERS)}, sink_tokens=4, local_window=8, errors=errors,
-            **options,
-        )  # fmt: skip
+        measured = MeasuredLayers(accumulators, {f"layer{n}": n for n in range(NUM_LAYERS)}, 4, 8)
+        measurer = CpuMeasurer(measured, errors=errors, **options)
         for again in (False, True):
             members = [
                 TracedRows(trace, i, np.array([position + again], dtype=np.int32), np.array([1], dtype=np.uint8))
@@ -187,9 +186,8 @@ def test_without_a_compiler(step: Step, monkeypatch: pytest.MonkeyPatch) -> None
 def test_another_cache(step: Step) -> None:
     """A cache that vLLM has made anew is read where and as it is now."""
     accumulators = Accumulators(1, HEADS)
-    measurer = CpuMeasurer(
-        accumulators, {"layer0": 0}, sink_tokens=4, local_window=8, errors=ErrorCounter(logging.getLogger("t"))
-    )
+    measured = MeasuredLayers(accumulators, {"layer0": 0}, 4, 8)
+    measurer = CpuMeasurer(measured, errors=ErrorCounter(logging.getLogger("t")))
     old = step.layers[0]
     spread = torch.full((16, KV_HEADS, BLOCK, 2 * D), torch.nan)
     spread[::2] = old["kv_cache"]

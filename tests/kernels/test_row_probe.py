@@ -18,7 +18,7 @@ from tests.kernels.interpreter import DEVICE, ON_GPU
 from glassbox.core.rows import ROW_BATCH, ROW_QUERY
 from glassbox.core.trace_arrays import NO_POSITION
 from glassbox.kernels.layer_params import LayerParams
-from glassbox.kernels.probe_answers import ProbeAnswers
+from glassbox.kernels.probe_answers import ProbeAnswers, Questions
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref, top_k_ref
 from glassbox.kernels.row_probe import ProbedLayers, row_probe
 from tests.kernels.row_stats_cases import BASE, INF, LARGE, MIXED, NAN, Case, Inputs, Sequence, make_inputs
@@ -75,11 +75,15 @@ class Group:
         return ProbedLayers.of([i.k_cache for i in self.inputs], [i.params for i in self.inputs], self.case.heads)
 
     def probe(self, **options: Any) -> ProbeAnswers[Tensor]:
-        defaults: dict[str, Any] = {"top_k": 5, "kept_attention": range(len(self.rows)), "max_attention_keys": 64}
+        launch = {name: options.pop(name) for name in ("scratch_bytes",) if name in options}
         return row_probe(
-            self.queries, self.layers, self.inputs[0].block_table, self.rows, self.positions,
-            spans=self.spans, chosen=self.chosen, **(defaults | options),
-        )  # fmt: skip
+            self.queries, self.layers, self.inputs[0].block_table, self.rows, self.questions(**options), **launch
+        )
+
+    def questions(self, **options: Any) -> Questions[Tensor]:
+        """By default 5 top positions, and 64 keys of the attention of every row."""
+        defaults: dict[str, Any] = {"top_k": 5, "kept_attention": range(len(self.rows)), "max_attention_keys": 64}
+        return Questions(positions=self.positions, spans=self.spans, chosen=self.chosen, **(defaults | options))
 
     def operands(self, row: int, layer: int) -> tuple[Tensor, Tensor, LayerParams]:
         """float64 query [H, D] and keys [n, Hkv, D] with their quantisation factors in them."""
@@ -442,9 +446,8 @@ class TestNeverWaits:
         layers = group.layers
         with Operations() as seen:
             row_probe(
-                group.queries, layers, group.inputs[0].block_table, group.rows, group.positions, top_k=200,
-                spans=group.spans, chosen=group.chosen, kept_attention=(0, 3), max_attention_keys=50,
-                scratch_bytes=1 << 14,
+                group.queries, layers, group.inputs[0].block_table, group.rows,
+                group.questions(top_k=200, kept_attention=(0, 3), max_attention_keys=50), scratch_bytes=1 << 14,
             )  # fmt: skip
         assert seen.waiting == []
         assert len(seen.softmax_bytes) > 1
@@ -458,8 +461,8 @@ class TestNeverWaits:
             torch.cuda.set_sync_debug_mode(mode)
             try:
                 row_probe(
-                    group.queries, group.layers, group.inputs[0].block_table, group.rows, group.positions, top_k=5,
-                    spans=group.spans, chosen=group.chosen, kept_attention=(0, 3), max_attention_keys=50,
+                    group.queries, group.layers, group.inputs[0].block_table, group.rows,
+                    group.questions(kept_attention=(0, 3), max_attention_keys=50),
                 )  # fmt: skip
             finally:
                 torch.cuda.set_sync_debug_mode("default")

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from glassbox.core.rows import ROW_QUERY
 from glassbox.core.trace_arrays import NO_POSITION
-from glassbox.kernels.probe_answers import ProbeAnswers
+from glassbox.kernels.probe_answers import ProbeAnswers, Questions
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref, top_k_ref
 from glassbox.kernels.row_probe_cpu import row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerRows
-from glassbox.kernels.row_stats_native import NativeProbe, NativeStep, Questions
+from glassbox.kernels.row_stats_native import NativeProbe, NativeStep
 from tests.kernels.test_row_stats_cpu import Batch, PlainReader, implementation
 
 __all__ = ["implementation"]  # a fixture of this module, too
@@ -41,31 +41,24 @@ class Layers:
         first = self.batches[0]
         _, table = first.cache()
         plan = first.plan(table, **({} if key_budget is None else {"key_budget": key_budget}))
-        if Batch.native:
-            return self._native(table, **options)
-        layers = []
-        for batch in self.batches:
-            pages, same = batch.cache(order_seed=first.seed)
-            assert (same == table).all()
-            layers.append(LayerRows.select(batch.q, PlainReader(pages, batch.transposed), plan, batch.params))
         defaults: dict[str, Any] = {
             "top_k": 5,
             "spans": torch.tensor(self.spans, dtype=torch.int32),
             "kept_attention": range(self.num_rows),
             "max_attention_keys": MAX_ATTENTION_KEYS,
         }
-        return row_probe_cpu(layers, plan, first.positions, chosen=self.chosen, **(defaults | options))
+        asked = Questions(positions=first.positions, chosen=self.chosen, **(defaults | options))
+        if Batch.native:
+            return self._native(table, asked.moved(torch.Tensor.numpy))
+        layers = []
+        for batch in self.batches:
+            pages, same = batch.cache(order_seed=first.seed)
+            assert (same == table).all()
+            layers.append(LayerRows.select(batch.q, PlainReader(pages, batch.transposed), plan, batch.params))
+        return row_probe_cpu(layers, plan, asked)
 
-    def _native(self, table: np.ndarray, **options: Any) -> ProbeAnswers[torch.Tensor]:
+    def _native(self, table: np.ndarray, asked: Questions[np.ndarray]) -> ProbeAnswers[torch.Tensor]:
         first = self.batches[0]
-        asked = Questions(
-            top_k=options.get("top_k", 5),
-            spans=np.asarray(options.get("spans", np.array(self.spans, dtype=np.int32))),
-            chosen=self.chosen.numpy(),
-            kept_attention=options.get("kept_attention", range(self.num_rows)),
-            max_attention_keys=options.get("max_attention_keys", MAX_ATTENTION_KEYS),
-            positions=np.array(first.positions, dtype=np.int32),
-        )
         probe = NativeProbe(asked)
         rows = first.native_rows(table, np.arange(self.num_rows))
         step = NativeStep(rows, len(self.batches), self.num_heads, first.head_size, probe)
@@ -248,12 +241,4 @@ class TestErrors:
         plan = MIXED.plan(table)
         layer = LayerRows.select(MIXED.q, PlainReader(pages), plan, MIXED.params)
         with pytest.raises(ValueError, match=r"must be for 1 rows, got 8; plan the probed rows"):
-            row_probe_cpu(
-                [layer],
-                plan,
-                [3],
-                top_k=1,
-                spans=torch.zeros(1, 0, 2),
-                chosen=torch.ones(1, 1, 6),
-                max_attention_keys=1,
-            )
+            row_probe_cpu([layer], plan, Questions([3], 1, torch.zeros(1, 0, 2), torch.ones(1, 1, 6), (), 1))

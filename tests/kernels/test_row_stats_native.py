@@ -15,6 +15,7 @@ from glassbox.core.statistics import INDEX, NUM_STATISTICS
 from glassbox.core.trace_options import MAX_TOP_K
 from glassbox.kernels import row_stats_native
 from glassbox.kernels.layer_params import LayerParams
+from glassbox.kernels.probe_answers import Questions
 from glassbox.kernels.row_stats_native import (
     KeyOrder,
     KeyPages,
@@ -22,7 +23,6 @@ from glassbox.kernels.row_stats_native import (
     NativeProbe,
     NativeRows,
     NativeStep,
-    Questions,
     native_kernel,
 )
 from tests.kernels.row_lists import entry
@@ -282,6 +282,6 @@ class TestTables:
 
     def test_more_top_positions_than_the_kernel_has_room_for(self) -> None:
         """They are refused, not left out."""
-        asked = Questions(MAX_TOP_K + 1, np.zeros((1, 0, 2)), np.ones((1, 1, 1), dtype=bool), (), 1, np.zeros(1, int))
+        asked = Questions([0], MAX_TOP_K + 1, np.zeros((1, 0, 2)), np.ones((1, 1, 1), dtype=bool), (), 1)
         with pytest.raises(ValueError, match=f"top_k must be at most {MAX_TOP_K}, got {MAX_TOP_K + 1}; ask for fewer"):
             NativeProbe(asked)

@@ -23,6 +23,7 @@ from glassbox.core.counters import EngineValue
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
 from glassbox.measure.accumulate import Accumulators
+from glassbox.measure.contract import MeasuredLayers
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.for_device import make_measurer
 from glassbox.processes.exporter.launch import ExporterProcess
@@ -54,13 +55,15 @@ class Worker:
         self._build = {"version": __version__, "vllm_version": vllm_version() or "", "backend": facts.backend}
         server, layers = facts.server, facts.layers
         config = settings.config
-        accumulators = Accumulators(len(layers.names), layers.num_heads, facts.device)
         self._deferred = DeferredActions(errors)
-        measurer = make_measurer(
-            accumulators,
-            {name: local for local, name in enumerate(layers.names)},
+        measured = MeasuredLayers(
+            accumulators=Accumulators(len(layers.names), layers.num_heads, facts.device),
+            local_layers={name: local for local, name in enumerate(layers.names)},
             sink_tokens=config.statistics.sink_tokens,
             local_window=config.statistics.local_window,
+        )
+        measurer = make_measurer(
+            measured,
             max_rows=config.sampling.max_rows_per_step,
             head_size=layers.head_size,
             query_dtype=facts.query_dtype,
