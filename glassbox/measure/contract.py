@@ -186,7 +186,7 @@ class Measurer(Protocol[View_contra]):
         """Warm-up and graph capture are over; what follows are real steps and dummies."""
 
     def begin(self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None) -> None:
-        """Measure `rows` ([R, 5] int32, see sampling.py) in the local `layers` during this step.
+        """Measure `rows` ([R, NUM_ROW_COLUMNS] int32, see core/rows.py) in the local `layers` during this step.
 
         What is measured of rows with a trace slot goes to `traced` as well, which is committed when that is complete.
         """
