@@ -27,15 +27,7 @@ import triton.language as tl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from glassbox.core.rows import (  # noqa: E402
-    NUM_ROW_COLUMNS,
-    ROW_BATCH,
-    ROW_DECODE,
-    ROW_PHASE,
-    ROW_PROMPT_LEN,
-    ROW_QUERY,
-    ROW_SLOT,
-)
+from glassbox.core import rows as row_list  # noqa: E402
 from glassbox.kernels.layer_params import LayerParams  # noqa: E402
 from glassbox.kernels.row_stats import RowStatsWorkspace, Tiling, row_stats  # noqa: E402
 from tests.kernels.row_stats_cases import make_accumulators  # noqa: E402
@@ -85,9 +77,10 @@ class Cache:
         tables = [t.view(batch, per_row) for t in self.order.split(need) if t.numel() == need][:8]
         if not tables:
             raise ValueError(f"cache must hold {need} blocks, has {self.order.numel()}; raise --cache-gib")
-        rows = torch.zeros(max(max_rows, batch), NUM_ROW_COLUMNS, dtype=torch.int32, device=DEVICE)
-        rows[:batch, ROW_QUERY] = rows[:batch, ROW_BATCH] = torch.arange(batch)
-        rows[:, ROW_PHASE], rows[:, ROW_PROMPT_LEN], rows[:, ROW_SLOT] = ROW_DECODE, context // 2, -1
+        rows = torch.zeros(max(max_rows, batch), row_list.NUM_ROW_COLUMNS, dtype=torch.int32, device=DEVICE)
+        rows[:batch, row_list.ROW_QUERY] = rows[:batch, row_list.ROW_BATCH] = torch.arange(batch)
+        rows[:, row_list.ROW_PHASE], rows[:, row_list.ROW_SLOT] = row_list.ROW_DECODE, -1
+        rows[:, row_list.ROW_PROMPT_LEN] = context // 2
         return Batch(
             q=torch.randn(batch, self.heads, self.head_size, dtype=torch.bfloat16, device=DEVICE),
             k=self.kv.transpose(1, 2)[..., : self.head_size],
