@@ -111,9 +111,9 @@ def serve(folder: Path, arm: str) -> None:
             "reserved_mib": torch.cuda.memory_reserved() / 2**20,
         }
         if arm == "glassbox":
-            from tests.attached import attached_hook
+            from glassbox.adapter.seat import SEAT
 
-            hooked = attached_hook()
+            hooked: Any = SEAT.hook
             report["errors"] = hooked.errors.counts()
             if hooked.worker is not None:
                 snapshot = hooked.worker.snapshot()
