@@ -1,5 +1,7 @@
 """`register()`: the entry point that vLLM calls in every process it starts; see `processes/registration.py`."""
 
+import logging
+
 from glassbox.core.kill_switch import is_disabled
 
 
@@ -12,6 +14,11 @@ def register() -> None:
     """
     if is_disabled():
         return
-    from glassbox.processes import registration
+    try:
+        from glassbox.processes import registration
 
-    registration.register()
+        registration.register()
+    except Exception:
+        # vLLM dies of an exception from here, and an observer must not be the reason: also not a package that it needs
+        # and that can't be imported.
+        logging.getLogger("glassbox").exception("glassbox could not attach; the server runs unobserved")

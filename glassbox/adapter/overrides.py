@@ -18,28 +18,35 @@ def override(config: GlassboxConfig) -> Callable[[], None]:
     would never ask the router.
 
     Returns:
-        The undo, which frees CUSTOM as well: vLLM selects its own classes again.
+        The undo: vLLM selects its own classes again. If it raises instead, nothing is overridden.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    undo = ExitStack()
-    undo.callback(_forget_selection)
-    undo.callback(AttentionBackendEnum.CUSTOM.clear_override)
-    names = SUPPORTED_INNER_BACKENDS if config.attach == "auto" else ("CPU_ATTN",)
-    for name in names if config.enabled else ():
-        member = AttentionBackendEnum[name]
-        if member.is_overridden():
-            # Deriving from vLLM's class would change what is served, from theirs may change it as well.
-            logger.warning(
-                "%s is overridden by %s already; glassbox leaves it alone and does not observe it",
-                name,
-                member.get_path(),
-            )
-            continue
-        register_backend(member, observed_path(name))
-        undo.callback(member.clear_override)
+    with ExitStack() as undo:
+        undo.callback(_forget_selection)
+        names = SUPPORTED_INNER_BACKENDS if config.attach == "auto" else ("CPU_ATTN",)
+        for name in names if config.enabled else ():
+            member = AttentionBackendEnum[name]
+            if member.is_overridden():
+                # Deriving from vLLM's class would change what is served, from theirs may change it as well.
+                logger.warning(
+                    "%s is overridden by %s already; glassbox leaves it alone and does not observe it",
+                    name,
+                    member.get_path(),
+                )
+                continue
+            undo.callback(member.clear_override)
+            register_backend(member, observed_path(name))
+        _forget_selection()
+        return undo.pop_all().close
+
+
+def free_custom() -> None:
+    """Take the router out of CUSTOM, where `publish.py` has put it."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    AttentionBackendEnum.CUSTOM.clear_override()
     _forget_selection()
-    return undo.close
 
 
 def _forget_selection() -> None:

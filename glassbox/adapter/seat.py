@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from glassbox.adapter.attention.listening import Listening
 from glassbox.config.settings import Settings
+from glassbox.core.logs import get_logger
 
 if TYPE_CHECKING:  # every process of a server has a seat, and only workers need torch
     from torch import Tensor
 
     from glassbox.adapter.protocols import AttentionLayer, AttentionMetadata, CommonMetadata
+
+
+logger = get_logger(__name__)
 
 
 class Closable(Protocol):
@@ -96,11 +100,15 @@ class Seat:
         self.settings, self._make_hook = settings, make_hook
 
     def layer_built(self) -> None:
-        """vLLM has built an observed layer in this process."""
-        if self.hook is None and self._make_hook is not None:
-            self.hook = self._make_hook()
-        if self.hook is not None:
-            self.hook.install()
+        """vLLM has built an observed layer in this process. Never raises: it is called in the layer's constructor."""
+        make, self._make_hook = self._make_hook, None
+        try:
+            if make is not None:
+                self.hook = make()
+            if self.hook is not None:
+                self.hook.install()
+        except Exception:
+            logger.exception("glassbox could not observe this worker; the server runs unobserved")
 
     def leave(self) -> None:
         """glassbox is registered no more; patches are put back."""

@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol, TypeGuard
 
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.patch import patch_method
+from glassbox.adapter.protocols import VllmConfig
 from glassbox.core.trace_options import OptionError
 
 ExtraArgs = Mapping[str, Any]
@@ -59,13 +60,15 @@ def client_errors() -> Iterator[None]:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
 
-def config_of(serving: Any) -> Any:
+def config_of(serving: Any) -> VllmConfig | None:
     """The VllmConfig behind a serving class; None if it has no engine (rendering servers)."""
     return getattr(getattr(serving, "engine_client", None), "vllm_config", None)
 
 
-def model_shape(vllm_config: Any) -> tuple[int, int] | None:
+def model_shape(vllm_config: VllmConfig | None) -> tuple[int, int] | None:
     """Numbers of attention layers and of query heads of the whole model; None if they can't be told."""
+    if vllm_config is None:
+        return None
     try:
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         heads = model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size
@@ -148,7 +151,7 @@ class Intake(Protocol):
         """
 
     def wants_chat(self, extra_args: ExtraArgs) -> bool:
-        """Whether `resolve` is to be asked."""
+        """Whether `resolve` is to be asked: some of its spans are messages."""
 
     async def resolve(self, extra_args: ExtraArgs, messages: Sequence[Any], chat: Chat) -> ExtraArgs:
         """The options with spans by message turned into ranges of tokens.
@@ -157,7 +160,7 @@ class Intake(Protocol):
             OptionError: one can't be found.
         """
 
-    def note_headers(self, extra_args: object, traceparent: str | None) -> None:
+    def note_traceparent(self, traceparent: str | None) -> None:
         """Remember the trace context of the request that this task adds, which vLLM drops if it does not trace."""
 
     def admit(self, extra_args: ExtraArgs, shape: tuple[int, int] | None) -> bool:
@@ -226,7 +229,8 @@ class Wrappers:
 
         @functools.wraps(original)
         def add_request(engine: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-            self._intake.note_headers(getattr(params, "extra_args", None), _traceparent(kwargs))
+            if self._intake.is_for_us(getattr(params, "extra_args", None)):
+                self._intake.note_traceparent(_traceparent(kwargs))
             return original(engine, request_id, prompt, params, *args, **kwargs)
 
         return add_request

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from glassbox.core.logs import get_logger
-
 
 class ErrorCounter:
     """Counts exceptions by stage; thread-safe.
@@ -89,6 +87,6 @@ class ErrorCounter:
             return dict(self._counts)
 
 
-def export_errors(counts: Mapping[str, int] | None = None) -> ErrorCounter:
-    """Of an exporter, whose targets come and go; see ErrorCounter for `counts`."""
-    return ErrorCounter(get_logger(__name__), recovers=True, counts=counts, prefix="glassbox export to ")
+def export_errors(logger: logging.Logger, counts: Mapping[str, int] | None = None) -> ErrorCounter:
+    """Of an exporter, whose targets come and go; see ErrorCounter for the arguments."""
+    return ErrorCounter(logger, recovers=True, counts=counts, prefix="glassbox export to ")

@@ -4,23 +4,19 @@ Owns the translation into `prometheus_client` metrics. What there is to show com
 """
 
 import threading
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Final
 
-from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar as PrometheusExemplar
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
-from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger
 from glassbox.export.exemplars import NONE, Exemplar, Exemplars, TraceExemplars
 from glassbox.export.families import Family
 from glassbox.export.family_source import FamilySource, View
-from glassbox.store import rundir
 
 logger = get_logger(__name__)
 
@@ -107,45 +103,3 @@ class PrometheusCollector(Collector):
                     logger.warning("glassbox shows its last good metrics: %s: %s", type(error).__name__, error)
                 self._failing = True
             return self._metrics
-
-
-class Handle:
-    """Undoes `install`, by `remove()` or by calling it.
-
-    Attributes:
-        source: of what is shown.
-    """
-
-    def __init__(self, registry: CollectorRegistry, collector: PrometheusCollector, source: FamilySource) -> None:
-        self.source = source
-        self._registry = registry
-        self.collector = collector
-
-    def remove(self) -> None:
-        """Unregister the collector; doing it twice is fine."""
-        try:
-            self._registry.unregister(self.collector)
-        except KeyError:
-            logger.debug("glassbox's collector was not registered any more")
-
-    def __call__(self) -> None:
-        self.remove()
-
-
-def install(
-    config: Callable[[], GlassboxConfig], run_dir: Path | None = None, registry: CollectorRegistry = REGISTRY
-) -> Handle:
-    """Show a server's metrics in a registry, by default the one behind vLLM's own /metrics.
-
-    It starts no thread and reads nothing before the first scrape. Edits of the configuration are noticed at
-    the next scrape.
-
-    Args:
-        config: returns the configuration of the moment, e.g. a `source.ConfigFile`.
-        run_dir: of the server; it need not exist yet. Default: `rundir.run_dir()`.
-        registry: to register in.
-    """
-    source = FamilySource(run_dir or rundir.run_dir(), config)
-    collector = PrometheusCollector(source)
-    registry.register(collector)
-    return Handle(registry, collector, source)

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from glassbox.adapter.seat import Hook
     from glassbox.config.load import GlassboxConfig
     from glassbox.config.settings import Settings
-    from glassbox.export.family_source import FamilySource
+    from glassbox.processes.api_server.shown_metrics import ShownMetrics
 
 
 class Registration:
     """What was changed in this process.
 
     Attributes:
-        source: of what this process's collector shows; None until there is one.
+        shown: what this process shows of its server; None until there is something.
     """
 
     def __init__(self) -> None:
-        self.source: FamilySource | None = None
+        self.shown: ShownMetrics | None = None
         self._undo = ExitStack()  # first in, last out
 
     def close(self) -> None:
@@ -43,8 +43,7 @@ class Registration:
         from glassbox.config.load import restart_needed
         from glassbox.config.settings import Settings
         from glassbox.core.logs import get_logger, set_level
-        from glassbox.export import prometheus
-        from glassbox.processes.api_server import intake
+        from glassbox.processes.api_server import intake, shown_metrics
         from glassbox.store import rundir
 
         undo = self._undo
@@ -55,11 +54,14 @@ class Registration:
         undo.callback(rundir.remove)
         atexit.register(rundir.remove)
         undo.callback(atexit.unregister, rundir.remove)
+        undo.callback(overrides.free_custom)
         settings = Settings(path, config, publish=publish.publish, read=publish.reader())
+        # Taken back last to first: the file is followed no more, then the worker ends, then vLLM's own are put back.
+        attached = undo.enter_context(ExitStack())
         SEAT.take(settings, lambda: _make_hook(settings))
         undo.callback(SEAT.leave)
         undo.callback(settings.close)
-        undo.callback(overrides.override(config))
+        attached.callback(overrides.override(config))
 
         def on_change(edited: "GlassboxConfig") -> None:
             set_level(edited.log_level)
@@ -68,11 +70,10 @@ class Registration:
                     get_logger(__name__).warning("%s: %s", path.name, message)
 
         live = ConfigFile(path, config, on_change)
-        shown = prometheus.install(live)
-        undo.callback(shown.remove)
-        self.source = shown.source
+        self.shown = shown_metrics.ShownMetrics(live, rundir.run_dir())
+        attached.callback(shown_metrics.install(self.shown))
         if config.enabled:
-            undo.callback(intake.install(live, rundir.run_dir()))
+            attached.callback(intake.install(live, rundir.run_dir()))
 
 
 def _make_hook(settings: "Settings") -> "Hook":
@@ -83,15 +84,19 @@ def _make_hook(settings: "Settings") -> "Hook":
 
 
 def register() -> None:
-    """See `plugin.register`."""
+    """Attach glassbox to this process, wholly or not at all; see `plugin.register`.
+
+    Raises:
+        SystemExit: the YAML is unusable.
+        Exception: of whatever kind, if it can't be attached; what was changed by then has been taken back.
+    """
     if SEAT.registration is not None:
         return
     try:
         _register()
     except Exception:
-        # vLLM dies of an exception from here, and an observer must not be the reason.
-        logging.getLogger("glassbox").exception("glassbox could not attach; the server runs unobserved")
         unregister()
+        raise
 
 
 def _register() -> None:

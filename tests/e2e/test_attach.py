@@ -45,6 +45,7 @@ def assert_observed(result: Mapping[str, Any]) -> None:
     assert result["num_layers"] == NUM_LAYERS
     assert result["patched"] == ["compile_or_warm_up_model", "execute_model"]
     # Profile runs and warm-up come before the first step and are not among them.
+    assert result["shown"] == [], "what exports and shows is for whoever is asked"
     assert result["steps"] == result["counted_steps"] == result["sampled_steps"] > 0
     assert [[count] * (NUM_LAYERS * NUM_HEADS) for count in EXPECTED_ROWS] == result["rows"]
 

@@ -87,8 +87,29 @@ class TestApiServer:
         registration = PACKAGE / "processes" / "registration.py"
         assert "_make_hook" in registration.read_text(encoding="utf-8")
         loaded = loaded_by("\n".join(imported_by(registration, but_in="_make_hook")))
-        assert "glassbox.export.prometheus" in loaded
+        assert "glassbox.processes.api_server.shown_metrics" in loaded
         assert [] == below(loaded, "torch", "vllm", "glassbox.kernels", "glassbox.processes.worker")
+
+    def test_what_shows_waits_for_a_scrape(self) -> None:
+        """Every process of a server registers, a worker, too: what reads and translates comes with the first scrape."""
+        program = """
+import sys
+from pathlib import Path
+from glassbox.config.load import GlassboxConfig
+from glassbox.processes.api_server.shown_metrics import ShownMetrics, install
+shown = ShownMetrics(GlassboxConfig, Path("nowhere"))
+undo = install(shown)
+showing = ("glassbox.export", "glassbox.web", "glassbox.view", "prometheus_client", "numpy")
+assert not [name for name in sys.modules if name.startswith(showing)]
+from prometheus_client import REGISTRY
+assert shown in REGISTRY._collector_to_names
+assert "glassbox.export.prometheus" not in sys.modules
+list(REGISTRY.collect())
+assert "glassbox.export.prometheus" in sys.modules
+undo()
+assert shown not in REGISTRY._collector_to_names
+"""
+        assert "glassbox.export.family_source" in loaded_by(program)
 
     def test_the_hook_waits_for_a_layer(self) -> None:
         """The seat makes it when vLLM builds an observed layer, and not before."""
@@ -125,6 +146,20 @@ class TestNames:
             for name in spoken(path, r"`([\w./-]+\.(?:py|cpp|js|html|j2))`"):
                 if not any((place / name).is_file() for place in places):
                     missing[str(path.relative_to(ROOT))].add(name)
+        assert {} == missing
+
+    def test_files_that_documents_and_settings_name_exist(self) -> None:
+        """Paths in Markdown, YAML, TOML, Makefile and Dockerfile, and at the top of generated files."""
+        kinds = ("*.md", "*.toml", "docs/**/*.md", "deploy/**/*.md", "deploy/**/*.yaml", "dashboards/**/*.md")
+        files = [path for kind in kinds for path in ROOT.glob(kind)]
+        files += [ROOT / "Makefile", ROOT / "Dockerfile", ROOT / ".ci" / "run"]
+        missing = defaultdict(set)
+        for path in files:
+            text = path.read_text(encoding="utf-8")
+            for name in re.findall(r"(?<![\w./<-])((?:glassbox|kernels|tests|tools|examples|configs)/[\w./-]+)", text):
+                place = name.rstrip(".")
+                if not (ROOT / place).exists() and not (PACKAGE / place).exists():
+                    missing[str(path.relative_to(ROOT))].add(place)
         assert {} == missing
 
     def test_modules_that_are_spoken_of_exist(self) -> None:

@@ -35,11 +35,11 @@ class GlassboxEndpoint:
         if not is_disabled():
             registration.register()  # has been called, unless VLLM_PLUGINS was meant for this process alone
         registered = registration.registered()
-        if registered is None or registered.source is None:  # disabled, or another vLLM: register() said why
+        if registered is None or registered.shown is None:  # disabled, or another vLLM: register() said why
             return
         from glassbox.web.app import make_routes
 
-        app.router.routes.extend(make_routes(registered.source))
+        app.router.routes.extend(make_routes(registered.shown.source))
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Nothing to set up: what is shown lies in the run directory, the engine is not asked."""

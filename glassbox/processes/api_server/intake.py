@@ -92,7 +92,9 @@ class Intake:
 
     def wants_chat(self, extra_args: ExtraArgs) -> bool:
         """See server.Intake."""
-        return SPANS_KEY in extra_args
+        # Bad ones are for `resolve` to refuse, where a client's error is known as one.
+        spans = extra_args.get(SPANS_KEY, ())
+        return not isinstance(spans, list | tuple) or any("=message:" in str(span) for span in spans)
 
     async def resolve(self, extra_args: ExtraArgs, messages: Sequence[Any], chat: server.Chat) -> ExtraArgs:
         """See server.Intake."""
@@ -106,10 +108,9 @@ class Intake:
         spans: list[Span] = [*choice.options.spans, *found]
         return {**extra_args, SPANS_KEY: [str(span) for span in spans]}
 
-    def note_headers(self, extra_args: object, traceparent: str | None) -> None:
+    def note_traceparent(self, traceparent: str | None) -> None:
         """See server.Intake."""
-        if has_keys(extra_args):
-            _traceparent.set(traceparent)
+        _traceparent.set(traceparent)
 
     def admit(self, extra_args: ExtraArgs, shape: tuple[int, int] | None) -> bool:
         """See server.Intake."""

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import export_errors
+from glassbox.core.logs import get_logger
 from glassbox.export.exemplars import TraceExemplars
 from glassbox.export.family_source import FamilySource, View
 from glassbox.export.jsonl import JsonlSink
@@ -27,6 +28,8 @@ from glassbox.store.exporter_status import ExporterStatus, read_status, write_st
 
 if TYPE_CHECKING:
     from glassbox.export.otel import OtelSink
+
+logger = get_logger(__name__)
 
 FLUSH_TIMEOUT_S: Final = 1.0
 
@@ -57,7 +60,7 @@ class Sinks:
         self._environ = os.environ if environ is None else environ
         self._clock = clock
         before = read_status(self._run_dir)
-        self.errors = export_errors(before.errors if before else None)
+        self.errors = export_errors(logger, before.errors if before else None)
         self._takes_over = before is not None
         self._source = FamilySource(self._run_dir, config)
         self._registry = CollectorRegistry()

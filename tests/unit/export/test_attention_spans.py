@@ -11,6 +11,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from glassbox.config.load import OtelConfig
 from glassbox.core.errors import export_errors
+from glassbox.core.logs import get_logger
 from glassbox.core.statistics import INDEX
 from glassbox.export import attention_spans
 from glassbox.export.attention_spans import MAX_EVENTS, MAX_SIGNALS, AttentionSpans, attributes, end_of, events
@@ -39,7 +40,7 @@ def sent(
 ) -> list[Span]:
     """What arrives of one trace."""
     otel = OtelConfig.model_validate({"endpoint": receiver.grpc_endpoint} if config is None else config)
-    errors = export_errors()
+    errors = export_errors(get_logger("glassbox.tests"))
     sink = AttentionSpans(otel, run_dir, errors, vllm_endpoint, environ or {})
     sink.send(trace, llm_span)
     sink.close(5.0)
@@ -196,7 +197,7 @@ class TestEndpoint:
 
     def test_a_collector_that_is_away(self, tmp_path: Path) -> None:
         """It is counted, and closing doesn't wait for it."""
-        errors = export_errors()
+        errors = export_errors(get_logger("glassbox.tests"))
         sink = AttentionSpans(OtelConfig(endpoint="http://127.0.0.1:9", protocol="http"), tmp_path, errors, None, {})
         sink.send(make_trace(), None)
         sink.close(0.2)

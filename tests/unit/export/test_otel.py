@@ -13,6 +13,7 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_C
 
 from glassbox.config.load import OtelConfig
 from glassbox.core.errors import ErrorCounter, export_errors
+from glassbox.core.logs import get_logger
 from glassbox.export.families import Family, build_families
 from glassbox.export.otel import OtelSink, make_resource, metrics_endpoint, to_metrics_data, to_otel
 from glassbox.export.prometheus import to_metric
@@ -45,8 +46,13 @@ def config(endpoint: str | None, protocol: Any, **changes: Any) -> OtelConfig:
     return OtelConfig(enabled=True, protocol=protocol, endpoint=endpoint, **changes)
 
 
+def fresh_errors() -> ErrorCounter:
+    """Of an exporter that has just begun."""
+    return export_errors(get_logger("glassbox.tests"))
+
+
 def send_once(config: OtelConfig, run_dir: Path, families: list[Family]) -> ErrorCounter:
-    errors = export_errors()
+    errors = fresh_errors()
     sink = OtelSink(config, run_dir, errors)
     sink.send(families)
     sink.close(timeout_s=5)
@@ -230,7 +236,7 @@ class TestMissingCollector:
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     def test_nobody_listens(self, tmp_path: Path, protocol: str, caplog: pytest.LogCaptureFixture) -> None:
         """Handing over returns at once; the failure is counted and logged once; closing takes a second at most."""
-        errors = export_errors()
+        errors = fresh_errors()
         sink = OtelSink(config(f"http://127.0.0.1:{free_port()}", protocol), tmp_path, errors)
         start = time.monotonic()
         sink.send(families())
@@ -244,7 +250,11 @@ class TestMissingCollector:
     def test_a_collector_that_never_answers(self, tmp_path: Path, protocol: str) -> None:
         """A connection that is accepted and then silent holds up neither `send` nor `close`."""
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            sink = OtelSink(config(f"http://127.0.0.1:{silent.getsockname()[1]}", protocol), tmp_path, export_errors())
+            sink = OtelSink(
+                config(f"http://127.0.0.1:{silent.getsockname()[1]}", protocol),
+                tmp_path,
+                fresh_errors(),
+            )
             start = time.monotonic()
             for _ in range(3):
                 sink.send(families())
@@ -254,7 +264,7 @@ class TestMissingCollector:
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     def test_a_collector_that_comes_back(self, tmp_path: Path, protocol: str) -> None:
         """After an outage the next export arrives, and the stage counts as working again."""
-        errors = export_errors()
+        errors = fresh_errors()
         with OtlpReceiver() as receiver:
             sink = OtelSink(config(receiver.endpoint(protocol), protocol), tmp_path, errors)
             errors.count("otel", "an outage")
@@ -266,7 +276,7 @@ class TestMissingCollector:
     def test_a_slow_collector_gets_the_newest(self, receiver: OtlpReceiver, tmp_path: Path) -> None:
         """What it had no time for is dropped, the last one is sent: nothing piles up."""
         receiver.delay_s = 0.2
-        sink = OtelSink(config(receiver.grpc_endpoint, "grpc"), tmp_path, export_errors())
+        sink = OtelSink(config(receiver.grpc_endpoint, "grpc"), tmp_path, fresh_errors())
         for steps in range(20):
             sink.send(build_families(merge([make_snapshot(steps=steps)]), "model"))
             time.sleep(0.01)

@@ -23,7 +23,8 @@ from glassbox.core.statistics import INDEX, STATISTICS
 from glassbox.export.families import build_families
 from glassbox.export.family_source import FamilySource
 from glassbox.export.multiprocess import MultiprocessWriter
-from glassbox.export.prometheus import PrometheusCollector, install
+from glassbox.export.prometheus import PrometheusCollector
+from glassbox.processes.api_server.shown_metrics import ShownMetrics
 from glassbox.processes.exporter.http import ADDRESS_ENV, HttpServer, bind_address
 from glassbox.store.exporter_status import ExporterStatus, write_status
 from glassbox.store.merge import merge
@@ -264,18 +265,18 @@ class TestInstall:
         Counter("vllm:requests", "Others.", registry=registry).inc()
         before = exposition(registry)
         path = write_config(tmp_path / "g.yaml", prometheus={"max_series": 100_000})
-        handle = install(ConfigFile(path, load_config(path)), run_dir, registry)
+        undo = ShownMetrics(ConfigFile(path, load_config(path)), run_dir).show_in(registry)
         assert "vllm:requests_total" in exposition(registry)
         assert "glassbox_steps_total" in exposition(registry)
-        handle.remove()
-        handle()
+        undo()
+        undo()
         assert exposition(registry) == before
 
     def test_edits_take_effect_at_the_next_scrape(self, run_dir: Path, tmp_path: Path) -> None:
         """Detail and `enabled` are live; a bad edit keeps the last good configuration."""
         path = write_config(tmp_path / "g.yaml", prometheus={"detail": "model"})
         registry = CollectorRegistry()
-        install(ConfigFile(path, load_config(path)), run_dir, registry)
+        ShownMetrics(ConfigFile(path, load_config(path)), run_dir).show_in(registry)
         assert 'layer="0"' not in exposition(registry)
         write_config(path, prometheus={"detail": "layer"})
         assert 'layer="0"' in exposition(registry)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from glassbox.adapter import overrides as overrides_module
 from glassbox.adapter import release
 from glassbox.adapter.seat import SEAT
 from glassbox.core.kill_switch import is_disabled
-from glassbox.export import prometheus
 from glassbox.plugin import register
+from glassbox.processes.api_server import shown_metrics
 from glassbox.processes.registration import unregister
 from glassbox.store import rundir
 
@@ -197,9 +198,33 @@ class TestFailure:
             assert overrides()["CPU_ATTN"]
             raise RuntimeError("no")
 
-        monkeypatch.setattr(prometheus, "install", fail)
+        monkeypatch.setattr(shown_metrics, "install", fail)
         register()
         self.assert_unobserved(log)
+
+    def test_while_overriding(self, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A member that can't be overridden leaves none of the others overridden, nor CUSTOM."""
+        path = overrides_module.observed_path
+
+        def fail_at_triton(name: str) -> str:
+            if name == "TRITON_ATTN":
+                raise KeyError(name)
+            return path(name)
+
+        monkeypatch.setattr(overrides_module, "observed_path", fail_at_triton)
+        register()
+        self.assert_unobserved(log)
+
+    def test_a_package_that_is_missing(self) -> None:
+        """One of those that glassbox needs can't be imported: vLLM goes on, and the log says why."""
+        program = (
+            "import sys; sys.modules['watchfiles'] = None\n"
+            "from glassbox.plugin import register; register(); print('went on')"
+        )
+        out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert out.stdout.strip() == "went on"
+        assert "glassbox could not attach; the server runs unobserved" in out.stderr
+        assert "watchfiles" in out.stderr
 
     def test_registry_of_another_shape(self, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch) -> None:
         """A vLLM that only claims to be 0.32."""

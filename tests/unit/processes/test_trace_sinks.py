@@ -10,6 +10,7 @@ import pytest
 
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import export_errors
+from glassbox.core.logs import get_logger
 from glassbox.processes.exporter import trace_sinks
 from glassbox.processes.exporter.launch import wants_records, wants_spans
 from glassbox.processes.exporter.trace_sinks import WAIT_FOR_LLM_SPAN_S, TraceSinks
@@ -31,7 +32,7 @@ class Exporter:
         self.run_dir = run_dir
         self.now = 1_700_000_100.0
         self.settings: dict[str, Any] = {"requests": requests}
-        self.errors = export_errors()
+        self.errors = export_errors(get_logger("glassbox.tests"))
         self.sinks = self.start()
 
     def start(self) -> TraceSinks:

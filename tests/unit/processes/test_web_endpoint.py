@@ -10,9 +10,9 @@ from starlette.routing import Router
 
 from glassbox.adapter.seat import SEAT
 from glassbox.config.load import GlassboxConfig
-from glassbox.export.family_source import FamilySource
 from glassbox.processes import registration
 from glassbox.processes.api_server.endpoint import GlassboxEndpoint
+from glassbox.processes.api_server.shown_metrics import ShownMetrics
 from glassbox.processes.registration import Registration
 from tests.export_samples import logged
 
@@ -29,10 +29,10 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "register", lambda: None)
 
 
-def show(monkeypatch: pytest.MonkeyPatch, source: FamilySource | None) -> None:
+def show(monkeypatch: pytest.MonkeyPatch, shown: ShownMetrics | None) -> None:
     """Let this process be one in which glassbox shows that."""
     found = Registration()
-    found.source = source
+    found.shown = shown
     monkeypatch.setattr(SEAT, "registration", found)
 
 
@@ -43,7 +43,7 @@ def paths(app: Any) -> list[str]:
 class TestEndpoint:
     def test_its_routes_are_added(self, app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """All below /glassbox, and no second /metrics."""
-        show(monkeypatch, FamilySource(tmp_path, GlassboxConfig))
+        show(monkeypatch, ShownMetrics(GlassboxConfig, tmp_path))
         GlassboxEndpoint().attach_router(app)
         assert {"/glassbox/", "/glassbox/v1/snapshot", "/glassbox/v1/stream"} <= set(paths(app))
         assert all(path.startswith("/glassbox") for path in paths(app))

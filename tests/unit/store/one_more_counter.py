@@ -33,6 +33,7 @@ from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402
 from glassbox.config.load import GlassboxConfig  # noqa: E402
 from glassbox.core.accumulator_arrays import ARRAY, AccumulatorArrays  # noqa: E402
 from glassbox.core.errors import export_errors  # noqa: E402
+from glassbox.core.logs import get_logger  # noqa: E402
 from glassbox.core.statistics import STATISTICS, Phase  # noqa: E402
 from glassbox.export.family_source import FamilySource  # noqa: E402
 from glassbox.export.prometheus import PrometheusCollector  # noqa: E402
@@ -55,7 +56,7 @@ def worker(rank: int) -> Any:
     vars(made).update(
         _instance=f"rank{rank}",
         _start_time_s=0.0,
-        _errors=export_errors(),
+        _errors=export_errors(get_logger("glassbox.tests")),
         _settings=SimpleNamespace(status=SimpleNamespace(successful=True, timestamp_s=1.0)),
         _requests=SimpleNamespace(counts=lambda: ({}, {}), active=tuple),
         _facts=SimpleNamespace(

@@ -1,0 +1,85 @@
+"""What a process shows of its server to whoever scrapes it or asks its routes, made when somebody does.
+
+Owns the collector in prometheus_client's registry, behind vLLM's own /metrics. Every process of a server registers it,
+for none can know whether it will be asked, and most never are: what reads and translates is imported at the first
+scrape, and prometheus_client is waited for, not imported.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from glassbox.adapter.late_patch import LatePatches
+from glassbox.config.load import GlassboxConfig
+
+if TYPE_CHECKING:
+    from glassbox.export.family_source import FamilySource
+    from glassbox.export.prometheus import PrometheusCollector
+
+
+class ShownMetrics:
+    """The families of this process's server, and a collector of them (it has the methods of prometheus_client's).
+
+    Args:
+        config: returns the configuration of the moment; edits are noticed at the next scrape.
+        run_dir: of the server; it need not exist yet.
+    """
+
+    def __init__(self, config: Callable[[], GlassboxConfig], run_dir: Path) -> None:
+        self._config, self._run_dir = config, run_dir
+        self._lock = threading.Lock()
+        self._source: FamilySource | None = None
+        self._collector: PrometheusCollector | None = None
+
+    @property
+    def source(self) -> "FamilySource":
+        """Of the families; the same for all who ask."""
+        with self._lock:
+            if self._source is None:
+                from glassbox.export.family_source import FamilySource
+
+                self._source = FamilySource(self._run_dir, self._config)
+            return self._source
+
+    def describe(self) -> Iterable[Any]:
+        """Nothing: registering must not read files, and the names are known only with the first snapshot."""
+        return []
+
+    def collect(self) -> Iterable[Any]:
+        """The metrics of this moment."""
+        source = self.source
+        with self._lock:
+            if self._collector is None:
+                from glassbox.export.prometheus import PrometheusCollector
+
+                self._collector = PrometheusCollector(source)
+            collector = self._collector
+        return collector.collect()
+
+    def show_in(self, registry: Any) -> Callable[[], None]:
+        """Register in a registry; returns the undo, which may come twice."""
+        registry.register(self)
+
+        def undo() -> None:
+            # Not if somebody else has taken it out, or has cleared the registry.
+            if self in registry._collector_to_names:
+                registry.unregister(self)
+
+        return undo
+
+
+def install(shown: ShownMetrics) -> Callable[[], None]:
+    """Show them in the registry behind vLLM's own /metrics, now or once this process imports prometheus_client.
+
+    Returns:
+        The undo.
+    """
+
+    def apply(prometheus_client: ModuleType) -> Callable[[], None]:
+        return shown.show_in(prometheus_client.REGISTRY)
+
+    patches = LatePatches()
+    patches.add("prometheus_client", apply)
+    return patches.remove
