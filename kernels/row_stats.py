@@ -738,7 +738,7 @@ def _constants(
         dot_dtype(q.dtype, k_cache.dtype, not q.is_cuda),
         params.q_scale is not None,
         params.k_scale is not None,
-        params.soft_cap is not None,
+        bool(params.soft_cap),
         params.alibi_slopes is not None,
         params.sinks is not None,
         has_ring,

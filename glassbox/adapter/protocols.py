@@ -1,6 +1,8 @@
-"""What glassbox reads of vLLM's objects, as types: an attribute that isn't named here is read nowhere.
+"""What glassbox reads of vLLM's runners, layers, impls, metadata, caches and configurations, as types.
 
-Written from vLLM 0.32's sources. None of vLLM is imported; its objects have these attributes without knowing of it.
+An attribute that isn't named here is read with `getattr` and a default where vLLM's objects may lack it: sinks of an
+impl, whether a layer is a drafter's, what kind of attention it is. Written from vLLM 0.32's sources. None of vLLM is
+imported; its objects have these attributes without knowing of it.
 """
 
 from __future__ import annotations  # types alone: whoever imports them in an API server loads no torch
@@ -62,7 +64,7 @@ class AttentionLayer(Protocol):
     """
 
     layer_name: str
-    impl: Any
+    impl: AttentionImpl
     attn_backend: type[AttentionBackend]
     num_heads: int
     head_size: int

@@ -3,30 +3,50 @@
 It is read on demand: most steps bring nothing new, and this is asked in every one of them.
 """
 
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from glassbox.adapter.protocols import NewRequest, SamplingParams, SchedulerOutput
 
 
-@dataclass(frozen=True)
 class Arrival:
     """A request that the runner is told of.
 
-    Attributes:
-        req_id: vLLM's internal id.
-        extra_args: of its sampling parameters, None if it has none.
-        prompt_len: tokens.
-        resumed: it was preempted: the V2 runner is told of those anew.
-        sampling_params: vLLM's own, for `runner.copy_tokens`; None for a pooling request.
+    Args:
+        new: vLLM's.
     """
 
-    req_id: str
-    extra_args: Mapping[str, Any] | None
-    prompt_len: int
-    resumed: bool
-    sampling_params: SamplingParams | None
+    __slots__ = ("_new",)
+
+    def __init__(self, new: NewRequest) -> None:
+        self._new = new
+
+    @property
+    def req_id(self) -> str:
+        """vLLM's internal id."""
+        return self._new.req_id
+
+    @property
+    def sampling_params(self) -> SamplingParams | None:
+        """vLLM's own, for `runner.copy_tokens`; None for a pooling request."""
+        return self._new.sampling_params
+
+    @property
+    def extra_args(self) -> Mapping[str, Any] | None:
+        """Of its sampling parameters, None if it has none."""
+        params = self._new.sampling_params
+        return None if params is None else params.extra_args
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return self._new.prompt_len
+
+    @property
+    def resumed(self) -> bool:
+        """It was preempted: the V2 runner is told of those anew."""
+        prefill = self._new.prefill_token_ids
+        return prefill is not None and len(prefill) > self._new.prompt_len
 
 
 class ScheduledStep:
@@ -56,17 +76,6 @@ class ScheduledStep:
         """Internal ids of the requests that are gone; one may come again in the same output."""
         return self._output.finished_req_ids
 
-    def arrivals(self) -> list[Arrival]:
+    def arrivals(self) -> Iterator[Arrival]:
         """The requests that the runner is told of with this output."""
-        return [_arrival(new) for new in self._output.scheduled_new_reqs]
-
-
-def _arrival(new: NewRequest) -> Arrival:
-    params, prefill = new.sampling_params, new.prefill_token_ids
-    return Arrival(
-        req_id=new.req_id,
-        extra_args=None if params is None else params.extra_args,
-        prompt_len=new.prompt_len,
-        resumed=prefill is not None and len(prefill) > new.prompt_len,
-        sampling_params=params,
-    )
+        return map(Arrival, self._output.scheduled_new_reqs)

@@ -4,12 +4,13 @@ Owns types alone. `processes/worker/observer.py` calls a measurer, `processes/wo
 answered, and neither knows the other's insides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from glassbox.core.accumulator_arrays import AccumulatorArrays
@@ -19,6 +20,7 @@ from glassbox.kernels.probe_answers import ProbeAnswers, Questions
 from glassbox.kernels.row_stats_cpu import KeyReader
 from glassbox.kernels.row_stats_native import KeyPages
 from glassbox.measure.accumulate import Accumulators
+from glassbox.measure.deferred import DeferredActions
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,24 @@ class MeasuredLayers:
     local_layers: dict[str, int]
     sink_tokens: int
     local_window: int
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceNeeds:
+    """What measuring on a device that works by itself needs; on a CPU nothing of it.
+
+    Attributes:
+        max_rows: length of the row list; captured graphs hold it.
+        head_size: largest of the layers; query_dtype: holds their queries, for those of traced rows.
+        deferred: takes what waits for the device.
+        is_piecewise: see `GraphNodes`.
+    """
+
+    max_rows: int
+    head_size: int
+    query_dtype: torch.dtype
+    deferred: DeferredActions
+    is_piecewise: Callable[[], bool]
 
 
 @dataclass(frozen=True)

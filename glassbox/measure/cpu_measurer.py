@@ -110,7 +110,10 @@ class CpuMeasurer:
 
     def begin(self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None) -> None:
         """See contract.Measurer."""
-        self._asked = None if traced is None else traced.asked()
+        self._asked = None
+        if traced is not None:
+            with self._errors.guard("probe"):
+                self._asked = traced.asked()
         counted = (rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0
         self._counted = None if counted.all() else torch.from_numpy(np.flatnonzero(counted))
         self._rows, self._layers, self._traced = rows, layers, traced
@@ -122,11 +125,13 @@ class CpuMeasurer:
         self, layer: PackedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables | None
     ) -> None:
         """Put by the queries of this layer's rows, if it is one of the step's layers."""
-        if self._rows is None or tables is None:
+        if self._rows is None:
             return
         local = self._local_layers.get(layer.name)
         if local is None or local not in self._layers:
             return
+        if tables is None:
+            raise ValueError(f"the metadata of {layer.name} must have a block table; do not observe this layer")
         if self._native and self._take(local, layer, query, kv_cache, tables):
             return
         params = layer.params
@@ -207,13 +212,15 @@ class CpuMeasurer:
         return rows
 
     def _new_native(self, rows: NativeRows, kind: LayerKind) -> _Native:
-        asked, num_layers = self._asked, len(self._layers)
-        if asked is None:
-            return _Native(NativeStep(rows, num_layers, kind.num_heads, kind.head_size), None, {})
-        probed = sorted(asked.local_layers & self._layers)
-        probe = NativeProbe(asked.questions(probed, kind.num_heads))
-        step = NativeStep(rows, num_layers, kind.num_heads, kind.head_size, probe)
-        return _Native(step, probe, {local: place for place, local in enumerate(probed)})
+        asked = self._asked
+        probe, places = None, {}
+        if asked is not None:
+            with self._errors.guard("probe"):
+                probed = sorted(asked.local_layers & self._layers)
+                probe = NativeProbe(asked.questions(probed, kind.num_heads))
+                places = {local: place for place, local in enumerate(probed)}
+        step = NativeStep(rows, len(self._layers), kind.num_heads, kind.head_size, probe)
+        return _Native(step, probe, places)
 
     def _plan(self, rows: np.ndarray, tables: BatchTables, block_size: int, window: int | None) -> RowPlan:
         key = (id(tables.group), window, rows is self._rows)

@@ -11,7 +11,7 @@ launches after it (docs/performance.md).
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -24,8 +24,7 @@ from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.kernels.probe_answers import ProbeAnswers
 from glassbox.kernels.row_probe import ProbedLayers, row_probe
 from glassbox.kernels.row_stats import LayerAccumulators, RowStatsWorkspace, row_stats
-from glassbox.measure.contract import AskedRows, BatchTables, MeasuredLayers, StepTraces, StridedLayer
-from glassbox.measure.deferred import DeferredActions
+from glassbox.measure.contract import AskedRows, BatchTables, DeviceNeeds, MeasuredLayers, StepTraces, StridedLayer
 from glassbox.measure.graph_nodes import GraphNodes
 
 # Numbers and queries of the rows that one step may trace; never fewer than these rows.
@@ -40,24 +39,12 @@ class GpuMeasurer:
 
     Args:
         layers: what is measured, whose accumulators are on the GPU.
-        max_rows: length of the row list; captured graphs hold it.
-        head_size: largest of the layers; query_dtype: holds their queries.
-        deferred: takes what waits for the GPU.
-        is_piecewise: see `GraphNodes`.
+        needs: of the device.
         errors: counts what goes wrong with graphs and probes.
     """
 
-    def __init__(
-        self,
-        layers: MeasuredLayers,
-        *,
-        max_rows: int,
-        head_size: int,
-        query_dtype: torch.dtype,
-        deferred: DeferredActions,
-        is_piecewise: Callable[[], bool],
-        errors: ErrorCounter,
-    ) -> None:
+    def __init__(self, layers: MeasuredLayers, needs: DeviceNeeds, errors: ErrorCounter) -> None:
+        max_rows, head_size, query_dtype = needs.max_rows, needs.head_size, needs.query_dtype
         self._accumulators, self._local_layers = layers.accumulators, layers.local_layers
         self._sink_tokens, self._local_window = layers.sink_tokens, layers.local_window
         self.max_rows = max_rows
@@ -75,8 +62,8 @@ class GpuMeasurer:
         self._ring = torch.zeros(*place, NUM_STATISTICS + 1, dtype=torch.float32, device=device)
         self._queries = torch.zeros(*place, head_size, dtype=query_dtype, device=device)
         self._traced: StepTraces | None = None
-        self._deferred, self._errors = deferred, errors
-        self._graphs = GraphNodes(errors, is_piecewise)
+        self._deferred, self._errors = needs.deferred, errors
+        self._graphs = GraphNodes(errors, needs.is_piecewise)
         self._graphs.watch()
         self._copy_stream = torch.cuda.Stream(device)
         self._step_done = torch.cuda.Event()

@@ -11,7 +11,7 @@ from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
 from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import MeasuredLayers
+from glassbox.measure.contract import DeviceNeeds, MeasuredLayers
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.for_device import make_measurer
 from glassbox.processes.worker.observer import Observer
@@ -51,12 +51,8 @@ class ObservedWorker:
         self.accumulators = Accumulators(len(LAYERS), HEADS, device)
         self.measurer = make_measurer(
             MeasuredLayers(self.accumulators, {name: local for local, name in enumerate(NAMES)}, 4, 8),
-            max_rows=16,
-            head_size=D,
-            query_dtype=torch.float32,
-            deferred=self.deferred,
-            is_piecewise=lambda: False,
-            errors=self.errors,
+            DeviceNeeds(16, D, torch.float32, self.deferred, is_piecewise=lambda: False),
+            self.errors,
         )
         if not native:
             self.measurer._native = False  # type: ignore[attr-defined]

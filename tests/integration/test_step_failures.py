@@ -5,8 +5,10 @@ from typing import Any, Final
 
 import pytest
 
+from glassbox.adapter.attention.layer_view import PackedView
 from glassbox.measure import cpu_measurer
 from glassbox.measure.accumulate import Accumulators
+from glassbox.processes.worker import observer
 from glassbox.processes.worker.traces.traced_step import TracedStep
 from tests.integration.observed_worker import KEYS, LAYERS, ObservedWorker
 
@@ -15,8 +17,11 @@ pytestmark = pytest.mark.integration
 # (owner, name) of what fails, and the stage that counts it.
 Point = tuple[Any, str, str]
 CPU: Final[dict[str, Point]] = {
-    "questions": (TracedStep, "asked", "choose_rows"),
+    "metadata": (cpu_measurer.CpuMeasurer, "on_build", "choose_rows"),
+    "questions": (TracedStep, "asked", "probe"),
+    "view": (observer, "view_of", "observe"),
     "rows": (cpu_measurer, "NativeRows", "observe"),
+    "native questions": (cpu_measurer, "NativeProbe", "probe"),
     "layer": (cpu_measurer.CachedLayer, "of", "observe"),
     "queries": (cpu_measurer.NativeStep, "take", "observe"),
     "kernel": (cpu_measurer.NativeStep, "measure", "observe"),
@@ -27,6 +32,8 @@ CPU: Final[dict[str, Point]] = {
 }
 TORCH: Final[dict[str, Point]] = {
     "plan": (cpu_measurer, "plan_rows", "observe"),
+    "reader": (PackedView, "reader", "observe"),
+    "rows of a layer": (cpu_measurer.LayerRows, "select", "observe"),
     "statistics": (cpu_measurer, "row_stats_cpu", "end_step"),
     "probe": (cpu_measurer, "row_probe_cpu", "probe"),
 }
@@ -36,14 +43,20 @@ def broken(*_: Any, **__: Any) -> Any:
     raise RuntimeError("broken")
 
 
-def check(worker: ObservedWorker, monkeypatch: pytest.MonkeyPatch, point: Point, prepare: Callable[[], None]) -> None:
+def check(
+    worker: ObservedWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    point: Point,
+    prepare: Callable[[], None],
+    replacement: object = broken,
+) -> None:
     """A good step, one that fails at a point, and a good one again."""
     owner, name, stage = point
     worker.step()
     assert worker.rows() == [len(KEYS)] * len(LAYERS)
     spent = worker.observer.counters.overhead_seconds
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, broken)
+        patch.setattr(owner, name, replacement)
         prepare()
         worker.step()
     before = worker.rows()
@@ -92,13 +105,23 @@ def test_one_layer_does_not_keep_the_others(monkeypatch: pytest.MonkeyPatch) -> 
     assert worker.errors.counts() == {"observe": 2}
 
 
+class BrokenRing:
+    """Of a GPU's measurer: it fails when the row list is on its way to the device."""
+
+    __getitem__ = broken
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        ("asked", "probe"),
+        ("on_build", "choose_rows"),
         ("rotate", "choose_rows"),
+        ("_ring", "choose_rows"),
+        ("view_of", "observe"),
         ("row_stats", "observe"),
+        ("record", "observe"),
+        ("asked", "probe"),
         ("row_probe", "probe"),
         ("_collect", "end_step"),
         ("commit", "deferred"),
@@ -109,14 +132,19 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch, name: str, stage: str) -> None:
     from glassbox.measure import gpu_measurer
 
     worker = ObservedWorker("cuda")
-    owner = {
-        "asked": TracedStep,
+    measurer: Any = worker.measurer
+    owners = {
+        "on_build": gpu_measurer.GpuMeasurer,
         "rotate": Accumulators,
+        "_ring": measurer,
+        "view_of": observer,
+        "record": gpu_measurer.GraphNodes,
+        "asked": TracedStep,
         "_collect": gpu_measurer.GpuMeasurer,
         "commit": TracedStep,
-    }.get(name, gpu_measurer)
-    check(worker, monkeypatch, (owner, name, stage), lambda: None)
-    measurer: Any = worker.measurer
+    }
+    point = (owners.get(name, gpu_measurer), name, stage)
+    check(worker, monkeypatch, point, lambda: None, BrokenRing() if name == "_ring" else broken)
     assert not measurer._num_rows.any()
     assert not measurer._active
     assert not measurer._graphs.measuring

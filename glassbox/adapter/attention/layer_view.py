@@ -4,13 +4,13 @@ Owns what a window, a cap or a scale is called where, and how a view of a layer'
 """
 
 import weakref
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from glassbox.adapter.attention.cpu_cache import PackedKeyReader
-from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, AttentionMetadata, CommonMetadata
+from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, AttentionMetadata, CommonMetadata, ObservedImpl
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_stats_native import KeyOrder, KeyPages
 from glassbox.measure.contract import BatchTables
@@ -115,7 +115,7 @@ def _params(impl: AttentionImpl, q_scale: Tensor | None, k_scale: Tensor | None)
     )
 
 
-def view_of(impl: Any, layer: AttentionLayer, query: Tensor, kv_cache: Tensor) -> PackedView | StridedView:
+def view_of(impl: ObservedImpl, layer: AttentionLayer, query: Tensor, kv_cache: Tensor) -> PackedView | StridedView:
     """The view of a layer, made once and kept on its observed impl.
 
     Args:

@@ -10,11 +10,15 @@ from typing import Any
 
 
 class Listening:
-    """The observed impl classes of a process, and whether glassbox listens to them."""
+    """The observed impl classes of a process, and whether glassbox listens to them.
+
+    Attributes:
+        on: it does.
+    """
 
     def __init__(self) -> None:
         self._forwards: dict[Any, Callable[..., Any]] = {}
-        self._on = False
+        self.on = False
 
     def add(self, impl: type, forward: Callable[..., Any]) -> None:
         """Let `forward` be the method of `impl`, a class without one of its own, while glassbox listens."""
@@ -23,13 +27,13 @@ class Listening:
 
     def listen(self, on: bool) -> None:
         """Begin or end to listen to all layers of this process."""
-        if on != self._on:
-            self._on = on
+        if on != self.on:
+            self.on = on
             for impl, forward in self._forwards.items():
                 self._apply(impl, forward)
 
     def _apply(self, impl: Any, forward: Callable[..., Any]) -> None:
-        if self._on:
+        if self.on:
             impl.forward = forward
         elif "forward" in impl.__dict__:
             del impl.forward

@@ -131,8 +131,3 @@ def _named(cls: type, name: str) -> type:
     """Give a generated class its own name: vLLM groups builders by type and logs impls by name."""
     cls.__name__ = cls.__qualname__ = name
     return cls
-
-
-def is_observed(impl: Any) -> bool:
-    """True if this attention impl reports to glassbox (an observed subclass, and not a drafter's)."""
-    return bool(getattr(impl, "glassbox_observed", False))

@@ -69,14 +69,25 @@ class StepHook:
         if self.worker is not None and self.worker.vllm_worker() is vllm_worker:
             return
         self.disarm()
-        with self.errors.guard("prepare"):
+        try:
             self.worker = Worker(vllm_worker, self._settings, self.errors)
             SEAT.listener = self.worker.observer
+        except Exception as error:
+            self._give_up("prepare", error)
 
     def _arm(self) -> None:
         if self.worker is not None:
-            with self.errors.guard("arm"):
+            try:
                 self.worker.start()
+            except Exception as error:
+                self._give_up("arm", error)
+
+    def _give_up(self, stage: str, error: Exception) -> None:
+        """The worker is served unobserved: nothing listens, and what was started ends."""
+        self.errors.count(stage, error)
+        with self.errors.guard(stage):
+            self.disarm()
+        SEAT.listening.listen(False)
 
     def _wrap_warm_up(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -91,7 +102,8 @@ class StepHook:
     def _wrap_execute_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def execute_model(runner: Runner, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-            observer = None if self.worker is None else self.worker.observer
+            worker = self.worker
+            observer = None if worker is None else worker.observer
             if observer is None or not observer.armed or is_dummy_run(args, kwargs):
                 return original(runner, scheduler_output, *args, **kwargs)
             scheduled = ScheduledStep(scheduler_output)

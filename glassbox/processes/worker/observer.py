@@ -31,6 +31,8 @@ from glassbox.processes.worker.traces.tracker import RequestTracker
 class Counters(SimpleNamespace):
     """What the steps of one worker count: an attribute for each counter of the table of engine numbers, from 0 on.
 
+    Those that others count (errors, traced requests) stay 0 here.
+
     Attributes:
         finished_steps: whose rows are in the accumulators (CPU) or on their way there (GPU); no engine number.
     """
@@ -92,10 +94,12 @@ class Observer:
         self._apply(self._config)
 
     def arm(self) -> None:
-        """Count steps from now on."""
-        self.measurer.end_warm_up()
+        """Warm-up is over: count steps from now on."""
+        try:
+            self.measurer.end_warm_up()
+        finally:
+            self._listen(False)
         self.armed = True
-        self._listen(False)
 
     def disarm(self) -> None:
         """Count no more steps."""
@@ -228,7 +232,9 @@ class Observer:
         step.stop()
         self.counters.finished_steps += 1
         self.counters.overhead_seconds += step.overhead_s
-        with self._errors.guard("end_step"):
+        try:
             # The budget is that of the sample: what traced requests cost besides is bounded by their number.
             overhead_s = step.overhead_s * step.counted_share
             self._steps.record(overhead_s, self._clock() - step.started_s, step.sampled)
+        except Exception as error:
+            self._errors.count("end_step", error)

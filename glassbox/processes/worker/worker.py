@@ -23,7 +23,7 @@ from glassbox.core.counters import EngineValue
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
 from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import MeasuredLayers
+from glassbox.measure.contract import DeviceNeeds, MeasuredLayers
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.for_device import make_measurer
 from glassbox.processes.exporter.launch import ExporterProcess
@@ -62,15 +62,14 @@ class Worker:
             sink_tokens=config.statistics.sink_tokens,
             local_window=config.statistics.local_window,
         )
-        measurer = make_measurer(
-            measured,
+        needs = DeviceNeeds(
             max_rows=config.sampling.max_rows_per_step,
             head_size=layers.head_size,
             query_dtype=facts.query_dtype,
             deferred=self._deferred,
             is_piecewise=is_piecewise_forward,
-            errors=errors,
         )
+        measurer = make_measurer(measured, needs, errors)
         host = TraceHost(
             engine=server.engine,
             rank=server.rank,
@@ -107,6 +106,8 @@ class Worker:
 
     def start(self) -> None:
         """Count steps from now on; start the snapshot thread and follow the YAML."""
+        # First, whatever the disk says: what was made for warm-up ends with it.
+        self.observer.arm()
         rundir.create()
         rundir.purge_dead()
         self._log_coverage()
@@ -114,7 +115,6 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="glassbox-snapshots", daemon=True)
         self._thread.start()
         atexit.register(self.close)
-        self.observer.arm()
 
     def close(self) -> None:
         """Write the last snapshot and stop; safe to call twice."""

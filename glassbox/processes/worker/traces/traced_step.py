@@ -1,7 +1,7 @@
 """The traced rows of one step: what is measured of them beyond the sample, and how it gets to their traces.
 
 Owns the buffers of a step. A measurer adds what it measured layer by layer; when the step is over, `commit` gives each
-trace its part. It neither decides who is traced (`tracker.py`) nor measures (`backends/`, `kernels/`).
+trace its part. It neither decides who is traced (`tracker.py`) nor measures (`measure/`, `kernels/`).
 """
 
 from collections.abc import Sequence
