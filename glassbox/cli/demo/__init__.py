@@ -1,5 +1,5 @@
 """`glassbox demo`: a real model, a real server, real traffic, and its attention as a table.
 
-`model` gets the model, `server` runs `vllm serve`, `traffic` sends requests, `table` prints what was
-measured, `run` puts them in order. Tests and benchmarks use `model` and `server` too.
+`demo_model.py` gets the model, `vllm_server.py` runs `vllm serve`, `traffic.py` sends requests, `table.py` prints what
+was measured, `run.py` puts them in order. Tests and benchmarks use the model and the server too.
 """

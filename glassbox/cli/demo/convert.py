@@ -1,4 +1,4 @@
-"""GGUF to a safetensors folder: `python -m glassbox.cli.demo.convert GGUF TARGET DTYPE`. Used by `model`."""
+"""GGUF to a safetensors folder: `python -m glassbox.cli.demo.convert GGUF TARGET DTYPE`. Used by `demo_model.py`."""
 
 import sys
 from pathlib import Path
