@@ -5,6 +5,7 @@ Owns the labels of a worker's metrics, too. All imports of vLLM are inside funct
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from glassbox.adapter.protocols import AttentionLayer, VllmConfig
 
@@ -76,14 +77,29 @@ def layer_index(layer_name: str) -> int:
     raise ValueError(f"attention layer {layer_name!r} has no index in its name")
 
 
-def is_observable(layer: AttentionLayer) -> bool:
-    """False for layers of an observed backend whose rows can't be found or whose K comes too late.
+# Types of a KV cache whose K is plain numbers, with one factor for all if they are FP8. Others keep scales of their own
+# beside the numbers, pack or rotate them: read as plain numbers they would give wrong statistics without an error.
+READABLE_KV_CACHES: Final = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 
-    Chunked local attention (Llama 4) splits requests into virtual ones. A backend whose `forward` writes the KV cache
-    itself has not got this step's K before it; none that glassbox wraps does so in vLLM 0.32.
+
+def bypass_reason(layer: AttentionLayer) -> str | None:
+    """Why a layer is not observed though vLLM built it; None if nothing stands against it.
+
+    A backend whose `forward` writes the KV cache itself has not got this step's K before it; none that glassbox wraps
+    does so in vLLM 0.32.
     """
-    virtual = any(cls.__name__ == "ChunkedLocalAttention" for cls in type(layer).__mro__)
-    return not virtual and not layer.attn_backend.forward_includes_kv_cache_update
+    if not getattr(layer.impl, "glassbox_observed", False):
+        return "their backend is not one that glassbox wraps"
+    if any(cls.__name__ == "ChunkedLocalAttention" for cls in type(layer).__mro__):
+        return "chunked local attention splits requests into virtual ones, whose rows can't be found"
+    if layer.attn_backend.forward_includes_kv_cache_update:
+        return "their backend writes keys only while it computes"
+    if layer.impl.kv_cache_dtype not in READABLE_KV_CACHES:
+        return (
+            f"their KV cache is of type {layer.impl.kv_cache_dtype}, whose keys are no plain numbers; serve with "
+            "--kv-cache-dtype auto or fp8 to observe them"
+        )
+    return None
 
 
 def unobservable_reason(vllm_config: VllmConfig) -> str | None:
@@ -105,14 +121,14 @@ class ObservedLayers:
         indices: global index of each.
         num_heads: largest number of local query heads among them.
         head_size: the largest of theirs.
-        bypassed: names of the layers whose attention glassbox does not see.
+        bypassed: layers whose attention glassbox does not see, by name, and why.
     """
 
     names: tuple[str, ...]
     indices: tuple[int, ...]
     num_heads: int
     head_size: int
-    bypassed: tuple[str, ...]
+    bypassed: Mapping[str, str]
 
 
 def find_layers(layers: Mapping[str, AttentionLayer], unobservable: str | None = None) -> ObservedLayers:
@@ -122,20 +138,22 @@ def find_layers(layers: Mapping[str, AttentionLayer], unobservable: str | None =
         layers: by name.
         unobservable: a reason why none of them can be observed.
     """
-    observed, bypassed = [], []
+    observed, bypassed = [], {}
     for name, layer in layers.items():
         if getattr(layer, "is_draft_layer", False):
             continue
-        marker = getattr(layer.impl, "glassbox_observed", None)
-        if marker and unobservable is None and is_observable(layer):
+        if getattr(layer.impl, "glassbox_observed", None) is False:  # a drafter's as well
+            continue
+        reason = unobservable or bypass_reason(layer)
+        if reason is None:
             observed.append((layer_index(name), name, layer.num_heads, layer.head_size))
-        elif marker is not False:
-            bypassed.append(name)
+        else:
+            bypassed[name] = reason
     observed.sort()
     return ObservedLayers(
         names=tuple(name for _, name, _, _ in observed),
         indices=tuple(index for index, _, _, _ in observed),
         num_heads=max((heads for _, _, heads, _ in observed), default=0),
         head_size=max((size for _, _, _, size in observed), default=0),
-        bypassed=tuple(bypassed),
+        bypassed=bypassed,
     )

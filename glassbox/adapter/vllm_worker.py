@@ -23,7 +23,6 @@ class WorkerFacts:
     Attributes:
         server: what its metrics are labelled with.
         layers: which are observed.
-        unobservable: why none of them can be; None if nothing stands against it.
         backend: names of the observed layers' backends, joined by commas.
         device: it computes on.
         query_dtype: of the layers' queries.
@@ -34,7 +33,6 @@ class WorkerFacts:
 
     server: ServerInfo
     layers: ObservedLayers
-    unobservable: str | None
     backend: str
     device: torch.device
     query_dtype: torch.dtype
@@ -49,12 +47,10 @@ def read_worker(vllm_worker: VllmWorker) -> WorkerFacts:
     vllm_config = vllm_worker.vllm_config
     model = vllm_config.model_config
     model_layers = attention_layers(vllm_config)
-    unobservable = unobservable_reason(vllm_config)
-    layers = find_layers(model_layers, unobservable)
+    layers = find_layers(model_layers, unobservable_reason(vllm_config))
     return WorkerFacts(
         server=server_info(vllm_config),
         layers=layers,
-        unobservable=unobservable,
         backend=",".join(sorted({model_layers[name].attn_backend.get_name() for name in layers.names})),
         device=vllm_worker.device,
         query_dtype=model.dtype,

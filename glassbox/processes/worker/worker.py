@@ -208,10 +208,11 @@ class Worker:
             config.sample_rate,
             self._settings.path,
         )
-        if found.bypassed:
+        for reason in dict.fromkeys(found.bypassed.values()):
+            names = [name for name, why in found.bypassed.items() if why == reason]
             logger.warning(
                 "%d attention layers bypass glassbox and are not measured (%s): %s",
-                len(found.bypassed),
-                self._facts.unobservable or "their backend is not one that glassbox wraps",
-                ", ".join(found.bypassed),
+                len(names),
+                reason,
+                ", ".join(names),
             )

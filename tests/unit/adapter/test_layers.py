@@ -9,9 +9,13 @@ from glassbox.adapter import layers
 from glassbox.adapter.layers import find_layers
 
 
-def layer(marker: bool | None, heads: int = 4, *, draft: bool = False, late: bool = False) -> Any:
+def layer(
+    marker: bool | None, heads: int = 4, *, draft: bool = False, late: bool = False, kv_cache: str = "auto"
+) -> Any:
     """An attention layer whose impl is observed (True), a drafter's (False) or vLLM's own (None)."""
-    impl = SimpleNamespace() if marker is None else SimpleNamespace(glassbox_observed=marker)
+    impl = SimpleNamespace(kv_cache_dtype=kv_cache)
+    if marker is not None:
+        impl.glassbox_observed = marker
     backend = SimpleNamespace(forward_includes_kv_cache_update=late)
     return SimpleNamespace(impl=impl, num_heads=heads, head_size=64, is_draft_layer=draft, attn_backend=backend)
 
@@ -27,28 +31,52 @@ class TestFindLayers:
         assert found.indices == (0, 2, 10)
         assert found.names[1] == "model.layers.2.self_attn.attn"
         assert found.num_heads == 11
-        assert found.bypassed == ()
+        assert found.bypassed == {}
 
     def test_layers_of_other_backends_are_named_as_bypassed(self) -> None:
         """A model may hard-wire a backend that glassbox does not wrap."""
         found = find_layers({"layers.0.attn": layer(True), "layers.1.attn": layer(None)})
         assert found.indices == (0,)
-        assert found.bypassed == ("layers.1.attn",)
+        assert found.bypassed == {"layers.1.attn": "their backend is not one that glassbox wraps"}
 
     def test_drafters_are_neither(self) -> None:
         """A draft model's layers are not the model's, and nobody expects them to be measured."""
         found = find_layers({"layers.0.attn": layer(False), "layers.1.attn": layer(True, draft=True)})
-        assert (found.names, found.bypassed) == ((), ())
+        assert (found.names, found.bypassed) == ((), {})
 
     def test_virtual_batches_and_late_keys_bypass(self) -> None:
         """Their rows can't be found, or K is not there before the attention."""
         chunked = ChunkedLocalAttention(**vars(layer(True)))
         found = find_layers({"layers.0.attn": chunked, "layers.1.attn": layer(True, late=True)})
-        assert found.bypassed == ("layers.0.attn", "layers.1.attn")
+        assert "virtual" in found.bypassed["layers.0.attn"]
+        assert found.bypassed["layers.1.attn"] == "their backend writes keys only while it computes"
+
+    @pytest.mark.parametrize(
+        "kv_cache",
+        [
+            "int8_per_token_head",
+            "int4_per_token_head",
+            "fp8_per_token_head",
+            "nvfp4",
+            "turboquant_4bit_nc",
+            "of_a_plugin",
+        ],
+    )
+    def test_caches_that_are_no_plain_numbers_bypass(self, kv_cache: str) -> None:
+        """Read as numbers they would give wrong statistics; the reason names the type and what to serve with."""
+        found = find_layers({"layers.0.attn": layer(True, kv_cache=kv_cache), "layers.1.attn": layer(True)})
+        assert found.names == ("layers.1.attn",)
+        assert f"of type {kv_cache}, " in found.bypassed["layers.0.attn"]
+        assert "--kv-cache-dtype auto or fp8" in found.bypassed["layers.0.attn"]
+
+    @pytest.mark.parametrize("kv_cache", ["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"])
+    def test_caches_that_are_read(self, kv_cache: str) -> None:
+        """Plain numbers, of FP8 with one factor for all."""
+        assert find_layers({"layers.0.attn": layer(True, kv_cache=kv_cache)}).indices == (0,)
 
     def test_a_reason_against_all(self) -> None:
         """With context parallelism every layer bypasses."""
-        assert find_layers({"layers.0.attn": layer(True)}, "a reason").bypassed == ("layers.0.attn",)
+        assert find_layers({"layers.0.attn": layer(True)}, "a reason").bypassed == {"layers.0.attn": "a reason"}
 
     def test_a_name_without_a_number(self) -> None:
         """It says which layer it can't place."""
