@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not wanted.check:
         PICTURE.write_text(picture, encoding="utf-8")
     elif not PICTURE.is_file() or PICTURE.read_text(encoding="utf-8") != picture:
-        print(f"{PICTURE.relative_to(ROOT)} is not current; run tools/draw_rooms.py", file=sys.stderr)  # noqa: T201
+        print(f"{PICTURE.relative_to(ROOT)} is not current; run tools/draw_rooms.py", file=sys.stderr)
         return 1
     return 0
 

@@ -99,7 +99,7 @@ def main() -> None:
     for case, after in pairs:
         own = [run for run in runs if (run["checkout"], run["after"]) == (case.label, after.replace(",", " "))]
         medians = {name: statistics.median(float(run[name]) for run in own) for name in found}
-        print(f"{case.label} after {after}: {len(own)} runs, medians {medians}")  # noqa: T201
+        print(f"{case.label} after {after}: {len(own)} runs, medians {medians}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What glassbox reads of vLLM's runners, layers, impls, metadata, caches and configurations, as types.
+"""What glassbox reads and wraps of vLLM's runners, layers, impls, metadata, caches and configurations, as types.
 
-An attribute that isn't named here is read with `getattr` and a default where vLLM's objects may lack it: sinks of an
-impl, whether a layer is a drafter's, what kind of attention it is. Written from vLLM 0.32's sources. None of vLLM is
+A docstring's first paragraph names the classes that have the members; `tools/compat_watch.py` looks for them there. An
+attribute that isn't named here is read with `getattr` and a default where vLLM's objects may lack it: sinks of an impl,
+whether a layer is a drafter's, what kind of attention it is. Written from vLLM 0.32's sources. None of vLLM is
 imported; its objects have these attributes without knowing of it.
 """
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class AttentionBackend(Protocol):
-    """vllm.v1.attention.backend.AttentionBackend, a class with class methods."""
+    """vllm.v1.attention.backend.AttentionBackend: a class with class methods."""
 
     forward_includes_kv_cache_update: bool
 
@@ -27,7 +28,11 @@ class AttentionBackend(Protocol):
 
 
 class AttentionImpl(Protocol):
-    """vllm.v1.attention.backend.AttentionImpl, of one layer.
+    """vllm.v1.attention.backends.flash_attn.FlashAttentionImpl, vllm.v1.attention.backends.flashinfer.FlashInferImpl,
+    vllm.v1.attention.backends.triton_attn.TritonAttentionImpl,
+    vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl.
+
+    Of one layer.
 
     Attributes:
         sliding_window: keys to the left; on a GPU (keys to the left without the own one, keys to the right), -1 is all.
@@ -43,6 +48,18 @@ class AttentionImpl(Protocol):
     alibi_slopes: Tensor | None
     kv_cache_dtype: str
 
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any: ...
+
 
 class ObservedImpl(AttentionImpl, Protocol):
     """An impl of `attention/observed.py`.
@@ -54,13 +71,30 @@ class ObservedImpl(AttentionImpl, Protocol):
     glassbox_view: Any
 
 
-class AttentionLayer(Protocol):
+class ScaledLayer(Protocol):
+    """vllm.v1.attention.backend.AttentionLayer: scales, which vLLM sets on a layer from outside."""
+
+    _q_scale: Tensor
+    _k_scale: Tensor
+    _k_scale_float: float
+
+
+class CPULayer(Protocol):
+    """vllm.v1.attention.backends.cpu_attn sets this on each layer.
+
+    Attributes:
+        isa: the instructions in use ("vec", "vec16", "amx", ...), which decide how a page is laid out.
+    """
+
+    isa: str
+
+
+class AttentionLayer(ScaledLayer, CPULayer, Protocol):
     """vllm.model_executor.layers.attention.Attention.
 
     Attributes:
         impl: of the layer's backend; MLA's are others.
         kv_cache: of the layer, as its backend lays it out; empty before it is allocated.
-        isa: on a CPU, the instructions in use ("vec", "vec16", "amx", ...), which decide how a page is laid out.
     """
 
     layer_name: str
@@ -69,10 +103,6 @@ class AttentionLayer(Protocol):
     num_heads: int
     head_size: int
     kv_cache: Tensor
-    isa: str
-    _q_scale: Tensor
-    _k_scale: Tensor
-    _k_scale_float: float
 
 
 class AttentionMetadata(Protocol):
@@ -95,6 +125,14 @@ class CommonMetadata(Protocol):
     seq_lens: Tensor
     block_table_tensor: Tensor
     req_idx: Any
+
+
+class MetadataBuilder(Protocol):
+    """vllm.v1.attention.backend.AttentionMetadataBuilder: of the layers that share their metadata."""
+
+    layer_names: Sequence[str]
+
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonMetadata, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class SamplingParams(Protocol):
@@ -152,6 +190,8 @@ class V1Runner(Protocol):
     input_batch: InputBatch
     requests: Mapping[str, CachedRequest]
 
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any: ...
+
 
 class HostArray(Protocol):
     """A tensor of the V2 runner's states that the host has, too."""
@@ -180,6 +220,8 @@ class V2Runner(Protocol):
     """vllm.v1.worker.gpu.model_runner.GPUModelRunner."""
 
     req_states: RequestStates
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any: ...
 
 
 Runner = V1Runner | V2Runner
@@ -239,3 +281,5 @@ class VllmWorker(Protocol):
 
     vllm_config: VllmConfig
     device: torch.device
+
+    def compile_or_warm_up_model(self) -> Any: ...

@@ -1,0 +1,223 @@
+"""tools/compat_watch.py: what glassbox uses of vLLM, and what a release lacks of it."""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tools import compat_watch
+from tools.compat_watch import Tree, changed, missing, used_names, worth_a_line
+
+USER: Final = '''
+from typing import Protocol
+
+from vllm.config import VllmConfig
+from vllm.v1 import registry
+import vllm.envs as envs
+
+
+class Runner(Protocol):
+    """vllm.v1.gpu.Runner, vllm.v1.cpu.Runner.
+
+    Not vllm.v1.tpu.Runner.
+    """
+
+    batch: int
+
+    def execute(self): ...
+
+
+class Own(Protocol):
+    """Of nobody."""
+
+    other: int
+
+
+TABLE = (("vllm.v1.worker", "Worker"), Patch("vllm.v1.engine", "Engine", "add", "around_add"))
+
+
+def read():
+    from vllm import _ops as ops
+
+    return ops.write(registry.Enum.CUSTOM.value, envs.PORT, VllmConfig)
+'''
+RELEASE: Final = {
+    "__init__": "from vllm.engine import Engine\nfrom torch import Tensor",
+    "_version": "__version__ = version = '9.1.0'",
+    "base": "class Base:\n    inherited = 1\n    def run(self, a, b=None, *args, **kw): ...",
+    "engine": (
+        "from vllm.base import Base\nclass Engine(Base):\n    field: int\n    def __init__(self): self.own = {}\n"
+        "    @property\n    def made(self): ...\ndef mark(layer): layer.isa = 'vec'"
+    ),
+}
+
+
+def tree(folder: Path, modules: Mapping[str, str]) -> Path:
+    """A release of vLLM with these modules."""
+    (folder / "vllm").mkdir(parents=True)
+    for name, text in modules.items():
+        (folder / "vllm" / f"{name}.py").write_text(text, encoding="utf-8")
+    return folder
+
+
+def names(*paths: str) -> dict[str, str]:
+    """As `used_names` has them."""
+    return dict.fromkeys(paths, "user.py:1")
+
+
+class TestUsedNames:
+    @pytest.fixture
+    def found(self, tmp_path: Path) -> Mapping[str, str]:
+        (tmp_path / "package").mkdir()
+        (tmp_path / "package" / "user.py").write_text(USER, encoding="utf-8")
+        return {k: v for k, v in used_names(tmp_path / "package").items() if "AttentionBackendEnum" not in k}
+
+    def test_imports_and_what_is_read_of_them(self, found: Mapping[str, str]) -> None:
+        """Under the names that they were given, at the top and inside of functions."""
+        assert {
+            "vllm.config.VllmConfig",
+            "vllm.v1.registry",
+            "vllm.v1.registry.Enum.CUSTOM.value",
+            "vllm.envs",
+            "vllm.envs.PORT",
+            "vllm._ops",
+            "vllm._ops.write",
+        } <= set(found)
+        assert "package/user.py:5" == found["vllm.v1.registry"]
+
+    def test_members_of_protocols_in_each_class_that_they_name(self, found: Mapping[str, str]) -> None:
+        """Those of the docstring's first paragraph; a protocol of our own has none."""
+        assert {
+            f"vllm.v1.{kind}.Runner{member}" for kind in ("gpu", "cpu") for member in ("", ".batch", ".execute")
+        } == {name for name in found if "Runner" in name}
+        assert not any(name.endswith("other") for name in found)
+
+    def test_tables_of_names(self, found: Mapping[str, str]) -> None:
+        """A module with what follows; the fourth entry of a patch is glassbox's own."""
+        assert {"vllm.v1.worker.Worker", "vllm.v1.engine.Engine.add"} <= set(found)
+        assert not any("around_add" in name for name in found)
+
+    def test_what_glassbox_uses_is_found(self) -> None:
+        """One of each kind, and each backend that can be observed."""
+        assert {
+            "vllm.v1.attention.backends.registry.AttentionBackendEnum.FLASHINFER",
+            "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.forward",
+            "vllm.v1.engine.async_llm.AsyncLLM.add_request",
+            "vllm.forward_context.get_forward_context",
+        } <= set(used_names())
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """The release that all tests only read."""
+    return Tree(tree(tmp_path_factory.mktemp("release"), RELEASE))
+
+
+class TestTree:
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "vllm.Engine",  # imported from where it is
+            "vllm.Engine.inherited",
+            "vllm.engine.Engine.run",
+            "vllm.engine.Engine.field",
+            "vllm.engine.Engine.own",  # set on self
+            "vllm.engine.Engine.made",
+            "vllm.engine.isa",  # set on objects of others
+            "vllm.engine.Engine.own.anything",  # of a value nothing is known
+            "vllm.Tensor",  # not vLLM's
+        ],
+    )
+    def test_it_has(self, release: Tree, path: str) -> None:
+        """Whatever an object of the class would have."""
+        assert release.find(path) is not None
+        assert [] == missing(release, names(path))
+
+    @pytest.mark.parametrize("path", ["vllm.gone", "vllm.Gone", "vllm.engine.Engine.gone", "vllm.engine.own"])
+    def test_it_lacks(self, release: Tree, path: str) -> None:
+        """A module, a class, an attribute; what a class sets on itself is not the module's."""
+        assert release.find(path) is None
+
+    def test_version(self, release: Tree, tmp_path: Path) -> None:
+        """The release's own word; a checkout has none."""
+        assert "9.1.0" == release.version
+        assert "unknown" == Tree(tree(tmp_path, {"__init__": ""})).version
+
+    def test_no_vllm_in_the_folder(self, tmp_path: Path) -> None:
+        """The installed one is not taken instead."""
+        with pytest.raises(ModuleNotFoundError):
+            Tree(tmp_path)
+
+
+class TestFindings:
+    @pytest.fixture
+    def later(self, tmp_path: Path) -> Path:
+        """`run` has other parameters, `Engine` is elsewhere, `made` is a method."""
+        engine = RELEASE["engine"].replace("class Engine", "class Core").replace("    @property\n", "")
+        base = RELEASE["base"].replace("a, b=None", "b, a, c")
+        return tree(
+            tmp_path / "later", {**RELEASE, "engine": "", "core": engine + "\nclass Engine(Core): ...", "base": base}
+        )
+
+    def test_a_class_that_moved_is_said_once(self, tmp_path: Path, later: Path) -> None:
+        """With where it is, and not once more for each of its attributes."""
+        found = missing(Tree(later), names("vllm.engine.Engine", "vllm.engine.Engine.field", "vllm.core.Core"))
+        assert ["vllm.engine.Engine", "vllm.engine.Engine.field"] == [finding.path for finding in found]
+        (line,) = worth_a_line(found)
+        assert "missing: Engine is in vllm.core.Engine" == line.what
+
+    def test_other_parameters(self, tmp_path: Path, later: Path) -> None:
+        """Which are new, gone, needed or elsewhere; what is the same is no finding."""
+        before, after = Tree(tree(tmp_path / "before", RELEASE)), Tree(later)
+        found = changed(after, before, names("vllm.base.Base.run", "vllm.base.Base", "vllm.base.Base.inherited"))
+        (finding,) = found
+        assert "vllm.base.Base.run" == finding.path
+        assert finding.what == (
+            "has a parameter c (positional or keyword, required); "
+            "b was positional or keyword, is positional or keyword, required; "
+            "order was self, a, b, args, kw, is self, b, a, args, kw"
+        )
+        (back,) = changed(before, after, names("vllm.base.Base.run"))
+        assert back.what.startswith("lacks parameter c; ")
+        assert [] == changed(before, before, names("vllm.base.Base.run"))
+
+    def test_another_order(self, tmp_path: Path) -> None:
+        """The same parameters, given by position."""
+        before = Tree(tree(tmp_path / "before", {"__init__": "def run(a, b): ..."}))
+        after = Tree(tree(tmp_path / "after", {"__init__": "def run(b, a): ..."}))
+        (finding,) = changed(after, before, names("vllm.run"))
+        assert "order was a, b, is b, a" == finding.what
+
+    def test_another_kind(self, tmp_path: Path) -> None:
+        """A function where there was a class."""
+        before = Tree(tree(tmp_path / "before", {"__init__": "class Thing: ..."}))
+        after = Tree(tree(tmp_path / "after", {"__init__": "def Thing(): ..."}))
+        (finding,) = changed(after, before, names("vllm.Thing"))
+        assert "was a class, is a function" == finding.what
+
+
+class TestCommand:
+    def test_a_wheel_that_lacks_names_fails(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Each release has a line, and what it lacks; one that lacks nothing returns 0."""
+        folder = tree(tmp_path / "old", RELEASE)
+        wheel = tmp_path / "vllm-9.1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for path in folder.rglob("*.py"):
+                archive.write(path, path.relative_to(folder))
+        monkeypatch.setattr(compat_watch, "used_names", lambda: names("vllm.Engine", "vllm.Engine.speed"))
+        assert 1 == compat_watch.main([str(wheel), str(folder), "--reference", str(folder)])
+        line = "vLLM 9.1.0: has 1 of 2 names that glassbox uses; 0 called otherwise than in 9.1.0\n"
+        line += "  vllm.Engine.speed (user.py:1)\n    missing: nothing is called speed\n"
+        assert line * 2 == capsys.readouterr().out
+        monkeypatch.setattr(compat_watch, "used_names", lambda: names("vllm.Engine"))
+        assert 0 == compat_watch.main([str(wheel), "--reference", str(folder)])
+
+    def test_neither_wheel_nor_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """It says what it wants."""
+        with pytest.raises(SystemExit):
+            compat_watch.main([str(tmp_path)])
+        assert "release must be a wheel or a folder that holds vllm/" in capsys.readouterr().err
