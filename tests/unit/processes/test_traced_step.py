@@ -185,6 +185,23 @@ class TestProbes:
         np.testing.assert_array_equal(record.attention(0)[0], p.astype(np.float16))
         assert record.mean_topk_positions[0, 0] == 9
 
+    def test_no_answer(self) -> None:
+        """A probe that failed leaves no value anywhere, in a layer or in all; the mean is of those that answered."""
+        one = trace(TraceOptions(top_k=2, spans=(Span("a", 0, 1),), attention=True), (0, 1))
+        failed = trace(TraceOptions(top_k=2, attention=True), (0, 1))
+        p = attention(0, 5)
+        step = step_of(rows_of(one, 0, 5))
+        step.add_answers((0,), found(step, (0,), [{0: p}]))
+        step.commit()
+        step_of(rows_of(failed, 0, 5)).commit()
+        record = one.record()
+        np.testing.assert_array_equal(record.attention(0)[0], p.astype(np.float16))
+        np.testing.assert_allclose(record.mean_topk_mass[0], -np.sort(-p.mean(0))[:2], rtol=1e-6)
+        assert np.isnan(record.attention(0)[1]).all()
+        assert np.isnan(failed.record().attention(0)).all()
+        assert [[-1, -1]] == failed.record().mean_topk_positions.tolist()
+        assert [[0, 0]] == failed.record().mean_topk_mass.tolist()
+
     def test_scores_that_are_not_finite(self) -> None:
         """There is no mean of them, and no position."""
         one = trace(TraceOptions(top_k=2), (0,))

@@ -138,7 +138,7 @@ class _Probe:
         self._sums = [np.zeros(position + 1) for position in positions] if options.top_k else []
         place = (len(trace.local_layers), len(trace.head_columns))
         lengths = [min(position + 1, MAX_ATTENTION_KEYS) for position in positions] if options.attention else []
-        self._attention = [np.zeros((*place, length), dtype=np.float16) for length in lengths]
+        self._attention = [np.full((*place, length), np.nan, dtype=np.float16) for length in lengths]
 
     def add_answers(
         self,
@@ -175,10 +175,9 @@ class _Probe:
         """Of these rows, with their statistics [n, L, H, NUM_STATISTICS + 1]."""
         arrays = self._arrays | {"positions": self.rows.positions, "phases": self.rows.phases, "stats": stats}
         mean_positions, mean_mass = arrays["mean_topk_positions"], arrays["mean_topk_mass"]
-        places = max(self._summed_places, 1)
         for i, total in enumerate(self._sums):
-            # A head without finite scores leaves no mean.
-            if np.isfinite(total).all():
+            # A head without finite scores leaves no mean, nor does a probe that failed.
+            if self._summed_places and np.isfinite(total).all():
                 best = np.argsort(-total, kind="stable")[: mean_mass.shape[1]]
-                mean_positions[i, : len(best)], mean_mass[i, : len(best)] = best, total[best] / places
+                mean_positions[i, : len(best)], mean_mass[i, : len(best)] = best, total[best] / self._summed_places
         return Chunk(arrays, tuple(self._attention))
