@@ -6,8 +6,8 @@ the module alone. Checkouts take turns, so that a machine that is busy for a whi
 each comes first and is not counted: it writes the byte code.
 
     git worktree add --detach /tmp/before ec48807
-    git worktree add --detach /tmp/after f35b988
-    tools/import_cost.py ec48807=/tmp/before:glassbox.step f35b988=/tmp/after:glassbox.processes.worker.hook \\
+    git worktree add --detach /tmp/after 90f5eb7
+    tools/import_cost.py ec48807=/tmp/before:glassbox.step 90f5eb7=/tmp/after:glassbox.processes.worker.hook \\
         --after torch,vllm --after torch,vllm,vllm.v1.worker.cpu_worker --runs 11 -o docs/data/worker_import.csv
 """
 
