@@ -145,7 +145,6 @@ class Tree:
     """
 
     def __init__(self, folder: Path) -> None:
-        # Found by its path: griffe would look into sys.path as well.
         loader = griffe.GriffeLoader(search_paths=[folder], allow_inspection=False)
         package = loader.load("vllm")
         assert isinstance(package, griffe.Module)
@@ -241,8 +240,7 @@ def _parameters(node: griffe.Object) -> dict[str, str]:
     """Each with its kind and whether it must be given, in order; none of what is no function."""
     if not isinstance(node, griffe.Function):
         return {}
-    kinds = {parameter.name: parameter.kind.value if parameter.kind else "" for parameter in node.parameters}
-    return {name: f"{kind}{', required' * node.parameters[name].required}" for name, kind in kinds.items()}
+    return {one.name: f"{one.kind.value if one.kind else ''}{', required' * one.required}" for one in node.parameters}
 
 
 def _difference(was: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -268,7 +266,8 @@ def _unpacked(wheel: Path, folder: Path) -> Path:
     return folder
 
 
-def _installed() -> Path | None:
+def installed() -> Path | None:
+    """The folder that holds the installed vLLM; None if there is none."""
     spec = find_spec("vllm")
     return None if spec is None or spec.origin is None else Path(spec.origin).parents[1]
 
@@ -277,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Look at each release; returns 1 if one lacks a name."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("release", type=Path, nargs="+", help="a wheel of vLLM, or a folder that holds vllm/")
-    parser.add_argument("--reference", type=Path, default=_installed(), help="folder; default: where vLLM is installed")
+    parser.add_argument("--reference", type=Path, default=installed(), help="folder; default: where vLLM is installed")
     args = parser.parse_args(arguments)
     for path in args.release:
         if not (path.is_file() or (path / "vllm").is_dir()):

@@ -14,7 +14,7 @@ from glassbox.export.family_source import FamilySource
 from glassbox.processes.exporter.http import HttpServer
 from glassbox.store.snapshot import write_snapshot
 from glassbox.web.app import make_app
-from tests.browser import TIMEOUT_MS, Watched, chromium, watched_page
+from tests.browser import TIMEOUT_MS, Watched, watched_page
 from tests.export_samples import make_snapshot
 from tests.serving import GlassboxServer, wait_for
 from tests.synthetic_source import SyntheticSource
@@ -25,19 +25,6 @@ LAYERS: Final = 30
 HEADS: Final = 9
 LARGE: Final = (80, 64)
 CONFIG: Final = GlassboxConfig.model_validate({"export": {"interval_s": 0.1}})
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def watched(browser: Browser) -> Iterator[Watched]:
-    with watched_page(browser, viewport={"width": 1360, "height": 900}) as watched:
-        yield watched
-        assert [] == watched.complaints
 
 
 @pytest.fixture(scope="module")

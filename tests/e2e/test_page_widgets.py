@@ -15,7 +15,7 @@ from glassbox.store.trace_directory import traces_path
 from glassbox.store.trace_record import write_trace
 from glassbox.web.app import make_app
 from glassbox.web.request_routes import request_routes
-from tests.browser import Watched, chromium, watched_page
+from tests.browser import Watched, watched_page
 from tests.synthetic_source import SyntheticSource
 from tests.trace_samples import make_trace
 
@@ -23,19 +23,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "glassbox" / "web" / "page"
 LAYERS, HEADS = 6, 4
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def watched(browser: Browser) -> Iterator[Watched]:
-    with watched_page(browser, viewport={"width": 1360, "height": 900}) as watched:
-        yield watched
-        assert [] == watched.complaints
 
 
 @pytest.fixture(scope="module")

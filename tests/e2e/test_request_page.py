@@ -15,19 +15,13 @@ from glassbox.store.tokenizer_note import write_source
 from glassbox.store.trace_directory import traces_path
 from glassbox.store.trace_record import RequestTrace, write_trace
 from glassbox.web.request_routes import request_routes
-from tests.browser import Watched, chromium, watched_page
+from tests.browser import Watched, watched_page
 from tests.trace_samples import make_trace
 from tests.unit.export.test_token_text import make_tokenizer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 PROMPT, ANSWER = '<script>document.title="!"</script> Où est le phare? 🗼\n', " Là-bas.\tEnd"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from torch import Tensor
 # (size, stride) of nested dimensions, outermost first.
 Dims: TypeAlias = tuple[tuple[int, int], ...]
 
-_FP8_DTYPES: Final = {
+# Of vLLM's `kv_cache_dtype`, on every device.
+FP8_DTYPES: Final = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
@@ -127,10 +128,10 @@ class PackedKeyReader:
         """
         _, num_heads, block_size, twice_head_size = kv_cache.shape
         head_size = twice_head_size // 2
-        fp8 = _FP8_DTYPES.get(kv_cache_dtype)
+        fp8 = FP8_DTYPES.get(kv_cache_dtype)
         if fp8 is None and kv_cache_dtype != "auto" and not _is_plain(kv_cache_dtype, kv_cache.dtype):
             raise CacheLayoutError(
-                f"kv_cache_dtype must be auto, {', '.join(_FP8_DTYPES)} or the cache's own dtype, "
+                f"kv_cache_dtype must be auto, {', '.join(FP8_DTYPES)} or the cache's own dtype, "
                 f"got {kv_cache_dtype}; its layers can't be observed"
             )
         if fp8 is not None and kv_cache.element_size() != 1:
@@ -237,7 +238,7 @@ def _written_numbers(
     """
     from vllm import _custom_ops as ops
 
-    fp8 = _FP8_DTYPES.get(kv_cache_dtype)
+    fp8 = FP8_DTYPES.get(kv_cache_dtype)
     key_dtype = torch.bfloat16 if dtype is None else dtype
     num_tokens = _PROBE_BLOCKS * block_size
     # Number of (block, head, token, d), as keys [tokens, Hkv, D].

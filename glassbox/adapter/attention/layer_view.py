@@ -4,22 +4,14 @@ Owns what a window, a cap or a scale is called where, and how a view of a layer'
 """
 
 import weakref
-from typing import Final
 
-import torch
 from torch import Tensor
 
-from glassbox.adapter.attention.cpu_cache import PackedKeyReader
+from glassbox.adapter.attention.cpu_cache import FP8_DTYPES, PackedKeyReader
 from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, AttentionMetadata, CommonMetadata, ObservedImpl
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_stats_native import KeyOrder, KeyPages
 from glassbox.measure.contract import BatchTables
-
-FP8_DTYPES: Final = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
 
 
 class _View:
