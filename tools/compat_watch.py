@@ -2,8 +2,9 @@
 
 Nothing of vLLM is run: its Python files are read from a kept release, a wheel or a folder, so that any release can be
 looked at on any machine. What is used is read from glassbox's own sources (tools/vllm_uses.py), and what may be missing
-from its declarations (glassbox/adapter/internals.py): a name fails a release unless an alternative of it is there, or
-the release is older than the first one that has it. A name that is used and not declared fails by itself.
+from its declarations (glassbox/adapter/internals.py): a name fails a release unless its module is gone and an
+alternative there, or the release is older than the first one that has it. A name that is used and not declared fails by
+itself.
 
     python -m tools.compat_watch all
     python -m tools.compat_watch 0.33 vllm-0.34.0-cp38-abi3-manylinux_2_28_x86_64.whl path/to/vllm/checkout
@@ -19,6 +20,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -35,17 +37,20 @@ class Internal(Protocol):
     """An entry of glassbox's declarations.
 
     Attributes:
-        path: dotted, of a module, a class or a member. It covers all that is below it and has no entry of its own.
+        path: dotted, of something in a module. One that has no entries below it covers what is below it.
+        module: of it.
         serves: what glassbox can't do without it.
         required: without it nothing is observed.
-        alternatives: other paths that serve as well.
+        alternatives: modules that do the same where its own is gone.
         since: first release that has it, "0.29"; empty if all supported ones do.
     """
 
     @property
     def path(self) -> str: ...
     @property
-    def serves(self) -> str: ...
+    def module(self) -> str: ...
+    @property
+    def serves(self) -> Enum: ...
     @property
     def required(self) -> bool: ...
     @property
@@ -83,28 +88,30 @@ def declared() -> tuple[Internal, ...]:
     return tuple(module.INTERNALS)
 
 
-def entry_of(name: str, internals: Iterable[Internal]) -> tuple[Internal, str] | None:
-    """The nearest declaration that covers a name, and what of the name lies behind it; None if there is none."""
-    covering = [
-        (internal, place)
-        for internal in internals
-        for place in (internal.path, *internal.alternatives)
-        if f"{name}.".startswith(f"{place}.")
-    ]
-    if not covering:
-        return None
-    internal, place = max(covering, key=lambda found: len(found[1]))
-    return internal, name[len(place) :]
+def entry_of(name: str, internals: Iterable[Internal]) -> Internal | None:
+    """The nearest declaration at or above a name; None if there is none."""
+    above = [internal for internal in internals if f"{name}.".startswith(f"{internal.path}.")]
+    return max(above, key=lambda internal: len(internal.path), default=None)
 
 
 def undeclared(names: Mapping[str, str], internals: Sequence[Internal]) -> list[Finding]:
-    """Names that are used and that no declaration covers; a module or a class that holds a declared name is covered."""
-    places = [place for internal in internals for place in (internal.path, *internal.alternatives)]
-    return [
-        Finding(name, where, f"not declared: add it to glassbox/{DECLARATIONS}")
-        for name, where in names.items()
-        if entry_of(name, internals) is None and not any(place.startswith(f"{name}.") for place in places)
-    ]
+    """Names that are used and that no declaration covers.
+
+    A module or a class that holds a declared name is covered, and what is below a declared name, too, unless some of
+    that is declared by itself: then all of it must be.
+    """
+    paths = {internal.path for internal in internals}
+
+    def holds_declared(name: str) -> bool:
+        return any(path.startswith(f"{name}.") for path in paths)
+
+    findings = []
+    for name, where in names.items():
+        entry = entry_of(name, internals)
+        covered = entry is not None and not holds_declared(entry.path)
+        if name not in paths and not covered and not holds_declared(name):
+            findings.append(Finding(name, where, f"not declared: add it to glassbox/{DECLARATIONS}"))
+    return findings
 
 
 def to_look_for(names: Mapping[str, str], internals: Iterable[Internal]) -> dict[str, str]:
@@ -115,21 +122,20 @@ def to_look_for(names: Mapping[str, str], internals: Iterable[Internal]) -> dict
 def missing(tree: Tree, names: Mapping[str, str], internals: Sequence[Internal] = ()) -> list[Finding]:
     """The names that a release lacks, with where it has what is called the same.
 
-    Nothing is missing where an alternative is there; in a release that is older than the name that is no failure.
+    Nothing is missing of a module that is gone and has an alternative; what a release is too old for is no failure.
     """
     findings = []
     for path, where in names.items():
         if tree.find(path) is not None:
             continue
-        entry = entry_of(path, internals)
         what, fails = f"missing: {_now_in(tree, path)}", True
+        entry = entry_of(path, internals)
         if entry is not None:
-            internal, rest = entry
-            if any(tree.find(place + rest) is not None for place in (internal.path, *internal.alternatives)):
+            if tree.find(entry.module) is None and any(tree.find(module) is not None for module in entry.alternatives):
                 continue
-            lost = "without it nothing is observed" if internal.required else f"without it no {internal.serves}"
-            fails = not _is_older(tree.version, internal.since)
-            what += f"; {lost}" if fails else f"; {lost}, as in all releases before {internal.since}"
+            fails = not _is_older(tree.version, entry.since)
+            what += "; nothing is observed without it" if entry.required else f"; {entry.serves.value} needs it"
+            what += "" if fails else f", and is not there in releases before {entry.since}"
         findings.append(Finding(path, where, what, fails))
     return findings
 

@@ -11,6 +11,8 @@ from tools.vllm_releases import Release, releases, sources, torch_of
 from tools.vllm_tree import Tree
 from tools.vllm_uses import used_names
 
+pytestmark = pytest.mark.check("internals", "source")
+
 EVERY = pytest.mark.parametrize("release", releases(), ids=lambda release: release.name)
 
 

@@ -3,6 +3,7 @@
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Final
 
@@ -68,12 +69,19 @@ def tree(folder: Path, modules: Mapping[str, str]) -> Path:
     return folder
 
 
+class Feature(Enum):
+    """What needs internals."""
+
+    TRACES = "traced requests"
+
+
 @dataclass(frozen=True)
 class Entry:
     """A declaration."""
 
     path: str
-    serves: str = "traces"
+    module: str = "vllm"
+    serves: Feature = Feature.TRACES
     required: bool = False
     alternatives: tuple[str, ...] = ()
     since: str = ""
@@ -255,47 +263,58 @@ class TestDeclarations:
     def found(self, release: Tree, name: str, *entries: Entry) -> list[compat_watch.Finding]:
         return missing(release, names(name), entries)
 
-    def test_an_alternative_is_enough(self, release: Tree) -> None:
-        """Of the name itself, or of what it is a member of."""
-        for name, entry in (
-            ("vllm.Engine.speed", Entry("vllm.Engine.speed", alternatives=("vllm.gone", "vllm.Engine.field"))),
-            ("vllm.Motor.run", Entry("vllm.Motor", alternatives=("vllm.Engine",))),
+    def test_another_module_where_its_own_is_gone(self, release: Tree) -> None:
+        """Is enough; it is not for what its own module has no more."""
+        for module, alternatives, lacks in (
+            ("vllm.gone", ("vllm.lost", "vllm.engine"), 0),
+            ("vllm.gone", ("vllm.lost",), 1),
+            ("vllm.gone", (), 1),
+            ("vllm.base", ("vllm.engine",), 1),
         ):
-            assert [] == self.found(release, name, entry)
-            assert 1 == len(self.found(release, name, Entry(entry.path, alternatives=("vllm.gone",))))
+            entry = Entry(f"{module}.Motor", module, alternatives=alternatives)
+            assert lacks == len(self.found(release, f"{module}.Motor", entry))
+            assert lacks == len(self.found(release, f"{module}.Motor.run", entry))
 
     def test_a_name_that_is_newer_than_the_release(self, release: Tree) -> None:
         """Is said, and fails nothing."""
         (finding,) = self.found(release, "vllm.Engine.speed", Entry("vllm.Engine.speed", since="9.2"))
         assert not finding.fails
-        assert finding.what.endswith("nothing is called speed; without it no traces, as in all releases before 9.2")
+        assert finding.what == (
+            "missing: nothing is called speed; traced requests needs it, and is not there in releases before 9.2"
+        )
         for since in ("", "9.1", "8.99"):
             (finding,) = self.found(release, "vllm.Engine.speed", Entry("vllm.Engine.speed", since=since))
             assert finding.fails
 
     def test_what_is_lost(self, release: Tree) -> None:
         """A feature, or all of it."""
-        for entry, lost in (
-            (Entry("vllm.gone", "the live page"), "without it no the live page"),
-            (Entry("vllm.gone", "steps", required=True), "without it nothing is observed"),
-        ):
-            (finding,) = self.found(release, "vllm.gone", entry)
+        for required, lost in ((False, "traced requests needs it"), (True, "nothing is observed without it")):
+            (finding,) = self.found(release, "vllm.gone", Entry("vllm.gone", required=required))
             assert finding.fails
             assert finding.what == f"missing: nothing is called gone; {lost}"
 
     def test_the_nearest_declaration_counts(self) -> None:
         """A member's own goes before its class's; names that only begin alike are others."""
         entries = Entry("vllm.Engine"), Entry("vllm.Engine.speed", since="9.2")
-        assert (entries[1], "") == entry_of("vllm.Engine.speed", entries)
-        assert (entries[0], ".run") == entry_of("vllm.Engine.run", entries)
+        assert entries[1] == entry_of("vllm.Engine.speed", entries)
+        assert entries[0] == entry_of("vllm.Engine.run", entries)
         assert entry_of("vllm.EngineCore", entries) is None
 
     def test_undeclared_names(self) -> None:
-        """Neither declared, nor below a declared one, nor a module or a class that holds one."""
-        used = names("vllm.envs", "vllm.envs.PORT", "vllm.Engine.run", "vllm.Motor", "vllm.Other")
-        entries = (Entry("vllm.envs.PORT"), Entry("vllm.Engine", alternatives=("vllm.Motor",)))
-        (finding,) = undeclared(used, entries)
-        assert ("vllm.Other", "not declared: add it to glassbox/adapter/internals.py") == (finding.path, finding.what)
+        """Neither declared, nor below a declared one that has no members declared, nor what holds a declared one."""
+        used = names(
+            "vllm.envs",
+            "vllm.envs.PORT",
+            "vllm.envs.HOST",
+            "vllm.Engine.run",
+            "vllm.Kind",
+            "vllm.Kind.A",
+            "vllm.Kind.B",
+        )
+        entries = (Entry("vllm.envs.PORT"), Entry("vllm.Engine"), Entry("vllm.Kind"), Entry("vllm.Kind.A"))
+        found = undeclared(used, entries)
+        assert ["vllm.envs.HOST", "vllm.Kind.B"] == [finding.path for finding in found]
+        assert "not declared: add it to glassbox/adapter/internals.py" == found[0].what
 
     def test_declared_names_are_looked_for(self, release: Tree) -> None:
         """Also those that code reaches by their declaration alone."""
