@@ -216,7 +216,7 @@ def opened(release: str) -> Iterator[Tree]:
     elif (path / "vllm").is_dir():
         yield Tree(path)
     else:
-        yield Tree(vllm_releases.sources(vllm_releases.find(release)))
+        yield Tree(vllm_releases.folder_of(vllm_releases.find(release), whole=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -116,8 +116,11 @@ def installed() -> Path | None:
     return None if spec is None or spec.origin is None else Path(spec.origin).parents[1]
 
 
-def sources(release: Release) -> Path:
-    """A folder with the Python files of a release: the installed one's, or one that is kept, or that is now fetched.
+def folder_of(release: Release, *, whole: bool) -> Path:
+    """A folder with a release: where it is installed, or kept, or now fetched into.
+
+    Args:
+        whole: to be run, not only read.
 
     Raises:
         ReleaseError: it can't be fetched.
@@ -125,8 +128,8 @@ def sources(release: Release) -> Path:
     here = installed()
     if here is not None and _metadata_version(here) == release.metadata_version:
         return here
-    whole = kept(release, whole=True)
-    return whole if whole.is_dir() else fetch(release, whole=False)
+    run = kept(release, whole=True)
+    return run if run.is_dir() else fetch(release, whole=whole)
 
 
 def _metadata_version(folder: Path) -> str | None:
@@ -200,7 +203,9 @@ def _write_metadata(release: Release, folder: Path) -> None:
 
 def torch_of(release: Release) -> str | None:
     """The torch that a kept or fetched wheel asks for, by its own metadata; None if it names no version."""
-    for path in sources(release).glob(f"{release.wheel.partition('==')[0].replace('-', '_')}-*.dist-info/METADATA"):
+    for path in folder_of(release, whole=False).glob(
+        f"{release.wheel.partition('==')[0].replace('-', '_')}-*.dist-info/METADATA"
+    ):
         if found := _TORCH.search(path.read_text(encoding="utf-8")):
             return found[1]
     return None

@@ -15,26 +15,17 @@ import pytest
 from tests.program import environment, run_program
 from tests.releases import smoke as smoke_program
 from tools import releases_table
-from tools.vllm_releases import Release, fetch, find, installed, reference
+from tools.vllm_releases import Release, find, folder_of
 
 COMMAND = "make releases"
 # Outcomes of this session: release, device, check.
 _OUTCOMES: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
 
 
-def folder_of(release: Release) -> Path:
-    """What is put in front of PYTHONPATH to run a release: its kept folder, or where it is installed."""
-    if release == reference():
-        here = installed()
-        assert here is not None
-        return here
-    return fetch(release, whole=True)
-
-
-def release_environment(release: Release, root: Path, **more: str) -> dict[str, str]:
-    """Variables that make a release the vLLM of a process, with one thread, so that sums have one order."""
+def vllm_environment(folder: Path, root: Path, **more: str) -> dict[str, str]:
+    """Variables that make the vLLM in a folder that of a process, with one thread, so that sums have one order."""
     return {
-        "PYTHONPATH": f"{folder_of(release)}:{root}",
+        "PYTHONPATH": f"{folder}:{root}",
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         **more,
@@ -42,24 +33,30 @@ def release_environment(release: Release, root: Path, **more: str) -> dict[str, 
 
 
 @pytest.fixture(scope="session")
-def smoke(
+def smoke_of(
     demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> Callable[[Release], dict[str, Any]]:
-    """Gives what tests/releases/smoke.py prints with a release; runs it once."""
-    done: dict[str, dict[str, Any]] = {}
+) -> Callable[[Path], dict[str, Any]]:
+    """Gives what tests/releases/smoke.py prints with the vLLM in a folder, and its `log`; runs it once."""
+    done: dict[Path, dict[str, Any]] = {}
 
-    def run(release: Release) -> dict[str, Any]:
-        if release.name not in done:
-            folder = tmp_path_factory.mktemp(f"release-{release.name}")
+    def run(vllm: Path) -> dict[str, Any]:
+        if vllm not in done:
+            folder = tmp_path_factory.mktemp("smoke")
             (folder / "glassbox.yaml").write_text(smoke_program.CONFIG, encoding="utf-8")
             variables = environment(
-                folder / "glassbox.yaml", folder / "run", **release_environment(release, pytestconfig.rootpath)
+                folder / "glassbox.yaml", folder / "run", **vllm_environment(vllm, pytestconfig.rootpath)
             )
             finished = run_program("releases/smoke.py", [str(demo_model_path)], variables, folder)
-            done[release.name] = dict(finished.result)
-        return done[release.name]
+            done[vllm] = {**finished.result, "log": finished.log}
+        return done[vllm]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def smoke(smoke_of: Callable[[Path], dict[str, Any]]) -> Callable[[Release], dict[str, Any]]:
+    """Likewise of a release."""
+    return lambda release: smoke_of(folder_of(release, whole=True))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,6 +1,6 @@
 """A vLLM of the future for tests: the installed one with some internals changed, called 0.99.0, serving as it does.
 
-    python tests/releases/future.py VARIANT FOLDER
+    python tests/releases/future.py FOLDER VARIANT...
 
 The folder can be put in front of PYTHONPATH as that of a kept release. Files that don't change are links to those of
 the installed one. Each variant is what a release may well do, since none of it is promised to anybody; its users inside
@@ -130,20 +130,22 @@ VARIANTS: Final[Mapping[str, Sequence[Edit]]] = {
 }  # fmt: skip
 
 
-def make_future(folder: Path, variant: str) -> Path:
-    """Write that variant of the installed vLLM into a folder, and return the folder.
+def make_future(folder: Path, *variants: str) -> Path:
+    """Write the installed vLLM with these variants' changes into a folder, and return the folder.
 
     Raises:
         ValueError: there is no such variant, or the installed vLLM doesn't have what it changes.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     source = installed()
     assert source is not None, "no vLLM is installed"
     shutil.copytree(source / "vllm", folder / "vllm", copy_function=os.symlink)
     texts: dict[str, str] = {}
-    for edit in (*_RELEASE, *VARIANTS[variant]):
-        texts[edit.file] = edit.apply(texts.get(edit.file) or (source / "vllm" / edit.file).read_text(encoding="utf-8"))
+    for edit in (*_RELEASE, *(edit for variant in variants for edit in VARIANTS[variant])):
+        before = texts.get(edit.file) or (source / "vllm" / edit.file).read_text(encoding="utf-8")
+        texts[edit.file] = edit.apply(before)
     for file, text in texts.items():
         path = folder / "vllm" / file
         for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
@@ -157,4 +159,4 @@ def make_future(folder: Path, variant: str) -> Path:
 
 
 if __name__ == "__main__":
-    make_future(Path(sys.argv[2]), sys.argv[1])
+    make_future(Path(sys.argv[1]), *sys.argv[2:])

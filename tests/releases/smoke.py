@@ -77,8 +77,10 @@ def measured() -> dict[str, Any]:
         "rows_digest": digest(snapshot.rows),
         "counts": {name: digest(snapshot.counts[:, :, phase, one]) for name, (one, phase) in places.items()},
         "sums": {name: digest(snapshot.sums[:, :, phase, one]) for name, (one, phase) in places.items()},
-        # Of layer 0, head 0, to see by how much sums differ.
-        "first_sums": {name: float(snapshot.sums[0, 0, phase, one]).hex() for name, (one, phase) in places.items()},
+        # Of the first layer's first head, to see by how much sums differ.
+        "first_sums": {
+            name: float(snapshot.sums[:1, :1, phase, one].sum()).hex() for name, (one, phase) in places.items()
+        },
     }
 
 
@@ -138,7 +140,7 @@ def main(model: str) -> None:
         "prompt_lens": [len(prompt) for prompt in prompts],
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "measured": found,
-        "trace": traced(llm) if found["attached"] else None,
+        "trace": traced(llm) if found["attached"] and found["layers"]["observed"] else None,
     }
     sys.stdout.write(f"RESULT {json.dumps(result)}\n")
     sys.stdout.flush()

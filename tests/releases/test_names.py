@@ -7,7 +7,7 @@ releases that don't run here are looked at, too.
 import pytest
 
 from tools.compat_watch import Finding, declared, missing, to_look_for, undeclared
-from tools.vllm_releases import Release, releases, sources, torch_of
+from tools.vllm_releases import Release, folder_of, releases, torch_of
 from tools.vllm_tree import Tree
 from tools.vllm_uses import used_names
 
@@ -19,7 +19,7 @@ EVERY = pytest.mark.parametrize("release", releases(), ids=lambda release: relea
 @EVERY
 def test_has_them(release: Release) -> None:
     """Or an alternative, or is older than the first release that does."""
-    tree = Tree(sources(release))
+    tree = Tree(folder_of(release, whole=False))
     assert tree.version.startswith(release.version)
     found: list[Finding] = missing(tree, to_look_for(used_names(), declared()), declared())
     assert [] == [finding for finding in found if finding.fails]

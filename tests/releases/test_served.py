@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.releases.conftest import release_environment
+from tests.releases.conftest import vllm_environment
 from tests.serving import MODEL_NAME, GlassboxServer, wait_for
-from tools.vllm_releases import Release, runnable
+from tools.vllm_releases import Release, folder_of, runnable
 
 pytestmark = [
     pytest.mark.e2e,
@@ -51,7 +51,7 @@ def ended(server: GlassboxServer, request_id: str) -> dict[str, Any]:
 @pytest.mark.parametrize("release", runnable(), ids=lambda release: release.name)
 def test_served(release: Release, demo_model_path: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """A traced chat with spans by message, bad options refused, the live page, and metrics of every layer."""
-    variables = release_environment(release, pytestconfig.rootpath, VLLM_PLUGINS="glassbox")
+    variables = vllm_environment(folder_of(release, whole=True), pytestconfig.rootpath, VLLM_PLUGINS="glassbox")
     with GlassboxServer(demo_model_path, tmp_path, env=variables) as server:
         assert release.version in httpx.get(f"{server.url}/version", timeout=60.0).text
         answer = chat(server, **TRACE).raise_for_status().json()

