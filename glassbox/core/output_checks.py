@@ -3,7 +3,7 @@ kept of them per layer.
 
 Owns columns, buckets and states. A check takes a few rows of a step: the output that vLLM's kernel served is compared
 with softmax(scores) V in float32, from the cache as glassbox reads it, and K and V as computed with what the cache gave
-back. Kernels fill the sums, `measure/verdict.py` judges them, snapshots carry what is kept.
+back. Kernels fill the sums, `measure` judges them, snapshots carry what is kept.
 """
 
 from collections.abc import Sequence

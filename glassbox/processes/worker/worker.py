@@ -12,6 +12,7 @@ import weakref
 from typing import Any
 
 from glassbox import __version__
+from glassbox.adapter.internals import switched_off
 from glassbox.adapter.protocols import VllmWorker
 from glassbox.adapter.release import vllm_version
 from glassbox.adapter.runner import is_piecewise_forward
@@ -110,6 +111,8 @@ class Worker:
         self.observer.arm()
         rundir.create()
         rundir.purge_dead()
+        for line in switched_off(vllm_version()):
+            logger.warning("%s", line)
         self._log_coverage()
         self._settings.watch()
         self._thread = threading.Thread(target=self._run, name="glassbox-snapshots", daemon=True)
@@ -208,11 +211,11 @@ class Worker:
             config.sample_rate,
             self._settings.path,
         )
-        for reason in dict.fromkeys(found.bypassed.values()):
-            names = [name for name, why in found.bypassed.items() if why == reason]
+        for bypass in dict.fromkeys(found.bypassed.values()):
+            names = [name for name, why in found.bypassed.items() if why == bypass]
             logger.warning(
                 "%d attention layers bypass glassbox and are not measured (%s): %s",
                 len(names),
-                reason,
+                bypass.reason,
                 ", ".join(names),
             )
