@@ -36,7 +36,7 @@ class Engines:
         sample_rate: the largest.
         overhead_s: seconds spent on measuring, of the slowest engine.
         dropped: rows by reason; errors: by stage.
-        layers_observed, layers_bypassed: of one engine, the largest.
+        layers_observed, layers_bypassed: of one engine (for all reasons), the largest.
         build: version, vllm_version, backend.
     """
 

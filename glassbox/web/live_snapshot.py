@@ -4,8 +4,8 @@ Owns the layout of the answer, which the frames of the stream share. The numbers
 """
 
 import time
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, cast
 
 from glassbox import __version__
 from glassbox.config.load import GlassboxConfig
@@ -61,6 +61,7 @@ def engine_answer(engine: MergedEngine, selection: Selection, config: GlassboxCo
         # Layers that the configuration leaves out have no new rows, although they are observed.
         "unsampled_layers": [layer for layer in engine.layers if layer not in sampled],
         **{name: engine.numbers[name] for name in _NUMBERS},
+        **_bypassed(engine),
         "phases": {phase.value: phase_answer(engine, selection.statistics, phase) for phase in selection.phases},
     }
     if selection.head is not None:
@@ -74,6 +75,13 @@ def engine_answer(engine: MergedEngine, selection: Selection, config: GlassboxCo
             },
         }
     return answer
+
+
+def _bypassed(engine: MergedEngine) -> dict[str, Any]:
+    """How many layers are not observed, and for which reasons."""
+    reasons = cast(Mapping[str, int], engine.numbers["layers_bypassed"])
+    found = {reason: layers for reason, layers in reasons.items() if layers}
+    return {"layers_bypassed": sum(found.values()), "layers_bypassed_by_reason": found}
 
 
 def snapshot_answer(source: FamilySource, selection: Selection) -> bytes:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from glassbox.cli.dashboards.rule_model import Group, RuleSettings
 from glassbox.cli.dashboards.rules import alerts, recordings
 from glassbox.core.statistics import STATISTICS, Statistic
-from glassbox.export.families import METRICS, Family
+from glassbox.export.families import METRICS
+from glassbox.export.family import Family
 
 _INTRODUCTION = """\
 # Metrics
