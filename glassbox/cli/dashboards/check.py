@@ -12,14 +12,11 @@ import promql_parser
 
 from glassbox.cli.dashboards.rule_model import Group
 from glassbox.cli.dashboards.rules import alerts, recordings
-from glassbox.export.check_families import CHECK_METRICS
 from glassbox.export.families import METRICS
 from glassbox.export.family import Family
 
 # Metrics that no panel shows, and why.
-NOT_SHOWN: Final[dict[str, str]] = dict.fromkeys(
-    (*(family.name for family in CHECK_METRICS), "glassbox_canary_rows_total"), "its panels are still to come"
-)
+NOT_SHOWN: Final[dict[str, str]] = {}
 _SCRAPED: Final = frozenset({"job", "instance"})
 _GRAFANA: Final = {"$__rate_interval": "5m", "$baseline": "1d"}
 
