@@ -215,6 +215,7 @@ def _engines(samples: list[Any]) -> Engines:
         dropped=dropped,
         errors=errors,
         layers_observed=largest("layers_observed"),
+        layers_wrong=len(values.get("glassbox_attention_output_wrong", ())),
         layers_bypassed=max(bypassed.values(), default=None),
         build=build,
     )
