@@ -5,6 +5,7 @@ worker; whatever it does, an error is counted and serving goes on.
 """
 
 import atexit
+import socket
 import threading
 import time
 import uuid
@@ -23,6 +24,7 @@ from glassbox.core.affinity import leave_workers_cores
 from glassbox.core.counters import EngineValue
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
+from glassbox.core.output_checks import LayerChecks
 from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.contract import DeviceNeeds, MeasuredLayers
 from glassbox.measure.deferred import DeferredActions
@@ -179,6 +181,9 @@ class Worker:
             num_heads_total=self._facts.server.num_heads,
             num_layers_total=self._facts.server.num_layers,
             numbers=self._numbers(),
+            host=socket.gethostname(),
+            first_nonfinite_layer=None,
+            checks=LayerChecks.nothing(len(self._facts.layers.indices)),
             **vars(arrays),
         )
 
@@ -191,7 +196,7 @@ class Worker:
             "errors": self._errors.counts(),
             "sample_rate": self.observer.effective_sample_rate,
             "layers_observed": len(self._facts.layers.names),
-            "layers_bypassed": len(self._facts.layers.bypassed),
+            "layers_bypassed": {"backend": len(self._facts.layers.bypassed)},
             "reload_successful": status.successful,
             "reload_timestamp_s": status.timestamp_s,
             "build": self._build,
