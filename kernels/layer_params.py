@@ -17,6 +17,7 @@ class LayerParams:
         sliding_window: keys that a row sees, its own included.
         q_scale, k_scale: [1] or [Hkv] float32, factors of a quantised q and K where the kernel reads them as they are
             stored; on the CPU a `KeyReader` knows its own.
+        v_scale: as k_scale, of V.
     """
 
     scale: float
@@ -26,3 +27,4 @@ class LayerParams:
     sliding_window: int | None = None
     q_scale: Tensor | None = None
     k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
