@@ -15,8 +15,8 @@ class LayerParams:
         alibi_slopes: [Hq]; the bias is slope * (j - i), at most 0.
         sinks: score of the learned sink, [Hq].
         sliding_window: keys that a row sees, its own included.
-        q_scale, k_scale: [1] or [Hkv] float32, factors of a quantised q and K where the kernel reads them as they are
-            stored; on the CPU a `KeyReader` knows its own.
+        q_scale, k_scale, v_scale: [1] or [Hkv] float32, factors of a quantised q, K and V where the kernel reads them
+            as they are stored; on the CPU a `KeyReader` knows its own.
     """
 
     scale: float
@@ -26,3 +26,4 @@ class LayerParams:
     sliding_window: int | None = None
     q_scale: Tensor | None = None
     k_scale: Tensor | None = None
+    v_scale: Tensor | None = None

@@ -106,6 +106,8 @@ class RowPlan:
     Attributes:
         num_rows: R.
         query_index: of the rows, by request and then by query; int64 [R].
+        row_index: where in the row list each of `query_index` stands, int64 [R].
+        own_blocks, own_slots: where in the cache each of `query_index` has its own key, int64 [R].
         sliding_window, sink_tokens, local_window: as given to `plan_rows`.
         inverse_log_n: 1 / ln n, 0 if n is 1; float32 [R, 1], as all of these.
         num_keys: n.
@@ -137,6 +139,9 @@ class RowPlan:
         first = np.zeros_like(position) if sliding_window is None else np.maximum(position - sliding_window + 1, 0)
         self.num_rows: Final = len(rows)
         self.query_index: Final = torch.from_numpy(query.copy())
+        self.row_index: Final = torch.from_numpy(order)
+        self.own_blocks: Final = torch.from_numpy(table[batch, position // block_size].astype(np.int64))
+        self.own_slots: Final = torch.from_numpy(position % block_size)
         self.sliding_window: Final = sliding_window
         self.sink_tokens: Final = sink_tokens
         self.local_window: Final = local_window

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from glassbox.core.accumulator_arrays import ARRAY
+from glassbox.core.output_checks import ERROR_RATIO_BUCKETS, KV_TENSORS, LayerChecks, LayerState
 from glassbox.core.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS, Phase
 from glassbox.store.snapshot import Snapshot, Totals
 
@@ -54,7 +55,8 @@ def make_snapshot(
         "overhead_seconds": 0.125,
         "sample_rate": 0.01,
         "layers_observed": len(layers),
-        "layers_bypassed": 1,
+        "layers_bypassed": {"backend": 1},
+        "canary_rows": {"reproduced": 20, "failed": 0},
         "reload_successful": True,
         "reload_timestamp_s": 1_700_000_000.5,
         "build": {"version": "0.1.0", "vllm_version": "0.32.0", "backend": "CPU_ATTN"},
@@ -70,6 +72,9 @@ def make_snapshot(
         head_offset=head_offset,
         num_heads_total=heads if total_heads is None else total_heads,
         num_layers_total=4,
+        host="gpu-7",
+        first_nonfinite_layer=None,
+        checks=make_checks(len(layers), seed=seed, first_head=head_offset, heads=heads),
         numbers=numbers,
         counts=counts,
         sums=sums,
@@ -78,6 +83,24 @@ def make_snapshot(
         window_max=(rng.integers(-40, 80, size=shape) / 4).astype(np.float32),
     )
     return changed(snapshot, **changes)
+
+
+def make_checks(layers: int, *, seed: int = 0, first_head: int = 0, heads: int = 2, **changes: Any) -> LayerChecks:
+    """Checks of certified layers: every number different, sums multiples of 1/4; `changes` are arrays or a number."""
+    rng = np.random.default_rng(seed + 1)
+    counts = rng.integers(0, 50, size=(layers, len(PHASES), len(ERROR_RATIO_BUCKETS) + 1))
+    found = {
+        "state": np.full(layers, LayerState.CERTIFIED, dtype=np.int8),
+        "error_counts": counts,
+        "error_sums": rng.integers(0, 80, size=(layers, len(PHASES))) / 4,
+        "worst_ratio": rng.uniform(0.1, 0.9, size=layers).astype(np.float32),
+        "worst_head": rng.integers(first_head, first_head + heads, size=layers, dtype=np.int32),
+        "kv_error": rng.uniform(0.02, 0.03, size=(layers, len(KV_TENSORS))).astype(np.float32),
+        "kv_saturated": rng.uniform(0, 0.001, size=(layers, len(KV_TENSORS))).astype(np.float32),
+    }
+    for name, value in changes.items():
+        found[name] = np.broadcast_to(np.asarray(value, dtype=found[name].dtype), found[name].shape).copy()
+    return LayerChecks(**found)
 
 
 T = TypeVar("T", bound=Totals)
@@ -94,6 +117,13 @@ def split_heads(snapshot: Snapshot, at: int) -> tuple[Snapshot, Snapshot]:
     first = {name: getattr(snapshot, name)[:, :at] for name in ARRAY}
     second = {name: getattr(snapshot, name)[:, at:] for name in ARRAY}
     empty: dict[str, int] = {}
+    counted_once = LayerChecks(
+        **{
+            **vars(snapshot.checks),
+            "error_counts": np.zeros_like(snapshot.checks.error_counts),
+            "error_sums": np.zeros_like(snapshot.checks.error_sums),
+        }
+    )
     return (
         changed(snapshot, instance="tp0", rank=0, **first),
         changed(
@@ -104,6 +134,8 @@ def split_heads(snapshot: Snapshot, at: int) -> tuple[Snapshot, Snapshot]:
             **second,
             dropped_rows=empty,
             errors=empty,
+            canary_rows=empty,
+            checks=counted_once,
         ),
     )
 

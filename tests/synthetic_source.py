@@ -53,7 +53,7 @@ class SyntheticSource(FamilySource):
     ) -> None:
         settings = config or GlassboxConfig.model_validate({"sample_rate": 1.0, "export": {"interval_s": 0.1}})
         super().__init__(Path("/nonexistent"), lambda: settings)
-        shape = make_snapshot(layers=tuple(range(layers)), heads=heads, num_layers_total=layers, layers_bypassed=0)
+        shape = make_snapshot(layers=tuple(range(layers)), heads=heads, num_layers_total=layers, layers_bypassed={})
         self._engine: MergedEngine = replace(
             merge([shape])[0], start_time_s=start_time_s, time_s=start_time_s, **_interval(layers, heads, 0)
         )

@@ -7,14 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from glassbox.adapter.protocols import AttentionLayer, VllmConfig
-
-
-def is_draft_model() -> bool:
-    """True while vLLM builds the layers of a draft model (speculative decoding)."""
-    from vllm.compilation import backends
-
-    return bool(backends.model_tag != "backbone")
+from glassbox.adapter.attention.cache_layout import CacheLayoutError
+from glassbox.adapter.attention.layer_cache import CacheFinder
+from glassbox.adapter.internals import members_of
+from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, VllmConfig
 
 
 @dataclass(frozen=True)
@@ -82,33 +78,64 @@ def layer_index(layer_name: str) -> int:
 READABLE_KV_CACHES: Final = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
-def bypass_reason(layer: AttentionLayer) -> str | None:
+@dataclass(frozen=True)
+class Bypass:
+    """Why a layer is not observed.
+
+    Attributes:
+        slug: in the label of a metric.
+        reason: for the log, of several layers.
+    """
+
+    slug: str
+    reason: str
+
+
+def find_bypass(layer: AttentionLayer) -> Bypass | None:
     """Why a layer is not observed though vLLM built it; None if nothing stands against it.
 
     A backend whose `forward` writes the KV cache itself has not got this step's K before it; none that glassbox wraps
-    does so in vLLM 0.32.
+    does so since vLLM 0.26.
     """
     if not getattr(layer.impl, "glassbox_observed", False):
-        return "their backend is not one that glassbox wraps"
+        return Bypass("backend", "their backend is not one that glassbox wraps")
+    if gone := [name for name in members_of(AttentionImpl) if not hasattr(layer.impl, name)]:
+        return Bypass(
+            "internals",
+            f"their backend lacks {', '.join(gone)}, which earlier releases of vLLM have; use a newer glassbox",
+        )
     if any(cls.__name__ == "ChunkedLocalAttention" for cls in type(layer).__mro__):
-        return "chunked local attention splits requests into virtual ones, whose rows can't be found"
+        return Bypass(
+            "chunked_local", "chunked local attention splits requests into virtual ones, whose rows can't be found"
+        )
     if layer.attn_backend.forward_includes_kv_cache_update:
-        return "their backend writes keys only while it computes"
+        return Bypass("late_keys", "their backend writes keys only while it computes")
     if layer.impl.kv_cache_dtype not in READABLE_KV_CACHES:
-        return (
+        return Bypass(
+            "cache_type",
             f"their KV cache is of type {layer.impl.kv_cache_dtype}, whose keys are no plain numbers; serve with "
-            "--kv-cache-dtype auto or fp8 to observe them"
+            "--kv-cache-dtype auto or fp8 to observe them",
         )
     return None
 
 
-def unobservable_reason(vllm_config: VllmConfig) -> str | None:
+def bypass_of_all(vllm_config: VllmConfig) -> Bypass | None:
     """Why no layer of this worker can be observed, whatever its backend; None if nothing stands against it."""
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        return "context parallelism spreads the keys of a row over ranks"
+        return Bypass("context_parallel", "context parallelism spreads the keys of a row over ranks")
     if parallel.use_ubatching:
-        return "micro-batching (--enable-dbo) splits a step's row list"
+        return Bypass("micro_batching", "micro-batching (--enable-dbo) splits a step's row list")
+    return None
+
+
+def _unreadable(layer: AttentionLayer, finder: CacheFinder) -> Bypass | None:
+    """Finds the layout of the layer's cache; returns why it can't be read."""
+    try:
+        finder.find(layer)
+        layer.impl.glassbox_finder = finder  # type: ignore[attr-defined]
+    except (CacheLayoutError, AttributeError, RuntimeError) as error:
+        return Bypass("cache_layout", f"glassbox can't tell where keys and values stand in their KV cache: {error}")
     return None
 
 
@@ -121,30 +148,34 @@ class ObservedLayers:
         indices: global index of each.
         num_heads: largest number of local query heads among them.
         head_size: the largest of theirs.
-        bypassed: layers whose attention glassbox does not see, by name, and why.
+        bypassed: layers whose attention glassbox does not see, by name, and why. Those of one reason are equal.
     """
 
     names: tuple[str, ...]
     indices: tuple[int, ...]
     num_heads: int
     head_size: int
-    bypassed: Mapping[str, str]
+    bypassed: Mapping[str, Bypass]
 
 
-def find_layers(layers: Mapping[str, AttentionLayer], unobservable: str | None = None) -> ObservedLayers:
+def find_layers(
+    layers: Mapping[str, AttentionLayer], finder: CacheFinder, of_all: Bypass | None = None
+) -> ObservedLayers:
     """Sort the attention layers of a loaded model into observed and bypassed; drafters' are neither.
 
     Args:
-        layers: by name.
-        unobservable: a reason why none of them can be observed.
+        layers: by name, their KV caches allocated.
+        finder: looks at these.
+        of_all: a reason why none of them can be observed.
     """
-    observed, bypassed = [], {}
+    observed = []
+    bypassed: dict[str, Bypass] = {}
     for name, layer in layers.items():
         if getattr(layer, "is_draft_layer", False):
             continue
         if getattr(layer.impl, "glassbox_observed", None) is False:  # a drafter's as well
             continue
-        reason = unobservable or bypass_reason(layer)
+        reason = of_all or find_bypass(layer) or _unreadable(layer, finder)
         if reason is None:
             observed.append((layer_index(name), name, layer.num_heads, layer.head_size))
         else:

@@ -1,6 +1,8 @@
-"""vLLM's attention backends by name: the members of its registry and their classes."""
+"""vLLM's attention backends by name: the members of its registry, their classes, and for whom they are chosen."""
 
 from typing import Any
+
+from glassbox.adapter.internals import Feature, lacks
 
 
 def custom_is_selected() -> bool:
@@ -9,7 +11,7 @@ def custom_is_selected() -> bool:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     attention = get_current_vllm_config().attention_config
-    per_kind = (attention.backend_per_kind or {}).values()
+    per_kind = (getattr(attention, "backend_per_kind", None) or {}).values()
     return attention.backend == AttentionBackendEnum.CUSTOM or AttentionBackendEnum.CUSTOM in per_kind
 
 
@@ -26,3 +28,12 @@ def backend_member(name: str) -> Any:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     return AttentionBackendEnum[name]
+
+
+def is_draft_model() -> bool:
+    """True while vLLM builds the layers of a draft model (speculative decoding)."""
+    if lacks(Feature.DRAFTERS):
+        return False
+    from vllm.compilation import backends
+
+    return bool(backends.model_tag != "backbone")

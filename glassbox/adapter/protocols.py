@@ -47,6 +47,11 @@ class AttentionImpl(Protocol):
     logits_soft_cap: float | None
     alibi_slopes: Tensor | None
     kv_cache_dtype: str
+    num_kv_heads: int
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> Any: ...
 
     def forward(
         self,
@@ -65,9 +70,11 @@ class ObservedImpl(AttentionImpl, Protocol):
     """An impl of `attention/observed.py`.
 
     Attributes:
+        glassbox_finder: has found the layout of the layer's cache; see `attention/layer_cache.py`.
         glassbox_view: what its measurer reads it through, once it was seen; see `attention/layer_view.py`.
     """
 
+    glassbox_finder: Any
     glassbox_view: Any
 
 
@@ -77,19 +84,11 @@ class ScaledLayer(Protocol):
     _q_scale: Tensor
     _k_scale: Tensor
     _k_scale_float: float
+    _v_scale: Tensor
+    _v_scale_float: float
 
 
-class CPULayer(Protocol):
-    """vllm.v1.attention.backends.cpu_attn sets this on each layer.
-
-    Attributes:
-        isa: the instructions in use ("vec", "vec16", "amx", ...), which decide how a page is laid out.
-    """
-
-    isa: str
-
-
-class AttentionLayer(ScaledLayer, CPULayer, Protocol):
+class AttentionLayer(ScaledLayer, Protocol):
     """vllm.model_executor.layers.attention.Attention.
 
     Attributes:
@@ -102,6 +101,7 @@ class AttentionLayer(ScaledLayer, CPULayer, Protocol):
     attn_backend: type[AttentionBackend]
     num_heads: int
     head_size: int
+    head_size_v: int
     kv_cache: Tensor
 
 
@@ -114,17 +114,12 @@ class AttentionMetadata(Protocol):
 
 
 class CommonMetadata(Protocol):
-    """vllm.v1.attention.backend.CommonAttentionMetadata.
-
-    Attributes:
-        req_idx: of the V2 runner, index into its request states.
-    """
+    """vllm.v1.attention.backend.CommonAttentionMetadata."""
 
     query_start_loc: Tensor
     query_start_loc_cpu: Tensor
     seq_lens: Tensor
     block_table_tensor: Tensor
-    req_idx: Any
 
 
 class MetadataBuilder(Protocol):
@@ -149,7 +144,8 @@ class NewRequest(Protocol):
     """vllm.v1.core.sched.output.NewRequestData."""
 
     req_id: str
-    prompt_len: int
+    prompt_token_ids: Sequence[int] | None
+    prompt_embeds: Any
     prefill_token_ids: Sequence[int] | None
     sampling_params: SamplingParams | None
 
@@ -216,10 +212,26 @@ class RequestStates(Protocol):
     total_len: DeviceArray
 
 
+class PreparedBatch(Protocol):
+    """vllm.v1.worker.gpu.input_batch.InputBatch of the V2 runner; arrays may be longer than the batch.
+
+    Attributes:
+        idx_mapping_np: int32 [num_reqs], index of each request into `RequestStates`.
+        query_start_loc_np: int32 [num_reqs + 1].
+    """
+
+    req_ids: Sequence[str]
+    num_reqs: int
+    idx_mapping_np: npt.NDArray[np.int32]
+    query_start_loc_np: npt.NDArray[np.int32]
+
+
 class V2Runner(Protocol):
     """vllm.v1.worker.gpu.model_runner.GPUModelRunner."""
 
     req_states: RequestStates
+
+    def prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> PreparedBatch: ...
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -281,5 +293,6 @@ class VllmWorker(Protocol):
 
     vllm_config: VllmConfig
     device: torch.device
+    model_runner: Runner
 
     def compile_or_warm_up_model(self) -> Any: ...

@@ -56,6 +56,13 @@ class Handle:
         setattr(owner, name, value)
 
 
+def load() -> ModuleType:
+    """vLLM's registry module, imported."""
+    from vllm.v1.attention.backends import registry
+
+    return registry
+
+
 def install(registry: ModuleType | None = None) -> Handle:
     """Give vLLM's registry the config API unless it has it. Calling it again returns the same handle.
 
@@ -67,9 +74,7 @@ def install(registry: ModuleType | None = None) -> Handle:
         AttributeError: the registry is not as in vLLM 0.26 to 0.32.
     """
     if registry is None:
-        from vllm.v1.attention.backends import registry as vllm_registry
-
-        registry = vllm_registry
+        registry = load()
     original = registry.register_backend
     existing = getattr(original, _MARK, None)
     if existing is not None:

@@ -1,10 +1,77 @@
-"""Which vLLM this is, and whether glassbox can observe it."""
+"""Which vLLM this is, and how far it is known."""
 
+import re
+from dataclasses import dataclass
+from enum import Enum, auto
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-# Read and run against 0.32; the internals that `adapter` names differ in other releases.
-SUPPORTED_VLLM: Final = "0.32"
+# Run and compared, see docs/releases.md. Its order is that of the releases.
+TESTED_VLLM: Final = ("0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32", "0.33")
+
+
+class Standing(Enum):
+    """How a release stands to the tested ones."""
+
+    ABSENT = auto()
+    OLDER = auto()
+    TESTED = auto()
+    NEWER = auto()  # or of no known number, as a build of one's own
+
+
+@dataclass(frozen=True)
+class Release:
+    """An installed vLLM.
+
+    Attributes:
+        version: as its distribution says; None if there is none.
+    """
+
+    version: str | None
+    standing: Standing
+
+    @classmethod
+    def of(cls, found: str | None) -> "Release":
+        """Of a version."""
+        if found is None:
+            return cls(None, Standing.ABSENT)
+        number = _number(found)
+        if number is None or number > _TESTED[-1]:
+            return cls(found, Standing.NEWER)
+        return cls(found, Standing.OLDER if number < _TESTED[0] else Standing.TESTED)
+
+    def unobserved_reason(self, compat: str = "auto") -> str | None:
+        """One line that says why this vLLM can't be observed; None if it can.
+
+        Args:
+            compat: of the configuration.
+        """
+        tested = f"{TESTED_VLLM[0]} to {TESTED_VLLM[-1]}"
+        if self.standing is Standing.ABSENT:
+            return "vLLM is not installed; install vllm-glassbox[cpu] or vllm-glassbox[cuda]"
+        if self.standing is Standing.OLDER:
+            return (
+                f"vLLM {self.version} is not supported, this glassbox observes vLLM {tested}; the server runs "
+                f"unobserved. Install vLLM {TESTED_VLLM[-1]}"
+            )
+        if self.standing is Standing.NEWER and compat == "tested":
+            return (
+                f"vLLM {self.version} is not among the tested ones ({tested}) and compat is tested; the server runs "
+                "unobserved. Use compat: auto to observe the layers whose output glassbox can reproduce, or a newer "
+                "glassbox"
+            )
+        return None
+
+
+def _number(text: str) -> tuple[int, int] | None:
+    """Major and minor number; None of a version that begins otherwise or is a development one's 0.0 or 0.1."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    number = None if found is None else (int(found[1]), int(found[2]))
+    # A checkout without tags calls itself 0.1.dev and the like.
+    return None if number is None or ("dev" in text and number <= (0, 1)) else number
+
+
+_TESTED: Final = tuple(number for number in map(_number, TESTED_VLLM) if number is not None)
 
 
 def vllm_version() -> str | None:
@@ -17,14 +84,6 @@ def vllm_version() -> str | None:
     return None
 
 
-def unsupported_reason() -> str | None:
-    """One line that says why this vLLM can't be observed; None if it can."""
-    found = vllm_version()
-    if found is None:
-        return "vLLM is not installed; install vllm-glassbox[cpu] or vllm-glassbox[cuda]"
-    if not found.startswith(SUPPORTED_VLLM + "."):
-        return (
-            f"vLLM {found} is not supported, this glassbox observes vLLM {SUPPORTED_VLLM}.x; the server runs "
-            f"unobserved. Install vllm=={SUPPORTED_VLLM}.0 or a glassbox for vLLM {found}"
-        )
-    return None
+def installed() -> Release:
+    """The vLLM of this process."""
+    return Release.of(vllm_version())

@@ -10,10 +10,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from glassbox.adapter.internals import Feature, lacks
 from glassbox.adapter.protocols import (
     CachedRequest,
     CommonMetadata,
     InputBatch,
+    PreparedBatch,
     RequestStates,
     Runner,
     SamplingParams,
@@ -80,10 +82,18 @@ def _request_states(runner: Runner) -> RequestStates | None:
     return getattr(runner, "req_states", None)
 
 
-def read_batch(runner: Runner, common_attn_metadata: CommonMetadata) -> Batch:
+def read_batch(runner: Runner, prepared: PreparedBatch | None, common_attn_metadata: CommonMetadata) -> Batch:
     """The batch of the step that is being prepared, from either model runner.
 
     Call it from a metadata builder: then the runner has ordered its batch. Padding rows are left out.
+
+    Args:
+        runner: vLLM's.
+        prepared: what the V2 runner's `prepare_inputs` returned in this step.
+        common_attn_metadata: what the builder was given.
+
+    Raises:
+        AttributeError: the rows can't be found.
     """
     batch, states = _input_batch(runner), _request_states(runner)
     if batch is not None:
@@ -91,15 +101,20 @@ def read_batch(runner: Runner, common_attn_metadata: CommonMetadata) -> Batch:
         num_computed = batch.num_computed_tokens_cpu[:n]
         prompt_len = batch.num_prompt_tokens[:n]
         req_ids = tuple(batch.req_ids[:n])
-    elif states is not None:
-        index = np.asarray(common_attn_metadata.req_idx)
-        n = len(index)
+        query_start = common_attn_metadata.query_start_loc_cpu[: n + 1].numpy()
+    elif states is not None and prepared is not None:
+        # Not the metadata's req_idx: releases before 0.29 have none, nor have hybrid and encoder-decoder models.
+        n = prepared.num_reqs
+        index = prepared.idx_mapping_np[:n]
         num_computed = states.num_computed_tokens_np[index]
         prompt_len = states.prompt_len.np[index]
-        req_ids = tuple(states.index_to_req_id[i] for i in index.tolist())
+        req_ids = tuple(prepared.req_ids[:n])
+        query_start = np.asarray(prepared.query_start_loc_np[: n + 1])
     else:
-        raise AttributeError(f"{type(runner).__name__} has neither input_batch nor req_states; its rows can't be found")
-    query_start = common_attn_metadata.query_start_loc_cpu[: n + 1].numpy()
+        raise AttributeError(
+            f"{type(runner).__name__} has no input_batch, nor req_states and a prepare_inputs that was called; its "
+            "rows can't be found"
+        )
     return Batch(
         num_scheduled=np.diff(query_start),
         num_computed=np.asarray(num_computed),
@@ -107,6 +122,45 @@ def read_batch(runner: Runner, common_attn_metadata: CommonMetadata) -> Batch:
         query_start=query_start,
         req_ids=req_ids,
     )
+
+
+class BatchMismatchError(ValueError):
+    """A step's batch, as glassbox reads it, is not what the scheduler asked for."""
+
+
+def check_batch(batch: Batch, scheduled: Mapping[str, int], common_attn_metadata: CommonMetadata, exact: bool) -> None:
+    """See that a batch is the scheduler's: its requests, their tokens, and where each one's rows begin.
+
+    Args:
+        batch: as read.
+        scheduled: tokens of each request in the step, by internal id.
+        common_attn_metadata: what the builder was given; sequence lengths are compared where the host has them.
+        exact: whether the runner computes all scheduled tokens; one that leaves out drafts computes fewer.
+
+    Raises:
+        BatchMismatchError: it is not.
+    """
+    n = len(batch.req_ids)
+    wanted = [scheduled.get(req_id, -1) for req_id in batch.req_ids]
+    found = batch.num_scheduled.tolist()
+    if len(scheduled) != n or len(set(batch.req_ids)) != n or -1 in wanted:
+        raise BatchMismatchError(
+            f"the requests of a batch must be the {len(scheduled)} that were scheduled, got {n}, of which "
+            f"{wanted.count(-1)} were not; this step is not measured"
+        )
+    if found != wanted if exact else any(not 0 < a <= b for a, b in zip(found, wanted, strict=True)):
+        raise BatchMismatchError(
+            "the tokens of each request must be those that were scheduled; rows are in another order"
+        )
+    if int(batch.query_start[0]) != 0:
+        raise BatchMismatchError(f"the rows of a batch must begin at 0, got {int(batch.query_start[0])}")
+    seq_lens = common_attn_metadata.seq_lens
+    if exact and seq_lens.device.type == "cpu" and len(seq_lens) >= n:
+        lengths = seq_lens[:n].numpy()
+        if not np.array_equal(lengths, batch.num_computed + batch.num_scheduled):
+            raise BatchMismatchError(
+                "the sequence lengths of a batch must be its computed and scheduled tokens; rows are in another order"
+            )
 
 
 @dataclass(frozen=True)
@@ -127,7 +181,7 @@ class RequestTokens:
 
 def request_tokens(runner: Runner, req_id: str) -> RequestTokens | None:
     """The tokens of a request that has not been removed yet; None in the V2 runner, which keeps them on the device."""
-    requests: Mapping[str, CachedRequest] = getattr(runner, "requests", {})
+    requests: Mapping[str, CachedRequest] = {} if lacks(Feature.TOKENS) else getattr(runner, "requests", {})
     state = requests.get(req_id)
     if state is None:
         return None
@@ -139,7 +193,7 @@ class TokenCopy:
     """The V2 runner's tokens of a request on their way to the host.
 
     Attributes:
-        event: happens when they are there.
+        event: happens when they are there; None if they are.
         ids: [max_model_len] int32; its first `length` are the request's.
     """
 
@@ -169,16 +223,18 @@ def copy_tokens(runner: Runner, req_id: str, sampling_params: SamplingParams | N
     """
     import torch
 
-    states = _request_states(runner)
+    states = None if lacks(Feature.TOKENS) else _request_states(runner)
     index = None if states is None else states.req_id_to_index.get(req_id)
     if states is None or index is None:
         return None
     ids, length = (
-        source.gpu[index : index + 1].flatten().to("cpu", non_blocking=True)
+        source.gpu[index : index + 1].flatten().to("cpu", non_blocking=True, copy=True)
         for source in (states.all_token_ids, states.total_len)
     )
-    event = torch.cuda.Event()
-    event.record()
+    # Images with a Triton for CPUs run this runner without a GPU: there the copies are done.
+    event = torch.cuda.Event() if states.total_len.gpu.is_cuda else None
+    if event is not None:
+        event.record()
     return TokenCopy(event, ids, length, int(states.prompt_len.np[index]), sampling_params)
 
 
@@ -211,6 +267,8 @@ def max_spec_tokens(vllm_config: VllmConfig) -> int:
 
 def is_piecewise_forward() -> bool:
     """True while a forward pass runs that is captured, or replayed, in pieces around the attention."""
+    if lacks(Feature.PIECEWISE):
+        return False
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import get_forward_context, is_forward_context_available
 

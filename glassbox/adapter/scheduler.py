@@ -39,14 +39,24 @@ class Arrival:
 
     @property
     def prompt_len(self) -> int:
-        """Tokens of the prompt."""
-        return self._new.prompt_len
+        """Tokens of the prompt.
+
+        Raises:
+            AttributeError: it can't be told.
+        """
+        new = self._new
+        # Before 0.29 it has none.
+        known = getattr(new, "prompt_len", None)
+        if known is None:
+            held = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
+            known = len(held)  # of embeddings [tokens, D], too
+        return int(known)
 
     @property
     def resumed(self) -> bool:
         """It was preempted: the V2 runner is told of those anew."""
         prefill = self._new.prefill_token_ids
-        return prefill is not None and len(prefill) > self._new.prompt_len
+        return prefill is not None and len(prefill) > self.prompt_len
 
 
 class ScheduledStep:

@@ -8,15 +8,21 @@ importing this module loads no vLLM.
 import asyncio
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final, Protocol, TypeGuard
 
+from glassbox.adapter.internals import feature_of, lacks, line
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import VllmConfig
+from glassbox.adapter.release import vllm_version
+from glassbox.core.logs import get_logger, log_once
 from glassbox.core.trace_options import OptionError
+
+logger = get_logger(__name__)
 
 ExtraArgs = Mapping[str, Any]
 
@@ -284,4 +290,8 @@ def wrap_intake(intake: Intake) -> Callable[[], None]:
 
 
 def _wrap(patch: Patch, make: Callable[[Any], Any], module: ModuleType) -> Callable[[], None]:
+    feature = feature_of(f"{patch.module}.{patch.cls}.{patch.method}")
+    if feature is not None and lacks(feature):
+        log_once(logger, logging.WARNING, feature.name, "%s", line(feature, vllm_version()))
+        return lambda: None
     return patch_method(getattr(module, patch.cls), patch.method, make)

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
+from glassbox.adapter.attention.layer_cache import CacheFinder
 from glassbox.adapter.layers import (
     ObservedLayers,
     ServerInfo,
     attention_layers,
+    bypass_of_all,
     find_layers,
     server_info,
-    unobservable_reason,
 )
 from glassbox.adapter.protocols import VllmWorker
 from glassbox.adapter.runner import max_spec_tokens
@@ -47,7 +48,7 @@ def read_worker(vllm_worker: VllmWorker) -> WorkerFacts:
     vllm_config = vllm_worker.vllm_config
     model = vllm_config.model_config
     model_layers = attention_layers(vllm_config)
-    layers = find_layers(model_layers, unobservable_reason(vllm_config))
+    layers = find_layers(model_layers, CacheFinder(model.dtype), bypass_of_all(vllm_config))
     return WorkerFacts(
         server=server_info(vllm_config),
         layers=layers,

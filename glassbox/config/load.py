@@ -66,6 +66,7 @@ _LOCAL_NAME: Final = "glassbox.yaml"
 RESTART_FIELDS: Final = (
     "attach",
     "inner_backend",
+    "compat",
     "statistics.sink_tokens",
     "statistics.local_window",
     "enabled",

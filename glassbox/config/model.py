@@ -283,8 +283,8 @@ class PrometheusConfig(_Section):
         "use layer if in doubt",
     )
     max_series: int = _field(
-        # 80 layers at detail layer are 17,120 series.
-        20_000,
+        # 80 layers at detail layer are 19,760 series, with a baseline 22,160.
+        25_000,
         "Time series of a server, 1 to 10000000; a detail that would make more falls back one level, "
         "because series are what Prometheus pays for.",
         "must be between 1 and 10000000",
@@ -416,6 +416,27 @@ class BaselineConfig(_Section):
         return None if self.path is None else Path(self.path).expanduser()
 
 
+class CanaryConfig(_Section):
+    """How often served outputs are reproduced while serving."""
+
+    interval_s: float = _field(
+        30.0,
+        "Seconds, 1 to 86400, between two checks that a few rows of each layer were served as glassbox computes them "
+        "from the KV cache; 0 checks each layer at its first prefill and decode alone.",
+        "must be 0, or between 1 and 86400 seconds",
+        "use 30",
+        ge=0,
+        le=86_400,
+    )
+
+    @field_validator("interval_s")
+    @classmethod
+    def _not_all_the_time(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("must be 0, or between 1 and 86400 seconds; use 30")
+        return value
+
+
 class ExportConfig(_Section):
     """Where the numbers go."""
 
@@ -462,8 +483,16 @@ class GlassboxConfig(_Section):
         f"must be auto or one of {', '.join(SUPPORTED_INNER_BACKENDS)}",
         "use auto if in doubt",
     )
+    compat: Literal["auto", "tested"] = _field(
+        "auto",
+        "auto: on a vLLM newer than the tested ones layers are observed once their output was reproduced; tested: the "
+        "server runs unobserved there. Needs a restart.",
+        "must be auto or tested",
+        "use auto if in doubt",
+    )
     sampling: SamplingConfig = _section(SamplingConfig)
     statistics: StatisticsConfig = _section(StatisticsConfig)
     requests: RequestsConfig = _section(RequestsConfig)
+    canary: CanaryConfig = _section(CanaryConfig)
     baseline: BaselineConfig = _section(BaselineConfig)
     export: ExportConfig = _section(ExportConfig)

@@ -14,6 +14,20 @@ from typing import Any, Final, Literal
 
 EngineValue = bool | int | float | Mapping[str, int] | Mapping[str, str]
 
+# Why a layer is not observed: values of the label `reason` of layers_bypassed, and what each means.
+BYPASS_REASONS: Final[Mapping[str, str]] = {
+    "backend": "its attention backend is not one that glassbox wraps",
+    "cache_layout": "its backend keeps the KV cache in a way, or writes it at a time, that glassbox can't read",
+    "cache_type": "its KV cache is of a type whose keys are no plain numbers",
+    "chunked_local": "chunked local attention splits requests into virtual ones",
+    "context_parallel": "context parallelism spreads the keys of a row over ranks",
+    "micro_batching": "micro-batching splits a step's rows",
+    "not_certified": "its output was not checked yet, or can't be",
+    "not_reproduced": "its output is not what glassbox computes from what it reads",
+}
+# Of the checks of served outputs: values of the label `result` of canary_rows.
+CANARY_RESULTS: Final = ("reproduced", "failed")
+
 
 class MergeRule(Enum):
     """How the numbers of an engine's workers become one.
@@ -44,6 +58,8 @@ class EngineNumber:
         holds: int, float or bool; with a label, of each of the label's values.
         labels: the metric's own. A counter or gauge has at most one, and is a mapping from that label's values; an info
             is a mapping from its labels to texts.
+        values: of the label those that are known beforehand: they have series from the start, with 0, so that rates see
+            the first increase and sums are never of nothing. A worker may leave them out, and may have others.
         page: place among the page's fields of an engine, ascending; None if it isn't shown there.
     """
 
@@ -56,11 +72,12 @@ class EngineNumber:
     merge: MergeRule
     holds: type[int] | type[float] | type[bool] = int
     labels: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
     page: int | None = None
 
     def zero(self) -> Any:
         """Nothing counted yet: 0, or for a labelled one a `collections.Counter`."""
-        return Counter() if self.labels else self.holds()
+        return Counter(dict.fromkeys(self.values, 0)) if self.labels else self.holds()
 
     def accepts(self, value: object) -> bool:
         """Whether a value, of this process or of a file, has the kind that the entry says."""
@@ -155,9 +172,23 @@ ENGINE_NUMBERS: Final[tuple[EngineNumber, ...]] = (
         otel_name="layers_bypassed",
         kind="gauge",
         unit="{layer}",
-        help="Layers of the model whose attention is not observed.",
+        help="Layers of the model whose attention is not observed, by reason.",
         merge=MergeRule.SUM_OF_STAGES,
+        labels=("reason",),
+        values=tuple(BYPASS_REASONS),
         page=1,
+    ),
+    EngineNumber(
+        name="canary_rows",
+        metric="canary_rows_total",
+        otel_name="canary_rows",
+        kind="counter",
+        unit="{row}",
+        help="Rows whose served attention output was compared with a reference, by result.",
+        merge=MergeRule.SUM,
+        labels=("result",),
+        values=CANARY_RESULTS,
+        page=9,
     ),
     EngineNumber(
         name="traced_requests_active",

@@ -3,7 +3,7 @@ kept of them per layer.
 
 Owns columns, buckets and states. A check takes a few rows of a step: the output that vLLM's kernel served is compared
 with softmax(scores) V in float32, from the cache as glassbox reads it, and K and V as computed with what the cache gave
-back. Kernels fill the sums, `measure/verdict.py` judges them, snapshots carry what is kept.
+back. Kernels fill the sums, `measure` judges them, snapshots carry what is kept.
 """
 
 from collections.abc import Sequence
@@ -16,22 +16,28 @@ import numpy.typing as npt
 
 from glassbox.core.statistics import PHASES
 
-# Of one row and query head, float32. o: served output, r: reference in float32, e = o - r, t: the reference computed
-# in the kernel's own types, c = sum_j p_j (s_j - sum_k p_k s_k) v_j: how r moves when all scores grow by a factor,
-# b_d: the largest |e_d| that rounding in these types explains. All sums are over the D elements.
+# Of one row and query head, float32. o: served output, r: reference in float32, e = o - r, c: how r moves when the
+# products q.k grow by a factor (its derivative by the factor's logarithm), b_d: the largest |e_d| that rounding in the
+# kernel's types explains (`kernels/output_rounding.py`). All sums are over the D elements; "noise" is what rounding
+# makes on average.
 OUTPUT_SUMS: Final = (
     "worst",  # max |e_d| / b_d
     "error2",  # sum e^2
-    "same2",  # sum (t - r)^2
+    "noise2",  # what rounding makes of error2
     "norm2",  # sum r^2
     "gain_dot",  # sum e r
-    "gain_var",  # sum (b r)^2
-    "scale_dot",  # sum e c
+    "gain_noise2",  # what rounding makes of gain_dot^2
+    "scale_dot",  # sum e c; this and the next two are 0 where c is lost in float32's rounding
     "scale_norm2",  # sum c^2
-    "scale_var",  # sum (b c)^2
-    "nonfinite",  # 1 if something of o or r is not finite, then the others are 0
+    "scale_noise2",  # what rounding makes of scale_dot^2
+    "nonfinite",  # NONFINITE_*; where it isn't 0 the others are 0
 )
 OUTPUT_SUM: Final = {name: column for column, name in enumerate(OUTPUT_SUMS)}
+
+# Values of "nonfinite": what has an element that is not finite, or not in the output's type.
+NONFINITE_BOTH: Final = 1  # nothing to compare
+NONFINITE_OUTPUT: Final = 2  # the served output alone
+NONFINITE_REFERENCE: Final = 3  # what its keys and values give alone
 
 # Of one row and KV head, float32: the row's own K and V as computed, against what the cache holds of them.
 KV_SUMS: Final = (

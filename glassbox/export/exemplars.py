@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from glassbox.core.statistics import NUM_BUCKETS, PHASES, STATISTICS
-from glassbox.export.families import DETAIL_LABELS
+from glassbox.export.family import DETAIL_LABELS
 from glassbox.store.llm_spans import LlmSpanReader
 from glassbox.store.merge import Detail
 from glassbox.store.trace_directory import TraceDirectory

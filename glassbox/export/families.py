@@ -1,126 +1,79 @@
 """Metric families: what is exported, neutral to how.
 
 Owns the kinds, labels and values of all metrics: those of the statistics come from `core/statistics.py`, those of an
-engine from `core/counters.py`, and the few others per layer and head are named here. Prometheus, OTLP and the
-multiprocess files are written from the same families, so they cannot differ. It does no input or output.
+engine from `core/counters.py`, those of the output checks from `check_families.py`, and the few others per layer and
+head are named here. Prometheus, OTLP and the multiprocess files are written from the same families, so they cannot
+differ. It does no input or output.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, NamedTuple, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from glassbox.core.counters import ENGINE_NUMBERS, EngineNumber
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, PHASES, STATISTICS, Phase, Statistic
+from glassbox.export.check_families import CHECK_METRICS, CHECK_SAMPLES, check_series
+from glassbox.export.family import DETAIL_LABELS, ENGINE_LABELS, Family, Kind, Series, at_detail, define
 from glassbox.signals.drift_watch import COMPARED, Drift, EngineKey
 from glassbox.store.merge import Aggregate, Detail, MergedEngine, aggregate
 
-Kind = Literal["counter", "gauge", "histogram"]
-ENGINE_LABELS: Final = ("model_name", "engine")
-DETAIL_LABELS: Final[dict[Detail, tuple[str, ...]]] = {
-    "model": (),
-    "layer": ("layer",),
-    "head": ("layer", "head"),
-}
 _COARSER: Final[dict[Detail, Detail]] = {"head": "layer", "layer": "model"}
 
-
-class Series(NamedTuple):
-    """One time series of a family.
-
-    Attributes:
-        labels: values, in the order of the family's `label_names`.
-        value: of a counter or gauge; of a histogram the number of values.
-        start_time_s: Unix time since when it is cumulative.
-        buckets: of a histogram, values per bucket (not cumulative), the last one is +Inf.
-        sum: of a histogram; None if its values may be negative.
-    """
-
-    labels: tuple[str, ...]
-    value: float
-    start_time_s: float
-    buckets: tuple[int, ...] = ()
-    sum: float | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """One metric and its series.
-
-    Attributes:
-        name: in Prometheus, with `_total` if it is a counter.
-        otel_name: in OpenTelemetry.
-        unit: OpenTelemetry unit (UCUM).
-        label_names: in the order of the series' labels.
-        bounds: of a histogram, the finite upper bounds.
-    """
-
-    name: str
-    otel_name: str
-    kind: Kind
-    help: str
-    unit: str
-    label_names: tuple[str, ...]
-    bounds: tuple[float, ...] = ()
-    series: tuple[Series, ...] = ()
-
-
-def _plain(  # a table, one row per call
-    name: str, otel_name: str, kind: Kind, unit: str, help: str, labels: tuple[str, ...] = ()
-) -> Family:
-    return Family(f"glassbox_{name}", f"glassbox.{otel_name}", kind, help, unit, ENGINE_LABELS + labels)
-
-
 # Per engine, phase and detail, next to the histograms of the statistics.
-_WINDOW_MAX: Final = _plain(
+_WINDOW_MAX: Final = define(
     "attention_max_logit_window_max",
     "attention.max_logit_window_max",
     "gauge",
     "1",
     "Largest attention score (scaled, before softmax) among the rows of the current window.",
     ("phase",),
+    DETAIL_LABELS["head"],
 )
-_ROWS: Final = _plain(
+_ROWS: Final = define(
     "attention_rows_total",
     "attention.rows",
     "counter",
     "{row}",
     "Attention rows measured; a row is one query token in one layer and one head.",
     ("phase",),
+    DETAIL_LABELS["head"],
 )
-_NONFINITE: Final = _plain(
+_NONFINITE: Final = define(
     "attention_nonfinite_rows_total",
     "attention.nonfinite_rows",
     "counter",
     "{row}",
     "Measured attention rows with a NaN or infinite score.",
     ("phase",),
+    DETAIL_LABELS["head"],
 )
 # Per engine, phase, statistic and detail; only with a baseline.
-_DRIFT_PSI: Final = _plain(
+_DRIFT_PSI: Final = define(
     "attention_drift_psi",
     "attention.drift_psi",
     "gauge",
     "1",
     "Population stability index of a statistic's recent rows against the baseline; of the worst head.",
     ("phase", "statistic"),
+    DETAIL_LABELS["head"],
 )
-_DRIFT_SHIFT: Final = _plain(
+_DRIFT_SHIFT: Final = define(
     "attention_drift_mean_shift",
     "attention.drift_mean_shift",
     "gauge",
     "1",
     "Mean of a statistic's recent rows minus the baseline's, in standard deviations; of the head that moved most.",
     ("phase", "statistic"),
+    DETAIL_LABELS["head"],
 )
 
 
 def _of_engine(entry: EngineNumber) -> Family:
     kind: Kind = "gauge" if entry.kind == "info" else entry.kind
-    return _plain(entry.metric, entry.otel_name, kind, entry.unit, entry.help, entry.labels)
+    return define(entry.metric, entry.otel_name, kind, entry.unit, entry.help, entry.labels)
 
 
 def _histogram(statistic: Statistic) -> Family:
@@ -131,6 +84,7 @@ def _histogram(statistic: Statistic) -> Family:
         help=statistic.meaning,
         unit=statistic.unit,
         label_names=(*ENGINE_LABELS, "phase"),
+        detail_labels=DETAIL_LABELS["head"],
         bounds=statistic.buckets,
     )
 
@@ -140,7 +94,7 @@ _HISTOGRAMS: Final = tuple(_histogram(statistic) for statistic in _EXPORTED)
 _BY_DETAIL: Final = (*_HISTOGRAMS, _WINDOW_MAX, _ROWS, _NONFINITE, _DRIFT_PSI, _DRIFT_SHIFT)
 _OF_ENGINE: Final = {entry.name: _of_engine(entry) for entry in ENGINE_NUMBERS}
 # Every metric, without series; labels as at detail `model`. Docs and dashboards are checked against it.
-METRICS: Final = (*_BY_DETAIL, *_OF_ENGINE.values())
+METRICS: Final = (*_BY_DETAIL, *CHECK_METRICS, *_OF_ENGINE.values())
 
 
 def build_families(
@@ -172,20 +126,13 @@ def build_families(
         if compared := (drift or {}).get((engine.model_name, engine.engine)):
             series[_DRIFT_PSI.name] += _drift_series(engine, part, compared.psi, detail)
             series[_DRIFT_SHIFT.name] += _drift_series(engine, part, compared.shift, detail)
+        for family, one in check_series(engine, detail):
+            series[family.name].append(one)
     for number, engine in enumerate(engines):
         for family, labels, value in _engine_values(engine, (errors or {}) if number == 0 else {}):
             all_labels = (engine.model_name, engine.engine, *labels)
             series[family.name].append(Series(all_labels, value, engine.start_time_s))
-    with_detail = {family.name for family in _BY_DETAIL}
-    return [
-        replace(
-            family,
-            label_names=family.label_names + (DETAIL_LABELS[detail] if family.name in with_detail else ()),
-            series=tuple(series[family.name]),
-        )
-        for family in METRICS
-        if series[family.name]
-    ]
+    return [at_detail(family, detail, tuple(series[family.name])) for family in METRICS if series[family.name]]
 
 
 def _places(
@@ -238,14 +185,14 @@ def _engine_values(engine: MergedEngine, errors: Mapping[str, int]) -> Iterator[
             yield family, tuple(number.get(label, "") for label in entry.labels), 1
         elif entry.labels:
             more = errors if entry.name == "errors" else {}
-            for value in sorted({*number, *more}):
+            for value in sorted({*entry.values, *number, *more}):
                 yield family, (value,), number.get(value, 0) + more.get(value, 0)
         else:
             yield family, (), int(number) if entry.holds is bool else number
 
 
 def samples_per_place(with_drift: bool = False) -> int:
-    """Prometheus samples of the attention metrics for one engine and one (layer, head) or whatever the detail
+    """Prometheus samples of the statistics' metrics for one engine and one (layer, head) or whatever the detail
     shows.
 
     A histogram has a sample per bucket, `_count`, and `_sum` unless its values may be negative; with a baseline a
@@ -260,7 +207,9 @@ def samples_per_place(with_drift: bool = False) -> int:
 
 
 def series_count(detail: Detail, num_layers: int, num_heads: int, with_drift: bool = False) -> int:
-    """Prometheus samples of the attention metrics of one engine when every series exists.
+    """Prometheus samples of the metrics of one engine's layers and heads, checks included, when every series exists.
+
+    What exists only while something is wrong comes on top: at most a sample per layer and rank, and one per rank.
 
     Args:
         detail: model, layer or head.
@@ -269,7 +218,8 @@ def series_count(detail: Detail, num_layers: int, num_heads: int, with_drift: bo
         with_drift: whether there is a baseline to compare with, which brings further series.
     """
     places = {"model": 1, "layer": num_layers, "head": num_layers * num_heads}[detail]
-    return places * samples_per_place(with_drift)
+    checked = 1 if detail == "model" else num_layers
+    return places * samples_per_place(with_drift) + checked * CHECK_SAMPLES
 
 
 def effective_detail(

@@ -13,7 +13,8 @@ from pathlib import Path
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.files import FileVersion
 from glassbox.core.logs import get_logger
-from glassbox.export.families import Family, build_families, effective_detail
+from glassbox.export.families import build_families, effective_detail
+from glassbox.export.family import Family
 from glassbox.signals.drift_watch import DriftWatch
 from glassbox.store.exporter_status import read_status
 from glassbox.store.merge import Detail, MergedEngine, merge

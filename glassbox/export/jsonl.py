@@ -17,7 +17,7 @@ import numpy.typing as npt
 from glassbox.core.accumulator_arrays import CUMULATIVE_ARRAYS
 from glassbox.core.histograms import quantiles
 from glassbox.core.statistics import PHASES, STATISTICS
-from glassbox.export.families import DETAIL_LABELS
+from glassbox.export.family import DETAIL_LABELS
 from glassbox.export.rotation import BYTES_PER_MB, RotatingFile
 from glassbox.store.merge import Aggregate, Detail, MergedEngine, aggregate
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
-from glassbox.export.families import Family, Kind
+from glassbox.export.family import Family, Kind
 from glassbox.export.prometheus import bucket_names
 
 # The part of a file's name after the last underscore is the process; gauges also say how processes are

@@ -36,7 +36,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from glassbox import __version__
 from glassbox.config.load import OtelConfig
 from glassbox.core.errors import ErrorCounter
-from glassbox.export.families import Family, Series
+from glassbox.export.family import Family, Series
 
 DEFAULT_SERVICE_NAME: Final = "vllm"
 # An export may take this long, retries included, unless OTEL_EXPORTER_OTLP_TIMEOUT says otherwise.
@@ -45,9 +45,9 @@ EXPORT_TIMEOUT_S: Final = 5.0
 _MAX_POINTS_PER_REQUEST: Final = 5000
 _TIMEOUT_ENV: Final = ("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT")
 _INSECURE_ENV: Final = ("OTEL_EXPORTER_OTLP_METRICS_INSECURE", "OTEL_EXPORTER_OTLP_INSECURE")
-# GenAI conventions where they have a name for it, the project's own prefix elsewhere.
-_ATTRIBUTES: Final = {"model_name": "gen_ai.request.model"}
-_NUMBERS: Final = frozenset({"layer", "head"})
+# Semantic conventions where they have a name for it, the project's own prefix elsewhere.
+_ATTRIBUTES: Final = {"model_name": "gen_ai.request.model", "host": "host.name"}
+_NUMBERS: Final = frozenset({"layer", "head", "rank"})
 _NS_PER_S: Final = 1_000_000_000
 
 

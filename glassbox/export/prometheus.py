@@ -15,7 +15,7 @@ from prometheus_client.utils import floatToGoString
 
 from glassbox.core.logs import get_logger
 from glassbox.export.exemplars import NONE, Exemplar, Exemplars, TraceExemplars
-from glassbox.export.families import Family
+from glassbox.export.family import Family
 from glassbox.export.family_source import FamilySource, View
 
 logger = get_logger(__name__)

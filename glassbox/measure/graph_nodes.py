@@ -133,6 +133,10 @@ def _split_graph(base: Any, owner: GraphNodes, is_piecewise: Callable[[], bool])
     """A CUDAGraph class that tells `owner` about its captures and replays the executable that the step needs."""
 
     class SplitGraph(base):
+        def __new__(cls, keep_graph: bool = False) -> Any:
+            # From torch 2.14 on this is where the choice is stored by which `capture_end` instantiates.
+            return super().__new__(cls, keep_graph or not is_piecewise())
+
         def __init__(self, keep_graph: bool = False) -> None:
             # The pieces of a piecewise graph hold no attention: hundreds of templates would be kept for nothing.
             watched = not keep_graph and not is_piecewise()

@@ -100,13 +100,15 @@ def register() -> None:
 
 
 def _register() -> None:
-    from glassbox.adapter import release
+    from glassbox.adapter import internals, registry, release
+    from glassbox.adapter.internals import Feature
     from glassbox.config.load import ConfigError, find_config, load_config
     from glassbox.core.logs import get_logger
 
     logger = get_logger(__name__)
-    reason = release.unsupported_reason()
-    if reason is not None:
+    found = release.installed()
+    # Before the file: a server that can't be observed has no use for it, and must not stop for a mistake in it.
+    if (reason := found.unobserved_reason()) is not None:
         logger.error("%s", reason)
         return
     path = find_config().absolute()
@@ -114,6 +116,13 @@ def _register() -> None:
         config = load_config(path)
     except ConfigError as error:
         raise SystemExit(f"glassbox: {error}") from None
+    if (reason := found.unobserved_reason(config.compat)) is not None:
+        logger.error("%s", reason)
+        return
+    registry.load()
+    if internals.lacks(Feature.ATTACHING):
+        logger.error("%s", internals.line(Feature.ATTACHING, found.version))
+        return
     if not config.enabled:
         logger.info("`enabled: false` in %s: nothing is observed", path)
     SEAT.registration = registration = Registration()

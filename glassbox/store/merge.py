@@ -1,8 +1,8 @@
 """One view of all snapshots of a server.
 
 Owns what several workers' snapshots mean together: tensor-parallel ranks bring heads, pipeline ranks bring
-layers, and a worker that was restarted goes on counting where its predecessor stopped. How it is shown is
-`export/families.py`.
+layers, and a worker that was restarted goes on counting where its predecessor stopped. The checks of layers'
+outputs are `merged_checks.py`'s, how it is shown is `export/families.py`'s.
 """
 
 import re
@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from glassbox.core.accumulator_arrays import ACCUMULATOR_ARRAYS, ARRAY, AccumulatorArrays
 from glassbox.core.counters import ENGINE_NUMBERS, EngineValue, MergeRule
+from glassbox.core.output_checks import LayerChecks
+from glassbox.store.merged_checks import NonfiniteOrigin, WrongLayer, merge_checks, nonfinite_origins, wrong_layers
 from glassbox.store.snapshot import Snapshot, Totals
 
 Detail = Literal["model", "layer", "head"]
@@ -26,10 +28,20 @@ class MergedEngine(Totals):
     """All workers of one engine together; layers and heads are global.
 
     Its window_max is that of the live workers only.
+
+    Attributes:
+        num_heads, num_layers: of the model.
+        checks: of the L layers; counts and sums of all workers, the rest of the live ones. A layer is CERTIFIED if it
+            is on every live worker that has it, FAILED if it is on one.
+        wrong: layers whose output was not reproduced, for each live worker.
+        nonfinite_origins: where non-finite rows begin, for each rank and host that had some lately.
     """
 
     num_heads: int
     num_layers: int
+    checks: LayerChecks
+    wrong: tuple[WrongLayer, ...] = ()
+    nonfinite_origins: tuple[NonfiniteOrigin, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -105,6 +117,9 @@ def _merge_engine(snapshots: Iterable[Snapshot]) -> MergedEngine:
         time_s=workers.newest.time_s,
         start_time_s=min(snapshot.start_time_s for snapshot in workers.all),
         numbers={entry.name: _RULES[entry.merge](workers, entry.name) for entry in ENGINE_NUMBERS},
+        checks=merge_checks(layers, workers.all, workers.live.values()),
+        wrong=wrong_layers(workers.live.values()),
+        nonfinite_origins=nonfinite_origins(workers.live.values()),
         **_merge_arrays(workers, layers, heads),
     )
 

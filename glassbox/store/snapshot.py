@@ -19,10 +19,12 @@ from glassbox.core.accumulator_arrays import ARRAY, AccumulatorArrays, check_sha
 from glassbox.core.counters import ENGINE_NUMBER, EngineValue
 from glassbox.core.files import FileVersion, file_versions, write_atomically
 from glassbox.core.logs import get_logger
+from glassbox.core.output_checks import LAYER_CHECK_DTYPES, LayerChecks
 
 logger = get_logger(__name__)
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
+_CHECKS: Final = "checks_"  # before the names of the arrays of LayerChecks in a file
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
 
 
@@ -69,6 +71,10 @@ class Snapshot(Totals):
         rank: in the tensor-parallel group.
         head_offset: global index of the first local head.
         num_heads_total, num_layers_total: of the model.
+        host: name of the machine.
+        first_nonfinite_layer: global index of the first layer, in the model's order, that had non-finite rows lately;
+            None if none had.
+        checks: what the checks of the layers' outputs found.
 
     Raises:
         ValueError: if an array does not have that shape, the layers are not distinct, or the numbers are not those of
@@ -80,10 +86,15 @@ class Snapshot(Totals):
     head_offset: int
     num_heads_total: int
     num_layers_total: int
+    host: str
+    first_nonfinite_layer: int | None
+    checks: LayerChecks
 
     def __post_init__(self) -> None:
         heads = self.rows.shape[1] if self.rows.ndim == 3 else -1
         check_shapes(self, ARRAY, len(self.layers), heads)
+        if len(self.checks.state) != len(self.layers):
+            raise ValueError(f"checks must be of {len(self.layers)} layers, got {len(self.checks.state)}")
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers must be distinct, got {list(self.layers)}")
         if self.head_offset < 0 or self.head_offset + heads > self.num_heads_total:
@@ -111,7 +122,7 @@ def _check_numbers(numbers: Mapping[str, object]) -> None:
             raise ValueError(f"{name} must be of the kind that the table of engine numbers says, got {value!r}")
 
 
-_META: Final = tuple(field.name for field in fields(Snapshot) if field.name not in ARRAY)
+_META: Final = tuple(field.name for field in fields(Snapshot) if field.name not in ARRAY and field.name != "checks")
 
 
 def snapshot_name(snapshot: Snapshot) -> str:
@@ -124,6 +135,7 @@ def _encode(snapshot: Snapshot) -> bytes:
     meta = {name: getattr(snapshot, name) for name in _META}
     text = json.dumps({"format": FORMAT_VERSION, **meta}, default=_plain)
     arrays: dict[str, Any] = {name: narrowed(getattr(snapshot, name)) for name in ARRAY}
+    arrays |= {_CHECKS + name: narrowed(array) for name, array in vars(snapshot.checks).items()}
     buffer = io.BytesIO()
     np.savez(buffer, meta=np.frombuffer(text.encode(), dtype=np.uint8), **arrays)
     return buffer.getvalue()
@@ -160,8 +172,12 @@ def _decode(data: bytes) -> Snapshot:
         if meta.pop("format", None) != FORMAT_VERSION:
             raise ValueError(f"format must be {FORMAT_VERSION}")
         arrays = {name: archive[name].astype(entry.dtype, copy=False) for name, entry in ARRAY.items()}
+        checks: dict[str, Any] = {
+            name: archive[_CHECKS + name].astype(dtype, casting="same_kind", copy=False)
+            for name, dtype in LAYER_CHECK_DTYPES.items()
+        }
     meta["layers"] = tuple(int(layer) for layer in meta["layers"])
-    return Snapshot(**meta, **arrays)
+    return Snapshot(**meta, **arrays, checks=LayerChecks(**checks))
 
 
 class SnapshotReader:

@@ -143,6 +143,8 @@ def _header(watch: Watch) -> list[Text]:
     third = Text.assemble(("layers ", "dim"), f"{engines.layers_observed or 0:.0f} observed")
     if engines.layers_bypassed:
         third.append(f", {engines.layers_bypassed:.0f} not", style="yellow")
+    if engines.layers_wrong:
+        third.append(f", {engines.layers_wrong} wrong", style="bold red")
     counts = {"dropped": sum(engines.dropped.values()), "nonfinite": now.nonfinite.sum()}
     counts["errors"] = sum((engines.errors or {}).values())
     for name, value in counts.items():

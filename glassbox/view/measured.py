@@ -36,7 +36,8 @@ class Engines:
         sample_rate: the largest.
         overhead_s: seconds spent on measuring, of the slowest engine.
         dropped: rows by reason; errors: by stage.
-        layers_observed, layers_bypassed: of one engine, the largest.
+        layers_observed, layers_bypassed: of one engine (for all reasons), the largest.
+        layers_wrong: of all engines and ranks, those whose output was not reproduced.
         build: version, vllm_version, backend.
     """
 
@@ -48,6 +49,7 @@ class Engines:
     errors: Mapping[str, float] | None = None
     layers_observed: float | None = None
     layers_bypassed: float | None = None
+    layers_wrong: int = 0
     build: Mapping[str, str] = field(default_factory=dict)
 
 

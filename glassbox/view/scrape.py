@@ -201,6 +201,12 @@ def _engines(samples: list[Any]) -> Engines:
     def largest(name: str) -> float | None:
         return max(values.get(_name(name), ()), default=None)
 
+    bypassed: dict[str, float] = {}  # by engine
+    for sample in samples:
+        if sample.name == _name("layers_bypassed"):
+            engine = sample.labels["engine"]
+            bypassed[engine] = bypassed.get(engine, 0.0) + sample.value
+
     return Engines(
         steps=total("steps"),
         sampled_steps=total("sampled_steps"),
@@ -209,6 +215,7 @@ def _engines(samples: list[Any]) -> Engines:
         dropped=dropped,
         errors=errors,
         layers_observed=largest("layers_observed"),
-        layers_bypassed=largest("layers_bypassed"),
+        layers_wrong=len(values.get("glassbox_attention_output_wrong", ())),
+        layers_bypassed=max(bypassed.values(), default=None),
         build=build,
     )

@@ -3,13 +3,16 @@
 Owns the layout of the answer, which the frames of the stream share. The numbers are `matrices.py`'s.
 """
 
+import math
 import time
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Final, cast
 
 from glassbox import __version__
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.counters import ENGINE_NUMBERS
+from glassbox.core.output_checks import LayerState
 from glassbox.core.statistics import PHASES, STATISTICS, Statistic
 from glassbox.export.family_source import FamilySource
 from glassbox.store.merge import MergedEngine
@@ -61,6 +64,8 @@ def engine_answer(engine: MergedEngine, selection: Selection, config: GlassboxCo
         # Layers that the configuration leaves out have no new rows, although they are observed.
         "unsampled_layers": [layer for layer in engine.layers if layer not in sampled],
         **{name: engine.numbers[name] for name in _NUMBERS},
+        **_bypassed(engine),
+        **_checked(engine),
         "phases": {phase.value: phase_answer(engine, selection.statistics, phase) for phase in selection.phases},
     }
     if selection.head is not None:
@@ -74,6 +79,23 @@ def engine_answer(engine: MergedEngine, selection: Selection, config: GlassboxCo
             },
         }
     return answer
+
+
+def _bypassed(engine: MergedEngine) -> dict[str, Any]:
+    """How many layers are not observed, and for which reasons."""
+    reasons = cast(Mapping[str, int], engine.numbers["layers_bypassed"])
+    found = {reason: layers for reason, layers in reasons.items() if layers}
+    return {"layers_bypassed": sum(found.values()), "layers_bypassed_by_reason": found}
+
+
+def _checked(engine: MergedEngine) -> dict[str, Any]:
+    """How many layers were reproduced, and which workers are wrong; a ratio that is not finite is null."""
+    wrong = [asdict(one) | {"ratio": one.ratio if math.isfinite(one.ratio) else None} for one in engine.wrong]
+    return {
+        "layers_certified": int((engine.checks.state == LayerState.CERTIFIED).sum()),
+        "wrong_layers": wrong,
+        "nonfinite_origins": [asdict(one) for one in engine.nonfinite_origins],
+    }
 
 
 def snapshot_answer(source: FamilySource, selection: Selection) -> bytes:

@@ -47,6 +47,13 @@ MAY_BE_EMPTY: Final = {
     "Errors by stage": "the series of a stage begins with its first error",
     "Dropped rows by reason": "the series of a reason begins with its first dropped row",
     "Layers with non-finite rows": "only layers that have some are listed",
+    "Layers by certification": "only reasons that layers have are shown",
+    "Wrong layers": "no layer is wrong",
+    "Where non-finite rows begin": "no score is NaN",
+    "Largest cache error": "the cache is not quantised",
+    "Largest saturated share": "the cache is not quantised",
+    "KV cache error by layers": "the cache is not quantised",
+    "KV cache saturation by layers": "the cache is not quantised",
     "Configuration reloads": "the annotation marks a change of the last seconds",
 }
 # Alerts that can't be made to fire by other numbers: a fault is needed.
@@ -55,6 +62,9 @@ NEEDS_A_FAULT: Final = {
     "ConfigReloadFailed": "the configuration is valid",
     "NotSampling": "rows are measured",
     "Errors": "there are none",
+    "OutputWrong": "no layer is wrong",
+    "NotCertified": "every layer was reproduced",
+    "KvCacheQuantization": "the cache is not quantised",
 }
 SHORT: Final = RuleSettings(
     window=f"{WINDOW_S}s",
@@ -209,7 +219,14 @@ class TestQueries:
         }
         assert 30 < len(seen)
         assert {name: known[name] - {"job", "instance"} for name in seen} == seen
-        needs_an_event = {"glassbox_errors_total", "glassbox_dropped_rows_total"}
+        needs_an_event = {
+            "glassbox_errors_total",
+            "glassbox_dropped_rows_total",
+            "glassbox_attention_output_wrong",
+            "glassbox_nonfinite_first_layer",
+            "glassbox_kv_cache_quantization_error_ratio",
+            "glassbox_kv_cache_saturated_ratio",
+        }
         expected = {name for name in known if name.startswith("glassbox_")} - needs_an_event
         assert expected <= seen.keys()
 

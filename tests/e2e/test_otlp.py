@@ -28,11 +28,12 @@ def receiver() -> Iterator[OtlpReceiver]:
 def as_samples(metrics: dict[str, Metric]) -> dict[Key, float]:
     """What was received, in the words of Prometheus."""
     found: dict[Key, float] = {}
+    names = {"gen_ai.request.model": "model_name", "host.name": "host"}
     for metric in metrics.values():
         name = PROMETHEUS_NAMES[metric.name]
         for point in getattr(metric, metric.WhichOneof("data")).data_points:
             labels = {
-                key.replace("gen_ai.request.model", "model_name").removeprefix("glassbox."): str(value)
+                names.get(key, key.removeprefix("glassbox.")): str(value)
                 for key, value in attributes(point.attributes).items()
             }
             if metric.WhichOneof("data") != "histogram":

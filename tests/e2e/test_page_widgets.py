@@ -119,6 +119,31 @@ class TestTwoLiveViews:
         watched.complaints[:] = [text for text in watched.complaints if "404" not in text]
 
 
+class TestSampled:
+    def test_it_names_reasons_and_who_is_wrong(self, watched: Watched, url: str) -> None:
+        """The line below the map: three wrong layers by name, the others as a number; none if all is well."""
+        watched.open(url)
+        found = watched.page.evaluate(
+            """async () => {
+                const { sampledText } = await import("./page/sampled.js");
+                const matrix = { kinds: { rows: [7] }, totalRows: 7, size: 1, unsampled: new Set(), totalNonfinite: 0 };
+                const healthy = {
+                    steps: 9, sampled_steps: 3, sample_rate: 1,
+                    layers_bypassed: 0, layers_bypassed_by_reason: {}, wrong_layers: [],
+                };
+                const wrong = [1, 2, 3, 4].map((layer) => ({ layer, head: 0, rank: 1, host: "gpu-1", ratio: 2 }));
+                const broken = {
+                    ...healthy, layers_bypassed: 5, layers_bypassed_by_reason: { backend: 1, not_reproduced: 4 },
+                    wrong_layers: wrong,
+                };
+                return [healthy, broken].map((engine) => sampledText({ engine }, matrix, "decode"));
+            }"""
+        )
+        where = ", ".join(f"layer {layer} of rank 1 on gpu-1" for layer in (1, 2, 3))
+        told = f" · 5 layers not observed (backend, not_reproduced) · wrong output: {where} and 1 more"
+        assert [found[0], found[0] + told] == found
+
+
 class TestTwoHeatMaps:
     def test_cells_colours_and_marks_are_of_one_map(self, watched: Watched, url: str) -> None:
         """Of different shapes, with other values: what one is told to show or mark repaints it alone."""

@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from glassbox.adapter.attention.layer_cache import CacheFinder
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
@@ -30,6 +31,29 @@ EVERYTHING: Final = {"glassbox": "trace", "glassbox_top_k": 3, "glassbox_spans":
 
 class VllmLayer(SimpleNamespace):
     """Can be held weakly, as vLLM's can."""
+
+
+class GpuImpl(SimpleNamespace):
+    """Writes a cache as vLLM's GPU backends do."""
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        for part, numbers in zip(cache.transpose(1, 2).split(D, dim=-1), (key, value), strict=True):
+            part[slots // BLOCK, slots % BLOCK] = numbers
+
+
+def gpu_layer(name: str, cache: torch.Tensor) -> Any:
+    """A layer as vLLM's GPU backends have it."""
+    impl = GpuImpl(
+        scale=0.2, head_size=D, num_kv_heads=KV_HEADS, sliding_window=-1, logits_soft_cap=0, alibi_slopes=None,
+        kv_cache_dtype="auto", glassbox_view=None, glassbox_finder=None,
+    )  # fmt: skip
+    one = torch.ones(1, device=cache.device)
+    return VllmLayer(
+        layer_name=name, impl=impl, kv_cache=cache, head_size=D, head_size_v=D, _q_scale=one, _k_scale=one,
+        _v_scale=one, _k_scale_float=1.0, _v_scale_float=1.0,
+    )  # fmt: skip
 
 
 class ObservedWorker:
@@ -91,11 +115,15 @@ class ObservedWorker:
         else:
             cache[..., :D] = keys.view(8, BLOCK, KV_HEADS, D).transpose(1, 2)
             cache = cache.to(self.device)
-        impl = SimpleNamespace(
-            scale=0.2, head_size=D, sliding_window=-1, logits_soft_cap=0, alibi_slopes=None, kv_cache_dtype="auto",
-            glassbox_view=None,
-        )  # fmt: skip
-        return impl, VllmLayer(layer_name=name, isa="vec", _k_scale_float=1.0, kv_cache=cache), cache
+        if self.device == "cpu":
+            from tests.integration.cpu_layer import cpu_layer, layout_of
+
+            of_vllm = cpu_layer(cache, num_kv_heads=KV_HEADS, head_size=D, name=name)
+            layout_of(of_vllm, torch.float32)
+            return of_vllm.impl, of_vllm, cache
+        layer = gpu_layer(name, cache)
+        layer.impl.glassbox_finder = CacheFinder(torch.float32)
+        return layer.impl, layer, cache
 
     def _metadata(self) -> Any:
         starts = torch.arange(len(KEYS) + 1, dtype=torch.int32)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,21 +9,18 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-from glassbox.adapter.attention import cpu_cache
-from glassbox.adapter.attention.cpu_cache import CacheLayoutError, KeyLayout, PackedKeyReader, probe_layout
+from glassbox.adapter.attention.cache_layout import CacheLayout, CacheLayoutError
+from glassbox.adapter.attention.cpu_cache import PackedReader, PageOrder
 from glassbox.adapter.attention.layer_view import PackedView
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.kernels.row_stats_cpu import LayerRows, plan_rows, row_stats_cpu
 from glassbox.kernels.row_stats_native import NativeRows, NativeStep
 from glassbox.measure.native_layers import CachedLayer
+from tests.integration.cpu_layer import VllmLayer, cpu_layer, layout_of
 from tests.kernels.tolerances import ATTENTION_OUTPUT, assert_two_oracles
 
 pytestmark = pytest.mark.integration
-
-
-class VllmLayer(SimpleNamespace):
-    """Can be held weakly, as vLLM's can."""
 
 
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -102,31 +98,54 @@ def write(cache: Tensor, kind: Kind, keys: Tensor, values: Tensor, slots: Tensor
     ops.cpu_attn_reshape_and_cache(keys, values, key_half, value_half, slots, kind.isa, k_scale, 1.0, kind.kv_dtype)
 
 
-def _flipped(found: Tensor) -> Tensor:
-    """The pages of block 0 in reverse order."""
-    return torch.cat([found[:1].flip(2), found[1:]])
+def layout_of_cache(kind: Kind, cache: Tensor) -> CacheLayout:
+    """As a worker finds it."""
+    return layout_of(layer_of(kind, cache), kind.dtype)
+
+
+def layer_of(kind: Kind, cache: Tensor, k_scale: float = 1.0, **impl: object) -> VllmLayer:
+    """A layer with such a cache."""
+    return cpu_layer(
+        cache, num_kv_heads=NUM_HEADS, head_size=kind.head_size, isa=kind.isa, kv_cache_dtype=kind.kv_dtype,
+        k_scale=k_scale, scale=0.3, **impl,
+    )  # fmt: skip
+
+
+def reader_of(kind: Kind, cache: Tensor, k_scale: float = 1.0) -> PackedReader:
+    """Of the cache's keys."""
+    layout = layout_of_cache(kind, cache)
+    return PackedReader(cache, layout, layout.key, k_scale)
+
+
+def value_reader_of(kind: Kind, cache: Tensor) -> PackedReader:
+    """Of the cache's values, whose scale is 1."""
+    layout = layout_of_cache(kind, cache)
+    return PackedReader(cache, layout, layout.value, 1.0)
 
 
 class TestReadBack:
     @pytest.mark.parametrize("kind", kinds())
-    def test_keys_are_read_exactly(self, kind: Kind) -> None:
-        """Keys that vLLM's operator wrote into shuffled blocks come back bit for bit (FP8: cut off once)."""
+    def test_keys_and_values_are_read_exactly(self, kind: Kind) -> None:
+        """What vLLM's operator wrote into shuffled blocks comes back bit for bit (FP8: cut off once)."""
         generator = torch.Generator().manual_seed(1)
         blocks = torch.tensor([3, 1, 4])
         num_tokens = len(blocks) * kind.block_size
-        keys = 3 * torch.randn(num_tokens, NUM_HEADS, kind.head_size, generator=generator)
-        keys = keys.to(kind.dtype)
+        keys, values = (
+            (3 * torch.randn(num_tokens, NUM_HEADS, kind.head_size, generator=generator)).to(kind.dtype)
+            for _ in range(2)
+        )
         k_scale = 0.5 if kind.kv_dtype in FP8 else 1.0
         cache = kind.empty()
         slots = (blocks[:, None] * kind.block_size + torch.arange(kind.block_size)).view(-1)
-        write(cache, kind, keys, torch.zeros_like(keys), slots, k_scale=k_scale)
+        write(cache, kind, keys, values, slots, k_scale=k_scale)
 
-        reader = PackedKeyReader(cache, kind.isa, kind.kv_dtype, k_scale)
-        got = reader.read(blocks)
-        assert got.shape == (3, NUM_HEADS, kind.block_size, kind.head_size)
-        expected = stored(keys, kind, k_scale).view(3, kind.block_size, NUM_HEADS, kind.head_size).transpose(1, 2)
-        assert torch.equal(got.double() * reader.key_scale, expected)
-        assert reader.num_kv_heads == NUM_HEADS
+        readers = (reader_of(kind, cache, k_scale), value_reader_of(kind, cache))
+        for reader, written, scale in zip(readers, (keys, values), (k_scale, 1.0), strict=True):
+            got = reader.read(blocks)
+            assert got.shape == (3, NUM_HEADS, kind.block_size, kind.head_size)
+            expected = stored(written, kind, scale).view(3, kind.block_size, NUM_HEADS, kind.head_size)
+            assert torch.equal(got.double() * reader.key_scale, expected.transpose(1, 2))
+            assert reader.num_kv_heads == NUM_HEADS
 
     @NEEDS_AVX512
     @pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
@@ -135,66 +154,54 @@ class TestReadBack:
         kind = Kind("vec", 32, 64, torch.bfloat16, kv_dtype)
         cache = torch.arange(256, dtype=torch.uint8).repeat(80).view(5, NUM_HEADS, 32, 64)[..., :64]
         cache = torch.cat([cache, cache], dim=3).contiguous()
-        reader = PackedKeyReader(cache, "vec", kv_dtype)
+        reader = reader_of(kind, cache)
         got = reader.read(torch.arange(NUM_BLOCKS)).double() * reader.key_scale
         pages = kind.halves(cache)[0].reshape(NUM_BLOCKS, NUM_HEADS, 64, 32).transpose(2, 3)
         expected = pages.contiguous().view(FP8[kv_dtype]).double()
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(got.nan_to_num(), expected.nan_to_num())
         without_nan = (cache & 0x3F).contiguous()
-        reader = PackedKeyReader(without_nan, "vec", kv_dtype)
+        reader = reader_of(kind, without_nan)
         got = reader.read(torch.arange(NUM_BLOCKS)).double() * reader.key_scale
         pages = kind.halves(without_nan)[0].reshape(NUM_BLOCKS, NUM_HEADS, 64, 32).transpose(2, 3)
         assert torch.equal(got, pages.contiguous().view(FP8[kv_dtype]).double())
 
     def test_vec_is_read_without_a_copy_of_pages(self) -> None:
         """The transpose of the vector kernels is a view of the gathered pages."""
-        assert probe_layout("vec", 32, 64, torch.bfloat16, "auto").is_view
+        kind = Kind("vec", 32, 64, torch.bfloat16, "auto")
+        assert reader_of(kind, kind.empty()).order.is_view
 
     @NEEDS_AVX512
     def test_amx_tiles_have_a_strided_form(self) -> None:
         """AMX's tiles (16 tokens x 2 dimensions) are found as strides, so no index per element is needed."""
-        layout = probe_layout("amx", 32, 64, torch.bfloat16, "auto")
-        assert layout.token_dims == ((2, 1024), (16, 2))
-        assert layout.head_dims == ((32, 32), (2, 1))
+        kind = Kind("amx", 32, 64, torch.bfloat16, "auto")
+        order = reader_of(kind, kind.empty()).order
+        assert order.token_dims == ((2, 1024), (16, 2))
+        assert order.head_dims == ((32, 32), (2, 1))
 
     def test_any_permutation_can_be_read(self) -> None:
         """An order without strided form is read by index."""
         offsets = torch.randperm(12)
-        token_dims, head_dims = cpu_cache._strided_form(offsets.view(3, 4))
-        layout = KeyLayout(3, 4, token_dims, head_dims, offsets)
+        order = PageOrder.of(7 + offsets.view(3, 4))
         keys = torch.randn(2, 5, 12)
         pages = torch.empty_like(keys)
         pages[..., offsets] = keys
-        assert token_dims == ()
-        assert torch.equal(layout.unpack(pages), keys.view(2, 5, 3, 4))
+        assert (order.token_dims, order.first, order.length) == ((), 7, 12)
+        assert torch.equal(order.unpack(pages), keys.view(2, 5, 3, 4))
 
-    @pytest.mark.parametrize(
-        ("written", "message"),
-        [
-            (lambda found: found.clone().fill_(0), "a page holds keys of another head or block"),
-            (lambda found: found - found % 2, "the order of keys in a page is no permutation"),
-            (_flipped, "pages differ"),
-        ],
-    )
-    def test_no_permutation_is_an_error(self, monkeypatch: pytest.MonkeyPatch, written, message: str) -> None:
-        """A layout that isn't one permutation for all pages is refused; the message says what is wrong."""
-        original = cpu_cache._written_numbers
-        monkeypatch.setattr(cpu_cache, "_written_numbers", lambda *kind: written(original(*kind)))
-        with pytest.raises(CacheLayoutError, match=message):
-            probe_layout.__wrapped__("vec", 32, 64, torch.bfloat16, "auto")
+    @pytest.mark.parametrize("name", ["nvfp4", "int8_per_token_head"])
+    def test_types_that_are_no_plain_numbers(self, name: str) -> None:
+        """They are refused whatever their bytes look like."""
+        kind = Kind("vec", 32, 64, torch.bfloat16, name)
+        cache = torch.zeros(NUM_BLOCKS, NUM_HEADS, 32, 128, dtype=torch.uint8)
+        with pytest.raises(CacheLayoutError, match=f"a cache of kv_cache_dtype {name} must hold float16, bfloat16"):
+            layout_of_cache(kind, cache)
 
-    def test_unknown_isa_is_an_error(self) -> None:
-        """What vLLM's operator refuses is named with the whole kind of the cache."""
-        cache = Kind("vec", 32, 64, torch.bfloat16, "auto").empty()
-        with pytest.raises(CacheLayoutError, match="can't write a CPU cache of isa='nonsense' block_size=32"):
-            PackedKeyReader(cache, "nonsense")
-
-    def test_unknown_kv_dtype_is_an_error(self) -> None:
-        """A cache type that isn't known is refused, and the known ones are named."""
-        cache = Kind("vec", 32, 64, torch.bfloat16, "auto").empty()
-        with pytest.raises(CacheLayoutError, match="must be auto, fp8, fp8_e4m3, fp8_e5m2"):
-            PackedKeyReader(cache, "vec", "nvfp4")
+    def test_a_layer_that_cannot_be_written(self) -> None:
+        """What vLLM's operator refuses is told in its own words."""
+        kind = Kind("nonsense", 32, 64, torch.bfloat16, "auto")
+        with pytest.raises(CacheLayoutError, match=r"vLLM can't write a KV cache of auto: Invalid ISA"):
+            layout_of_cache(kind, kind.empty())
 
 
 @dataclass(frozen=True)
@@ -267,7 +274,7 @@ class Served:
             write(self.cache, self.kind, keys, values, slots, k_scale=k_scale)
             self.keys.append(stored(keys, self.kind, k_scale))
             self.values.append(stored(values, self.kind, 1.0))
-        self.reader = PackedKeyReader(self.cache, case.isa, case.kv_dtype, k_scale)
+        self.reader = reader_of(self.kind, self.cache, k_scale)
         self.output = self._attend(k_scale)
 
     def _attend(self, k_scale: float) -> Tensor:
@@ -355,12 +362,12 @@ class TestScores:
             num_heads=served.HQ,
             head_size=served.q.shape[2],
         )  # fmt: skip
-        impl = SimpleNamespace(
-            kv_cache_dtype=case.kv_dtype, scale=0.3, sliding_window=options.window or -1,
+        layer = layer_of(
+            served.kind, served.cache, case.k_scale, sliding_window=options.window or -1,
             logits_soft_cap=options.soft_cap or 0, alibi_slopes=served.slopes, sinks=served.sinks,
         )  # fmt: skip
-        layer = VllmLayer(layer_name="layer", isa=case.isa, _k_scale_float=case.k_scale)
-        cached = CachedLayer.of(PackedView(impl, layer), served.q, served.cache)
+        layout_of(layer, case.dtype)
+        cached = CachedLayer.of(PackedView(layer.impl, layer), served.q, served.cache)
         native.take(0, cached.layer, served.q)
         expected, same_dtype = (
             row_stats_ref(

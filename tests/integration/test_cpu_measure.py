@@ -21,6 +21,7 @@ from glassbox.measure.cpu_measurer import CpuMeasurer
 from glassbox.processes.worker.traces.active import ActiveTrace
 from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
 from glassbox.store.trace_record import RequestTrace, Span, TraceOptions
+from tests.integration.cpu_layer import cpu_layer, layout_of
 from tests.trace_samples import make_host
 
 pytestmark = pytest.mark.integration
@@ -30,10 +31,6 @@ NUM_LAYERS, HEADS, KV_HEADS, D, BLOCK = 3, 4, 2, 64, 32
 SEQ_LENS, QUERY_LENS, PROMPT_LENS = (70, 40, 3), (1, 20, 1), (30, 100, 2)
 ASKS = TraceOptions(top_k=5, spans=(Span("first", 0, 4), Span("rest", 4, 1000)), attention=True)
 FEW = TraceOptions(top_k=2, layers=(8,))
-
-
-class VllmLayer(SimpleNamespace):
-    """Can be held weakly, as vLLM's can."""
 
 
 class Step:
@@ -64,18 +61,19 @@ class Step:
                     keys, torch.zeros_like(keys), key_half, value_half, slots, "vec", 1.0, 1.0, "auto"
                 )
             last = number == NUM_LAYERS - 1
-            impl = SimpleNamespace(
-                scale=0.2,
-                sliding_window=10 if last else -1,
-                logits_soft_cap=0,
-                alibi_slopes=None,
-                sinks=normal(HEADS) if last else None,
-                kv_cache_dtype="auto",
-            )
             # Held here: a view does not keep vLLM's layer alive.
-            self.vllm_layers.append(VllmLayer(layer_name=f"layer{number}", isa="vec", _k_scale_float=1.0))
+            layer = cpu_layer(
+                cache,
+                num_kv_heads=KV_HEADS,
+                head_size=D,
+                name=f"layer{number}",
+                sliding_window=10 if last else -1,
+                sinks=normal(HEADS) if last else None,
+            )
+            layout_of(layer, torch.float32)
+            self.vllm_layers.append(layer)
             self.layers.append({
-                "layer": PackedView(impl, self.vllm_layers[-1]),
+                "layer": PackedView(layer.impl, layer),
                 "query": normal(int(starts[-1]), HEADS, D),
                 "kv_cache": cache,
                 "tables": tables_of(self.metadata[last]),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glassbox.core.output_checks import OUTPUT_SUM
 from glassbox.core.statistics import INDEX, NUM_STATISTICS
 
 EPS32: Final = torch.finfo(torch.float32).eps
@@ -23,6 +24,11 @@ SCORE_ROUNDING: Final = 2.0
 # Of vLLM's attention output (values of magnitude 1 to 4), whose p and result are rounded to the model's
 # dtype. A wrong convention (sign, order, window) shows as 1 and more.
 ATTENTION_OUTPUT: Final = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+# Of the sums of an output's check where its errors are a hundredth of it and more: float32 loses 1e-6 and a few times
+# as much for large scores. What c is made of cancels, down to where `output_rounding.LOST` gives it up.
+OUTPUT_SUMS_ERROR: Final = 1e-3
+OUTPUT_GROWTH_ERROR: Final = 1e-2
 
 
 def score_error(magnitude: float) -> float:
@@ -78,4 +84,21 @@ def assert_two_oracles(actual: Tensor, expected: Tensor, same_dtype: Tensor, mag
         assert excess[worst] <= 0, (
             f"{name}: {float(value[worst])} expected, error {float(error[worst]):.3g}, allowed "
             f"{float(allowed[worst]):.3g} + {ORACLE_FACTOR} x {float(torch_error.max()):.3g}"
+        )
+
+
+def assert_output_sums(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Checks sums of outputs [H, len(OUTPUT_SUMS)] against the reference; products of both signs relative to what they
+    could be at most."""
+    assert actual.shape == expected.shape, what
+    got, want = actual.double(), expected
+    of = {name: want[:, column] for name, column in OUTPUT_SUM.items()}
+    for name, column in OUTPUT_SUM.items():
+        size = of[name].abs()
+        if name.endswith("dot"):
+            size = (of["error2"] * of["norm2" if name == "gain_dot" else "scale_norm2"]).sqrt()
+        allowed = size * (OUTPUT_GROWTH_ERROR if name.startswith("scale") else OUTPUT_SUMS_ERROR)
+        excess = (got[:, column] - of[name]).abs() - allowed
+        assert not (excess.isnan() | (excess > 0)).any(), (
+            f"{what}: {name} {got[:, column].tolist()}, expected {of[name].tolist()}"
         )

@@ -7,7 +7,9 @@ import weakref
 
 from torch import Tensor
 
-from glassbox.adapter.attention.cpu_cache import FP8_DTYPES, PackedKeyReader
+from glassbox.adapter.attention.cache_layout import CacheLayout
+from glassbox.adapter.attention.cpu_cache import PackedReader, page_order
+from glassbox.adapter.attention.layer_cache import CacheFinder
 from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, AttentionMetadata, CommonMetadata, ObservedImpl
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_stats_native import KeyOrder, KeyPages
@@ -17,11 +19,12 @@ from glassbox.measure.contract import BatchTables
 class _View:
     """See contract.LayerView. Its KV cache is vLLM's to free, so the layer is held weakly."""
 
-    def __init__(
-        self, impl: AttentionImpl, layer: AttentionLayer, q_scale: Tensor | None = None, k_scale: Tensor | None = None
-    ) -> None:
-        self.name = layer.layer_name
-        self.params = _params(impl, q_scale, k_scale)
+    def __init__(self, impl: ObservedImpl, layer: AttentionLayer, params: LayerParams) -> None:
+        if impl.glassbox_finder is None:
+            raise RuntimeError(f"the KV cache of {layer.layer_name} was not looked at; its keys can't be read")
+        self.name, self.params = layer.layer_name, params
+        self._finder: CacheFinder = impl.glassbox_finder
+        self._layout: CacheLayout | None = None
         self._layer: weakref.ref[AttentionLayer] = weakref.ref(layer)
 
     def is_of(self, layer: AttentionLayer) -> bool:
@@ -40,57 +43,87 @@ class _View:
             raise RuntimeError(f"layer {self.name} is gone; nothing of it can be measured any more")
         return layer
 
+    def layout(self, kv_cache: Tensor) -> CacheLayout:
+        """Of the layer's cache, which vLLM may make anew, in another shape.
+
+        Raises:
+            CacheLayoutError: it can't be read.
+        """
+        if self._layout is None or not self._layout.fits(kv_cache):
+            self._layout = self._finder.find(self.layer, kv_cache)
+        return self._layout
+
 
 class PackedView(_View):
     """Of a layer on a CPU, whose pages are packed. See contract.PackedLayer."""
 
-    def __init__(self, impl: AttentionImpl, layer: AttentionLayer) -> None:
-        super().__init__(impl, layer)
-        self._kv_cache_dtype = impl.kv_cache_dtype
+    def __init__(self, impl: ObservedImpl, layer: AttentionLayer) -> None:
+        super().__init__(impl, layer, _params(impl))
 
-    def reader(self, kv_cache: Tensor) -> PackedKeyReader:
+    def reader(self, kv_cache: Tensor) -> PackedReader:
         """See contract.PackedLayer."""
-        layer = self.layer
-        return PackedKeyReader(kv_cache, layer.isa, self._kv_cache_dtype, layer._k_scale_float)
+        layout = self.layout(kv_cache)
+        return PackedReader(kv_cache, layout, layout.key, self.layer._k_scale_float)
+
+    def value_reader(self, kv_cache: Tensor) -> PackedReader:
+        """See contract.PackedLayer."""
+        layout = self.layout(kv_cache)
+        return PackedReader(kv_cache, layout, layout.value, self.layer._v_scale_float)
 
     def pages(self, kv_cache: Tensor) -> KeyPages:
         """See contract.PackedLayer."""
-        reader = self.reader(kv_cache)
-        layout = reader.layout
+        layout = self.layout(kv_cache)
+        order = page_order(layout.key)
         return KeyPages(
-            dtype=reader.fp8 or kv_cache.dtype,
+            dtype=layout.dtype,
             # Bytes of an FP8 cache are its numbers.
-            page_stride=kv_cache.stride(0),
-            head_stride=kv_cache.stride(1),
+            page_stride=layout.key.block_stride,
+            head_stride=layout.key.head_stride,
             num_pages=kv_cache.shape[0],
-            num_kv_heads=kv_cache.shape[1],
+            num_kv_heads=layout.num_kv_heads,
             block_size=layout.block_size,
-            order=KeyOrder.of(layout.offsets.view(layout.block_size, layout.head_size).T.numpy()),
-            scale=1.0 if reader.fp8 is None else self.layer._k_scale_float,
-            address=kv_cache.data_ptr(),
+            order=KeyOrder.of(order.offsets.view(order.block_size, order.head_size).T.numpy()),
+            scale=1.0 if layout.dtype.itemsize > 1 else self.layer._k_scale_float,
+            address=kv_cache.data_ptr() + order.first * kv_cache.element_size(),
         )
 
 
 class StridedView(_View):
     """Of a layer on a GPU, whose keys are a strided tensor. See contract.StridedLayer."""
 
-    def __init__(self, impl: AttentionImpl, layer: AttentionLayer, query: Tensor, kv_cache: Tensor) -> None:
-        super().__init__(
+    def __init__(self, impl: ObservedImpl, layer: AttentionLayer, query: Tensor, kv_cache: Tensor) -> None:
+        quantised = kv_cache.element_size() == 1
+        params = _params(
             impl,
-            layer,
             q_scale=layer._q_scale if query.element_size() == 1 else None,
-            k_scale=layer._k_scale if kv_cache.element_size() == 1 else None,
+            k_scale=layer._k_scale if quantised else None,
+            v_scale=layer._v_scale if quantised else None,
         )
+        super().__init__(impl, layer, params)
         self.num_heads, self.head_size = query.shape[1], impl.head_size
-        self._fp8 = FP8_DTYPES.get(impl.kv_cache_dtype)
 
     def keys(self, kv_cache: Tensor | None = None) -> Tensor:
         """See contract.StridedLayer."""
-        cache = self.layer.kv_cache if kv_cache is None else kv_cache
-        return (cache if self._fp8 is None else cache.view(self._fp8))[..., : self.head_size]
+        cache = self._cache(kv_cache)
+        layout = self.layout(cache)
+        return layout.view(cache, layout.key)
+
+    def values(self, kv_cache: Tensor | None = None) -> Tensor:
+        """See contract.StridedLayer."""
+        cache = self._cache(kv_cache)
+        layout = self.layout(cache)
+        return layout.view(cache, layout.value)
+
+    def _cache(self, kv_cache: Tensor | None) -> Tensor:
+        return self.layer.kv_cache if kv_cache is None else kv_cache
 
 
-def _params(impl: AttentionImpl, q_scale: Tensor | None, k_scale: Tensor | None) -> LayerParams:
+def _params(
+    impl: AttentionImpl,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> LayerParams:
     window = impl.sliding_window
     if isinstance(window, tuple):  # FlashAttention's (keys to the left, keys to the right)
         window = window[0] + 1
@@ -104,6 +137,7 @@ def _params(impl: AttentionImpl, q_scale: Tensor | None, k_scale: Tensor | None)
         sliding_window=window if window is not None and window > 0 else None,
         q_scale=q_scale,
         k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 

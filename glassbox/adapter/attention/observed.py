@@ -10,7 +10,7 @@ import logging
 from functools import cache
 from typing import Any, Final
 
-from glassbox.adapter import layers, members
+from glassbox.adapter import members
 from glassbox.adapter.seat import SEAT
 from glassbox.config.load import SUPPORTED_INNER_BACKENDS
 from glassbox.core.logs import get_logger, log_once
@@ -90,7 +90,8 @@ def _observe_impl(inner: Any, name: str) -> type:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             # A drafter's attention is not the model's: it would mix into the same layer numbers.
-            self.glassbox_observed = not layers.is_draft_model()
+            self.glassbox_observed = not members.is_draft_model()
+            self.glassbox_finder = None  # see layer_cache.py
             self.glassbox_view = None  # see layer_view.py
             SEAT.layer_built()
 

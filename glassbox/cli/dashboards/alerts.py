@@ -1,22 +1,24 @@
 """The alerts: conditions in PromQL, and the words in which they are told.
 
-What an alert means and what to do stands in `docs/runbooks/<alert>.md`.
+Those of the output checks are in `output_alerts.py`. What an alert means and what to do stands in
+`docs/runbooks/<alert>.md`.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Final
 
+from glassbox.cli.dashboards.output_alerts import FIRST_NONFINITE
 from glassbox.cli.dashboards.rule_model import (
     ENGINE_LABELS,
     LAYER_LABELS,
     MODEL_LABELS,
     PHASE_LABELS,
+    WHERE,
     Alert,
     RuleSettings,
 )
 
-_WHERE: Final = "{{ $labels.model_name }}, engine {{ $labels.engine }} at {{ $labels.instance }}"
-_WHERE_PHASE: Final = _WHERE + " ({{ $labels.phase }})"
+_WHERE_PHASE: Final = WHERE + " ({{ $labels.phase }})"
 _LAYERS: Final = "Layers concerned: {{ $value }}."
 
 
@@ -43,7 +45,7 @@ def attention_alerts(s: RuleSettings, now: Mapping[str, str], then: Mapping[str,
         "critical",
         f"sum by ({', '.join(PHASE_LABELS)}) ({nonfinite}) > 0",
         summary=f"NaN or infinite attention scores in {_WHERE_PHASE}",
-        found="Rows: {{ $value | humanize }}.",
+        found=f"Rows: {{{{ $value | humanize }}}}.{FIRST_NONFINITE}",
         when=f"Measured rows of the last {s.window} have a NaN or infinite attention score.",
     )
     yield Alert(
@@ -73,7 +75,7 @@ def attention_alerts(s: RuleSettings, now: Mapping[str, str], then: Mapping[str,
         "LookbackLow",
         "warning",
         _compared(now["lookback"], "<", s.lookback_factor, then["lookback"], MODEL_LABELS),
-        summary=f"The model looks less at its prompt in {_WHERE}",
+        summary=f"The model looks less at its prompt in {WHERE}",
         found="Lookback ratio: {{ $value | humanize }}.",
         when=f"The mean lookback ratio is below {s.lookback_factor:g} times its mean of the last {s.history}.",
     )
@@ -130,7 +132,7 @@ def own_alerts(s: RuleSettings) -> Iterator[Alert]:
         "ConfigReloadFailed",
         "warning",
         f"min by ({engine}) (glassbox_config_last_reload_successful) == 0",
-        summary=f"glassbox runs with an old configuration in {_WHERE}",
+        summary=f"glassbox runs with an old configuration in {WHERE}",
         found="",
         when="The configuration file was edited but is not valid; the last good one stays in force.",
     )
@@ -142,7 +144,7 @@ def own_alerts(s: RuleSettings) -> Iterator[Alert]:
         f"(\n  {steps}\n    *\n  {sample_rate}\n  > {s.min_expected_samples}\n)\n"
         f"unless\n  sum by ({engine}) (increase(glassbox_attention_rows_total[{s.sampling_window}])) > 0\n"
         f"or\nmax by ({engine}) (glassbox_layers_observed) == 0",
-        summary=f"glassbox measures nothing in {_WHERE}",
+        summary=f"glassbox measures nothing in {WHERE}",
         found="",
         when=f"The engine runs and its sample rate is above 0, but no row was measured in {s.sampling_window}, or no "
         "layer is observed. The alerts about attention can't see this engine.",
@@ -151,7 +153,7 @@ def own_alerts(s: RuleSettings) -> Iterator[Alert]:
         "OverheadAboveBudget",
         "warning",
         f"max by ({engine}) (rate(glassbox_overhead_seconds_total[{s.window}])) > {s.overhead_budget}",
-        summary=f"glassbox costs more than {s.overhead_budget:.0%} of the time in {_WHERE}",
+        summary=f"glassbox costs more than {s.overhead_budget:.0%} of the time in {WHERE}",
         found="Share: {{ $value | humanizePercentage }}.",
         when=f"Measuring takes more than {s.overhead_budget:.0%} of the time.",
     )
@@ -162,7 +164,7 @@ def own_alerts(s: RuleSettings) -> Iterator[Alert]:
         # The first error brings the series: increase() alone would not see it.
         f"{stages} (increase(glassbox_errors_total[{s.window}])) > 0\nor\n"
         f"{stages} (glassbox_errors_total unless glassbox_errors_total offset {s.window}) > 0",
-        summary=f"glassbox fails at {{{{ $labels.stage }}}} in {_WHERE}",
+        summary=f"glassbox fails at {{{{ $labels.stage }}}} in {WHERE}",
         found="Errors: {{ $value | humanize }}.",
         when=f"glassbox had errors in the last {s.window}, in measuring or in exporting. Serving goes on; what "
         "glassbox shows may be incomplete.",

@@ -12,12 +12,12 @@ import promql_parser
 
 from glassbox.cli.dashboards.rule_model import Group
 from glassbox.cli.dashboards.rules import alerts, recordings
-from glassbox.export.families import DETAIL_LABELS, METRICS, Family
+from glassbox.export.families import METRICS
+from glassbox.export.family import Family
 
 # Metrics that no panel shows, and why.
 NOT_SHOWN: Final[dict[str, str]] = {}
 _SCRAPED: Final = frozenset({"job", "instance"})
-_FINEST: Final = DETAIL_LABELS["head"]
 _GRAFANA: Final = {"$__rate_interval": "5m", "$baseline": "1d"}
 
 
@@ -41,7 +41,7 @@ def known_series(groups: tuple[Group, ...]) -> dict[str, frozenset[str]]:
     """Name and labels of all series that Prometheus has: metrics, recorded series, ALERTS."""
     series: dict[str, frozenset[str]] = {}
     for family in METRICS:
-        labels = _SCRAPED | set(family.label_names) | (set(_FINEST) if "phase" in family.label_names else set())
+        labels = _SCRAPED | set(family.label_names) | set(family.detail_labels)
         for name in _series_names(family):
             series[name] = frozenset(labels | ({"le"} if name.endswith("_bucket") else set()))
     series |= {rule.record: frozenset(rule.labels) for rule in recordings(groups)}

@@ -5,6 +5,7 @@ from grafana_foundation_sdk.models import dashboard
 from glassbox.cli.dashboards import promql
 from glassbox.cli.dashboards.common import RATE_UNIT, SETTINGS, config_tile, overhead_tile, rows_tile, statistic_line
 from glassbox.cli.dashboards.layout import Page, Section
+from glassbox.cli.dashboards.output_panels import output_checks
 from glassbox.cli.dashboards.panels import GREEN, RED, YELLOW, Levels, Query, lines, listing, tile
 
 UID = "glassbox-overview"
@@ -320,6 +321,7 @@ def page() -> Page:
         "by band of layers and as a distribution; at the end glassbox itself.",
         sections=[
             Section("Health: red needs a look", _health()),
+            Section("Is it right?", output_checks()),
             Section("Attention now", _attention()),
             Section("Entropy and sink", [*statistic_line("entropy_ratio"), *statistic_line("sink_ratio")]),
             Section("Logits and saturation", _logits()),

@@ -10,6 +10,8 @@ LAYER_LABELS: Final = (*PHASE_LABELS, "layer")
 # Of a history: not the instance, because a rollout brings new ones, and that is when a comparison matters most.
 MODEL_LABELS: Final = ("job", "model_name", "phase")
 RUNBOOKS: Final = "docs/runbooks"
+# Where it is, in an alert's words.
+WHERE: Final = "{{ $labels.model_name }}, engine {{ $labels.engine }} at {{ $labels.instance }}"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class RuleSettings:
             convention 0.25 is a major change (Siddiqi 2006); the worst of many heads needs more room, because the mix
             of requests changes from hour to hour.
         drift_statistics: those that count: the others follow the lengths of prompts and answers.
+        kv_error: relative error (root mean square) of the keys or values in a layer's KV cache that is too large.
+            Rounding to the 3 mantissa bits of FP8 e4m3 makes about 2.6 %, to the 2 of e5m2 about 5 %; three times the
+            latter is what a wrong scale makes, not rounding.
+        kv_saturated: share of a layer's cached elements at the end of their type's range that is too large: a scale
+            that fits cuts off next to nothing.
         overhead_budget: share of time that measuring may take, as `sampling.overhead_budget`.
         sampling_window: in which a busy server must have measured something.
         min_expected_samples: sampled steps that were to be expected in it, else its silence says nothing.
@@ -63,12 +70,16 @@ class RuleSettings:
     lookback_factor: float = 0.5
     drift_psi: float = 0.5
     drift_statistics: tuple[str, ...] = ("entropy_ratio", "max_logit", "top1_ratio", "sink_ratio")
+    kv_error: float = 0.15
+    kv_saturated: float = 0.01
     overhead_budget: float = 0.01
     sampling_window: str = "30m"
     min_expected_samples: int = 20
     hold: dict[str, str] = field(
         default_factory=lambda: {
+            "OutputWrong": "1m",
             "NonFiniteRows": "1m",
+            "KvCacheQuantization": "15m",
             "EntropyCollapse": "10m",
             "SinkLost": "10m",
             "LogitGrowth": "15m",
@@ -78,6 +89,7 @@ class RuleSettings:
             "Drift": "10m",
             "ConfigReloadFailed": "1m",
             "NotSampling": "5m",
+            "NotCertified": "15m",
             "OverheadAboveBudget": "15m",
             "Errors": "5m",
         }

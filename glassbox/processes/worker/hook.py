@@ -6,18 +6,22 @@ before it, dummy runs are recognised by their argument. Patches are applied when
 that only worker processes are touched, and `remove()` takes them all back.
 """
 
+import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from glassbox.adapter import internals
+from glassbox.adapter.internals import Feature
 from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import Runner, SchedulerOutput, VllmWorker
+from glassbox.adapter.release import vllm_version
 from glassbox.adapter.runner import is_dummy_run, runner_classes, worker_classes
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.adapter.seat import SEAT
 from glassbox.config.settings import Settings
 from glassbox.core.errors import ErrorCounter
-from glassbox.core.logs import get_logger
+from glassbox.core.logs import get_logger, log_once
 from glassbox.processes.worker.worker import Worker
 
 logger = get_logger(__name__)
@@ -38,12 +42,20 @@ class StepHook:
         self.worker: Worker | None = None
         self.errors = ErrorCounter(logger)
         self._settings = settings
-        self._restores: dict[type, Callable[[], None]] = {}
+        self._restores: dict[tuple[type, str], Callable[[], None]] = {}
 
     def install(self) -> None:
-        """Patch the runner and worker classes that are loaded; does nothing for those patched already."""
+        """Patch the runner and worker classes that are loaded; does nothing for those patched already.
+
+        Of a vLLM that lacks what observing needs nothing is patched, and the log says what that is.
+        """
+        if internals.lacks(Feature.OBSERVATION):
+            log_once(logger, logging.ERROR, "internals", "%s", internals.line(Feature.OBSERVATION, vllm_version()))
+            SEAT.listening.listen(False)
+            return
         for cls in runner_classes():
             self._patch(cls, "execute_model", self._wrap_execute_model)
+            self._patch(cls, "prepare_inputs", self._wrap_prepare_inputs)
         for cls in worker_classes():
             self._patch(cls, "compile_or_warm_up_model", self._wrap_warm_up)
 
@@ -61,8 +73,8 @@ class StepHook:
             worker.close()
 
     def _patch(self, cls: type, name: str, make: Callable[[Any], Any]) -> None:
-        if cls not in self._restores and name in cls.__dict__:
-            self._restores[cls] = patch_method(cls, name, make)
+        if (cls, name) not in self._restores and name in cls.__dict__:
+            self._restores[cls, name] = patch_method(cls, name, make)
 
     def _prepare(self, vllm_worker: VllmWorker) -> None:
         """Make the observer before warm-up: a captured graph must hold its buffers."""
@@ -98,6 +110,18 @@ class StepHook:
             return result
 
         return compile_or_warm_up_model
+
+    def _wrap_prepare_inputs(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Around the V2 runner's: what it returns says which requests a step's rows are of."""
+
+        @wraps(original)
+        def prepare_inputs(runner: Runner, *args: Any, **kwargs: Any) -> Any:
+            prepared = original(runner, *args, **kwargs)
+            if self.worker is not None:
+                self.worker.observer.on_prepare(prepared)
+            return prepared
+
+        return prepare_inputs
 
     def _wrap_execute_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)

@@ -15,8 +15,16 @@ import numpy as np
 from torch import Tensor
 
 from glassbox.adapter.attention.layer_view import common_tables, tables_of, view_of
-from glassbox.adapter.protocols import AttentionLayer, AttentionMetadata, CommonMetadata, ObservedImpl, Runner
-from glassbox.adapter.runner import read_batch
+from glassbox.adapter.internals import Feature, lacks
+from glassbox.adapter.protocols import (
+    AttentionLayer,
+    AttentionMetadata,
+    CommonMetadata,
+    ObservedImpl,
+    PreparedBatch,
+    Runner,
+)
+from glassbox.adapter.runner import BatchMismatchError, check_batch, read_batch
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.counters import ENGINE_NUMBERS
@@ -131,6 +139,8 @@ class Observer:
 
     def idle_step(self, runner: Runner, scheduled: ScheduledStep) -> None:
         """A scheduler output without tokens: it only tells which requests are gone."""
+        if lacks(Feature.TRACES):
+            return
         try:
             self.requests.begin_step(runner, scheduled, self._config, self._layers)
         except Exception as error:
@@ -138,7 +148,7 @@ class Observer:
 
     def start_step(self, runner: Runner, scheduled: ScheduledStep) -> None:
         """A real engine step starts; the runner has not seen its scheduler output yet."""
-        step = self._step = Step(self.measurer, self._listen, self._errors, self._clock, runner)
+        step = self._step = Step(self.measurer, self._listen, self._errors, self._clock, runner, scheduled)
         self.counters.steps += 1
         try:
             config = self._read_config()
@@ -153,11 +163,18 @@ class Observer:
         step.overhead_s += self._clock() - step.started_s
 
     def _has_traced(self, runner: Runner, scheduled: ScheduledStep, config: GlassboxConfig) -> bool:
+        if lacks(Feature.TRACES):
+            return False
         try:
             return self.requests.begin_step(runner, scheduled, config, self._layers)
         except Exception as error:  # the step may be sampled all the same
             self._errors.count("requests", error)
             return False
+
+    def on_prepare(self, prepared: PreparedBatch) -> None:
+        """The V2 runner has chosen and ordered the batch of the step that is under way; of a dummy there is none."""
+        if self._step is not None:
+            self._step.prepared = prepared
 
     def on_build(self, layer_names: list[str], common_attn_metadata: CommonMetadata) -> None:
         """vLLM built metadata; the first time in a sampled step the batch's order is final and rows are chosen."""
@@ -171,15 +188,19 @@ class Observer:
                 step.rows_chosen = True
                 self._choose_rows(step, common_attn_metadata)
         except Exception as error:
+            stage = "batch" if isinstance(error, BatchMismatchError) else "choose_rows"
             if step is None:
-                self._errors.count("choose_rows", error)
+                self._errors.count(stage, error)
             else:
-                step.fail("choose_rows", error)
+                step.fail(stage, error)
         if step is not None:
             step.overhead_s += self._clock() - started
 
     def _choose_rows(self, step: Step, common_attn_metadata: CommonMetadata) -> None:
-        batch = read_batch(step.runner, common_attn_metadata)
+        batch = read_batch(step.runner, step.prepared, common_attn_metadata)
+        # Drafts that are left out by adaptive verification are known on the device alone.
+        exact = self._max_spec_tokens == 0
+        check_batch(batch, step.scheduled.scheduled, common_attn_metadata, exact)
         traced, excluded = self.requests.marks(batch.req_ids)
         rows, dropped = self._rows.select(
             batch.num_scheduled,

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from glassbox.adapter.protocols import Runner
+from glassbox.adapter.protocols import PreparedBatch, Runner
+from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.core.errors import ErrorCounter
 from glassbox.measure.contract import Measurer, StepTraces
 
@@ -24,9 +25,11 @@ class Step:
         errors: counts what goes wrong.
         clock: seconds, monotonic.
         runner: vLLM's.
+        scheduled: what it was told to compute.
 
     Attributes:
-        runner: as given.
+        runner, scheduled: as given.
+        prepared: what the V2 runner's `prepare_inputs` has returned in this step.
         sampled: the step sampler chose it, so all its rows are candidates.
         measured: rows are to be measured: it is sampled, or has rows of traced requests; False once it has failed.
         rows_chosen: the batch was seen, and rows were chosen of it.
@@ -42,9 +45,12 @@ class Step:
         errors: ErrorCounter,
         clock: Callable[[], float],
         runner: Runner,
+        scheduled: ScheduledStep,
     ) -> None:
         self._measurer, self._listen, self._errors, self._clock = measurer, listen, errors, clock
         self.runner: Final = runner
+        self.scheduled: Final = scheduled
+        self.prepared: PreparedBatch | None = None
         self.started_s: Final = clock()
         self.sampled = self.measured = self.rows_chosen = False
         self.overhead_s, self.counted_share = 0.0, 1.0

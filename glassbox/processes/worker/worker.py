@@ -5,6 +5,7 @@ worker; whatever it does, an error is counted and serving goes on.
 """
 
 import atexit
+import socket
 import threading
 import time
 import uuid
@@ -12,6 +13,7 @@ import weakref
 from typing import Any
 
 from glassbox import __version__
+from glassbox.adapter.internals import switched_off
 from glassbox.adapter.protocols import VllmWorker
 from glassbox.adapter.release import vllm_version
 from glassbox.adapter.runner import is_piecewise_forward
@@ -22,6 +24,7 @@ from glassbox.core.affinity import leave_workers_cores
 from glassbox.core.counters import EngineValue
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
+from glassbox.core.output_checks import LayerChecks
 from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.contract import DeviceNeeds, MeasuredLayers
 from glassbox.measure.deferred import DeferredActions
@@ -110,6 +113,8 @@ class Worker:
         self.observer.arm()
         rundir.create()
         rundir.purge_dead()
+        for line in switched_off(vllm_version()):
+            logger.warning("%s", line)
         self._log_coverage()
         self._settings.watch()
         self._thread = threading.Thread(target=self._run, name="glassbox-snapshots", daemon=True)
@@ -176,6 +181,9 @@ class Worker:
             num_heads_total=self._facts.server.num_heads,
             num_layers_total=self._facts.server.num_layers,
             numbers=self._numbers(),
+            host=socket.gethostname(),
+            first_nonfinite_layer=None,
+            checks=LayerChecks.nothing(len(self._facts.layers.indices)),
             **vars(arrays),
         )
 
@@ -188,7 +196,7 @@ class Worker:
             "errors": self._errors.counts(),
             "sample_rate": self.observer.effective_sample_rate,
             "layers_observed": len(self._facts.layers.names),
-            "layers_bypassed": len(self._facts.layers.bypassed),
+            "layers_bypassed": {"backend": len(self._facts.layers.bypassed)},
             "reload_successful": status.successful,
             "reload_timestamp_s": status.timestamp_s,
             "build": self._build,
@@ -208,11 +216,11 @@ class Worker:
             config.sample_rate,
             self._settings.path,
         )
-        for reason in dict.fromkeys(found.bypassed.values()):
-            names = [name for name, why in found.bypassed.items() if why == reason]
+        for bypass in dict.fromkeys(found.bypassed.values()):
+            names = [name for name, why in found.bypassed.items() if why == bypass]
             logger.warning(
                 "%d attention layers bypass glassbox and are not measured (%s): %s",
                 len(names),
-                reason,
+                bypass.reason,
                 ", ".join(names),
             )

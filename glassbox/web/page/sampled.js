@@ -12,6 +12,17 @@ export function windowText(matrix, window) {
   return window === "last" ? `Last interval, ${span}` : `Since start, ${span}`;
 }
 
+function reasons(engine) {
+  return Object.keys(engine.layers_bypassed_by_reason).join(", ");
+}
+
+/** Layers whose output was not reproduced, the first three by name. */
+function wrongText(engine) {
+  const named = engine.wrong_layers.slice(0, 3).map((one) => `layer ${one.layer} of rank ${one.rank} on ${one.host}`);
+  const more = engine.wrong_layers.length - named.length;
+  return `wrong output: ${named.join(", ")}${more ? ` and ${count(more)} more` : ""}`;
+}
+
 /** How many rows a matrix is made of and why not more. */
 export function sampledText(frame, matrix, phase) {
   const engine = frame.engine;
@@ -21,7 +32,8 @@ export function sampledText(frame, matrix, phase) {
     `${count(engine.sampled_steps)} of ${plural(engine.steps, "step")} measured (sample rate ${number(engine.sample_rate)})`,
   ];
   if (matrix.unsampled.size) parts.push(`${plural(matrix.unsampled.size, "layer")} left out by sampling.layers`);
-  if (engine.layers_bypassed) parts.push(`${plural(engine.layers_bypassed, "layer")} not observed`);
+  if (engine.layers_bypassed) parts.push(`${plural(engine.layers_bypassed, "layer")} not observed (${reasons(engine)})`);
+  if (engine.wrong_layers.length) parts.push(wrongText(engine));
   if (matrix.totalNonfinite) parts.push(`${plural(matrix.totalNonfinite, "row")} with NaN or Inf`);
   return parts.join(" · ");
 }

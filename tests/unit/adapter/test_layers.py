@@ -6,18 +6,37 @@ from typing import Any
 import pytest
 
 from glassbox.adapter import layers
-from glassbox.adapter.layers import find_layers
+from glassbox.adapter.attention.cache_layout import CacheLayoutError
+from glassbox.adapter.internals import members_of
+from glassbox.adapter.layers import Bypass, ObservedLayers
+from glassbox.adapter.protocols import AttentionImpl
 
 
 def layer(
     marker: bool | None, heads: int = 4, *, draft: bool = False, late: bool = False, kv_cache: str = "auto"
 ) -> Any:
     """An attention layer whose impl is observed (True), a drafter's (False) or vLLM's own (None)."""
-    impl = SimpleNamespace(kv_cache_dtype=kv_cache)
+    impl = SimpleNamespace(**dict.fromkeys(members_of(AttentionImpl)), glassbox_finder=None)
+    impl.kv_cache_dtype = kv_cache
     if marker is not None:
         impl.glassbox_observed = marker
     backend = SimpleNamespace(forward_includes_kv_cache_update=late)
     return SimpleNamespace(impl=impl, num_heads=heads, head_size=64, is_draft_layer=draft, attn_backend=backend)
+
+
+class Finder:
+    """Finds a layout in every cache but those of a kind."""
+
+    def find(self, of_layer: Any) -> str:
+        if of_layer.impl.kv_cache_dtype == "odd":
+            raise CacheLayoutError("odd numbers")
+        return "layout"
+
+
+def find_layers(of_model: dict[str, Any], of_all: Bypass | None = None) -> ObservedLayers:
+    """With that finder."""
+    finder: Any = Finder()
+    return layers.find_layers(of_model, finder, of_all)
 
 
 class ChunkedLocalAttention(SimpleNamespace):
@@ -37,7 +56,7 @@ class TestFindLayers:
         """A model may hard-wire a backend that glassbox does not wrap."""
         found = find_layers({"layers.0.attn": layer(True), "layers.1.attn": layer(None)})
         assert found.indices == (0,)
-        assert found.bypassed == {"layers.1.attn": "their backend is not one that glassbox wraps"}
+        assert found.bypassed == {"layers.1.attn": Bypass("backend", "their backend is not one that glassbox wraps")}
 
     def test_drafters_are_neither(self) -> None:
         """A draft model's layers are not the model's, and nobody expects them to be measured."""
@@ -48,8 +67,30 @@ class TestFindLayers:
         """Their rows can't be found, or K is not there before the attention."""
         chunked = ChunkedLocalAttention(**vars(layer(True)))
         found = find_layers({"layers.0.attn": chunked, "layers.1.attn": layer(True, late=True)})
-        assert "virtual" in found.bypassed["layers.0.attn"]
-        assert found.bypassed["layers.1.attn"] == "their backend writes keys only while it computes"
+        assert "virtual" in found.bypassed["layers.0.attn"].reason
+        assert found.bypassed["layers.0.attn"].slug == "chunked_local"
+        assert found.bypassed["layers.1.attn"] == Bypass(
+            "late_keys", "their backend writes keys only while it computes"
+        )
+
+    def test_a_cache_that_cannot_be_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was written did not come back; the layers beside it are observed, and know their layout."""
+        monkeypatch.setattr(layers, "READABLE_KV_CACHES", ("auto", "odd"))
+        readable = layer(True)
+        found = find_layers({"layers.0.attn": layer(True, kv_cache="odd"), "layers.1.attn": readable})
+        assert found.names == ("layers.1.attn",)
+        assert isinstance(readable.impl.glassbox_finder, Finder)
+        bypass = found.bypassed["layers.0.attn"]
+        assert bypass.slug == "cache_layout"
+        assert bypass.reason.endswith("where keys and values stand in their KV cache: odd numbers")
+
+    def test_an_impl_that_lacks_something(self) -> None:
+        """Of a later release: it is named, and only its own layers bypass."""
+        changed = layer(True)
+        del changed.impl.logits_soft_cap
+        found = find_layers({"layers.0.attn": changed, "layers.1.attn": layer(True)})
+        assert found.names == ("layers.1.attn",)
+        assert "lacks logits_soft_cap" in found.bypassed["layers.0.attn"].reason
 
     @pytest.mark.parametrize(
         "kv_cache",
@@ -66,8 +107,8 @@ class TestFindLayers:
         """Read as numbers they would give wrong statistics; the reason names the type and what to serve with."""
         found = find_layers({"layers.0.attn": layer(True, kv_cache=kv_cache), "layers.1.attn": layer(True)})
         assert found.names == ("layers.1.attn",)
-        assert f"of type {kv_cache}, " in found.bypassed["layers.0.attn"]
-        assert "--kv-cache-dtype auto or fp8" in found.bypassed["layers.0.attn"]
+        assert f"of type {kv_cache}, " in found.bypassed["layers.0.attn"].reason
+        assert "--kv-cache-dtype auto or fp8" in found.bypassed["layers.0.attn"].reason
 
     @pytest.mark.parametrize("kv_cache", ["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"])
     def test_caches_that_are_read(self, kv_cache: str) -> None:
@@ -76,7 +117,9 @@ class TestFindLayers:
 
     def test_a_reason_against_all(self) -> None:
         """With context parallelism every layer bypasses."""
-        assert find_layers({"layers.0.attn": layer(True)}, "a reason").bypassed == {"layers.0.attn": "a reason"}
+        assert find_layers({"layers.0.attn": layer(True)}, Bypass("all", "a reason")).bypassed == {
+            "layers.0.attn": Bypass("all", "a reason")
+        }
 
     def test_a_name_without_a_number(self) -> None:
         """It says which layer it can't place."""
@@ -84,7 +127,7 @@ class TestFindLayers:
             find_layers({"encoder.attn": layer(True)})
 
 
-class TestUnobservableReason:
+class TestBypassOfAll:
     @pytest.mark.parametrize(
         ("setting", "reason"),
         [
@@ -98,5 +141,5 @@ class TestUnobservableReason:
         """What spreads a row's keys, or splits a step, can't be observed."""
         default = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "use_ubatching": False}
         config = SimpleNamespace(parallel_config=SimpleNamespace(**{**default, **setting}))
-        found = layers.unobservable_reason(config)
-        assert (found is None) if reason is None else (reason in str(found))
+        found = layers.bypass_of_all(config)
+        assert (found is None) if reason is None else (found is not None and reason in found.reason)

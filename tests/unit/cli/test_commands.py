@@ -32,12 +32,12 @@ def write(path: Path, content: Any) -> Path:
 
 class TestSeries:
     def test_counts_are_those_of_a_page(self, tmp_path: Path) -> None:
-        """As many as there are samples of attention on the page of such a server."""
+        """As many as there are samples of attention and KV cache on the page of such a server."""
         text = invoke("check", "--layers", 3, "--heads", 4, "--engines", 2).stdout
         engines = [make_snapshot(layers=(0, 1, 2), heads=4, engine=engine) for engine in ("0", "1")]
         for detail in ("model", "layer", "head"):
             page = metrics_page(engines, detail)  # type: ignore[arg-type]
-            samples = sum(line.startswith("glassbox_attention_") for line in page.splitlines())
+            samples = sum(line.startswith(("glassbox_attention_", "glassbox_kv_cache_")) for line in page.splitlines())
             shown = next(line.split()[3] for line in text.splitlines() if f"detail {detail}" in line)
             assert f"{samples:,}" == shown
 

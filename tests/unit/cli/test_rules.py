@@ -46,6 +46,11 @@ class Traffic:
     overhead_s: float = 0.1
     reload_ok: float = 1.0
     layers: float = 2.0
+    unproved: float = 0.0
+    canary: float = 20.0
+    failed: float = 0.0
+    kv_error: float = 0.026
+    kv_saturated: float = 0.001
 
 
 HEALTHY = Traffic()
@@ -84,6 +89,8 @@ def _per_minute(traffic: Traffic, name: str) -> float:
         "steps": t.steps,
         "sampled": t.sampled,
         "overhead": t.overhead_s,
+        "canary": t.canary,
+        "failed": t.failed,
     }[name]
 
 
@@ -120,11 +127,21 @@ def engine_series(spans: list[Span], *, instance: str = "a:8000", start_min: int
                 add(f"{a}_drift_psi", f'{labels}, statistic="{statistic}"', _gauge(mine, name))
             add(f"{a}_rows_total", labels, _counter(mine, "rows"))
             add(f"{a}_nonfinite_rows_total", labels, _counter(mine, "nonfinite"))
+        for tensor in ("key", "value"):
+            labels = f'{engine}, layer="{layer}", tensor="{tensor}"'
+            add("glassbox_kv_cache_quantization_error_ratio", labels, _gauge(mine, "kv_error"))
+            add("glassbox_kv_cache_saturated_ratio", labels, _gauge(mine, "kv_saturated"))
     add("glassbox_steps_total", engine, _counter(spans, "steps"))
     add("glassbox_sampled_steps_total", engine, _counter(spans, "sampled"))
     add("glassbox_overhead_seconds_total", engine, _counter(spans, "overhead"))
     add("glassbox_sample_rate", engine, _gauge(spans, "sample_rate"))
     add("glassbox_layers_observed", engine, _gauge(spans, "layers"))
+    add(
+        "glassbox_layers_bypassed", f'{engine}, reason="cache_type"', _gauge([Span(s.minutes) for s in spans], "layers")
+    )
+    add("glassbox_layers_bypassed", f'{engine}, reason="not_reproduced"', _gauge(spans, "unproved"))
+    add("glassbox_canary_rows_total", f'{engine}, result="reproduced"', _counter(spans, "canary"))
+    add("glassbox_canary_rows_total", f'{engine}, result="failed"', _counter(spans, "failed"))
     add("glassbox_config_last_reload_successful", engine, _gauge(spans, "reload_ok"))
     return series
 
@@ -177,6 +194,10 @@ class TestFires:
             ({"rows": 0.0, "sampled": 0.0}, ["NotSampling"]),
             ({"layers": 0.0}, ["NotSampling"]),
             ({"overhead_s": 1.2}, ["OverheadAboveBudget"]),
+            ({"failed": 4.0}, ["OutputWrong"]),
+            ({"unproved": 1.0}, ["NotCertified"]),
+            ({"kv_error": 0.2}, ["KvCacheQuantization"]),
+            ({"kv_saturated": 0.02}, ["KvCacheQuantization"]),
         ],
         ids=lambda value: ",".join(value) if isinstance(value, list) else "",
     )
@@ -253,6 +274,136 @@ class TestFires:
         check_at = {"eval_time": f"{END_MIN}m", "alertname": "GlassboxEntropyCollapse", "exp_alerts": expected}
         series = engine_series(fault(entropy=0.1))
         run_promtool(tmp_path, {"interval": "1m", "input_series": series, "alert_rule_test": [check_at]})
+
+
+ENGINE = {"job": "vllm", "instance": "a:8000", "model_name": "tiny/model", "engine": "0"}
+
+
+def series_of(metric: str, values: str, **labels: str) -> dict[str, str]:
+    """One series of the engine."""
+    inside = ", ".join(f'{name}="{value}"' for name, value in {**ENGINE, **labels}.items())
+    return {"series": f"{metric}{{{inside}}}", "values": values}
+
+
+class TestNamesTheWorker:
+    """Alerts that tell which rank of which host is concerned, and which layers: looked up when they fire."""
+
+    def fires(
+        self, tmp_path: Path, name: str, series: list[dict[str, str]], minute: int, *found: dict[str, Any]
+    ) -> None:
+        """Exactly these fire; each has its own labels, `summary` and the end of its `description`."""
+        rule = next(alert for alert in ALERTS if alert.name == name)
+        expected = [
+            {
+                "exp_labels": {**ENGINE, "severity": rule.severity, **one["labels"]},
+                "exp_annotations": {
+                    "summary": one["summary"],
+                    "description": f"{rule.when} {one['description']}",
+                    "runbook_url": rule.runbook,
+                },
+            }
+            for one in found
+        ]
+        check_at = {"eval_time": f"{minute}m", "alertname": rule.title, "exp_alerts": expected}
+        run_promtool(tmp_path, {"interval": "1m", "input_series": series, "alert_rule_test": [check_at]})
+
+    def test_wrong_output(self, tmp_path: Path) -> None:
+        """One alert per worker, however many layers; it stays until the worker is restarted, as the series does."""
+
+        def wrong(layer: int, head: int, rank: int, ratio: str) -> dict[str, str]:
+            labels = {"layer": str(layer), "head": str(head), "rank": str(rank), "host": f"gpu-{rank}"}
+            return series_of("glassbox_attention_output_wrong", f"_x10 {ratio}x40", **labels)
+
+        series = [wrong(3, 1, 0, "2.5"), wrong(7, 0, 1, "4"), wrong(9, 2, 1, "30"), wrong(11, 2, 1, "1.5")]
+        series += [wrong(12, 5, 1, "99"), series_of("glassbox_canary_rows_total", "0x10 8x40", result="failed")]
+        where = "Attention is computed wrongly in tiny/model, engine 0 at a:8000"
+        first = {
+            "labels": {"rank": "0", "host": "gpu-0"},
+            "summary": f"{where}, rank 0 on gpu-0",
+            "description": "Layers of rank 0 on gpu-0: 1, the worst: "
+            "layer 3, head 1 (2.5 times what rounding explains).",
+        }
+        second = {
+            "labels": {"rank": "1", "host": "gpu-1"},
+            "summary": f"{where}, rank 1 on gpu-1",
+            "description": "Layers of rank 1 on gpu-1: 4, the worst: "
+            "layer 12, head 5 (99 times what rounding explains). layer 9, head 2 (30 times what rounding explains). "
+            "layer 7, head 0 (4 times what rounding explains).",
+        }
+        self.fires(tmp_path, "OutputWrong", series, 13, first, second)
+        self.fires(tmp_path, "OutputWrong", series, 45, first, second)
+
+    def test_rows_that_failed_on_a_worker_that_is_gone(self, tmp_path: Path) -> None:
+        """It was restarted before anybody saw which layer it was."""
+        rows = series_of("glassbox_canary_rows_total", "0x10 10x40", result="failed")
+        found = {
+            "labels": {},
+            "summary": "Attention is computed wrongly in tiny/model, engine 0 at a:8000",
+            "description": "Rows: 10.",
+        }
+        self.fires(tmp_path, "OutputWrong", [rows], 14, found)
+        self.fires(tmp_path, "OutputWrong", [rows], 30)
+
+    def test_non_finite_rows(self, tmp_path: Path) -> None:
+        """The lowest layer first: the others have it from there. Without the series the alert is as it was."""
+        rows = series_of("glassbox_attention_nonfinite_rows_total", "0+1x40", phase="decode")
+        origins = [
+            series_of("glassbox_nonfinite_first_layer", f"{layer}x40", rank=str(rank), host="gpu-7")
+            for rank, layer in enumerate((6, 5))
+        ]
+        found = {
+            "labels": {"phase": "decode"},
+            "summary": "NaN or infinite attention scores in tiny/model, engine 0 at a:8000 (decode)",
+            "description": "Rows: 10.",
+        }
+        self.fires(tmp_path, "NonFiniteRows", [rows], 20, found)
+        one = {**found, "description": "Rows: 10. First in layer 5, rank 1 on gpu-7."}
+        self.fires(tmp_path, "NonFiniteRows", [rows, origins[1]], 20, one)
+        two = {**one, "description": f"{one['description']} First in layer 6, rank 0 on gpu-7."}
+        self.fires(tmp_path, "NonFiniteRows", [rows, *origins[:2]], 20, two)
+
+    def test_what_the_cache_loses(self, tmp_path: Path) -> None:
+        """Per tensor: how many layers, and the largest of each number."""
+        series = [
+            series_of(f"glassbox_kv_cache_{name}_ratio", f"{value}x40", tensor=tensor, layer=layer)
+            for name, tensor, layer, value in (
+                ("quantization_error", "key", "3", 0.4),
+                ("quantization_error", "key", "4", 0.2),
+                ("quantization_error", "value", "4", 0.03),
+                ("saturated", "key", "3", 0.25),
+                ("saturated", "key", "5", 0.02),
+                ("saturated", "value", "4", 0.002),
+            )
+        ]
+        found = {
+            "labels": {"tensor": "key"},
+            "summary": "The KV cache loses too much of the keys in tiny/model, engine 0 at a:8000",
+            "description": "Layers concerned: 3. Largest error: 40%, layer 3. Largest saturated share: 25%, layer 3.",
+        }
+        self.fires(tmp_path, "KvCacheQuantization", series, 20, found)
+        self.fires(tmp_path, "KvCacheQuantization", series, 10)
+
+    def test_what_was_not_reproduced(self, tmp_path: Path) -> None:
+        """By reason; layers that can't be observed for another one are no news."""
+        series = [
+            series_of("glassbox_layers_bypassed", f"{layers}x40", reason=reason)
+            for reason, layers in (("not_reproduced", 0), ("not_certified", 28), ("backend", 4))
+        ]
+        series.append(series_of("glassbox_steps_total", "0+60x40"))
+        found = {
+            "labels": {"reason": "not_certified"},
+            "summary": "glassbox could not reproduce layers of tiny/model, engine 0 at a:8000, and does not show them",
+            "description": "Layers: 28 (not_certified).",
+        }
+        self.fires(tmp_path, "NotCertified", series, 30, found)
+
+    def test_an_idle_engine_has_nothing_to_check(self, tmp_path: Path) -> None:
+        """Its layers wait for the first rows."""
+        series = [
+            series_of("glassbox_layers_bypassed", "28x60", reason="not_certified"),
+            series_of("glassbox_steps_total", "3x60"),
+        ]
+        self.fires(tmp_path, "NotCertified", series, 50)
 
 
 class TestStaysSilent:
@@ -338,8 +489,18 @@ class TestRules:
         assert re.fullmatch(r"[1-9]\d*m", rule["for"])
         for label in ("model_name", "engine", "instance"):
             assert f"$labels.{label}" in rule["annotations"]["summary"]
-        assert rule["annotations"]["description"].endswith(".")
+        assert rule["annotations"]["description"].removesuffix("{{ end }}").endswith(".")
         assert (ROOT / rule["annotations"]["runbook_url"]).is_file()
+
+    def test_what_a_text_looks_up_exists(self) -> None:
+        """Queries within annotations are PromQL over known metrics and labels."""
+        known = check.known_series(GROUPS)
+        texts = [text for alert in ALERTS for text in (alert.summary, alert.found)]
+        queries = [query for text in texts for query in re.findall(r'query \(printf "([^"]+)"', text)]
+        assert 4 == len(queries) == sum(text.count("query") for text in texts)
+        assert [] == [
+            problem for query in queries for problem in check.problems_of(query.replace("%q", '"x"'), query, known)
+        ]
 
     def test_settings_have_a_patience_for_each_alert(self) -> None:
         """No more, no less."""

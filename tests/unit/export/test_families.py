@@ -9,16 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glassbox.core.accumulator_arrays import ARRAY
+from glassbox.core.output_checks import LayerChecks
 from glassbox.core.statistics import INDEX
-from glassbox.export.families import (
-    METRICS,
-    Family,
-    Series,
-    build_families,
-    effective_detail,
-    samples_per_place,
-    series_count,
-)
+from glassbox.export.families import METRICS, build_families, effective_detail, samples_per_place, series_count
+from glassbox.export.family import Family, Series
 from glassbox.export.prometheus import to_metric
 from glassbox.store.merge import MergedEngine, aggregate, merge
 from tests.export_samples import changed, make_snapshot, split_heads
@@ -28,6 +22,9 @@ def assert_equal(expected: MergedEngine, found: MergedEngine, ignore: tuple[str,
     for name in vars(expected):
         if name in ARRAY:
             np.testing.assert_array_equal(getattr(expected, name), getattr(found, name), err_msg=name)
+        elif name == "checks":
+            for part, array in vars(expected.checks).items():
+                np.testing.assert_array_equal(array, getattr(found.checks, part), err_msg=part)
         elif name != "numbers":
             assert getattr(expected, name) == getattr(found, name), name
     for name in expected.numbers:
@@ -58,7 +55,7 @@ class TestMerge:
     def test_split_layers_equal_unsplit(self, seed: int, at: int) -> None:
         """Two pipeline stages bring different layers; both see every step, each observes its own layers."""
         whole = make_snapshot(
-            seed=seed, layers=(0, 2, 3, 5, 9), layers_observed=5, layers_bypassed=0, dropped_rows={}, errors={}
+            seed=seed, layers=(0, 2, 3, 5, 9), layers_observed=5, layers_bypassed={}, dropped_rows={}, errors={}
         )
         parts = [
             changed(
@@ -66,6 +63,8 @@ class TestMerge:
                 instance=f"pp{number}",
                 layers=whole.layers[half],
                 layers_observed=len(whole.layers[half]),
+                checks=LayerChecks(**{name: array[half] for name, array in vars(whole.checks).items()}),
+                canary_rows=whole.numbers["canary_rows"] if number == 0 else {},
                 **{name: getattr(whole, name)[half] for name in ARRAY},
             )
             for number, half in enumerate((slice(None, at), slice(at, None)))
@@ -137,19 +136,18 @@ class TestMerge:
     def test_replicated_heads_count_once(self) -> None:
         """If two ranks measure the same head, the lower rank stands for it."""
         first = make_snapshot(seed=1)
-        assert_equal(
-            merge([first])[0],
-            merge([make_snapshot(seed=2, rank=1, dropped_rows={}, errors={}, build=first.build), first])[0],
-            ignore=("build",),
-        )
+        nothing = {"dropped_rows": {}, "errors": {}, "canary_rows": {}, "build": first.build}
+        second = make_snapshot(seed=2, rank=1, **nothing, checks=split_heads(first, 1)[1].checks)
+        assert_equal(merge([first])[0], merge([second, first])[0], ignore=("build",))
 
     def test_a_stage_without_observed_layers_counts_its_bypassed_ones(self) -> None:
         """A pipeline stage whose attention is bypassed altogether is part of the model."""
-        observed = make_snapshot(layers=(0, 1), layers_bypassed=0)
-        bypassed = make_snapshot(seed=1, layers=(), layers_observed=0, layers_bypassed=2)
+        observed = make_snapshot(layers=(0, 1), layers_bypassed={})
+        bypassed = make_snapshot(seed=1, layers=(), layers_observed=0, layers_bypassed={"cache_type": 2})
         merged = merge([observed, bypassed])[0]
         numbers = merged.numbers
-        assert (numbers["layers_observed"], numbers["layers_bypassed"], merged.layers) == (2, 2, (0, 1))
+        assert (numbers["layers_observed"], numbers["layers_bypassed"]) == (2, {"cache_type": 2})
+        assert merged.layers == (0, 1)
 
     def test_models_and_engines_stay_apart(self) -> None:
         """Data-parallel engines are labels, not sums."""
@@ -213,7 +211,15 @@ class TestFamilies:
             "glassbox_overhead_seconds_total": ("counter", engine),
             "glassbox_sample_rate": ("gauge", engine),
             "glassbox_layers_observed": ("gauge", engine),
-            "glassbox_layers_bypassed": ("gauge", engine),
+            "glassbox_layers_bypassed": ("gauge", (*engine, "reason")),
+            "glassbox_layers_certified": ("gauge", engine),
+            "glassbox_canary_rows_total": ("counter", (*engine, "result")),
+            "glassbox_attention_output_error_ratio": ("histogram", phase),
+            "glassbox_attention_output_error_worst_ratio": ("gauge", (*engine, "layer", "head")),
+            "glassbox_attention_output_wrong": ("gauge", (*engine, "layer", "head", "rank", "host")),
+            "glassbox_nonfinite_first_layer": ("gauge", (*engine, "rank", "host")),
+            "glassbox_kv_cache_quantization_error_ratio": ("gauge", (*engine, "layer", "tensor")),
+            "glassbox_kv_cache_saturated_ratio": ("gauge", (*engine, "layer", "tensor")),
             "glassbox_traced_requests_active": ("gauge", engine),
             "glassbox_traced_requests_total": ("counter", (*engine, "why")),
             "glassbox_trace_refused_total": ("counter", (*engine, "reason")),
@@ -238,7 +244,7 @@ class TestFamilies:
             "glassbox_overhead_seconds_total": 0.125,
             "glassbox_sample_rate": 0.01,
             "glassbox_layers_observed": 2,
-            "glassbox_layers_bypassed": 1,
+            "glassbox_layers_certified": 2,
             "glassbox_traced_requests_active": 1,
             "glassbox_config_last_reload_successful": 1,
             "glassbox_config_last_reload_timestamp_seconds": 1_700_000_000.5,
@@ -296,10 +302,10 @@ class TestFamilies:
         }
 
     def test_labels_are_never_request_ids_or_ranks(self) -> None:
-        """Cardinality is bounded by the model, not by the traffic."""
+        """Cardinality is bounded by the model, not by the traffic; only what accuses a rank names it."""
         names = {name for f in build_families(merge([make_snapshot()]), "head") for name in f.label_names}
         assert names == {
-            "model_name", "engine", "phase", "layer", "head", "reason", "stage", "why",
+            "model_name", "engine", "phase", "layer", "head", "reason", "stage", "why", "result", "tensor",
             "version", "vllm_version", "backend",
         }  # fmt: skip
 
@@ -310,7 +316,8 @@ class TestSeries:
         """`series_count` equals the samples of the attention metrics that are exposed."""
         engine = merge([make_snapshot(layers=(0, 1, 2), heads=4)])[0]
         families = build_families([engine], detail)  # type: ignore[arg-type]
-        exposed = sum(len(to_metric(f).samples) for f in families if f.name.startswith("glassbox_attention_"))
+        counted = ("glassbox_attention_", "glassbox_kv_cache_")
+        exposed = sum(len(to_metric(f).samples) for f in families if f.name.startswith(counted))
         assert series_count(detail, 3, 4) == exposed  # type: ignore[arg-type]
 
     def test_samples_per_place(self) -> None:

@@ -14,7 +14,8 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_C
 from glassbox.config.load import OtelConfig
 from glassbox.core.errors import ErrorCounter, export_errors
 from glassbox.core.logs import get_logger
-from glassbox.export.families import Family, build_families
+from glassbox.export.families import build_families
+from glassbox.export.family import Family
 from glassbox.export.otel import OtelSink, make_resource, metrics_endpoint, to_metrics_data, to_otel
 from glassbox.export.prometheus import to_metric
 from glassbox.store.merge import merge
@@ -120,6 +121,12 @@ class TestNumbers:
             ("glassbox.sample_rate", "1", "gauge"),
             ("glassbox.layers_observed", "{layer}", "gauge"),
             ("glassbox.layers_bypassed", "{layer}", "gauge"),
+            ("glassbox.layers_certified", "{layer}", "gauge"),
+            ("glassbox.canary_rows", "{row}", "sum"),
+            ("glassbox.attention.output_error_ratio", "1", "histogram"),
+            ("glassbox.attention.output_error_worst_ratio", "1", "gauge"),
+            ("glassbox.kv_cache.quantization_error_ratio", "1", "gauge"),
+            ("glassbox.kv_cache.saturated_ratio", "1", "gauge"),
             ("glassbox.traced_requests_active", "{request}", "gauge"),
             ("glassbox.traced_requests", "{request}", "sum"),
             ("glassbox.trace_refused", "{request}", "sum"),

@@ -111,6 +111,7 @@ class TestExposition:
         text = exposition(registry_of(run_dir, config))
         types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
         histograms = {statistic.metric for statistic in STATISTICS if statistic.exported}
+        histograms.add("glassbox_attention_output_error_ratio")
         assert {name for name, kind in types.items() if kind == "histogram"} == histograms
         assert {name for name, kind in types.items() if kind == "counter"} == {
             "glassbox_attention_rows_total",
@@ -122,9 +123,14 @@ class TestExposition:
             "glassbox_overhead_seconds_total",
             "glassbox_traced_requests_total",
             "glassbox_trace_refused_total",
+            "glassbox_canary_rows_total",
         }
         assert {name for name, kind in types.items() if kind == "gauge"} == {
             "glassbox_attention_max_logit_window_max",
+            "glassbox_attention_output_error_worst_ratio",
+            "glassbox_kv_cache_quantization_error_ratio",
+            "glassbox_kv_cache_saturated_ratio",
+            "glassbox_layers_certified",
             "glassbox_sample_rate",
             "glassbox_layers_observed",
             "glassbox_layers_bypassed",
@@ -133,7 +139,7 @@ class TestExposition:
             "glassbox_config_last_reload_successful",
             "glassbox_config_last_reload_timestamp_seconds",
         }
-        assert len(types) == len(histograms) + 17
+        assert len(types) == len(histograms) + 22
 
     def test_signed_histograms_have_buckets_and_count_only(self, run_dir: Path) -> None:
         """max_logit has no _sum, the others do."""
@@ -234,12 +240,13 @@ class TestCollector:
     def test_too_fine_a_detail_warns_once(self, run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
         """The fallback is logged at the first scrape, not at each."""
         caplog.set_level("WARNING", logger="glassbox")
-        registry = registry_of(run_dir, lambda: config(detail="head", max_series=900))
+        registry = registry_of(run_dir, lambda: config(detail="head", max_series=1000))
         for steps in (1, 2):
             write_snapshot(run_dir, make_snapshot(steps=steps))
             found = samples(exposition(registry))
-        assert not any("head" in dict(labels) for _, labels in found)
-        assert sum("max_series is 900" in message for message in logged(caplog.records)) == 1
+        rows = [dict(labels) for name, labels in found if name == "glassbox_attention_rows_total"]
+        assert [False] * 8 == ["head" in labels for labels in rows]
+        assert sum("max_series is 1000" in message for message in logged(caplog.records)) == 1
 
     def test_a_large_model_is_collected_in_milliseconds(self, tmp_path: Path) -> None:
         """8 ranks of 80 layers: the first scrape within two seconds, one without news within 10 ms."""
@@ -277,11 +284,11 @@ class TestInstall:
         path = write_config(tmp_path / "g.yaml", prometheus={"detail": "model"})
         registry = CollectorRegistry()
         ShownMetrics(ConfigFile(path, load_config(path)), run_dir).show_in(registry)
-        assert 'layer="0"' not in exposition(registry)
+        assert 'layer="0",model_name="tiny/model",phase=' not in exposition(registry)
         write_config(path, prometheus={"detail": "layer"})
-        assert 'layer="0"' in exposition(registry)
+        assert 'layer="0",model_name="tiny/model",phase=' in exposition(registry)
         path.write_text("export: {prometheus: {detail: everything}}")
-        assert 'layer="0"' in exposition(registry)
+        assert 'layer="0",model_name="tiny/model",phase=' in exposition(registry)
         write_config(path, prometheus={"enabled": False})
         assert exposition(registry) == ""
 
@@ -338,12 +345,15 @@ class TestMultiprocess:
         """After a change of detail no series of the old one is left."""
         writer = MultiprocessWriter(directory)
         engines = merge([make_snapshot()])
+        of_head, of_layer = ('head="1",layer="0",model_name="tiny/model",phase=', 'engine="0",layer="0",model_name=')
         writer.write(build_families(engines, "head"), 1.0)
-        assert 'head="1"' in self.read(directory)
-        writer.write(build_families(engines, "model"), 2.0)
-        assert "head=" not in self.read(directory)
-        assert "layer=" not in self.read(directory)
-        writer.write([], 3.0)
+        assert of_head in self.read(directory)
+        writer.write(build_families(engines, "layer"), 2.0)
+        assert of_head not in self.read(directory)
+        assert of_layer + '"tiny/model",phase=' in self.read(directory)
+        writer.write(build_families(engines, "model"), 3.0)
+        assert of_layer + '"tiny/model",phase=' not in self.read(directory)
+        writer.write([], 4.0)
         assert self.read(directory) == ""
 
     def test_a_removed_file_is_written_again(self, directory: Path) -> None:

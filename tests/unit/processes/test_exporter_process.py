@@ -302,12 +302,13 @@ class TestProcess:
         """The port opens, moves and closes, the detail changes, OTLP is switched to another collector: no restart."""
         path, first, second = tmp_path / "glassbox.yaml", free_port(), free_port()
         start(interval_s=60, prometheus={"port": first, "detail": "model"})
-        assert "layer=" not in wait_for(lambda: scrape(first))
+        rows_of_layer = 'glassbox_attention_rows_total{engine="0",layer="1"'
+        assert rows_of_layer not in wait_for(lambda: scrape(first))
         edited = time.monotonic()
         with OtlpReceiver() as receiver:
             otel = {"enabled": True, "endpoint": receiver.http_endpoint, "protocol": "http"}
             write_config(path, interval_s=60, prometheus={"port": second}, otel=otel)
-            assert 'layer="1"' in wait_for(lambda: scrape(second))
+            assert rows_of_layer in wait_for(lambda: scrape(second))
             receiver.wait_for_metrics(timeout_s=2)
         assert time.monotonic() - edited < 2.5
         assert scrape(first) is None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from glassbox.adapter.attention.cache_layout import CacheLayout, Places
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
@@ -86,10 +87,28 @@ class VllmLayer(SimpleNamespace):
     """Can be held weakly, as vLLM's can."""
 
 
+# One block of one token of one KV head, eight numbers of K and then eight of V.
+LAYOUT: Final = CacheLayout(
+    (1, 1, 16),
+    (16, 16, 16, 1),
+    torch.float32,
+    1,
+    1,
+    Places(16, 0, torch.arange(8)[None]),
+    Places(16, 0, torch.arange(8, 16)[None]),
+)
+
+
 def observed_call(name: str) -> tuple[Any, ...]:
     """Impl, layer, query, cache and metadata."""
     impl = SimpleNamespace(
-        glassbox_view=None, scale=1.0, sliding_window=-1, logits_soft_cap=0, alibi_slopes=None, kv_cache_dtype="auto"
+        glassbox_view=None,
+        glassbox_finder=SimpleNamespace(find=lambda *_: LAYOUT),
+        scale=1.0,
+        sliding_window=-1,
+        logits_soft_cap=0,
+        alibi_slopes=None,
+        kv_cache_dtype="auto",
     )
     metadata = SimpleNamespace(block_table=None)
     return impl, VllmLayer(layer_name=name), torch.zeros(1, NUM_HEADS, 8), torch.zeros(1, 1, 1, 16), metadata
@@ -158,7 +177,7 @@ class Setup:
         metadata = SimpleNamespace(
             query_start_loc_cpu=torch.from_numpy(np.append(starts, starts[-1])),
             query_start_loc=None,
-            seq_lens=None,
+            seq_lens=torch.from_numpy(np.append(computed + scheduled, 0)),
             block_table_tensor=None,
         )
         output = Scheduled(

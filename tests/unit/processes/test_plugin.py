@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from glassbox.adapter import internals, release
 from glassbox.adapter import overrides as overrides_module
-from glassbox.adapter import release
 from glassbox.adapter.seat import SEAT
 from glassbox.core.kill_switch import is_disabled
 from glassbox.plugin import register
@@ -157,9 +157,9 @@ class TestRefusal:
         ("found", "message"),
         [
             (
-                "0.31.2",
-                "vLLM 0.31.2 is not supported, this glassbox observes vLLM 0.32.x; the server runs unobserved. "
-                "Install vllm==0.32.0 or a glassbox for vLLM 0.31.2",
+                "0.25.1",
+                "vLLM 0.25.1 is not supported, this glassbox observes vLLM 0.26 to 0.33; the server runs unobserved. "
+                "Install vLLM 0.33",
             ),
             (None, "vLLM is not installed; install vllm-glassbox[cpu] or vllm-glassbox[cuda]"),
         ],
@@ -173,11 +173,28 @@ class TestRefusal:
         assert [(record.levelname, record.getMessage()) for record in log] == [("ERROR", message)]
         assert not attached()
 
-    @pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.32.0+cpu"])
-    def test_supported_vllm(self, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Any patch release of the supported minor one."""
-        monkeypatch.setattr(release, "vllm_version", lambda: found)
-        assert release.unsupported_reason() is None
+    def test_compat_tested(self, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever wants tested releases alone gets a line on a newer one."""
+        Path(os.environ["GLASSBOX_CONFIG"]).write_text("compat: tested\n")
+        monkeypatch.setattr(release, "vllm_version", lambda: "0.99.0")
+        register()
+        (record,) = log
+        assert record.getMessage().startswith("vLLM 0.99.0 is not among the tested ones (0.26 to 0.33) and compat is")
+        assert not attached()
+
+    def test_a_vllm_without_what_attaching_needs(
+        self, log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is named; nothing was changed."""
+        gone = ("vllm.v1.attention.backends.registry.register_backend",)
+        monkeypatch.setattr(internals, "lacks", lambda feature: gone)
+        register()
+        (record,) = log
+        assert (
+            "lacks what glassbox needs for attaching to vLLM: vllm.v1.attention.backends.registry.register_backend"
+            in (record.getMessage())
+        )
+        assert not attached()
 
 
 class TestFailure:

@@ -255,7 +255,7 @@ def measure(
 
     The "measured" max_logit of a row is 1000 * its batch row + its query index, in all layers and heads.
     """
-    batch = read_batch(runner, runner.metadata(batch_rows))
+    batch = read_batch(runner, None, runner.metadata(batch_rows))
     traced, excluded = requests.marks(batch.req_ids)
     rows, _ = (sampler or RowSampler(4096, 8)).select(
         batch.num_scheduled, batch.num_computed, batch.prompt_len, batch.query_start, traced=traced,
@@ -454,7 +454,7 @@ class Machine(RuleBasedStateMachine):
             for offset in range(scheduled[req_id]):
                 expected[query] = (req_id, batch_row, request["computed"] + offset, request["prompt"])
                 query += 1
-        batch = read_batch(runner, runner.metadata(rows, order))
+        batch = read_batch(runner, None, runner.metadata(rows, order))
         for row, at in zip(measured.tolist(), row_positions(batch, measured).tolist(), strict=True):
             req_id, batch_row, position, prompt_len = expected[row[ROW_QUERY]]
             owner = row[ROW_BATCH]

@@ -178,9 +178,9 @@ class TestFromEngines:
 class TestScrape:
     def test_equals_the_run_directory(self, tmp_path: Path) -> None:
         """Counts of all exported statistics, rows, layers, heads and versions; sums where a metric has one."""
-        snapshot = make_snapshot(layers=(0, 1, 2, 3), heads=3, layers_bypassed=0)
+        snapshot = make_snapshot(layers=(0, 1, 2, 3), heads=3, layers_bypassed={})
         write_snapshot(tmp_path, snapshot)
-        write_snapshot(tmp_path, make_snapshot(seed=7, engine="1", layers=(0, 1, 2, 3), heads=3, layers_bypassed=0))
+        write_snapshot(tmp_path, make_snapshot(seed=7, engine="1", layers=(0, 1, 2, 3), heads=3, layers_bypassed={}))
         found = scraped(tmp_path)
         expected = from_engines(merge([snapshot, make_snapshot(seed=7, engine="1", layers=(0, 1, 2, 3), heads=3)]), "x")
         np.testing.assert_array_equal(expected.counts[..., EXPORTED, :], found.counts[..., EXPORTED, :])
@@ -197,7 +197,7 @@ class TestScrape:
 
     def test_layers_without_attention(self, tmp_path: Path) -> None:
         """Layers 0 and 7 of a hybrid model: how many layers it has is not known."""
-        write_snapshot(tmp_path, make_snapshot(layers=(0, 7), layers_bypassed=0, num_layers_total=12))
+        write_snapshot(tmp_path, make_snapshot(layers=(0, 7), layers_bypassed={}, num_layers_total=12))
         found = scraped(tmp_path)
         assert ((0, 7), None) == (found.layers, found.num_layers)
 

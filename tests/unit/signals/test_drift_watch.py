@@ -13,14 +13,15 @@ from scipy import stats
 
 from glassbox.config.load import BaselineConfig, GlassboxConfig
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, STATISTICS
-from glassbox.export.families import Family, build_families, effective_detail, samples_per_place, series_count
+from glassbox.export.families import build_families, effective_detail, samples_per_place, series_count
+from glassbox.export.family import Family
 from glassbox.export.family_source import FamilySource
 from glassbox.export.prometheus import to_metric
 from glassbox.signals.baseline import Baseline, from_engines, save_baseline
 from glassbox.signals.drift_watch import COMPARED, DriftWatch, RecentRows, compare, expected_counts
 from glassbox.store.merge import MergedEngine, merge
 from glassbox.store.snapshot import Snapshot, write_snapshot
-from tests.export_samples import logged, make_snapshot
+from tests.export_samples import logged, make_checks, make_snapshot
 
 START_S = 1_700_000_000.0
 KEY = ("tiny/model", "0")
@@ -98,7 +99,7 @@ class TestCompare:
         """A baseline of layers 1 and 3 against rows of layers 0 to 3."""
         four = make_snapshot(layers=(0, 1, 2, 3))
         arrays = {name: getattr(four, name)[[1, 3]] for name in ("counts", "sums", "rows", "nonfinite", "window_max")}
-        two = baseline_of(replace(four, layers=(1, 3), **arrays))
+        two = baseline_of(replace(four, layers=(1, 3), checks=make_checks(2), **arrays))
         found = compare(expected_counts(two, (0, 1, 2, 3)), columns(four.counts), 1)
         np.testing.assert_array_equal([True, False, True, False], np.isnan(found.psi[:, 0, 1, ENTROPY]))
         np.testing.assert_array_equal([0.0, 0.0], found.psi[[1, 3], 0, 1, ENTROPY])
@@ -381,7 +382,8 @@ class TestFamilies:
         """`series_count` with drift equals what is exposed, and max_series is held with it."""
         engine, drift = self.drift()
         families = build_families([engine], detail, None, drift)
-        exposed = sum(len(to_metric(f).samples) for f in families if f.name.startswith("glassbox_attention_"))
+        counted = ("glassbox_attention_", "glassbox_kv_cache_")
+        exposed = sum(len(to_metric(f).samples) for f in families if f.name.startswith(counted))
         assert series_count(detail, 2, 3, with_drift=True) == exposed
         assert effective_detail(detail, exposed, [engine], with_drift=True) == (detail, None)
         warning = effective_detail(detail, exposed - 1, [engine], with_drift=True)[1]

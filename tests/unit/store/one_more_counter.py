@@ -61,7 +61,7 @@ def worker(rank: int) -> Any:
         _requests=SimpleNamespace(counts=lambda: ({}, {}), active=tuple),
         _facts=SimpleNamespace(
             server=SimpleNamespace(model_name="tiny/model", engine="0", rank=rank, num_heads=2, num_layers=1),
-            layers=SimpleNamespace(indices=(0,), names=("a",), bypassed=(), num_heads=1),
+            layers=SimpleNamespace(indices=(0,), names=("a",), bypassed={}, num_heads=1),
         ),
         _build={"version": "1", "vllm_version": "2", "backend": "CPU_ATTN"},
         observer=SimpleNamespace(

@@ -5,13 +5,14 @@ import shutil
 import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from glassbox.core.accumulator_arrays import ARRAY
 from glassbox.store.snapshot import Snapshot, SnapshotReader, read_snapshots, snapshot_name, write_snapshot
-from tests.export_samples import limited_file_size, make_snapshot
+from tests.export_samples import limited_file_size, make_checks, make_snapshot
 
 
 def assert_same(expected: Snapshot, found: Snapshot) -> None:
@@ -20,6 +21,10 @@ def assert_same(expected: Snapshot, found: Snapshot) -> None:
         if field.name in ARRAY:
             np.testing.assert_array_equal(left, right, err_msg=field.name)
             assert left.dtype == right.dtype, field.name
+        elif field.name == "checks":
+            for name, array in vars(left).items():
+                np.testing.assert_array_equal(array, getattr(right, name), err_msg=name)
+                assert array.dtype == getattr(right, name).dtype, name
         else:
             assert left == right, field.name
             assert type(left) is type(right), field.name
@@ -47,9 +52,15 @@ class TestRoundTrip:
 
     def test_a_worker_without_layers_or_rows_is_a_snapshot_too(self, tmp_path: Path) -> None:
         """A model whose attention is bypassed everywhere still reports that."""
-        write_snapshot(tmp_path, make_snapshot(layers=(), layers_bypassed=4))
+        write_snapshot(tmp_path, make_snapshot(layers=(), layers_bypassed={"backend": 4}))
         (found,) = read_snapshots(tmp_path)
-        assert found.numbers["layers_bypassed"] == 4
+        assert found.numbers["layers_bypassed"] == {"backend": 4}
+
+    def test_where_non_finite_rows_begin_comes_back(self, tmp_path: Path) -> None:
+        """Layer 0 is not the same as none."""
+        write_snapshot(tmp_path, make_snapshot(first_nonfinite_layer=0, host="gpu-1"))
+        write_snapshot(tmp_path, make_snapshot(seed=1, first_nonfinite_layer=None))
+        assert [0, None] == [snapshot.first_nonfinite_layer for snapshot in read_snapshots(tmp_path)]
 
     def test_numpy_scalars_are_accepted(self, tmp_path: Path) -> None:
         """Counters that have become numpy scalars are written as numbers."""
@@ -97,6 +108,11 @@ class TestShapes:
         with pytest.raises(ValueError, match=r"layers must be distinct, got \[1, 1\]"):
             replace(make_snapshot(), layers=(1, 1))
 
+    def test_checks_are_of_the_same_layers(self) -> None:
+        """One more or less would shift the others."""
+        with pytest.raises(ValueError, match="checks must be of 2 layers, got 3"):
+            replace(make_snapshot(), checks=make_checks(3))
+
     def test_heads_must_be_among_the_models(self) -> None:
         """A head offset that leads out of the model is an error."""
         with pytest.raises(ValueError, match=r"heads 3\.\.4 must be among the model's 4 heads"):
@@ -131,6 +147,32 @@ class TestGarbage:
         with np.load(path) as archive:
             arrays = dict(archive)
         arrays["counts"] = arrays["counts"][:, :, :, :1]
+        np.savez(path, **arrays)
+        assert read_snapshots(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("name", "array"),
+        [
+            ("state", np.zeros(1, dtype=np.int8)),
+            ("error_counts", np.zeros((2, 2, 3), dtype=np.int64)),
+            ("worst_head", np.zeros(2, dtype=np.float32)),
+            ("kv_error", np.array([["a", "b"], ["c", "d"]])),
+        ],
+    )
+    def test_checks_of_another_shape_or_kind_are_skipped(self, tmp_path: Path, name: str, array: Any) -> None:
+        """They are read as strictly as what was measured."""
+        path = write_snapshot(tmp_path, make_snapshot())
+        with np.load(path) as archive:
+            arrays = dict(archive)
+        assert f"checks_{name}" in arrays
+        np.savez(path, **{**arrays, f"checks_{name}": array})
+        assert read_snapshots(tmp_path) == []
+
+    def test_a_file_without_checks_is_skipped(self, tmp_path: Path) -> None:
+        """A layer of which nothing is said is not taken for a pending one."""
+        path = write_snapshot(tmp_path, make_snapshot())
+        with np.load(path) as archive:
+            arrays = {name: array for name, array in archive.items() if not name.startswith("checks_")}
         np.savez(path, **arrays)
         assert read_snapshots(tmp_path) == []
 

@@ -17,7 +17,7 @@ from glassbox.view.measured import Measured, ViewError
 from glassbox.view.scrape import fetch, metrics_url, read_text
 from glassbox.view.source import is_url, load
 from glassbox.view.windows import read_run
-from tests.export_samples import make_snapshot
+from tests.export_samples import make_checks, make_snapshot
 from tests.metrics_pages import VLLM_LINES, later, metrics_page, serve_page, write_jsonl
 
 DETAILS: list[Detail] = ["model", "layer", "head"]
@@ -68,6 +68,16 @@ class TestPage:
         )
         assert ({"max_rows": 3}, {"sampler": 1}) == (engines.dropped, engines.errors)
         assert "CPU_ATTN" == engines.build["backend"]
+
+    def test_layers_that_are_not_observed_are_one_number(self) -> None:
+        """Of all reasons together, of the engine that has most; and those that are wrong, on all ranks."""
+        checks = make_checks(2, state=[2, 1])
+        first = make_snapshot(layers_bypassed={"backend": 2, "cache_type": 1}, checks=checks)
+        second = make_snapshot(engine="1", layers_bypassed={"backend": 1}, checks=checks)
+        engines = page(first, second).engines
+        assert (3, 2) == (engines.layers_bypassed, engines.layers_wrong)
+        healthy = page(make_snapshot(layers_bypassed={})).engines
+        assert (0, 0) == (healthy.layers_bypassed, healthy.layers_wrong)
 
     def test_adds_engines_or_takes_one(self) -> None:
         """Of two engines all rows, or those of the one that is named."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
@@ -25,7 +26,7 @@ from glassbox.store.snapshot import read_snapshots, write_snapshot
 from glassbox.web.answers import json_answer
 from glassbox.web.app import make_app, make_routes
 from glassbox.web.stream import MAX_LISTENERS, Feed
-from tests.export_samples import make_snapshot
+from tests.export_samples import make_checks, make_snapshot
 
 ROOT = Path(__file__).resolve().parents[3]
 # Detail `model`: the numbers of all heads are shown nevertheless.
@@ -69,6 +70,34 @@ class TestSnapshot:
                     counts = engine.counts[:, :, p, INDEX[name]].sum(axis=-1)
                     expected = engine.sums[:, :, p, INDEX[name]] / counts
                     assert matrices["mean"] == [[pytest.approx(v, rel=1e-4) for v in row] for row in expected.tolist()]
+
+    def test_what_was_checked(self, tmp_path: Path) -> None:
+        """Bypassed layers as one number and by reason, whom the checks accuse; what is infinite is null."""
+        checks = make_checks(3, state=[1, 2, 2], worst_ratio=[0.5, np.inf, 4.0], worst_head=[0, 1, 0])
+        bypassed = {"backend": 0, "cache_type": 2, "not_reproduced": 1}
+        snapshot = make_snapshot(
+            layers=(0, 1, 5),
+            checks=checks,
+            layers_bypassed=bypassed,
+            first_nonfinite_layer=0,
+            canary_rows={"failed": 2},
+        )
+        write_snapshot(tmp_path, snapshot)
+        source = FamilySource(tmp_path, GlassboxConfig)
+        (engine,) = TestClient(make_app(source)).get("/glassbox/v1/snapshot").json()["engines"]
+        where = {"rank": 0, "host": "gpu-7"}
+        expected = {
+            "layers_bypassed": 3,
+            "layers_bypassed_by_reason": {"cache_type": 2, "not_reproduced": 1},
+            "layers_certified": 1,
+            "wrong_layers": [
+                {"layer": 1, "head": 1, **where, "ratio": None},
+                {"layer": 5, "head": 0, **where, "ratio": 4.0},
+            ],
+            "nonfinite_origins": [{"layer": 0, **where}],
+            "canary_rows": {"failed": 2},
+        }
+        assert expected == {name: engine[name] for name in expected}
 
     def test_the_table_says_what_the_numbers_mean(self, client: TestClient) -> None:
         """Name, unit, meaning, formula, range and buckets, from the table of statistics."""
