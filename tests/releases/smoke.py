@@ -72,7 +72,10 @@ def measured() -> dict[str, Any]:
         "steps": numbers["steps"],
         "sampled_steps": numbers["sampled_steps"],
         "errors": dict(numbers["errors"]),
-        "layers": {"observed": numbers["layers_observed"], "bypassed": numbers["layers_bypassed"]},
+        "layers": {
+            "observed": numbers["layers_observed"],
+            "bypassed": {reason: count for reason, count in numbers["layers_bypassed"].items() if count},
+        },
         "rows": snapshot.rows.sum((0, 1)).tolist(),
         "rows_digest": digest(snapshot.rows),
         "counts": {name: digest(snapshot.counts[:, :, phase, one]) for name, (one, phase) in places.items()},
