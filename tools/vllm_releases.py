@@ -89,9 +89,29 @@ def find(name: str) -> Release:
     raise ReleaseError(f"release must be one of {', '.join(one.name for one in releases())}, got {name!r}")
 
 
+def torch_here() -> str:
+    """Version of the installed torch, without what follows a plus; the reference's where there is none."""
+    try:
+        return importlib.metadata.version("torch").partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return reference().torch
+
+
 def runnable() -> tuple[Release, ...]:
-    """Those that run on a CPU in the environment of the reference, whose torch they need."""
-    return tuple(one for one in releases() if one.on_cpu and one.torch == reference().torch)
+    """Those that run on a CPU with the installed torch, oldest first."""
+    return tuple(one for one in releases() if one.on_cpu and one.torch == torch_here())
+
+
+def compared_with() -> Release:
+    """What those are compared with: the reference, or where that doesn't run the newest that does.
+
+    Raises:
+        ReleaseError: none does.
+    """
+    found = runnable()
+    if not found:
+        raise ReleaseError(f"no release in {LIST.name} runs on a CPU with torch {torch_here()}")
+    return reference() if reference() in found else found[-1]
 
 
 def store() -> Path:

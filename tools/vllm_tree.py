@@ -76,7 +76,8 @@ class Tree:
         member = owner.members.get(name)
         if isinstance(owner, griffe.Module):
             member = self._module(f"{owner.path}.{name}") if member is None else member
-            sources = [alias.target_path for alias in owner.members.values() if alias.is_alias and alias.wildcard]
+            stars = (one for one in owner.members.values() if isinstance(one, griffe.Alias) and one.wildcard)
+            sources = [alias.target_path for alias in stars]
         elif isinstance(owner, griffe.Class):
             sources = [str(getattr(base, "canonical_path", base)) for base in owner.bases]
         else:

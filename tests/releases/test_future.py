@@ -6,8 +6,8 @@ from typing import Any, Final
 
 import pytest
 
-from tests.releases.future import VARIANTS, VERSION, make_future
-from tools.vllm_releases import Release, reference
+from tests.releases.future import VARIANTS, VERSION, Edit, make_future
+from tools.vllm_releases import Release, compared_with
 
 pytestmark = pytest.mark.integration
 
@@ -50,6 +50,12 @@ def test_all_variants_are_run() -> None:
     assert set(VARIANTS) == {name for variants in (SMALL, CORE, TRANSPOSED, HALVES) for name in variants}
 
 
+def test_a_change_that_does_not_fit() -> None:
+    """Is said: a variant that changes nothing would prove nothing."""
+    with pytest.raises(ValueError, match=r"a\.py must have 'gone'; mend the variant in tests/releases/future\.py"):
+        Edit("a.py", "gone", "new").apply("text")
+
+
 def caches(*variants: tuple[str, ...]) -> list[Any]:
     """Parameters of a test; one way to lay out a cache is enough for `make test`."""
     long = (pytest.mark.slow, pytest.mark.releases)
@@ -61,14 +67,14 @@ def test_serves_the_same_tokens(future: Future, smoke: Smoke, variants: tuple[st
     """Whatever becomes of the observation."""
     run = future(variants)
     assert VERSION == run["vllm"]
-    assert smoke(reference())["tokens"] == run["tokens"]
+    assert smoke(compared_with())["tokens"] == run["tokens"]
 
 
 def test_what_is_optional_or_only_passed_on(future: Future, smoke: Smoke) -> None:
     """What is gone switches off what needs it, with one line that names both; all else is as it was."""
     run = future(SMALL)
     assert 1 == len(said(run, "lacks what glassbox needs", "CachedRequestState.output_token_ids", "it is off"))
-    assert_measures_the_same(run, smoke(reference()))
+    assert_measures_the_same(run, smoke(compared_with()))
 
 
 def test_a_core_internal_that_is_gone(future: Future) -> None:
@@ -85,7 +91,7 @@ def test_a_cache_that_is_laid_out_otherwise(future: Future, smoke: Smoke, varian
     measured = run["measured"]
     assert {} == measured["errors"]
     if measured["layers"]["observed"]:
-        assert_measures_the_same(run, smoke(reference()))
+        assert_measures_the_same(run, smoke(compared_with()))
     else:
         assert {"cache_layout": 30} == measured["layers"]["bypassed"]
         assert 1 == len(said(run, "30 attention layers bypass glassbox", "KV cache"))

