@@ -4,6 +4,7 @@ pytest tests/releases --record docs/data/releases.json
 """
 
 import datetime
+import os
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Generator
@@ -23,9 +24,12 @@ _OUTCOMES: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
 
 
 def vllm_environment(folder: Path, root: Path, **more: str) -> dict[str, str]:
-    """Variables that make the vLLM in a folder that of a process, with one thread, so that sums have one order."""
+    """Variables that make the vLLM in a folder that of a process, with one thread, so that sums have one order.
+
+    What else this process finds by PYTHONPATH remains: it may hold another torch.
+    """
     return {
-        "PYTHONPATH": f"{folder}:{root}",
+        "PYTHONPATH": os.pathsep.join([str(folder), str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         **more,
