@@ -20,8 +20,8 @@ that. With a_d = sum_j p_j |v_jd|, and x for the score's error:
   Triton kernel does), and a GPU may take float32 operands as TF32.
 - An error x of all scores moves each p_j by at most 2 x p_j. x = SCORE_ERROR max(M, soft cap) + (2 u_operand + tanh) M
   with M = max(1, the mean over the keys, weighted with p, of |s_j|, the same of scale |q| |k_j| / sqrt(D)): the last is
-  how large a score would be if its products did not cancel as they do. Errors of scores count by their keys' weight,
-  hence the mean; both q and k are operands.
+  how large a score would be if its products did not cancel as they do (0 if |k_j| is not finite). Errors of scores
+  count by their keys' weight, hence the mean; both q and k are operands.
 - SUM_BOUND: float32 sums over long rows, exponentials good to 20 units in the last place, and the reference's own
   errors.
 

@@ -10,8 +10,6 @@ read once for all query heads of its KV head. Keys that a row doesn't see score 
 finite score NaN, which softmax spreads over exactly the heads that have no answer.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -20,9 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from glassbox.core.trace_arrays import NO_POSITION
-from glassbox.kernels.layer_params import LayerParams
-from glassbox.kernels.paged_keys import MAX_HEAD_SIZE, MAX_PAGE_ELEMENTS, NO_WINDOW, dot_dtype, load_keys, soft_capped
+from glassbox.kernels.cached_layers import ProbedLayers
+from glassbox.kernels.paged_keys import dot_dtype, load_keys, soft_capped
 from glassbox.kernels.probe_answers import ProbeAnswers, Questions, no_answers
+
+__all__ = ["SCRATCH_BYTES", "ProbedLayers", "row_probe"]
 
 SCRATCH_BYTES: Final = 16 << 20
 
@@ -34,8 +34,6 @@ _STAGES: Final = 3
 _WARPS: Final = 4
 # Query heads of one KV head that share a tile, the fewest that tensor cores take; wide MQA is done in groups of them.
 _BLOCK_H: Final = 16
-# An address that is a multiple of this lets the kernel load 16 bytes at once.
-_ALIGNMENT: Final = 16
 
 # What differs between steps must not compile another variant.
 _FREE_POINTERS: Final = [
@@ -151,123 +149,6 @@ def _row_probe_kernel(
             s = s - slopes[None, :] * (position - j).to(tl.float32)[:, None]
         s = tl.where(finite, s, float("nan"))
         tl.store(head_scores_ptr[None, :] + j[:, None], s, mask=visible[:, None] & is_head[None, :])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ProbedLayers:
-    """Layers of one KV-cache group, alike in everything but their tensors; made by `of`.
-
-    Holds addresses, so it lives no longer than the caches do.
-
-    Attributes:
-        key_pointers: int64 [L] on the device, address of each layer's K cache.
-        like: one of the K caches, [num_blocks, Hkv, block_size, D]: its dtype, strides and shape but for num_blocks
-            are those of all.
-        alignment: bytes of which every address in `key_pointers` is a multiple, at most 16.
-        num_heads: H, query heads of each layer.
-        factors: float32 [L, Hkv], scale * q_scale * k_scale.
-        windows: int32 [L], visible keys, the row's own included; 2^31 - 1 is all.
-        soft_caps: float32 [L], 0 is none; None if no layer has one.
-        alibi_slopes, sinks: float32 [L, H], or None.
-    """
-
-    key_pointers: Tensor
-    like: Tensor
-    alignment: int
-    num_heads: int
-    factors: Tensor
-    windows: Tensor
-    soft_caps: Tensor | None
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-
-    @classmethod
-    def of(cls, caches: Sequence[Tensor], params: Sequence[LayerParams], num_heads: int) -> "ProbedLayers":
-        """Gather what the kernel needs of each layer; asynchronous, on the current stream.
-
-        Args:
-            caches: K of each layer, [num_blocks, Hkv, block_size, D], any strides but a contiguous last dimension.
-            params: of each layer.
-            num_heads: query heads of each layer, a multiple of Hkv.
-
-        Raises:
-            ValueError: the layers are not alike, or have a shape the kernel doesn't do.
-        """
-        if not caches or len(caches) != len(params):
-            raise ValueError(
-                f"caches must be one per layer and at least one, got {len(caches)} for {len(params)} layers; "
-                f"pass the K cache of each layer"
-            )
-        like = caches[0]
-        _check_cache(like, num_heads)
-        for i, cache in enumerate(caches):
-            if _kind(cache) != _kind(like):
-                raise ValueError(
-                    f"caches must have the dtype, strides, device and shape (but for num_blocks) of the first, "
-                    f"{_kind(like)}, got {_kind(cache)} at {i}; probe such layers by themselves"
-                )
-        caps = [p.soft_cap or 0.0 for p in params]
-        factors = [_factors(p, like) for p in params]
-        windows = [p.sliding_window or NO_WINDOW for p in params]
-        addresses = [cache.data_ptr() for cache in caches]
-        return cls(
-            key_pointers=_upload(addresses, torch.int64, like.device),
-            like=like,
-            alignment=next(n for n in (_ALIGNMENT, 8, 4, 2, 1) if not any(address % n for address in addresses)),
-            num_heads=num_heads,
-            factors=torch.stack(factors),
-            windows=_upload(windows, torch.int32, like.device),
-            soft_caps=_upload(caps, torch.float32, like.device) if any(caps) else None,
-            alibi_slopes=_per_head("alibi_slopes", [p.alibi_slopes for p in params], num_heads, like),
-            sinks=_per_head("sinks", [p.sinks for p in params], num_heads, like),
-        )
-
-
-def _upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the device; from pinned memory, since a copy from other memory waits for the device."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-def _kind(cache: Tensor) -> tuple[object, ...]:
-    return cache.dtype, cache.stride(), cache.device, tuple(cache.shape[1:])
-
-
-def _check_cache(cache: Tensor, num_heads: int) -> None:
-    _, num_kv_heads, page, head_size = cache.shape
-    if head_size > MAX_HEAD_SIZE or num_heads % num_kv_heads:
-        raise ValueError(
-            f"caches {tuple(cache.shape)} must have a head size of at most {MAX_HEAD_SIZE} and KV heads that divide "
-            f"the {num_heads} query heads; do not probe these layers"
-        )
-    if cache.stride(3) != 1:
-        raise ValueError("caches must be contiguous in their last dimension; pass such views")
-    if page * cache.stride(2) > MAX_PAGE_ELEMENTS:
-        raise ValueError(
-            f"a page of a cache must span at most {MAX_PAGE_ELEMENTS} elements, got {page * cache.stride(2)}; "
-            f"do not probe these layers"
-        )
-
-
-def _factors(params: LayerParams, cache: Tensor) -> Tensor:
-    """scale * q_scale * k_scale, float32 [Hkv]."""
-    out = torch.full((cache.shape[1],), params.scale, dtype=torch.float32, device=cache.device)
-    for scale in (params.q_scale, params.k_scale):
-        if scale is not None:
-            out *= scale.detach().float()
-    return out
-
-
-def _per_head(name: str, values: Sequence[Tensor | None], num_heads: int, cache: Tensor) -> Tensor | None:
-    """Of all layers, float32 [L, H], or None if none has any."""
-    present = [value for value in values if value is not None]
-    if not present:
-        return None
-    if len(present) < len(values) or any(value.shape != (num_heads,) for value in present):
-        shapes = [None if value is None else tuple(value.shape) for value in values]
-        raise ValueError(
-            f"{name} must be [{num_heads}] in all layers or None in all, got {shapes}; probe such layers by themselves"
-        )
-    return torch.stack([value.detach().to(cache.device, torch.float32) for value in present])
 
 
 def row_probe(

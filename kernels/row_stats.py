@@ -124,6 +124,11 @@ _FREE_POINTERS: Final = [
     "bounds_ptr",
     "ring_ptr",
     "queries_ptr",
+    "output_ptr",
+    "outputs_ptr",
+    "key_ptr",
+    "value_ptr",
+    "kept_kv_ptr",
     "out_ptr",
     "partial_ptr",
     "arrivals_ptr",
@@ -136,6 +141,17 @@ _FREE_INTEGERS: Final = [
     "stride_ring",
     "stride_queries",
     "stride_queries_head",
+    "stride_output_token",
+    "stride_output_head",
+    "stride_outputs",
+    "stride_outputs_head",
+    "stride_key_token",
+    "stride_key_head",
+    "stride_value_token",
+    "stride_value_head",
+    "stride_kept",
+    "stride_kept_tensor",
+    "stride_kept_head",
     "window",
     "sink_tokens",
     "local_window",
@@ -165,6 +181,11 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     bounds_ptr,  # [S, B - 1] float32
     ring_ptr,  # [ring, H, S + 1] float32
     queries_ptr,  # [ring, H, D]
+    output_ptr,  # [T, H, DV]
+    outputs_ptr,  # [ring, H, DV]
+    key_ptr,  # [T, Hkv, D]
+    value_ptr,  # [T, Hkv, D]
+    kept_kv_ptr,  # [ring, 2, Hkv, D]
     out_ptr,  # [max_rows, H, S + 1] float32
     partial_ptr,  # [num_programs, 2, _STATE_FIELDS, BLOCK_H] float32
     arrivals_ptr,  # [max_rows, HEAD_BLOCKS] int32, 0 between launches
@@ -180,6 +201,17 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     stride_ring,
     stride_queries,
     stride_queries_head,
+    stride_output_token,
+    stride_output_head,
+    stride_outputs,
+    stride_outputs_head,
+    stride_key_token,
+    stride_key_head,
+    stride_value_token,
+    stride_value_head,
+    stride_kept,
+    stride_kept_tensor,
+    stride_kept_head,
     scale,
     soft_cap,
     window,
@@ -189,6 +221,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    OUTPUT_SIZE: tl.constexpr,
     PAGE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     HAS_Q_SCALE: tl.constexpr,
@@ -198,10 +231,13 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     HAS_SINKS: tl.constexpr,
     HAS_RING: tl.constexpr,
     HAS_QUERIES: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    HAS_KV: tl.constexpr,
     HAS_OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_OUTPUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -455,16 +491,35 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                 ring = ring_ptr + ring_slot.to(tl.int64) * stride_ring + heads * (_NUM_STATISTICS + 1)
                 tl.store(ring[None, :] + column, value, mask=is_value & traced[None, :])
                 tl.store(ring + _NUM_STATISTICS, row_bad, mask=traced)
-                if HAS_QUERIES:
-                    # Read again: to keep them in registers until here would slow the loop.
-                    is_query = traced[:, None] & (offs_d < HEAD_SIZE)[None, :]
-                    again_q = tl.load(
-                        q_ptr + query.to(tl.int64) * stride_q_token + heads[:, None] * stride_q_head + offs_d[None, :],
-                        mask=is_query,
-                        other=0.0,
-                    )
-                    kept = queries_ptr + ring_slot.to(tl.int64) * stride_queries + heads * stride_queries_head
-                    tl.store(kept[:, None] + offs_d[None, :], again_q.to(queries_ptr.dtype.element_ty), mask=is_query)
+            if HAS_QUERIES or HAS_OUTPUT or HAS_KV:
+                kept_slot = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_SLOT).to(tl.int64)
+                if kept_slot >= 0:
+                    token = query.to(tl.int64)
+                    if HAS_QUERIES:
+                        # Read again: to keep them in registers until here would slow the loop.
+                        is_query = is_head[:, None] & (offs_d < HEAD_SIZE)[None, :]
+                        again_q = tl.load(
+                            q_ptr + token * stride_q_token + heads[:, None] * stride_q_head + offs_d[None, :],
+                            mask=is_query,
+                            other=0.0,
+                        ).to(queries_ptr.dtype.element_ty)
+                        kept = queries_ptr + kept_slot * stride_queries + heads * stride_queries_head
+                        tl.store(kept[:, None] + offs_d[None, :], again_q, mask=is_query)
+                    if HAS_OUTPUT:
+                        offs_o = tl.arange(0, BLOCK_OUTPUT)
+                        is_output = is_head[:, None] & (offs_o < OUTPUT_SIZE)[None, :]
+                        served = output_ptr + token * stride_output_token + heads * stride_output_head
+                        kept_output = outputs_ptr + kept_slot * stride_outputs + heads * stride_outputs_head
+                        numbers = tl.load(served[:, None] + offs_o[None, :], mask=is_output)
+                        tl.store(kept_output[:, None] + offs_o[None, :], numbers, mask=is_output)
+                    if HAS_KV:
+                        # Once for all query heads of a KV head.
+                        is_element = offs_d < tl.where(head_block % GROUP_BLOCKS == 0, HEAD_SIZE, 0)
+                        kept_kv = kept_kv_ptr + kept_slot * stride_kept + kv_head * stride_kept_head + offs_d
+                        own_key = key_ptr + token * stride_key_token + kv_head * stride_key_head + offs_d
+                        own_value = value_ptr + token * stride_value_token + kv_head * stride_value_head + offs_d
+                        tl.store(kept_kv, tl.load(own_key, mask=is_element), mask=is_element)
+                        tl.store(kept_kv + stride_kept_tensor, tl.load(own_value, mask=is_element), mask=is_element)
 
             cell = heads * 2 + phase  # into [H, 2]
             ones = tl.full([BLOCK_H], 1, tl.int64)
@@ -595,6 +650,11 @@ def row_stats(
     local_window: int = 128,
     ring: torch.Tensor | None = None,
     queries: torch.Tensor | None = None,
+    output: torch.Tensor | None = None,
+    outputs: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
+    kept_kv: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> None:
@@ -614,8 +674,13 @@ def row_stats(
         workspace: for at least rows.shape[0] rows and H heads.
         sink_tokens, local_window: of the statistics sink_ratio and local_ratio, in tokens.
         ring: [slots, H, S + 1] float32, [H, S + 1] contiguous, or None: traced rows are written to their slot.
-        queries: [slots, H, D] of a type that holds q's numbers, the last dimension contiguous, or None: with a ring,
-            the queries of traced rows are written to their slot.
+        queries: [slots, H, D] of a type that holds q's numbers, the last dimension contiguous, or None: the
+            queries of traced rows are written to their slot.
+        output, outputs: [T, H, Dv] as the layer's kernel left it before on this stream, and [slots, H, Dv] of its type,
+            both contiguous in the last dimension, or None: outputs of traced rows are written to their slot.
+        key, value, kept_kv: K and V of the step's tokens, [T, Hkv, D] each, and [slots, 2, Hkv, D] of their type, all
+            contiguous in the last dimension, or None: those of traced rows are written to their slot. Not if V has
+            another head size than K.
         out: [max_rows, H, S + 1] float32, contiguous, or None: every row is written, padding rows are left alone.
         tiling: None takes the measured one.
 
@@ -642,9 +707,14 @@ def row_stats(
         )
     if q.stride(2) != 1 or k_cache.stride(3) != 1 or block_table.stride(1) != 1:
         raise ValueError("q, k_cache and block_table must be contiguous in their last dimension; pass such views")
+    if output is None or outputs is None:
+        output = outputs = None
+    if key is None or value is None or kept_kv is None or key.shape != value.shape:
+        key = value = kept_kv = None
+    _check_kept(q, k_cache, output, outputs, key, value, kept_kv)
     tiling = tiling or _tiling(q, k_cache)
     # Everything that Triton specialises the kernel on: known again, its own look-up is skipped (33 instead of 76 us).
-    key = (
+    variant = (
         params,
         tiling,
         q.dtype,
@@ -658,6 +728,8 @@ def row_stats(
         max_rows,
         ring is None,
         None if queries is None else queries.dtype,
+        None if output is None else (output.dtype, output.shape[2]),
+        None if key is None else key.dtype,
         out is None,
     )
     q_scale, k_scale = params.q_scale, params.k_scale
@@ -682,6 +754,11 @@ def row_stats(
         accumulators.bounds,
         ring,
         queries,
+        output,
+        outputs,
+        key,
+        value,
+        kept_kv,
         out,
         workspace.partial,
         workspace.arrivals,
@@ -697,6 +774,11 @@ def row_stats(
         0 if ring is None else ring.stride(0),
         0 if queries is None else queries.stride(0),
         0 if queries is None else queries.stride(1),
+        *_strides(output, 2),
+        *_strides(outputs, 2),
+        *_strides(key, 2),
+        *_strides(value, 2),
+        *_strides(kept_kv, 3),
         params.scale,
         params.soft_cap or 0.0,
         params.sliding_window or NO_WINDOW,
@@ -704,17 +786,53 @@ def row_stats(
         local_window,
         max_rows,
     )
-    known = workspace.compiled.get(key)
+    known = workspace.compiled.get(variant)
     if known is not None:
         compiled, constants = known
         compiled[(workspace.num_programs, 1, 1)](*arguments, *constants)
         return
-    constants = _constants(q, k_cache, max_rows, params, ring is not None, queries is not None, out is not None, tiling)
+    constants = _constants(
+        q, k_cache, max_rows, params, tiling,
+        ring=ring, queries=queries, output=output, kept_kv=kept_kv, out=out,
+    )  # fmt: skip
     compiled = _row_stats_kernel[(workspace.num_programs,)](
         *arguments, *constants, num_warps=tiling.warps, maxnreg=tiling.registers
     )
     if compiled is not None:  # None from the interpreter
-        workspace.compiled[key] = (compiled, constants)
+        workspace.compiled[variant] = (compiled, constants)
+
+
+def _strides(tensor: torch.Tensor | None, count: int) -> tuple[int, ...]:
+    """The first ones, 0 without a tensor."""
+    return (0,) * count if tensor is None else tensor.stride()[:count]
+
+
+def _check_kept(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    output: torch.Tensor | None,
+    outputs: torch.Tensor | None,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    kept_kv: torch.Tensor | None,
+) -> None:
+    """What is kept beside the queries has the shapes and types of where it goes."""
+    if output is not None and outputs is not None:
+        _check_copy("output", output, "outputs", outputs, (q.shape[1], output.shape[2]))
+    if key is not None and value is not None and kept_kv is not None:
+        of_token = (k_cache.shape[1], q.shape[2])
+        _check_copy("key", key, "kept_kv", kept_kv, of_token)
+        _check_copy("value", value, "kept_kv", kept_kv, of_token)
+
+
+def _check_copy(name: str, tensor: torch.Tensor, kept_name: str, kept: torch.Tensor, of_token: tuple[int, int]) -> None:
+    if tensor.shape[1:] != of_token or kept.shape[-2:] != of_token or tensor.dtype != kept.dtype:
+        raise ValueError(
+            f"{name} and {kept_name} must end with {list(of_token)} and be of one type, got {list(tensor.shape)} "
+            f"{tensor.dtype} and {list(kept.shape)} {kept.dtype}; pass a ring for this layer"
+        )
+    if tensor.stride(-1) != 1 or kept.stride(-1) != 1:
+        raise ValueError(f"{name} and {kept_name} must be contiguous in their last dimension; pass such views")
 
 
 def _constants(
@@ -722,18 +840,23 @@ def _constants(
     k_cache: torch.Tensor,
     max_rows: int,
     params: LayerParams,
-    has_ring: bool,
-    has_queries: bool,
-    has_out: bool,
     tiling: Tiling,
+    *,
+    ring: torch.Tensor | None,
+    queries: torch.Tensor | None,
+    output: torch.Tensor | None,
+    kept_kv: torch.Tensor | None,
+    out: torch.Tensor | None,
 ) -> tuple[Any, ...]:
     """The kernel's constexpr arguments, in order."""
     _, num_heads, head_size = q.shape
     _, num_kv_heads, page, _ = k_cache.shape
+    output_size = head_size if output is None else output.shape[2]
     return (
         num_heads,
         num_kv_heads,
         head_size,
+        output_size,
         page,
         dot_dtype(q.dtype, k_cache.dtype, not q.is_cuda),
         params.q_scale is not None,
@@ -741,12 +864,15 @@ def _constants(
         bool(params.soft_cap),
         params.alibi_slopes is not None,
         params.sinks is not None,
-        has_ring,
-        has_queries,
-        has_out,
+        ring is not None,
+        queries is not None,
+        output is not None,
+        kept_kv is not None,
+        out is not None,
         triton.next_power_of_2(max_rows),
         min(triton.next_power_of_2(num_heads // num_kv_heads), _MAX_BLOCK_HEADS),
         max(triton.next_power_of_2(head_size), 16),
+        max(triton.next_power_of_2(output_size), 16),
         tiling.keys,
         tiling.stages,
     )

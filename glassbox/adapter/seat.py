@@ -47,10 +47,13 @@ class Listener(Protocol):
         impl: Any,
         layer: "AttentionLayer",
         query: "Tensor",
+        key: "Tensor | None",
+        value: "Tensor | None",
         kv_cache: "Tensor",
         attn_metadata: "AttentionMetadata",
+        output: object,
     ) -> None:
-        """A layer's attention was computed, or queued."""
+        """A layer's attention was computed, or queued; `output` is what it returned."""
 
 
 class Seat:

@@ -133,6 +133,70 @@ class StepTraces(Protocol):
         """Give every trace its rows."""
 
 
+class CheckedLayers(NamedTuple):
+    """What a check found in some layers.
+
+    Attributes:
+        local_layers: N of them.
+        sums: float32 [C, N, H, len(OUTPUT_SUMS)] of the C checked rows.
+        kv_sums: float32 [C, N, Hkv, len(KV_SUMS)]; None if the step's K and V were not given.
+        head_size: of their K and V.
+        roundoff: as `verdict.judge_layers` takes it.
+    """
+
+    local_layers: Sequence[int]
+    sums: npt.NDArray[np.float32]
+    kv_sums: npt.NDArray[np.float32] | None
+    head_size: int
+    roundoff: float
+
+
+class OutputCheck(Protocol):
+    """Rows of a step whose output is to be reproduced, C of them, and where what is found of them goes.
+
+    Attributes:
+        places: int64 [C], where they stand in the row list; each has a slot.
+        positions: int32 [C], in their sequences.
+        local_layers: in which they are checked.
+    """
+
+    places: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int32]
+    local_layers: frozenset[int]
+
+    def add(self, found: CheckedLayers) -> None:
+        """Keep what was found in some layers."""
+
+    def commit(self) -> None:
+        """That was all."""
+
+
+class CheckLimits(NamedTuple):
+    """What a check may cost at most.
+
+    Attributes:
+        rows: of a step.
+        keys: that these rows see together; the first row is checked whatever it sees.
+    """
+
+    rows: int
+    keys: int
+
+
+class Forward(NamedTuple):
+    """What an attention impl was given, and what it has answered; T tokens.
+
+    Attributes:
+        query: [T, Hq, D]; key, value: [T, Hkv, D] as computed, None if the impl reads them from the cache.
+        output: [T', Hq, Dv], T' of them real; None if the impl returned something else.
+    """
+
+    query: Tensor
+    key: Tensor | None
+    value: Tensor | None
+    output: Tensor | None
+
+
 class BatchTables(NamedTuple):
     """Where a step's requests stand; B of them, on the worker's device.
 
@@ -164,8 +228,14 @@ class LayerView(Protocol):
 class PackedLayer(LayerView, Protocol):
     """A layer whose keys lie packed in pages (CPU)."""
 
+    def block_size(self, kv_cache: Tensor) -> int:
+        """Tokens of a page."""
+
     def reader(self, kv_cache: Tensor) -> KeyReader:
         """Reads keys of `kv_cache`, of this layer; it must not outlive the step, for vLLM may free the cache."""
+
+    def value_reader(self, kv_cache: Tensor) -> KeyReader:
+        """Likewise reads values."""
 
     def pages(self, kv_cache: Tensor) -> KeyPages:
         """The pages for the native kernel."""
@@ -188,6 +258,9 @@ class StridedLayer(LayerView, Protocol):
             kv_cache: the layer's; None takes it from the layer.
         """
 
+    def values(self, kv_cache: Tensor | None = None) -> Tensor:
+        """Likewise V."""
+
 
 View_contra = TypeVar("View_contra", bound=LayerView, contravariant=True)
 
@@ -195,31 +268,44 @@ View_contra = TypeVar("View_contra", bound=LayerView, contravariant=True)
 class Measurer(Protocol[View_contra]):
     """Measures the rows of a step on one kind of device.
 
+    Attributes:
+        max_rows: of a row list; max_traced_rows: of traced requests in it.
+        num_slots: that rows of a list may take, those of traced requests and checked ones together.
+        check_limits: of the rows that are checked.
+
     A step that is measured is `begin`, any number of `on_build` and `after_attention`, then `finish`; or `discard`,
     whatever came before, also a `begin` or `finish` that raised.
     """
 
     max_rows: int
     max_traced_rows: int
+    num_slots: int
+    check_limits: CheckLimits
 
     def end_warm_up(self) -> None:
         """Warm-up and graph capture are over; what follows are real steps and dummies."""
 
-    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None) -> None:
+    def begin(
+        self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None, check: OutputCheck | None
+    ) -> None:
         """Measure `rows` ([R, NUM_ROW_COLUMNS] int32, see core/rows.py) in the local `layers` during this step.
 
-        What is measured of rows with a trace slot goes to `traced` as well, which is committed when that is complete.
+        What is measured of rows of traced requests goes to `traced` as well, what is found of checked rows to `check`;
+        each is committed when that is complete. If `check` has a layer that is not among `layers`, all rows must be
+        ROW_UNCOUNTED.
         """
 
     def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
         """The attention metadata of these layers was built, from these tables."""
 
-    def after_attention(self, layer: View_contra, query: Tensor, kv_cache: Tensor, tables: BatchTables | None) -> None:
+    def after_attention(
+        self, layer: View_contra, forward: Forward, kv_cache: Tensor, tables: BatchTables | None
+    ) -> None:
         """K of this step is in the cache, and the inner attention was computed (CPU) or queued (GPU).
 
         Args:
             layer: of it.
-            query: [T, Hq, D] of the step.
+            forward: of the step.
             kv_cache: of the layer, not empty.
             tables: of the layer; None if only those of `on_build` are known.
         """

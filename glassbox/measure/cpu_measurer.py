@@ -25,13 +25,26 @@ from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerRows, row_stats_cpu
 from glassbox.kernels.row_stats_native import NativeProbe, NativeRows, NativeStep, native_kernel
-from glassbox.measure.contract import AskedRows, BatchTables, MeasuredLayers, PackedLayer, StepTraces
+from glassbox.measure.contract import (
+    AskedRows,
+    BatchTables,
+    CheckLimits,
+    Forward,
+    MeasuredLayers,
+    OutputCheck,
+    PackedLayer,
+    StepTraces,
+)
+from glassbox.measure.cpu_output_check import CpuOutputCheck
 from glassbox.measure.native_layers import CachedLayer, LayerKind
 
 logger = get_logger(__name__)
 
 # Statistics of several layers are added to the accumulators together: it costs a dozen torch calls either way.
 _FLUSH_ELEMENTS: Final = 1 << 21  # 8 MB of float32
+
+# A check takes the time of the step that it is made in.
+_CHECK_LIMITS: Final = CheckLimits(rows=8, keys=4096)
 
 
 @dataclass
@@ -85,7 +98,9 @@ class CpuMeasurer:
         self._accumulators, self._local_layers = layers.accumulators, layers.local_layers
         self._sink_tokens, self._local_window = layers.sink_tokens, layers.local_window
         self._errors = errors
-        self.max_rows = self.max_traced_rows = sys.maxsize
+        self.max_rows = self.max_traced_rows = self.num_slots = sys.maxsize
+        self.check_limits = _CHECK_LIMITS
+        self._check: CpuOutputCheck | None = None
         self._rows: np.ndarray | None = None
         self._layers: frozenset[int] = frozenset()
         self._traced: StepTraces | None = None
@@ -108,8 +123,11 @@ class CpuMeasurer:
     def end_warm_up(self) -> None:
         """Nothing was captured."""
 
-    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None) -> None:
+    def begin(
+        self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None, check: OutputCheck | None
+    ) -> None:
         """See contract.Measurer."""
+        self._check = None if check is None else CpuOutputCheck(check, rows)
         self._asked = None
         if traced is not None:
             with self._errors.guard("probe"):
@@ -122,25 +140,32 @@ class CpuMeasurer:
         """Nothing to keep: the CPU's metadata holds all that is needed."""
 
     def after_attention(
-        self, layer: PackedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables | None
+        self, layer: PackedLayer, forward: Forward, kv_cache: torch.Tensor, tables: BatchTables | None
     ) -> None:
         """Put by the queries of this layer's rows, if it is one of the step's layers."""
         if self._rows is None:
             return
         local = self._local_layers.get(layer.name)
-        if local is None or local not in self._layers:
+        if local is None:
             return
         if tables is None:
             raise ValueError(f"the metadata of {layer.name} must have a block table; do not observe this layer")
+        if self._check is not None:
+            with self._errors.guard("canary"):
+                self._check.take(local, layer, kv_cache, forward, tables)
+        if local not in self._layers:
+            return
+        query = forward.query
         if self._native and self._take(local, layer, query, kv_cache, tables):
             return
         params = layer.params
-        plan = self._plan(self._rows, tables, kv_cache.shape[2], params.sliding_window)
+        block_size = layer.block_size(kv_cache)
+        plan = self._plan(self._rows, tables, block_size, params.sliding_window)
         # Made for each call: it is a view, and keeping it would keep a KV cache alive that vLLM has freed.
         reader = layer.reader(kv_cache)
         self._put_by(local, LayerRows.select(query, reader, plan, params), plan, None)
         if self._asked is not None and local in self._asked.local_layers:
-            plan = self._plan(self._asked.rows, tables, kv_cache.shape[2], params.sliding_window)
+            plan = self._plan(self._asked.rows, tables, block_size, params.sliding_window)
             self._put_by(local, LayerRows.select(query, reader, plan, params), plan, self._asked)
 
     def finish(self) -> None:
@@ -159,6 +184,9 @@ class CpuMeasurer:
             self._flush()
             if self._traced is not None:
                 self._traced.commit()
+            if self._check is not None:
+                with self._errors.guard("canary"):
+                    self._check.finish()
         finally:
             self.discard()
 
@@ -168,7 +196,7 @@ class CpuMeasurer:
             of_step.clear()
         self._pending.clear()
         self._groups.clear()
-        self._rows = self._traced = self._asked = self._counted = None
+        self._rows = self._traced = self._asked = self._counted = self._check = None
 
     def copy(self, now_s: float) -> AccumulatorArrays:
         """See contract.Measurer."""
@@ -185,7 +213,7 @@ class CpuMeasurer:
         key = (id(tables.group), cached.kind)
         native = self._natives.get(key)
         if native is None:
-            rows = self._rows_for(tables, kv_cache.shape[2], cached.kind.sliding_window)
+            rows = self._rows_for(tables, layer.block_size(kv_cache), cached.kind.sliding_window)
             if not rows.is_light(cached.kind.num_heads, cached.kind.head_size, cores=torch.get_num_threads()):
                 return False
             native = self._natives[key] = self._new_native(rows, cached.kind)

@@ -88,7 +88,9 @@ class GpuMeasurer:
         self._warming = False
         self._graphs.unwatch()
 
-    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None) -> None:
+    def begin(
+        self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None, check: OutputCheck | None
+    ) -> None:
         """See contract.Measurer. Queues two small copies on the current stream."""
         counts = np.zeros(len(self._num_rows), dtype=np.int32)
         counts[list(layers)] = len(rows)

@@ -76,7 +76,7 @@ def row_output_ref(
         of_keys = torch.logsumexp(score, 0)
         log_z = of_keys if sinks is None else torch.logaddexp(of_keys, sinks[head].double())
         p, share = torch.exp(score - log_z), torch.exp(score - of_keys)
-        uncancelled = scale * q[head].double().norm() * k.norm(dim=1) / math.sqrt(q.shape[1])
+        uncancelled = scale * q[head].double().norm() * k.norm(dim=1).nan_to_num(0, 0) / math.sqrt(q.shape[1])
         out[head] = _sums(
             p, v, _weighted(p, growth), output[head].double(), rounding,
             score_size=max(1.0, float(_weighted(share, score.abs()).sum()), float(_weighted(share, uncancelled).sum())),

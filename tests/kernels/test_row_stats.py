@@ -35,13 +35,13 @@ class Run:
         inputs: Inputs | None = None,
         tiling: Tiling | None = None,
         ring: Tensor | None = None,
-        queries: Tensor | None = None,
+        **kept: Tensor,
     ) -> None:
         self.inputs = inputs or make_inputs(case, DEVICE)
         self.accumulators = make_accumulators(case.heads, DEVICE)
         self.workspace = RowStatsWorkspace(DEVICE, case.max_rows, case.heads, case.num_programs)
         self.dense = torch.full((case.max_rows, case.heads, NUM_STATISTICS + 1), UNWRITTEN, device=DEVICE)
-        self.ring, self.queries, self.tiling = ring, queries, tiling
+        self.ring, self.kept, self.tiling = ring, kept, tiling
         self.launch()
 
     def launch(self) -> None:
@@ -49,7 +49,7 @@ class Run:
         row_stats(
             i.q, i.k_cache, i.block_table, i.query_start_loc, i.seq_lens, i.rows, i.num_rows, i.params,
             self.accumulators, self.workspace, sink_tokens=i.sink_tokens, local_window=i.local_window, ring=self.ring,
-            queries=self.queries, out=self.dense, tiling=self.tiling,
+            out=self.dense, tiling=self.tiling, **self.kept,
         )  # fmt: skip
 
     @property
@@ -123,6 +123,41 @@ def bucketed(out: Tensor, phases: Tensor, accumulators: LayerAccumulators) -> Te
                 if not values[s].isnan():
                     counts[head, phase, s, int((values[s] > bounds[s]).sum())] += 1
     return counts
+
+
+class Kept:
+    """What is kept of rows beside their queries, and where it goes: one layer of rings, in the middle of wider ones."""
+
+    def __init__(self, case: Case, size: int) -> None:
+        generator = torch.Generator().manual_seed(3)
+        normal = lambda *shape: torch.randn(*shape, generator=generator).to(case.dtype).to(DEVICE)  # noqa: E731
+        tokens = len(make_inputs(case, DEVICE).q)
+        self.output = normal(tokens, case.heads + 1, size + 8)[:, 1:, :size]
+        # Of one projection, as vLLM has them.
+        joined = normal(tokens, case.kv_heads, 2, case.head_size)
+        self.key, self.value = joined[:, :, 0], joined[:, :, 1, :size]
+        self.outputs = torch.full((5, 2, case.heads + 1, size + 8), UNWRITTEN, dtype=case.dtype, device=DEVICE)
+        shape = (5, 2, 2, case.kv_heads + 1, case.head_size)
+        self.kept_kv = torch.full(shape, UNWRITTEN, dtype=case.dtype, device=DEVICE)
+        self.arguments = {
+            "output": self.output,
+            "outputs": self.outputs[:, 1, : case.heads, :size],
+            "key": self.key,
+            "value": self.value,
+            "kept_kv": self.kept_kv[:, 1, :, : case.kv_heads],
+        }
+
+    def check(self, inputs: Inputs) -> None:
+        """Slots of the inputs' rows hold their numbers, all else is as it was."""
+        outputs, kept_kv = torch.full_like(self.outputs, UNWRITTEN), torch.full_like(self.kept_kv, UNWRITTEN)
+        for query, slot in inputs.rows[: int(inputs.num_rows), [ROW_QUERY, ROW_SLOT]].tolist():
+            if slot >= 0:
+                outputs[slot, 1, : self.output.shape[1], : self.output.shape[2]] = self.output[query]
+                if self.key.shape == self.value.shape:
+                    kept_kv[slot, 1, 0, : self.key.shape[1]] = self.key[query]
+                    kept_kv[slot, 1, 1, : self.key.shape[1]] = self.value[query]
+        assert torch.equal(self.outputs, outputs)
+        assert torch.equal(self.kept_kv, kept_kv)
 
 
 class TestValues:
@@ -257,6 +292,44 @@ class TestRowList:
             expected[slot, 1, : case.heads, : case.head_size] = query.float()
         assert torch.equal(kept, expected)
 
+    @pytest.mark.parametrize("size", [64, 48])
+    @pytest.mark.parametrize(
+        "case", [BASE, replace(BASE, heads=20, kv_heads=1, sequences=(Sequence(3, 20, 4),), dtype=torch.float16)]
+    )
+    def test_outputs_keys_and_values_of_traced_rows_are_kept(self, case: Case, size: int) -> None:
+        """Exactly, in their slot of one layer, from tensors that are parts of wider ones; nothing else is written. V of
+        another head size than K is not kept."""
+        count = int(make_inputs(case, DEVICE).num_rows)
+        case = replace(case, slots=(3, -1, 0, *[-1] * count)[:count])
+        kept = Kept(case, size)
+        run = Run(case, **kept.arguments)
+        kept.check(run.inputs)
+
+    def test_nothing_is_kept_without_a_slot(self) -> None:
+        """Rows that are not traced leave the rings alone, and so does an empty list."""
+        kept = Kept(BASE, 64)
+        inputs = make_inputs(BASE, DEVICE)
+        Run(BASE, inputs, **kept.arguments)
+        inputs.num_rows.zero_()
+        Run(BASE, inputs, **kept.arguments)
+        assert (kept.outputs == UNWRITTEN).all()
+        assert (kept.kept_kv == UNWRITTEN).all()
+
+    def test_what_is_kept_does_not_need_the_ring(self) -> None:
+        """Nor each other: launches of one layer take turns with and without, and each has what it asked for."""
+        case = replace(BASE, slots=(3, -1, 0))
+        run = Run(case)
+        for names in (("output", "outputs"), (), ("key", "value", "kept_kv"), ("output", "outputs"), ("queries",)):
+            kept = Kept(case, 64)
+            queries = torch.full((5, case.heads, case.head_size), UNWRITTEN, dtype=case.dtype, device=DEVICE)
+            run.kept = {
+                name: tensor for name, tensor in (kept.arguments | {"queries": queries}).items() if name in names
+            }
+            run.launch()
+            assert ((kept.outputs != UNWRITTEN).any() == ("outputs" in names)).all()
+            assert ((kept.kept_kv != UNWRITTEN).any() == ("kept_kv" in names)).all()
+            assert ((queries != UNWRITTEN).any() == ("queries" in names)).all()
+
     def test_uncounted_rows_are_measured_but_not_added(self) -> None:
         """Rows that are marked so have the same numbers, in the ring, too, and none in the accumulators."""
         case = replace(MIXED, keys=((0, 67, 0, float("nan")),))
@@ -310,6 +383,16 @@ class TestErrors:
         with pytest.raises(ValueError, match="must span at most 2147483647 elements, got 4294967296"):
             Run(BASE, inputs)
 
+    def test_rings_that_do_not_fit(self) -> None:
+        """Names the tensors, what they must be and what they are."""
+        kept = Kept(BASE, 64).arguments
+        with pytest.raises(ValueError, match=r"output and outputs must end with \[4, 64\] and be of one type, got"):
+            Run(BASE, **(kept | {"outputs": kept["outputs"][:, :3]}))
+        with pytest.raises(ValueError, match=r"key and kept_kv must .* one type, .* torch.float32; pass a ring"):
+            Run(BASE, **(kept | {"kept_kv": kept["kept_kv"].float()}))
+        with pytest.raises(ValueError, match="value and kept_kv must be contiguous in their last dimension"):
+            Run(BASE, **(kept | {"value": kept["value"].repeat_interleave(2, 2)[..., ::2]}))
+
     def test_no_rows(self) -> None:
         """A workspace for no rows is refused."""
         with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
@@ -346,6 +429,28 @@ class TestGraph:
         inputs.num_rows.zero_()
         graph.replay()
         assert run.accumulators.rows.sum() == expected_rows * case.heads
+
+    def test_what_is_kept_follows_the_device_memory(self) -> None:
+        """Captured with no rows: each replay keeps the outputs, keys and values of the rows that have a slot then."""
+        case = replace(MIXED, heads=8, head_size=128)
+        inputs = make_inputs(case, DEVICE)
+        kept, count = Kept(case, 128), int(inputs.num_rows)
+        inputs.num_rows.zero_()
+        run = Run(case, inputs, **kept.arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run.launch()
+        inputs.num_rows.fill_(count)
+        for slots in ((), ((0, 4), (3, 0)), ((2, 2),)):
+            inputs.rows[:count, ROW_SLOT] = -1
+            for row, slot in slots:
+                inputs.rows[row, ROW_SLOT] = slot
+            for tensor in (kept.output, kept.key, kept.value):
+                tensor.copy_(torch.randn_like(tensor))
+            kept.outputs.fill_(UNWRITTEN)
+            kept.kept_kv.fill_(UNWRITTEN)
+            graph.replay()
+            kept.check(inputs)
 
     def test_lengths_grow_between_replays(self) -> None:
         """A graph captured at short lengths measures long ones: loop bounds come from the device."""

@@ -110,6 +110,7 @@ class PackedReader:
         num_kv_heads: Hkv.
         order: of a page.
         fp8: type of the stored numbers; None if it is the cache's own.
+        largest: what `read` returns for the largest number of an FP8 type; None of other types.
     """
 
     def __init__(self, kv_cache: Tensor, layout: CacheLayout, places: Places, scale: float) -> None:
@@ -131,6 +132,7 @@ class PackedReader:
             kv_cache.storage_offset() + order.first,
         )
         self.num_kv_heads: Final = layout.num_kv_heads
+        self.largest: Final = None if self.fp8 is None else torch.finfo(self.fp8).max / _half_scale(self.fp8)
         self.key_scale: Final = 1.0 if self.fp8 is None else scale * _half_scale(self.fp8)
 
     def read(self, block_ids: Tensor) -> Tensor:

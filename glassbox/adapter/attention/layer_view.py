@@ -13,7 +13,7 @@ from glassbox.adapter.attention.layer_cache import CacheFinder
 from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, AttentionMetadata, CommonMetadata, ObservedImpl
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_stats_native import KeyOrder, KeyPages
-from glassbox.measure.contract import BatchTables
+from glassbox.measure.contract import BatchTables, Forward
 
 
 class _View:
@@ -59,6 +59,10 @@ class PackedView(_View):
 
     def __init__(self, impl: ObservedImpl, layer: AttentionLayer) -> None:
         super().__init__(impl, layer, _params(impl))
+
+    def block_size(self, kv_cache: Tensor) -> int:
+        """See contract.PackedLayer."""
+        return self.layout(kv_cache).block_size
 
     def reader(self, kv_cache: Tensor) -> PackedReader:
         """See contract.PackedLayer."""
@@ -154,6 +158,19 @@ def view_of(impl: ObservedImpl, layer: AttentionLayer, query: Tensor, kv_cache: 
         view = PackedView(impl, layer) if kv_cache.device.type == "cpu" else StridedView(impl, layer, query, kv_cache)
         impl.glassbox_view = view
     return view
+
+
+def forward_of(query: Tensor, key: Tensor | None, value: Tensor | None, output: object) -> Forward:
+    """What an impl was given and returned, [T, H, D] each.
+
+    Args:
+        query, key, value: as it was given them.
+        output: as it returned it, [T, Hq, Dv] or [T, Hq * Dv].
+    """
+    served = output if isinstance(output, Tensor) and output.ndim in (2, 3) else None
+    if served is not None and served.ndim == 2:
+        served = served.view(served.shape[0], query.shape[1], -1)
+    return Forward(query, key, value, served)
 
 
 def tables_of(metadata: AttentionMetadata) -> BatchTables | None:

@@ -109,7 +109,7 @@ def _observe_impl(inner: Any, name: str) -> type:
         output = inner.forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kw)
         listener = SEAT.listener
         if listener is not None and attn_metadata is not None and self.glassbox_observed:
-            listener.after_attention(self, layer, query, kv_cache, attn_metadata)
+            listener.after_attention(self, layer, query, key, value, kv_cache, attn_metadata, output)
         return output
 
     SEAT.listening.add(ObservedImpl, forward)

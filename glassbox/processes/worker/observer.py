@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from glassbox.adapter.attention.layer_view import common_tables, tables_of, view_of
+from glassbox.adapter.attention.layer_view import common_tables, forward_of, tables_of, view_of
 from glassbox.adapter.internals import Feature, lacks
 from glassbox.adapter.protocols import (
     AttentionLayer,
@@ -24,7 +24,7 @@ from glassbox.adapter.protocols import (
     PreparedBatch,
     Runner,
 )
-from glassbox.adapter.runner import BatchMismatchError, check_batch, read_batch
+from glassbox.adapter.runner import Batch, BatchMismatchError, check_batch, read_batch
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.counters import ENGINE_NUMBERS
@@ -32,6 +32,7 @@ from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_UNCOUNTED
 from glassbox.measure.contract import Measurer
 from glassbox.measure.sampling import RowSampler, StepSampler
+from glassbox.processes.worker.canary import Canary, StepCheck
 from glassbox.processes.worker.step import Step
 from glassbox.processes.worker.traces.tracker import RequestTracker
 
@@ -66,6 +67,7 @@ class Observer:
         num_heads: query heads local to the worker.
         config: returns the configuration in force; called at every step.
         requests: which requests are traced.
+        canary: which rows are checked, and which layers may be observed.
         listen: told whether layers are to call `after_attention`: in warm-up, since graphs are captured there, and
             then in measured steps.
         max_spec_tokens: draft tokens a decode step may verify (0 without speculative decoding).
@@ -82,6 +84,7 @@ class Observer:
         num_heads: int,
         config: Callable[[], GlassboxConfig],
         requests: RequestTracker,
+        canary: Canary,
         listen: Callable[[bool], None],
         errors: ErrorCounter,
         max_spec_tokens: int = 0,
@@ -91,7 +94,7 @@ class Observer:
         self._listen = listen
         listen(True)
         self.counters = Counters()
-        self.measurer, self.requests = measurer, requests
+        self.measurer, self.requests, self._canary = measurer, requests, canary
         self._all_layers, self._num_layers_total, self._num_heads = layers, num_layers_total, num_heads
         self._layer_names = frozenset(layer_names)
         self._read_config, self._errors, self._clock = config, errors, clock
@@ -157,7 +160,11 @@ class Observer:
             sampled = self._steps.next_step()
             if sampled:
                 self.counters.sampled_steps += 1
-            step.start(sampled=sampled, traced=self._has_traced(runner, scheduled, config))
+            step.start(
+                sampled=sampled,
+                traced=self._has_traced(runner, scheduled, config),
+                checked=config.enabled and self._canary.is_due(config.canary.interval_s),
+            )
         except Exception as error:
             step.fail("begin_step", error)
         step.overhead_s += self._clock() - step.started_s
@@ -214,24 +221,55 @@ class Observer:
         if dropped:
             # In rows_total's unit: one per layer and head.
             self.counters.dropped_rows["max_rows_per_step"] += dropped * len(self._layers) * self._num_heads
+        check = None
+        if step.checked:
+            rows, check = self._add_checked(batch, rows, excluded)
         if len(rows):
             assert rows[:, ROW_BATCH].max() < len(batch.prompt_len)
             traces = None
             if traced is not None:
                 traces = self.requests.trace_rows(step.runner, batch, rows)
                 step.counted_share = 1 - np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED) / len(rows)
+            if check is not None:
+                # After those of the traced rows, which are told from others by having one.
+                check.take_slots(rows, self.measurer.num_slots)
             # Of a step that isn't sampled only what its traces asked for.
             of_traces = traces.local_layers if traces is not None else frozenset[int]()
-            if layers := self._layers if step.sampled else of_traces:
-                step.begin(rows, layers, traces)
+            layers = (self._layers if step.sampled else of_traces) & self._canary.allowed
+            if check is not None and not check.local_layers <= layers:
+                layers = self._without_sample(rows, layers, of_traces)
+            if layers or check is not None:
+                step.begin(rows, layers, traces, check)
+
+    def _add_checked(
+        self, batch: Batch, rows: np.ndarray, excluded: np.ndarray | None
+    ) -> tuple[np.ndarray, StepCheck | None]:
+        room = self.measurer.max_rows - len(rows)
+        try:
+            return self._canary.choose(
+                batch, rows, self._layers, self._config.canary.interval_s, excluded=excluded, room=room
+            )
+        except Exception as error:  # the step may be measured all the same
+            self._errors.count("canary", error)
+            return rows, None
+
+    def _without_sample(self, rows: np.ndarray, layers: frozenset[int], traced: frozenset[int]) -> frozenset[int]:
+        """Takes the rows out of the sample: layers that are only checked see the same list. Returns what remains."""
+        counted = np.count_nonzero((rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0)
+        self.counters.dropped_rows["canary"] += int(counted) * len(layers) * self._num_heads
+        rows[:, ROW_PHASE] |= ROW_UNCOUNTED
+        return layers & traced
 
     def after_attention(
         self,
         impl: ObservedImpl,
         layer: AttentionLayer,
         query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         kv_cache: Tensor,
         attn_metadata: AttentionMetadata,
+        output: object,
     ) -> None:
         """Called by every observed layer while it is listened to; one that fails does not keep the others."""
         step = self._step
@@ -239,7 +277,8 @@ class Observer:
         try:
             if kv_cache.numel():
                 view = view_of(impl, layer, query, kv_cache)
-                self.measurer.after_attention(view, query, kv_cache, tables_of(attn_metadata))
+                forward = forward_of(query, key, value, output)
+                self.measurer.after_attention(view, forward, kv_cache, tables_of(attn_metadata))
         except Exception as error:
             self._errors.count("observe", error)
         if step is not None:
@@ -255,7 +294,9 @@ class Observer:
         self.counters.overhead_seconds += step.overhead_s
         try:
             # The budget is that of the sample: what traced requests cost besides is bounded by their number.
+            # A check is not repeated in the next sampled steps.
             overhead_s = step.overhead_s * step.counted_share
-            self._steps.record(overhead_s, self._clock() - step.started_s, step.sampled)
+            if not step.checked:
+                self._steps.record(overhead_s, self._clock() - step.started_s, step.sampled)
         except Exception as error:
             self._errors.count("end_step", error)

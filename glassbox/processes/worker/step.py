@@ -13,7 +13,7 @@ import numpy as np
 from glassbox.adapter.protocols import PreparedBatch, Runner
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.core.errors import ErrorCounter
-from glassbox.measure.contract import Measurer, StepTraces
+from glassbox.measure.contract import Measurer, OutputCheck, StepTraces
 
 
 class Step:
@@ -31,7 +31,9 @@ class Step:
         runner, scheduled: as given.
         prepared: what the V2 runner's `prepare_inputs` has returned in this step.
         sampled: the step sampler chose it, so all its rows are candidates.
-        measured: rows are to be measured: it is sampled, or has rows of traced requests; False once it has failed.
+        checked: some of its rows' outputs are to be reproduced.
+        measured: rows are to be measured: it is sampled, checked, or has rows of traced requests; False once it has
+            failed.
         rows_chosen: the batch was seen, and rows were chosen of it.
         started_s: when it began, by the clock.
         overhead_s: seconds that glassbox has spent in it so far.
@@ -52,27 +54,30 @@ class Step:
         self.scheduled: Final = scheduled
         self.prepared: PreparedBatch | None = None
         self.started_s: Final = clock()
-        self.sampled = self.measured = self.rows_chosen = False
+        self.sampled = self.checked = self.measured = self.rows_chosen = False
         self.overhead_s, self.counted_share = 0.0, 1.0
         self._listening = self._begun = False
 
-    def start(self, *, sampled: bool, traced: bool) -> None:
+    def start(self, *, sampled: bool, traced: bool, checked: bool) -> None:
         """Listen to the layers if rows are to be measured.
 
         Args:
             sampled: whether the step sampler chose it.
             traced: whether it has rows of traced requests.
+            checked: whether the canary wants some of its rows.
         """
-        self.sampled, self.measured = sampled, sampled or traced
+        self.sampled, self.checked, self.measured = sampled, checked, sampled or traced or checked
         if self.measured:
             # Noted first: whoever fails half way may be listening.
             self._listening = True
             self._listen(True)
 
-    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None) -> None:
+    def begin(
+        self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None, check: OutputCheck | None
+    ) -> None:
         """Hand the row list to the measurer; see `Measurer.begin`."""
         self._begun = True
-        self._measurer.begin(rows, layers, traced)
+        self._measurer.begin(rows, layers, traced, check)
 
     def fail(self, stage: str, error: Exception) -> None:
         """Count the error and measure nothing more of this step."""

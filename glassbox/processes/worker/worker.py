@@ -10,9 +10,11 @@ import threading
 import time
 import uuid
 import weakref
+from collections import Counter
 from typing import Any
 
 from glassbox import __version__
+from glassbox.adapter import release
 from glassbox.adapter.internals import switched_off
 from glassbox.adapter.protocols import VllmWorker
 from glassbox.adapter.release import vllm_version
@@ -24,12 +26,13 @@ from glassbox.core.affinity import leave_workers_cores
 from glassbox.core.counters import EngineValue
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
-from glassbox.core.output_checks import LayerChecks
 from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.contract import DeviceNeeds, MeasuredLayers
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.for_device import make_measurer
 from glassbox.processes.exporter.launch import ExporterProcess
+from glassbox.processes.worker.canary import Canary, WorkerPlace
+from glassbox.processes.worker.nonfinite import NonfiniteWatch
 from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.active import TraceHost
 from glassbox.processes.worker.traces.tracker import RequestTracker
@@ -87,6 +90,21 @@ class Worker:
             tokenizer_revision=facts.tokenizer_revision,
         )
         self._requests = RequestTracker(host, self._deferred)
+        place = WorkerPlace(
+            layers=layers.indices,
+            names=layers.names,
+            head_offset=host.head_offset,
+            rank=server.rank,
+            host=socket.gethostname(),
+            vllm=self._build["vllm_version"],
+        )
+        self._place, self._nonfinite = place, NonfiniteWatch(layers.indices)
+        self._canary = Canary(
+            place,
+            measurer.check_limits,
+            probation=release.installed().standing is release.Standing.NEWER,
+            count=self._count_checked,
+        )
         self._traces = TraceWriter(rundir.run_dir(), host, self._requests)
         self.observer = Observer(
             measurer,
@@ -96,6 +114,7 @@ class Worker:
             num_heads=layers.num_heads,
             config=lambda: settings.config,
             requests=self._requests,
+            canary=self._canary,
             listen=SEAT.listening.listen,
             errors=errors,
             max_spec_tokens=facts.max_spec_tokens,
@@ -106,6 +125,9 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._unsubscribe = settings.subscribe(self._wake.set)
         self._last_written: tuple[Any, ...] | None = None
+
+    def _count_checked(self, result: str, rows: int) -> None:
+        self.observer.counters.canary_rows[result] += rows
 
     def start(self) -> None:
         """Count steps from now on; start the snapshot thread and follow the YAML."""
@@ -168,7 +190,8 @@ class Worker:
 
     def snapshot(self) -> Snapshot:
         """All numbers of this worker as they stand now."""
-        arrays = self.observer.measurer.copy(time.monotonic())
+        now_s = time.monotonic()
+        arrays = self.observer.measurer.copy(now_s)
         return Snapshot(
             instance=self._instance,
             time_s=time.time(),
@@ -181,9 +204,9 @@ class Worker:
             num_heads_total=self._facts.server.num_heads,
             num_layers_total=self._facts.server.num_layers,
             numbers=self._numbers(),
-            host=socket.gethostname(),
-            first_nonfinite_layer=None,
-            checks=LayerChecks.nothing(len(self._facts.layers.indices)),
+            host=self._place.host,
+            first_nonfinite_layer=self._nonfinite.first(arrays.nonfinite, now_s),
+            checks=self._canary.checks(),
             **vars(arrays),
         )
 
@@ -191,12 +214,14 @@ class Worker:
         """The numbers of the table of engine numbers: what the observer's steps count, and what others know."""
         status = self._settings.status
         refused, traced = self._requests.counts()
+        not_observed = self._canary.not_observed()
+        bypassed = Counter(bypass.slug for bypass in self._facts.layers.bypassed.values())
         return {
             **self.observer.counters.numbers(),
             "errors": self._errors.counts(),
             "sample_rate": self.observer.effective_sample_rate,
-            "layers_observed": len(self._facts.layers.names),
-            "layers_bypassed": {"backend": len(self._facts.layers.bypassed)},
+            "layers_observed": len(self._facts.layers.names) - sum(not_observed.values()),
+            "layers_bypassed": {**bypassed, **not_observed},
             "reload_successful": status.successful,
             "reload_timestamp_s": status.timestamp_s,
             "build": self._build,
