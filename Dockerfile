@@ -1,7 +1,9 @@
 # vLLM's official image with glassbox in it; `vllm serve` stays the entry point.
 #   docker build -t vllm-glassbox .
 #   docker run --gpus all --ipc=host -p 8000:8000 vllm-glassbox MODEL
-FROM vllm/vllm-openai:v0.32.0
+# Any release that README lists: docker build --build-arg VLLM_VERSION=0.31.0 -t vllm-glassbox .
+ARG VLLM_VERSION=0.33.0
+FROM vllm/vllm-openai:v${VLLM_VERSION}
 
 # vLLM is in the image, so no extra is named; pip leaves installed packages that satisfy it as they are.
 WORKDIR /opt/glassbox

@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # Found by tools/setup_venv.sh if it isn't named: make PYTHON=/usr/bin/python3.12 ...
 export PYTHON
+# Another of the releases in tools/releases.toml than the reference: make VLLM_RELEASE=0.31 VENV=.venv-0.31 ...
+export VLLM_RELEASE
 
 # make demo DEMO_ARGS=--once
 DEMO_ARGS ?=
@@ -17,7 +19,7 @@ BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench soak clean
+.PHONY: help setup demo test lint format bench soak releases clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +27,7 @@ help:  ## Show the targets
 setup: $(STAMP)  ## Create the virtual environment (the others do it by themselves)
 
 # Runs once, and again after a change of what is to be installed. The stamp comes last: a broken set-up leaves none.
-$(STAMP): pyproject.toml tools/setup_venv.sh tools/vllm_metadata.py
+$(STAMP): pyproject.toml tools/setup_venv.sh tools/vllm_metadata.py tools/vllm_releases.py tools/releases.toml
 	tools/setup_venv.sh $(VENV)
 	@touch $@
 
@@ -36,7 +38,8 @@ demo: $(STAMP)  ## Serve a small real model and show its attention; DEMO_ARGS=--
 # A test of these and of the unit tests keeps one core busy, so two go at once. So do those that run vLLM without its
 # servers, if each computes on one thread (two of them with OpenMP's spinning threads are slower than one after the
 # other). The rest starts servers, which want all cores.
-IN_PROCESS := tests/integration $(addprefix tests/e2e/,test_attach.py test_bad_config.py test_same_output.py)
+IN_PROCESS := tests/integration tests/releases \
+	$(addprefix tests/e2e/,test_attach.py test_bad_config.py test_same_output.py)
 test: lint  ## Lint, then run all tests that need neither a GPU nor hours
 ifeq ($(PYTEST_ARGS),)
 	$(PYTEST) -n 2 tests/kernels
@@ -53,6 +56,7 @@ lint: $(STAMP)  ## Check style, types, imports between rooms, shell scripts and 
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/glassbox dashboards --check
+	$(PY) tools/releases_table.py --check
 	$(VENV)/bin/shellcheck .ci/run tools/*.sh
 	@# hadolint has no package for every platform; where it is missing its absence is said, not hidden.
 	@if [ -x $(VENV)/bin/hadolint ]; then $(VENV)/bin/hadolint Dockerfile; else echo "hadolint: not available here"; fi
@@ -65,8 +69,14 @@ bench: $(STAMP)  ## Compare throughput on this CPU with and without glassbox
 	$(PY) $(BENCH) $(BENCH_ARGS)
 
 soak: $(STAMP)  ## Run the long form of the tests
-	$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "slow and not gpu and not releases" $(PYTEST_ARGS)
 
-clean:  ## Remove the virtual environment and everything that was built (not the model in ~/.cache/glassbox)
+# Reads all supported releases, and runs those whose wheels for CPUs need the installed torch; each is fetched once and
+# takes 450 MB in ~/.cache/glassbox (tools/vllm_releases.py remove all).
+releases: $(STAMP)  ## Test every supported vLLM release that runs on this CPU, and write the table of them
+	$(PY) -m pytest --timeout 900 --durations 30 --record docs/data/releases.json tests/releases $(PYTEST_ARGS); \
+	status=$$?; $(PY) tools/releases_table.py && exit $$status
+
+clean:  ## Remove the virtual environment and everything that was built (not the model and the vLLM releases in ~/.cache/glassbox)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

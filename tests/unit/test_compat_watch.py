@@ -2,13 +2,17 @@
 
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from tools import compat_watch
-from tools.compat_watch import Tree, changed, missing, used_names, worth_a_line
+from tools import compat_watch, vllm_releases
+from tools.compat_watch import changed, entry_of, missing, not_called, to_look_for, undeclared, worth_a_line
+from tools.vllm_tree import Tree
+from tools.vllm_uses import attributes_asked_for, used_names
 
 USER: Final = '''
 from typing import Protocol
@@ -47,6 +51,9 @@ RELEASE: Final = {
     "__init__": "from vllm.engine import Engine\nfrom torch import Tensor",
     "_version": "__version__ = version = '9.1.0'",
     "base": "class Base:\n    inherited = 1\n    def run(self, a, b=None, *args, **kw): ...",
+    "stars": "from .base import *",
+    "circle": "from vllm.ring import Ring",
+    "ring": "from vllm.circle import Ring",
     "engine": (
         "from vllm.base import Base\nclass Engine(Base):\n    field: int\n    def __init__(self): self.own = {}\n"
         "    @property\n    def made(self): ...\ndef mark(layer): layer.isa = 'vec'"
@@ -60,6 +67,24 @@ def tree(folder: Path, modules: Mapping[str, str]) -> Path:
     for name, text in modules.items():
         (folder / "vllm" / f"{name}.py").write_text(text, encoding="utf-8")
     return folder
+
+
+class Feature(Enum):
+    """What needs internals."""
+
+    TRACES = "traced requests"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A declaration."""
+
+    path: str
+    module: str = "vllm"
+    serves: Feature = Feature.TRACES
+    required: bool = False
+    alternatives: tuple[str, ...] = ()
+    since: str = ""
 
 
 def names(*paths: str) -> dict[str, str]:
@@ -99,6 +124,25 @@ class TestUsedNames:
         assert {"vllm.v1.worker.Worker", "vllm.v1.engine.Engine.add"} <= set(found)
         assert not any("around_add" in name for name in found)
 
+    def test_declarations_are_no_use(self, tmp_path: Path) -> None:
+        """What a module declares is used by others, or by nobody."""
+        folder = tmp_path / "package" / "adapter"
+        folder.mkdir(parents=True)
+        for name in ("internals.py", "other.py"):
+            (folder / name).write_text(f"Internal('vllm.{name[:5]}')", encoding="utf-8")
+        assert {"vllm.other"} == {name for name in used_names(tmp_path / "package") if "Enum" not in name}
+
+    def test_attributes_that_are_asked_for(self, tmp_path: Path) -> None:
+        """With getattr and a default, or hasattr; not glassbox's own, nor those of Python's modules."""
+        folder = tmp_path / "glassbox" / "adapter"
+        folder.mkdir(parents=True)
+        text = "getattr(impl, 'sinks', None)\nhasattr(a, 'impl')\ngetattr(i, 'glassbox_view', 0)\ngetattr(a, name)\n"
+        text += "getattr(module.__spec__, '_initializing', False)\n"
+        (folder / "user.py").write_text(text, encoding="utf-8")
+        assert {"sinks": "glassbox/adapter/user.py:1", "impl": "glassbox/adapter/user.py:2"} == attributes_asked_for(
+            folder
+        )
+
     def test_what_glassbox_uses_is_found(self) -> None:
         """One of each kind, and each backend that can be observed."""
         assert {
@@ -128,6 +172,8 @@ class TestTree:
             "vllm.engine.isa",  # set on objects of others
             "vllm.engine.Engine.own.anything",  # of a value nothing is known
             "vllm.Tensor",  # not vLLM's
+            "vllm.stars.Base.inherited",  # with all others
+            "vllm.circle.Ring",  # nobody can tell
         ],
     )
     def test_it_has(self, release: Tree, path: str) -> None:
@@ -144,6 +190,19 @@ class TestTree:
         """The release's own word; a checkout has none."""
         assert "9.1.0" == release.version
         assert "unknown" == Tree(tree(tmp_path, {"__init__": ""})).version
+
+    def test_elsewhere(self, release: Tree) -> None:
+        """Modules, classes, methods and what is set on self, the nearest first; what a function names is its own."""
+        assert ["vllm.engine.Engine.own"] == release.elsewhere("own")
+        assert ["vllm.base", "vllm.base.Base"] == release.elsewhere("base") + release.elsewhere("Base")
+        assert ["vllm.engine.Engine.made"] == release.elsewhere("made")
+        assert [] == release.elsewhere("isa")
+
+    def test_the_nearest_first(self, tmp_path: Path) -> None:
+        """Of many that are called so."""
+        modules = {"__init__": "", **dict.fromkeys(("a", "b", "c"), "class Thing:\n    size = 1")}
+        paths = Tree(tree(tmp_path, modules)).elsewhere("size", near="vllm.b.Other.size")
+        assert ["vllm.b.Thing.size", "vllm.a.Thing.size", "vllm.c.Thing.size"] == paths
 
     def test_no_vllm_in_the_folder(self, tmp_path: Path) -> None:
         """The installed one is not taken instead."""
@@ -198,7 +257,85 @@ class TestFindings:
         assert "was a class, is a function" == finding.what
 
 
+class TestDeclarations:
+    """RELEASE is 9.1; `Engine` has field, own, made, run and inherited."""
+
+    def found(self, release: Tree, name: str, *entries: Entry) -> list[compat_watch.Finding]:
+        return missing(release, names(name), entries)
+
+    def test_another_module_where_its_own_is_gone(self, release: Tree) -> None:
+        """Is enough; it is not for what its own module has no more."""
+        for module, alternatives, lacks in (
+            ("vllm.gone", ("vllm.lost", "vllm.engine"), 0),
+            ("vllm.gone", ("vllm.lost",), 1),
+            ("vllm.gone", (), 1),
+            ("vllm.base", ("vllm.engine",), 1),
+        ):
+            entry = Entry(f"{module}.Motor", module, alternatives=alternatives)
+            assert lacks == len(self.found(release, f"{module}.Motor", entry))
+            assert lacks == len(self.found(release, f"{module}.Motor.run", entry))
+
+    def test_a_name_that_is_newer_than_the_release(self, release: Tree) -> None:
+        """Is said, and fails nothing."""
+        (finding,) = self.found(release, "vllm.Engine.speed", Entry("vllm.Engine.speed", since="9.2"))
+        assert not finding.fails
+        assert finding.what == (
+            "missing: nothing is called speed; traced requests needs it, and is not there in releases before 9.2"
+        )
+        for since in ("", "9.1", "8.99"):
+            (finding,) = self.found(release, "vllm.Engine.speed", Entry("vllm.Engine.speed", since=since))
+            assert finding.fails
+
+    def test_what_is_lost(self, release: Tree) -> None:
+        """A feature, or all of it."""
+        for required, lost in ((False, "traced requests needs it"), (True, "nothing is observed without it")):
+            (finding,) = self.found(release, "vllm.gone", Entry("vllm.gone", required=required))
+            assert finding.fails
+            assert finding.what == f"missing: nothing is called gone; {lost}"
+
+    def test_the_nearest_declaration_counts(self) -> None:
+        """A member's own goes before its class's; names that only begin alike are others."""
+        entries = Entry("vllm.Engine"), Entry("vllm.Engine.speed", since="9.2")
+        assert entries[1] == entry_of("vllm.Engine.speed", entries)
+        assert entries[0] == entry_of("vllm.Engine.run", entries)
+        assert entry_of("vllm.EngineCore", entries) is None
+
+    def test_undeclared_names(self) -> None:
+        """Neither declared, nor below a declared one that has no members declared, nor what holds a declared one."""
+        used = names(
+            "vllm.envs",
+            "vllm.envs.PORT",
+            "vllm.envs.HOST",
+            "vllm.Engine.run",
+            "vllm.Kind",
+            "vllm.Kind.A",
+            "vllm.Kind.B",
+        )
+        entries = (Entry("vllm.envs.PORT"), Entry("vllm.Engine"), Entry("vllm.Kind"), Entry("vllm.Kind.A"))
+        found = undeclared(used, entries)
+        assert ["vllm.envs.HOST", "vllm.Kind.B"] == [finding.path for finding in found]
+        assert "not declared: add it to glassbox/adapter/internals.py" == found[0].what
+
+    def test_declared_names_are_looked_for(self, release: Tree) -> None:
+        """Also those that code reaches by their declaration alone."""
+        entries = (Entry("vllm.gone"), Entry("vllm.Engine"))
+        looked_for = to_look_for(names("vllm.Engine"), entries)
+        assert {"vllm.gone": "glassbox/adapter/internals.py", "vllm.Engine": "user.py:1"} == looked_for
+        assert ["vllm.gone"] == [finding.path for finding in missing(release, looked_for, entries)]
+
+    def test_attributes_that_nobody_has(self, release: Tree) -> None:
+        """They are said and fail nothing."""
+        (finding,) = not_called(release, names("isa", "sinks"))
+        assert ("sinks", False) == (finding.path, finding.fails)
+
+
 class TestCommand:
+    @pytest.fixture(autouse=True)
+    def nothing_declared(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Other than glassbox's own uses and declarations, which are no matter here."""
+        monkeypatch.setattr(compat_watch, "declared", lambda: ())
+        monkeypatch.setattr(compat_watch, "attributes_asked_for", dict)
+
     def test_a_wheel_that_lacks_names_fails(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -216,8 +353,35 @@ class TestCommand:
         monkeypatch.setattr(compat_watch, "used_names", lambda: names("vllm.Engine"))
         assert 0 == compat_watch.main([str(wheel), "--reference", str(folder)])
 
-    def test_neither_wheel_nor_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_release_by_its_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Of those that are supported, which are fetched; `all` is each of them."""
+        folder = tree(tmp_path, RELEASE)
+        monkeypatch.setattr(compat_watch, "used_names", lambda: names("vllm.Engine"))
+        monkeypatch.setattr(vllm_releases, "folder_of", lambda release, *, whole: folder)
+        assert 0 == compat_watch.main(["all", "--reference", str(folder)])
+        lines = capsys.readouterr().out.splitlines()
+        assert ["vLLM 9.1.0: has 1 of 1 names that glassbox uses; 0 called otherwise than in 9.1.0"] * 8 == lines
+
+    def test_declared(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """A name that is used and not declared fails by itself."""
+        monkeypatch.setattr(compat_watch, "used_names", lambda: names("vllm.Engine", "vllm.Motor"))
+        for entry, status in ((Entry("vllm.Engine"), 1), (Entry("vllm"), 0)):
+            monkeypatch.setattr(compat_watch, "declared", lambda entry=entry: (entry,))
+            assert status == compat_watch.main(["--declared"])
+        assert (
+            "glassbox uses 2 names of vLLM, of which 1 are not declared\n  vllm.Motor (user.py:1)\n"
+            "    not declared: add it to glassbox/adapter/internals.py\n"
+            "glassbox uses 2 names of vLLM, of which 0 are not declared\n"
+        ) == capsys.readouterr().out
+
+    @pytest.mark.parametrize("arguments", [["{folder}"], []])
+    def test_neither_release_nor_wheel_nor_folder(
+        self, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         """It says what it wants."""
         with pytest.raises(SystemExit):
-            compat_watch.main([str(tmp_path)])
-        assert "release must be a wheel or a folder that holds vllm/" in capsys.readouterr().err
+            compat_watch.main([text.format(folder=tmp_path) for text in arguments])
+        said = capsys.readouterr().err
+        assert ("or give a wheel, or a folder that holds vllm/" in said) or ("name a release" in said)
