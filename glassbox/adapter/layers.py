@@ -147,7 +147,7 @@ class ObservedLayers:
         names: of the observed ones, in the order of their global index.
         indices: global index of each.
         num_heads: largest number of local query heads among them.
-        head_size: the largest of theirs.
+        head_size, num_kv_heads: the largest of theirs, of K and V.
         bypassed: layers whose attention glassbox does not see, by name, and why. Those of one reason are equal.
     """
 
@@ -155,6 +155,7 @@ class ObservedLayers:
     indices: tuple[int, ...]
     num_heads: int
     head_size: int
+    num_kv_heads: int
     bypassed: Mapping[str, Bypass]
 
 
@@ -177,14 +178,16 @@ def find_layers(
             continue
         reason = of_all or find_bypass(layer) or _unreadable(layer, finder)
         if reason is None:
-            observed.append((layer_index(name), name, layer.num_heads, layer.head_size))
+            observed.append((layer_index(name), name, layer))
         else:
             bypassed[name] = reason
-    observed.sort()
+    observed.sort(key=lambda one: one[:2])
+    of_model = [layer for _, _, layer in observed]
     return ObservedLayers(
-        names=tuple(name for _, name, _, _ in observed),
-        indices=tuple(index for index, _, _, _ in observed),
-        num_heads=max((heads for _, _, heads, _ in observed), default=0),
-        head_size=max((size for _, _, _, size in observed), default=0),
+        names=tuple(name for _, name, _ in observed),
+        indices=tuple(index for index, _, _ in observed),
+        num_heads=max((layer.num_heads for layer in of_model), default=0),
+        head_size=max((max(layer.head_size, layer.head_size_v) for layer in of_model), default=0),
+        num_kv_heads=max((layer.impl.num_kv_heads for layer in of_model), default=0),
         bypassed=bypassed,
     )

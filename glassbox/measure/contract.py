@@ -45,13 +45,16 @@ class DeviceNeeds:
 
     Attributes:
         max_rows: length of the row list; captured graphs hold it.
-        head_size: largest of the layers; query_dtype: holds their queries, for those of traced rows.
+        head_size: largest of the layers; query_dtype: holds their queries, outputs, K and V, for those of traced and
+            checked rows.
+        num_kv_heads: largest local number of the layers.
         deferred: takes what waits for the device.
         is_piecewise: see `GraphNodes`.
     """
 
     max_rows: int
     head_size: int
+    num_kv_heads: int
     query_dtype: torch.dtype
     deferred: DeferredActions
     is_piecewise: Callable[[], bool]
@@ -245,11 +248,14 @@ class StridedLayer(LayerView, Protocol):
     """A layer whose keys are a strided tensor (GPU).
 
     Attributes:
-        num_heads, head_size: of its queries.
+        num_heads, head_size, query_dtype: of its queries.
+        gave_kv: whether its impl is given this step's K and V, in the model's type and of one head size.
     """
 
     num_heads: int
     head_size: int
+    query_dtype: torch.dtype
+    gave_kv: bool
 
     def keys(self, kv_cache: Tensor | None = None) -> Tensor:
         """K of the cache, [num_blocks, Hkv, block_size, D], in the type of its numbers.

@@ -12,26 +12,55 @@ launches after it (docs/performance.md).
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_SLOT
 from glassbox.core.statistics import NUM_STATISTICS
+from glassbox.kernels.cached_layers import CachedLayers, ProbedLayers
+from glassbox.kernels.output_rounding import FP8_TYPES, OutputRounding
 from glassbox.kernels.probe_answers import ProbeAnswers
-from glassbox.kernels.row_probe import ProbedLayers, row_probe
+from glassbox.kernels.row_output import row_output
+from glassbox.kernels.row_probe import row_probe
 from glassbox.kernels.row_stats import LayerAccumulators, RowStatsWorkspace, row_stats
-from glassbox.measure.contract import AskedRows, BatchTables, DeviceNeeds, MeasuredLayers, StepTraces, StridedLayer
+from glassbox.measure.contract import (
+    AskedRows,
+    BatchTables,
+    CheckedLayers,
+    CheckLimits,
+    DeviceNeeds,
+    Forward,
+    MeasuredLayers,
+    OutputCheck,
+    StepTraces,
+    StridedLayer,
+)
 from glassbox.measure.graph_nodes import GraphNodes
 
 # Numbers and queries of the rows that one step may trace; never fewer than these rows.
 _RING_BYTES: Final = 16 << 20
 _LEAST_SLOTS: Final = 8
+# Rows that a check takes, and the keys that they see: some milliseconds of an H200 in a large model.
+_CHECK_LIMITS: Final = CheckLimits(rows=16, keys=32768)
 # Local layers, and what was found in them, on the device.
 _Answers = tuple[list[int], ProbeAnswers[torch.Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Checked:
+    """As contract.CheckedLayers, on the device."""
+
+    local_layers: list[int]
+    sums: torch.Tensor
+    kv_sums: torch.Tensor | None
+    head_size: int
+    roundoff: float
 
 
 class GpuMeasurer:
@@ -58,10 +87,18 @@ class GpuMeasurer:
         # What is measured of traced rows, by slot; NaN is nothing.
         slot_bytes = num_layers * num_heads * (4 * (NUM_STATISTICS + 1) + head_size * query_dtype.itemsize)
         self.max_traced_rows = min(max(_RING_BYTES // max(slot_bytes, 1), _LEAST_SLOTS), max_rows)
-        place = (self.max_traced_rows, num_layers, num_heads)
+        self.check_limits = _CHECK_LIMITS
+        self.num_slots = self.max_traced_rows + _CHECK_LIMITS.rows
+        place = (self.num_slots, num_layers, num_heads)
         self._ring = torch.zeros(*place, NUM_STATISTICS + 1, dtype=torch.float32, device=device)
         self._queries = torch.zeros(*place, head_size, dtype=query_dtype, device=device)
+        # What was served, and K and V as computed, of the same rows.
+        self._outputs = torch.zeros_like(self._queries)
+        self._kept_kv = torch.zeros(
+            self.num_slots, num_layers, 2, needs.num_kv_heads, head_size, dtype=query_dtype, device=device
+        )
         self._traced: StepTraces | None = None
+        self._check: OutputCheck | None = None
         self._deferred, self._errors = needs.deferred, errors
         self._graphs = GraphNodes(errors, needs.is_piecewise)
         self._graphs.watch()
@@ -71,7 +108,11 @@ class GpuMeasurer:
         self._ring_read = torch.cuda.Event()
         self._seen: dict[str, StridedLayer] = {}
         self._built: dict[str, BatchTables] = {}
+        # Those that are launched in this step, and those of them whose numbers are kept.
         self._layers: frozenset[int] = frozenset()
+        self._measured: frozenset[int] = frozenset()
+        # Whose outputs are kept.
+        self._kept: frozenset[int] = frozenset()
         self._active = False
         self._warming = True
         # Held while a copy or a step's first and last writes are queued, so that neither runs amid the other.
@@ -81,31 +122,39 @@ class GpuMeasurer:
     def nbytes(self) -> int:
         """Bytes on the GPU."""
         lists = self._row_list.nbytes + self._num_rows.nbytes
-        return self._accumulators.nbytes + self._workspace.nbytes + lists + self._ring.nbytes + self._queries.nbytes
+        rings = (self._ring, self._queries, self._outputs, self._kept_kv)
+        return self._accumulators.nbytes + self._workspace.nbytes + lists + sum(ring.nbytes for ring in rings)
 
     def end_warm_up(self) -> None:
         """See contract.Measurer."""
         self._warming = False
         self._graphs.unwatch()
+        with self._errors.guard("canary"):
+            self._compile_check()
 
     def begin(
         self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None, check: OutputCheck | None
     ) -> None:
         """See contract.Measurer. Queues two small copies on the current stream."""
+        launched = layers if check is None else layers | check.local_layers
         counts = np.zeros(len(self._num_rows), dtype=np.int32)
-        counts[list(layers)] = len(rows)
+        counts[list(launched)] = len(rows)
         # Before anything is queued: whatever fails in here, `discard` takes it back.
-        self._layers, self._active, self._traced = layers, True, traced
+        self._layers, self._measured, self._active = launched, layers, True
+        self._traced, self._check = traced, check
+        num_slots = int(rows[:, ROW_SLOT].max(initial=-1)) + 1
         with self._lock:
             torch.cuda.current_stream().wait_event(self._copy_done)
             self._accumulators.rotate(time.monotonic())
             # A fresh pinned tensor for each copy: the GPU may still read the one of the step before.
             self._row_list[: len(rows)].copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
             self._num_rows.copy_(torch.from_numpy(counts).pin_memory(), non_blocking=True)
-            if traced is not None:
+            if num_slots:
                 torch.cuda.current_stream().wait_event(self._ring_read)
-                self._ring[: traced.num_slots].fill_(torch.nan)
-                self._queries[: traced.num_slots].fill_(torch.nan)
+                # A layer that does not come leaves no numbers, and nothing to compare.
+                for ring in (self._ring, self._queries, self._outputs):
+                    ring[:num_slots].fill_(torch.nan)
+                self._kept_kv[:num_slots].zero_()
         self._graphs.measuring = True
 
     def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
@@ -114,7 +163,7 @@ class GpuMeasurer:
             self._built[name] = tables
 
     def after_attention(
-        self, layer: StridedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables | None
+        self, layer: StridedLayer, forward: Forward, kv_cache: torch.Tensor, tables: BatchTables | None
     ) -> None:
         """Queue this layer's launch.
 
@@ -130,13 +179,15 @@ class GpuMeasurer:
             and not torch.cuda.is_current_stream_capturing()
         ):
             return
-        self._launch(local, layer, query, kv_cache, tables or self._built[layer.name])
+        self._launch(local, layer, forward, kv_cache, tables or self._built[layer.name])
 
     def finish(self) -> None:
         """See contract.Measurer. Later replays find no rows."""
         self._graphs.measuring = False
         traced, self._traced = self._traced, None
+        check, self._check = self._check, None
         answers = [] if traced is None else self._probe(traced)
+        checked = [] if check is None else self._reproduce(check)
         with self._lock:
             if self._active:
                 self._num_rows.zero_()
@@ -144,11 +195,13 @@ class GpuMeasurer:
             self._step_done.record()
             if traced is not None:
                 self._collect(traced, answers)
+            if check is not None:
+                self._collect_checked(check, checked)
 
     def discard(self) -> None:
         """See contract.Measurer. What was queued of this step is still added; later replays find no rows."""
         self._graphs.measuring = self._active = False
-        self._traced = None
+        self._traced = self._check = None
         with self._lock:
             self._num_rows.zero_()
             self._step_done.record()
@@ -156,6 +209,7 @@ class GpuMeasurer:
     def _collect(self, traced: StepTraces, answers: list[_Answers]) -> None:
         """Queue the copies of what was measured of traced rows; it is kept when they are done."""
         done = torch.cuda.Event()
+        only_checked = sorted(self._layers - self._measured)
         with torch.cuda.stream(self._copy_stream):
             self._copy_stream.wait_event(self._step_done)
             ring = _to_host(self._ring[: traced.num_slots])
@@ -164,10 +218,12 @@ class GpuMeasurer:
             done.record()
 
         def keep() -> None:
-            traced.set_stats(ring.numpy())
+            of_layers = ring.numpy()
+            of_layers[:, only_checked] = np.nan
+            traced.set_stats(of_layers)
             # Also keeps the device's answers alive until they are copied.
-            for (local_layers, _), of_layers in zip(answers, found, strict=True):
-                traced.add_answers(local_layers, of_layers.moved(torch.Tensor.numpy))
+            for (local_layers, _), answer in zip(answers, found, strict=True):
+                traced.add_answers(local_layers, answer.moved(torch.Tensor.numpy))
             traced.commit()
 
         self._deferred.add(keep, done)
@@ -178,19 +234,84 @@ class GpuMeasurer:
             asked = traced.asked()
             if asked is None:
                 return []
-            return [self._probe_group(asked, names) for names in self._groups(asked)]
+            return [self._probe_group(asked, names) for names in self._groups(asked.local_layers)]
         except Exception as error:
             self._errors.count("probe", error)
             return []
 
-    def _groups(self, asked: AskedRows) -> list[list[str]]:
-        """The layers that are asked for, by what one launch can do: one block table, one shape, one kind of score."""
+    def _compile_check(self) -> None:
+        """Compile what a check launches, on a row of nothing: in a served step it would take a second."""
+        for names in self._groups(self._kept):
+            self._reproduce_group(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), names)
+
+    def _reproduce(self, check: OutputCheck) -> list[_Checked]:
+        """Queue the comparison of what was served with what the cache gives."""
+        try:
+            groups = self._groups(check.local_layers & self._kept)
+            return [self._reproduce_group(check.places, check.positions, names) for names in groups]
+        except Exception as error:
+            self._errors.count("canary", error)
+            return []
+
+    def _reproduce_group(
+        self, places: npt.NDArray[np.int64], of_rows: npt.NDArray[np.int32], names: list[str]
+    ) -> _Checked:
+        """Of these places of the row list, whose rows have these positions."""
+        seen = [self._seen[name] for name in names]
+        local_layers = [self._local_layers[name] for name in names]
+        one, device = seen[0], self._ring.device
+        rows = self._row_list.index_select(0, _to_device(places, device))
+        slots = rows[:, ROW_SLOT].long()
+        every = len(local_layers) == len(self._local_layers)
+        of_layers = None if every else _to_device(np.array(local_layers, dtype=np.int64), device)
+
+        def kept(ring: torch.Tensor) -> torch.Tensor:
+            in_slots = ring.index_select(0, slots)
+            return in_slots if of_layers is None else in_slots.index_select(1, of_layers)
+
+        keys, values = [layer.keys() for layer in seen], [layer.values() for layer in seen]
+        queries = kept(self._queries)[:, :, : one.num_heads, : one.head_size].to(one.query_dtype)
+        outputs = kept(self._outputs)[:, :, : one.num_heads, : values[0].shape[3]]
+        kept_kv = kept(self._kept_kv)[:, :, :, : keys[0].shape[1], : one.head_size] if one.gave_kv else None
+        positions = torch.stack([rows[:, ROW_BATCH], _to_device(of_rows, device)], dim=1)
+        sums, kv_sums = row_output(
+            queries,
+            outputs,
+            CachedLayers.of(keys, values, [layer.params for layer in seen], one.num_heads),
+            self._built[names[0]].block_table,
+            positions,
+            kept_kv,
+        )
+        rounding = OutputRounding.of(
+            queries.dtype, outputs.dtype, fp8_cache=keys[0].dtype in FP8_TYPES, on_gpu=queries.is_cuda
+        )
+        return _Checked(local_layers, sums, kv_sums, one.head_size, rounding.unit)
+
+    def _collect_checked(self, check: OutputCheck, checked: list[_Checked]) -> None:
+        """Queue the copies of what a check found; it is concluded when they are done."""
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self._copy_stream):
+            self._copy_stream.wait_event(self._step_done)
+            found = [(_to_host(of.sums), None if of.kv_sums is None else _to_host(of.kv_sums)) for of in checked]
+            done.record()
+
+        def conclude() -> None:
+            # `checked` also keeps the device's sums alive until they are copied.
+            for of, (sums, kv_sums) in zip(checked, found, strict=True):
+                of_kv = None if kv_sums is None else kv_sums.numpy()
+                check.add(CheckedLayers(of.local_layers, sums.numpy(), of_kv, of.head_size, of.roundoff))
+            check.commit()
+
+        self._deferred.add(conclude, done)
+
+    def _groups(self, local_layers: frozenset[int]) -> list[list[str]]:
+        """These layers, by what one launch can do: one block table, one shape, one kind of score."""
         groups: dict[object, list[str]] = {}
         for name, local in self._local_layers.items():
             seen, built = self._seen.get(name), self._built.get(name)
-            if local in asked.local_layers and seen is not None and built is not None:
+            if local in local_layers and seen is not None and built is not None:
                 keys, params = seen.keys(), seen.params
-                kind = (keys.dtype, keys.shape[1:], keys.stride(), seen.num_heads)
+                kind = (keys.dtype, keys.shape[1:], keys.stride(), seen.num_heads, seen.query_dtype, seen.gave_kv)
                 extras = (params.alibi_slopes is None, params.sinks is None)
                 groups.setdefault((id(built.group), kind, extras), []).append(name)
         return list(groups.values())
@@ -230,13 +351,17 @@ class GpuMeasurer:
         return a.counts, a.sums, a.rows, a.nonfinite, a.window_max
 
     def _launch(
-        self, local: int, layer: StridedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables
+        self, local: int, layer: StridedLayer, forward: Forward, kv_cache: torch.Tensor, tables: BatchTables
     ) -> None:
         self._seen[layer.name] = layer
         num_heads, head_size = layer.num_heads, layer.head_size
+        # One that is quantised for the next operator is not kept: rounding would explain anything.
+        output = forward.output if forward.output is not None and forward.output.dtype == self._outputs.dtype else None
+        self._kept = self._kept - {local} if output is None else self._kept | {local}
+        keys = layer.keys(kv_cache)
         row_stats(
-            query,
-            layer.keys(kv_cache),
+            forward.query,
+            keys,
             tables.block_table,
             tables.query_start_loc,
             tables.seq_lens,
@@ -249,6 +374,11 @@ class GpuMeasurer:
             local_window=self._local_window,
             ring=self._ring[:, local, :num_heads],
             queries=self._queries[:, local, :num_heads, :head_size],
+            output=output,
+            outputs=None if output is None else self._outputs[:, local, :num_heads, : output.shape[2]],
+            key=forward.key if layer.gave_kv else None,
+            value=forward.value if layer.gave_kv else None,
+            kept_kv=self._kept_kv[:, local, :, : keys.shape[1], :head_size] if layer.gave_kv else None,
         )
         self._graphs.record(torch.cuda.current_stream())
 

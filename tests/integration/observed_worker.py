@@ -17,6 +17,7 @@ from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.for_device import make_measurer
 from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.tracker import RequestTracker
+from tests.canaries import QuietCanary
 from tests.trace_samples import Scheduled, make_host, new_request
 
 LAYERS: Final = (0, 4, 8)
@@ -75,7 +76,7 @@ class ObservedWorker:
         self.accumulators = Accumulators(len(LAYERS), HEADS, device)
         self.measurer = make_measurer(
             MeasuredLayers(self.accumulators, {name: local for local, name in enumerate(NAMES)}, 4, 8),
-            DeviceNeeds(16, D, torch.float32, self.deferred, is_piecewise=lambda: False),
+            DeviceNeeds(16, D, KV_HEADS, torch.float32, self.deferred, is_piecewise=lambda: False),
             self.errors,
         )
         if not native:
@@ -90,6 +91,7 @@ class ObservedWorker:
             num_heads=HEADS,
             config=GlassboxConfig.model_validate({"sample_rate": 1.0}).model_copy,
             requests=self.requests,
+            canary=QuietCanary(LAYERS),
             listen=self.listening.append,
             errors=self.errors,
         )
@@ -137,7 +139,7 @@ class ObservedWorker:
         self.observer.on_build(list(NAMES), metadata)
         for impl, layer, cache in self.layers:
             if self.listening[-1]:
-                self.observer.after_attention(impl, layer, self.query, cache, metadata)
+                self.observer.after_attention(impl, layer, self.query, None, None, cache, metadata, None)
 
     def step(self) -> None:
         """One decode step."""

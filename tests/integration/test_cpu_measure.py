@@ -16,7 +16,7 @@ from glassbox.core.native import NativeError
 from glassbox.core.rows import ROW_UNCOUNTED
 from glassbox.measure import cpu_measurer
 from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import MeasuredLayers
+from glassbox.measure.contract import Forward, MeasuredLayers
 from glassbox.measure.cpu_measurer import CpuMeasurer
 from glassbox.processes.worker.traces.active import ActiveTrace
 from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
@@ -74,7 +74,7 @@ class Step:
             self.vllm_layers.append(layer)
             self.layers.append({
                 "layer": PackedView(layer.impl, layer),
-                "query": normal(int(starts[-1]), HEADS, D),
+                "forward": Forward(normal(int(starts[-1]), HEADS, D), None, None, None),
                 "kv_cache": cache,
                 "tables": tables_of(self.metadata[last]),
             })  # fmt: skip
@@ -104,7 +104,7 @@ class Step:
                 for i, (trace, position) in enumerate(zip(traces, (69, 2), strict=True))
             ]
             traced = TracedStep(members, self.rows, np.array([0, 3]), NUM_LAYERS, HEADS)
-            measurer.begin(self.rows, frozenset(range(NUM_LAYERS)), None if again else traced)
+            measurer.begin(self.rows, frozenset(range(NUM_LAYERS)), None if again else traced, None)
             for layer in self.layers:
                 measurer.after_attention(**layer)
             measurer.finish()
@@ -191,7 +191,7 @@ def test_another_cache(step: Step) -> None:
     spread[::2] = old["kv_cache"]
     maxima = []
     for cache in (old["kv_cache"], spread[::2]):
-        measurer.begin(step.rows, frozenset({0}), None)
+        measurer.begin(step.rows, frozenset({0}), None, None)
         measurer.after_attention(**{**old, "kv_cache": cache})
         measurer.finish()
         maxima.append(accumulators.copy())

@@ -95,7 +95,8 @@ class PackedView(_View):
 class StridedView(_View):
     """Of a layer on a GPU, whose keys are a strided tensor. See contract.StridedLayer."""
 
-    def __init__(self, impl: ObservedImpl, layer: AttentionLayer, query: Tensor, kv_cache: Tensor) -> None:
+    def __init__(self, impl: ObservedImpl, layer: AttentionLayer, forward: Forward, kv_cache: Tensor) -> None:
+        query, key, value, output = forward
         quantised = kv_cache.element_size() == 1
         params = _params(
             impl,
@@ -104,7 +105,14 @@ class StridedView(_View):
             v_scale=layer._v_scale if quantised else None,
         )
         super().__init__(impl, layer, params)
-        self.num_heads, self.head_size = query.shape[1], impl.head_size
+        self.num_heads, self.head_size, self.query_dtype = query.shape[1], impl.head_size, query.dtype
+        self.gave_kv = (
+            key is not None
+            and value is not None
+            and output is not None
+            and key.shape == value.shape
+            and key.dtype == value.dtype == output.dtype
+        )
 
     def keys(self, kv_cache: Tensor | None = None) -> Tensor:
         """See contract.StridedLayer."""
@@ -145,17 +153,17 @@ def _params(
     )
 
 
-def view_of(impl: ObservedImpl, layer: AttentionLayer, query: Tensor, kv_cache: Tensor) -> PackedView | StridedView:
+def view_of(impl: ObservedImpl, layer: AttentionLayer, forward: Forward, kv_cache: Tensor) -> PackedView | StridedView:
     """The view of a layer, made once and kept on its observed impl.
 
     Args:
         impl: observed, of the layer.
-        query: [T, Hq, D] of a step.
+        forward: of a step.
         kv_cache: of the layer.
     """
     view: PackedView | StridedView | None = impl.glassbox_view
     if view is None or not view.is_of(layer):
-        view = PackedView(impl, layer) if kv_cache.device.type == "cpu" else StridedView(impl, layer, query, kv_cache)
+        view = PackedView(impl, layer) if kv_cache.device.type == "cpu" else StridedView(impl, layer, forward, kv_cache)
         impl.glassbox_view = view
     return view
 

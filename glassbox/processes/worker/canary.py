@@ -198,7 +198,7 @@ class Canary:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Batch rows and positions of the rows to check, ascending: of each request in turn, the newest first."""
         end = (batch.num_computed + batch.num_scheduled).astype(np.int64)
-        scheduled = np.asarray(batch.num_scheduled) > 0
+        scheduled: npt.NDArray[np.bool_] = np.asarray(batch.num_scheduled) > 0
         open_to = np.flatnonzero(scheduled if excluded is None else scheduled & ~excluded)
         if not len(open_to):
             return open_to, open_to
@@ -232,7 +232,7 @@ class Canary:
         with self._lock:
             for found in check.found:
                 verdicts = judge_layers(found.sums, found.roundoff)
-                compared = (found.sums[..., OUTPUT_SUM["norm2"]] > 0).any((0, 2))
+                compared = np.any(found.sums[..., OUTPUT_SUM["norm2"]] > 0, axis=(0, 2)).tolist()
                 for n, local in enumerate(found.local_layers):
                     # Rows whose output and reference are not finite say nothing of the layer.
                     if compared[n] or not verdicts[n].reproduced:

@@ -276,8 +276,8 @@ class Observer:
         started = self._clock() if step is not None else 0.0
         try:
             if kv_cache.numel():
-                view = view_of(impl, layer, query, kv_cache)
                 forward = forward_of(query, key, value, output)
+                view = view_of(impl, layer, forward, kv_cache)
                 self.measurer.after_attention(view, forward, kv_cache, tables_of(attn_metadata))
         except Exception as error:
             self._errors.count("observe", error)

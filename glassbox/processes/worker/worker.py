@@ -71,6 +71,7 @@ class Worker:
         needs = DeviceNeeds(
             max_rows=config.sampling.max_rows_per_step,
             head_size=layers.head_size,
+            num_kv_heads=layers.num_kv_heads,
             query_dtype=facts.query_dtype,
             deferred=self._deferred,
             is_piecewise=is_piecewise_forward,

@@ -17,11 +17,13 @@ def layer(
 ) -> Any:
     """An attention layer whose impl is observed (True), a drafter's (False) or vLLM's own (None)."""
     impl = SimpleNamespace(**dict.fromkeys(members_of(AttentionImpl)), glassbox_finder=None)
-    impl.kv_cache_dtype = kv_cache
+    impl.kv_cache_dtype, impl.num_kv_heads = kv_cache, 2
     if marker is not None:
         impl.glassbox_observed = marker
     backend = SimpleNamespace(forward_includes_kv_cache_update=late)
-    return SimpleNamespace(impl=impl, num_heads=heads, head_size=64, is_draft_layer=draft, attn_backend=backend)
+    return SimpleNamespace(
+        impl=impl, num_heads=heads, head_size=64, head_size_v=64, is_draft_layer=draft, attn_backend=backend
+    )
 
 
 class Finder:

@@ -14,10 +14,13 @@ from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
+from glassbox.measure.contract import CheckLimits
 from glassbox.measure.deferred import DeferredActions
+from glassbox.processes.worker.canary import Canary
 from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.traced_step import TracedStep
 from glassbox.processes.worker.traces.tracker import RequestTracker
+from tests.canaries import QuietCanary
 from tests.trace_samples import Scheduled, make_host, new_request, scheduled_step
 
 LAYERS: Final = (0, 1, 2, 3)
@@ -39,7 +42,9 @@ class FakeMeasurer:
     """Writes down what it is asked to do; fails, and takes time, where it is told to."""
 
     def __init__(self, clock: Clock) -> None:
-        self.max_rows = self.max_traced_rows = 1000
+        self.max_rows = self.max_traced_rows = self.num_slots = 1000
+        self.check_limits = CheckLimits(8, 1000)
+        self.check: Any = None
         self.calls: list[str] = []
         self.rows: list[np.ndarray] = []
         self.layers: list[frozenset[int]] = []
@@ -57,7 +62,8 @@ class FakeMeasurer:
     def end_warm_up(self) -> None:
         self._called("end_warm_up")
 
-    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None) -> None:
+    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None, check: Any) -> None:
+        self.check = check
         self.rows.append(rows)
         self.layers.append(layers)
         self.traced = traced
@@ -100,7 +106,7 @@ LAYOUT: Final = CacheLayout(
 
 
 def observed_call(name: str) -> tuple[Any, ...]:
-    """Impl, layer, query, cache and metadata."""
+    """Impl, layer, query, no key and value, cache, metadata and output."""
     impl = SimpleNamespace(
         glassbox_view=None,
         glassbox_finder=SimpleNamespace(find=lambda *_: LAYOUT),
@@ -111,13 +117,14 @@ def observed_call(name: str) -> tuple[Any, ...]:
         kv_cache_dtype="auto",
     )
     metadata = SimpleNamespace(block_table=None)
-    return impl, VllmLayer(layer_name=name), torch.zeros(1, NUM_HEADS, 8), torch.zeros(1, 1, 1, 16), metadata
+    query = torch.zeros(1, NUM_HEADS, 8)
+    return impl, VllmLayer(layer_name=name), query, None, None, torch.zeros(1, 1, 1, 16), metadata, query
 
 
 class Setup:
     """An observer, and what a step of vLLM does to it."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, canary: Canary | None = None, **config: Any) -> None:
         self.clock = Clock()
         self.measurer = FakeMeasurer(self.clock)
         self.listening: list[bool] = []
@@ -134,6 +141,7 @@ class Setup:
             num_heads=NUM_HEADS,
             config=lambda: self.config,
             requests=self.requests,
+            canary=canary or QuietCanary(LAYERS),
             listen=self.listen,
             errors=self.errors,
             max_spec_tokens=0,

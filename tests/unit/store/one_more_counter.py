@@ -37,6 +37,7 @@ from glassbox.core.logs import get_logger  # noqa: E402
 from glassbox.core.statistics import STATISTICS, Phase  # noqa: E402
 from glassbox.export.family_source import FamilySource  # noqa: E402
 from glassbox.export.prometheus import PrometheusCollector  # noqa: E402
+from glassbox.processes.worker.nonfinite import NonfiniteWatch  # noqa: E402
 from glassbox.processes.worker.observer import Counters  # noqa: E402
 from glassbox.processes.worker.worker import Worker  # noqa: E402
 from glassbox.store.merge import merge  # noqa: E402
@@ -44,6 +45,7 @@ from glassbox.store.snapshot import read_snapshots, write_snapshot  # noqa: E402
 from glassbox.web.live_snapshot import engine_answer, snapshot_answer  # noqa: E402
 from glassbox.web.matrices import between  # noqa: E402
 from glassbox.web.selection import Selection  # noqa: E402
+from tests.canaries import QuietCanary, make_place  # noqa: E402
 
 CONFIG = GlassboxConfig()
 ALL = Selection(STATISTICS[:1], (Phase.DECODE,))
@@ -63,6 +65,9 @@ def worker(rank: int) -> Any:
             server=SimpleNamespace(model_name="tiny/model", engine="0", rank=rank, num_heads=2, num_layers=1),
             layers=SimpleNamespace(indices=(0,), names=("a",), bypassed={}, num_heads=1),
         ),
+        _place=make_place((0,)),
+        _canary=QuietCanary((0,)),
+        _nonfinite=NonfiniteWatch((0,)),
         _build={"version": "1", "vllm_version": "2", "backend": "CPU_ATTN"},
         observer=SimpleNamespace(
             counters=Counters(), effective_sample_rate=1.0, measurer=SimpleNamespace(copy=lambda now_s: arrays)
