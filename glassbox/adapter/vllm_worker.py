@@ -48,7 +48,9 @@ def read_worker(vllm_worker: VllmWorker) -> WorkerFacts:
     vllm_config = vllm_worker.vllm_config
     model = vllm_config.model_config
     model_layers = attention_layers(vllm_config)
-    layers = find_layers(model_layers, CacheFinder(model.dtype), bypass_of_all(vllm_config))
+    layers = find_layers(
+        model_layers, CacheFinder(model.dtype, vllm_config.cache_config.num_gpu_blocks), bypass_of_all(vllm_config)
+    )
     return WorkerFacts(
         server=server_info(vllm_config),
         layers=layers,

@@ -83,7 +83,7 @@ class PackedView(_View):
             # Bytes of an FP8 cache are its numbers.
             page_stride=layout.key.block_stride,
             head_stride=layout.key.head_stride,
-            num_pages=kv_cache.shape[0],
+            num_pages=kv_cache.shape[layout.blocks],
             num_kv_heads=layout.num_kv_heads,
             block_size=layout.block_size,
             order=KeyOrder.of(order.offsets.view(order.block_size, order.head_size).T.numpy()),
