@@ -213,7 +213,8 @@ def _scratch_like(kv_cache: Tensor, blocks: int) -> tuple[Tensor, Tensor, list[i
     """Contiguous memory for two blocks, a cache in it, and the cache's dimensions in the order of their strides."""
     shape = list(kv_cache.shape)
     shape[blocks] = _BLOCKS
-    order = sorted(range(kv_cache.ndim), key=lambda d: int(kv_cache.stride(d)), reverse=True)
+    strides: tuple[int, ...] = kv_cache.stride()
+    order = sorted(range(kv_cache.ndim), key=strides.__getitem__, reverse=True)
     memory = torch.zeros([shape[d] for d in order], dtype=kv_cache.dtype, device=kv_cache.device)
     return memory.view(-1), memory.permute([order.index(d) for d in range(kv_cache.ndim)]), order
 
