@@ -16,6 +16,6 @@ class QuietCanary(Canary):
     def __init__(self, layers: tuple[int, ...]) -> None:
         super().__init__(make_place(layers), CheckLimits(8, 1000), probation=False)
 
-    def is_due(self, interval_s: float) -> bool:
+    def is_due(self, interval_s: float, layers: frozenset[int]) -> bool:
         """Never."""
         return False

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY
+from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_UNCOUNTED
 from tests.attached import running_observer
 
 
@@ -19,7 +19,10 @@ class MeasuredRow:
 
 
 class RowRecorder:
-    """Listens at the two ends of the running observer's step: the chosen rows and what is accumulated."""
+    """Listens at the two ends of the running observer's step: the chosen rows and what is accumulated.
+
+    Rows that are only checked are in the step's list, and not among those that are accumulated.
+    """
 
     def __init__(self) -> None:
         observer = running_observer()
@@ -31,7 +34,7 @@ class RowRecorder:
         accumulators = measurer._accumulators
         begin, finish, add = measurer.begin, measurer.finish, accumulators.add
 
-        def recording_begin(rows, layers, traced):  # type: ignore[no-untyped-def]
+        def recording_begin(rows, layers, traced, check):  # type: ignore[no-untyped-def]
             assert observer._step is not None
             runner = observer._step.runner
             batch = runner.input_batch
@@ -44,8 +47,9 @@ class RowRecorder:
                     int(row[ROW_PHASE]),
                 )
                 for row in rows
+                if not row[ROW_PHASE] & ROW_UNCOUNTED
             ]
-            begin(rows, layers, traced)
+            begin(rows, layers, traced, check)
 
         def recording_add(layers, stats, phases):  # type: ignore[no-untyped-def]
             for layer, values in zip(layers.tolist(), stats.numpy(), strict=True):

@@ -24,6 +24,7 @@ from glassbox.core.output_checks import (
     ERROR_RATIO_BUCKETS,
     KV_SUM,
     KV_TENSORS,
+    NONFINITE_OUTPUT,
     OUTPUT_SUM,
     LayerChecks,
     LayerState,
@@ -35,10 +36,12 @@ from glassbox.measure.verdict import judge_layers
 
 logger = get_logger(__name__)
 
-# Until both phases were checked, every step is looked at for the one that is missing: this many times at once, then
-# once in this many seconds.
-_EAGER_TRIES: Final = 8
+# A step is looked at for a phase that was not checked yet, or for rows that can be checked: so many steps at once, then
+# one in so many seconds.
+_EAGER_LOOKS: Final = 8
 _PATIENT_S: Final = 1.0
+# With `canary.interval_s: 0`, for layers of which nothing was found: their check may have failed.
+_RETRY_S: Final = 30.0
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,12 @@ class Canary:
         # Checks are concluded on the thread that finds them done.
         self._lock = threading.Lock()
         self._checks = LayerChecks.nothing(len(place.layers))
-        self._missing = {0, ROW_DECODE}  # phases of which no row was checked
-        self._tries, self._next_s, self._turn = 0, -np.inf, 0
+        # Those that are to be checked; those that were at any time, and phases of which no row of them was checked.
+        self._layers = frozenset(range(len(place.layers)))
+        self._known: frozenset[int] = frozenset()
+        self._missing = {0, ROW_DECODE}
+        self._looks, self._turn = 0, 0
+        self._look_s = self._checked_s = -np.inf
         self._announced = False
         self.allowed: frozenset[int] = frozenset()
         self._set_allowed()
@@ -131,27 +138,37 @@ class Canary:
 
     def not_observed(self) -> dict[str, int]:
         """Layers that are not observed though they could be, by reason."""
-        state = self._checks.state
-        failed = int(np.count_nonzero(state == LayerState.FAILED))
-        pending = int(np.count_nonzero(state == LayerState.PENDING)) if self._probation else 0
+        failed = int(np.count_nonzero(self._checks.state == LayerState.FAILED))
+        pending = len(self._pending()) if self._probation else 0
         found = {"not_reproduced": failed, "not_certified": pending}
         return {reason: layers for reason, layers in found.items() if layers}
 
-    def is_due(self, interval_s: float) -> bool:
-        """Whether the step that begins is to be checked.
+    def _pending(self) -> list[int]:
+        """Those of the layers that are to be checked of which nothing is known yet."""
+        return [local for local in self._layers if self._checks.state[local] == LayerState.PENDING]
+
+    def is_due(self, interval_s: float, layers: frozenset[int]) -> bool:
+        """Whether the step that begins is to be looked at for rows to check.
 
         Args:
             interval_s: `canary.interval_s` of the configuration.
+            layers: local ones to check; those that were not asked for before begin anew.
         """
-        if not self._missing and not interval_s:
-            return False
-        return self._clock() >= self._next_s
+        if not layers <= self._known:
+            self._known |= layers
+            self._missing, self._looks, self._look_s = {0, ROW_DECODE}, 0, -np.inf
+        self._layers = layers
+        now_s = self._clock()
+        return now_s >= self._look_s and (bool(self._missing) or self._is_time(now_s, interval_s))
+
+    def _is_time(self, now_s: float, interval_s: float) -> bool:
+        """Whether rows are to be checked whatever phase they are of."""
+        return now_s - self._checked_s >= (interval_s or _RETRY_S) and (bool(interval_s) or bool(self._pending()))
 
     def choose(
         self,
         batch: Batch,
         rows: npt.NDArray[np.int32],
-        layers: frozenset[int],
         interval_s: float,
         *,
         room: int,
@@ -162,7 +179,6 @@ class Canary:
         Args:
             batch: of the step.
             rows: int32 [R, NUM_ROW_COLUMNS], ascending in ROW_QUERY, without the slots of checked rows.
-            layers: local ones to check.
             interval_s: as `is_due` takes it.
             room: how many rows may be added.
             excluded: [B] requests whose rows may not be measured.
@@ -170,20 +186,23 @@ class Canary:
         Returns:
             The longer list, and the check; None if there is nothing to check.
         """
+        now_s = self._clock()
+        self._looks += 1
+        self._look_s = now_s + (0.0 if self._looks < _EAGER_LOOKS else _PATIENT_S)
         requests, positions = self._candidates(batch, excluded)
-        if not len(requests) or not layers:
-            return rows, None
         query = batch.query_start[requests] + positions - batch.num_computed[requests]
         new = ~np.isin(query, rows[:, ROW_QUERY])
         keep = ~new | (np.cumsum(new) <= room)
-        if not keep.any():
-            return rows, None
         requests, positions, query, new = requests[keep], positions[keep], query[keep], new[keep]
         phases = np.where(positions >= batch.prompt_len[requests], ROW_DECODE, 0)
-        self._tries += 1
-        self._missing -= set(phases.tolist())
-        patience_s = 0.0 if self._tries < _EAGER_TRIES else _PATIENT_S
-        self._next_s = self._clock() + (patience_s if self._missing else interval_s)
+        found = set(phases.tolist())
+        # Beyond the interval, only a phase that is missing makes up for what a check costs.
+        if not found or not self._layers or not (found & self._missing or self._is_time(now_s, interval_s)):
+            return rows, None
+        self._missing -= found
+        self._checked_s = now_s
+        if not self._missing:
+            self._looks = 0
         added = np.zeros((int(new.sum()), rows.shape[1]), dtype=np.int32)
         added[:, ROW_QUERY], added[:, ROW_BATCH] = query[new], requests[new]
         added[:, ROW_PHASE] = phases[new] | ROW_UNCOUNTED
@@ -191,7 +210,7 @@ class Canary:
         joined = np.concatenate([rows, added])
         joined = joined[np.argsort(joined[:, ROW_QUERY], kind="stable")]
         places = np.searchsorted(joined[:, ROW_QUERY], query)
-        return joined, StepCheck(self, places, positions.astype(np.int32), phases, layers)
+        return joined, StepCheck(self, places, positions.astype(np.int32), phases, self._layers)
 
     def _candidates(
         self, batch: Batch, excluded: npt.NDArray[np.bool_] | None
@@ -201,7 +220,7 @@ class Canary:
         scheduled: npt.NDArray[np.bool_] = np.asarray(batch.num_scheduled) > 0
         open_to = np.flatnonzero(scheduled if excluded is None else scheduled & ~excluded)
         if not len(open_to):
-            return open_to, open_to
+            return open_to, open_to  # none
         order = np.roll(open_to, -(self._turn % len(open_to)))
         # Phases that no row was checked of come first.
         last_phase = np.where(end[order] > batch.prompt_len[order], ROW_DECODE, 0)
@@ -232,27 +251,30 @@ class Canary:
         with self._lock:
             for found in check.found:
                 verdicts = judge_layers(found.sums, found.roundoff)
-                compared = np.any(found.sums[..., OUTPUT_SUM["norm2"]] > 0, axis=(0, 2)).tolist()
+                # Rows whose output and reference are not finite, or all 0, say nothing of the layer.
+                norm2, nonfinite = (found.sums[..., OUTPUT_SUM[name]] for name in ("norm2", "nonfinite"))
+                telling = np.any((norm2 > 0) | (nonfinite >= NONFINITE_OUTPUT), axis=2)  # [R, N]
                 for n, local in enumerate(found.local_layers):
-                    # Rows whose output and reference are not finite say nothing of the layer.
-                    if compared[n] or not verdicts[n].reproduced:
-                        failed = self._note(local, verdicts[n], check)
+                    if telling[:, n].any() or not verdicts[n].reproduced:
+                        failed = self._note(local, verdicts[n], check.phases, telling[:, n])
                         failures += [(local, verdicts[n])] if failed else []
                     if found.kv_sums is not None:
                         self._note_cache(local, found.kv_sums[:, n], found.head_size)
             self._set_allowed()
         if failures:
             self._log_failures(failures)
-        if self._probation and not self._announced and not (self._checks.state == LayerState.PENDING).any():
+        if self._probation and not self._announced and not self._pending():
             self._announced = True
             self._log_probation()
 
-    def _note(self, local: int, verdict: Verdict, check: StepCheck) -> bool:
-        """Keep a layer's verdict; True if the layer has failed just now."""
+    def _note(
+        self, local: int, verdict: Verdict, phases: npt.NDArray[np.int64], telling: npt.NDArray[np.bool_]
+    ) -> bool:
+        """Keep a layer's verdict of some rows, those that say something; True if the layer has failed just now."""
         checks = self._checks
-        ratios = np.asarray(verdict.ratios)
+        ratios = np.asarray(verdict.ratios)[telling]
         buckets = np.searchsorted(ERROR_RATIO_BUCKETS, ratios)
-        for phase, bucket, ratio in zip((check.phases & ROW_DECODE).tolist(), buckets, ratios, strict=True):
+        for phase, bucket, ratio in zip((phases[telling] & ROW_DECODE).tolist(), buckets, ratios, strict=True):
             checks.error_counts[local, phase, bucket] += 1
             checks.error_sums[local, phase] += min(float(ratio), 1e9)  # a sum must stay finite
         checks.worst_ratio[local] = verdict.ratio
@@ -278,25 +300,26 @@ class Canary:
     def _log_failures(self, failures: Sequence[tuple[int, Verdict]]) -> None:
         place = self._place
         worst_layer, worst = max(failures, key=lambda one: one[1].ratio)
-        others = f", as are {len(failures) - 1} others" if len(failures) > 1 else ""
+        more = len(failures) - 1
         logger.error(
             "The served output of layer %d (%s) is not what its keys and values give, so it is not observed any "
-            "more%s: %s. Rank %d on %s, vLLM %s; serving is untouched (docs/runbooks, GlassboxOutputWrong)",
+            "more%s: %s. Rank %d%s on %s, vLLM %s; serving is untouched (docs/runbooks, GlassboxOutputWrong)",
             place.layers[worst_layer],
             place.names[worst_layer],
-            others,
+            "" if not more else ", as is 1 other" if more == 1 else f", as are {more} others",
             worst.what,
             place.rank,
+            f", whose first head is {place.head_offset}," if place.head_offset else "",
             place.host,
             place.vllm,
         )
 
     def _log_probation(self) -> None:
-        state = self._checks.state
+        certified = sum(self._checks.state[local] == LayerState.CERTIFIED for local in self._layers)
         logger.warning(
             "vLLM %s is not among the tested ones; %d of %d layers reproduced%s",
             self._place.vllm,
-            np.count_nonzero(state == LayerState.CERTIFIED),
-            len(state),
-            "" if (state == LayerState.CERTIFIED).all() else ", the others are not observed",
+            certified,
+            len(self._layers),
+            "" if certified == len(self._layers) else ", the others are not observed",
         )

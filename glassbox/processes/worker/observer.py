@@ -163,7 +163,7 @@ class Observer:
             step.start(
                 sampled=sampled,
                 traced=self._has_traced(runner, scheduled, config),
-                checked=config.enabled and self._canary.is_due(config.canary.interval_s),
+                checked=config.enabled and self._canary.is_due(config.canary.interval_s, self._layers),
             )
         except Exception as error:
             step.fail("begin_step", error)
@@ -224,6 +224,8 @@ class Observer:
         check = None
         if step.checked:
             rows, check = self._add_checked(batch, rows, excluded)
+            # One that was only looked at costs what any other step does.
+            step.checked = check is not None
         if len(rows):
             assert rows[:, ROW_BATCH].max() < len(batch.prompt_len)
             traces = None
@@ -246,9 +248,7 @@ class Observer:
     ) -> tuple[np.ndarray, StepCheck | None]:
         room = self.measurer.max_rows - len(rows)
         try:
-            return self._canary.choose(
-                batch, rows, self._layers, self._config.canary.interval_s, excluded=excluded, room=room
-            )
+            return self._canary.choose(batch, rows, self._config.canary.interval_s, excluded=excluded, room=room)
         except Exception as error:  # the step may be measured all the same
             self._errors.count("canary", error)
             return rows, None
