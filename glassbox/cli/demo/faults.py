@@ -13,12 +13,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from glassbox.cli.demo.broken_kernel import BROKEN_BY, BROKEN_HEAD, BROKEN_LAYER
+
 _WEIGHTS: Final = "model.safetensors"
 _CONFIG: Final = "config.json"
 _WRONG_THETA: Final = 10_000.0
 _SCALED_LAYER: Final = 12
 _SCALED_BY: Final = 4.0
-_WRONG_K_SCALE: Final = 0.004
+_WRONG_SCALE: Final = 0.004
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Fault:
         also: others that tell of it, not critical, and are waited for.
         make: writes the broken model's folder (healthy folder, new folder); None: the healthy model's server gets it.
         bare_prompts: the requests come without chat template.
+        breaks_kernel: the healthy model's server computes wrongly as soon as its turn comes (`broken_kernel.py`).
         needs: why this machine can't have the fault; None if it can.
     """
 
@@ -41,6 +44,7 @@ class Fault:
     also: tuple[str, ...] = ()
     make: Callable[[Path, Path], None] | None = None
     bare_prompts: bool = False
+    breaks_kernel: bool = False
     needs: Callable[[], str | None] = lambda: None
 
 
@@ -60,8 +64,18 @@ def wrong_rope_theta(healthy: Path, target: Path) -> None:
     (target / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
-def wrong_kv_scale(healthy: Path, target: Path) -> None:
-    """The checkpoint asks for an FP8 KV cache, with a scale of the keys at which their larger values are cut off.
+def wrong_key_scale(healthy: Path, target: Path) -> None:
+    """FP8 KV cache with a scale of the keys at which a quarter of their elements is cut off."""
+    quantise_cache(healthy, target, k_scale=_WRONG_SCALE, v_scale=1.0)
+
+
+def wrong_value_scale(healthy: Path, target: Path) -> None:
+    """FP8 KV cache with a scale of the values at which some elements are cut off, most in the upper layers."""
+    quantise_cache(healthy, target, k_scale=1.0, v_scale=_WRONG_SCALE)
+
+
+def quantise_cache(healthy: Path, target: Path, *, k_scale: float, v_scale: float) -> None:
+    """The checkpoint asks for an FP8 KV cache, with these scales in all layers.
 
     The entry of config.json and the names of the scales are those of compressed-tensors, as llm-compressor writes them.
     """
@@ -82,8 +96,8 @@ def wrong_kv_scale(healthy: Path, target: Path) -> None:
     scales: dict[str, Any] = {}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}.self_attn"
-        scales[f"{prefix}.k_scale"] = np.array(_WRONG_K_SCALE, dtype=np.float32)
-        scales[f"{prefix}.v_scale"] = np.array(1.0, dtype=np.float32)
+        scales[f"{prefix}.k_scale"] = np.array(k_scale, dtype=np.float32)
+        scales[f"{prefix}.v_scale"] = np.array(v_scale, dtype=np.float32)
     save_file(scales, target / "kv_scales.safetensors", metadata={"format": "pt"})
 
 
@@ -126,6 +140,13 @@ def _no_fp8_cache() -> str | None:
     return None if " avx512f" in flags else "vLLM's FP8 KV cache on a CPU needs AVX-512"
 
 
+def _no_cpu_kernel() -> str | None:
+    """Another device's kernels are not vLLM's to wrap."""
+    from vllm.platforms import current_platform
+
+    return None if current_platform.is_cpu() else "it breaks vLLM's kernel for CPUs"
+
+
 FAULTS: Final[tuple[Fault, ...]] = (
     Fault(
         "rope-theta",
@@ -135,9 +156,17 @@ FAULTS: Final[tuple[Fault, ...]] = (
     ),
     Fault(
         "kv-scale",
-        f"FP8 KV cache with k_scale {_WRONG_K_SCALE:g} in the checkpoint: large keys are cut off",
+        f"FP8 KV cache with k_scale {_WRONG_SCALE:g} in the checkpoint: large keys are cut off",
         "SinkLost",
-        make=wrong_kv_scale,
+        also=("KvCacheQuantization",),
+        make=wrong_key_scale,
+        needs=_no_fp8_cache,
+    ),
+    Fault(
+        "value-scale",
+        f"FP8 KV cache with v_scale {_WRONG_SCALE:g} in the checkpoint: large values are cut off",
+        "KvCacheQuantization",
+        make=wrong_value_scale,
         needs=_no_fp8_cache,
     ),
     Fault(
@@ -153,5 +182,12 @@ FAULTS: Final[tuple[Fault, ...]] = (
         "a client sends its prompts without chat template, thus without the first special token",
         "Drift",
         bare_prompts=True,
+    ),
+    Fault(
+        "broken-kernel",
+        f"the attention kernel makes head {BROKEN_HEAD}'s output in layer {BROKEN_LAYER} {BROKEN_BY - 1:.0%} too large",
+        "OutputWrong",
+        breaks_kernel=True,
+        needs=_no_cpu_kernel,
     ),
 )

@@ -1,15 +1,15 @@
 """`glassbox demo --incident`: a healthy model, then the same one broken in ways that happen; which alert tells?
 
-Owns the order: serve, save a baseline, see that no alert fires, let clients do wrong, then break the model in one way
-after the other; each time wait for the alert that must fire, in a real Prometheus with the shipped rules. Only their
-time constants are shortened. The faults are `faults.py`, what is printed in the end `incident_report.py`.
+Owns the order: serve, save a baseline, see that no alert fires, let clients do wrong, break the server's kernel, then
+the model in one way after the other; each time wait for the alert that must fire, in a real Prometheus with the shipped
+rules. Only their time constants are shortened, and outputs are checked more often. The faults are `faults.py`, what is
+printed in the end `incident_report.py`.
 """
 
 import contextlib
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +21,8 @@ from rich.markup import escape
 
 from glassbox.cli.dashboards.rule_model import RuleSettings
 from glassbox.cli.dashboards.rules import alerts, build_groups, to_data
+from glassbox.cli.demo.broken_kernel import break_kernel, plugin_environment
+from glassbox.cli.demo.clients import Clients
 from glassbox.cli.demo.demo_model import DemoModelError, demo_model
 from glassbox.cli.demo.faults import FAULTS, Fault
 from glassbox.cli.demo.incident_report import Outcome, Rows, report
@@ -55,6 +57,8 @@ _PROOF_S: Final = 6.0
 _SETTLE_S: Final = 2.5
 _POLL_S: Final = 0.25
 _SCRAPE_S: Final = 2.0
+_CHECK_S: Final = 5
+_REPRODUCED: Final = 'glassbox_canary_rows_total{result="reproduced"} > 0'
 
 
 @dataclass(frozen=True)
@@ -116,52 +120,6 @@ class _Watch:
     rows: dict[str, int] = field(default_factory=dict)
 
 
-class _Traffic:
-    """Clients that send requests again and again until the block ends, each its own share, without a pause.
-
-    Nobody waits for the slowest of a batch, so that a slow machine's windows too have the rows that the rules ask for.
-
-    Attributes:
-        error: what ended one before its time.
-    """
-
-    def __init__(self, url: str, requests: Sequence[Request]) -> None:
-        self._url = url
-        self._ended = threading.Event()
-        shares = [requests[i::AT_ONCE] for i in range(AT_ONCE)]
-        self._rounds = [0] * len(shares)
-        self._threads = [
-            threading.Thread(target=self._run, args=(i, share), name=f"client {i}") for i, share in enumerate(shares)
-        ]
-        self.error: Exception | None = None
-
-    @property
-    def rounds(self) -> int:
-        """How often all of them were answered."""
-        return min(self._rounds)
-
-    def _run(self, i: int, share: Sequence[Request]) -> None:
-        try:
-            while not self._ended.is_set():
-                for request in share:
-                    send_traffic(self._url, SERVED_NAME, [[request]])
-                    if self._ended.is_set():
-                        return
-                self._rounds[i] += 1
-        except Exception as error:  # raised again by who waits
-            self.error = error
-
-    def __enter__(self) -> "_Traffic":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
-
-
 class _Incident:
     """One run of the demonstration, in `folder`."""
 
@@ -175,32 +133,44 @@ class _Incident:
         rules = self._folder / "rules.yaml"
         rules.write_text(yaml.safe_dump(to_data(build_groups(SHORT), SHORT), sort_keys=False), encoding="utf-8")
         jobs = [fault.name for fault in self._options.faults]
+        outcomes = {fault.name: left_out for fault in self._options.faults if (left_out := self._left_out(fault))}
+        faults = [fault for fault in self._options.faults if fault.name not in outcomes]
+        # Last, for it spoils the server for the others.
+        of_healthy = sorted((fault for fault in faults if fault.make is None), key=lambda fault: fault.breaks_kernel)
+        kernel = self._folder / "kernel"
+        breakable = plugin_environment(kernel) if any(fault.breaks_kernel for fault in faults) else {}
         with PrometheusServer(
             self._folder, (), interval_s=_SCRAPE_S, evaluation_s=1.0, rule_files=[rules], changing_jobs=jobs
         ) as prometheus:
             self._prometheus = prometheus
-            with self._serve("healthy", self._model, with_baseline=False) as (server, folder):
+            with self._serve("healthy", self._model, with_baseline=False, env=breakable) as (server, folder):
                 for job in jobs:
                     prometheus.set_targets(job, [self._target(server)])
                 healthy = self._healthy(server, folder, jobs)
                 # What clients do wrong now is no history for the broken models.
                 for job in jobs:
                     prometheus.set_targets(job, [])
-                outcomes = {
-                    fault.name: self._fault(fault, server, folder, healthy)
-                    for fault in self._options.faults
-                    if fault.make is None
-                }
-            for fault in self._options.faults:
+                for number, fault in enumerate(of_healthy):
+                    if number:
+                        time.sleep(WINDOW_S)  # what the one before has done must be out of all windows
+                    if fault.breaks_kernel:
+                        break_kernel(kernel)
+                    outcomes[fault.name] = self._fault(fault, server, folder, healthy)
+            for fault in faults:
                 if fault.make is not None:
                     outcomes[fault.name] = self._broken(fault, fault.make, healthy)
-            return [healthy, *(outcomes[name] for name in jobs)]
+        return [healthy, *(outcomes[name] for name in jobs)]
+
+    def _left_out(self, fault: Fault) -> Outcome | None:
+        """Of a fault that this machine can't have."""
+        reason = fault.needs()
+        if reason is None:
+            return None
+        self._console.print(f"[yellow]{fault.name}: left out, {reason}[/yellow]")
+        return Outcome(fault.name, fault.what, fault.alert, skipped=reason)
 
     def _broken(self, fault: Fault, make: Callable[[Path, Path], None], healthy: Outcome) -> Outcome:
         """A broken model, on a server of its own."""
-        if (reason := fault.needs()) is not None:
-            self._console.print(f"[yellow]{fault.name}: left out, {reason}[/yellow]")
-            return Outcome(fault.name, fault.what, fault.alert, skipped=reason)
         model = self._folder / "models" / fault.name
         make(self._model, model)
         with self._serve(fault.name, model, with_baseline=True) as (server, folder):
@@ -211,7 +181,9 @@ class _Incident:
         return f"{HOST}:{server.port}"
 
     @contextlib.contextmanager
-    def _serve(self, name: str, model: Path, *, with_baseline: bool) -> Iterator[tuple[VllmServer, Path]]:
+    def _serve(
+        self, name: str, model: Path, *, with_baseline: bool, env: Mapping[str, str | None] | None = None
+    ) -> Iterator[tuple[VllmServer, Path]]:
         """A server, with its folder, as long as the block lasts."""
         folder = self._folder / name
         folder.mkdir()
@@ -227,6 +199,7 @@ class _Incident:
                     "GLASSBOX_DISABLE": None,
                     "VLLM_PLUGINS": None,
                     "VLLM_CPU_KVCACHE_SPACE": "1",
+                    **(env or {}),
                 },
                 log_path=folder / "server.log",
             )
@@ -243,6 +216,7 @@ class _Incident:
         config: dict[str, Any] = {
             "sample_rate": 1.0,
             "sampling": {"prefill_rows_per_request": 32, "max_rows_per_step": 1024},
+            "canary": {"interval_s": _CHECK_S},
             "baseline": {"path": path, "window_s": WINDOW_S},
             "export": {"interval_s": 1},
         }
@@ -263,7 +237,7 @@ class _Incident:
             begin = time.monotonic()
             task = progress.add_task("healthy: other requests", total=None)
             watch = _Watch(before)
-            with _Traffic(server.url, questions(held_out=True)) as traffic:
+            with Clients(server.url, SERVED_NAME, questions(held_out=True)) as traffic:
                 compared: float | None = None
                 while traffic.rounds < 1 or compared is None or time.monotonic() - compared < _PROOF_S:
                     self._look(watch, jobs, self._target(server), folder, begin)
@@ -293,7 +267,7 @@ class _Incident:
         watch = _Watch(before)
         with (
             make_progress(self._console) as progress,
-            _Traffic(server.url, questions(held_out=True, bare=fault.bare_prompts)) as traffic,
+            Clients(server.url, SERVED_NAME, questions(held_out=True, bare=fault.bare_prompts)) as traffic,
         ):
             task = progress.add_task(f"{fault.name}: requests, waiting for Glassbox{fault.alert}", total=None)
             while (now := time.monotonic() - begin) < _PATIENCE_S:
@@ -337,14 +311,14 @@ class _Incident:
                 watch.rows[name] = 0 if measured is None else int(measured.rows.sum())
 
     @staticmethod
-    def _raise(traffic: _Traffic, server: VllmServer) -> None:
+    def _raise(traffic: Clients, server: VllmServer) -> None:
         if not server.running:
             raise ServerError(f"the server ended; its log:\n{server.log_tail()}")
         if traffic.error is not None:
             raise traffic.error
 
     def _send(self, server: VllmServer, progress: Any, text: str, requests: Sequence[Request]) -> None:
-        """Each of them once, as many at a time as `_Traffic` has clients."""
+        """Each of them once, as many at a time as there are `Clients`."""
         task = progress.add_task(text, total=len(requests))
 
         def advance(_: Answer) -> None:
@@ -361,12 +335,12 @@ class _Incident:
         return answer.text
 
     def _compared(self) -> float | None:
-        """The time, if the healthy server is compared with its baseline and with its history; else None.
+        """The time, if the healthy server is compared with its baseline, its history and its own cache; else None.
 
         Without these no rule could fire, and silence would prove nothing.
         """
         sink = f"layer_phase:glassbox_attention_sink_ratio:mean{SHORT.window}"
-        series = ("glassbox_attention_drift_psi", f"engine_{sink}", f"model_{sink}:avg{SHORT.history}")
+        series = ("glassbox_attention_drift_psi", f"engine_{sink}", f"model_{sink}:avg{SHORT.history}", _REPRODUCED)
         return time.monotonic() if all(self._prometheus.query(name) for name in series) else None
 
 

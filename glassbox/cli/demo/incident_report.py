@@ -13,6 +13,7 @@ from rich.text import Text
 
 from glassbox.cli.dashboards.rule_model import RuleSettings
 from glassbox.config.load import BaselineConfig
+from glassbox.core.output_checks import KV_TENSORS, LayerChecks, LayerState
 from glassbox.core.statistics import INDEX, PHASES
 from glassbox.signals.baseline import Baseline
 from glassbox.signals.drift_watch import COMPARED, compare, expected_counts
@@ -28,12 +29,17 @@ _ANSWER_CHARACTERS: Final = 90
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What one engine has measured over some time; arrays as in `MergedEngine`."""
+    """What one engine has measured over some time; arrays as in `MergedEngine`.
+
+    Attributes:
+        checks: of the layers' outputs and caches, as they were in the end; None of a baseline.
+    """
 
     layers: tuple[int, ...]
     counts: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float64]
     rows: npt.NDArray[np.int64]
+    checks: LayerChecks | None = None
 
     @classmethod
     def of(cls, engines: Sequence[MergedEngine]) -> "Rows | None":
@@ -41,13 +47,14 @@ class Rows:
         if not engines:
             return None
         [engine] = engines
-        return cls(engine.layers, engine.counts, engine.sums, engine.rows)
+        return cls(engine.layers, engine.counts, engine.sums, engine.rows, engine.checks)
 
     def since(self, before: "Rows | None") -> "Rows":
         """What came after `before`."""
         if before is None:
             return self
-        return Rows(self.layers, self.counts - before.counts, self.sums - before.sums, self.rows - before.rows)
+        since = (self.counts - before.counts, self.sums - before.sums, self.rows - before.rows)
+        return Rows(self.layers, *since, self.checks)
 
     def head_means(self, statistic: str) -> npt.NDArray[np.float64]:
         """[L, H, 2]; NaN without rows."""
@@ -91,20 +98,27 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Finding:
-    """Where a statistic changed most: its mean before and now, and the drift index if there is one."""
+    """Where something changed most: what it was before and is now.
+
+    Attributes:
+        statistic: whose means these are, or what else.
+        phase, head: None if it is of both phases, or of the whole layer.
+        note: what else there is to say of it.
+    """
 
     statistic: str
-    phase: str
+    phase: str | None
     layer: int
     head: int | None
     before: float
     now: float
-    index: float | None = None
+    note: str = ""
 
     def __str__(self) -> str:
         place = f"layer {self.layer}" + ("" if self.head is None else f" head {self.head}")
-        text = f"{self.statistic}, {self.phase}, {place}: {format_value(self.before)} -> {format_value(self.now)}"
-        return text if self.index is None else f"{text} (index {self.index:.2f})"
+        where = ", ".join(filter(None, (self.statistic, self.phase, place)))
+        text = f"{where}: {format_value(self.before)} -> {format_value(self.now)}"
+        return f"{text} ({self.note})" if self.note else text
 
 
 def finding(outcome: Outcome) -> Finding | None:
@@ -118,6 +132,9 @@ def finding(outcome: Outcome) -> Finding | None:
     healthy = Rows(saved.layers, saved.counts, saved.sums, saved.rows)
     if outcome.healthy is not None and outcome.healthy.measured is not None:
         healthy = outcome.healthy.measured
+    if outcome.alert in _OF_CHECKS:
+        before, now = healthy.checks, outcome.measured.checks
+        return None if before is None or now is None else _OF_CHECKS[outcome.alert](before, now, healthy.layers)
     if outcome.alert in _MEAN_OF:
         return _lowest_mean(healthy, outcome.measured, *_MEAN_OF[outcome.alert])
     return _largest_index(healthy, outcome.measured, saved)
@@ -143,7 +160,34 @@ def _largest_index(healthy: Rows, now: Rows, baseline: Baseline) -> Finding | No
     layer, head, p, e = np.unravel_index(np.nanargmax(psi), psi.shape)
     name = COMPARED[e].name
     before, after = (float(rows.head_means(name)[layer, head, p]) for rows in (healthy, now))
-    return Finding(name, PHASES[p].value, now.layers[layer], int(head), before, after, float(psi[layer, head, p, e]))
+    note = f"index {psi[layer, head, p, e]:.2f}"
+    return Finding(name, PHASES[p].value, now.layers[layer], int(head), before, after, note)
+
+
+def _wrong_output(before: LayerChecks, now: LayerChecks, layers: Sequence[int]) -> Finding | None:
+    """The layer that was not reproduced, the worst if there are several."""
+    ratio = np.where(now.state == LayerState.FAILED, now.worst_ratio, np.nan)
+    if np.isnan(ratio).all():
+        return None
+    layer = int(np.nanargmax(ratio))
+    ratios = float(before.worst_ratio[layer]), float(ratio[layer])
+    return Finding(
+        "output error", None, layers[layer], int(now.worst_head[layer]), *ratios, "1 is what rounding explains"
+    )
+
+
+def _lossy_cache(before: LayerChecks, now: LayerChecks, layers: Sequence[int]) -> Finding | None:
+    """The layer whose keys or values the cache changes most."""
+    if np.isnan(now.kv_error).all():
+        return None
+    layer, which = (int(n) for n in np.unravel_index(np.nanargmax(now.kv_error), now.kv_error.shape))
+    errors = float(before.kv_error[layer, which]), float(now.kv_error[layer, which])
+    note = f"{now.kv_saturated[layer, which]:.0%} cut off"
+    return Finding(f"cache error of {KV_TENSORS[which]}s", None, layers[layer], None, *errors, note)
+
+
+# Of the alerts about what checks have found.
+_OF_CHECKS: Final = {"OutputWrong": _wrong_output, "KvCacheQuantization": _lossy_cache}
 
 
 def alerts_text(outcome: Outcome) -> str:
@@ -181,7 +225,7 @@ def report(outcomes: Sequence[Outcome]) -> RenderableType:
         )
     note = Text(
         "seconds and rows (a token in one layer and one head) since the first request; the rules are the shipped ones "
-        "with shorter windows",
+        "with shorter windows, and outputs are checked every few seconds",
         style="dim",
     )
     return Group(table, note)

@@ -1,8 +1,12 @@
 """The incident without its servers: broken models, the verdict, the table, and that only times are short."""
 
 import io
+import sys
 from dataclasses import asdict, replace
+from importlib.metadata import distributions
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,19 +15,22 @@ from typer.testing import CliRunner
 
 from glassbox.cli.dashboards.rule_model import RuleSettings
 from glassbox.cli.demo import incident
+from glassbox.cli.demo.broken_kernel import break_kernel, breaking, plugin_environment, register
 from glassbox.cli.demo.faults import (
     FAULTS,
     make_variant,
     scale_tensor,
     scaled_queries,
-    wrong_kv_scale,
+    wrong_key_scale,
     wrong_rope_theta,
+    wrong_value_scale,
 )
 from glassbox.cli.demo.incident import SHORT, choose, passed
 from glassbox.cli.demo.incident_report import Outcome, Rows, alerts_text, finding, report
 from glassbox.cli.demo.questions import NUMBER, questions
 from glassbox.cli.demo.run import DemoError
 from glassbox.cli.main import main
+from glassbox.core.output_checks import LayerChecks, LayerState
 from glassbox.core.statistics import INDEX
 from glassbox.signals.baseline import from_engines
 from glassbox.signals.drift_watch import COMPARED
@@ -80,19 +87,67 @@ class TestModels:
         assert '{"num_hidden_layers": 3, "rope_parameters": {"rope_theta": 10000.0}}' == text
         assert (tmp_path / "broken/model.safetensors").resolve() == healthy_model / "model.safetensors"
 
-    def test_wrong_kv_scale(self, healthy_model: Path, tmp_path: Path) -> None:
+    def test_wrong_key_scale(self, healthy_model: Path, tmp_path: Path) -> None:
         """A scale of keys and values for each layer, in a file beside the linked weights."""
-        wrong_kv_scale(healthy_model, tmp_path / "broken")
+        wrong_key_scale(healthy_model, tmp_path / "broken")
         scales = safetensors_torch.load_file(tmp_path / "broken/kv_scales.safetensors")
         names = {f"model.layers.{n}.self_attn.{part}_scale" for n in range(3) for part in "kv"}
         assert names == scales.keys()
-        assert 0.004 == pytest.approx(scales["model.layers.2.self_attn.k_scale"].item())
+        assert [0.004, 1.0] == [pytest.approx(scales[f"model.layers.2.self_attn.{part}_scale"].item()) for part in "kv"]
         assert '"kv_cache_scheme"' in (tmp_path / "broken/config.json").read_text()
+
+    def test_wrong_value_scale(self, healthy_model: Path, tmp_path: Path) -> None:
+        """Likewise, and keys have all the range that they need."""
+        wrong_value_scale(healthy_model, tmp_path / "broken")
+        scales = safetensors_torch.load_file(tmp_path / "broken/kv_scales.safetensors")
+        assert [1.0, 0.004] == [pytest.approx(scales[f"model.layers.0.self_attn.{part}_scale"].item()) for part in "kv"]
 
     def test_a_variant_has_all_files(self, healthy_model: Path, tmp_path: Path) -> None:
         """Except those that are to be replaced."""
         make_variant(healthy_model, tmp_path / "broken", "config.json")
         assert {"model.safetensors", "tokenizer.json"} == {path.name for path in (tmp_path / "broken").iterdir()}
+
+
+class TestBrokenKernel:
+    def test_one_head_of_one_layer_from_the_moment_on(self) -> None:
+        """10 % too large; all else is what the kernel gives, whatever form its output has."""
+        broken = [False]
+        forward = breaking(lambda _impl, _layer, output: output.clone(), lambda: broken[0])
+        impl = SimpleNamespace(num_heads=6)
+        served = torch.ones(2, 6 * 4)
+
+        def head_sums(layer: int, output: Any) -> list[float]:
+            of_layer = SimpleNamespace(layer_name=f"model.layers.{layer}.self_attn.attn")
+            return [round(x, 3) for x in forward(impl, of_layer, output).view(2, 6, 4).sum((0, 2)).tolist()]
+
+        assert [8.0] * 6 == head_sums(12, served)
+        broken[0] = True
+        assert [8.0] * 6 == head_sums(11, served) == head_sums(2, served)
+        assert [8.0, 8.0, 8.0, 8.0, 8.8, 8.0] == head_sums(12, served) == head_sums(12, served.view(2, 6, 4))
+
+    def test_it_is_a_plugin_of_one_server(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """vLLM finds it where that server's Python looks for modules, before what is there already."""
+        monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+        env = plugin_environment(tmp_path / "kernel")
+        assert f"{tmp_path / 'kernel'}:/elsewhere" == env["PYTHONPATH"]
+        (found,) = distributions(path=[str(tmp_path / "kernel")])
+        (entry_point,) = found.entry_points
+        assert "vllm.general_plugins" == entry_point.group
+        assert register is entry_point.load()
+
+    def test_nobody_else_has_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without the server's environment nothing is wrapped."""
+        monkeypatch.delenv("GLASSBOX_DEMO_BROKEN_KERNEL", raising=False)
+        monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.cpu_attn", None)
+        register()
+
+    def test_the_moment(self, tmp_path: Path) -> None:
+        """The file that the server looks for."""
+        env = plugin_environment(tmp_path / "kernel")
+        switch = Path(env["GLASSBOX_DEMO_BROKEN_KERNEL"] or "")
+        assert not switch.exists()
+        break_kernel(tmp_path / "kernel")
+        assert switch.exists()
 
 
 class TestRequests:
@@ -184,9 +239,36 @@ class TestTable:
         found = finding(self.outcome("Drift"))
         assert found is not None
         assert ("entropy_ratio", "decode", 1, 0) == (found.statistic, found.phase, found.layer, found.head)
-        assert found.index is not None
-        assert found.index > 1
-        assert f"(index {found.index:.2f})" in str(found)
+        assert float(found.note.removeprefix("index ")) > 1
+        assert str(found).endswith(f"({found.note})")
+
+    def of_checks(self, alert: str, before: LayerChecks, now: LayerChecks) -> str:
+        """What is shown of a fault that checks have found."""
+        outcome = self.outcome(alert)
+        assert outcome.measured is not None
+        assert outcome.healthy is not None
+        assert outcome.healthy.measured is not None
+        healthy = replace(outcome.healthy, measured=replace(outcome.healthy.measured, checks=before))
+        return str(finding(replace(outcome, measured=replace(outcome.measured, checks=now), healthy=healthy)))
+
+    def test_a_wrong_output_is_shown_where_it_is_worst(self) -> None:
+        """Of the layers that failed; one that is near the limit is none of them."""
+        before, now = LayerChecks.nothing(2), LayerChecks.nothing(2)
+        before.worst_ratio[:] = 0.3
+        now.worst_ratio[:], now.worst_head[:] = (0.9, 28.4), (1, 4)
+        assert "None" == self.of_checks("OutputWrong", before, now)
+        now.state[1] = LayerState.FAILED
+        expected = "output error, layer 1 head 4: 0.300 -> 28.4 (1 is what rounding explains)"
+        assert expected == self.of_checks("OutputWrong", before, now)
+
+    def test_a_lossy_cache_is_shown_where_it_loses_most(self) -> None:
+        """Keys or values, the error and what is cut off."""
+        before, now = LayerChecks.nothing(2), LayerChecks.nothing(2)
+        assert "None" == self.of_checks("KvCacheQuantization", before, now)
+        before.kv_error[:], now.kv_error[:] = 0.0, [[0.02, 0.03], [0.02, 0.46]]
+        now.kv_saturated[:] = [[0.0, 0.0], [0.0, 0.285]]
+        expected = "cache error of values, layer 1: 0.000 -> 0.460 (28% cut off)"
+        assert expected == self.of_checks("KvCacheQuantization", before, now)
 
     def test_rows_of_a_time(self) -> None:
         """What came since; means per head as sums say."""
