@@ -277,7 +277,7 @@ class Observer:
         try:
             # A bypassed layer's impl is an observed one as well.
             if impl.glassbox_finder is not None and kv_cache.numel():
-                forward = forward_of(query, key, value, output)
+                forward = forward_of(impl, query, key, value, output)
                 view = view_of(impl, layer, forward, kv_cache)
                 self.measurer.after_attention(view, forward, kv_cache, tables_of(attn_metadata))
         except Exception as error:
