@@ -37,8 +37,14 @@ y is the noise of a score. What it has in common for all keys cancels in the sof
 For the noise of a projection sum_d e_d z_d, by Cauchy-Schwarz for what the elements share:
 
     f^2 q2 |z|^2 + MEAN_SQUARE u_out^2 sum_d (o_d z_d)^2 + (sum_d h_d |z_d|)^2
+
+Errors of different keys are not independent where weights are equal: all are rounded alike then, and their sum moves by
+some share t of it. t is measured, by rounding the weights to as many bits as the kernel does, relative to a power of
+two above the largest weight and times each of PLACES, since it is not known relative to which maximum a kernel rounds:
+the largest |sum_j (rounded p_j - p_j)| over sum_j p_j. It moves a projection by up to t sum_d a_d |z_d| ("shared").
 """
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -55,6 +61,8 @@ SUM_BOUND: Final = 2.0**-17
 SUM_NOISE: Final = 2.0**-20
 # Elements of V above this many times their root mean square are few.
 LARGE_VALUE: Final = 3.0
+# Where in their binade weights may be rounded.
+PLACES: Final = tuple(2.0 ** (place / 4) for place in range(4))
 # c is lost in rounding where |c| is below this many times what rounding of the scores alone makes of it.
 LOST: Final = 64.0
 
@@ -114,6 +122,11 @@ class OutputRounding:
             else largest * (1 + roundoff(output) / (2 - torch.finfo(output).eps))
         )
         return cls(weight, step, operand, roundoff(output), _half_step(output), limit, _TANH if on_gpu else 0.0)
+
+    @property
+    def lost_bits(self) -> int:
+        """Of the 24 significant bits of a float32, those that a weight loses."""
+        return round(math.log2(self.weight)) + 24
 
     @property
     def unit(self) -> float:

@@ -26,6 +26,7 @@ from glassbox.kernels.output_rounding import (
     LARGE_VALUE,
     LOST,
     MEAN_SQUARE,
+    PLACES,
     SCORE_ERROR,
     SUM_BOUND,
     SUM_NOISE,
@@ -76,7 +77,7 @@ def row_output_cpu(
     queries = scaled_queries(layers)
     sums = torch.zeros(plan.num_rows, num_layers, num_heads, len(OUTPUT_SUMS))
     for group in plan.groups(num_heads, layers[0].key_numbers):
-        found = _Attention(queries, layers, values, group, plan)
+        found = _Attention(queries, layers, values, group, plan, rounding.lost_bits)
         real = torch.from_numpy(group.real)
         served = outputs.index_select(1, group.row_index).float()
         of_group = found.sums(served, rounding, layers[0].params.soft_cap or 0.0)
@@ -94,16 +95,24 @@ class _Attention:
         squares: sum p^2 |v|^2, [L, R', H].
         score_size, value_size: M and v of `output_rounding.py`, [L, R', H].
         of_sink: a learned sink's share of the softmax, [L, R', H], or 0.
+        shared: t of `output_rounding.py`, [L, R', H], or 0.
         num_keys: visible, [R', 1].
     """
 
     def __init__(
-        self, queries: Tensor, layers: Sequence[LayerRows], values: Sequence[KeyReader], group: Group, plan: RowPlan
+        self,
+        queries: Tensor,
+        layers: Sequence[LayerRows],
+        values: Sequence[KeyReader],
+        group: Group,
+        plan: RowPlan,
+        lost_bits: int,
     ) -> None:
         scores, growth = _scores(queries.index_select(1, group.row_index), layers, group, plan)
         seen = scores > HIDDEN / 2
         p = torch.softmax(scores, -1)
         mean_score = torch.where(p > 0, scores.abs(), 0.0).mul_(p).sum(-1)
+        self.shared = _shared(scores, lost_bits)
         # Growth relative to that of the largest weight: what all keys have in common must cancel exactly.
         top = growth.gather(-1, scores.argmax(-1, keepdim=True))
         growth = torch.where(p == 0, 0.0, growth - top).mul_(p)
@@ -161,9 +170,11 @@ class _Attention:
             "norm2": norm2,
             "gain_dot": (e * r).sum(-1),
             "gain_noise2": noise2(r, norm2),
+            "gain_shared": self.shared * (a * r.abs()).sum(-1),
         }
         known = growth2 > (LOST * score_error) ** 2 * self.squares
         of_growth = {"dot": (e * c).sum(-1), "norm2": growth2, "noise2": noise2(c, growth2)}
+        of_growth["shared"] = self.shared * (a * c.abs()).sum(-1)
         of_names |= {f"scale_{name}": torch.where(known, value, 0.0) for name, value in of_growth.items()}
         out = torch.empty(*o.shape[:3], len(OUTPUT_SUMS))
         for name, value in of_names.items():
@@ -195,6 +206,23 @@ def _scores(queries: Tensor, layers: Sequence[LayerRows], group: Group, plan: Ro
         scores.append(of_tile)
         growths.append(growth)
     return torch.cat(scores, -1), torch.cat(growths, -1)
+
+
+def _shared(scores: Tensor, lost_bits: int) -> Tensor:
+    """t of `output_rounding.py`, [L, R', H], of scores [L, R', H, keys]."""
+    if not lost_bits:
+        return torch.zeros(())
+    power = torch.ceil(scores.amax(-1, keepdim=True) * math.log2(math.e))
+    p = torch.exp2(scores * math.log2(math.e) - power)
+    moved = torch.zeros(scores.shape[:3])
+    for place in PLACES:
+        x = p * place
+        # To nearest, half to even, in the bits of a float32.
+        bits = x.view(torch.int32)
+        odd = (bits >> lost_bits) & 1
+        rounded = (bits + ((1 << (lost_bits - 1)) - 1) + odd) >> lost_bits << lost_bits
+        moved = torch.maximum(moved, (rounded.view(torch.float32) - x).sum(-1).abs() / place)
+    return moved / p.sum(-1)
 
 
 def _over_keys(share: Tensor, readers: Sequence[KeyReader], group: Group) -> Tensor:

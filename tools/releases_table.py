@@ -26,9 +26,11 @@ END: Final = "<!-- end of releases -->"
 # Of a row, in this order; `checks` maps names to pytest's words.
 FIELDS: Final = ("release", "version", "device", "torch", "python", "date", "command", "checks")
 _HEAD: Final = (
-    "| vLLM | tested as | its internals, read | on a CPU | on a GPU |",
-    "|---|---|---|---|---|",
+    "| vLLM | read | on a CPU | on a GPU |",
+    "|---|---|---|---|",
 )
+# Checks in the order of the table; others come after these.
+_ORDER: Final = ("internals", "smoke", "served")
 
 Row = Mapping[str, Any]
 
@@ -75,7 +77,7 @@ def table(rows: Sequence[Row]) -> str:
         cpu = [row for row in of if row["device"] == CPU]
         others = [row for row in of if row["device"] not in {SOURCE, CPU}]
         version = max((row["version"] for row in of), key=_number)
-        cells = [release, version, _cell(read_only), _cell(cpu), _cell(others, named=True)]
+        cells = [version, _cell(read_only), _cell(cpu), _cell(others, named=True)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -85,8 +87,9 @@ def _cell(rows: Sequence[Row], *, named: bool = False) -> str:
 
 
 def _result(row: Row, *, named: bool) -> str:
-    failed = [name for name, outcome in row["checks"].items() if outcome != "passed"]
-    passed = [name for name, outcome in row["checks"].items() if outcome == "passed"]
+    checks = sorted(row["checks"].items(), key=lambda check: [*_ORDER, check[0]].index(check[0]))
+    failed = [name for name, outcome in checks if outcome != "passed"]
+    passed = [name for name, outcome in checks if outcome == "passed"]
     where = [row["device"]] * named + [f"torch {row['torch'].partition('+')[0]}"] * (row["device"] != SOURCE)
     said = f"**failed: {', '.join(failed)}**" if failed else ", ".join(passed)
     return f"{said} ({', '.join([*where, row['date']])})"

@@ -41,6 +41,14 @@ class Feature(Enum):
 # Without these nothing is observed.
 CORE: Final = frozenset({Feature.ATTACHING, Feature.OBSERVATION})
 
+_OF_WORKERS: Final = (
+    Feature.LAYERS,
+    Feature.DRAFTERS,
+    Feature.PIECEWISE,
+    Feature.TRACES,
+    Feature.TOKENS,
+)
+
 
 @dataclass(frozen=True)
 class Internal:
@@ -189,9 +197,15 @@ INTERNALS: Final[tuple[Internal, ...]] = (
     *_members("vllm.config", "VllmConfig", protocols.VllmConfig, Feature.OBSERVATION),
     *_members("vllm.config", "ModelConfig", protocols.ModelConfig, Feature.OBSERVATION),
     *_members("vllm.config", "ParallelConfig", protocols.ParallelConfig, Feature.OBSERVATION),
+    *_members("vllm.config", "CacheConfig", protocols.CacheConfig, Feature.OBSERVATION),
     *_members("vllm.config", "SpeculativeConfig", protocols.SpeculativeConfig, Feature.OBSERVATION),
     *_members("vllm.config", "CompilationConfig", protocols.CompilationConfig, Feature.OBSERVATION),
     *_names("vllm.distributed", Feature.OBSERVATION, "get_tp_group"),
+    # `vllm.LLM`, in the process of whoever calls it.
+    *_names("vllm", Feature.CAPTURE, "LLM", "LLM.llm_engine", "LLM.get_default_sampling_params", "LLM.generate"),
+    *_names("vllm", Feature.CAPTURE, "RequestOutput", "RequestOutput.request_id", "RequestOutput.outputs"),
+    *_names("vllm", Feature.CAPTURE, "SamplingParams.n"),
+    *_names("vllm.outputs", Feature.CAPTURE, "CompletionOutput", "CompletionOutput.text"),
     # The API server.
     *_names("vllm.entrypoints.serve.engine.serving", Feature.OPTIONS, "BaseServing._check_model"),
     *_names("vllm.v1.engine.async_llm", Feature.OPTIONS, "AsyncLLM.add_request"),
@@ -225,7 +239,7 @@ def lacks(feature: Feature) -> tuple[str, ...]:
 
 def switched_off(version: str | None) -> list[str]:
     """A line for each feature of a worker that this process's vLLM, of that version, has to do without."""
-    return [line(feature, version) for feature in Feature if feature not in CORE and lacks(feature)]
+    return [line(feature, version) for feature in _OF_WORKERS if lacks(feature)]
 
 
 def line(feature: Feature, version: str | None) -> str:

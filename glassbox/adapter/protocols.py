@@ -279,10 +279,21 @@ class CompilationConfig(Protocol):
     static_forward_context: Mapping[str, Any]
 
 
+class CacheConfig(Protocol):
+    """vllm.config.CacheConfig.
+
+    Attributes:
+        num_gpu_blocks: blocks of the KV cache, on a CPU, too; None before it is allocated.
+    """
+
+    num_gpu_blocks: int | None
+
+
 class VllmConfig(Protocol):
     """vllm.config.VllmConfig."""
 
     model_config: ModelConfig
+    cache_config: CacheConfig
     parallel_config: ParallelConfig
     compilation_config: CompilationConfig
     speculative_config: SpeculativeConfig | None

@@ -28,6 +28,7 @@ class WorkerFacts:
         device: it computes on.
         query_dtype: of the layers' queries.
         max_model_len: most tokens of a sequence.
+        looks_ahead: prompt rows may see keys behind them (bidirectional image tokens of a prefix language model).
         max_spec_tokens: draft tokens that a decode step may verify.
         tokenizer, tokenizer_revision: folder or name of the model's tokenizer, empty if there is none.
     """
@@ -38,6 +39,7 @@ class WorkerFacts:
     device: torch.device
     query_dtype: torch.dtype
     max_model_len: int
+    looks_ahead: bool
     max_spec_tokens: int
     tokenizer: str
     tokenizer_revision: str | None
@@ -48,7 +50,9 @@ def read_worker(vllm_worker: VllmWorker) -> WorkerFacts:
     vllm_config = vllm_worker.vllm_config
     model = vllm_config.model_config
     model_layers = attention_layers(vllm_config)
-    layers = find_layers(model_layers, CacheFinder(model.dtype), bypass_of_all(vllm_config))
+    layers = find_layers(
+        model_layers, CacheFinder(model.dtype, vllm_config.cache_config.num_gpu_blocks), bypass_of_all(vllm_config)
+    )
     return WorkerFacts(
         server=server_info(vllm_config),
         layers=layers,
@@ -56,6 +60,7 @@ def read_worker(vllm_worker: VllmWorker) -> WorkerFacts:
         device=vllm_worker.device,
         query_dtype=model.dtype,
         max_model_len=model.max_model_len,
+        looks_ahead=bool(getattr(model, "is_mm_prefix_lm", False)),
         max_spec_tokens=max_spec_tokens(vllm_config),
         tokenizer=str(model.tokenizer or ""),
         tokenizer_revision=model.tokenizer_revision,

@@ -27,9 +27,11 @@ OUTPUT_SUMS: Final = (
     "norm2",  # sum r^2
     "gain_dot",  # sum e r
     "gain_noise2",  # what rounding makes of gain_dot^2
-    "scale_dot",  # sum e c; this and the next two are 0 where c is lost in float32's rounding
+    "gain_shared",  # what it makes of gain_dot where it moves all weights alike, which no average over keys removes
+    "scale_dot",  # sum e c; this and the next three are 0 where c is lost in float32's rounding
     "scale_norm2",  # sum c^2
-    "scale_noise2",  # what rounding makes of scale_dot^2
+    "scale_noise2",  # as of the gain
+    "scale_shared",
     "nonfinite",  # NONFINITE_*; where it isn't 0 the others are 0
 )
 OUTPUT_SUM: Final = {name: column for column, name in enumerate(OUTPUT_SUMS)}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from glassbox.core.accumulator_arrays import AccumulatorArrays
@@ -128,6 +129,8 @@ class GpuMeasurer:
         """See contract.Measurer."""
         self._warming = False
         self._graphs.unwatch()
+        with self._errors.guard("canary"):
+            self._compile_check()
 
     def begin(
         self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None, check: OutputCheck | None
@@ -236,32 +239,41 @@ class GpuMeasurer:
             self._errors.count("probe", error)
             return []
 
+    def _compile_check(self) -> None:
+        """Compile what a check launches, on a row of nothing: in a served step it would take a second."""
+        for names in self._groups(self._kept):
+            self._reproduce_group(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), names)
+
     def _reproduce(self, check: OutputCheck) -> list[_Checked]:
         """Queue the comparison of what was served with what the cache gives."""
         try:
-            return [self._reproduce_group(check, names) for names in self._groups(check.local_layers & self._kept)]
+            groups = self._groups(check.local_layers & self._kept)
+            return [self._reproduce_group(check.places, check.positions, names) for names in groups]
         except Exception as error:
             self._errors.count("canary", error)
             return []
 
-    def _reproduce_group(self, check: OutputCheck, names: list[str]) -> _Checked:
+    def _reproduce_group(
+        self, places: npt.NDArray[np.int64], of_rows: npt.NDArray[np.int32], names: list[str]
+    ) -> _Checked:
+        """Of these places of the row list, whose rows have these positions."""
         seen = [self._seen[name] for name in names]
         local_layers = [self._local_layers[name] for name in names]
         one, device = seen[0], self._ring.device
-        rows = self._row_list.index_select(0, _to_device(check.places, device))
+        rows = self._row_list.index_select(0, _to_device(places, device))
         slots = rows[:, ROW_SLOT].long()
         every = len(local_layers) == len(self._local_layers)
         of_layers = None if every else _to_device(np.array(local_layers, dtype=np.int64), device)
 
         def kept(ring: torch.Tensor) -> torch.Tensor:
-            of_rows = ring.index_select(0, slots)
-            return of_rows if of_layers is None else of_rows.index_select(1, of_layers)
+            in_slots = ring.index_select(0, slots)
+            return in_slots if of_layers is None else in_slots.index_select(1, of_layers)
 
         keys, values = [layer.keys() for layer in seen], [layer.values() for layer in seen]
         queries = kept(self._queries)[:, :, : one.num_heads, : one.head_size].to(one.query_dtype)
         outputs = kept(self._outputs)[:, :, : one.num_heads, : values[0].shape[3]]
         kept_kv = kept(self._kept_kv)[:, :, :, : keys[0].shape[1], : one.head_size] if one.gave_kv else None
-        positions = torch.stack([rows[:, ROW_BATCH], _to_device(check.positions, device)], dim=1)
+        positions = torch.stack([rows[:, ROW_BATCH], _to_device(of_rows, device)], dim=1)
         sums, kv_sums = row_output(
             queries,
             outputs,

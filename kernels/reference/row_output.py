@@ -24,6 +24,7 @@ from glassbox.kernels.output_rounding import (
     LARGE_VALUE,
     LOST,
     MEAN_SQUARE,
+    PLACES,
     SCORE_ERROR,
     SUM_BOUND,
     SUM_NOISE,
@@ -80,7 +81,7 @@ def row_output_ref(
         out[head] = _sums(
             p, v, _weighted(p, growth), output[head].double(), rounding,
             score_size=max(1.0, float(_weighted(share, score.abs()).sum()), float(_weighted(share, uncancelled).sum())),
-            of_sink=float(1 - torch.exp(of_keys - log_z)), soft_cap=soft_cap or 0.0,
+            shared=_shared(score, rounding), of_sink=float(1 - torch.exp(of_keys - log_z)), soft_cap=soft_cap or 0.0,
         )  # fmt: skip
     return out
 
@@ -88,6 +89,22 @@ def row_output_ref(
 def _weighted(p: Tensor, x: Tensor) -> Tensor:
     """p x, and 0 where p is 0 whatever x is."""
     return torch.where(p == 0, 0.0, p * x)
+
+
+def _shared(score: Tensor, u: OutputRounding) -> float:
+    """t: share of the weights' sum that rounding them adds or takes at most."""
+    if not u.lost_bits:
+        return 0.0
+    power = torch.ceil(score.max() * math.log2(math.e))
+    p = torch.exp2(score * math.log2(math.e) - power)
+    moved = 0.0
+    for place in PLACES:
+        x = p * place
+        # To 24 - lost_bits significant bits.
+        step = torch.exp2(torch.floor(torch.log2(x)) - 23 + u.lost_bits)
+        rounded = torch.where(x > 0, torch.round(x / step) * step, 0.0)
+        moved = max(moved, abs(float((rounded - x).sum() / place)))
+    return moved / float(p.sum())
 
 
 def _sums(
@@ -99,6 +116,7 @@ def _sums(
     *,
     score_size: float,
     of_sink: float,
+    shared: float,
     soft_cap: float,
 ) -> Tensor:
     """Of one head, [len(OUTPUT_SUMS)]."""
@@ -137,10 +155,12 @@ def _sums(
     out[OUTPUT_SUM["norm2"]] = (r**2).sum()
     out[OUTPUT_SUM["gain_dot"]] = e @ r
     out[OUTPUT_SUM["gain_noise2"]] = noise2(r)
+    out[OUTPUT_SUM["gain_shared"]] = shared * (a @ r.abs())
     if (c**2).sum() > (LOST * score_error) ** 2 * q2:
         out[OUTPUT_SUM["scale_dot"]] = e @ c
         out[OUTPUT_SUM["scale_norm2"]] = (c**2).sum()
         out[OUTPUT_SUM["scale_noise2"]] = noise2(c)
+        out[OUTPUT_SUM["scale_shared"]] = shared * (a @ c.abs())
     return out
 
 

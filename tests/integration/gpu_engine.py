@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+FAULTY_LAYER, FAULTY_HEAD = 7, 3
 # sampling.prefill_rows_per_request of the engines.
 PREFILL_ROWS: Final = 8
 
@@ -34,6 +35,7 @@ class EngineSpec:
         config: glassbox's YAML as a mapping; None sets GLASSBOX_DISABLE=1.
         v2_runner: VLLM_USE_V2_MODEL_RUNNER.
         llm_args: further arguments of vllm.LLM, or others than those of `run`.
+        fault: what is broken in layer FAULTY_LAYER, by name; see `_break`.
     """
 
     model: str
@@ -48,6 +50,7 @@ class EngineSpec:
     kv_cache_dtype: str = "auto"
     config: dict[str, Any] | None = None
     llm_args: dict[str, Any] = field(default_factory=dict)
+    fault: str | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -105,6 +108,8 @@ def run(spec: EngineSpec) -> None:
         "seed": 0,
     }
     preemptions = _count_preemptions()
+    if spec.fault is not None:
+        _break(spec.fault)
     llm = LLM(spec.model, **{**llm_args, **spec.llm_args})
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in spec.prompts],
@@ -134,6 +139,15 @@ def run(spec: EngineSpec) -> None:
             snapshot = worker.snapshot()
             report |= {
                 "steps": snapshot.steps,
+                "layer_states": snapshot.checks.state.tolist(),
+                "error_counts": snapshot.checks.error_counts.sum(0).tolist(),
+                "worst_ratio": snapshot.checks.worst_ratio.tolist(),
+                "worst_head": snapshot.checks.worst_head.tolist(),
+                "kv_error": snapshot.checks.kv_error.tolist(),
+                "kv_saturated": snapshot.checks.kv_saturated.tolist(),
+                "canary_rows": snapshot.numbers["canary_rows"],
+                "layers_bypassed": snapshot.numbers["layers_bypassed"],
+                "vllm": snapshot.build["vllm_version"],
                 "sampled_steps": snapshot.sampled_steps,
                 "layers": list(snapshot.layers),
                 "backend": snapshot.build["backend"],
@@ -149,6 +163,45 @@ def run(spec: EngineSpec) -> None:
                 window_max=snapshot.window_max,
             )
     Path(f"{spec.out}.json").write_text(json.dumps(report))
+
+
+def _break(fault: str) -> None:
+    """Break a layer.
+
+    kernel: vLLM's attention gives 1.02 times the output in one head, in CUDA graphs as well. scale: glassbox takes the
+    scores for 1 % larger. keys: glassbox reads the keys of the slot before.
+    """
+    from glassbox.adapter.attention import layer_view
+
+    if fault == "kernel":
+        from vllm.v1.attention.backends import flash_attn
+
+        original = flash_attn.FlashAttentionImpl.forward
+
+        def forward(self: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+            output = original(self, layer, *args, **kwargs)
+            if f".{FAULTY_LAYER}." in layer.layer_name:
+                output.view(output.shape[0], self.num_heads, -1)[:, FAULTY_HEAD] *= 1.02
+            return output
+
+        flash_attn.FlashAttentionImpl.forward = forward
+        return
+    view = layer_view.StridedView
+    made: Any = view.__init__
+
+    def __init__(self: Any, impl: Any, layer: Any, *args: Any) -> None:
+        made(self, impl, layer, *args)
+        if f".{FAULTY_LAYER}." in layer.layer_name and fault == "scale":
+            self.params = replace(self.params, scale=1.01 * self.params.scale)
+
+    def keys(self: Any, kv_cache: Any = None) -> Any:
+        found = read(self, kv_cache)
+        return found.roll(1, 2) if f".{FAULTY_LAYER}." in self.name else found
+
+    view.__init__ = __init__  # type: ignore[method-assign]
+    if fault == "keys":
+        read: Any = view.keys
+        view.keys = keys  # type: ignore[method-assign]
 
 
 def _count_preemptions() -> list[int]:

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from glassbox.core.output_checks import LayerState
 from glassbox.core.statistics import INDEX, STATISTICS
 from tests.integration.gpu_engine import (
+    FAULTY_HEAD,
+    FAULTY_LAYER,
     PREFILL_ROWS,
     EngineResult,
     EngineSpec,
@@ -26,6 +29,7 @@ CONFIG: dict[str, Any] = {
     "sample_rate": 1.0,
     "sampling": {"max_rows_per_step": 256, "prefill_rows_per_request": PREFILL_ROWS},
     "statistics": {"sink_tokens": SINK_TOKENS, "local_window": LOCAL_WINDOW},
+    "canary": {"interval_s": 1},
 }
 MAX_ADDED_BYTES = 64 << 20
 
@@ -67,6 +71,8 @@ def _variants(base: EngineSpec) -> dict[str, EngineSpec]:
         "auto": base,
         "custom": replace(base, backend="CUSTOM", config={**CONFIG, "attach": "custom"}),
         "fp8": replace(flash, kv_cache_dtype="fp8"),
+        "flash-kernel": replace(flash, fault="kernel"),
+        "flash-scale": replace(flash, fault="scale"),
     }
 
 
@@ -195,6 +201,41 @@ class TestValues:
             difference = np.abs(graphs.arrays["sums"] - eager.arrays["sums"]) / rows
             for name in ("entropy_ratio", "top1_ratio", "sink_ratio", "local_ratio"):
                 assert difference[..., INDEX[name]].max() < 0.02, name
+
+
+class TestChecks:
+    """What is served is reproduced, in and outside of CUDA graphs, and only what is broken is not."""
+
+    @pytest.mark.parametrize("name", OBSERVED)
+    def test_healthy(self, results: dict[str, Result], name: str) -> None:
+        """Every layer is certified, by rows of both phases, and none was ever in doubt."""
+        report = results[name].report
+        print(name, report["canary_rows"], np.array(report["error_counts"]).tolist(), max(report["worst_ratio"]))
+        assert set(report["layer_states"]) == {LayerState.CERTIFIED}
+        assert report["canary_rows"]["failed"] == 0
+        assert (np.array(report["error_counts"]).sum(1) > 0).all()
+        assert max(report["worst_ratio"]) < 0.8
+
+    @pytest.mark.parametrize("name", ["flash-kernel", "flash-scale"])
+    def test_broken(self, results: dict[str, Result], name: str) -> None:
+        """The layer is named and not observed any more; the others are."""
+        report = results[name].report
+        print(name, report["canary_rows"], report["worst_ratio"][FAULTY_LAYER], report["worst_head"][FAULTY_LAYER])
+        failed = [layer for layer, state in enumerate(report["layer_states"]) if state == LayerState.FAILED]
+        assert failed == [FAULTY_LAYER]
+        assert report["layers_bypassed"].get("not_reproduced") == 1
+        if name == "flash-kernel":
+            assert report["worst_head"][FAULTY_LAYER] == FAULTY_HEAD
+        rows = results[name].arrays["rows"].sum((1, 2))
+        assert rows[FAULTY_LAYER] < 0.2 * rows[FAULTY_LAYER + 1]
+
+    def test_cache_error(self, results: dict[str, Result]) -> None:
+        """bfloat16 gives back what was stored; e4m3 has three mantissa bits."""
+        assert np.abs(results["flash"].report["kv_error"]).max() == 0
+        error = np.array(results["fp8"].report["kv_error"])
+        print("fp8", error.min(), error.max(), np.max(results["fp8"].report["kv_saturated"]))
+        assert (error > 0.01).all()
+        assert (error < 0.1).all()
 
 
 class TestServing:

@@ -6,7 +6,6 @@ sums of weights (before they are rounded) and of weighted values, an output in t
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -195,12 +194,20 @@ class Layer:
                 pages[page, :, : len(part)] = part.transpose(0, 1)
         return pages.to(tensors[0].dtype)
 
-    def check(self, output: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
-        """Sums [R, H, C] and of K and V [R, Hkv, C] of a served output [R, H, D]."""
+    def check(
+        self, output: Tensor, *, reader: type[PagesReader] = PagesReader, factor: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Sums [R, H, C] and of K and V [R, Hkv, C] of a served output [R, H, D].
+
+        Args:
+            output: of any type.
+            reader: of K and V.
+            factor: of what it reads, beside the cache's own.
+        """
         plan, table = self.plan()
         k, v = (
-            PagesReader(self.pages(x, table), factor)
-            for x, factor in zip((self.keys, self.values), self.kv_scales, strict=True)
+            reader(self.pages(x, table), factor * scale)
+            for x, scale in zip((self.keys, self.values), self.kv_scales, strict=True)
         )
         layer = LayerRows.select(self.q, k, plan, self.params)
         kept = torch.stack([torch.stack([k[-1], v[-1]]) for k, v in self.computed])

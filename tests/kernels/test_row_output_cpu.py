@@ -7,16 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from glassbox.core.output_checks import OUTPUT_SUMS
+from glassbox.core.output_checks import (
+    KV_SUM,
+    KV_SUMS,
+    NONFINITE_BOTH,
+    NONFINITE_OUTPUT,
+    NONFINITE_REFERENCE,
+    OUTPUT_SUM,
+    OUTPUT_SUMS,
+)
 from glassbox.core.rows import ROW_QUERY
 from glassbox.kernels.output_rounding import FP8_TYPES, OutputRounding
 from glassbox.kernels.reference.row_output import kept_kv_ref, row_output_ref
 from glassbox.kernels.reference.row_probe import row_probe_ref
 from glassbox.kernels.row_output_cpu import row_output_cpu
 from glassbox.kernels.row_stats_cpu import LayerRows
-from tests.kernels.simulated_layer import PagesReader
+from tests.kernels.simulated_layer import Layer, PagesReader
 from tests.kernels.test_row_stats_cpu import Batch
 from tests.kernels.tolerances import assert_output_sums
 
@@ -30,7 +40,6 @@ class Values(Batch):
     value_size: int | None = None
     kv_dtype: torch.dtype | None = None
     kv_scales: tuple[float, float] = (1.0, 1.0)
-    transposed_values: bool = False
     values: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,16 +118,17 @@ class Layers:
         first = self.batches[0]
         assert sums.shape == (len(first.rows), len(self.batches), first.num_heads, len(OUTPUT_SUMS))
         assert sums.dtype == torch.float32
+        expected = torch.empty(sums.shape, dtype=torch.float64)
         for row, position in enumerate(first.positions):
             for n, b in enumerate(self.batches):
                 q, k, v = self._operands(b, row)
-                expected = row_output_ref(
+                expected[row, n] = row_output_ref(
                     q, k, v, self.outputs[n, row], position, rounding=b.rounding, scale=b.scale,
                     sliding_window=b.window, soft_cap=b.soft_cap, alibi_slopes=b.slopes, sinks=b.learned,
                 )  # fmt: skip
-                assert_output_sums(sums[row, n], expected, f"row {row}, layer {n}")
                 if of_kv.numel():
                     self._check_kv(of_kv[row, n], b, row, position)
+        assert_output_sums(sums, expected)
         return sums
 
     def _check_kv(self, actual: Tensor, b: Values, row: int, position: int) -> None:
@@ -138,7 +148,8 @@ MIXED = Values(
     num_heads=6,
     num_kv_heads=2,
 )
-BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 class TestAgainstReference:
@@ -170,3 +181,103 @@ class TestAgainstReference:
         first = replace(MIXED, **change)
         others = [replace(first, seed=n, scale=first.scale / (1 + n)) for n in range(1, num_layers)]
         Layers(first, *others).check()
+
+    @pytest.mark.parametrize("window", [None, 300])
+    def test_long_rows_in_several_tiles(self, window: int | None) -> None:
+        """A row whose keys come in many reads is one row."""
+        batch = replace(MIXED, lengths=[(700, 3, 650), (5, 1, 4)], rows=[(0, 0), (0, 2), (1, 0)], window=window)
+        Layers(batch, replace(batch, seed=1)).check(key_budget=2 * 16 * 2 * 64)
+
+    @settings(max_examples=25)
+    @given(
+        st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=4),
+        st.sampled_from([None, 1, 7]),
+        st.sampled_from([F32, BF16, F16]),
+        st.integers(0, 1000),
+        st.data(),
+    )
+    def test_any_batch(
+        self, lengths: list, window: int | None, dtype: torch.dtype, seed: int, data: st.DataObject
+    ) -> None:
+        """Random lengths and rows, in any order."""
+        batch = replace(MIXED, lengths=[(max(n, q), q, p) for n, q, p in lengths], rows=[], window=window, dtype=dtype)
+        everything = [(b, i) for b, (_, q, _) in enumerate(batch.lengths) for i in range(q)]
+        rows = data.draw(st.lists(st.sampled_from(everything), min_size=1, max_size=6, unique=True))
+        batch = replace(batch, rows=rows, seed=seed)
+        Layers(batch, replace(batch, seed=seed + 1)).check()
+
+    def test_no_rows(self) -> None:
+        """Zero rows have zero sums."""
+        pages, table = replace(MIXED, rows=[]).cache()
+        plan = replace(MIXED, rows=[]).plan(table)
+        reader = PagesReader(pages)
+        layer = LayerRows.select(MIXED.q, reader, plan, MIXED.params)
+        kept = torch.zeros(1, 0, 2, 2, 64)
+        sums, of_kv = row_output_cpu([layer], [reader], torch.zeros(1, 0, 6, 64), plan, kept)
+        assert sums.shape == (0, 1, 6, len(OUTPUT_SUMS))
+        assert of_kv is not None
+        assert of_kv.shape == (0, 1, 2, len(KV_SUMS))
+
+
+class TestCache:
+    def test_a_reader_that_widens(self) -> None:
+        """It says which of its numbers is the largest of the stored type."""
+
+        class Widened(PagesReader):
+            largest = 448.0 / 256
+
+            def read(self, block_ids: Tensor) -> Tensor:
+                return super().read(block_ids).half() / 256
+
+        layer = Layer((20, 33), kv_dtype=E4M3, kv_scales=(0.005, 0.05))
+        output = layer.served()
+        plain = layer.check(output)
+        assert int(plain[1][..., KV_SUM["key_saturated"]].sum()) > 0
+        widened = layer.check(output, reader=Widened, factor=256.0)
+        for expected, got in zip(plain, widened, strict=True):
+            torch.testing.assert_close(expected, got, rtol=1e-4, atol=1e-6)
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("value", [NAN, INF, -INF])
+    @pytest.mark.parametrize("soft_cap", [None, 5.0])
+    def test_a_key(self, value: float, soft_cap: float | None) -> None:
+        """As the reference says: a score of -inf has no weight, others make the output NaN."""
+        spoiled = replace(MIXED, soft_cap=soft_cap)
+        spoiled.keys[2][100, 0, 0] = value
+        layers = Layers(spoiled)
+        layers.outputs.nan_to_num_(0.0)  # row_probe_ref takes -inf for an error, which a kernel doesn't
+        layers.check()
+
+    @pytest.mark.parametrize("value", [NAN, INF])
+    def test_a_value(self, value: float) -> None:
+        """It spoils the rows that see it, and none of the same request that doesn't."""
+        spoiled = replace(MIXED)
+        spoiled.values[1][20, 1, 3] = value
+        codes = Layers(spoiled).check()[:, 0, :, OUTPUT_SUM["nonfinite"]]
+        # Row 4 is at position 36 of that request, rows 1 and 2 at 0 and 17.
+        assert codes.nonzero().tolist() == [[4, 3], [4, 4], [4, 5]]
+        assert (codes[4, 3:] == NONFINITE_BOTH).all()
+
+    def test_only_one_of_the_two(self) -> None:
+        """Is said; all other sums are 0 then."""
+        layers = Layers(MIXED)
+        layers.outputs[0, 2, 1, 5] = NAN
+        sums = layers.check()
+        assert sums[2, 0, 1].tolist() == [0.0] * (len(OUTPUT_SUMS) - 1) + [NONFINITE_OUTPUT]
+        spoiled = replace(MIXED)
+        spoiled.values[1][3, 0, 0] = NAN
+        layers = Layers(spoiled)
+        layers.outputs.nan_to_num_(0.0)
+        assert layers.check()[2, 0, :, OUTPUT_SUM["nonfinite"]].tolist() == [NONFINITE_REFERENCE] * 3 + [0] * 3
+
+
+class TestErrors:
+    def test_outputs_of_other_rows(self) -> None:
+        """Says what they must be."""
+        layers = Layers(MIXED)
+        layers.outputs = layers.outputs[:, :, :5]
+        with pytest.raises(
+            ValueError, match=r"of 1 layers, 8 rows and 6 heads, got 1 values and outputs \[1, 8, 5, 64"
+        ):
+            layers.measure()

@@ -29,6 +29,10 @@ ATTENTION_OUTPUT: Final = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloa
 # as much for large scores. What c is made of cancels, down to where `output_rounding.LOST` gives it up.
 OUTPUT_SUMS_ERROR: Final = 1e-3
 OUTPUT_GROWTH_ERROR: Final = 1e-2
+# Of what rounding adds to weights; and how many may be farther off, since float32's error of a weight takes it over the
+# middle between two numbers at times, and all of one more.
+OUTPUT_SHARED_ERROR: Final = 0.05
+OUTPUT_SHARED_OFF: Final = 0.03
 
 
 def score_error(magnitude: float) -> float:
@@ -87,18 +91,23 @@ def assert_two_oracles(actual: Tensor, expected: Tensor, same_dtype: Tensor, mag
         )
 
 
-def assert_output_sums(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Checks sums of outputs [H, len(OUTPUT_SUMS)] against the reference; products of both signs relative to what they
-    could be at most."""
-    assert actual.shape == expected.shape, what
+def assert_output_sums(actual: Tensor, expected: Tensor) -> None:
+    """Checks sums of outputs [..., len(OUTPUT_SUMS)] against the reference; products of both signs relative to what
+    they could be at most."""
+    assert actual.shape == expected.shape
     got, want = actual.double(), expected
-    of = {name: want[:, column] for name, column in OUTPUT_SUM.items()}
+    of = {name: want[..., column] for name, column in OUTPUT_SUM.items()}
     for name, column in OUTPUT_SUM.items():
         size = of[name].abs()
         if name.endswith("dot"):
             size = (of["error2"] * of["norm2" if name == "gain_dot" else "scale_norm2"]).sqrt()
         allowed = size * (OUTPUT_GROWTH_ERROR if name.startswith("scale") else OUTPUT_SUMS_ERROR)
-        excess = (got[:, column] - of[name]).abs() - allowed
-        assert not (excess.isnan() | (excess > 0)).any(), (
-            f"{what}: {name} {got[:, column].tolist()}, expected {of[name].tolist()}"
+        few = 0
+        if name.endswith("shared"):
+            allowed = OUTPUT_SHARED_ERROR * (size + size.mean())
+            few = 1 + int(OUTPUT_SHARED_OFF * size.numel())
+        excess = (got[..., column] - of[name]).abs() - allowed
+        off = (excess.isnan() | (excess > 0)).nonzero()
+        assert len(off) <= few, (
+            f"{name}: {got[..., column][tuple(off[0])]}, expected {of[name][tuple(off[0])]} at {off[0].tolist()}"
         )

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -76,8 +76,8 @@ def measured() -> dict[str, Any]:
             "observed": numbers["layers_observed"],
             "bypassed": {reason: count for reason, count in numbers["layers_bypassed"].items() if count},
         },
-        "rows": snapshot.rows.sum((0, 1)).tolist(),
-        "rows_digest": digest(snapshot.rows),
+        "rows": dict(zip(PHASES, snapshot.rows.sum((0, 1)).tolist(), strict=True)),
+        "rows_by_head": {phase: digest(snapshot.rows[..., i]) for i, phase in enumerate(PHASES)},
         "counts": {name: digest(snapshot.counts[:, :, phase, one]) for name, (one, phase) in places.items()},
         "sums": {name: digest(snapshot.sums[:, :, phase, one]) for name, (one, phase) in places.items()},
         # Of the first layer's first head, to see by how much sums differ.
@@ -105,10 +105,27 @@ def traced(llm: Any) -> dict[str, Any]:
                 "num_generated": trace.num_generated,
                 "truncated": trace.truncated,
                 "positions": trace.positions.tolist(),
-                "arrays": {name: digest(array) for name, array in sorted(trace.arrays.items())},
+                "arrays": dict(sorted(_digests(trace))),
             }
         time.sleep(0.05)
     return {"status": "missing"}
+
+
+def _digests(trace: Any) -> Iterator[tuple[str, str]]:
+    """Of each array by name; of those along the rows once for each phase."""
+    from glassbox.core.statistics import PHASES
+    from glassbox.core.trace_arrays import TRACE_ARRAYS
+
+    for array in TRACE_ARRAYS:
+        values = trace.arrays[array.name]
+        for i, phase in enumerate(PHASES):
+            rows = np.flatnonzero(trace.phases == i)
+            if array.ragged:
+                yield f"{array.name}.{phase}", digest(np.concatenate([trace.attention(t).ravel() for t in rows]))
+            elif array.by_token:
+                yield f"{array.name}.{phase}", digest(values[rows])
+        if not array.by_token:
+            yield array.name, digest(values)
 
 
 def main(model: str) -> None:

@@ -39,10 +39,27 @@ def said(run: dict[str, Any], *words: str) -> list[str]:
 
 
 def assert_measures_the_same(run: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Every number and the trace, bit for bit."""
+    """From when the layers' output was reproduced on, which is in the first prefills: every number, bit for bit.
+
+    Until then nothing of a release on probation is counted, and its traces have no values.
+    """
     assert ALL_OBSERVED == run["measured"]["layers"]
-    assert expected["measured"] == run["measured"]
-    assert expected["trace"] == run["trace"]
+    assert {} == run["measured"]["errors"]
+    assert 0 < run["measured"]["rows"]["prefill"] < expected["measured"]["rows"]["prefill"]
+    assert decode(expected["measured"]) == decode(run["measured"])
+    for part in ("status", "prompt_len", "num_generated", "truncated", "positions"):
+        assert expected["trace"][part] == run["trace"][part]
+    assert decode(expected["trace"]) == decode(run["trace"])
+
+
+def decode(part: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What of a result's tables is of the phase decode."""
+    tables = {name: table for name, table in part.items() if isinstance(table, dict)}
+    found = {
+        name: {key: value for key, value in table.items() if key.rpartition(".")[2] == "decode"}
+        for name, table in tables.items()
+    }
+    return {name: table for name, table in found.items() if table}
 
 
 def test_all_variants_are_run() -> None:
@@ -93,5 +110,5 @@ def test_a_cache_that_is_laid_out_otherwise(future: Future, smoke: Smoke, varian
     if measured["layers"]["observed"]:
         assert_measures_the_same(run, smoke(compared_with()))
     else:
-        assert {"cache_layout": 30} == measured["layers"]["bypassed"]
+        assert 30 == sum(measured["layers"]["bypassed"].values())
         assert 1 == len(said(run, "30 attention layers bypass glassbox", "KV cache"))

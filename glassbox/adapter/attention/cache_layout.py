@@ -6,7 +6,7 @@ releases, into a small cache of the layer's shape, type and strides, and looked 
 numbers (types with scales of their own, packed or rotated ones) is refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -24,8 +24,6 @@ FP8_DTYPES: Final = {
 _DIGIT_BASE: Final = 8
 # Two blocks show that a page holds its own block and nothing else.
 _BLOCKS: Final = 2
-# More than any layer's two blocks; a cache whose strides need more has blocks that are not its outermost dimension.
-_MAX_SCRATCH_BYTES: Final = 1 << 30
 
 
 class CacheLayoutError(RuntimeError):
@@ -61,12 +59,14 @@ class CacheLayout:
     """Of one layer's cache.
 
     Attributes:
-        shape: of a block, that is without the cache's first dimension; strides: of the cache, in elements.
+        blocks: dimension of the cache that numbers its blocks.
+        shape: of a block, that is without that dimension; strides: of the cache, in elements.
         dtype: of the stored numbers; an FP8 type may be stored as bytes.
         block_size: tokens of a block; num_kv_heads: Hkv.
         key, value: where they stand.
     """
 
+    blocks: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
@@ -77,7 +77,7 @@ class CacheLayout:
 
     def fits(self, kv_cache: Tensor) -> bool:
         """Whether a cache has the shape and the strides of the one that was looked at."""
-        return kv_cache.shape[1:] == self.shape and kv_cache.stride() == self.strides
+        return _without(kv_cache.shape, self.blocks) == self.shape and kv_cache.stride() == self.strides
 
     def view(self, kv_cache: Tensor, places: Places) -> Tensor:
         """K or V of a cache whose elements stand in strides, [num_blocks, Hkv, block, D] in its numbers' type.
@@ -91,7 +91,7 @@ class CacheLayout:
         first, by_token, _ = strides
         numbers = kv_cache if kv_cache.dtype == self.dtype else kv_cache.view(self.dtype)
         return numbers.as_strided(
-            (kv_cache.shape[0], self.num_kv_heads, *places.offsets.shape),
+            (kv_cache.shape[self.blocks], self.num_kv_heads, *places.offsets.shape),
             (places.block_stride, places.head_stride, by_token, 1),
             kv_cache.storage_offset() + first,
         )
@@ -127,21 +127,25 @@ def find_layout(
     head_size: int,
     value_head_size: int,
     written_dtype: torch.dtype,
+    num_blocks: int | None = None,
 ) -> CacheLayout:
     """Find where a layer's `write` puts each element. Allocates two blocks; waits for the device.
 
     Args:
         write: the layer's.
-        kv_cache: of the layer; the first dimension is that of the blocks.
+        kv_cache: of the layer.
         kv_cache_dtype: as vLLM names it.
         num_kv_heads, head_size, value_head_size: Hkv and D of the layer's K and V.
         written_dtype: of K and V before they are stored.
+        num_blocks: that vLLM hands out; a layer may have each of them in several parts. None if it isn't known: then
+            the first dimension is that of the blocks.
 
     Raises:
         CacheLayoutError: the elements of K and V don't stand in it as plain numbers, each once.
     """
     dtype = stored_dtype(kv_cache, kv_cache_dtype)
-    shape = tuple(kv_cache.shape[1:])
+    blocks = _blocks_dimension(kv_cache, num_blocks)
+    shape = _without(kv_cache.shape, blocks)
     of_token = num_kv_heads * (head_size + value_head_size)
     block_size, rest = divmod(shape_size(shape), of_token)
     if rest or not block_size:
@@ -149,7 +153,7 @@ def find_layout(
             f"a block of {list(shape)} numbers is no whole number of tokens of {num_kv_heads} KV heads of "
             f"{head_size} + {value_head_size} numbers: the cache holds more than K and V"
         )
-    scratch, cache = _scratch_like(kv_cache)
+    scratch, cache, order = _scratch_like(kv_cache, blocks)
     numbers = torch.arange(1, _BLOCKS * block_size * of_token + 1, device=kv_cache.device)
     num_keys = _BLOCKS * block_size * num_kv_heads * head_size
     keys = numbers[:num_keys].view(_BLOCKS * block_size, num_kv_heads, head_size)
@@ -168,8 +172,10 @@ def find_layout(
         read = (scratch if scratch.dtype == dtype else scratch.view(dtype)).double().nan_to_num(nan=-1.0)
         found += read.long() * unit
         unit *= _DIGIT_BASE
-    places = _places_of(found, len(numbers)).cpu()
+    index = torch.unravel_index(_places_of(found, len(numbers)).cpu(), [cache.shape[d] for d in order])
+    places = torch.stack([of * kv_cache.stride(d) for of, d in zip(index, order, strict=True)]).sum(0)
     return CacheLayout(
+        blocks=blocks,
         shape=shape,
         strides=tuple(kv_cache.stride()),
         dtype=dtype,
@@ -188,14 +194,29 @@ def shape_size(shape: tuple[int, ...]) -> int:
     return size
 
 
-def _scratch_like(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for two blocks, and a cache in it with the strides of the layer's."""
-    shape = (_BLOCKS, *kv_cache.shape[1:])
-    extent = 1 + sum((length - 1) * stride for length, stride in zip(shape, kv_cache.stride(), strict=True))
-    if extent * kv_cache.element_size() > _MAX_SCRATCH_BYTES:
-        raise CacheLayoutError(f"blocks must be a cache's outermost dimension, got strides {kv_cache.stride()}")
-    scratch = torch.zeros(extent, dtype=kv_cache.dtype, device=kv_cache.device)
-    return scratch, scratch.as_strided(shape, kv_cache.stride())
+def _without(shape: Sequence[int], dimension: int) -> tuple[int, ...]:
+    return (*shape[:dimension], *shape[dimension + 1 :])
+
+
+def _blocks_dimension(kv_cache: Tensor, num_blocks: int | None) -> int:
+    if not num_blocks:
+        return 0
+    found = [d for d, size in enumerate(kv_cache.shape) if size and size % num_blocks == 0]
+    if not found:
+        raise CacheLayoutError(
+            f"no dimension of a cache of shape {list(kv_cache.shape)} is that of {num_blocks} blocks"
+        )
+    return found[0]
+
+
+def _scratch_like(kv_cache: Tensor, blocks: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Contiguous memory for two blocks, a cache in it, and the cache's dimensions in the order of their strides."""
+    shape = list(kv_cache.shape)
+    shape[blocks] = _BLOCKS
+    strides: tuple[int, ...] = kv_cache.stride()
+    order = sorted(range(kv_cache.ndim), key=strides.__getitem__, reverse=True)
+    memory = torch.zeros([shape[d] for d in order], dtype=kv_cache.dtype, device=kv_cache.device)
+    return memory.view(-1), memory.permute([order.index(d) for d in range(kv_cache.ndim)]), order
 
 
 def _places_of(found: Tensor, count: int) -> Tensor:

@@ -127,7 +127,7 @@ class PackedReader:
         order = page_order(places)
         self.order: Final = order
         self._pages = stored.as_strided(
-            (kv_cache.shape[0], layout.num_kv_heads, order.length),
+            (kv_cache.shape[layout.blocks], layout.num_kv_heads, order.length),
             (places.block_stride, places.head_stride, 1),
             kv_cache.storage_offset() + order.first,
         )

@@ -27,10 +27,11 @@ class CacheFinder:
 
     Args:
         written_dtype: of the model's K and V.
+        num_blocks: as `find_layout` takes it.
     """
 
-    def __init__(self, written_dtype: torch.dtype) -> None:
-        self._written_dtype = written_dtype
+    def __init__(self, written_dtype: torch.dtype, num_blocks: int | None = None) -> None:
+        self._written_dtype, self._num_blocks = written_dtype, num_blocks
         self._known: dict[Hashable, CacheLayout] = {}
 
     def find(self, layer: AttentionLayer, kv_cache: Tensor | None = None) -> CacheLayout:
@@ -48,7 +49,16 @@ class CacheFinder:
         # The instructions in use decide how the CPU's page is laid out; releases keep them in different places.
         isa = getattr(layer, "isa", getattr(impl, "isa", None))
         sizes = (impl.num_kv_heads, layer.head_size, layer.head_size_v)
-        kind = (type(impl), isa, impl.kv_cache_dtype, sizes, cache.dtype, cache.shape[1:], cache.stride(), cache.device)
+        kind = (
+            type(impl),
+            isa,
+            impl.kv_cache_dtype,
+            sizes,
+            cache.dtype,
+            tuple(cache.shape),
+            cache.stride(),
+            cache.device,
+        )
         found = self._known.get(kind)
         if found is None:
             unit = _UnitScales(layer)
@@ -60,5 +70,6 @@ class CacheFinder:
                 head_size=layer.head_size,
                 value_head_size=layer.head_size_v,
                 written_dtype=self._written_dtype,
+                num_blocks=self._num_blocks,
             )
         return found

@@ -83,7 +83,7 @@ class PackedView(_View):
             # Bytes of an FP8 cache are its numbers.
             page_stride=layout.key.block_stride,
             head_stride=layout.key.head_stride,
-            num_pages=kv_cache.shape[0],
+            num_pages=kv_cache.shape[layout.blocks],
             num_kv_heads=layout.num_kv_heads,
             block_size=layout.block_size,
             order=KeyOrder.of(order.offsets.view(order.block_size, order.head_size).T.numpy()),
@@ -168,16 +168,19 @@ def view_of(impl: ObservedImpl, layer: AttentionLayer, forward: Forward, kv_cach
     return view
 
 
-def forward_of(query: Tensor, key: Tensor | None, value: Tensor | None, output: object) -> Forward:
+def forward_of(impl: AttentionImpl, query: Tensor, key: Tensor | None, value: Tensor | None, output: object) -> Forward:
     """What an impl was given and returned, [T, H, D] each.
 
     Args:
+        impl: of the layer; one that reads another layer's cache does not store the K and V that it is given.
         query, key, value: as it was given them.
         output: as it returned it, [T, Hq, Dv] or [T, Hq * Dv].
     """
     served = output if isinstance(output, Tensor) and output.ndim in (2, 3) else None
     if served is not None and served.ndim == 2:
         served = served.view(served.shape[0], query.shape[1], -1)
+    if getattr(impl, "kv_sharing_target_layer_name", None) is not None:
+        key = value = None
     return Forward(query, key, value, served)
 
 

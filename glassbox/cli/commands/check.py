@@ -58,6 +58,7 @@ def check(
     typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     for line in _series_lines(config, shape, whose, engines):
         typer.echo(f"# {line}".rstrip())
+    typer.echo(f"# {_vllm_line(config)}")
 
 
 def _shape(model: Path | None, layers: int | None, heads: int | None) -> tuple["ModelShape", str]:
@@ -69,6 +70,20 @@ def _shape(model: Path | None, layers: int | None, heads: int | None) -> tuple["
     if layers is not None and heads is not None:
         return ModelShape(layers, heads), ""
     return ModelShape(*_DEFAULT_SHAPE), " (as of an 8B model; for yours use --model, or --layers and --heads)"
+
+
+def _vllm_line(config: "GlassboxConfig") -> str:
+    """Whether the vLLM of this environment would be observed."""
+    from glassbox.adapter.release import TESTED_VLLM, Standing, installed
+
+    found, tested = installed(), f"{TESTED_VLLM[0]} to {TESTED_VLLM[-1]}"
+    if found.standing is Standing.ABSENT:
+        return f"No vLLM in this environment; {tested} are observed."
+    if (reason := found.unobserved_reason(config.compat)) is not None:
+        return reason
+    if found.standing is Standing.NEWER:
+        return f"vLLM {found.version} is not among the tested ones ({tested}): layers are observed once reproduced."
+    return f"vLLM {found.version} is among the tested ones ({tested})."
 
 
 def _series_lines(config: "GlassboxConfig", shape: "ModelShape", whose: str, engines: int) -> list[str]:

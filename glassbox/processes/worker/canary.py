@@ -98,6 +98,7 @@ class Canary:
         place: of the worker.
         limits: of a check on its device.
         probation: no layer is observed before it was reproduced.
+        decode_only: prompt rows may see keys behind them, so they can't be reproduced.
         count: is told how many rows, one in each layer, were reproduced or failed.
         clock: seconds, monotonic.
     """
@@ -108,6 +109,7 @@ class Canary:
         limits: CheckLimits,
         *,
         probation: bool,
+        decode_only: bool = False,
         count: Callable[[str, int], None] = lambda result, rows: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -119,7 +121,8 @@ class Canary:
         # Those that are to be checked; those that were at any time, and phases of which no row of them was checked.
         self._layers = frozenset(range(len(place.layers)))
         self._known: frozenset[int] = frozenset()
-        self._missing = {0, ROW_DECODE}
+        self._phases = {ROW_DECODE} if decode_only else {0, ROW_DECODE}
+        self._missing = set(self._phases)
         self._looks, self._turn = 0, 0
         self._look_s = self._checked_s = -np.inf
         self._announced = False
@@ -154,9 +157,9 @@ class Canary:
             interval_s: `canary.interval_s` of the configuration.
             layers: local ones to check; those that were not asked for before begin anew.
         """
-        if not layers <= self._known:
+        if layers is not self._layers and not layers <= self._known:
             self._known |= layers
-            self._missing, self._looks, self._look_s = {0, ROW_DECODE}, 0, -np.inf
+            self._missing, self._looks, self._look_s = set(self._phases), 0, -np.inf
         self._layers = layers
         now_s = self._clock()
         return now_s >= self._look_s and (bool(self._missing) or self._is_time(now_s, interval_s))
@@ -190,6 +193,9 @@ class Canary:
         self._looks += 1
         self._look_s = now_s + (0.0 if self._looks < _EAGER_LOOKS else _PATIENT_S)
         requests, positions = self._candidates(batch, excluded)
+        if 0 not in self._phases:
+            generated = positions >= batch.prompt_len[requests]
+            requests, positions = requests[generated], positions[generated]
         query = batch.query_start[requests] + positions - batch.num_computed[requests]
         new = ~np.isin(query, rows[:, ROW_QUERY])
         keep = ~new | (np.cumsum(new) <= room)

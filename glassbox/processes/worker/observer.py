@@ -275,8 +275,9 @@ class Observer:
         step = self._step
         started = self._clock() if step is not None else 0.0
         try:
-            if kv_cache.numel():
-                forward = forward_of(query, key, value, output)
+            # A bypassed layer's impl is an observed one as well.
+            if impl.glassbox_finder is not None and kv_cache.numel():
+                forward = forward_of(impl, query, key, value, output)
                 view = view_of(impl, layer, forward, kv_cache)
                 self.measurer.after_attention(view, forward, kv_cache, tables_of(attn_metadata))
         except Exception as error:

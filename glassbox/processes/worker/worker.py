@@ -103,6 +103,7 @@ class Worker:
         self._canary = Canary(
             place,
             measurer.check_limits,
+            decode_only=facts.looks_ahead,
             probation=release.installed().standing is release.Standing.NEWER,
             count=self._count_checked,
         )

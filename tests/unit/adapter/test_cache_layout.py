@@ -16,6 +16,8 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Split]] = {
     "blocks, Hkv, block, 2D": ((BLOCKS, HEADS, BLOCK, 2 * D), lambda c: c.transpose(1, 2).split(D, dim=-1)),
     "blocks, 2, block, Hkv, D": ((BLOCKS, 2, BLOCK, HEADS, D), lambda c: c.unbind(1)),
     "blocks, block, Hkv, 2, D": ((BLOCKS, BLOCK, HEADS, 2, D), lambda c: c.unbind(3)),
+    "2, blocks, block, Hkv, D": ((2, BLOCKS, BLOCK, HEADS, D), lambda c: c.unbind(0)),
+    "Hkv, blocks, block, 2D": ((HEADS, BLOCKS, BLOCK, 2 * D), lambda c: c.permute(1, 2, 0, 3).split(D, dim=-1)),
     "blocks, 2, Hkv, D, block": ((BLOCKS, 2, HEADS, D, BLOCK), lambda c: c.permute(1, 0, 4, 2, 3).unbind(0)),
 }
 
@@ -30,15 +32,18 @@ def writer(split: Split, change: Callable[[Tensor], Tensor] = lambda x: x) -> Ca
     return write
 
 
-def found(write: Callable[..., None], cache: Tensor, kv_cache_dtype: str = "auto", heads: int = HEADS) -> CacheLayout:
+def found(
+    write: Callable[..., None], cache: Tensor, kv_cache_dtype: str = "auto", num_blocks: int = BLOCKS
+) -> CacheLayout:
     return find_layout(
         write,
         cache,
         kv_cache_dtype=kv_cache_dtype,
-        num_kv_heads=heads,
+        num_kv_heads=HEADS,
         head_size=D,
         value_head_size=D,
         written_dtype=torch.bfloat16,
+        num_blocks=num_blocks,
     )
 
 
@@ -48,7 +53,7 @@ def test_any_regular_order(name: str, dtype: torch.dtype) -> None:
     """K and V of random numbers are read from where they were found to stand, in padded blocks, too."""
     shape, split = LAYOUTS[name]
     of_block = torch.Size(shape[1:]).numel()
-    memory = torch.zeros(BLOCKS * (of_block + 16), dtype=torch.float32).to(dtype)
+    memory = torch.zeros(shape[0] * (of_block + 16), dtype=torch.float32).to(dtype)
     cache = torch.as_strided(memory, shape, (of_block + 16, *torch.empty(shape[1:]).stride()))
     kv_cache_dtype = {1: "fp8_e5m2" if dtype == torch.float8_e5m2 else "fp8"}.get(dtype.itemsize, "auto")
     layout = found(writer(split), cache, kv_cache_dtype)
@@ -120,16 +125,7 @@ def test_a_backend_that_refuses() -> None:
         found(write, torch.zeros(BLOCKS, HEADS, BLOCK, 2 * D))
 
 
-def test_blocks_that_are_not_outermost() -> None:
-    """Two blocks of such a cache would need the memory of all."""
-    cache = torch.empty(0, device="meta").as_strided((1 << 20, 8, 64, 256), (1, 1 << 20, 1 << 23, 1 << 29))
-    with pytest.raises(CacheLayoutError, match="outermost"):
-        find_layout(
-            lambda *_: None,
-            cache,
-            kv_cache_dtype="auto",
-            num_kv_heads=8,
-            head_size=128,
-            value_head_size=128,
-            written_dtype=torch.float32,
-        )
+def test_no_dimension_of_blocks() -> None:
+    """A cache that isn't cut into vLLM's blocks is not read by their numbers."""
+    with pytest.raises(CacheLayoutError, match=r"no dimension of a cache of shape \[5, .* is that of 7 blocks"):
+        found(lambda *_: None, torch.zeros(BLOCKS, HEADS, BLOCK, 2 * D), num_blocks=7)

@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from glassbox.core.output_checks import (
+    NONFINITE_BOTH,
+    NONFINITE_OUTPUT,
+    NONFINITE_REFERENCE,
+    OUTPUT_SUM,
+    OUTPUT_SUMS,
     Verdict,
 )
-from glassbox.measure.verdict import judge
+from glassbox.measure.verdict import judge, judge_layers
 from tests.kernels.simulated_layer import Layer
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -64,17 +69,117 @@ class TestHealthy:
             assert len(verdict.ratios) == len(layer.lengths)
 
     @pytest.mark.parametrize("dtype", [BF16, F16])
-    def test_weights_that_are_rounded_alike(self, dtype: torch.dtype) -> None:
-        """A sink before equal scores: one rounding error is that of all weights, the worst it can be."""
-        for sink in np.arange(0.0, 12.0, 0.13):
-            layer = Layer((300,) * 4, dtype=dtype, spread=0.0, sink=float(sink), common=3.0)
-            assert verdict_of(layer, layer.served()).reproduced
+    @pytest.mark.parametrize(("length", "step"), [(300, 0.13), (4096, 0.7)])
+    def test_weights_that_are_rounded_alike(self, dtype: torch.dtype, length: int, step: float) -> None:
+        """A sink before equal scores, in all rows and heads: one rounding error is that of all weights, the worst it
+        can be, and a sink with little weight makes the outputs grow hardly at all with the scores."""
+        for sink in np.arange(0.0, 12.0, step):
+            layer = Layer((length,) * 4, dtype=dtype, spread=0.0, sink=float(sink), common=3.0)
+            verdict = verdict_of(layer, layer.served())
+            assert verdict.reproduced, f"sink {sink}: {verdict.what}"
 
     def test_merged_parts(self) -> None:
         """Cascade attention merges outputs of two parts of the keys, each rounded already."""
         for seed in range(20):
             layer = Layer((200, 300, 250, 400), seed=seed)
             assert verdict_of(layer, layer.served(parts=(100,))).reproduced
+
+
+def sums_of(rows: int = 2, layers: int = 1, heads: int = 3, **columns: float) -> np.ndarray:
+    """Sums [R, L, H, C] of outputs that are as they should be, but for the given columns."""
+    sums = np.zeros((rows, layers, heads, len(OUTPUT_SUMS)), dtype=np.float32)
+    healthy = {"worst": 0.3, "error2": 1e-4, "noise2": 1e-4, "norm2": 10.0, "gain_noise2": 1e-4}
+    for name, value in (healthy | columns).items():
+        sums[..., OUTPUT_SUM[name]] = value
+    return sums
+
+
+class TestRatios:
+    def test_of_rows(self) -> None:
+        """Each row has that of its worst head."""
+        sums = sums_of(rows=3)
+        sums[1, 0, 2, OUTPUT_SUM["worst"]] = 0.8
+        verdict = judge(sums[:, 0], ROUNDOFF)
+        assert verdict.ratios == pytest.approx([0.3, 0.8, 0.3])
+        assert verdict.ratio == pytest.approx(0.8)
+        assert (verdict.head, verdict.what, verdict.reproduced) == (2, "", True)
+
+    def test_layers_are_judged_by_themselves(self) -> None:
+        """As if each came alone."""
+        sums = sums_of(layers=3)
+        sums[0, 1, 1, OUTPUT_SUM["worst"]] = 14.0
+        verdicts = judge_layers(sums, ROUNDOFF)
+        assert verdicts == [judge(sums[:, layer], ROUNDOFF) for layer in range(3)]
+        assert [verdict.reproduced for verdict in verdicts] == [True, False, True]
+        assert verdicts[1].what == "row error 14 times what rounding in bfloat16 explains, in head 1"
+
+    def test_no_rows(self) -> None:
+        """Nothing was found."""
+        verdict = judge(sums_of(rows=0)[:, 0], ROUNDOFF)
+        assert (list(verdict.ratios), verdict.ratio, verdict.what) == ([], 0.0, "")
+
+    def test_errors_of_many_elements(self) -> None:
+        """Each within what rounding explains, all together too large; of one head, then of the layer."""
+        sums = sums_of(heads=16)
+        sums[:, :, 5, OUTPUT_SUM["error2"]] = 49e-4
+        assert judge(sums[:, 0], ROUNDOFF).what == (
+            "head 5's mean error 7 times what rounding in bfloat16 makes (allowed 6)"
+        )
+        verdict = judge(sums_of(error2=25e-4)[:, 0], 2.0**-11)
+        assert verdict.ratio == pytest.approx(1.25)
+        assert verdict.what == "mean error 5 times what rounding in float16 makes (allowed 4), most in head 0"
+
+    @pytest.mark.parametrize("scale", [1.0, 1e-25, 1e15])
+    def test_outputs_of_any_size(self, scale: float) -> None:
+        """Squares that a float32 doesn't hold fail nothing."""
+        with np.errstate(over="ignore"):
+            sums = sums_of() * np.float32(scale**2)
+        sums[..., OUTPUT_SUM["worst"]] = 0.3
+        assert judge(sums[:, 0], ROUNDOFF).reproduced
+
+    def test_outputs_of_zero(self) -> None:
+        """Values that are all 0: no error is no error, an error is infinitely large."""
+        nothing = dict.fromkeys(OUTPUT_SUMS, 0.0)
+        assert judge(sums_of(**nothing)[:, 0], ROUNDOFF).ratio == 0
+        assert judge(sums_of(**(nothing | {"worst": np.inf, "error2": 1.0}))[:, 0], ROUNDOFF).ratio == np.inf
+
+    def test_another_table(self) -> None:
+        """Says how many columns there must be."""
+        with pytest.raises(ValueError, match=f"sums must have {len(OUTPUT_SUMS)} columns, got 6"):
+            judge(np.zeros((1, 1, 6)), ROUNDOFF)
+
+
+class TestNotFinite:
+    def test_neither_is(self) -> None:
+        """Then the row says nothing."""
+        sums = sums_of()
+        sums[0, 0, 1] = 0.0
+        sums[0, 0, 1, OUTPUT_SUM["nonfinite"]] = NONFINITE_BOTH
+        assert judge(sums[:, 0], ROUNDOFF).reproduced
+
+    @pytest.mark.parametrize(
+        ("code", "said"),
+        [
+            (NONFINITE_OUTPUT, "head 1's output is not finite where its keys and values give a finite one"),
+            (NONFINITE_REFERENCE, "head 1's output is finite where its keys and values give one that is not"),
+        ],
+    )
+    def test_only_one_is(self, code: int, said: str) -> None:
+        """Then nothing can explain it."""
+        sums = sums_of()
+        sums[1, 0, 1] = 0.0
+        sums[1, 0, 1, OUTPUT_SUM["nonfinite"]] = code
+        verdict = judge(sums[:, 0], ROUNDOFF)
+        assert verdict.ratios == [pytest.approx(0.3), np.inf]
+        assert (verdict.ratio, verdict.head, verdict.what) == (np.inf, 1, said)
+
+    def test_an_output_that_the_kernel_spoiled(self) -> None:
+        """NaN in the served output of one head."""
+        layer = Layer((40, 50))
+        output = layer.served()
+        output[1, 6, 3] = float("nan")
+        verdict = verdict_of(layer, output)
+        assert (verdict.ratio, verdict.head) == (np.inf, 6)
 
 
 LENGTHS = tuple(range(200, 440, 20))

@@ -95,6 +95,7 @@ class VllmLayer(SimpleNamespace):
 
 # One block of one token of one KV head, eight numbers of K and then eight of V.
 LAYOUT: Final = CacheLayout(
+    0,
     (1, 1, 16),
     (16, 16, 16, 1),
     torch.float32,
