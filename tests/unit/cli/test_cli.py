@@ -10,6 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from glassbox import __version__
+from glassbox.adapter import release
 from glassbox.cli.demo.demo_model import DemoModelError, demo_model
 from glassbox.cli.main import main
 from glassbox.config.load import load_config, packaged_config
@@ -50,6 +51,37 @@ class TestCheck:
         monkeypatch.setenv("GLASSBOX_CONFIG", str(path))
         result = runner.invoke(main, ["check"])
         assert (0, 0.25) == (result.exit_code, yaml.safe_load(result.stdout)["sample_rate"])
+
+    @pytest.mark.parametrize(
+        ("version", "compat", "said"),
+        [
+            ("0.32.0", "auto", "vLLM 0.32.0 is among the tested ones (0.26 to 0.33)."),
+            (
+                "0.99.0",
+                "auto",
+                "tested ones (0.26 to 0.33): layers are observed once reproduced.",
+            ),
+            ("0.99.0", "tested", "compat is tested; the server runs unobserved."),
+            ("0.20.0", "auto", "vLLM 0.20.0 is not supported"),
+            (None, "auto", "No vLLM in this environment"),
+        ],
+    )
+    def test_says_whether_this_vllm_is_observed(
+        self,
+        runner: CliRunner,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        version: str | None,
+        compat: str,
+        said: str,
+    ) -> None:
+        """As the server's log would, before there is a server."""
+        monkeypatch.setattr(release, "vllm_version", lambda: version)
+        path = tmp_path / "glassbox.yaml"
+        path.write_text(f"compat: {compat}\n")
+        result = runner.invoke(main, ["check", str(path)])
+        assert result.stdout.splitlines()[-1].startswith("# ")
+        assert said in result.stdout.splitlines()[-1]
 
     @pytest.mark.parametrize("content", ["sample_rate: 3\n", "nonsense: 1\n", "a: [\n"])
     def test_an_unusable_file_is_one_line_and_status_1(self, runner: CliRunner, tmp_path: Path, content: str) -> None:
