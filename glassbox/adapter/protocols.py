@@ -2,7 +2,7 @@
 
 A docstring's first paragraph names the classes that have the members; `tools/compat_watch.py` looks for them there. An
 attribute that isn't named here is read with `getattr` and a default where vLLM's objects may lack it: sinks of an impl,
-whether a layer is a drafter's, what kind of attention it is. Written from vLLM 0.32's sources. None of vLLM is
+whether a layer is a drafter's, what kind of attention it is. `internals.py` says what each serves. None of vLLM is
 imported; its objects have these attributes without knowing of it.
 """
 

@@ -71,7 +71,7 @@ def install(registry: ModuleType | None = None) -> Handle:
 
     Raises:
         ImportError: vLLM, or its registry module, is not there.
-        AttributeError: the registry is not as in vLLM 0.26 to 0.32.
+        AttributeError: the registry is not as in vLLM 0.26 to 0.33.
     """
     if registry is None:
         registry = load()

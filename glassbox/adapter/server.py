@@ -1,8 +1,7 @@
 """What glassbox touches of vLLM's API server: `runner.py`'s counterpart for that process.
 
 Owns the wrappers of vLLM's methods, which hand what they are given to an `Intake` in its own words, and how a chat is
-rendered and tokenized as the server does it. Read and run against vLLM 0.32. All imports are inside functions:
-importing this module loads no vLLM.
+rendered and tokenized as the server does it. All imports are inside functions: importing this module loads no vLLM.
 """
 
 import asyncio
