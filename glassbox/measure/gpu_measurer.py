@@ -152,9 +152,11 @@ class GpuMeasurer:
             self._num_rows.copy_(torch.from_numpy(counts).pin_memory(), non_blocking=True)
             if num_slots:
                 torch.cuda.current_stream().wait_event(self._ring_read)
-                # A layer that does not come leaves no numbers, and nothing to compare.
-                for ring in (self._ring, self._queries, self._outputs):
-                    ring[:num_slots].fill_(torch.nan)
+                self._ring[:num_slots].fill_(torch.nan)
+                self._queries[:num_slots].fill_(torch.nan)
+            if check is not None:
+                # A layer that does not come leaves nothing to compare.
+                self._outputs[:num_slots].fill_(torch.nan)
                 self._kept_kv[:num_slots].zero_()
         self._graphs.measuring = True
 
