@@ -1,5 +1,11 @@
 """What glassbox has in this process, for tests that run vLLM in it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
 from glassbox.adapter.seat import SEAT
 from glassbox.processes.worker.hook import StepHook
 from glassbox.processes.worker.observer import Observer
@@ -17,3 +23,30 @@ def running_observer() -> Observer:
     worker = attached_hook().worker
     assert worker is not None, "no observer: the plugin did not attach"
     return worker.observer
+
+
+@contextmanager
+def plugin(folder: Path, config: str) -> Iterator[pytest.MonkeyPatch]:
+    """glassbox, attached to this process, for a vLLM in it.
+
+    Args:
+        folder: for its files.
+        config: its YAML.
+
+    Yields:
+        What changed the environment, and changes it back at the end.
+    """
+    from glassbox.plugin import register
+    from glassbox.processes.registration import unregister
+
+    (folder / "glassbox.yaml").write_text(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLASSBOX_CONFIG", str(folder / "glassbox.yaml"))
+        patch.setenv("GLASSBOX_RUN_DIR", str(folder / "run"))
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        unregister()
+        register()
+        yield patch
+        unregister()

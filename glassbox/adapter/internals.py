@@ -20,6 +20,7 @@ from functools import cache
 from typing import Any, Final
 
 from glassbox.adapter import protocols
+from glassbox.config.model import SUPPORTED_INNER_BACKENDS
 
 
 class Feature(Enum):
@@ -135,7 +136,7 @@ INTERNALS: Final[tuple[Internal, ...]] = (
         Feature.ATTACHING,
         "register_backend",
         "AttentionBackendEnum",
-        *(f"AttentionBackendEnum.{name}" for name in ("CPU_ATTN", "CUSTOM", "FLASHINFER", "FLASH_ATTN", "TRITON_ATTN")),
+        *(f"AttentionBackendEnum.{name}" for name in ("CUSTOM", *SUPPORTED_INNER_BACKENDS)),
         "AttentionBackendEnum.clear_override",
         "AttentionBackendEnum.is_overridden",
     ),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from glassbox.adapter.attention.cache_layout import CacheLayoutError
+from glassbox.adapter.attention.cache_layout import FP8_DTYPES
 from glassbox.adapter.attention.layer_cache import CacheFinder
 from glassbox.adapter.internals import members_of
 from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, VllmConfig
@@ -75,7 +75,7 @@ def layer_index(layer_name: str) -> int:
 
 # Types of a KV cache whose K is plain numbers, with one factor for all if they are FP8. Others keep scales of their own
 # beside the numbers, pack or rotate them: read as plain numbers they would give wrong statistics without an error.
-READABLE_KV_CACHES: Final = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
+READABLE_KV_CACHES: Final = ("auto", "float16", "bfloat16", "float32", *FP8_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _unreadable(layer: AttentionLayer, finder: CacheFinder) -> Bypass | None:
     try:
         finder.find(layer)
         layer.impl.glassbox_finder = finder  # type: ignore[attr-defined]
-    except (CacheLayoutError, AttributeError, RuntimeError) as error:
+    except (AttributeError, RuntimeError) as error:  # CacheLayoutError is one
         return Bypass("cache_layout", f"glassbox can't tell where keys and values stand in their KV cache: {error}")
     return None
 

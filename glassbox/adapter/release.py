@@ -8,6 +8,7 @@ from typing import Final
 
 # Run and compared, see docs/releases.md. Its order is that of the releases.
 TESTED_VLLM: Final = ("0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32", "0.33")
+TESTED_RANGE: Final = f"{TESTED_VLLM[0]} to {TESTED_VLLM[-1]}"
 
 
 class Standing(Enum):
@@ -46,19 +47,18 @@ class Release:
         Args:
             compat: of the configuration.
         """
-        tested = f"{TESTED_VLLM[0]} to {TESTED_VLLM[-1]}"
         if self.standing is Standing.ABSENT:
             return "vLLM is not installed; install vllm-glassbox[cpu] or vllm-glassbox[cuda]"
         if self.standing is Standing.OLDER:
             return (
-                f"vLLM {self.version} is not supported, this glassbox observes vLLM {tested}; the server runs "
+                f"vLLM {self.version} is not supported, this glassbox observes vLLM {TESTED_RANGE}; the server runs "
                 f"unobserved. Install vLLM {TESTED_VLLM[-1]}"
             )
         if self.standing is Standing.NEWER and compat == "tested":
             return (
-                f"vLLM {self.version} is not among the tested ones ({tested}) and compat is tested; the server runs "
-                "unobserved. Use compat: auto to observe the layers whose output glassbox can reproduce, or a newer "
-                "glassbox"
+                f"vLLM {self.version} is not among the tested ones ({TESTED_RANGE}) and compat is tested; the server "
+                "runs unobserved. Use compat: auto to observe the layers whose output glassbox can reproduce, or a "
+                "newer glassbox"
             )
         return None
 

@@ -110,7 +110,7 @@ class CpuMeasurer:
         # Their ids are keys below, so they must not be another's.
         self._groups: list[object] = []
         # Of torch: plans, and layers that wait.
-        self._plans: dict[tuple[int, int | None, bool], RowPlan] = {}
+        self._plans: dict[tuple[int, int | None, int], RowPlan] = {}
         self._waiting: dict[Hashable, _Waiting] = {}
         # Of the native kernel: what it knows of layers, and the step's rows and results.
         self._native = native and _has_kernel()
@@ -150,9 +150,10 @@ class CpuMeasurer:
             return
         if tables is None:
             raise ValueError(f"the metadata of {layer.name} must have a block table; do not observe this layer")
-        if self._check is not None:
+        if self._check is not None and local in self._check.local_layers:
             with self._errors.guard("canary"):
-                self._check.take(local, layer, kv_cache, forward, tables)
+                plan = self._plan(self._check.rows, tables, layer.block_size(kv_cache), layer.params.sliding_window)
+                self._check.take(local, layer, kv_cache, forward, plan)
         if local not in self._layers:
             return
         query = forward.query
@@ -251,7 +252,7 @@ class CpuMeasurer:
         return _Native(step, probe, places)
 
     def _plan(self, rows: np.ndarray, tables: BatchTables, block_size: int, window: int | None) -> RowPlan:
-        key = (id(tables.group), window, rows is self._rows)
+        key = (id(tables.group), window, id(rows))
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = plan_rows(

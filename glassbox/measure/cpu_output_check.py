@@ -12,9 +12,9 @@ from torch import Tensor
 
 from glassbox.kernels.output_rounding import OutputRounding
 from glassbox.kernels.row_output_cpu import row_output_cpu
-from glassbox.kernels.row_plan import RowPlan, plan_rows
+from glassbox.kernels.row_plan import RowPlan
 from glassbox.kernels.row_stats_cpu import KeyReader, LayerRows
-from glassbox.measure.contract import BatchTables, CheckedLayers, Forward, OutputCheck, PackedLayer
+from glassbox.measure.contract import CheckedLayers, Forward, OutputCheck, PackedLayer
 
 
 @dataclass
@@ -35,22 +35,22 @@ class CpuOutputCheck:
     Args:
         check: which rows and layers, and where what is found goes.
         rows: the step's row list.
+
+    Attributes:
+        rows: the checked ones, to be planned by themselves.
+        local_layers: in which they are checked.
     """
 
     def __init__(self, check: OutputCheck, rows: np.ndarray) -> None:
-        self._check, self._rows = check, rows[check.places]
-        self._plans: dict[tuple[int, int | None], RowPlan] = {}
+        self._check = check
+        self.rows, self.local_layers = rows[check.places], check.local_layers
         self._together: dict[Hashable, _Together] = {}
-        # Their ids are keys above, so they must not be another's.
-        self._groups: list[object] = []
 
-    def take(self, local: int, layer: PackedLayer, kv_cache: Tensor, forward: Forward, tables: BatchTables) -> None:
-        """Put by a layer's queries, outputs, keys and values of the checked rows, if it is to be checked."""
-        if local not in self._check.local_layers or forward.output is None:
+    def take(self, local: int, layer: PackedLayer, kv_cache: Tensor, forward: Forward, plan: RowPlan) -> None:
+        """Put by a layer's queries, outputs, keys and values of the checked rows, which are planned."""
+        if forward.output is None:
             return
-        params = layer.params
-        plan = self._plan(tables, kv_cache, layer, params.sliding_window)
-        rows = LayerRows.select(forward.query, layer.reader(kv_cache), plan, params)
+        rows = LayerRows.select(forward.query, layer.reader(kv_cache), plan, layer.params)
         key = (id(plan), rows.kind, forward.key is None)
         together = self._together.setdefault(key, _Together(plan))
         together.local_layers.append(local)
@@ -60,23 +60,6 @@ class CpuOutputCheck:
         if forward.key is not None and forward.value is not None and forward.key.shape == forward.value.shape:
             kept = [part.index_select(0, plan.query_index) for part in (forward.key, forward.value)]
             together.kept_kv.append(torch.stack(kept, dim=1))
-
-    def _plan(self, tables: BatchTables, kv_cache: Tensor, layer: PackedLayer, window: int | None) -> RowPlan:
-        key = (id(tables.group), window)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = plan_rows(
-                self._rows,
-                tables.query_start_loc,
-                tables.seq_lens,
-                tables.block_table,
-                block_size=layer.block_size(kv_cache),
-                sliding_window=window,
-                sink_tokens=1,
-                local_window=1,
-            )
-            self._groups.append(tables.group)
-        return plan
 
     def finish(self) -> None:
         """Reproduce, and hand over what was found."""

@@ -11,7 +11,7 @@ launches after it (docs/performance.md).
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -113,7 +113,7 @@ class GpuMeasurer:
         self._layers: frozenset[int] = frozenset()
         self._measured: frozenset[int] = frozenset()
         # Whose outputs are kept.
-        self._kept: frozenset[int] = frozenset()
+        self._kept: set[int] = set()
         self._active = False
         self._warming = True
         # Held while a copy or a step's first and last writes are queued, so that neither runs amid the other.
@@ -307,7 +307,7 @@ class GpuMeasurer:
 
         self._deferred.add(conclude, done)
 
-    def _groups(self, local_layers: frozenset[int]) -> list[list[str]]:
+    def _groups(self, local_layers: Set[int]) -> list[list[str]]:
         """These layers, by what one launch can do: one block table, one shape, one kind of score."""
         groups: dict[object, list[str]] = {}
         for name, local in self._local_layers.items():
@@ -360,7 +360,7 @@ class GpuMeasurer:
         num_heads, head_size = layer.num_heads, layer.head_size
         # One that is quantised for the next operator is not kept: rounding would explain anything.
         output = forward.output if forward.output is not None and forward.output.dtype == self._outputs.dtype else None
-        self._kept = self._kept - {local} if output is None else self._kept | {local}
+        (self._kept.discard if output is None else self._kept.add)(local)
         keys = layer.keys(kv_cache)
         row_stats(
             forward.query,

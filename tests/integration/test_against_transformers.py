@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from glassbox.core.statistics import INDEX, NUM_STATISTICS, STATISTICS
+from tests.attached import plugin
 from tests.integration.row_recorder import MeasuredRow, RowRecorder
 from tests.integration.transformers_truth import EagerModel, SequenceTruth
 
@@ -91,25 +92,14 @@ def prompts(demo_model_path: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def plugin_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    from glassbox.plugin import register
-    from glassbox.processes.registration import unregister
-
     folder = tmp_path_factory.mktemp("glassbox")
-    (folder / "glassbox.yaml").write_text(
+    config = (
         "sample_rate: 1.0\n"
         f"sampling: {{max_rows_per_step: 4096, prefill_rows_per_request: {PREFILL_ROWS}}}\n"
         f"statistics: {{sink_tokens: {SINK_TOKENS}, local_window: {LOCAL_WINDOW}}}\n"
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLASSBOX_CONFIG", str(folder / "glassbox.yaml"))
-        patch.setenv("GLASSBOX_RUN_DIR", str(folder / "run"))
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        unregister()
-        register()
+    with plugin(folder, config):
         yield
-        unregister()
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from glassbox.adapter.runner import Batch
 from glassbox.core.output_checks import LayerState
 from glassbox.processes.worker import observer as observer_module
+from tests.attached import plugin
 from tests.integration.checked_engine import HEADS, LAYERS, CheckedEngine
 
 pytestmark = pytest.mark.integration
@@ -28,21 +29,9 @@ WINDOWED, CAPPED, SUNK, FAULTY, HEAD = 5, 6, 7, 11, 4
 
 @pytest.fixture(scope="module")
 def plugin_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    from glassbox.plugin import register
-    from glassbox.processes.registration import unregister
-
     folder = tmp_path_factory.mktemp("glassbox")
-    (folder / "glassbox.yaml").write_text("sample_rate: 1.0\nexport: {interval_s: 60}\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLASSBOX_CONFIG", str(folder / "glassbox.yaml"))
-        patch.setenv("GLASSBOX_RUN_DIR", str(folder / "run"))
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        unregister()
-        register()
+    with plugin(folder, "sample_rate: 1.0\nexport: {interval_s: 60}\n"):
         yield
-        unregister()
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

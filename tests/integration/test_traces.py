@@ -21,7 +21,7 @@ from glassbox.store import rundir
 from glassbox.store.snapshot import read_snapshots
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace
-from tests.attached import attached_hook, running_observer
+from tests.attached import attached_hook, plugin, running_observer
 from tests.integration.transformers_truth import EagerModel
 
 pytestmark = pytest.mark.integration
@@ -97,26 +97,15 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def engine(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    from glassbox.plugin import register
-    from glassbox.processes.registration import unregister
-
     folder = tmp_path_factory.mktemp("glassbox")
-    (folder / "glassbox.yaml").write_text(
+    config = (
         "sample_rate: 0.25\n"
         f"sampling: {{max_rows_per_step: 4096, prefill_rows_per_request: {PREFILL_ROWS}}}\n"
         "requests: {include_text: true, max_trace_mb: 256, max_active_mb: 4096, keep_mb: 4096}\n"
         "export: {interval_s: 0.2}\n"
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLASSBOX_CONFIG", str(folder / "glassbox.yaml"))
-        patch.setenv("GLASSBOX_RUN_DIR", str(folder / "run"))
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        unregister()
-        register()
+    with plugin(folder, config) as patch:
         yield Engine(demo_model_path, patch)
-        unregister()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ releases, into a small cache of the layer's shape, type and strides, and looked 
 numbers (types with scales of their own, packed or rotated ones) is refused.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,7 +148,7 @@ def find_layout(
     blocks = _blocks_dimension(kv_cache, num_blocks)
     shape = _without(kv_cache.shape, blocks)
     of_token = num_kv_heads * (head_size + value_head_size)
-    block_size, rest = divmod(shape_size(shape), of_token)
+    block_size, rest = divmod(math.prod(shape), of_token)
     if rest or not block_size:
         raise CacheLayoutError(
             f"a block of {list(shape)} numbers is no whole number of tokens of {num_kv_heads} KV heads of "
@@ -184,14 +185,6 @@ def find_layout(
         key=_regular(places[:num_keys].view(_BLOCKS, block_size, num_kv_heads, head_size), "keys"),
         value=_regular(places[num_keys:].view(_BLOCKS, block_size, num_kv_heads, value_head_size), "values"),
     )
-
-
-def shape_size(shape: tuple[int, ...]) -> int:
-    """Elements of a shape."""
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def _without(shape: Sequence[int], dimension: int) -> tuple[int, ...]:

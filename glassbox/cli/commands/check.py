@@ -74,16 +74,18 @@ def _shape(model: Path | None, layers: int | None, heads: int | None) -> tuple["
 
 def _vllm_line(config: "GlassboxConfig") -> str:
     """Whether the vLLM of this environment would be observed."""
-    from glassbox.adapter.release import TESTED_VLLM, Standing, installed
+    from glassbox.adapter.release import TESTED_RANGE, Standing, installed
 
-    found, tested = installed(), f"{TESTED_VLLM[0]} to {TESTED_VLLM[-1]}"
+    found = installed()
     if found.standing is Standing.ABSENT:
-        return f"No vLLM in this environment; {tested} are observed."
+        return f"No vLLM in this environment; {TESTED_RANGE} are observed."
     if (reason := found.unobserved_reason(config.compat)) is not None:
         return reason
     if found.standing is Standing.NEWER:
-        return f"vLLM {found.version} is not among the tested ones ({tested}): layers are observed once reproduced."
-    return f"vLLM {found.version} is among the tested ones ({tested})."
+        return (
+            f"vLLM {found.version} is not among the tested ones ({TESTED_RANGE}): layers are observed once reproduced."
+        )
+    return f"vLLM {found.version} is among the tested ones ({TESTED_RANGE})."
 
 
 def _series_lines(config: "GlassboxConfig", shape: "ModelShape", whose: str, engines: int) -> list[str]:

@@ -96,6 +96,19 @@ def config_tile() -> dashboard.Panel:
     )
 
 
+def layers_tile(kind: str, description: str) -> dashboard.Panel:
+    """Share of the model's layers that are of a kind, "observed" or "certified"."""
+    of_kind, observed, bypassed = (promql.select(f"glassbox_layers_{of}") for of in (kind, "observed", "bypassed"))
+    return tile(
+        f"Layers {kind}",
+        description,
+        Query(f"sum({of_kind}) / (sum({observed}) + sum({bypassed}))"),
+        "percentunit",
+        levels=Levels(RED, ((1e-9, YELLOW), (1.0, GREEN))),
+        no_value="no glassbox",
+    )
+
+
 def sample_rate_tile() -> dashboard.Panel:
     return tile(
         "Sample rate",

@@ -5,12 +5,14 @@ from typing import Final
 from grafana_foundation_sdk.models import dashboard
 
 from glassbox.cli.dashboards import promql
-from glassbox.cli.dashboards.common import RATE_UNIT, SETTINGS
+from glassbox.cli.dashboards.common import RATE_UNIT, SETTINGS, layers_tile
 from glassbox.cli.dashboards.panels import GREEN, RED, YELLOW, Levels, Query, heat, lines, listing, tile
 
 _RATIO: Final = "glassbox_attention_output_error_ratio"
 _WORST: Final = "glassbox_attention_output_error_worst_ratio"
 _CANARY: Final = "glassbox_canary_rows_total"
+_KV_ERROR: Final = "glassbox_kv_cache_quantization_error_ratio"
+_KV_SATURATED: Final = "glassbox_kv_cache_saturated_ratio"
 _EXPLAINED: Final = "1 is the largest error that rounding explains."
 _NO_CHECKS: Final = "no checks yet"
 
@@ -25,18 +27,8 @@ def _buckets(*matchers: str, by: tuple[str, ...] = ()) -> str:
 
 
 def _verdict() -> list[dashboard.Panel]:
-    certified, observed, bypassed = (
-        promql.select(f"glassbox_layers_{kind}") for kind in ("certified", "observed", "bypassed")
-    )
     return [
-        tile(
-            "Layers certified",
-            "Share of the model's layers whose served output glassbox reproduced on all ranks.",
-            Query(f"sum({certified}) / (sum({observed}) + sum({bypassed}))"),
-            "percentunit",
-            levels=Levels(RED, ((1e-9, YELLOW), (1.0, GREEN))),
-            no_value="no glassbox",
-        ),
+        layers_tile("certified", "Share of the model's layers whose served output glassbox reproduced on all ranks."),
         tile(
             "Wrong layers",
             "Layers whose served output was not reproduced, over all ranks. Above 0 is a fault: see the tables below.",
@@ -64,26 +56,33 @@ def _verdict() -> list[dashboard.Panel]:
             no_value=_NO_CHECKS,
             decimals=2,
         ),
-        tile(
+        _cache_tile(
             "Largest cache error",
-            f"Root mean square error of the KV cache in the worst layer. The alert's bound is {SETTINGS.kv_error:.0%}.",
-            Query(f"max({promql.select('glassbox_kv_cache_quantization_error_ratio')})"),
-            "percentunit",
-            levels=Levels(GREEN, ((SETTINGS.kv_error / 2, YELLOW), (SETTINGS.kv_error, RED))),
-            no_value=_NO_CHECKS,
+            "Root mean square error of the KV cache in the worst layer.",
+            _KV_ERROR,
+            SETTINGS.kv_error,
             decimals=1,
         ),
-        tile(
+        _cache_tile(
             "Largest saturated share",
-            "Share of cached elements that are cut off, of the worst layer. "
-            f"The alert's bound is {SETTINGS.kv_saturated:.0%}.",
-            Query(f"max({promql.select('glassbox_kv_cache_saturated_ratio')})"),
-            "percentunit",
-            levels=Levels(GREEN, ((SETTINGS.kv_saturated / 2, YELLOW), (SETTINGS.kv_saturated, RED))),
-            no_value=_NO_CHECKS,
+            "Share of cached elements that are cut off, of the worst layer.",
+            _KV_SATURATED,
+            SETTINGS.kv_saturated,
             decimals=2,
         ),
     ]
+
+
+def _cache_tile(title: str, description: str, metric: str, limit: float, decimals: int) -> dashboard.Panel:
+    return tile(
+        title,
+        f"{description} The alert's bound is {limit:.0%}.",
+        Query(f"max({promql.select(metric)})"),
+        "percentunit",
+        levels=Levels(GREEN, ((limit / 2, YELLOW), (limit, RED))),
+        no_value=_NO_CHECKS,
+        decimals=decimals,
+    )
 
 
 def _rows() -> list[dashboard.Panel]:
@@ -147,14 +146,14 @@ def _where() -> list[dashboard.Panel]:
             "KV cache error by layers",
             "What the cache holds against what was computed (root mean square), the largest per band of ten layers. "
             "Rounding makes 2.6 % with FP8 e4m3, 5 % with e5m2.",
-            "glassbox_kv_cache_quantization_error_ratio",
+            _KV_ERROR,
             SETTINGS.kv_error,
         ),
         _cache(
             "KV cache saturation by layers",
             "Share of cached elements that are the largest number of their type, the largest per band of ten layers: a "
             "scale that is too small cuts off.",
-            "glassbox_kv_cache_saturated_ratio",
+            _KV_SATURATED,
             SETTINGS.kv_saturated,
         ),
         listing(

@@ -3,7 +3,15 @@
 from grafana_foundation_sdk.models import dashboard
 
 from glassbox.cli.dashboards import promql
-from glassbox.cli.dashboards.common import RATE_UNIT, SETTINGS, config_tile, overhead_tile, rows_tile, statistic_line
+from glassbox.cli.dashboards.common import (
+    RATE_UNIT,
+    SETTINGS,
+    config_tile,
+    layers_tile,
+    overhead_tile,
+    rows_tile,
+    statistic_line,
+)
 from glassbox.cli.dashboards.layout import Page, Section
 from glassbox.cli.dashboards.output_panels import output_checks
 from glassbox.cli.dashboards.panels import GREEN, RED, YELLOW, Levels, Query, lines, listing, tile
@@ -21,7 +29,6 @@ _NAMED = "{{instance}} engine {{engine}}"
 
 
 def _health() -> list[dashboard.Panel]:
-    observed, bypassed = (promql.select(f"glassbox_layers_{kind}") for kind in ("observed", "bypassed"))
     return [
         tile(
             "Alerts firing",
@@ -49,13 +56,8 @@ def _health() -> list[dashboard.Panel]:
             reduce="max",
             no_value="none",
         ),
-        tile(
-            "Layers observed",
-            "Share of the model's layers whose attention is observed; below 100 % some layers can't be.",
-            Query(f"sum({observed}) / (sum({observed}) + sum({bypassed}))"),
-            "percentunit",
-            levels=Levels(RED, ((1e-9, YELLOW), (1.0, GREEN))),
-            no_value="no glassbox",
+        layers_tile(
+            "observed", "Share of the model's layers whose attention is observed; below 100 % some layers can't be."
         ),
         overhead_tile(),
     ]

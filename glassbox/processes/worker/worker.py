@@ -14,10 +14,9 @@ from collections import Counter
 from typing import Any
 
 from glassbox import __version__
-from glassbox.adapter import release
 from glassbox.adapter.internals import switched_off
 from glassbox.adapter.protocols import VllmWorker
-from glassbox.adapter.release import vllm_version
+from glassbox.adapter.release import Standing, installed
 from glassbox.adapter.runner import is_piecewise_forward
 from glassbox.adapter.seat import SEAT
 from glassbox.adapter.vllm_worker import read_worker
@@ -58,7 +57,8 @@ class Worker:
         self._instance = uuid.uuid4().hex[:12]
         self._start_time_s = time.time()
         facts = self._facts = read_worker(vllm_worker)
-        self._build = {"version": __version__, "vllm_version": vllm_version() or "", "backend": facts.backend}
+        self._vllm = installed()
+        self._build = {"version": __version__, "vllm_version": self._vllm.version or "", "backend": facts.backend}
         server, layers = facts.server, facts.layers
         config = settings.config
         self._deferred = DeferredActions(errors)
@@ -104,7 +104,7 @@ class Worker:
             place,
             measurer.check_limits,
             decode_only=facts.looks_ahead,
-            probation=release.installed().standing is release.Standing.NEWER,
+            probation=self._vllm.standing is Standing.NEWER,
             count=self._count_checked,
         )
         self._traces = TraceWriter(rundir.run_dir(), host, self._requests)
@@ -137,7 +137,7 @@ class Worker:
         self.observer.arm()
         rundir.create()
         rundir.purge_dead()
-        for line in switched_off(vllm_version()):
+        for line in switched_off(self._vllm.version):
             logger.warning("%s", line)
         self._log_coverage()
         self._settings.watch()
