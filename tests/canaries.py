@@ -7,7 +7,7 @@ from glassbox.processes.worker.canary import Canary, WorkerPlace
 def make_place(layers: tuple[int, ...], head_offset: int = 0) -> WorkerPlace:
     """A worker of rank 0 with these layers."""
     names = tuple(f"model.layers.{layer}.self_attn.attn" for layer in layers)
-    return WorkerPlace(layers, names, head_offset=head_offset, rank=0, host="here", vllm="0.99.0")
+    return WorkerPlace(layers, names, head_offsets=(head_offset,) * len(layers), rank=0, host="here", vllm="0.99.0")
 
 
 class QuietCanary(Canary):

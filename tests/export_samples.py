@@ -69,7 +69,9 @@ def make_snapshot(
         engine="0",
         rank=0,
         layers=layers,
-        head_offset=head_offset,
+        layer_heads=(heads,) * len(layers),
+        head_offsets=(head_offset,) * len(layers),
+        sampled_layers=layers,
         num_heads_total=heads if total_heads is None else total_heads,
         num_layers_total=4,
         host="gpu-7",
@@ -112,6 +114,24 @@ def changed(totals: T, **changes: Any) -> T:
     return replace(totals, numbers={**totals.numbers, **numbers}, **changes)
 
 
+def of_layers(snapshot: Snapshot, some: Any, **changes: Any) -> Snapshot:
+    """The snapshot of a worker that has some of the layers (an index of numpy: a slice, a list) alone."""
+
+    def chosen(of_each: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(np.array(of_each)[some].tolist())
+
+    return changed(
+        snapshot,
+        layers=chosen(snapshot.layers),
+        layer_heads=chosen(snapshot.layer_heads),
+        head_offsets=chosen(snapshot.head_offsets),
+        sampled_layers=chosen(snapshot.layers),
+        checks=LayerChecks(**{name: array[some] for name, array in vars(snapshot.checks).items()}),
+        **{name: getattr(snapshot, name)[some] for name in ARRAY},
+        **changes,
+    )
+
+
 def split_heads(snapshot: Snapshot, at: int) -> tuple[Snapshot, Snapshot]:
     """The snapshots of two tensor-parallel ranks that together measured what `snapshot` says."""
     first = {name: getattr(snapshot, name)[:, :at] for name in ARRAY}
@@ -125,12 +145,13 @@ def split_heads(snapshot: Snapshot, at: int) -> tuple[Snapshot, Snapshot]:
         }
     )
     return (
-        changed(snapshot, instance="tp0", rank=0, **first),
+        changed(snapshot, instance="tp0", rank=0, layer_heads=(at,) * len(snapshot.layers), **first),
         changed(
             snapshot,
             instance="tp1",
             rank=1,
-            head_offset=snapshot.head_offset + at,
+            layer_heads=tuple(heads - at for heads in snapshot.layer_heads),
+            head_offsets=tuple(offset + at for offset in snapshot.head_offsets),
             **second,
             dropped_rows=empty,
             errors=empty,

@@ -1,16 +1,19 @@
 """The attention layers of a loaded model: which there are, which can be observed, and whose they are.
 
-Owns the labels of a worker's metrics, too. All imports of vLLM are inside functions: importing this module loads none.
+Owns the labels of a worker's metrics, too. Which number a layer has is `layer_numbers.py`'s. All imports of vLLM are
+inside functions: importing this module loads none.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from glassbox.adapter.attention.cache_layout import FP8_DTYPES
 from glassbox.adapter.attention.layer_cache import CacheFinder
 from glassbox.adapter.internals import members_of
+from glassbox.adapter.layer_numbers import number_layers
 from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, VllmConfig
+from glassbox.config.model import SUPPORTED_INNER_BACKENDS
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,18 @@ class ServerInfo:
     Attributes:
         model_name: first served model name, as in vLLM's own metrics.
         engine: data-parallel index, as in vLLM's own `engine` label.
-        rank: tensor-parallel rank of the worker.
-        num_layers, num_heads: of the whole model, over all ranks (attention layers; query heads).
+        rank, num_ranks: in the tensor-parallel group.
+        num_layers, num_heads: of the whole model by its configuration (layers of any kind; query heads).
+        stage: layers of the worker's pipeline stage.
     """
 
     model_name: str
     engine: str
     rank: int
+    num_ranks: int
     num_layers: int
     num_heads: int
+    stage: range
 
 
 def server_info(vllm_config: VllmConfig) -> ServerInfo:
@@ -37,40 +43,53 @@ def server_info(vllm_config: VllmConfig) -> ServerInfo:
 
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     served = model_config.served_model_name
+    num_layers = model_config.get_total_num_hidden_layers()
     return ServerInfo(
         model_name=served if isinstance(served, str) else served[0],
         engine=str(parallel.data_parallel_index),
         rank=get_tp_group().rank_in_group,
-        num_layers=model_config.get_total_num_hidden_layers(),
+        num_ranks=parallel.tensor_parallel_size,
+        num_layers=num_layers,
         num_heads=model_config.get_num_attention_heads(parallel) * parallel.tensor_parallel_size,
+        stage=(
+            range(*model_config.get_layers_start_end_indices(parallel))
+            if parallel.pipeline_parallel_size > 1
+            else range(num_layers)
+        ),
     )
 
 
-def attention_layers(vllm_config: VllmConfig) -> dict[str, AttentionLayer]:
-    """Decoder attention layers of this worker by name, MLA layers included; drafters' too."""
+def attention_layers(vllm_config: VllmConfig, model: Any, drafter: Any) -> dict[str, AttentionLayer]:
+    """Attention layers of a model by name, of whatever kind; no drafter's, and none that only keeps a cache.
+
+    Layers of state-space models and linear attention are none: they have no softmax, so no rows.
+
+    Args:
+        vllm_config: with which it was built.
+        model: vLLM's.
+        drafter: its draft model, None if it has none.
+    """
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-    from vllm.v1.attention.backend import AttentionType
 
     context = vllm_config.compilation_config.static_forward_context
+    drafted = _modules(drafter) - _modules(model)
     return {
         name: layer
         for name, layer in context.items()
-        if isinstance(layer, AttentionLayerBase)
-        and hasattr(layer, "impl")
-        and getattr(layer, "attn_type", AttentionType.DECODER) == AttentionType.DECODER
+        if isinstance(layer, AttentionLayerBase) and _computes_attention(layer) and id(layer) not in drafted
     }
 
 
-def layer_index(layer_name: str) -> int:
-    """Global index of a layer by its name: the first number in it (`model.layers.7.self_attn.attn` -> 7).
+def _modules(model: Any) -> set[int]:
+    return set() if model is None else {id(module) for module in model.modules()}
 
-    Raises:
-        ValueError: the name holds no number.
-    """
-    for part in layer_name.split("."):
-        if part.isdigit():
-            return int(part)
-    raise ValueError(f"attention layer {layer_name!r} has no index in its name")
+
+def _computes_attention(layer: Any) -> bool:
+    if hasattr(layer, "impl"):
+        return True
+    # Models that compute attention in a class of their own; what has a KV cache and no heads is a cache, or a state.
+    names = {cls.__name__ for cls in type(layer).__mro__}
+    return "MambaBase" not in names and any(hasattr(layer, name) for name in ("num_heads", "n_local_heads"))
 
 
 # Types of a KV cache whose K is plain numbers, with one factor for all if they are FP8. Others keep scales of their own
@@ -91,14 +110,27 @@ class Bypass:
     reason: str
 
 
-def find_bypass(layer: AttentionLayer) -> Bypass | None:
+# Kinds of attention (vLLM's AttentionType) whose rows are others than a decoder's.
+_OTHER_KINDS: Final = {
+    "encoder": Bypass("encoder", "encoder attention, which sees the keys on both sides and keeps none of them"),
+    "encoder_only": Bypass("encoder", "encoder attention, which sees the keys on both sides and keeps none of them"),
+    "encoder_decoder": Bypass("cross", "cross attention, whose keys are those of the encoder"),
+}
+
+
+def find_bypass(layer: AttentionLayer, attach: str = "auto") -> Bypass | None:
     """Why a layer is not observed though vLLM built it; None if nothing stands against it.
 
     A backend whose `forward` writes the KV cache itself has not got this step's K before it; none that glassbox wraps
     does so since vLLM 0.26.
+
+    Args:
+        attach: of the YAML, as the server started with it.
     """
-    if not getattr(layer.impl, "glassbox_observed", False):
-        return Bypass("backend", "their backend is not one that glassbox wraps")
+    kind = getattr(layer, "attn_type", "decoder")
+    other = _OTHER_KINDS.get(str(getattr(kind, "value", kind)))
+    if other is not None or not getattr(getattr(layer, "impl", None), "glassbox_observed", False):
+        return other or _other_backend(layer, attach)
     if gone := [name for name in members_of(AttentionImpl) if not hasattr(layer.impl, name)]:
         return Bypass(
             "internals",
@@ -117,6 +149,20 @@ def find_bypass(layer: AttentionLayer) -> Bypass | None:
             "--kv-cache-dtype auto or fp8 to observe them",
         )
     return None
+
+
+def _other_backend(layer: AttentionLayer, attach: str) -> Bypass:
+    if not hasattr(layer, "impl"):
+        return Bypass("backend", f"their model computes attention by itself, in {type(layer).__name__}")
+    name = layer.attn_backend.get_name()
+    if attach == "custom" and name in SUPPORTED_INNER_BACKENDS:
+        return Bypass(
+            "backend",
+            f"attach: custom observes --attention-backend CUSTOM alone, and theirs is {name}; use attach: auto, or "
+            "start vLLM with --attention-backend CUSTOM",
+        )
+    wrapped = ", ".join(SUPPORTED_INNER_BACKENDS)
+    return Bypass("backend", f"their backend {name} is not one that glassbox wraps ({wrapped})")
 
 
 def bypass_of_all(vllm_config: VllmConfig) -> Bypass | None:
@@ -146,48 +192,91 @@ class ObservedLayers:
     Attributes:
         names: of the observed ones, in the order of their global index.
         indices: global index of each.
-        num_heads: largest number of local query heads among them.
+        heads: local query heads of each.
         head_size, num_kv_heads: the largest of theirs, of K and V.
         bypassed: layers whose attention glassbox does not see, by name, and why. Those of one reason are equal.
+        bypassed_indices: global index of each of these, by name.
     """
 
     names: tuple[str, ...]
     indices: tuple[int, ...]
-    num_heads: int
+    heads: tuple[int, ...]
     head_size: int
     num_kv_heads: int
     bypassed: Mapping[str, Bypass]
+    bypassed_indices: Mapping[str, int]
+
+    @property
+    def num_heads(self) -> int:
+        """The largest number of local query heads."""
+        return max(self.heads, default=0)
 
 
 def find_layers(
-    layers: Mapping[str, AttentionLayer], finder: CacheFinder, of_all: Bypass | None = None
+    layers: Mapping[str, AttentionLayer],
+    finder: CacheFinder,
+    *,
+    model: Any = None,
+    of_all: Bypass | None = None,
+    attach: str = "auto",
 ) -> ObservedLayers:
     """Sort the attention layers of a loaded model into observed and bypassed; drafters' are neither.
 
     Args:
-        layers: by name, their KV caches allocated.
+        layers: by name, in the order in which they were built, their KV caches allocated.
         finder: looks at these.
+        model: vLLM's, which they are modules of.
         of_all: a reason why none of them can be observed.
+        attach: as `find_bypass` takes it.
     """
-    observed = []
+    theirs: dict[str, AttentionLayer] = {}
     bypassed: dict[str, Bypass] = {}
+    kinds: dict[str, dict[str, AttentionLayer]] = {}
     for name, layer in layers.items():
         if getattr(layer, "is_draft_layer", False):
             continue
-        if getattr(layer.impl, "glassbox_observed", None) is False:  # a drafter's as well
+        if getattr(getattr(layer, "impl", None), "glassbox_observed", None) is False:  # a drafter's as well
             continue
-        reason = of_all or find_bypass(layer) or _unreadable(layer, finder)
+        reason = find_bypass(layer, attach)
+        # An encoder's layers, and those of cross attention, have the decoder's numbers again.
+        kind = reason.slug if reason is not None and reason in _OTHER_KINDS.values() else ""
+        kinds.setdefault(kind, {})[name] = layer
+        reason = of_all or reason or _unreadable(layer, finder)
         if reason is None:
-            observed.append((layer_index(name), name, layer))
+            theirs[name] = layer
         else:
             bypassed[name] = reason
-    observed.sort(key=lambda one: one[:2])
-    of_model = [layer for _, _, layer in observed]
+    index = {name: number for alike in kinds.values() for name, number in number_layers(model, alike).items()}
+    names = sorted(theirs, key=lambda name: (index[name], name))
+    of_model = [theirs[name] for name in names]
     return ObservedLayers(
-        names=tuple(name for _, name, _ in observed),
-        indices=tuple(index for index, _, _ in observed),
-        num_heads=max((layer.num_heads for layer in of_model), default=0),
+        names=tuple(names),
+        indices=tuple(index[name] for name in names),
+        heads=tuple(layer.num_heads for layer in of_model),
         head_size=max((max(layer.head_size, layer.head_size_v) for layer in of_model), default=0),
         num_kv_heads=max((layer.impl.num_kv_heads for layer in of_model), default=0),
         bypassed=bypassed,
+        bypassed_indices={name: index[name] for name in bypassed},
     )
+
+
+@dataclass(frozen=True)
+class GlobalHeads:
+    """Which of the model's query heads a worker's layers have.
+
+    Attributes:
+        offsets: global index of the first local head of each layer.
+        total: the largest number of heads of a layer of the model.
+    """
+
+    offsets: tuple[int, ...]
+    total: int
+
+
+def global_heads(server: ServerInfo, local: tuple[int, ...]) -> GlobalHeads:
+    """Of layers with so many local heads each."""
+    # A layer that is not split over ranks has all heads on each of them.
+    whole = [server.num_ranks > 1 and heads == server.num_heads for heads in local]
+    totals = [heads if all_here else heads * server.num_ranks for heads, all_here in zip(local, whole, strict=True)]
+    offsets = tuple(0 if all_here else heads * server.rank for heads, all_here in zip(local, whole, strict=True))
+    return GlobalHeads(offsets, max(totals, default=server.num_heads))

@@ -252,11 +252,14 @@ class ModelConfig(Protocol):
 
     def get_num_attention_heads(self, parallel_config: ParallelConfig) -> int: ...
 
+    def get_layers_start_end_indices(self, parallel_config: ParallelConfig) -> tuple[int, int]: ...
+
 
 class ParallelConfig(Protocol):
     """vllm.config.ParallelConfig."""
 
     tensor_parallel_size: int
+    pipeline_parallel_size: int
     data_parallel_index: int
     decode_context_parallel_size: int
     prefill_context_parallel_size: int
@@ -307,3 +310,7 @@ class VllmWorker(Protocol):
     model_runner: Runner
 
     def compile_or_warm_up_model(self) -> Any: ...
+
+    def get_model(self) -> Any: ...
+
+    def get_draft_model(self) -> Any: ...

@@ -27,30 +27,15 @@ _RUNNER_CLASSES: Final = (
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
 )
-# (module, class) whose `compile_or_warm_up_model` is the last call before real steps.
-_WORKER_CLASSES: Final = (
-    ("vllm.v1.worker.gpu_worker", "Worker"),
-    ("vllm.v1.worker.cpu_worker", "CPUWorker"),
-)
 
 
-def loaded_classes(names: tuple[tuple[str, str], ...]) -> Iterator[type]:
-    """The classes of those modules that this process has imported already; imports nothing."""
-    for module_name, class_name in names:
+def runner_classes() -> Iterator[type]:
+    """Model runner classes that this process has imported already; imports nothing."""
+    for module_name, class_name in _RUNNER_CLASSES:
         module = sys.modules.get(module_name)
         cls = getattr(module, class_name, None)
         if cls is not None:
             yield cls
-
-
-def runner_classes() -> Iterator[type]:
-    """Model runner classes loaded in this process."""
-    return loaded_classes(_RUNNER_CLASSES)
-
-
-def worker_classes() -> Iterator[type]:
-    """Worker classes loaded in this process."""
-    return loaded_classes(_WORKER_CLASSES)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from glassbox.core.logs import get_logger
 if TYPE_CHECKING:  # every process of a server has a seat, and only workers need torch
     from torch import Tensor
 
-    from glassbox.adapter.protocols import AttentionLayer, AttentionMetadata, CommonMetadata
+    from glassbox.adapter.protocols import AttentionLayer, AttentionMetadata, CommonMetadata, VllmWorker
 
 
 logger = get_logger(__name__)
@@ -27,10 +27,13 @@ class Closable(Protocol):
 
 
 class Hook(Protocol):
-    """The patches of a worker process."""
+    """What glassbox does to a worker process."""
 
-    def install(self) -> None:
-        """Patch the runner and worker classes that are loaded; does nothing for those patched already."""
+    def prepare(self, vllm_worker: "VllmWorker") -> None:
+        """The worker is about to warm up."""
+
+    def arm(self) -> None:
+        """Its warm-up is over: what follows are real steps and dummies."""
 
     def remove(self) -> None:
         """Put every patched method back and stop what was started."""
@@ -62,7 +65,7 @@ class Seat:
     Attributes:
         registration: what `register()` changed; None if nothing.
         settings: live, as long as glassbox is registered.
-        hook: of this process, once an observed layer was built in it: then it is a worker.
+        hook: of this process, once a worker warms up in it.
         listener: of this worker, while there is one.
         listening: which `forward` the observed impls have.
         inner_name: what CUSTOM stands for, between `validate_configuration` and `full_cls_name`, which vLLM calls one
@@ -102,16 +105,21 @@ class Seat:
         """
         self.settings, self._make_hook = settings, make_hook
 
-    def layer_built(self) -> None:
-        """vLLM has built an observed layer in this process. Never raises: it is called in the layer's constructor."""
+    def warm_up_begins(self, vllm_worker: "VllmWorker") -> None:
+        """A worker of vLLM in this process has loaded its model. Never raises: vLLM's warm-up follows."""
         make, self._make_hook = self._make_hook, None
         try:
             if make is not None:
                 self.hook = make()
             if self.hook is not None:
-                self.hook.install()
+                self.hook.prepare(vllm_worker)
         except Exception:
             logger.exception("glassbox could not observe this worker; the server runs unobserved")
+
+    def warm_up_ended(self) -> None:
+        """It is ready for real steps."""
+        if self.hook is not None:
+            self.hook.arm()
 
     def leave(self) -> None:
         """glassbox is registered no more; patches are put back."""

@@ -15,6 +15,7 @@ from glassbox.adapter.layers import (
 )
 from glassbox.adapter.protocols import VllmWorker
 from glassbox.adapter.runner import max_spec_tokens
+from glassbox.adapter.seat import SEAT
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,14 @@ def read_worker(vllm_worker: VllmWorker) -> WorkerFacts:
     """Read them; call it in a worker whose groups are set up and whose model is loaded."""
     vllm_config = vllm_worker.vllm_config
     model = vllm_config.model_config
-    model_layers = attention_layers(vllm_config)
+    built = vllm_worker.get_model()
+    model_layers = attention_layers(vllm_config, built, vllm_worker.get_draft_model())
     layers = find_layers(
-        model_layers, CacheFinder(model.dtype, vllm_config.cache_config.num_gpu_blocks), bypass_of_all(vllm_config)
+        model_layers,
+        CacheFinder(model.dtype, vllm_config.cache_config.num_gpu_blocks),
+        model=built,
+        of_all=bypass_of_all(vllm_config),
+        attach=SEAT.attach,
     )
     return WorkerFacts(
         server=server_info(vllm_config),

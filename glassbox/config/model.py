@@ -5,6 +5,7 @@ Owns what may stand in the YAML file. Where the file is found, how it is loaded 
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -58,28 +59,29 @@ def _switch(default: bool, description: str) -> Any:
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """Which layers are measured: all, every k-th, or a list of indices.
+    """Which of the observed layers are measured: all, every k-th, or a list of indices.
 
     Attributes:
         indices: global layer indices, ascending and unique; None leaves the choice to `every`.
-        every: layers 0, every, 2*every, ...; 1 is all.
+        every: the first observed layer, and every k-th after it; 1 is all.
     """
 
     indices: tuple[int, ...] | None = None
     every: int = 1
 
-    def select(self, num_layers: int) -> tuple[int, ...]:
-        """Global indices of the measured layers of a model of `num_layers`, ascending.
+    def select(self, observed: Sequence[int]) -> tuple[int, ...]:
+        """Global indices of the measured layers, ascending.
 
-        Indices that the model does not have are left out.
+        Args:
+            observed: global indices of the observed layers, ascending; in a hybrid model they have gaps.
         """
         if self.indices is None:
-            return tuple(range(0, num_layers, self.every))
-        return tuple(index for index in self.indices if index < num_layers)
+            return tuple(observed[:: self.every])
+        return tuple(index for index in observed if index in self.indices)
 
-    def missing(self, num_layers: int) -> tuple[int, ...]:
-        """Indices that the file names but a model of `num_layers` does not have, for a warning."""
-        return tuple(index for index in self.indices or () if index >= num_layers)
+    def missing(self, observed: Sequence[int]) -> tuple[int, ...]:
+        """Indices that the file names and no observed layer has, for a warning."""
+        return tuple(index for index in self.indices or () if index not in observed)
 
 
 def _parse_layers(value: object) -> LayerSelection:

@@ -17,10 +17,14 @@ EngineValue = bool | int | float | Mapping[str, int] | Mapping[str, str]
 # Why a layer is not observed: values of the label `reason` of layers_bypassed, and what each means.
 BYPASS_REASONS: Final[Mapping[str, str]] = {
     "backend": "its attention backend is not one that glassbox wraps",
-    "cache_layout": "its backend keeps the KV cache in a way, or writes it at a time, that glassbox can't read",
+    "cache_layout": "its backend keeps the KV cache in a way that glassbox can't read",
     "cache_type": "its KV cache is of a type whose keys are no plain numbers",
     "chunked_local": "chunked local attention splits requests into virtual ones",
     "context_parallel": "context parallelism spreads the keys of a row over ranks",
+    "cross": "cross attention, whose keys are those of the encoder",
+    "encoder": "encoder attention sees the keys on both sides and keeps none",
+    "internals": "its backend lacks something that earlier vLLM releases have",
+    "late_keys": "its backend writes keys only while it computes",
     "micro_batching": "micro-batching splits a step's rows",
     "not_certified": "its output was not checked yet, or can't be",
     "not_reproduced": "its output is not what glassbox computes from what it reads",

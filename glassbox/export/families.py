@@ -18,7 +18,7 @@ from glassbox.core.statistics import INDEX, NUM_BUCKETS, PHASES, STATISTICS, Pha
 from glassbox.export.check_families import CHECK_METRICS, CHECK_SAMPLES, check_series
 from glassbox.export.family import DETAIL_LABELS, ENGINE_LABELS, Family, Kind, Series, at_detail, define
 from glassbox.signals.drift_watch import COMPARED, Drift, EngineKey
-from glassbox.store.merge import Aggregate, Detail, MergedEngine, aggregate
+from glassbox.store.merge import Aggregate, Detail, MergedEngine, aggregate, there
 
 _COARSER: Final[dict[Detail, Detail]] = {"head": "layer", "layer": "model"}
 
@@ -165,8 +165,11 @@ def _number_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[An
 
 def _drift_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any], detail: Detail) -> Iterator[Series]:
     """Of values [L, H, 2, E]: at a coarser detail than head the one that is farthest from 0."""
-    places = {"model": 1, "layer": len(engine.layers), "head": len(engine.layers) * engine.num_heads}[detail]
-    by_place = values.reshape(places, -1, *values.shape[2:])  # [K, heads of a place, 2, E]
+    by_place = {  # [K, heads of a place, 2, E]
+        "model": lambda: values.reshape(1, -1, *values.shape[2:]),
+        "layer": lambda: values,
+        "head": lambda: values[there(engine)][:, None],
+    }[detail]()
     known = np.where(np.isnan(by_place), 0.0, by_place)
     worst = np.take_along_axis(known, np.abs(known).argmax(axis=1)[:, None], axis=1)[:, 0]
     numbers = np.where(np.isnan(by_place).all(axis=1), np.nan, worst).tolist()
@@ -206,19 +209,18 @@ def samples_per_place(with_drift: bool = False) -> int:
     return total + 3 * len(PHASES)  # window_max, rows and nonfinite
 
 
-def series_count(detail: Detail, num_layers: int, num_heads: int, with_drift: bool = False) -> int:
+def series_count(detail: Detail, layer_heads: Sequence[int], with_drift: bool = False) -> int:
     """Prometheus samples of the metrics of one engine's layers and heads, checks included, when every series exists.
 
     What exists only while something is wrong comes on top: at most a sample per layer and rank, and one per rank.
 
     Args:
         detail: model, layer or head.
-        num_layers: observed layers.
-        num_heads: query heads of the model, of all ranks.
+        layer_heads: query heads, of all ranks, of each observed layer.
         with_drift: whether there is a baseline to compare with, which brings further series.
     """
-    places = {"model": 1, "layer": num_layers, "head": num_layers * num_heads}[detail]
-    checked = 1 if detail == "model" else num_layers
+    places = {"model": 1, "layer": len(layer_heads), "head": sum(layer_heads)}[detail]
+    checked = 1 if detail == "model" else len(layer_heads)
     return places * samples_per_place(with_drift) + checked * CHECK_SAMPLES
 
 
@@ -226,24 +228,23 @@ def effective_detail(
     detail: Detail, max_series: int, engines: Sequence[MergedEngine], with_drift: bool = False
 ) -> tuple[Detail, str | None]:
     """`fitting_detail` for the engines of a server."""
-    shapes = [(len(engine.layers), engine.num_heads) for engine in engines]
-    return fitting_detail(detail, max_series, shapes, with_drift)
+    return fitting_detail(detail, max_series, [engine.layer_heads for engine in engines], with_drift)
 
 
 def fitting_detail(
-    detail: Detail, max_series: int, shapes: Sequence[tuple[int, int]], with_drift: bool = False
+    detail: Detail, max_series: int, shapes: Sequence[Sequence[int]], with_drift: bool = False
 ) -> tuple[Detail, str | None]:
     """The finest detail, at most the wanted one, that keeps a server within `max_series`.
 
     Args:
-        shapes: observed layers and query heads of each engine.
+        shapes: query heads of each observed layer, for each engine.
 
     Returns:
         The detail, and a warning for the log if it is not the wanted one (or if even `model` is too many).
     """
 
     def needed(at: Detail) -> int:
-        return sum(series_count(at, num_layers, num_heads, with_drift) for num_layers, num_heads in shapes)
+        return sum(series_count(at, layer_heads, with_drift) for layer_heads in shapes)
 
     used = detail
     while needed(used) > max_series and used in _COARSER:

@@ -7,9 +7,10 @@ extra `tables`.
 
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from glassbox.adapter.offline_engine import (
 )
 from glassbox.config.load import GlassboxConfig, find_config, load_config
 from glassbox.core import trace_arrays
+from glassbox.core.counters import BYPASS_REASONS
 from glassbox.core.statistics import NUM_STATISTICS, PHASES, STATISTICS
 from glassbox.core.trace_arrays import PLACE, Axis, TraceArray
 from glassbox.core.trace_options import (
@@ -39,6 +41,8 @@ from glassbox.core.trace_options import (
     parse_options,
 )
 from glassbox.store import rundir
+from glassbox.store.merge import merge
+from glassbox.store.snapshot import read_snapshots
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace
 
@@ -101,9 +105,10 @@ def capture(
     Raises:
         ValueError: an option breaks its rule (OptionError), or a list has not the prompts' length.
         ImportError: pyarrow is missing.
-        RuntimeError: traces are missing; the message says what to look at.
+        RuntimeError: no attention of the model is observed, or traces are missing; the message says what to look at.
     """
     _pyarrow()
+    _see_that_it_is_observed()
     config = load_config(find_config())
     prompts = list(prompts)
     params = _params(llm, prompts, sampling_params)
@@ -123,6 +128,19 @@ def capture(
         traces += _wait(llm, done, since_s, timeout_s, config)
     outputs = [one.output for one in answered]
     return Capture(outputs, traces, _requests_table(answered, traces), *_tables(traces))
+
+
+def _see_that_it_is_observed() -> None:
+    engines = merge(read_snapshots(rundir.run_dir()))
+    if engines and not any(engine.layers for engine in engines):
+        found = Counter[str]()
+        for engine in engines:
+            found.update(cast(Mapping[str, int], engine.numbers["layers_bypassed"]))
+        why = "; ".join(f"{reason}: {BYPASS_REASONS.get(reason, reason)}" for reason in sorted(+found))
+        raise RuntimeError(
+            f"no attention layer of {engines[0].model_name} is observed ({why or 'it has none'}), so there is nothing "
+            "to capture; the worker's log names the layers, docs/models.md what is observed"
+        )
 
 
 def _params(

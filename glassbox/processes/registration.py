@@ -38,7 +38,7 @@ class Registration:
 
     def attach(self, path: Path, config: "GlassboxConfig") -> None:
         """Change this process as the configuration at `path` says."""
-        from glassbox.adapter import overrides, publish, registry
+        from glassbox.adapter import overrides, publish, registry, worker_start
         from glassbox.config.follow import ConfigFile
         from glassbox.config.load import restart_needed
         from glassbox.config.settings import Settings
@@ -62,6 +62,8 @@ class Registration:
         undo.callback(SEAT.leave)
         undo.callback(settings.close)
         attached.callback(overrides.override(config))
+        if config.enabled:
+            attached.callback(worker_start.install())
 
         def on_change(edited: "GlassboxConfig") -> None:
             set_level(edited.log_level)

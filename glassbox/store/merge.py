@@ -6,7 +6,7 @@ outputs are `merged_checks.py`'s, how it is shown is `export/families.py`'s.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -30,7 +30,9 @@ class MergedEngine(Totals):
     Its window_max is that of the live workers only.
 
     Attributes:
-        num_heads, num_layers: of the model.
+        num_heads, num_layers: of the model; num_heads is that of the layer that has most.
+        layer_heads: of each layer.
+        sampled_layers: those of the layers that live workers measure.
         checks: of the L layers; counts and sums of all workers, the rest of the live ones. A layer is CERTIFIED if it
             is on every live worker that has it, FAILED if it is on one.
         wrong: layers whose output was not reproduced, for each live worker.
@@ -39,6 +41,8 @@ class MergedEngine(Totals):
 
     num_heads: int
     num_layers: int
+    layer_heads: tuple[int, ...]
+    sampled_layers: tuple[int, ...]
     checks: LayerChecks
     wrong: tuple[WrongLayer, ...] = ()
     nonfinite_origins: tuple[NonfiniteOrigin, ...] = ()
@@ -114,6 +118,8 @@ def _merge_engine(snapshots: Iterable[Snapshot]) -> MergedEngine:
         layers=layers,
         num_heads=heads,
         num_layers=max(snapshot.num_layers_total for snapshot in workers.all),
+        layer_heads=_layer_heads(workers.all, layers),
+        sampled_layers=tuple(sorted({layer for live in workers.live.values() for layer in live.sampled_layers})),
         time_s=workers.newest.time_s,
         start_time_s=min(snapshot.start_time_s for snapshot in workers.all),
         numbers={entry.name: _RULES[entry.merge](workers, entry.name) for entry in ENGINE_NUMBERS},
@@ -122,6 +128,14 @@ def _merge_engine(snapshots: Iterable[Snapshot]) -> MergedEngine:
         nonfinite_origins=nonfinite_origins(workers.live.values()),
         **_merge_arrays(workers, layers, heads),
     )
+
+
+def _layer_heads(workers: Iterable[Snapshot], layers: tuple[int, ...]) -> tuple[int, ...]:
+    heads = dict.fromkeys(layers, 0)
+    for worker in workers:
+        for layer, offset, of_layer in zip(worker.layers, worker.head_offsets, worker.layer_heads, strict=True):
+            heads[layer] = max(heads[layer], offset + of_layer)
+    return tuple(heads.values())
 
 
 def _of(workers: Iterable[Snapshot], name: str) -> list[Any]:
@@ -170,20 +184,25 @@ def _merge_arrays(workers: _Workers, layers: tuple[int, ...], heads: int) -> dic
     owner = np.full((len(layers), heads), -1, dtype=np.int64)  # rank whose numbers stand at [layer, head]
     live = {id(snapshot) for snapshot in workers.live.values()}
     for snapshot in workers.all:
-        if not snapshot.layers:
-            continue
-        at = np.ix_(
-            np.searchsorted(layers, snapshot.layers),
-            np.arange(snapshot.head_offset, snapshot.head_offset + snapshot.rows.shape[1]),
-        )
-        mine = (owner[at] == -1) | (owner[at] == snapshot.rank)
-        owner[at] = np.where(mine, snapshot.rank, owner[at])
-        for entry in ACCUMULATOR_ARRAYS:
-            if entry.cumulative or id(snapshot) in live:
-                where = mine.reshape(*mine.shape, *(1 for _ in entry.axes))
-                its = np.where(where, getattr(snapshot, entry.name), entry.nothing)
-                arrays[entry.name][at] = entry.combine(arrays[entry.name][at], its)
+        for local, offset, of_layer in _alike(snapshot):
+            at = np.ix_(np.searchsorted(layers, np.take(snapshot.layers, local)), np.arange(offset, offset + of_layer))
+            mine = (owner[at] == -1) | (owner[at] == snapshot.rank)
+            owner[at] = np.where(mine, snapshot.rank, owner[at])
+            for entry in ACCUMULATOR_ARRAYS:
+                if entry.cumulative or id(snapshot) in live:
+                    where = mine.reshape(*mine.shape, *(1 for _ in entry.axes))
+                    its = np.where(where, getattr(snapshot, entry.name)[local, :of_layer], entry.nothing)
+                    arrays[entry.name][at] = entry.combine(arrays[entry.name][at], its)
     return arrays
+
+
+def _alike(snapshot: Snapshot) -> Iterator[tuple[list[int], int, int]]:
+    """Layers of a snapshot that have the same heads: their local layers, the first head's index and their number."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for local, heads in enumerate(zip(snapshot.head_offsets, snapshot.layer_heads, strict=True)):
+        alike.setdefault(heads, []).append(local)
+    for (offset, of_layer), local_layers in alike.items():
+        yield local_layers, offset, of_layer
 
 
 def aggregate(engine: MergedEngine, detail: Detail) -> Aggregate:
@@ -193,11 +212,19 @@ def aggregate(engine: MergedEngine, detail: Detail) -> Aggregate:
     labels: dict[Detail, list[tuple[str, ...]]] = {
         "model": [()],
         "layer": [(layer,) for layer in layers],
-        "head": [(layer, str(head)) for layer in layers for head in range(engine.num_heads)],
+        "head": [
+            (layer, str(head)) for layer, heads in zip(layers, engine.layer_heads, strict=True) for head in range(heads)
+        ],
     }
     places = len(labels[detail])
-    arrays = {
-        entry.name: entry.reduce(getattr(engine, entry.name), axes).reshape(entry.shape(places))
-        for entry in ACCUMULATOR_ARRAYS
-    }
+    arrays = {}
+    for entry in ACCUMULATOR_ARRAYS:
+        array = getattr(engine, entry.name)
+        reduced = array[there(engine)] if detail == "head" else entry.reduce(array, axes)
+        arrays[entry.name] = reduced.reshape(entry.shape(places))
     return Aggregate(labels=tuple(labels[detail]), **arrays)
+
+
+def there(engine: MergedEngine) -> npt.NDArray[np.bool_]:
+    """Which heads the layers have, bool [L, H]."""
+    return np.arange(engine.num_heads) < np.array(engine.layer_heads, dtype=np.int64)[:, None]

@@ -23,7 +23,7 @@ from glassbox.core.output_checks import LAYER_CHECK_DTYPES, LayerChecks
 
 logger = get_logger(__name__)
 
-FORMAT_VERSION: Final = 4
+FORMAT_VERSION: Final = 5
 _CHECKS: Final = "checks_"  # before the names of the arrays of LayerChecks in a file
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
 
@@ -64,12 +64,14 @@ class Totals(AccumulatorArrays):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Snapshot(Totals):
-    """Everything one worker process has measured since it started (cumulative); H is its number of local heads.
+    """Everything one worker process has measured since it started (cumulative); H is its largest number of local heads.
 
     Attributes:
         instance: unique per start of a worker process.
         rank: in the tensor-parallel group.
-        head_offset: global index of the first local head.
+        layer_heads: local heads of each layer; the arrays hold nothing of those that it hasn't.
+        head_offsets: global index of the first local head of each layer.
+        sampled_layers: those of the layers that are measured, as `sampling.layers` chooses.
         num_heads_total, num_layers_total: of the model.
         host: name of the machine.
         first_nonfinite_layer: global index of the first layer, in the model's order, that had non-finite rows lately;
@@ -83,7 +85,9 @@ class Snapshot(Totals):
 
     instance: str
     rank: int
-    head_offset: int
+    layer_heads: tuple[int, ...]
+    head_offsets: tuple[int, ...]
+    sampled_layers: tuple[int, ...]
     num_heads_total: int
     num_layers_total: int
     host: str
@@ -97,11 +101,14 @@ class Snapshot(Totals):
             raise ValueError(f"checks must be of {len(self.layers)} layers, got {len(self.checks.state)}")
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers must be distinct, got {list(self.layers)}")
-        if self.head_offset < 0 or self.head_offset + heads > self.num_heads_total:
-            raise ValueError(
-                f"heads {self.head_offset}..{self.head_offset + heads - 1} must be among the model's "
-                f"{self.num_heads_total} heads"
-            )
+        if not len(self.layer_heads) == len(self.head_offsets) == len(self.layers):
+            raise ValueError(f"layer_heads and head_offsets must be of {len(self.layers)} layers")
+        for layer, offset, of_layer in zip(self.layers, self.head_offsets, self.layer_heads, strict=True):
+            if not 0 < of_layer <= heads or offset < 0 or offset + of_layer > self.num_heads_total:
+                raise ValueError(
+                    f"heads {offset}..{offset + of_layer - 1} of layer {layer} must be among the model's "
+                    f"{self.num_heads_total} heads and the arrays' {heads}"
+                )
         _check_numbers(self.numbers)
 
 
@@ -176,7 +183,8 @@ def _decode(data: bytes) -> Snapshot:
             name: archive[_CHECKS + name].astype(dtype, casting="same_kind", copy=False)
             for name, dtype in LAYER_CHECK_DTYPES.items()
         }
-    meta["layers"] = tuple(int(layer) for layer in meta["layers"])
+    for name in ("layers", "layer_heads", "head_offsets", "sampled_layers"):
+        meta[name] = tuple(int(number) for number in meta[name])
     return Snapshot(**meta, **arrays, checks=LayerChecks(**checks))
 
 

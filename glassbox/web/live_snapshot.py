@@ -53,7 +53,6 @@ def about_answer(config: GlassboxConfig, statistics: Sequence[Statistic] = STATI
 
 def engine_answer(engine: MergedEngine, selection: Selection, config: GlassboxConfig) -> dict[str, Any]:
     """An engine over the time that its arrays cover: what is known of it, and the selected matrices."""
-    sampled = set(config.sampling.layers.select(engine.num_layers))
     answer: dict[str, Any] = {
         "model": engine.model_name,
         "engine": engine.engine,
@@ -62,7 +61,7 @@ def engine_answer(engine: MergedEngine, selection: Selection, config: GlassboxCo
         "layers": list(engine.layers),
         "heads": engine.num_heads,
         # Layers that the configuration leaves out have no new rows, although they are observed.
-        "unsampled_layers": [layer for layer in engine.layers if layer not in sampled],
+        "unsampled_layers": sorted(set(engine.layers) - set(engine.sampled_layers)),
         **{name: engine.numbers[name] for name in _NUMBERS},
         **_bypassed(engine),
         **_checked(engine),

@@ -61,6 +61,7 @@ NEEDS_A_FAULT: Final = {
     "NonFiniteRows": "no score is NaN",
     "ConfigReloadFailed": "the configuration is valid",
     "NotSampling": "rows are measured",
+    "NothingObserved": "layers are observed",
     "Errors": "there are none",
     "OutputWrong": "no layer is wrong",
     "NotCertified": "every layer was reproduced",

@@ -111,8 +111,8 @@ assert shown not in REGISTRY._collector_to_names
 """
         assert "glassbox.export.family_source" in loaded_by(program)
 
-    def test_the_hook_waits_for_a_layer(self) -> None:
-        """The seat makes it when vLLM builds an observed layer, and not before."""
+    def test_the_hook_waits_for_a_worker(self) -> None:
+        """The seat makes it when a worker of vLLM warms up, and not before."""
         program = """
 import sys
 from pathlib import Path
@@ -123,7 +123,7 @@ from glassbox.processes.registration import _make_hook
 settings = Settings(Path(find_config()), load_config(find_config()), publish=lambda config: None, read=lambda: None)
 SEAT.take(settings, lambda: _make_hook(settings))
 assert "torch" not in sys.modules
-SEAT.layer_built()
+SEAT.warm_up_begins(None)
 assert "torch" in sys.modules
 """
         assert "glassbox.processes.worker.hook" in loaded_by(program)

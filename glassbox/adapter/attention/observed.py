@@ -93,7 +93,6 @@ def _observe_impl(inner: Any, name: str) -> type:
             self.glassbox_observed = not members.is_draft_model()
             self.glassbox_finder = None  # see layer_cache.py
             self.glassbox_view = None  # see layer_view.py
-            SEAT.layer_built()
 
     def forward(
         self: Any,

@@ -1,5 +1,7 @@
 """The command `glassbox check`. Owns options, output and exit status."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -8,7 +10,7 @@ import typer
 from glassbox.cli.commands.common import fail, one_line_errors
 
 if TYPE_CHECKING:
-    from glassbox.cli.commands.model_shape import ModelShape
+    from glassbox.adapter.layers import ObservedLayers
     from glassbox.config.load import GlassboxConfig
 
 # Of the most common size today, 7 to 8 billion parameters (Llama 3, Mistral, Qwen 2.5 have 28 to 32 of each).
@@ -22,7 +24,10 @@ def check(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(help="Folder of the model: count time series for its layers and heads.", show_default=False),
+        typer.Option(
+            help="Folder of the model: tell which of its layers are observed, and count their time series.",
+            show_default=False,
+        ),
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Attention layers.", show_default=False)] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Query heads, of all ranks.", show_default=False)] = None,
@@ -53,23 +58,63 @@ def check(
     except ConfigError as error:
         raise fail(str(error)) from None
     with one_line_errors():
-        shape, whose = _shape(model, layers, heads)
+        shape = _shape(path, model, layers, heads)
     typer.echo(f"# {path}: valid. With the defaults filled in:")
     typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    for line in _series_lines(config, shape, whose, engines):
+    for line in (*shape.lines(config), *_series_lines(config, shape, engines)):
         typer.echo(f"# {line}".rstrip())
     typer.echo(f"# {_vllm_line(config)}")
 
 
-def _shape(model: Path | None, layers: int | None, heads: int | None) -> tuple["ModelShape", str]:
-    """The shape to count for, and where it comes from."""
-    from glassbox.cli.commands.model_shape import ModelShape, read_shape
+@dataclass(frozen=True)
+class _Shape:
+    """The layers to count for.
 
+    Attributes:
+        layer_heads: query heads of each observed one, of all ranks.
+        whose: where that comes from.
+        found: the model's, as vLLM builds it here; None if it didn't.
+    """
+
+    layer_heads: tuple[int, ...]
+    whose: str = ""
+    found: "ObservedLayers | None" = None
+
+    def lines(self, config: "GlassboxConfig") -> Iterator[str]:
+        """Which layers are observed, why others are not, and what is wrong with `sampling.layers`."""
+        from glassbox.adapter.coverage import bypass_lines, ranges, selection_lines
+
+        if self.found is None:
+            return
+        observed, bypassed = self.found.indices, self.found.bypassed
+        yield f"Of {len(observed) + len(bypassed)} attention layers {len(observed)} are observed{self.whose}:"
+        yield f"  {ranges(observed) or 'none'}"
+        for line in (*bypass_lines(self.found), *selection_lines(self.found, config.sampling.layers)):
+            yield f"  {line.text}"
+
+
+def _shape(path: Path, model: Path | None, layers: int | None, heads: int | None) -> _Shape:
+    """The shape to count for, and where it comes from."""
     if model is not None:
-        return read_shape(model), f" ({model})"
+        return _shape_of(model, path)
     if layers is not None and heads is not None:
-        return ModelShape(layers, heads), ""
-    return ModelShape(*_DEFAULT_SHAPE), " (as of an 8B model; for yours use --model, or --layers and --heads)"
+        return _Shape((heads,) * layers)
+    num_layers, num_heads = _DEFAULT_SHAPE
+    return _Shape((num_heads,) * num_layers, " (as of an 8B model; for yours use --model, or --layers and --heads)")
+
+
+def _shape_of(model: Path, path: Path) -> _Shape:
+    """As vLLM builds the model here; where it can't, as its config.json says, and why."""
+    from glassbox.adapter.model_inspection import InspectionError, inspect_model
+    from glassbox.cli.commands.model_shape import read_shape
+
+    by_file = read_shape(model)  # first: it tells at once that there is no model
+    try:
+        found = inspect_model(model, path)
+    except InspectionError as error:
+        why = f" ({model}, by its config.json alone, since vLLM could not build it here: {error})"
+        return _Shape((by_file.heads,) * by_file.layers, why)
+    return _Shape(found.heads, f" ({model}, as vLLM builds it here)", found)
 
 
 def _vllm_line(config: "GlassboxConfig") -> str:
@@ -88,18 +133,21 @@ def _vllm_line(config: "GlassboxConfig") -> str:
     return f"vLLM {found.version} is among the tested ones ({TESTED_RANGE})."
 
 
-def _series_lines(config: "GlassboxConfig", shape: "ModelShape", whose: str, engines: int) -> list[str]:
+def _series_lines(config: "GlassboxConfig", shape: _Shape, engines: int) -> list[str]:
     from glassbox.export.families import fitting_detail, series_count
     from glassbox.store.merge import DETAILS
 
     prometheus = config.export.prometheus
     drift = config.baseline.path is not None
-    shapes = [(shape.layers, shape.heads)] * engines
+    shapes = [shape.layer_heads] * engines
     used, warning = fitting_detail(prometheus.detail, prometheus.max_series, shapes, with_drift=drift)
     many = "1 engine" if engines == 1 else f"{engines} engines"
-    lines = [f"Time series of attention, {shape.layers} layers x {shape.heads} heads, {many}{whose}:"]
+    heads = sorted(set(shape.layer_heads)) or [0]
+    many_heads = f"{heads[0]}" if len(heads) == 1 else f"{heads[0]} to {heads[-1]}"
+    whose = "" if shape.found else shape.whose
+    lines = [f"Time series of attention, {len(shape.layer_heads)} layers x {many_heads} heads, {many}{whose}:"]
     for detail in DETAILS:
-        number = engines * series_count(detail, shape.layers, shape.heads, with_drift=drift)
+        number = engines * series_count(detail, shape.layer_heads, with_drift=drift)
         notes = ["in effect"] if detail == used else []
         if number > prometheus.max_series:
             notes.append(f"more than max_series {prometheus.max_series}")

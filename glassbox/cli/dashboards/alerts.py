@@ -143,11 +143,20 @@ def own_alerts(s: RuleSettings) -> Iterator[Alert]:
         "warning",
         f"(\n  {steps}\n    *\n  {sample_rate}\n  > {s.min_expected_samples}\n)\n"
         f"unless\n  sum by ({engine}) (increase(glassbox_attention_rows_total[{s.sampling_window}])) > 0\n"
-        f"or\nmax by ({engine}) (glassbox_layers_observed) == 0",
+        f"unless\n  max by ({engine}) (glassbox_layers_observed) == 0",
         summary=f"glassbox measures nothing in {WHERE}",
         found="",
-        when=f"The engine runs and its sample rate is above 0, but no row was measured in {s.sampling_window}, or no "
-        "layer is observed. The alerts about attention can't see this engine.",
+        when=f"The engine runs, layers are observed and the sample rate is above 0, but no row was measured in "
+        f"{s.sampling_window}. The alerts about attention can't see this engine.",
+    )
+    yield Alert(
+        "NothingObserved",
+        "warning",
+        f"max by ({engine}) (glassbox_layers_observed) == 0\nand\nmax by ({engine}) (glassbox_sample_rate) > 0",
+        summary=f"glassbox observes no layer of {WHERE}",
+        found="",
+        when="The sample rate is above 0, but no attention layer of the model is observed; `glassbox_layers_bypassed` "
+        "says why. The alerts about attention can't see this engine.",
     )
     yield Alert(
         "OverheadAboveBudget",

@@ -89,6 +89,7 @@ class RuleSettings:
             "Drift": "10m",
             "ConfigReloadFailed": "1m",
             "NotSampling": "5m",
+            "NothingObserved": "5m",
             "NotCertified": "15m",
             "OverheadAboveBudget": "15m",
             "Errors": "5m",

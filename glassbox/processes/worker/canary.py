@@ -50,14 +50,14 @@ class WorkerPlace:
 
     Attributes:
         layers: global index of each layer; names: vLLM's.
-        head_offset: global index of the first local head.
+        head_offsets: global index of the first local head of each layer.
         rank, host: of the worker.
         vllm: version.
     """
 
     layers: tuple[int, ...]
     names: tuple[str, ...]
-    head_offset: int
+    head_offsets: tuple[int, ...]
     rank: int
     host: str
     vllm: str
@@ -284,7 +284,7 @@ class Canary:
             checks.error_counts[local, phase, bucket] += 1
             checks.error_sums[local, phase] += min(float(ratio), 1e9)  # a sum must stay finite
         checks.worst_ratio[local] = verdict.ratio
-        checks.worst_head[local] = self._place.head_offset + verdict.head
+        checks.worst_head[local] = self._place.head_offsets[local] + verdict.head
         self._count("reproduced" if verdict.reproduced else "failed", len(ratios))
         before = checks.state[local]
         if not verdict.reproduced:
@@ -306,7 +306,7 @@ class Canary:
     def _log_failures(self, failures: Sequence[tuple[int, Verdict]]) -> None:
         place = self._place
         worst_layer, worst = max(failures, key=lambda one: one[1].ratio)
-        more = len(failures) - 1
+        more, first_head = len(failures) - 1, place.head_offsets[worst_layer]
         logger.error(
             "The served output of layer %d (%s) is not what its keys and values give, so it is not observed any "
             "more%s: %s. Rank %d%s on %s, vLLM %s; serving is untouched (docs/runbooks, GlassboxOutputWrong)",
@@ -315,7 +315,7 @@ class Canary:
             "" if not more else ", as is 1 other" if more == 1 else f", as are {more} others",
             worst.what,
             place.rank,
-            f", whose first head is {place.head_offset}," if place.head_offset else "",
+            f", whose first head is {first_head}," if first_head else "",
             place.host,
             place.vllm,
         )

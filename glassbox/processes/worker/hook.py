@@ -1,9 +1,9 @@
 """The step hook: knows which engine step is real, and tells the observer when it begins and ends.
 
-Owns the patches on vLLM's runner and worker classes and the one observed worker of the process. A step counts only
-between the return of `compile_or_warm_up_model` and the end of the worker: profile runs, warm-up and graph capture come
-before it, dummy runs are recognised by their argument. Patches are applied when the first observed layer is built, so
-that only worker processes are touched, and `remove()` takes them all back.
+Owns the patches on vLLM's runner classes and the one worker of the process. A step counts only between the end of the
+worker's warm-up and its own: profile runs, warm-up and graph capture come before it, dummy runs are recognised by their
+argument. Patches are applied when a worker warms up, so that only worker processes are touched, and `remove()` takes
+them all back.
 """
 
 import logging
@@ -16,7 +16,7 @@ from glassbox.adapter.internals import Feature
 from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import Runner, SchedulerOutput, VllmWorker
 from glassbox.adapter.release import vllm_version
-from glassbox.adapter.runner import is_dummy_run, runner_classes, worker_classes
+from glassbox.adapter.runner import is_dummy_run, runner_classes
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.adapter.seat import SEAT
 from glassbox.config.settings import Settings
@@ -44,8 +44,8 @@ class StepHook:
         self._settings = settings
         self._restores: dict[tuple[type, str], Callable[[], None]] = {}
 
-    def install(self) -> None:
-        """Patch the runner and worker classes that are loaded; does nothing for those patched already.
+    def prepare(self, vllm_worker: VllmWorker) -> None:
+        """Patch the runner classes that are loaded, and make the observer: a captured graph must hold its buffers.
 
         Of a vLLM that lacks what observing needs nothing is patched, and the log says what that is.
         """
@@ -56,8 +56,22 @@ class StepHook:
         for cls in runner_classes():
             self._patch(cls, "execute_model", self._wrap_execute_model)
             self._patch(cls, "prepare_inputs", self._wrap_prepare_inputs)
-        for cls in worker_classes():
-            self._patch(cls, "compile_or_warm_up_model", self._wrap_warm_up)
+        if self.worker is not None and self.worker.vllm_worker() is vllm_worker:
+            return
+        self.disarm()
+        try:
+            self.worker = Worker(vllm_worker, self._settings, self.errors)
+            SEAT.listener = self.worker.observer
+        except Exception as error:
+            self._give_up("prepare", error)
+
+    def arm(self) -> None:
+        """Count steps from now on."""
+        if self.worker is not None:
+            try:
+                self.worker.start()
+            except Exception as error:
+                self._give_up("arm", error)
 
     def remove(self) -> None:
         """Put every patched method back and stop what was started."""
@@ -76,40 +90,12 @@ class StepHook:
         if (cls, name) not in self._restores and name in cls.__dict__:
             self._restores[cls, name] = patch_method(cls, name, make)
 
-    def _prepare(self, vllm_worker: VllmWorker) -> None:
-        """Make the observer before warm-up: a captured graph must hold its buffers."""
-        if self.worker is not None and self.worker.vllm_worker() is vllm_worker:
-            return
-        self.disarm()
-        try:
-            self.worker = Worker(vllm_worker, self._settings, self.errors)
-            SEAT.listener = self.worker.observer
-        except Exception as error:
-            self._give_up("prepare", error)
-
-    def _arm(self) -> None:
-        if self.worker is not None:
-            try:
-                self.worker.start()
-            except Exception as error:
-                self._give_up("arm", error)
-
     def _give_up(self, stage: str, error: Exception) -> None:
         """The worker is served unobserved: nothing listens, and what was started ends."""
         self.errors.count(stage, error)
         with self.errors.guard(stage):
             self.disarm()
         SEAT.listening.listen(False)
-
-    def _wrap_warm_up(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def compile_or_warm_up_model(vllm_worker: VllmWorker, *args: Any, **kwargs: Any) -> Any:
-            self._prepare(vllm_worker)
-            result = original(vllm_worker, *args, **kwargs)
-            self._arm()
-            return result
-
-        return compile_or_warm_up_model
 
     def _wrap_prepare_inputs(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Around the V2 runner's: what it returns says which requests a step's rows are of."""

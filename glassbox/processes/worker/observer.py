@@ -63,8 +63,7 @@ class Observer:
         measurer: for the worker's device.
         layers: global index of each observed layer, in the order of the accumulators.
         layer_names: vLLM's name of each.
-        num_layers_total: of the model; `sampling.layers` selects among these.
-        num_heads: query heads local to the worker.
+        layer_heads: query heads of each, local to the worker.
         config: returns the configuration in force; called at every step.
         requests: which requests are traced.
         canary: which rows are checked, and which layers may be observed.
@@ -80,8 +79,7 @@ class Observer:
         *,
         layers: tuple[int, ...],
         layer_names: tuple[str, ...],
-        num_layers_total: int,
-        num_heads: int,
+        layer_heads: tuple[int, ...],
         config: Callable[[], GlassboxConfig],
         requests: RequestTracker,
         canary: Canary,
@@ -95,7 +93,7 @@ class Observer:
         listen(True)
         self.counters = Counters()
         self.measurer, self.requests, self._canary = measurer, requests, canary
-        self._all_layers, self._num_layers_total, self._num_heads = layers, num_layers_total, num_heads
+        self._all_layers, self._layer_heads = layers, layer_heads
         self._layer_names = frozenset(layer_names)
         self._read_config, self._errors, self._clock = config, errors, clock
         self._max_spec_tokens = max_spec_tokens
@@ -122,6 +120,15 @@ class Observer:
         """Share of steps measured after the overhead budget; an edit shows before the next step takes it up."""
         return math.ldexp(self._rate(self._read_config()), -self._steps.level)
 
+    @property
+    def sampled_layers(self) -> tuple[int, ...]:
+        """Global indices of the layers that `sampling.layers` chooses; an edit shows at once."""
+        return self._read_config().sampling.layers.select(self._all_layers)
+
+    def _places(self, layers: frozenset[int]) -> int:
+        """Heads of these layers together: one row is as many in rows_total's unit."""
+        return sum(self._layer_heads[local] for local in layers)
+
     @staticmethod
     def _rate(config: GlassboxConfig) -> float:
         return config.sample_rate if config.enabled else 0.0
@@ -137,7 +144,7 @@ class Observer:
             max_traced_rows=self.measurer.max_traced_rows,
             max_spec_tokens=self._max_spec_tokens,
         )
-        selected = set(sampling.layers.select(self._num_layers_total))
+        selected = set(sampling.layers.select(self._all_layers))
         self._layers = frozenset(row for row, layer in enumerate(self._all_layers) if layer in selected)
 
     def idle_step(self, runner: Runner, scheduled: ScheduledStep) -> None:
@@ -157,7 +164,8 @@ class Observer:
             config = self._read_config()
             if config is not self._config:
                 self._apply(config)
-            sampled = self._steps.next_step()
+            # Where no layer can be measured no step is.
+            sampled = bool(self._all_layers) and self._steps.next_step()
             if sampled:
                 self.counters.sampled_steps += 1
             step.start(
@@ -219,8 +227,7 @@ class Observer:
             sampled=step.sampled,
         )
         if dropped:
-            # In rows_total's unit: one per layer and head.
-            self.counters.dropped_rows["max_rows_per_step"] += dropped * len(self._layers) * self._num_heads
+            self.counters.dropped_rows["max_rows_per_step"] += dropped * self._places(self._layers)
         check = None
         if step.checked:
             rows, check = self._add_checked(batch, rows, excluded)
@@ -256,7 +263,7 @@ class Observer:
     def _without_sample(self, rows: np.ndarray, layers: frozenset[int], traced: frozenset[int]) -> frozenset[int]:
         """Takes the rows out of the sample: layers that are only checked see the same list. Returns what remains."""
         counted = np.count_nonzero((rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0)
-        self.counters.dropped_rows["canary"] += int(counted) * len(layers) * self._num_heads
+        self.counters.dropped_rows["canary"] += int(counted) * self._places(layers)
         rows[:, ROW_PHASE] |= ROW_UNCOUNTED
         return layers & traced
 

@@ -14,12 +14,15 @@ from collections import Counter
 from typing import Any
 
 from glassbox import __version__
+from glassbox.adapter.coverage import coverage_lines, other_stages, selection_lines, untraceable
 from glassbox.adapter.internals import switched_off
+from glassbox.adapter.layers import global_heads
 from glassbox.adapter.protocols import VllmWorker
 from glassbox.adapter.release import Standing, installed
 from glassbox.adapter.runner import is_piecewise_forward
 from glassbox.adapter.seat import SEAT
 from glassbox.adapter.vllm_worker import read_worker
+from glassbox.config.model import LayerSelection
 from glassbox.config.settings import Settings
 from glassbox.core.affinity import leave_workers_cores
 from glassbox.core.counters import EngineValue
@@ -63,7 +66,8 @@ class Worker:
         config = settings.config
         self._deferred = DeferredActions(errors)
         measured = MeasuredLayers(
-            accumulators=Accumulators(len(layers.names), layers.num_heads, facts.device),
+            # Where nothing is observed no kernel has to be made.
+            accumulators=Accumulators(len(layers.names), layers.num_heads, facts.device if layers.names else "cpu"),
             local_layers={name: local for local, name in enumerate(layers.names)},
             sink_tokens=config.statistics.sink_tokens,
             local_window=config.statistics.local_window,
@@ -77,24 +81,26 @@ class Worker:
             is_piecewise=is_piecewise_forward,
         )
         measurer = make_measurer(measured, needs, errors)
+        heads = self._heads = global_heads(server, layers.heads)
         host = TraceHost(
             engine=server.engine,
             rank=server.rank,
             model_name=server.model_name,
             instance=self._instance,
             layers=layers.indices,
-            head_offset=server.rank * layers.num_heads,
+            head_offset=max(heads.offsets, default=0),
             num_heads=layers.num_heads,
-            num_heads_total=server.num_heads,
+            num_heads_total=heads.total,
             max_model_len=facts.max_model_len,
             tokenizer=facts.tokenizer,
             tokenizer_revision=facts.tokenizer_revision,
+            unobserved=untraceable(facts),
         )
         self._requests = RequestTracker(host, self._deferred)
         place = WorkerPlace(
             layers=layers.indices,
             names=layers.names,
-            head_offset=host.head_offset,
+            head_offsets=heads.offsets,
             rank=server.rank,
             host=socket.gethostname(),
             vllm=self._build["vllm_version"],
@@ -112,8 +118,7 @@ class Worker:
             measurer,
             layers=layers.indices,
             layer_names=layers.names,
-            num_layers_total=server.num_layers,
-            num_heads=layers.num_heads,
+            layer_heads=layers.heads,
             config=lambda: settings.config,
             requests=self._requests,
             canary=self._canary,
@@ -127,6 +132,7 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._unsubscribe = settings.subscribe(self._wake.set)
         self._last_written: tuple[Any, ...] | None = None
+        self._said: LayerSelection | None = None
 
     def _count_checked(self, result: str, rows: int) -> None:
         self.observer.counters.canary_rows[result] += rows
@@ -139,7 +145,9 @@ class Worker:
         rundir.purge_dead()
         for line in switched_off(self._vllm.version):
             logger.warning("%s", line)
-        self._log_coverage()
+        for level, text in coverage_lines(self._facts, self._settings.config, self._settings.path):
+            logger.log(level, "%s", text)
+        self._say_selection()
         self._settings.watch()
         self._thread = threading.Thread(target=self._run, name="glassbox-snapshots", daemon=True)
         self._thread.start()
@@ -167,6 +175,7 @@ class Worker:
             with self._errors.guard("traces"):
                 self._deferred.finish()
                 self._traces.write(self._settings.config.requests)
+            self._say_selection()
             with self._errors.guard("exporter"):
                 self._exporter.ensure(self._settings.config)
             if self._closing:
@@ -202,9 +211,12 @@ class Worker:
             engine=self._facts.server.engine,
             rank=self._facts.server.rank,
             layers=self._facts.layers.indices,
-            head_offset=self._facts.server.rank * self._facts.layers.num_heads,
-            num_heads_total=self._facts.server.num_heads,
-            num_layers_total=self._facts.server.num_layers,
+            layer_heads=self._facts.layers.heads,
+            head_offsets=self._heads.offsets,
+            sampled_layers=self.observer.sampled_layers,
+            num_heads_total=self._heads.total,
+            # A layer that runs several times has more numbers than one.
+            num_layers_total=max(self._facts.server.num_layers, 1 + max(self._facts.layers.indices, default=0)),
             numbers=self._numbers(),
             host=self._place.host,
             first_nonfinite_layer=self._nonfinite.first(arrays.nonfinite, now_s),
@@ -232,22 +244,10 @@ class Worker:
             "traced_requests_active": len(self._requests.active()),
         }
 
-    def _log_coverage(self) -> None:
-        found, config = self._facts.layers, self._settings.config
-        logger.info(
-            "Observing %d of %d attention layers (%s) of %s at sample_rate %g, configured by %s",
-            len(found.names),
-            len(found.names) + len(found.bypassed),
-            self._facts.backend or "none",
-            self._facts.server.model_name,
-            config.sample_rate,
-            self._settings.path,
-        )
-        for bypass in dict.fromkeys(found.bypassed.values()):
-            names = [name for name, why in found.bypassed.items() if why == bypass]
-            logger.warning(
-                "%d attention layers bypass glassbox and are not measured (%s): %s",
-                len(names),
-                bypass.reason,
-                ", ".join(names),
-            )
+    def _say_selection(self) -> None:
+        """Warn of a choice of layers that chooses nothing, or what isn't there; once for each choice."""
+        selection = self._settings.config.sampling.layers
+        if selection != self._said:
+            self._said = selection
+            for level, text in selection_lines(self._facts.layers, selection, other_stages(self._facts)):
+                logger.log(level, "%s", text)

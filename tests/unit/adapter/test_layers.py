@@ -20,7 +20,7 @@ def layer(
     impl.kv_cache_dtype, impl.num_kv_heads = kv_cache, 2
     if marker is not None:
         impl.glassbox_observed = marker
-    backend = SimpleNamespace(forward_includes_kv_cache_update=late)
+    backend = SimpleNamespace(forward_includes_kv_cache_update=late, get_name=lambda: "FLEX_ATTENTION")
     return SimpleNamespace(
         impl=impl, num_heads=heads, head_size=64, head_size_v=64, is_draft_layer=draft, attn_backend=backend
     )
@@ -35,10 +35,10 @@ class Finder:
         return "layout"
 
 
-def find_layers(of_model: dict[str, Any], of_all: Bypass | None = None) -> ObservedLayers:
+def find_layers(of_model: dict[str, Any], of_all: Bypass | None = None, **how: Any) -> ObservedLayers:
     """With that finder."""
     finder: Any = Finder()
-    return layers.find_layers(of_model, finder, of_all)
+    return layers.find_layers(of_model, finder, of_all=of_all, **how)
 
 
 class ChunkedLocalAttention(SimpleNamespace):
@@ -51,14 +51,41 @@ class TestFindLayers:
         found = find_layers({f"model.layers.{i}.self_attn.attn": layer(True, heads=i + 1) for i in (10, 2, 0)})
         assert found.indices == (0, 2, 10)
         assert found.names[1] == "model.layers.2.self_attn.attn"
-        assert found.num_heads == 11
+        assert (found.heads, found.num_heads) == ((1, 3, 11), 11)
         assert found.bypassed == {}
 
     def test_layers_of_other_backends_are_named_as_bypassed(self) -> None:
         """A model may hard-wire a backend that glassbox does not wrap."""
         found = find_layers({"layers.0.attn": layer(True), "layers.1.attn": layer(None)})
         assert found.indices == (0,)
-        assert found.bypassed == {"layers.1.attn": Bypass("backend", "their backend is not one that glassbox wraps")}
+        bypass = found.bypassed["layers.1.attn"]
+        assert bypass.slug == "backend"
+        assert "their backend FLEX_ATTENTION is not one that glassbox wraps (CPU_ATTN, " in bypass.reason
+        assert found.bypassed_indices == {"layers.1.attn": 1}
+
+    def test_attach_custom_without_custom(self) -> None:
+        """vLLM's own backend is one that could be observed: the remedy is named."""
+        plain = layer(None)
+        plain.attn_backend.get_name = lambda: "FLASH_ATTN"
+        found = find_layers({"layers.0.attn": plain}, attach="custom")
+        assert "start vLLM with --attention-backend CUSTOM" in found.bypassed["layers.0.attn"].reason
+
+    @pytest.mark.parametrize(
+        ("kind", "slug"), [("encoder", "encoder"), ("encoder_only", "encoder"), ("encoder_decoder", "cross")]
+    )
+    def test_other_kinds_of_attention(self, kind: str, slug: str) -> None:
+        """They are named by what they are, and do not take the numbers of the decoder's layers."""
+        other = layer(True)
+        other.attn_type = kind
+        found = find_layers({"decoder.layers.0.self_attn": layer(True), "decoder.layers.0.other_attn": other})
+        assert found.indices == (0,)
+        assert {name: bypass.slug for name, bypass in found.bypassed.items()} == {"decoder.layers.0.other_attn": slug}
+        assert found.bypassed_indices == {"decoder.layers.0.other_attn": 0}
+
+    def test_attention_of_a_model_of_its_own(self) -> None:
+        """A class without an impl is seen, and named."""
+        found = find_layers({"layers.0.attn": SimpleNamespace(num_heads=4)})
+        assert "by itself, in SimpleNamespace" in found.bypassed["layers.0.attn"].reason
 
     def test_drafters_are_neither(self) -> None:
         """A draft model's layers are not the model's, and nobody expects them to be measured."""
@@ -127,6 +154,23 @@ class TestFindLayers:
         """It says which layer it can't place."""
         with pytest.raises(ValueError, match=r"'encoder\.attn' has no index"):
             find_layers({"encoder.attn": layer(True)})
+
+
+class TestGlobalHeads:
+    @pytest.mark.parametrize(
+        ("rank", "local", "offsets", "total"),
+        [
+            (0, (4, 4), (0, 0), 8),
+            (1, (4, 4), (4, 4), 8),
+            (1, (2, 4, 1), (2, 4, 1), 8),
+            (1, (8, 4), (0, 4), 8),  # the first is not split: every rank has all of its heads
+            (1, (), (), 8),
+        ],
+    )
+    def test_of_two_ranks(self, rank: int, local: tuple[int, ...], offsets: tuple[int, ...], total: int) -> None:
+        """Heads of a layer follow those of the rank before, however many the layer has."""
+        server = layers.ServerInfo("m", "0", rank, 2, num_layers=3, num_heads=8, stage=range(3))
+        assert layers.GlobalHeads(offsets, total) == layers.global_heads(server, local)
 
 
 class TestBypassOfAll:

@@ -132,23 +132,23 @@ class TestLayers:
     @pytest.mark.parametrize(
         ("text", "selected"),
         [
-            ("all", (0, 1, 2, 3, 4)),
+            ("all", (0, 2, 3, 4, 7)),
             ("[4, 0, 2]", (0, 2, 4)),
-            ("[0, 9]", (0,)),
-            ("{every: 2}", (0, 2, 4)),
+            ("[2, 9]", (2,)),
+            ("{every: 2}", (0, 3, 7)),
             ("{every: 9}", (0,)),
-            ("{every: 1}", (0, 1, 2, 3, 4)),
+            ("{every: 1}", (0, 2, 3, 4, 7)),
         ],
     )
     def test_select(self, config_file: Path, text: str, selected: tuple[int, ...]) -> None:
-        """The chosen layers of a model of five, ascending."""
+        """The chosen ones among the observed layers of a hybrid model, ascending."""
         config_file.write_text(f"sampling: {{layers: {text}}}")
-        assert load_config(config_file).sampling.layers.select(5) == selected
+        assert load_config(config_file).sampling.layers.select((0, 2, 3, 4, 7)) == selected
 
     def test_missing(self) -> None:
-        """Indices beyond the model can be told."""
-        assert LayerSelection(indices=(0, 5, 9)).missing(5) == (5, 9)
-        assert LayerSelection(every=3).missing(5) == ()
+        """Indices that no observed layer has can be told."""
+        assert LayerSelection(indices=(0, 5, 9)).missing((0, 4, 9)) == (5,)
+        assert LayerSelection(every=3).missing((0, 4, 9)) == ()
 
 
 class TestBadValues:

@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glassbox.core.accumulator_arrays import ARRAY
-from glassbox.core.output_checks import LayerChecks
 from glassbox.core.statistics import INDEX
 from glassbox.export.families import METRICS, build_families, effective_detail, samples_per_place, series_count
 from glassbox.export.family import Family, Series
 from glassbox.export.prometheus import to_metric
 from glassbox.store.merge import MergedEngine, aggregate, merge
-from tests.export_samples import changed, make_snapshot, split_heads
+from tests.export_samples import changed, make_snapshot, of_layers, split_heads
 
 
 def assert_equal(expected: MergedEngine, found: MergedEngine, ignore: tuple[str, ...] = ()) -> None:
@@ -58,18 +57,39 @@ class TestMerge:
             seed=seed, layers=(0, 2, 3, 5, 9), layers_observed=5, layers_bypassed={}, dropped_rows={}, errors={}
         )
         parts = [
-            changed(
+            of_layers(
                 whole,
+                half,
                 instance=f"pp{number}",
-                layers=whole.layers[half],
                 layers_observed=len(whole.layers[half]),
-                checks=LayerChecks(**{name: array[half] for name, array in vars(whole.checks).items()}),
                 canary_rows=whole.numbers["canary_rows"] if number == 0 else {},
-                **{name: getattr(whole, name)[half] for name in ARRAY},
             )
             for number, half in enumerate((slice(None, at), slice(at, None)))
         ]
         assert_equal(merge([whole])[0], merge(parts)[0])
+
+    def test_layers_with_different_numbers_of_heads(self) -> None:
+        """Two ranks with 1 and 3 heads of two layers: each layer has its own, and no others are shown."""
+        ranks = [
+            make_snapshot(
+                seed=rank,
+                instance=f"tp{rank}",
+                rank=rank,
+                heads=3,
+                layer_heads=(1, 3),
+                head_offsets=(rank, 3 * rank),
+                total_heads=6,
+            )
+            for rank in range(2)
+        ]
+        (engine,) = merge(ranks)
+        assert (2, 6) == engine.layer_heads
+        for rank, snapshot in enumerate(ranks):
+            np.testing.assert_array_equal(snapshot.rows[0, :1], engine.rows[0, rank : rank + 1])
+            np.testing.assert_array_equal(snapshot.rows[1], engine.rows[1, 3 * rank : 3 * rank + 3])
+        by_head = aggregate(engine, "head")
+        assert [("0", "0"), ("0", "1"), *(("1", str(head)) for head in range(6))] == list(by_head.labels)
+        np.testing.assert_array_equal(np.concatenate([engine.rows[0, :2], engine.rows[1]]), by_head.rows)
 
     @settings(max_examples=30, deadline=None)
     @given(order=st.permutations(range(5)))
@@ -318,7 +338,7 @@ class TestSeries:
         families = build_families([engine], detail)  # type: ignore[arg-type]
         counted = ("glassbox_attention_", "glassbox_kv_cache_")
         exposed = sum(len(to_metric(f).samples) for f in families if f.name.startswith(counted))
-        assert series_count(detail, 3, 4) == exposed  # type: ignore[arg-type]
+        assert series_count(detail, (4, 4, 4)) == exposed  # type: ignore[arg-type]
 
     def test_samples_per_place(self) -> None:
         """7 histograms of 14 samples in two phases, less two sums of logits, one in one phase, and three plain ones."""
@@ -327,7 +347,7 @@ class TestSeries:
     def test_too_fine_falls_back_with_a_warning(self) -> None:
         """The warning names setting, need, what is used instead, and the remedy."""
         engines = merge([make_snapshot(layers=(0, 1, 2), heads=4)])
-        per_layer, per_head = series_count("layer", 3, 4), series_count("head", 3, 4)
+        per_layer, per_head = series_count("layer", (4, 4, 4)), series_count("head", (4, 4, 4))
         assert effective_detail("head", per_head, engines) == ("head", None)
         detail, warning = effective_detail("head", per_head - 1, engines)
         assert detail == "layer"
@@ -347,7 +367,7 @@ class TestSeries:
     def test_all_engines_of_a_server_count(self) -> None:
         """Eight engines need eight times the series."""
         engines = merge([make_snapshot(seed=n, engine=str(n)) for n in range(8)])
-        assert effective_detail("layer", series_count("layer", 2, 2) * 7, engines)[0] == "model"
+        assert effective_detail("layer", series_count("layer", (2, 2)) * 7, engines)[0] == "model"
 
 
 def test_families_are_the_same_whatever_process_builds_them() -> None:

@@ -260,9 +260,12 @@ class TestCollector:
         count = sum(len(metric.samples) for metric in collector.collect())
         first = time.perf_counter() - start
         assert count > 17_000
-        start = time.perf_counter()
-        collector.collect()
-        assert (first < 2.0, time.perf_counter() - start < 0.01) == (True, True)
+        again = math.inf
+        for _ in range(5):  # of which one may be interrupted
+            start = time.perf_counter()
+            collector.collect()
+            again = min(again, time.perf_counter() - start)
+        assert (first < 2.0, again < 0.01) == (True, True)
 
 
 class TestInstall:

@@ -1,11 +1,14 @@
 """A worker that can't be observed is served unobserved: nothing listens, nothing was started, and it is counted."""
 
+import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any, Final
 
 import pytest
 
+from glassbox.adapter import worker_start
 from glassbox.adapter.seat import SEAT, Seat
 from glassbox.processes.worker import hook as hook_module
 from glassbox.processes.worker.hook import StepHook
@@ -35,21 +38,15 @@ class FakeWorker:
         FakeWorker.closed += 1
 
 
-class VllmWorker:
-    """vLLM's, whose warm-up is all that is called."""
-
-    def compile_or_warm_up_model(self) -> str:
-        return "warm"
+VLLM_WORKER: Final[Any] = object()
 
 
 @pytest.fixture
 def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[StepHook]:
     monkeypatch.setattr(hook_module, "Worker", FakeWorker)
-    monkeypatch.setattr(hook_module, "worker_classes", lambda: [VllmWorker])
     monkeypatch.setattr(hook_module, "runner_classes", list)
     monkeypatch.setattr(FakeWorker, "closed", 0)
     made = StepHook(SETTINGS)
-    made.install()
     yield made
     made.remove()
     SEAT.listening.listen(False)
@@ -58,9 +55,10 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[StepHook]:
 class TestStart:
     @pytest.mark.parametrize("stage", ["prepare", "arm"])
     def test_one_that_fails(self, hook: StepHook, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-        """Warm-up returns what vLLM's returns; no layer stays wrapped, and no observer is asked anything."""
+        """Nothing is raised into vLLM's warm-up; no layer stays wrapped, and no observer is asked anything."""
         monkeypatch.setattr(FakeWorker, "failing", stage)
-        assert "warm" == VllmWorker().compile_or_warm_up_model()
+        hook.prepare(VLLM_WORKER)
+        hook.arm()
         assert {stage: 1} == hook.errors.counts()
         assert SEAT.listening.on is False
         assert (None, None) == (hook.worker, SEAT.listener)
@@ -68,7 +66,8 @@ class TestStart:
 
     def test_one_that_works(self, hook: StepHook) -> None:
         """The observer is armed, and hears what observed layers tell."""
-        assert "warm" == VllmWorker().compile_or_warm_up_model()
+        hook.prepare(VLLM_WORKER)
+        hook.arm()
         assert hook.worker is not None
         assert hook.worker.observer is SEAT.listener
         assert hook.worker.observer.armed
@@ -76,7 +75,7 @@ class TestStart:
 
 class TestSeat:
     def test_a_hook_that_cannot_be_made(self, caplog: pytest.LogCaptureFixture) -> None:
-        """The layer that is being built goes on, and so do the next ones; it is said once."""
+        """Warm-up goes on, and so does the next one; it is said once."""
         seat = Seat()
         calls: list[int] = []
 
@@ -86,7 +85,39 @@ class TestSeat:
 
         seat.take(SETTINGS, fail)
         with caplog.at_level("ERROR", "glassbox"):
-            seat.layer_built()
-            seat.layer_built()
+            for _ in range(2):
+                seat.warm_up_begins(VLLM_WORKER)
+                seat.warm_up_ended()
         assert [1] == calls
         assert seat.hook is None
+
+
+class Vllm:
+    """A worker class of vLLM's, whose warm-up is all that is called."""
+
+    class Worker:
+        def compile_or_warm_up_model(self) -> str:
+            return "warm"
+
+    class CPUWorker(Worker):
+        pass
+
+
+class TestWorkerStart:
+    def test_every_worker_is_told_of(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before and after its warm-up, whose answer is vLLM's; it is taken back."""
+        for module, cls in worker_start._WORKER_CLASSES:
+            loaded = ModuleType(module)
+            loaded.__spec__ = ModuleSpec(module, None)
+            setattr(loaded, cls, getattr(Vllm, cls))
+            monkeypatch.setitem(sys.modules, module, loaded)
+        told: list[Any] = []
+        monkeypatch.setattr(SEAT, "warm_up_begins", told.append)
+        monkeypatch.setattr(SEAT, "warm_up_ended", lambda: told.append("ended"))
+        undo = worker_start.install()
+        workers = [Vllm.Worker(), Vllm.CPUWorker()]
+        assert ["warm", "warm"] == [worker.compile_or_warm_up_model() for worker in workers]
+        assert [workers[0], "ended", workers[1], "ended"] == told
+        undo()
+        assert "warm" == workers[1].compile_or_warm_up_model()
+        assert 4 == len(told)

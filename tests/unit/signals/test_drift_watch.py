@@ -21,7 +21,7 @@ from glassbox.signals.baseline import Baseline, from_engines, save_baseline
 from glassbox.signals.drift_watch import COMPARED, DriftWatch, RecentRows, compare, expected_counts
 from glassbox.store.merge import MergedEngine, merge
 from glassbox.store.snapshot import Snapshot, write_snapshot
-from tests.export_samples import logged, make_checks, make_snapshot
+from tests.export_samples import logged, make_snapshot, of_layers
 
 START_S = 1_700_000_000.0
 KEY = ("tiny/model", "0")
@@ -98,8 +98,7 @@ class TestCompare:
     def test_layers_are_matched_by_their_index(self) -> None:
         """A baseline of layers 1 and 3 against rows of layers 0 to 3."""
         four = make_snapshot(layers=(0, 1, 2, 3))
-        arrays = {name: getattr(four, name)[[1, 3]] for name in ("counts", "sums", "rows", "nonfinite", "window_max")}
-        two = baseline_of(replace(four, layers=(1, 3), checks=make_checks(2), **arrays))
+        two = baseline_of(of_layers(four, [1, 3]))
         found = compare(expected_counts(two, (0, 1, 2, 3)), columns(four.counts), 1)
         np.testing.assert_array_equal([True, False, True, False], np.isnan(found.psi[:, 0, 1, ENTROPY]))
         np.testing.assert_array_equal([0.0, 0.0], found.psi[[1, 3], 0, 1, ENTROPY])
@@ -384,7 +383,7 @@ class TestFamilies:
         families = build_families([engine], detail, None, drift)
         counted = ("glassbox_attention_", "glassbox_kv_cache_")
         exposed = sum(len(to_metric(f).samples) for f in families if f.name.startswith(counted))
-        assert series_count(detail, 2, 3, with_drift=True) == exposed
+        assert series_count(detail, (3, 3), with_drift=True) == exposed
         assert effective_detail(detail, exposed, [engine], with_drift=True) == (detail, None)
         warning = effective_detail(detail, exposed - 1, [engine], with_drift=True)[1]
         assert warning is not None
@@ -397,7 +396,7 @@ class TestFamilies:
 
     def test_a_default_server_with_80_layers_keeps_its_detail(self) -> None:
         """max_series' default has room for drift at detail layer."""
-        assert series_count("layer", 80, 64, with_drift=True) <= GlassboxConfig().export.prometheus.max_series
+        assert series_count("layer", (64,) * 80, with_drift=True) <= GlassboxConfig().export.prometheus.max_series
 
 
 def test_all_compared_statistics_have_equal_buckets() -> None:

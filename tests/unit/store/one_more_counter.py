@@ -30,6 +30,7 @@ counters.ENGINE_NUMBER[ENTRY.name] = ENTRY
 import numpy as np  # noqa: E402  # the table is complete only now
 from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402
 
+from glassbox.adapter.layers import GlobalHeads  # noqa: E402
 from glassbox.config.load import GlassboxConfig  # noqa: E402
 from glassbox.core.accumulator_arrays import ARRAY, AccumulatorArrays  # noqa: E402
 from glassbox.core.errors import export_errors  # noqa: E402
@@ -63,14 +64,18 @@ def worker(rank: int) -> Any:
         _requests=SimpleNamespace(counts=lambda: ({}, {}), active=tuple),
         _facts=SimpleNamespace(
             server=SimpleNamespace(model_name="tiny/model", engine="0", rank=rank, num_heads=2, num_layers=1),
-            layers=SimpleNamespace(indices=(0,), names=("a",), bypassed={}, num_heads=1),
+            layers=SimpleNamespace(indices=(0,), names=("a",), heads=(1,), bypassed={}, num_heads=1),
         ),
+        _heads=GlobalHeads((rank,), 2),
         _place=make_place((0,)),
         _canary=QuietCanary((0,)),
         _nonfinite=NonfiniteWatch((0,)),
         _build={"version": "1", "vllm_version": "2", "backend": "CPU_ATTN"},
         observer=SimpleNamespace(
-            counters=Counters(), effective_sample_rate=1.0, measurer=SimpleNamespace(copy=lambda now_s: arrays)
+            counters=Counters(),
+            effective_sample_rate=1.0,
+            sampled_layers=(0,),
+            measurer=SimpleNamespace(copy=lambda now_s: arrays),
         ),
     )
     return made

@@ -115,8 +115,8 @@ class TestShapes:
 
     def test_heads_must_be_among_the_models(self) -> None:
         """A head offset that leads out of the model is an error."""
-        with pytest.raises(ValueError, match=r"heads 3\.\.4 must be among the model's 4 heads"):
-            replace(make_snapshot(total_heads=4), head_offset=3)
+        with pytest.raises(ValueError, match=r"heads 3\.\.4 of layer 1 must be among the model's 4 heads"):
+            replace(make_snapshot(total_heads=4), head_offsets=(2, 3))
 
 
 class TestGarbage:

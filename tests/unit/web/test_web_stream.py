@@ -182,10 +182,11 @@ class TestFrames:
         moment = feed.poll()
         assert feed.frame(moment, select("layer=1&head=2")) is feed.frame(moment, select("head=2&layer=1"))
 
-    def test_layers_that_are_not_sampled_are_named(self, tmp_path: Path, workers: Workers) -> None:
+    def test_layers_that_are_not_sampled_are_named(self, tmp_path: Path) -> None:
         """So that the page can say why they are empty."""
-        config = GlassboxConfig.model_validate({"sampling": {"layers": [1]}})
-        feed = Feed(FamilySource(tmp_path, lambda: config))
+        for snapshot in split_heads(make_snapshot(heads=4, sampled_layers=(1,)), 2):
+            write_snapshot(tmp_path, snapshot)
+        feed = Feed(FamilySource(tmp_path, lambda: CONFIG))
         assert [0] == self.answer(feed.frame(feed.poll(), select()))["engine"]["unsampled_layers"]
 
 

@@ -40,6 +40,7 @@ class TraceHost:
         head_offset: global index of the first local head; num_heads: local ones; num_heads_total: of the model.
         max_model_len: most tokens of a sequence.
         tokenizer, tokenizer_revision: folder or name of the model's tokenizer, empty if there is none.
+        unobserved: why no request can be traced here; empty if requests can.
     """
 
     engine: str
@@ -53,6 +54,7 @@ class TraceHost:
     max_model_len: int
     tokenizer: str = ""
     tokenizer_revision: str | None = None
+    unobserved: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,13 @@ from glassbox.store.trace_record import Why, external_id
 
 logger = get_logger(__name__)
 
-Reason = Literal["bad_options", "disabled", "max_active", "memory", "opt_in_off"]
+Reason = Literal["bad_options", "disabled", "max_active", "memory", "not_observed", "opt_in_off"]
 REFUSAL_REASONS: Final[dict[Reason, str]] = {
     "bad_options": "its options are not understood, or name no layer or head that is measured",
     "disabled": "glassbox is switched off (enabled: false)",
     "max_active": "requests.max_active requests are traced already",
     "memory": "traced requests have used up requests.max_active_mb",
+    "not_observed": "the attention of this model is not observed",
     "opt_in_off": "clients may not ask for traces (requests.opt_in: false)",
 }
 WHYS: Final[tuple[Why, ...]] = ("opt_in", "sampled")
@@ -187,6 +188,8 @@ class RequestTracker:
         kept = tuple(n for n in sorted(local_layers) if options.layers is None or host.layers[n] in set(options.layers))
         if not config.enabled:
             self._refuse(new.req_id, "disabled")
+        elif host.unobserved:
+            self._refuse(new.req_id, "not_observed", host.unobserved)
         elif not kept:
             self._refuse(new.req_id, "bad_options", f"glassbox_layers must name a measured layer of {host.layers}")
         elif options.heads is not None and min(options.heads) >= host.num_heads_total:

@@ -1,0 +1,50 @@
+"""When one of vLLM's workers is about to serve: its warm-up begins, and it is over.
+
+Owns the patch on vLLM's worker classes, and nothing of what follows from it: the seat is told. It is made right after
+their modules were imported, whatever attention backends the worker has: one of which nothing can be observed has to say
+so, too. All imports of vLLM are vLLM's own.
+"""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from types import ModuleType
+from typing import Any, Final
+
+from glassbox.adapter.late_patch import LatePatches
+from glassbox.adapter.patch import patch_method
+from glassbox.adapter.protocols import VllmWorker
+from glassbox.adapter.seat import SEAT
+
+# (module, class), the CPU's inherits from the other.
+_WORKER_CLASSES: Final = (
+    ("vllm.v1.worker.gpu_worker", "Worker"),
+    ("vllm.v1.worker.cpu_worker", "CPUWorker"),
+)
+# The last call before real steps.
+_WARM_UP = "compile_or_warm_up_model"
+
+
+def install() -> Callable[[], None]:
+    """Tell the seat of every worker of this process; the returned function takes that back."""
+    patches = LatePatches()
+    for module_name, class_name in _WORKER_CLASSES:
+        patches.add(module_name, partial(_patch, class_name))
+    return patches.remove
+
+
+def _patch(class_name: str, module: ModuleType) -> Callable[[], None]:
+    cls: type = getattr(module, class_name)
+    if _WARM_UP not in vars(cls):  # inherited from one that is patched
+        return lambda: None
+    return patch_method(cls, _WARM_UP, _wrap)
+
+
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def compile_or_warm_up_model(vllm_worker: VllmWorker, *args: Any, **kwargs: Any) -> Any:
+        SEAT.warm_up_begins(vllm_worker)
+        result = original(vllm_worker, *args, **kwargs)
+        SEAT.warm_up_ended()
+        return result
+
+    return compile_or_warm_up_model
