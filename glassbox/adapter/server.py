@@ -19,7 +19,7 @@ from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import VllmConfig
 from glassbox.adapter.release import vllm_version
 from glassbox.core.logs import get_logger, log_once
-from glassbox.core.trace_options import OptionError
+from glassbox.core.trace_options import BEAM_PROMPT_KEY, OptionError
 
 logger = get_logger(__name__)
 
@@ -44,6 +44,7 @@ INTAKE_PATCHES: Final = (
         "render_chat_request",
         "render_chat_request",
     ),
+    Patch("vllm.entrypoints.generate.beam_search.utils", "BeamSearchSequence", "get_prompt", "get_prompt"),
     Patch("vllm.v1.engine.async_llm", "AsyncLLM", "add_request", "add_request"),
     Patch("vllm.v1.engine.async_llm", "AsyncLLM", "__init__", "engine_init"),
     Patch("vllm.v1.engine.llm_engine", "LLMEngine", "__init__", "engine_init"),
@@ -178,6 +179,9 @@ class Intake(Protocol):
     def begin(self, request_id: str, extra_args: ExtraArgs, traceparent: str | None) -> ExtraArgs | None:
         """A request that `admit` let in has an id; returns what its worker gets instead of its options, if anything."""
 
+    def begin_beam(self, prompt_len: int) -> ExtraArgs:
+        """What the worker gets with a request that goes on with a beam, whose client sent a prompt of that length."""
+
     def watch_spans(self, endpoint: str) -> None:
         """vLLM's tracer provider is there, and sends to this endpoint."""
 
@@ -229,6 +233,23 @@ class Wrappers:
             request.vllm_xargs = await self._intake.resolve(request.vllm_xargs, request.messages, chat)
         return result
 
+    def get_prompt(self, original: Any) -> Any:
+        """Around `BeamSearchSequence.get_prompt`: beam search makes a request of each beam's every token.
+
+        Its prompt holds what was generated so far, which nothing else tells from the client's own tokens.
+        """
+
+        @functools.wraps(original)
+        def get_prompt(beam: Any) -> Any:
+            prompt = original(beam)
+            own = beam.orig_prompt
+            prompt_len = len(own.get("decoder_prompt", own)["prompt_token_ids"])
+            if len(beam.tokens) > prompt_len:
+                prompt[BEAM_PROMPT_KEY] = prompt_len
+            return prompt
+
+        return get_prompt
+
     def add_request(self, original: Any) -> Any:
         """Around `AsyncLLM.add_request`, which is given the trace headers."""
 
@@ -249,6 +270,12 @@ class Wrappers:
         @functools.wraps(original)
         def process_inputs(processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             extra_args: Any = getattr(params, "extra_args", None)
+            beam_prompt = prompt.get(BEAM_PROMPT_KEY) if isinstance(prompt, dict) else None
+            if beam_prompt is not None:
+                request = original(processor, request_id, prompt, params, *args, **kwargs)
+                if request.sampling_params is not None:
+                    request.sampling_params.extra_args = {**(extra_args or {}), **self._intake.begin_beam(beam_prompt)}
+                return request
             if not self._intake.is_for_us(extra_args):
                 return original(processor, request_id, prompt, params, *args, **kwargs)
             with client_errors():

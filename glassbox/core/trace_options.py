@@ -28,7 +28,10 @@ HEADS_KEY: Final = "glassbox_heads"
 TOP_K_KEY: Final = "glassbox_top_k"
 SPANS_KEY: Final = "glassbox_spans"
 ROWS_KEY: Final = "glassbox_rows"
+# Set by glassbox itself in the API server, never by a client. The second one is of a request that goes on with a beam:
+# how many tokens of its prompt are the client's.
 TRACEPARENT_KEY: Final = "glassbox_traceparent"
+BEAM_PROMPT_KEY: Final = "glassbox_beam_prompt"
 _DETAIL_KEYS: Final = (LAYERS_KEY, HEADS_KEY, TOP_K_KEY, SPANS_KEY, ROWS_KEY)
 CLIENT_KEYS: Final = (CHOICE_KEY, *_DETAIL_KEYS)
 

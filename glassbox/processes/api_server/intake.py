@@ -16,6 +16,7 @@ from glassbox.adapter.server import ExtraArgs
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger
 from glassbox.core.trace_options import (
+    BEAM_PROMPT_KEY,
     HEADS_KEY,
     LAYERS_KEY,
     PREFIX,
@@ -125,6 +126,10 @@ class Intake:
         self.traced.add(request_id)
         traceparent = traceparent or _traceparent.get()
         return {**extra_args, TRACEPARENT_KEY: str(traceparent)} if traceparent else None
+
+    def begin_beam(self, prompt_len: int) -> ExtraArgs:
+        """See server.Intake."""
+        return {BEAM_PROMPT_KEY: prompt_len} if self._config().enabled else {}
 
     def watch_spans(self, endpoint: str) -> None:
         """See server.Intake."""

@@ -87,6 +87,7 @@ class Worker:
             num_heads=layers.num_heads,
             num_heads_total=server.num_heads,
             max_model_len=facts.max_model_len,
+            knows_positions=not (facts.drafts and facts.schedules_ahead),
             tokenizer=facts.tokenizer,
             tokenizer_revision=facts.tokenizer_revision,
         )
@@ -119,7 +120,7 @@ class Worker:
             canary=self._canary,
             listen=SEAT.listening.listen,
             errors=errors,
-            max_spec_tokens=facts.max_spec_tokens,
+            exact=not facts.drafts,
         )
         self._exporter = ExporterProcess(settings.path)
         self._wake = threading.Event()
