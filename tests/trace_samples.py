@@ -49,6 +49,7 @@ def new_request(
     extra_args: dict[str, Any] | None = None,
     prefill_token_ids: list[int] | None = None,
     num_computed_tokens: int = 0,
+    adapter: str | None = None,
 ) -> Any:
     """What glassbox reads of vLLM's NewRequestData."""
     return SimpleNamespace(
@@ -57,6 +58,7 @@ def new_request(
         sampling_params=SimpleNamespace(extra_args=extra_args),
         prefill_token_ids=prefill_token_ids,
         num_computed_tokens=num_computed_tokens,
+        lora_request=None if adapter is None else SimpleNamespace(lora_name=adapter),
     )
 
 
@@ -119,6 +121,8 @@ def make_trace(
         "rank": 0,
         "model_name": "tiny/model",
         "instance": "i0",
+        "requested_model": "tiny",
+        "adapter": "poet",
         "why": "opt_in",
         "status": "finished",
         "start_time_s": 1_700_000_000.5 + seed,

@@ -204,6 +204,7 @@ INTERNALS: Final[tuple[Internal, ...]] = (
         Feature.TRACES,
         {"num_computed_tokens": Feature.PROGRESS},
     ),
+    *_members("vllm.lora.request", "LoRARequest", protocols.LoRARequest, Feature.TRACES),
     *_members("vllm", "SamplingParams", protocols.SamplingParams, Feature.TRACES),
     # Configuration.
     *_members("vllm.config", "VllmConfig", protocols.VllmConfig, Feature.OBSERVATION),

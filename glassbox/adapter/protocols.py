@@ -140,6 +140,12 @@ class SamplingParams(Protocol):
     max_tokens: int | None
 
 
+class LoRARequest(Protocol):
+    """vllm.lora.request.LoRARequest."""
+
+    lora_name: str
+
+
 class NewRequest(Protocol):
     """vllm.v1.core.sched.output.NewRequestData."""
 
@@ -149,6 +155,7 @@ class NewRequest(Protocol):
     prefill_token_ids: Sequence[int] | None
     sampling_params: SamplingParams | None
     num_computed_tokens: int
+    lora_request: LoRARequest | None
 
 
 class CachedRequests(Protocol):

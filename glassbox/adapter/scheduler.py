@@ -38,6 +38,12 @@ class Arrival:
         return None if params is None else params.extra_args
 
     @property
+    def adapter(self) -> str | None:
+        """Name of its LoRA adapter."""
+        lora = self._new.lora_request
+        return None if lora is None else lora.lora_name
+
+    @property
     def prompt_len(self) -> int:
         """Tokens of the prompt.
 

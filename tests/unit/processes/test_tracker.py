@@ -116,6 +116,25 @@ class TestOptIn:
         arrive(requests, "a", extra_args={"glassbox_traceparent": parent}, settings_=config(trace_rate=1.0))
         assert requests.active()[0].record().traceparent == parent
 
+    @pytest.mark.parametrize(
+        ("noted", "adapter", "names"),
+        [
+            ({}, None, ("tiny/model", None)),
+            ({"glassbox_model": "small"}, None, ("small", None)),
+            ({}, "poet", ("poet", "poet")),
+            ({"glassbox_model": "small"}, "poet", ("small", "poet")),
+        ],
+    )
+    def test_names(self, noted: dict[str, Any], adapter: str | None, names: tuple[str, str | None]) -> None:
+        """The model's as the client called it, and the adapter's; the engine keeps its own."""
+        requests = tracker()
+        new = new_request("a", 5, {**TRACE, **noted}, adapter=adapter)
+        requests.begin_step(NO_RUNNER, scheduled_step([new], {"a": 5}), config(), LOCAL_LAYERS)
+        (trace,) = requests.active()
+        record = trace.record()
+        assert (record.requested_model, record.adapter) == names
+        assert record.model_name == "tiny/model"
+
     def test_nothing_is_kept_of_others(self) -> None:
         """A request that says nothing leaves nothing behind."""
         requests = tracker()

@@ -98,6 +98,8 @@ class ActiveTrace:
         why: it is traced.
         options: that it gave.
         traceparent: that came with it.
+        requested_model: its model by the name that the client asked for, None if that isn't known.
+        adapter: name of its LoRA adapter, None if it has none.
         sampling_params: vLLM's.
         prompt_len: tokens.
         local_layers: which of the worker's observed layers are kept, ascending.
@@ -120,6 +122,8 @@ class ActiveTrace:
         why: Why,
         options: TraceOptions,
         traceparent: str | None,
+        requested_model: str | None = None,
+        adapter: str | None = None,
         sampling_params: Any = None,
         prompt_len: int,
         local_layers: tuple[int, ...],
@@ -134,6 +138,7 @@ class ActiveTrace:
         self.status: Status = "active"
         self.tokens: RequestTokens | None = None
         self._host, self._traceparent = host, traceparent
+        self._requested_model, self._adapter = requested_model or adapter or host.model_name, adapter
         self._start_time_s = time.time()
         self._end_time_s: float | None = None
         self._chunks: list[Chunk] = []
@@ -233,6 +238,8 @@ class ActiveTrace:
             engine=host.engine,
             rank=host.rank,
             model_name=host.model_name,
+            requested_model=self._requested_model,
+            adapter=self._adapter,
             instance=host.instance,
             why=self.why,
             status=self.status if ended is not None else "active",

@@ -234,6 +234,8 @@ class RequestTracker:
                 why=why,
                 options=options,
                 traceparent=choice.traceparent,
+                requested_model=choice.model,
+                adapter=new.adapter,
                 sampling_params=new.sampling_params,
                 prompt_len=new.prompt_len,
                 local_layers=kept,
