@@ -14,12 +14,24 @@ from glassbox.store.trace_record import RequestTrace, Span, TraceOptions, joined
 
 
 @dataclass
+class Continued:
+    """What glassbox reads of vLLM's CachedRequestData."""
+
+    req_ids: list[str] = field(default_factory=list)
+    num_computed_tokens: list[int] = field(default_factory=list)
+    num_output_tokens: list[int] = field(default_factory=list)
+    resumed_req_ids: set[str] = field(default_factory=set)
+
+
+@dataclass
 class Scheduled:
     """What glassbox reads of vLLM's SchedulerOutput."""
 
     scheduled_new_reqs: list[Any] = field(default_factory=list)
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
     finished_req_ids: set[str] = field(default_factory=set)
+    scheduled_cached_reqs: Continued = field(default_factory=Continued)
+    scheduled_spec_decode_tokens: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def total_num_scheduled_tokens(self) -> int:
@@ -32,7 +44,12 @@ def scheduled_step(*args: Any, **fields: Any) -> ScheduledStep:
 
 
 def new_request(
-    req_id: str, prompt_len: int, extra_args: dict[str, Any] | None = None, prefill_token_ids: list[int] | None = None
+    req_id: str,
+    prompt_len: int,
+    extra_args: dict[str, Any] | None = None,
+    prefill_token_ids: list[int] | None = None,
+    num_computed_tokens: int = 0,
+    adapter: str | None = None,
 ) -> Any:
     """What glassbox reads of vLLM's NewRequestData."""
     return SimpleNamespace(
@@ -40,6 +57,8 @@ def new_request(
         prompt_len=prompt_len,
         sampling_params=SimpleNamespace(extra_args=extra_args),
         prefill_token_ids=prefill_token_ids,
+        num_computed_tokens=num_computed_tokens,
+        lora_request=None if adapter is None else SimpleNamespace(lora_name=adapter),
     )
 
 
@@ -102,6 +121,8 @@ def make_trace(
         "rank": 0,
         "model_name": "tiny/model",
         "instance": "i0",
+        "requested_model": "tiny",
+        "adapter": "poet",
         "why": "opt_in",
         "status": "finished",
         "start_time_s": 1_700_000_000.5 + seed,

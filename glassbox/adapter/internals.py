@@ -31,9 +31,11 @@ class Feature(Enum):
     LAYERS = "observing the layers of a backend"
     DRAFTERS = "telling a drafter's layers from the model's"
     PIECEWISE = "telling pieces of CUDA graphs from whole ones"
+    PROGRESS = "telling draft tokens, and tokens that are computed again, from others"
     TRACES = "traced requests"
     TOKENS = "the tokens of traced requests"
     OPTIONS = "options of requests"
+    BEAMS = "telling what a beam search has generated from its prompt"
     MESSAGE_SPANS = "spans by message"
     LLM_SPANS = "attention spans beside vLLM's own"
     CAPTURE = "glassbox.capture"
@@ -46,6 +48,7 @@ _OF_WORKERS: Final = (
     Feature.LAYERS,
     Feature.DRAFTERS,
     Feature.PIECEWISE,
+    Feature.PROGRESS,
     Feature.TRACES,
     Feature.TOKENS,
 )
@@ -190,16 +193,25 @@ INTERNALS: Final[tuple[Internal, ...]] = (
         "SchedulerOutput",
         protocols.SchedulerOutput,
         Feature.OBSERVATION,
-        dict.fromkeys(("scheduled_new_reqs", "finished_req_ids"), Feature.TRACES),
+        dict.fromkeys(("scheduled_new_reqs", "finished_req_ids"), Feature.TRACES)
+        | dict.fromkeys(("scheduled_cached_reqs", "scheduled_spec_decode_tokens"), Feature.PROGRESS),
     ),
-    *_members("vllm.v1.core.sched.output", "NewRequestData", protocols.NewRequest, Feature.TRACES),
+    *_members("vllm.v1.core.sched.output", "CachedRequestData", protocols.CachedRequests, Feature.PROGRESS),
+    *_members(
+        "vllm.v1.core.sched.output",
+        "NewRequestData",
+        protocols.NewRequest,
+        Feature.TRACES,
+        {"num_computed_tokens": Feature.PROGRESS},
+    ),
+    *_members("vllm.lora.request", "LoRARequest", protocols.LoRARequest, Feature.TRACES),
     *_members("vllm", "SamplingParams", protocols.SamplingParams, Feature.TRACES),
     # Configuration.
     *_members("vllm.config", "VllmConfig", protocols.VllmConfig, Feature.OBSERVATION),
     *_members("vllm.config", "ModelConfig", protocols.ModelConfig, Feature.OBSERVATION),
     *_members("vllm.config", "ParallelConfig", protocols.ParallelConfig, Feature.OBSERVATION),
     *_members("vllm.config", "CacheConfig", protocols.CacheConfig, Feature.OBSERVATION),
-    *_members("vllm.config", "SpeculativeConfig", protocols.SpeculativeConfig, Feature.OBSERVATION),
+    *_members("vllm.config", "SchedulerConfig", protocols.SchedulerConfig, Feature.OBSERVATION),
     *_members("vllm.config", "CompilationConfig", protocols.CompilationConfig, Feature.OBSERVATION),
     *_names("vllm.distributed", Feature.OBSERVATION, "get_tp_group"),
     # `vllm.LLM`, in the process of whoever calls it.
@@ -209,6 +221,14 @@ INTERNALS: Final[tuple[Internal, ...]] = (
     *_names("vllm.outputs", Feature.CAPTURE, "CompletionOutput", "CompletionOutput.text"),
     # The API server.
     *_names("vllm.entrypoints.serve.engine.serving", Feature.OPTIONS, "BaseServing._check_model"),
+    *_names(
+        "vllm.entrypoints.generate.beam_search.utils",
+        Feature.BEAMS,
+        "BeamSearchSequence",
+        "BeamSearchSequence.get_prompt",
+        "BeamSearchSequence.orig_prompt",
+        "BeamSearchSequence.tokens",
+    ),
     *_names("vllm.v1.engine.async_llm", Feature.OPTIONS, "AsyncLLM.add_request"),
     *_names("vllm.v1.engine.input_processor", Feature.OPTIONS, "InputProcessor.process_inputs"),
     *_names("vllm.exceptions", Feature.OPTIONS, "VLLMValidationError"),

@@ -140,6 +140,12 @@ class SamplingParams(Protocol):
     max_tokens: int | None
 
 
+class LoRARequest(Protocol):
+    """vllm.lora.request.LoRARequest."""
+
+    lora_name: str
+
+
 class NewRequest(Protocol):
     """vllm.v1.core.sched.output.NewRequestData."""
 
@@ -148,12 +154,34 @@ class NewRequest(Protocol):
     prompt_embeds: Any
     prefill_token_ids: Sequence[int] | None
     sampling_params: SamplingParams | None
+    num_computed_tokens: int
+    lora_request: LoRARequest | None
+
+
+class CachedRequests(Protocol):
+    """vllm.v1.core.sched.output.CachedRequestData: requests that the runner knows; lists are in the same order.
+
+    Attributes:
+        resumed_req_ids: those that were preempted.
+        num_output_tokens: that they have generated.
+    """
+
+    req_ids: Sequence[str]
+    resumed_req_ids: set[str]
+    num_computed_tokens: Sequence[int]
+    num_output_tokens: Sequence[int]
 
 
 class SchedulerOutput(Protocol):
-    """vllm.v1.core.sched.output.SchedulerOutput."""
+    """vllm.v1.core.sched.output.SchedulerOutput.
+
+    Attributes:
+        scheduled_spec_decode_tokens: of each request that has some its draft tokens in the step, the last ones of it.
+    """
 
     scheduled_new_reqs: Sequence[NewRequest]
+    scheduled_cached_reqs: CachedRequests
+    scheduled_spec_decode_tokens: Mapping[str, Sequence[int]]
     num_scheduled_tokens: Mapping[str, int]
     total_num_scheduled_tokens: int
     finished_req_ids: set[str]
@@ -266,10 +294,14 @@ class ParallelConfig(Protocol):
     use_ubatching: bool
 
 
-class SpeculativeConfig(Protocol):
-    """vllm.config.SpeculativeConfig."""
+class SchedulerConfig(Protocol):
+    """vllm.config.SchedulerConfig.
 
-    num_speculative_tokens: int | None
+    Attributes:
+        async_scheduling: a step is scheduled before the tokens of the one before it are known.
+    """
+
+    async_scheduling: bool | None
 
 
 class CompilationConfig(Protocol):
@@ -299,7 +331,8 @@ class VllmConfig(Protocol):
     cache_config: CacheConfig
     parallel_config: ParallelConfig
     compilation_config: CompilationConfig
-    speculative_config: SpeculativeConfig | None
+    scheduler_config: SchedulerConfig
+    speculative_config: object | None
 
 
 class VllmWorker(Protocol):

@@ -5,7 +5,7 @@ All imports of vLLM are inside functions: importing this module loads none.
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +19,6 @@ from glassbox.adapter.protocols import (
     RequestStates,
     Runner,
     SamplingParams,
-    VllmConfig,
 )
 
 # (module, class) whose `execute_model` is one engine step. The CPU runners inherit from these.
@@ -120,7 +119,8 @@ def check_batch(batch: Batch, scheduled: Mapping[str, int], common_attn_metadata
         batch: as read.
         scheduled: tokens of each request in the step, by internal id.
         common_attn_metadata: what the builder was given; sequence lengths are compared where the host has them.
-        exact: whether the runner computes all scheduled tokens; one that leaves out drafts computes fewer.
+        exact: whether the runner computes all scheduled tokens; it may leave out drafts, and which ones is known on the
+            device alone.
 
     Raises:
         BatchMismatchError: it is not.
@@ -191,14 +191,7 @@ class TokenCopy:
     def tokens(self) -> RequestTokens:
         """The tokens; call it after the event."""
         ids: list[int] = self.ids[: int(self.length)].tolist()
-        generated = ids[self.prompt_len :]
-        params = self.sampling_params
-        if params is not None:
-            # The step after the last may have been queued before its end token was known on the host.
-            ends = {params.eos_token_id, *(params.stop_token_ids or ())}
-            last = next((i for i, token in enumerate(generated) if token in ends), len(generated))
-            generated = generated[: last + 1]
-        return RequestTokens(ids[: self.prompt_len], generated, params)
+        return RequestTokens(ids[: self.prompt_len], ids[self.prompt_len :], self.sampling_params)
 
 
 def copy_tokens(runner: Runner, req_id: str, sampling_params: SamplingParams | None) -> TokenCopy | None:
@@ -223,6 +216,19 @@ def copy_tokens(runner: Runner, req_id: str, sampling_params: SamplingParams | N
     return TokenCopy(event, ids, length, int(states.prompt_len.np[index]), sampling_params)
 
 
+def until_end(tokens: RequestTokens) -> RequestTokens:
+    """The tokens of a request that is gone as its client got them: a runner may have gone on.
+
+    A step may have kept drafts behind the last token, or have been queued before that was known on the host.
+    """
+    params, generated = tokens.sampling_params, tokens.generated
+    if params is None:
+        return tokens
+    ends = {params.eos_token_id, *(params.stop_token_ids or ())}
+    last = next((i for i, token in enumerate(generated) if token in ends), len(generated))
+    return replace(tokens, generated=generated[: min(last + 1, params.max_tokens or len(generated))])
+
+
 def was_aborted(tokens: RequestTokens, max_model_len: int) -> bool:
     """Whether a request that is gone can't have ended by itself.
 
@@ -242,12 +248,6 @@ def was_aborted(tokens: RequestTokens, max_model_len: int) -> bool:
 def is_dummy_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True for the V2 runner's `execute_model(scheduler_output, intermediate_tensors, dummy_run, ...)` without work."""
     return bool(kwargs.get("dummy_run", args[1] if len(args) > 1 else False))
-
-
-def max_spec_tokens(vllm_config: VllmConfig) -> int:
-    """Draft tokens that one decode step may verify; 0 without speculative decoding."""
-    speculative = vllm_config.speculative_config
-    return int(speculative.num_speculative_tokens or 0) if speculative is not None else 0
 
 
 def is_piecewise_forward() -> bool:

@@ -1,10 +1,10 @@
-"""What a scheduler output says of requests: who is new, who is gone, who has tokens in the step.
+"""What a scheduler output says of requests: who is new, who is gone, who has which tokens in the step.
 
 It is read on demand: most steps bring nothing new, and this is asked in every one of them.
 """
 
-from collections.abc import Iterator, Mapping, Set
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 from glassbox.adapter.protocols import NewRequest, SamplingParams, SchedulerOutput
 
@@ -38,6 +38,12 @@ class Arrival:
         return None if params is None else params.extra_args
 
     @property
+    def adapter(self) -> str | None:
+        """Name of its LoRA adapter."""
+        lora = self._new.lora_request
+        return None if lora is None else lora.lora_name
+
+    @property
     def prompt_len(self) -> int:
         """Tokens of the prompt.
 
@@ -53,10 +59,36 @@ class Arrival:
         return int(known)
 
     @property
+    def known_len(self) -> int:
+        """Tokens of the prompt, and those that were generated before: the V2 runner is told of preempted ones anew."""
+        prefill, prompt_len = self._new.prefill_token_ids, self.prompt_len
+        return prompt_len if prefill is None else max(prompt_len, len(prefill))
+
+    @property
     def resumed(self) -> bool:
-        """It was preempted: the V2 runner is told of those anew."""
-        prefill = self._new.prefill_token_ids
-        return prefill is not None and len(prefill) > self.prompt_len
+        """It was preempted after its first token."""
+        return self.known_len > self.prompt_len
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose keys and values are in the cache already."""
+        return self._new.num_computed_tokens
+
+
+class Continued(NamedTuple):
+    """A request that the runner knows and that has tokens in the step.
+
+    Attributes:
+        req_id: vLLM's internal id.
+        num_computed: tokens whose keys and values are in the cache.
+        num_generated: tokens that it has generated.
+        resumed: it was preempted, and is computed again from `num_computed` on.
+    """
+
+    req_id: str
+    num_computed: int
+    num_generated: int
+    resumed: bool
 
 
 class ScheduledStep:
@@ -85,6 +117,25 @@ class ScheduledStep:
     def finished(self) -> Set[str]:
         """Internal ids of the requests that are gone; one may come again in the same output."""
         return self._output.finished_req_ids
+
+    @property
+    def drafts(self) -> Mapping[str, Sequence[int]]:
+        """Draft tokens, the last ones of their requests in this step, by internal id."""
+        return self._output.scheduled_spec_decode_tokens
+
+    def continued(self) -> Iterator[Continued]:
+        """The requests that the runner knew before this output."""
+        cached = self._output.scheduled_cached_reqs
+        resumed = cached.resumed_req_ids
+        for req_id, computed, generated in zip(
+            cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True
+        ):
+            yield Continued(req_id, computed, generated, req_id in resumed)
+
+    @property
+    def has_resumed(self) -> bool:
+        """Whether some of `continued` were preempted."""
+        return bool(self._output.scheduled_cached_reqs.resumed_req_ids)
 
     def arrivals(self) -> Iterator[Arrival]:
         """The requests that the runner is told of with this output."""

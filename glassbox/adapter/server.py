@@ -19,7 +19,7 @@ from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import VllmConfig
 from glassbox.adapter.release import vllm_version
 from glassbox.core.logs import get_logger, log_once
-from glassbox.core.trace_options import OptionError
+from glassbox.core.trace_options import BEAM_PROMPT_KEY, OptionError
 
 logger = get_logger(__name__)
 
@@ -44,6 +44,7 @@ INTAKE_PATCHES: Final = (
         "render_chat_request",
         "render_chat_request",
     ),
+    Patch("vllm.entrypoints.generate.beam_search.utils", "BeamSearchSequence", "get_prompt", "get_prompt"),
     Patch("vllm.v1.engine.async_llm", "AsyncLLM", "add_request", "add_request"),
     Patch("vllm.v1.engine.async_llm", "AsyncLLM", "__init__", "engine_init"),
     Patch("vllm.v1.engine.llm_engine", "LLMEngine", "__init__", "engine_init"),
@@ -155,6 +156,9 @@ class Intake(Protocol):
             OptionError: they are bad.
         """
 
+    def note_model(self, name: object) -> None:
+        """Remember by which name the request of this task asks for its model; None if it gives none."""
+
     def wants_chat(self, extra_args: ExtraArgs) -> bool:
         """Whether `resolve` is to be asked: some of its spans are messages."""
 
@@ -175,8 +179,14 @@ class Intake(Protocol):
             OptionError: its options are bad.
         """
 
-    def begin(self, request_id: str, extra_args: ExtraArgs, traceparent: str | None) -> ExtraArgs | None:
-        """A request that `admit` let in has an id; returns what its worker gets instead of its options, if anything."""
+    def begin(self, request_id: str, traceparent: str | None) -> ExtraArgs:
+        """A request that `admit` let in has an id; returns what its worker gets besides its options."""
+
+    def begin_sampled(self, request_id: str) -> ExtraArgs:
+        """What the worker gets, besides, with a request that says nothing to glassbox."""
+
+    def begin_beam(self, prompt_len: int) -> ExtraArgs:
+        """What the worker gets with a request that goes on with a beam, whose client sent a prompt of that length."""
 
     def watch_spans(self, endpoint: str) -> None:
         """vLLM's tracer provider is there, and sends to this endpoint."""
@@ -200,6 +210,7 @@ class Wrappers:
 
         @functools.wraps(original)
         def _check_model(serving: Any, request: Any) -> Any:
+            self._intake.note_model(getattr(request, "model", None))
             extra_args = getattr(request, "vllm_xargs", None)
             if self._intake.is_for_us(extra_args):
                 is_chat = isinstance(getattr(request, "messages", None), list)
@@ -229,6 +240,23 @@ class Wrappers:
             request.vllm_xargs = await self._intake.resolve(request.vllm_xargs, request.messages, chat)
         return result
 
+    def get_prompt(self, original: Any) -> Any:
+        """Around `BeamSearchSequence.get_prompt`: beam search makes a request of each beam's every token.
+
+        Its prompt holds what was generated so far, which nothing else tells from the client's own tokens.
+        """
+
+        @functools.wraps(original)
+        def get_prompt(beam: Any) -> Any:
+            prompt = original(beam)
+            own = beam.orig_prompt
+            prompt_len = len(own.get("decoder_prompt", own)["prompt_token_ids"])
+            if len(beam.tokens) > prompt_len:
+                prompt[BEAM_PROMPT_KEY] = prompt_len
+            return prompt
+
+        return get_prompt
+
     def add_request(self, original: Any) -> Any:
         """Around `AsyncLLM.add_request`, which is given the trace headers."""
 
@@ -249,15 +277,21 @@ class Wrappers:
         @functools.wraps(original)
         def process_inputs(processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             extra_args: Any = getattr(params, "extra_args", None)
-            if not self._intake.is_for_us(extra_args):
-                return original(processor, request_id, prompt, params, *args, **kwargs)
-            with client_errors():
-                traced = self._intake.admit(extra_args, model_shape(processor.vllm_config))
+            traced = is_ours = self._intake.is_for_us(extra_args)
+            if is_ours:
+                with client_errors():
+                    traced = self._intake.admit(extra_args, model_shape(processor.vllm_config))
             request = original(processor, request_id, prompt, params, *args, **kwargs)
-            if traced:
-                changed = self._intake.begin(request_id, extra_args, _traceparent(kwargs))
-                if changed is not None and request.sampling_params is not None:
-                    request.sampling_params.extra_args = changed
+            beam_prompt = prompt.get(BEAM_PROMPT_KEY) if isinstance(prompt, dict) else None
+            added: ExtraArgs = {}
+            if beam_prompt is not None:
+                added = self._intake.begin_beam(beam_prompt)
+            elif traced:
+                added = self._intake.begin(request_id, _traceparent(kwargs))
+            elif not is_ours:
+                added = self._intake.begin_sampled(request_id)
+            if added and request.sampling_params is not None:
+                request.sampling_params.extra_args = {**(extra_args or {}), **added}
             return request
 
         return process_inputs

@@ -14,7 +14,6 @@ from glassbox.adapter.layers import (
     server_info,
 )
 from glassbox.adapter.protocols import VllmWorker
-from glassbox.adapter.runner import max_spec_tokens
 from glassbox.adapter.seat import SEAT
 
 
@@ -30,7 +29,8 @@ class WorkerFacts:
         query_dtype: of the layers' queries.
         max_model_len: most tokens of a sequence.
         looks_ahead: prompt rows may see keys behind them (bidirectional image tokens of a prefix language model).
-        max_spec_tokens: draft tokens that a decode step may verify.
+        drafts: a step may verify draft tokens (speculative decoding).
+        schedules_ahead: a step is scheduled before the tokens of the one before it are known.
         tokenizer, tokenizer_revision: folder or name of the model's tokenizer, empty if there is none.
     """
 
@@ -41,7 +41,8 @@ class WorkerFacts:
     query_dtype: torch.dtype
     max_model_len: int
     looks_ahead: bool
-    max_spec_tokens: int
+    drafts: bool
+    schedules_ahead: bool
     tokenizer: str
     tokenizer_revision: str | None
 
@@ -67,7 +68,8 @@ def read_worker(vllm_worker: VllmWorker) -> WorkerFacts:
         query_dtype=model.dtype,
         max_model_len=model.max_model_len,
         looks_ahead=bool(getattr(model, "is_mm_prefix_lm", False)),
-        max_spec_tokens=max_spec_tokens(vllm_config),
+        drafts=vllm_config.speculative_config is not None,
+        schedules_ahead=bool(vllm_config.scheduler_config.async_scheduling),
         tokenizer=str(model.tokenizer or ""),
         tokenizer_revision=model.tokenizer_revision,
     )

@@ -29,6 +29,12 @@ BYPASS_REASONS: Final[Mapping[str, str]] = {
     "not_certified": "its output was not checked yet, or can't be",
     "not_reproduced": "its output is not what glassbox computes from what it reads",
 }
+# Why rows of a measured step are not in the histograms: values of the label `reason` of dropped_rows.
+DROP_REASONS: Final[Mapping[str, str]] = {
+    "canary": "the step's layers were checked, not all of which may be measured yet; it is left out as a whole",
+    "draft": "draft tokens of speculative decoding, of which the step can't know whether they are kept",
+    "max_rows_per_step": "there were more than `sampling.max_rows_per_step`; rows take turns",
+}
 # Of the checks of served outputs: values of the label `result` of canary_rows.
 CANARY_RESULTS: Final = ("reproduced", "failed")
 
@@ -123,7 +129,7 @@ ENGINE_NUMBERS: Final[tuple[EngineNumber, ...]] = (
         otel_name="dropped_rows",
         kind="counter",
         unit="{row}",
-        help="Rows that should have been measured but were not, by reason.",
+        help="Rows of measured steps that were left out of the histograms, by reason.",
         merge=MergeRule.SUM,
         labels=("reason",),
         page=5,

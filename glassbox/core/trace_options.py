@@ -28,7 +28,11 @@ HEADS_KEY: Final = "glassbox_heads"
 TOP_K_KEY: Final = "glassbox_top_k"
 SPANS_KEY: Final = "glassbox_spans"
 ROWS_KEY: Final = "glassbox_rows"
+# Set by glassbox itself in the API server, never by a client: its trace context, the name by which it asked for the
+# model, and of a request that goes on with a beam how many tokens of its prompt are the client's.
 TRACEPARENT_KEY: Final = "glassbox_traceparent"
+MODEL_KEY: Final = "glassbox_model"
+BEAM_PROMPT_KEY: Final = "glassbox_beam_prompt"
 _DETAIL_KEYS: Final = (LAYERS_KEY, HEADS_KEY, TOP_K_KEY, SPANS_KEY, ROWS_KEY)
 CLIENT_KEYS: Final = (CHOICE_KEY, *_DETAIL_KEYS)
 
@@ -98,12 +102,14 @@ class ClientChoice:
         options: of a request that asked to be traced.
         message_spans: spans that the API server has to turn into token ranges.
         traceparent: W3C trace context of the request, None if there is none.
+        model: by the name that the client asked for; None if it isn't known.
     """
 
     choice: Literal["trace", "off"] | None = None
     options: TraceOptions = field(default_factory=TraceOptions)
     message_spans: tuple[MessageSpan, ...] = ()
     traceparent: str | None = None
+    model: str | None = None
 
 
 _NOTHING: Final = ClientChoice()
@@ -129,6 +135,7 @@ def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = F
         raise OptionError(
             f"{TRACEPARENT_KEY} must not be given, got {_shown(traceparent)}; send a traceparent header instead"
         )
+    model = None if from_client else given.pop(MODEL_KEY, None)
     for key in given:
         if key not in CLIENT_KEYS:
             raise OptionError(f"{_shown(key)} must be one of {', '.join(CLIENT_KEYS)}; correct or remove it")
@@ -151,6 +158,7 @@ def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = F
         ),
         message_spans=message_spans,
         traceparent=traceparent if isinstance(traceparent, str) and _TRACEPARENT.fullmatch(traceparent) else None,
+        model=model if isinstance(model, str) else None,
     )
 
 

@@ -53,7 +53,7 @@ def attributes(trace: RequestTrace) -> dict[str, AttributeValue]:
     """
     found: dict[str, AttributeValue] = {
         "gen_ai.request.id": trace.request_id,
-        "gen_ai.request.model": trace.model_name,
+        "gen_ai.request.model": trace.requested_model,
         "glassbox.engine": trace.engine,
         "glassbox.why": trace.why,
         "glassbox.status": trace.status,
@@ -64,6 +64,8 @@ def attributes(trace: RequestTrace) -> dict[str, AttributeValue]:
         "glassbox.layers": len(trace.layers),
         "glassbox.heads": len(trace.heads),
     }
+    if trace.adapter is not None:
+        found["glassbox.adapter"] = trace.adapter
     return found | {f"glassbox.{name}": value for name, value in _signals(trace)}
 
 

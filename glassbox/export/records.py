@@ -133,7 +133,8 @@ def schema() -> "pa.Schema":
     import pyarrow as pa
 
     reals, wholes = pa.list_(pa.float64()), pa.list_(pa.int32())
-    texts = ("request_id", "internal_id", "engine", "model_name", "why", "status", "traceparent", "options")
+    texts = ["request_id", "internal_id", "engine", "model_name", "requested_model", "adapter"]
+    texts += ["why", "status", "traceparent", "options"]
     columns = [(name, pa.string()) for name in texts]
     columns += [("start_time_s", pa.float64()), ("end_time_s", pa.float64()), ("truncated", pa.bool_())]
     columns += [(name, pa.int64()) for name in ("prompt_len", "num_generated", "num_rows", "tokens_left_out")]

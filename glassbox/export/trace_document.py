@@ -104,6 +104,8 @@ def document(trace: RequestTrace, texts: Texts | None = None) -> dict[str, Any]:
         "internal_id": trace.internal_id,
         "engine": trace.engine,
         "model_name": trace.model_name,
+        "requested_model": trace.requested_model,
+        "adapter": trace.adapter,
         "why": trace.why,
         "status": trace.status,
         "start_time_s": trace.start_time_s,

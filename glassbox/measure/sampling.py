@@ -218,17 +218,15 @@ class RowSampler:
     """Chooses the rows of a sampled step.
 
     Candidates are the decode rows (tokens that were generated) and of each prompt `prefill_rows_per_request`
-    positions, evenly spaced over the whole prompt with its last one included, whichever chunk they come in.
-    If there are more candidates than `max_rows_per_step`, they take turns: a window moves over them from step
-    to step.
+    positions, evenly spaced over the whole prompt with its last one included, whichever chunk they come in. A token
+    that is computed again is none. Nor is a draft token, of which the step can't know whether it will be kept, but
+    for a trace, which hears of it later. If there are more candidates than `max_rows_per_step`, they take turns: a
+    window moves over them from step to step.
 
     Args:
         max_rows_per_step: largest number of rows of a step.
         prefill_rows_per_request: positions per prompt; 0 is none, and a shorter prompt gives all it has.
         max_traced_rows: largest number of rows of traced requests in a step; None is no other than the first.
-        max_spec_tokens: draft tokens per step of speculative decoding. A request with at most one token more
-            in the step is decoding, and all of its tokens are candidates; with more it is recomputing tokens
-            it had before (after a preemption), and only the last is.
     """
 
     def __init__(
@@ -237,12 +235,10 @@ class RowSampler:
         prefill_rows_per_request: int,
         *,
         max_traced_rows: int | None = None,
-        max_spec_tokens: int = 0,
     ) -> None:
         self._max_rows = max_rows_per_step
         self._max_traced = max_rows_per_step if max_traced_rows is None else min(max_traced_rows, max_rows_per_step)
         self._prefill_rows = prefill_rows_per_request
-        self._max_decode_tokens = 1 + max_spec_tokens
         self._turns, self._traced_turns = _Turns(), _Turns()
 
     def select(
@@ -252,6 +248,8 @@ class RowSampler:
         prompt_len: npt.ArrayLike,
         query_start: npt.ArrayLike,
         *,
+        new_from: npt.ArrayLike = 0,
+        num_drafts: npt.ArrayLike = 0,
         traced: npt.NDArray[np.bool_] | None = None,
         excluded: npt.NDArray[np.bool_] | None = None,
         sampled: bool = True,
@@ -263,52 +261,63 @@ class RowSampler:
             num_computed: [B] tokens of it that were computed before.
             prompt_len: [B] tokens of its prompt.
             query_start: [B+1] index of its first token among the step's flattened tokens.
-            traced: [B] requests all of whose candidates are wanted; None is none.
+            new_from: [B] position before which its tokens are computed again.
+            num_drafts: [B] draft tokens, which are the last ones of it in this step.
+            traced: [B] requests all of whose candidates are wanted, drafts included; None is none.
             excluded: [B] requests that have no candidates; None is none.
             sampled: False in a step that is measured for traced requests only.
 
         Returns:
             rows int32 [R, NUM_ROW_COLUMNS], R <= max_rows_per_step, ascending in ROW_QUERY, and the number of
-            candidates that were left out. Rows of traced requests come first in that budget. Those that the sample
-            alone, over what remains of it, would not have chosen are marked ROW_UNCOUNTED.
+            candidates other than drafts that were left out. Rows of traced requests come first in that budget.
+            Drafts, and those that the sample alone, over what remains of it, would not have chosen, are marked
+            ROW_UNCOUNTED.
         """
-        scheduled = np.asarray(num_scheduled, dtype=np.int64)
-        first = np.asarray(num_computed, dtype=np.int64)
+        computed = np.asarray(num_computed, dtype=np.int64)
         prompt = np.asarray(prompt_len, dtype=np.int64)
-        end = first + scheduled
+        end = computed + np.asarray(num_scheduled, dtype=np.int64)
+        first = np.maximum(computed, np.asarray(new_from, dtype=np.int64))
 
         # Positions of the fixed choice lie at ceil((k+1) P / M) - 1, so floor(x M / P) of them are below x.
         chosen = np.minimum(self._prefill_rows, prompt)
         divisor = np.maximum(prompt, 1)
         prefill_from = np.minimum(first, prompt) * chosen // divisor
-        num_prefill = np.minimum(end, prompt) * chosen // divisor - prefill_from
+        num_prefill = np.maximum(np.minimum(end, prompt) * chosen // divisor - prefill_from, 0)
 
-        generated = np.minimum(np.maximum(end - prompt, 0), scheduled)
-        num_decode = np.where(scheduled <= self._max_decode_tokens, generated, np.minimum(generated, 1))
+        decode_from, drafts_from = np.maximum(first, prompt), end - np.asarray(num_drafts, dtype=np.int64)
+        num_certain = num_prefill + np.maximum(drafts_from - decode_from, 0)
+        # Candidates of each request, in the order of their positions.
+        num = num_certain
+        if traced is not None:
+            num = np.where(traced, num_prefill + np.maximum(end - decode_from, 0), num_certain)
         absent = excluded
         if not sampled:
-            absent = np.ones(scheduled.size, dtype=bool) if traced is None else ~traced
+            absent = np.ones(end.size, dtype=bool) if traced is None else ~traced
         if absent is not None:
-            num_prefill, num_decode = np.where(absent, 0, num_prefill), np.where(absent, 0, num_decode)
+            num = np.where(absent, 0, num)
 
-        last = np.cumsum(num_prefill + num_decode)
+        last = np.cumsum(num)
         total = int(last[-1]) if last.size else 0
         if traced is None:
             candidate, counted, in_traces = self._turns.take(total, self._max_rows), None, None
+            num_left_out = total - candidate.size
         else:
-            candidate, counted, in_traces = self._take_traced(np.repeat(traced, num_prefill + num_decode), sampled)
+            within = np.arange(total) - np.repeat(last - num, num)
+            certain = within < np.repeat(num_certain, num)
+            candidate, counted, in_traces = self._take_traced(np.repeat(traced, num), certain, sampled)
+            num_left_out = int(np.count_nonzero(certain) - np.count_nonzero(certain[candidate]))
         request = np.searchsorted(last, candidate, side="right")
-        within = candidate - (last - num_prefill - num_decode)[request]
+        within = candidate - (last - num)[request]
         is_decode = within >= num_prefill[request]
 
         # Ceiling division; `chosen` is 0 only where there are no prefill candidates.
         count = np.maximum(chosen[request], 1)
         prefill_position = -(-(prefill_from[request] + within + 1) * prompt[request] // count) - 1
-        decode_position = end[request] - num_decode[request] + within - num_prefill[request]
+        decode_position = decode_from[request] + within - num_prefill[request]
         position = np.where(is_decode, decode_position, prefill_position)
 
         rows = np.empty((candidate.size, NUM_ROW_COLUMNS), dtype=np.int32)
-        rows[:, ROW_QUERY] = np.asarray(query_start, dtype=np.int64)[request] + position - first[request]
+        rows[:, ROW_QUERY] = np.asarray(query_start, dtype=np.int64)[request] + position - computed[request]
         rows[:, ROW_BATCH] = request
         rows[:, ROW_PHASE] = np.where(is_decode, ROW_DECODE, 0)
         rows[:, ROW_PROMPT_LEN] = prompt[request]
@@ -316,23 +325,27 @@ class RowSampler:
         if counted is not None and in_traces is not None:
             rows[~counted, ROW_PHASE] |= ROW_UNCOUNTED
             rows[in_traces, ROW_SLOT] = np.arange(np.count_nonzero(in_traces))
-        return rows, total - candidate.size
+        return rows, num_left_out
 
     def _take_traced(
-        self, traced: npt.NDArray[np.bool_], sampled: bool
+        self, traced: npt.NDArray[np.bool_], certain: npt.NDArray[np.bool_], sampled: bool
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """Ascending numbers of the candidates to measure, which of them are the sample, and which go to traces.
 
-        The sample is taken over all candidates, traced ones included, so that it stays one of all traffic.
+        The sample is taken over all certain candidates, traced ones included, so that it stays one of all traffic.
 
         Args:
             traced: for each candidate, whether its request is traced.
+            certain: for each candidate, whether it is no draft.
         """
         wanted = np.flatnonzero(traced)
         if wanted.size > self._max_traced:
             wanted = wanted[self._traced_turns.take(wanted.size, self._max_traced)]
         room = self._max_rows - wanted.size
-        sample = self._turns.take(traced.size, room) if sampled else np.zeros(0, dtype=np.int64)
+        sample = np.zeros(0, dtype=np.int64)
+        if sampled:
+            sampleable = np.flatnonzero(certain)
+            sample = sampleable[self._turns.take(sampleable.size, room)]
         candidate = np.union1d(sample, wanted)
         return candidate, _among(candidate, sample), _among(candidate, wanted)
 

@@ -39,6 +39,8 @@ class TraceSummary:
     internal_id: str
     engine: str
     model_name: str
+    requested_model: str
+    adapter: str | None
     why: str
     status: str
     start_time_s: float
@@ -163,6 +165,8 @@ def _summarise(headers: Mapping[str, Mapping[str, Any]]) -> TraceSummary:
         internal_id=first["internal_id"],
         engine=first["engine"],
         model_name=first["model_name"],
+        requested_model=first["requested_model"],
+        adapter=first["adapter"],
         why=first["why"],
         status="active" if active else first["status"],
         start_time_s=_start(headers),

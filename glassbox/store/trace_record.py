@@ -56,7 +56,7 @@ __all__ = [
     "write_trace",
 ]
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 Why = Literal["opt_in", "sampled"]
 Status = Literal["active", "finished", "aborted", "lost"]
 
@@ -85,6 +85,9 @@ class RequestTrace:
         request_id: external id, as the client sees it; the samples of a request with n > 1 share it.
         internal_id: vLLM's own.
         engine, rank, model_name, instance: of the worker; see store/snapshot.py.
+        requested_model: the name by which the client asked for the model, as far as it is known; else that of the
+            adapter or of the model.
+        adapter: name of its LoRA adapter, None if it has none.
         why: opt_in if the client asked, sampled if trace_rate chose it.
         status: finished also if it can't be told from aborted; lost if the worker ended first.
         start_time_s, end_time_s: Unix seconds of its first step and of the step in which the worker heard of its end;
@@ -107,6 +110,8 @@ class RequestTrace:
     rank: int
     model_name: str
     instance: str
+    requested_model: str
+    adapter: str | None
     why: Why
     status: Status
     start_time_s: float

@@ -31,7 +31,8 @@ _ONE: Final = 65_535
 _MAX_POSITIONS: Final = 8192
 _NAMED: Final = (
     "request_id",
-    "model_name",
+    "requested_model",
+    "adapter",
     "status",
     "truncated",
     "prompt_len",

@@ -4,20 +4,25 @@
 
 The draft model is the model itself, so that its layers would be taken for the model's if they were not told apart.
 
-A step verifies the drafted tokens, so it has several decode rows of one request. Rows of rejected drafts are measured,
-too (they were computed); the last row measured at a position is the one whose token was kept.
+A step computes the newest token and the drafted ones, of which it then keeps some. The first request is counted: the
+newest tokens alone. The second one is traced: all tokens that were kept, drafts or not.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 
+from glassbox.adapter.offline_engine import deliver_ends
 from glassbox.core.statistics import INDEX
+from glassbox.store import rundir
+from glassbox.store.trace_directory import TraceDirectory
+from glassbox.store.trace_record import RequestTrace
 from tests.integration.row_recorder import RowRecorder
 from tests.integration.transformers_truth import EagerModel
 
@@ -47,40 +52,62 @@ def main(model: str, method: str) -> None:
         },
     )
     recorder = RowRecorder()
+    counters = running_observer().counters
     prompt = AutoTokenizer.from_pretrained(model).encode("one two three four five one two three four five one two")
-    (output,) = llm.generate(
-        [{"prompt_token_ids": prompt}],
-        SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True),
-        use_tqdm=False,
-    )
-    tokens = [*prompt, *output.outputs[0].token_ids]
-    rows = recorder.take()
-    kept = {row.position: row for row in rows}
-    truth = EagerModel(Path(model), torch.float32).truth(tokens, len(prompt), SINK_TOKENS, LOCAL_WINDOW)
-    names = ("sink_ratio", "local_ratio", "top1_ratio", "entropy_ratio")
-    errors = dict.fromkeys(names, 0.0)
-    for position, row in kept.items():
-        if position >= len(tokens) - 1:
-            continue  # drafts beyond the end
-        for name in names:
-            difference = row.stats[..., INDEX[name]] - truth.values[name][..., position]
-            if name == "entropy_ratio":
-                difference = difference * np.log(position + 1)  # in nats, as the tolerance is
-            errors[name] = max(errors[name], float(np.abs(difference).max()))
-    observer = running_observer()
+    eager = EagerModel(Path(model), torch.float32)
+
+    def serve(extra_args: dict[str, Any] | None) -> tuple[str, list[int]]:
+        (output,) = llm.generate(
+            [{"prompt_token_ids": prompt}],
+            SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, extra_args=extra_args),
+            use_tqdm=False,
+        )
+        return output.request_id, [*prompt, *output.outputs[0].token_ids]
+
+    def errors_of(tokens: list[int], stats: dict[int, np.ndarray]) -> dict[str, float]:
+        """Largest deviation of each statistic; `stats` of each position [L, H, NUM_STATISTICS + 1]."""
+        truth = eager.truth(tokens, len(prompt), SINK_TOKENS, LOCAL_WINDOW)
+        errors = dict.fromkeys(("sink_ratio", "local_ratio", "top1_ratio", "entropy_ratio"), 0.0)
+        for position, values in stats.items():
+            for name in errors:
+                difference = values[..., INDEX[name]] - truth.values[name][..., position]
+                if name == "entropy_ratio":
+                    difference = difference * np.log(position + 1)  # in nats, as the tolerance is
+                errors[name] = max(errors[name], float(np.abs(difference).max()))
+        return errors
+
+    _, tokens = serve(None)
+    rows, steps, dropped = recorder.take(), counters.steps, dict(counters.dropped_rows)
+    request_id, again = serve({"glassbox": "trace"})
+    trace = ended_trace(llm, request_id)
     result = {
         "prompt_len": len(prompt),
         "num_tokens": len(tokens),
-        "rows_per_layer_and_head": sorted(set(observer.measurer.copy(0.0).rows.sum(-1).flatten().tolist())),
-        "num_rows": len(rows),
+        "tokens_again": again == tokens,
+        "rows_per_layer_and_head": sorted(set(running_observer().measurer.copy(0.0).rows.sum(-1).flatten().tolist())),
+        "num_rows": len(rows) + len(recorder.take()),
         "shape": list(rows[0].stats.shape),
-        "steps": observer.counters.steps,
-        "phase_of_position": sorted({(row.position, row.phase) for row in rows}),
-        "num_decode_rows": sum(row.phase for row in rows),
-        "errors": errors,
+        "steps": steps,
+        "dropped": dropped,
+        "phase_of_position": [(row.position, row.phase) for row in rows],
+        "errors": errors_of(tokens, {row.position: row.stats for row in rows}),
+        "trace_positions": trace.positions.tolist(),
+        "trace_errors": errors_of(tokens, dict(zip(trace.positions.tolist(), trace.stats, strict=True))),
     }
     sys.stdout.write(f"RESULT {json.dumps(result)}\n")
     sys.stdout.flush()
+
+
+def ended_trace(llm: Any, request_id: str) -> RequestTrace:
+    """The trace of a request that has ended, once it is written."""
+    deliver_ends(llm)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        trace = TraceDirectory(rundir.run_dir()).get(request_id)
+        if trace is not None and trace.status == "finished":
+            return trace
+        time.sleep(0.1)
+    raise TimeoutError("the trace was not written within 30 s")
 
 
 if __name__ == "__main__":

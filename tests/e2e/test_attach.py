@@ -95,11 +95,12 @@ class TestAttach:
 class TestSpeculativeDecoding:
     @pytest.mark.parametrize("method", ["ngram", "draft_model"])
     def test_rows_are_the_models(self, demo_model_path: Path, tmp_path: Path, method: str) -> None:
-        """Tokens that a step verifies are decode rows, at their own positions; the drafter's rows are not counted."""
+        """A step's newest token is a decode row, its drafts are not; a trace has those that were kept, and no other."""
         path = tmp_path / "glassbox.yaml"
         path.write_text(
             "sample_rate: 1.0\n"
             "sampling: {max_rows_per_step: 4096, prefill_rows_per_request: 8}\n"
+            "export: {interval_s: 0.2}\n"
             "statistics: "
             f"{{sink_tokens: {speculative_run.SINK_TOKENS}, local_window: {speculative_run.LOCAL_WINDOW}}}\n"
         )
@@ -111,12 +112,21 @@ class TestSpeculativeDecoding:
         assert result["steps"] < speculative_run.NUM_TOKENS, "drafts must have been accepted"
         assert result["shape"][:2] == [NUM_LAYERS, NUM_HEADS], "the drafter's layers are not among them"
         assert result["rows_per_layer_and_head"] == [result["num_rows"]]
-        assert result["num_decode_rows"] >= speculative_run.NUM_TOKENS - 1
-        phases = dict(result["phase_of_position"])
-        assert all(phase == (position >= prompt_len) for position, phase in phases.items())
-        assert set(range(prompt_len, num_tokens - 1)) <= phases.keys(), "no generated token is left out"
-        assert result["errors"].pop("entropy_ratio") < ENTROPY_NATS
-        assert all(error < MASS for error in result["errors"].values()), result["errors"]
+        positions = [position for position, _ in result["phase_of_position"]]
+        assert all(phase == (position >= prompt_len) for position, phase in result["phase_of_position"])
+        decode = [position for position in positions if position >= prompt_len]
+        assert positions == sorted(set(positions)), "no row is counted twice"
+        assert len(decode) == result["steps"] - 1, "one row per step after the prompt's"
+        assert decode[-1] < num_tokens - 1
+        assert result["dropped"].keys() == {"draft"}
+        drafts = result["dropped"]["draft"] // (NUM_LAYERS * NUM_HEADS)
+        assert speculative_run.NUM_TOKENS - 1 - len(decode) <= drafts <= speculative_run.DRAFT_TOKENS * len(decode)
+        assert result["tokens_again"]
+        answer = [position for position in result["trace_positions"] if position >= prompt_len]
+        assert answer == list(range(prompt_len, num_tokens - 1)), "every generated token, once"
+        for errors in (result["errors"], result["trace_errors"]):
+            assert errors.pop("entropy_ratio") < ENTROPY_NATS
+            assert all(error < MASS for error in errors.values()), errors
 
 
 def states(folder: Path, *actions: str, **env: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ chunked and served from the prefix cache while they run side by side.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +298,48 @@ class TestStatisticsStayOnesOfTheSample:
         off = [rows_of({"glassbox": "off"}) for _ in range(4)]
         assert sum(plain[i][0] for i in range(4)) == sum(traced[i][0] for i in range(4))
         assert 2 * sum(off[i][0] for i in range(4)) == sum(plain[i][0] for i in range(4))
+
+
+class TestRowsOfRequests:
+    """Each prompt is counted once, and each generated token that was computed; every step is measured here."""
+
+    @pytest.fixture
+    def counted(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[int]]]:
+        """Rows of each phase since the test began, of any layer and head."""
+        observer = running_observer()
+        config = observer._config.model_copy(update={"sample_rate": 1.0})
+        monkeypatch.setattr(observer, "_read_config", lambda: config)
+        engine.llm.reset_prefix_cache()
+        before = observer.measurer.copy(0.0).rows
+
+        def count() -> list[int]:
+            rows = observer.measurer.copy(0.0).rows - before
+            assert (rows == rows[0, 0]).all()
+            return [int(n) for n in rows[0, 0]]
+
+        yield count
+        assert observer.counters.dropped_rows == {}
+
+    def test_preempted(self, engine: Engine, text: list[int], counted: Callable[[], list[int]]) -> None:
+        """What a resumed request computes again is not counted again, of its prompt or of its answer."""
+        prompts = [[i, *text[7 * i : 7 * i + 9 + 11 * i]] for i in range(12)]
+        lengths = [20 + 5 * i for i in range(12)]
+        before = engine.preemptions
+        engine.serve(prompts, lengths, [None] * 12)
+        assert engine.preemptions > before, "the cache must be too small for this test to mean anything"
+        assert counted() == [
+            sum(min(PREFILL_ROWS, len(prompt)) for prompt in prompts), sum(length - 1 for length in lengths)
+        ]  # fmt: skip
+
+    def test_beams(self, engine: Engine, text: list[int], counted: Callable[[], list[int]]) -> None:
+        """Each step of a beam search is a request; its newest token is a decode row, and nothing else of it is one."""
+        from vllm.sampling_params import BeamSearchParams
+
+        prompt, width, steps = text[:50], 3, 5
+        engine.llm.beam_search(
+            [{"prompt_token_ids": prompt}], BeamSearchParams(beam_width=width, max_tokens=steps, ignore_eos=True)
+        )
+        assert counted() == [PREFILL_ROWS, width * (steps - 1)]
 
 
 class TestSnapshots:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from glassbox.cli.dashboards.rule_model import Group, RuleSettings
 from glassbox.cli.dashboards.rules import alerts, recordings
-from glassbox.core.counters import BYPASS_REASONS
+from glassbox.core.counters import BYPASS_REASONS, DROP_REASONS
 from glassbox.core.statistics import STATISTICS, Statistic
 from glassbox.export.families import METRICS
 from glassbox.export.family import Family
@@ -17,6 +17,30 @@ The names are those of Prometheus; in OpenTelemetry dots stand for the first und
 that joins work. Those with `phase` (`prefill` or `decode`) also have `layer` at `export.prometheus.detail: layer`, and
 `layer` and `head` at `detail: head`, if nothing else is said; both are global indices. A **row** is one query token of
 one request in one layer and one head.
+"""
+
+_ROWS = """\
+A row of the phase `prefill` is of a token of the prompt that the client sent, as the chat template wrote it; of each
+prompt `sampling.prefill_rows_per_request` are candidates. One of the phase `decode` is of a token that was generated:
+its attention is that with which the next token was chosen, so the last token of an answer has none. An answer of n
+tokens has n - 1 decode rows, and a sampled step has one of each request that it goes on with. Each is counted when it
+is computed first:
+
+- What comes from the prefix cache, or from another server, nobody computes, and no row of it is counted.
+- **A preempted request** computes its prompt and its answer again when it is resumed; that is not counted again.
+- **Speculative decoding**: a step computes a request's newest token and the drafts after it. The newest one is counted;
+  of the drafts it is known only after the step whether they are kept, so their rows are dropped (reason `draft`), kept
+  or not. There is one decode row per step and request, then, and it is of a token that the model chose itself: the
+  easy ones, that the drafter guessed, are missing. Compare such histograms and baselines with those of servers that
+  draft alike. Traces hold all tokens that were kept, and none that was rejected; the drafter's own layers are nowhere.
+- **Beam search** makes a request of each step of each beam, with what was generated so far in its prompt. The client's
+  prompt counts once, and each beam's newest token is a decode row, whether or not the beam survives: 1 + (n - 1) w
+  requests for n tokens and w beams, and (n - 1) w decode rows.
+- With `n` > 1 each answer is a request of its own, whose prompt counts as far as the prefix cache hasn't got it.
+- **Pooling** (embeddings, classification, scores, rewards): all tokens are of the prompt, there are no decode rows.
+- A request with `"glassbox": "off"` counts nowhere; vLLM doesn't hand that on to a beam search.
+
+What `reason` of `glassbox_dropped_rows_total` says:
 """
 
 _DRIFT = """\
@@ -114,6 +138,9 @@ def render(groups: tuple[Group, ...]) -> str:
                 ("Metric", "Kind", "Unit", "Labels", "Meaning"),
                 [_family(family) for family in METRICS if family.name not in statistics],
             ),
+            "## Which rows are counted\n",
+            _ROWS,
+            _table(("`reason`", "Why"), [(f"`{reason}`", why) for reason, why in DROP_REASONS.items()]),
             "## Output checks\n",
             _CHECKS,
             _table(("`reason`", "Why"), [(f"`{reason}`", why) for reason, why in BYPASS_REASONS.items()]),

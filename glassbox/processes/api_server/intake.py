@@ -16,8 +16,10 @@ from glassbox.adapter.server import ExtraArgs
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger
 from glassbox.core.trace_options import (
+    BEAM_PROMPT_KEY,
     HEADS_KEY,
     LAYERS_KEY,
+    MODEL_KEY,
     PREFIX,
     SPANS_KEY,
     TRACEPARENT_KEY,
@@ -34,6 +36,8 @@ logger = get_logger(__name__)
 
 # The traceparent of the request that is being added, by a task of its own: vLLM drops the headers if it does not trace.
 _traceparent: ContextVar[str | None] = ContextVar("glassbox_traceparent", default=None)
+# The name by which it asks for its model, by the same task: vLLM's engine knows none.
+_model: ContextVar[str | None] = ContextVar("glassbox_model", default=None)
 # Traced requests that may not have ended yet: enough for any server, and bounded if their ends are never told.
 MAX_REMEMBERED: Final = 4096
 
@@ -90,6 +94,10 @@ class Intake:
                 "positions (name=start:end) instead"
             )
 
+    def note_model(self, name: object) -> None:
+        """See server.Intake."""
+        _model.set(name if isinstance(name, str) and name else None)
+
     def wants_chat(self, extra_args: ExtraArgs) -> bool:
         """See server.Intake."""
         # Bad ones are for `resolve` to refuse, where a client's error is known as one.
@@ -114,17 +122,26 @@ class Intake:
 
     def admit(self, extra_args: ExtraArgs, shape: tuple[int, int] | None) -> bool:
         """See server.Intake."""
-        if TRACEPARENT_KEY in extra_args:
+        if TRACEPARENT_KEY in extra_args or MODEL_KEY in extra_args:
             parse_options(extra_args, from_client=True)  # says that it must not be given
         choice = parse_options(extra_args)
         check_model_has(choice, shape)
         return choice.choice == "trace"
 
-    def begin(self, request_id: str, extra_args: ExtraArgs, traceparent: str | None) -> ExtraArgs | None:
+    def begin(self, request_id: str, traceparent: str | None) -> ExtraArgs:
         """See server.Intake."""
         self.traced.add(request_id)
-        traceparent = traceparent or _traceparent.get()
-        return {**extra_args, TRACEPARENT_KEY: str(traceparent)} if traceparent else None
+        known = {TRACEPARENT_KEY: traceparent or _traceparent.get(), MODEL_KEY: _model.get()}
+        return {key: str(value) for key, value in known.items() if value}
+
+    def begin_sampled(self, request_id: str) -> ExtraArgs:
+        """See server.Intake."""
+        model = _model.get()
+        return {MODEL_KEY: model} if model and self._is_sampled(request_id) else {}
+
+    def begin_beam(self, prompt_len: int) -> ExtraArgs:
+        """See server.Intake."""
+        return {BEAM_PROMPT_KEY: prompt_len} if self._config().enabled else {}
 
     def watch_spans(self, endpoint: str) -> None:
         """See server.Intake."""
@@ -135,10 +152,11 @@ class Intake:
             logger.warning("glassbox.attention spans can't be children of vLLM's: %s: %s", type(error).__name__, error)
 
     def _wants_span(self, request_id: str) -> bool:
+        return self._is_sampled(request_id) or (request_id in self.traced and self._config().enabled)
+
+    def _is_sampled(self, request_id: str) -> bool:
         config = self._config()
-        return config.enabled and (
-            request_id in self.traced or is_sampled_request(request_id, config.requests.trace_rate)
-        )
+        return config.enabled and is_sampled_request(request_id, config.requests.trace_rate)
 
     def close(self) -> None:
         """Take the watchers out of the tracer providers."""

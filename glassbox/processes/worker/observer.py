@@ -33,6 +33,7 @@ from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_UNCOUNTED
 from glassbox.measure.contract import Measurer
 from glassbox.measure.sampling import RowSampler, StepSampler
 from glassbox.processes.worker.canary import Canary, StepCheck
+from glassbox.processes.worker.progress import RequestProgress
 from glassbox.processes.worker.step import Step
 from glassbox.processes.worker.traces.tracker import RequestTracker
 
@@ -69,7 +70,7 @@ class Observer:
         canary: which rows are checked, and which layers may be observed.
         listen: told whether layers are to call `after_attention`: in warm-up, since graphs are captured there, and
             then in measured steps.
-        max_spec_tokens: draft tokens a decode step may verify (0 without speculative decoding).
+        exact: the runner computes all scheduled tokens; one that leaves out drafts computes fewer.
         clock: seconds, monotonic.
     """
 
@@ -85,7 +86,7 @@ class Observer:
         canary: Canary,
         listen: Callable[[bool], None],
         errors: ErrorCounter,
-        max_spec_tokens: int = 0,
+        exact: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.armed = False
@@ -96,7 +97,7 @@ class Observer:
         self._all_layers, self._layer_heads = layers, layer_heads
         self._layer_names = frozenset(layer_names)
         self._read_config, self._errors, self._clock = config, errors, clock
-        self._max_spec_tokens = max_spec_tokens
+        self._exact, self._progress = exact, RequestProgress()
         self._step: Step | None = None
         self._config = config()
         self._steps = StepSampler(self._rate(self._config), self._config.sampling.overhead_budget)
@@ -142,13 +143,13 @@ class Observer:
             min(sampling.max_rows_per_step, self.measurer.max_rows),
             sampling.prefill_rows_per_request,
             max_traced_rows=self.measurer.max_traced_rows,
-            max_spec_tokens=self._max_spec_tokens,
         )
         selected = set(sampling.layers.select(self._all_layers))
         self._layers = frozenset(row for row, layer in enumerate(self._all_layers) if layer in selected)
 
     def idle_step(self, runner: Runner, scheduled: ScheduledStep) -> None:
         """A scheduler output without tokens: it only tells which requests are gone."""
+        self._follow(scheduled)
         if lacks(Feature.TRACES):
             return
         try:
@@ -160,6 +161,7 @@ class Observer:
         """A real engine step starts; the runner has not seen its scheduler output yet."""
         step = self._step = Step(self.measurer, self._listen, self._errors, self._clock, runner, scheduled)
         self.counters.steps += 1
+        self._follow(scheduled)
         try:
             config = self._read_config()
             if config is not self._config:
@@ -176,6 +178,14 @@ class Observer:
         except Exception as error:
             step.fail("begin_step", error)
         step.overhead_s += self._clock() - step.started_s
+
+    def _follow(self, scheduled: ScheduledStep) -> None:
+        if lacks(Feature.PROGRESS) or lacks(Feature.TRACES):
+            return
+        try:
+            self._progress.begin_step(scheduled)
+        except Exception as error:
+            self._errors.count("progress", error)
 
     def _has_traced(self, runner: Runner, scheduled: ScheduledStep, config: GlassboxConfig) -> bool:
         if lacks(Feature.TRACES):
@@ -213,21 +223,24 @@ class Observer:
 
     def _choose_rows(self, step: Step, common_attn_metadata: CommonMetadata) -> None:
         batch = read_batch(step.runner, step.prepared, common_attn_metadata)
-        # Drafts that are left out by adaptive verification are known on the device alone.
-        exact = self._max_spec_tokens == 0
-        check_batch(batch, step.scheduled.scheduled, common_attn_metadata, exact)
+        check_batch(batch, step.scheduled.scheduled, common_attn_metadata, self._exact)
+        batch = self._progress.of_client(batch)
+        num_drafts = self._num_drafts(step.scheduled, batch)
         traced, excluded = self.requests.marks(batch.req_ids)
         rows, dropped = self._rows.select(
             batch.num_scheduled,
             batch.num_computed,
             batch.prompt_len,
             batch.query_start,
+            new_from=self._progress.new_from(batch),
+            num_drafts=num_drafts,
             traced=traced,
             excluded=excluded,
             sampled=step.sampled,
         )
-        if dropped:
-            self.counters.dropped_rows["max_rows_per_step"] += dropped * self._places(self._layers)
+        self._drop("max_rows_per_step", dropped)
+        if step.sampled:
+            self._drop("draft", int(num_drafts.sum() if excluded is None else num_drafts[~excluded].sum()))
         check = None
         if step.checked:
             rows, check = self._add_checked(batch, rows, excluded)
@@ -237,7 +250,7 @@ class Observer:
             assert rows[:, ROW_BATCH].max() < len(batch.prompt_len)
             traces = None
             if traced is not None:
-                traces = self.requests.trace_rows(step.runner, batch, rows)
+                traces = self.requests.trace_rows(step.runner, batch, rows, num_drafts)
                 step.counted_share = 1 - np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED) / len(rows)
             if check is not None:
                 # After those of the traced rows, which are told from others by having one.
@@ -249,6 +262,23 @@ class Observer:
                 layers = self._without_sample(rows, layers, of_traces)
             if layers or check is not None:
                 step.begin(rows, layers, traces, check)
+
+    @staticmethod
+    def _num_drafts(scheduled: ScheduledStep, batch: Batch) -> np.ndarray:
+        """[B] draft tokens of each request, the last ones of it in the step."""
+        num_drafts = np.zeros(len(batch.req_ids), dtype=np.int64)
+        drafts = {} if lacks(Feature.PROGRESS) else scheduled.drafts
+        if drafts:
+            for row, req_id in enumerate(batch.req_ids):
+                # A runner may leave out some of them, never one of the others.
+                certain = scheduled.scheduled[req_id] - len(drafts.get(req_id, ()))
+                num_drafts[row] = max(batch.num_scheduled[row] - certain, 0)
+        return num_drafts
+
+    def _drop(self, reason: str, rows: int) -> None:
+        """Rows that are not measured, in rows_total's unit: one per layer and head."""
+        if rows:
+            self.counters.dropped_rows[reason] += rows * self._places(self._layers)
 
     def _add_checked(
         self, batch: Batch, rows: np.ndarray, excluded: np.ndarray | None

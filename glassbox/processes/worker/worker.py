@@ -92,6 +92,7 @@ class Worker:
             num_heads=layers.num_heads,
             num_heads_total=heads.total,
             max_model_len=facts.max_model_len,
+            knows_positions=not (facts.drafts and facts.schedules_ahead),
             tokenizer=facts.tokenizer,
             tokenizer_revision=facts.tokenizer_revision,
             unobserved=untraceable(facts),
@@ -124,7 +125,7 @@ class Worker:
             canary=self._canary,
             listen=SEAT.listening.listen,
             errors=errors,
-            max_spec_tokens=facts.max_spec_tokens,
+            exact=not facts.drafts,
         )
         self._exporter = ExporterProcess(settings.path)
         self._wake = threading.Event()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from glassbox.adapter.runner import Batch, BatchMismatchError, TokenCopy, check_batch, read_batch
+from glassbox.adapter.runner import Batch, BatchMismatchError, TokenCopy, check_batch, read_batch, until_end
 
 PROMPT = [11, 12, 13]
 EOS, STOP = 2, 7
@@ -17,7 +17,7 @@ EOS, STOP = 2, 7
 def copied(generated: list[int], behind: list[int] | None = None, **params: Any) -> TokenCopy:
     """A runner's row: the request's tokens, and behind them what is left of another request."""
     ids = np.array([*PROMPT, *generated, *(behind or [99, 98])], dtype=np.int32)
-    given = {"eos_token_id": EOS, "stop_token_ids": [STOP], **params}
+    given = {"eos_token_id": EOS, "stop_token_ids": [STOP], "max_tokens": None, **params}
     return TokenCopy(None, ids, np.int64(len(PROMPT) + len(generated)), len(PROMPT), SimpleNamespace(**given))
 
 
@@ -27,19 +27,27 @@ class TestTokenCopy:
         tokens = copied([5, 6, EOS]).tokens()
         assert (tokens.prompt, tokens.generated) == (PROMPT, [5, 6, EOS])
 
+    def test_a_pooling_request(self) -> None:
+        """It has no sampling parameters and generates nothing."""
+        tokens = until_end(TokenCopy(None, np.array(PROMPT), np.int64(3), 3, None).tokens())
+        assert (tokens.prompt, tokens.generated) == (PROMPT, [])
+
+
+class TestUntilEnd:
     @pytest.mark.parametrize("end", [EOS, STOP])
     def test_a_token_after_the_end(self, end: int) -> None:
         """Asynchronous scheduling may have computed one more step: the client never got its token."""
-        assert copied([5, end, 8]).tokens().generated == [5, end]
+        assert until_end(copied([5, end, 8]).tokens()).generated == [5, end]
+
+    def test_drafts_behind_the_last_token(self) -> None:
+        """A step may keep more drafts than the answer has room for."""
+        assert until_end(copied([5, 6, 8, 9], max_tokens=2).tokens()).generated == [5, 6]
+        assert until_end(copied([5], max_tokens=2).tokens()).generated == [5]
 
     def test_ends_that_are_none(self) -> None:
         """With ignore_eos vLLM gives no end token."""
-        assert copied([EOS, 5, 6], eos_token_id=None, stop_token_ids=[]).tokens().generated == [EOS, 5, 6]
-
-    def test_a_pooling_request(self) -> None:
-        """It has no sampling parameters and generates nothing."""
-        tokens = TokenCopy(None, np.array(PROMPT), np.int64(3), 3, None).tokens()
-        assert (tokens.prompt, tokens.generated) == (PROMPT, [])
+        tokens = copied([EOS, 5, 6], eos_token_id=None, stop_token_ids=[]).tokens()
+        assert until_end(tokens).generated == [EOS, 5, 6]
 
 
 # Three requests: a whole prompt, a chunk and a decode.

@@ -79,13 +79,17 @@ class TestSpan:
         (span,) = sent(receiver, tmp_path, make_trace())
         found = received_attributes(span.attributes)
         assert "cmpl-1-0" == found["gen_ai.request.id"]
-        assert "tiny/model" == found["gen_ai.request.model"]
+        assert ("tiny", "poet") == (found["gen_ai.request.model"], found["glassbox.adapter"])
         assert ("opt_in", "finished", False) == tuple(found[f"glassbox.{n}"] for n in ("why", "status", "truncated"))
         assert (6, 4, 5) == tuple(found[f"glassbox.{n}"] for n in ("prompt_tokens", "generated_tokens", "rows"))
         assert all(isinstance(value, str | bool | int | float) for value in found.values())
         assert [name for name in found if "entropy" in name]
         (resource,) = receiver.requests[0].message.resource_spans
         assert "vllm" == received_attributes(resource.resource.attributes)["service.name"]
+
+    def test_without_an_adapter(self) -> None:
+        """The attribute is left out."""
+        assert "glassbox.adapter" not in attributes(make_trace(adapter=None))
 
     def test_its_time(self, receiver: OtlpReceiver, tmp_path: Path) -> None:
         """From the request's first step to its end."""

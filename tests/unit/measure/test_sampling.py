@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
+from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.measure.sampling import RowSampler, StepSampler, is_sampled_step
 
 
@@ -225,7 +225,10 @@ def fixed_positions(prompt_len: int, rows: int) -> set[int]:
 
 
 def brute_force(
-    batch: list[tuple[int, int, int]], prefill_rows: int, max_spec_tokens: int
+    batch: list[tuple[int, int, int]],
+    prefill_rows: int,
+    new_from: list[int] | None = None,
+    num_drafts: list[int] | None = None,
 ) -> list[tuple[int, int, int, int]]:
     """All candidates (query, row, phase, prompt length) of (scheduled, computed, prompt length) requests."""
     candidates = []
@@ -233,10 +236,11 @@ def brute_force(
     for row, (scheduled, computed, prompt_len) in enumerate(batch):
         for offset in range(scheduled):
             position = computed + offset
-            if position < prompt_len:
-                wanted = position in fixed_positions(prompt_len, prefill_rows)
-            else:
-                wanted = scheduled <= 1 + max_spec_tokens or offset == scheduled - 1
+            wanted = position >= prompt_len or position in fixed_positions(prompt_len, prefill_rows)
+            if new_from is not None:
+                wanted &= position >= new_from[row]
+            if num_drafts is not None and position >= prompt_len:
+                wanted &= offset < scheduled - num_drafts[row]
             if wanted:
                 candidates.append((query + offset, row, int(position >= prompt_len), prompt_len))
         query += scheduled
@@ -253,12 +257,14 @@ requests = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60), st.integer
 
 
 class TestRowSampler:
-    @given(requests, st.integers(0, 20), st.integers(0, 4))
+    @given(requests, st.integers(0, 20), st.data())
     @settings(max_examples=300, deadline=None)
-    def test_candidates(self, batch: list[tuple[int, int, int]], prefill_rows: int, spec: int) -> None:
+    def test_candidates(self, batch: list[tuple[int, int, int]], prefill_rows: int, data: st.DataObject) -> None:
         """With room for all, the rows are exactly those of the definition, in the order of the tokens."""
-        rows, dropped = select(RowSampler(10_000, prefill_rows, max_spec_tokens=spec), batch)
-        expected = brute_force(batch, prefill_rows, spec)
+        new_from = [data.draw(st.integers(0, 110)) for _ in batch]
+        num_drafts = [data.draw(st.integers(0, max(0, min(n, at + n - length)))) for n, at, length in batch]
+        rows, dropped = select(RowSampler(10_000, prefill_rows), batch, new_from=new_from, num_drafts=num_drafts)
+        expected = brute_force(batch, prefill_rows, new_from, num_drafts)
         assert [tuple(row[:4]) for row in rows.tolist()] == expected
         assert dropped == 0
         assert rows.dtype == np.int32
@@ -269,7 +275,7 @@ class TestRowSampler:
     def test_limit(self, batch: list[tuple[int, int, int]], max_rows: int, repeats: int) -> None:
         """With less room, each step has max_rows candidates, and each has its turn as often as any, +-1."""
         sampler = RowSampler(max_rows, 8)
-        expected = brute_force(batch, 8, 0)
+        expected = brute_force(batch, 8)
         turns = dict.fromkeys(expected, 0)
         for _ in range(repeats):
             rows, dropped = select(sampler, batch)
@@ -316,9 +322,22 @@ class TestRowSampler:
         assert select(sampler, [(1, 9, 9)])[0][0, ROW_PHASE] == 1
 
     def test_resumed_request(self) -> None:
-        """A preempted request that recomputes 5 generated tokens gives the last of them as decode row."""
-        rows, _ = select(RowSampler(256, 0), [(14, 0, 9)])
+        """A preempted request computes its prompt and 4 generated tokens again; the fifth one alone is new."""
+        rows, _ = select(RowSampler(256, 8), [(14, 0, 9)], new_from=[13])
         assert rows.tolist() == [[13, 0, 1, 9, -1]]
+
+    def test_prompt_that_was_interrupted(self) -> None:
+        """Of a prompt whose first 6 tokens are computed again, the others are measured, and no chunk of the former."""
+        sampler = RowSampler(256, 9)
+        assert select(sampler, [(4, 0, 9)], new_from=[6])[0].tolist() == []
+        rows, _ = select(sampler, [(5, 4, 9)], new_from=[6])
+        assert rows[:, ROW_QUERY].tolist() == [2, 3, 4]
+
+    def test_drafts(self) -> None:
+        """Of a step that verifies 3 drafts, the token before them is measured; they are not said to be left out."""
+        rows, dropped = select(RowSampler(256, 8), [(4, 20, 9), (1, 30, 9)], num_drafts=[3, 0])
+        assert rows[:, [ROW_QUERY, ROW_BATCH, ROW_PHASE]].tolist() == [[0, 0, 1], [4, 1, 1]]
+        assert dropped == 0
 
     def test_steady_batch_shares_turns(self) -> None:
         """Of 1000 decoding requests with room for 256, after 125 steps each was measured 32 times."""
@@ -366,7 +385,7 @@ class TestTracedRows:
         uncounted = 0 if sampled else ROW_UNCOUNTED
         expected = [
             (query, row, phase | uncounted, prompt_len)
-            for query, row, phase, prompt_len in brute_force(plain, 8, 0)
+            for query, row, phase, prompt_len in brute_force(plain, 8)
             if not excluded[row] and (sampled or traced[row])
         ]
         assert [tuple(row[:4]) for row in rows.tolist()] == expected
@@ -381,7 +400,7 @@ class TestTracedRows:
         """Never more than max_rows; all traced rows as long as they fit; what is left out is counted."""
         plain, traced, _ = self.columns(batch)
         rows, dropped = select(RowSampler(max_rows, 8), plain, traced=traced)
-        candidates = brute_force(plain, 8, 0)
+        candidates = brute_force(plain, 8)
         wanted = sum(bool(traced[row[1]]) for row in candidates)
         assert len(rows) <= max_rows
         assert dropped == len(candidates) - len(rows)
@@ -399,7 +418,7 @@ class TestTracedRows:
         sampler = RowSampler(max_rows, 8, max_traced_rows=max_traced)
         for _ in range(3):
             rows, dropped = select(sampler, plain, traced=traced)
-            candidates = brute_force(plain, 8, 0)
+            candidates = brute_force(plain, 8)
             wanted = sum(bool(traced[row[1]]) for row in candidates)
             slots = rows[rows[:, ROW_SLOT] >= 0]
             assert slots[:, ROW_SLOT].tolist() == list(range(min(wanted, max_rows, max_traced)))
@@ -407,6 +426,23 @@ class TestTracedRows:
             assert len(rows) <= max_rows
             assert dropped == len(candidates) - len(rows)
             assert ((rows[:, ROW_PHASE] & ROW_UNCOUNTED == 0) | (rows[:, ROW_SLOT] >= 0)).all()
+
+    def test_drafts_are_for_traces_alone(self) -> None:
+        """A traced request's drafts are measured, uncounted; the sample has the tokens before them, as anyone's."""
+        batch, traced = [(4, 20, 9), (4, 30, 9)], np.array([True, False])
+        rows, dropped = select(RowSampler(256, 8), batch, num_drafts=[3, 3], traced=traced)
+        draft = ROW_DECODE | ROW_UNCOUNTED
+        expected = [[0, ROW_DECODE, 0], [1, draft, 1], [2, draft, 2], [3, draft, 3], [4, ROW_DECODE, -1]]
+        assert rows[:, [ROW_QUERY, ROW_PHASE, ROW_SLOT]].tolist() == expected
+        assert dropped == 0
+
+    def test_drafts_without_room(self) -> None:
+        """Those that are left out are not among the rows that should have been measured."""
+        batch, traced = [(4, 20, 9), (1, 30, 9)], np.array([True, False])
+        rows, dropped = select(RowSampler(2, 8), batch, num_drafts=[3, 0], traced=traced)
+        certain = {0, 4}
+        assert dropped == 2 - len(certain & set(rows[:, ROW_QUERY].tolist()))
+        assert len(rows) == 2
 
     def test_the_sample_stays_fair(self) -> None:
         """Of 100 requests of which 10 are traced, each is counted as often as any other."""

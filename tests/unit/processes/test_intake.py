@@ -56,6 +56,8 @@ class Server:
 
         async def check_model(_: Any, request: Any) -> None:
             self.seen.append(request)
+            if (processed := vars(request).get("then")) is not None:
+                processed()
 
         def process_inputs(_: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             self.seen.append(params)
@@ -76,9 +78,15 @@ class Server:
     def process(self, request_id: str, extra_args: dict[str, Any] | None, **kwargs: Any) -> dict[str, Any] | None:
         processor = SimpleNamespace(vllm_config=VLLM_CONFIG)
         result: dict[str, Any] | None = self._process(
-            processor, request_id, {}, Params(extra_args), ("generate",), **kwargs
+            processor, request_id, kwargs.pop("prompt", {}), Params(extra_args), ("generate",), **kwargs
         ).sampling_params.extra_args
         return result
+
+    def ask(self, model: str | None, request_id: str, extra_args: dict[str, Any] | None) -> dict[str, Any] | None:
+        """A request of an API, from its check to the engine, in a task of its own."""
+        found: list[dict[str, Any] | None] = []
+        self.check(extra_args, model=model, then=lambda: found.append(self.process(request_id, extra_args)))
+        return found[0]
 
     def add(self, extra_args: dict[str, Any], headers: dict[str, str] | None) -> dict[str, Any] | None:
         result: dict[str, Any] | None = asyncio.run(
@@ -193,6 +201,68 @@ class TestProcessInputs:
         extra_args = {"glassbox": "trace"}
         assert extra_args == server.process("r1", extra_args, trace_headers={"traceparent": TRACEPARENT})
         assert "r1" not in server.intake.traced
+
+
+class TestNames:
+    def test_as_the_client_called_it(self, server: Server) -> None:
+        """A traced request has the name with it; one that gives none, and one that isn't traced, has not."""
+        traced = {"glassbox": "trace"}
+        assert {**traced, "glassbox_model": "small"} == server.ask("small", "r1", traced)
+        assert traced == server.ask(None, "r2", traced)
+        assert {"glassbox": "off"} == server.ask("small", "r3", {"glassbox": "off"})
+        assert server.ask("small", "r4", None) is None
+
+    def test_of_a_request_that_the_rate_chooses(self) -> None:
+        """It says nothing to glassbox itself, and may have keys of others."""
+        server = Server({"requests": {"trace_rate": 1.0}})
+        assert {"glassbox_model": "small"} == server.ask("small", "r1", None)
+        assert {"other": 1, "glassbox_model": "small"} == server.ask("small", "r2", {"other": 1})
+        assert {"glassbox": "off"} == server.ask("small", "r3", {"glassbox": "off"})
+
+    def test_not_a_clients_to_give(self, server: Server) -> None:
+        """It would be taken for what glassbox found."""
+        with pytest.raises(ClientError, match="'glassbox_model' must be one of glassbox, "):
+            server.check({"glassbox": "trace", "glassbox_model": "other"})
+        with pytest.raises(ClientError, match="'glassbox_model' must be one of glassbox, "):
+            server.process("r1", {"glassbox": "trace", "glassbox_model": "other"})
+
+
+class Beam:
+    """As vLLM's BeamSearchSequence."""
+
+    def __init__(self, orig_prompt: dict[str, Any], tokens: list[int]) -> None:
+        self.orig_prompt, self.tokens = orig_prompt, tokens
+
+    def get_prompt(self) -> dict[str, Any]:
+        return {"type": "token", "prompt_token_ids": self.tokens}
+
+
+class TestBeams:
+    @pytest.fixture
+    def beams(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+        monkeypatch.setattr(Beam, "get_prompt", server.wrappers.get_prompt(Beam.get_prompt))
+        return server
+
+    @pytest.mark.parametrize("encoder", [False, True])
+    def test_where_the_clients_prompt_ends(self, beams: Server, encoder: bool) -> None:
+        """A beam that goes on says it, also of an encoder-decoder's; a search's first request has nothing to say."""
+        own: dict[str, Any] = {"type": "token", "prompt_token_ids": [1, 2, 3]}
+        prompt = {"type": "enc_dec", "decoder_prompt": own} if encoder else own
+        assert beams.process("r-beam-0", None, prompt=Beam(prompt, [1, 2, 3]).get_prompt()) is None
+        found = beams.process("r-beam-0", {"other": 1}, prompt=Beam(prompt, [1, 2, 3, 8, 9]).get_prompt())
+        assert {"other": 1, "glassbox_beam_prompt": 3} == found
+
+    def test_not_a_clients_to_give(self, server: Server) -> None:
+        """It would move the client's own prompt."""
+        with pytest.raises(ClientError, match="'glassbox_beam_prompt' must be one of glassbox, "):
+            server.process("r1", {"glassbox_beam_prompt": 1})
+
+    def test_switched_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With `enabled: false` the engine gets what it would get without glassbox."""
+        server = Server({"enabled": False})
+        monkeypatch.setattr(Beam, "get_prompt", server.wrappers.get_prompt(Beam.get_prompt))
+        prompt = Beam({"type": "token", "prompt_token_ids": [1]}, [1, 2]).get_prompt()
+        assert server.process("r-beam-0", None, prompt=prompt) is None
 
 
 class TestRenderChatRequest:

@@ -13,7 +13,7 @@ from glassbox.adapter.attention.cache_layout import CacheLayout, Places
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
-from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
+from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_PROMPT_LEN, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.measure.contract import CheckLimits
 from glassbox.measure.deferred import DeferredActions
 from glassbox.processes.worker.canary import Canary
@@ -21,7 +21,7 @@ from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.traced_step import TracedStep
 from glassbox.processes.worker.traces.tracker import RequestTracker
 from tests.canaries import QuietCanary
-from tests.trace_samples import Scheduled, make_host, new_request, scheduled_step
+from tests.trace_samples import Continued, Scheduled, make_host, new_request, scheduled_step
 
 LAYERS: Final = (0, 1, 2, 3)
 NAMES: Final = tuple(f"model.layers.{layer}.self_attn.attn" for layer in LAYERS)
@@ -144,7 +144,6 @@ class Setup:
             canary=canary or QuietCanary(LAYERS),
             listen=self.listen,
             errors=self.errors,
-            max_spec_tokens=0,
             clock=self.clock,
         )
         self.observer.arm()
@@ -168,10 +167,11 @@ class Setup:
         groups: tuple[tuple[str, ...], ...] = (NAMES,),
         new: dict[int, dict[str, Any]] | None = None,
         in_forward: Callable[[], None] = lambda: None,
+        **said: Any,
     ) -> None:
         """One step of `(scheduled, computed, prompt length)` requests, whose forward takes `step_s` seconds.
 
-        `new`: extra_args of those that the runner hears of for the first time.
+        `new`: extra_args of those that the runner hears of for the first time; `said`: what else vLLM's output says.
         """
         scheduled, computed, prompt = (np.array(column, dtype=np.int32) for column in zip(*requests, strict=True))
         starts = np.concatenate([[0], np.cumsum(scheduled)]).astype(np.int32)
@@ -193,6 +193,7 @@ class Setup:
                 new_request(f"request-{i}", requests[i][2], extra_args) for i, extra_args in (new or {}).items()
             ],
             num_scheduled_tokens={f"request-{i}": int(n) for i, n in enumerate(scheduled)},
+            **said,
         )
         self.observer.start_step(SimpleNamespace(input_batch=batch), ScheduledStep(output))
         try:
@@ -284,6 +285,36 @@ class TestSampledStep:
         setup.edit(sampling={"max_rows_per_step": 4000})
         setup.step([DECODE] * 5)
         assert len(setup.measurer.rows[0]) == 3
+
+
+class TestRowsAreWhatTheyAreCalled:
+    def test_drafts(self) -> None:
+        """They are not measured, and counted as rows are."""
+        setup = Setup(sampling={"layers": [1, 3]})
+        setup.step([(4, 9, 7), DECODE], scheduled_spec_decode_tokens={"request-0": [1, 2, 3]})
+        (rows,) = setup.measurer.rows
+        assert rows[:, [ROW_QUERY, ROW_PHASE]].tolist() == [[0, 1], [4, 1]]
+        assert setup.observer.counters.dropped_rows == {"draft": 3 * 2 * NUM_HEADS}
+
+    def test_drafts_of_one_that_is_off(self) -> None:
+        """A request without statistics leaves none out."""
+        setup = Setup()
+        drafts = {"request-0": [1, 2, 3]}
+        setup.step([(4, 9, 7), DECODE], new={0: {"glassbox": "off"}}, scheduled_spec_decode_tokens=drafts)
+        assert setup.observer.counters.dropped_rows == {}
+
+    def test_resumed(self) -> None:
+        """Of a request that was preempted at its third token, that one alone is measured when it is resumed."""
+        setup = Setup()
+        setup.step([(9, 0, 6)], scheduled_cached_reqs=Continued(["request-0"], [0], [3], {"request-0"}))
+        assert setup.measurer.rows[0][:, [ROW_QUERY, ROW_PHASE]].tolist() == [[8, 1]]
+
+    def test_beam(self) -> None:
+        """A beam's newest token is one that was generated, after the client's prompt."""
+        setup = Setup()
+        setup.step([(9, 0, 9)], new={0: {"glassbox_beam_prompt": 6}})
+        (rows,) = setup.measurer.rows
+        assert rows[:, [ROW_QUERY, ROW_PHASE, ROW_PROMPT_LEN]].tolist() == [[8, 1, 6]]
 
 
 class TestSteps:
@@ -434,7 +465,7 @@ class TestTracedRequests:
         """An error in following requests is counted; the step is sampled all the same."""
         setup = Setup()
         setup.observer.idle_step(SimpleNamespace(), ScheduledStep(SimpleNamespace()))
-        assert setup.errors.counts() == {"requests": 1}
+        assert setup.errors.counts() == {"progress": 1, "requests": 1}
         setup.step([DECODE], new={0: {"glassbox": object()}})
         assert len(setup.measurer.rows) == 1
 

@@ -18,7 +18,7 @@ from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import RowSampler, is_sampled_request
 from glassbox.processes.worker.traces.tracker import REFUSAL_REASONS, RequestTracker, row_positions
-from tests.trace_samples import make_host, new_request, scheduled_step
+from tests.trace_samples import Continued, make_host, new_request, scheduled_step
 
 LOCAL_LAYERS = frozenset({0, 1})
 NO_RUNNER = SimpleNamespace()
@@ -116,6 +116,25 @@ class TestOptIn:
         arrive(requests, "a", extra_args={"glassbox_traceparent": parent}, settings_=config(trace_rate=1.0))
         assert requests.active()[0].record().traceparent == parent
 
+    @pytest.mark.parametrize(
+        ("noted", "adapter", "names"),
+        [
+            ({}, None, ("tiny/model", None)),
+            ({"glassbox_model": "small"}, None, ("small", None)),
+            ({}, "poet", ("poet", "poet")),
+            ({"glassbox_model": "small"}, "poet", ("small", "poet")),
+        ],
+    )
+    def test_names(self, noted: dict[str, Any], adapter: str | None, names: tuple[str, str | None]) -> None:
+        """The model's as the client called it, and the adapter's; the engine keeps its own."""
+        requests = tracker()
+        new = new_request("a", 5, {**TRACE, **noted}, adapter=adapter)
+        requests.begin_step(NO_RUNNER, scheduled_step([new], {"a": 5}), config(), LOCAL_LAYERS)
+        (trace,) = requests.active()
+        record = trace.record()
+        assert (record.requested_model, record.adapter) == names
+        assert record.model_name == "tiny/model"
+
     def test_nothing_is_kept_of_others(self) -> None:
         """A request that says nothing leaves nothing behind."""
         requests = tracker()
@@ -173,9 +192,24 @@ class TestRefusals:
         assert refused(requests) == {"disabled": 1}
         assert requests.marks(("a", "b"))[0] is None
 
+    def test_unknown_positions(self) -> None:
+        """Asynchronous scheduling with speculative decoding."""
+        requests = tracker(knows_positions=False)
+        arrive(requests, "a", extra_args=TRACE)
+        assert refused(requests) == {"positions": 1}
+
     def test_every_reason_is_explained(self) -> None:
         """Series exist from the start, so that a rate sees the first refusal."""
         assert tracker().counts() == (dict.fromkeys(REFUSAL_REASONS, 0), {"opt_in": 0, "sampled": 0})
+
+
+class TestBeams:
+    def test_not_traced(self) -> None:
+        """A beam's every token is a request of its own, which the rate may choose."""
+        requests = tracker()
+        arrive(requests, "a", extra_args={"glassbox_beam_prompt": 3}, settings_=config(trace_rate=1.0))
+        assert requests.active() == []
+        assert refused(requests) == {}
 
 
 class TestOff:
@@ -249,7 +283,11 @@ class TestEnds:
 
 
 def measure(
-    requests: RequestTracker, runner: Any, batch_rows: list[tuple[int, int, int]], sampler: RowSampler | None = None
+    requests: RequestTracker,
+    runner: Any,
+    batch_rows: list[tuple[int, int, int]],
+    sampler: RowSampler | None = None,
+    num_drafts: list[int] | None = None,
 ) -> np.ndarray:
     """A step's rows, as the observer does it: `(scheduled, computed, prompt length)` per batch row.
 
@@ -257,11 +295,12 @@ def measure(
     """
     batch = read_batch(runner, None, runner.metadata(batch_rows))
     traced, excluded = requests.marks(batch.req_ids)
+    drafts = np.array(num_drafts or [0] * len(batch_rows), dtype=np.int64)
     rows, _ = (sampler or RowSampler(4096, 8)).select(
-        batch.num_scheduled, batch.num_computed, batch.prompt_len, batch.query_start, traced=traced,
+        batch.num_scheduled, batch.num_computed, batch.prompt_len, batch.query_start, num_drafts=drafts, traced=traced,
         excluded=excluded, sampled=False,
     )  # fmt: skip
-    step = requests.trace_rows(runner, batch, rows)
+    step = requests.trace_rows(runner, batch, rows, drafts)
     if step is not None:
         stats = np.zeros((len(rows), 2, NUM_STATISTICS + 1), dtype=np.float32)
         stats[..., 0] = (1000 * rows[:, ROW_BATCH] + rows[:, ROW_QUERY])[:, None]
@@ -292,6 +331,78 @@ class FakeRunner:
         return SimpleNamespace(query_start_loc_cpu=torch.from_numpy(starts))
 
     ids: list[str]
+
+
+class TestDrafts:
+    """A request with a prompt of 5 tokens, of whose answer a step verifies 3 drafts."""
+
+    def start(self) -> tuple[RequestTracker, FakeRunner]:
+        requests, runner = tracker(), FakeRunner()
+        runner.ids = ["a"]
+        arrive(requests, "a", extra_args=TRACE)
+        measure(requests, runner, [(5, 0, 5)])
+        return requests, runner
+
+    def step(self, requests: RequestTracker, runner: FakeRunner, computed: int, drafts: int) -> None:
+        """A step from `computed` on, which vLLM's scheduler tells how many tokens were generated before."""
+        continued = Continued(["a"], [computed], [computed + 1 - 5])
+        output = scheduled_step(num_scheduled_tokens={"a": 1 + drafts}, scheduled_cached_reqs=continued)
+        if requests.begin_step(runner, output, config(), LOCAL_LAYERS):
+            measure(requests, runner, [(1 + drafts, computed, 5)], num_drafts=[drafts])
+
+    def found(self, requests: RequestTracker) -> tuple[list[int], int]:
+        (trace,) = requests.active() or requests.ended()
+        record = trace.record()
+        return record.positions.tolist(), record.num_generated
+
+    def test_known_with_the_next_step(self) -> None:
+        """Until then they are left out; then those that were kept are in, though nothing computes them again."""
+        requests, runner = self.start()
+        self.step(requests, runner, 5, 3)
+        assert self.found(requests) == ([*range(5), 5], 2)
+        self.step(requests, runner, 8, 3)  # two were kept
+        assert self.found(requests) == ([*range(5), 5, 6, 7, 8], 5)
+
+    def test_a_rejected_one_that_is_not_measured_again(self) -> None:
+        """When a trace is full, rejected drafts are not taken for the tokens that came in their place."""
+        requests, runner = self.start()
+        self.step(requests, runner, 5, 3)
+        (trace,) = requests.active()
+        trace.nbytes = 10**9
+        self.step(requests, runner, 6, 3)
+        assert trace.truncated
+        assert self.found(requests) == ([*range(5), 5], 2)
+        self.step(requests, runner, 9, 3)
+        state = SimpleNamespace(prompt_token_ids=[0] * 5, output_token_ids=[0] * 6, sampling_params=None)
+        finish(requests, "a", runner=SimpleNamespace(requests={"a": state}))
+        assert self.found(requests) == ([*range(5), 5], 6)
+
+    @pytest.mark.parametrize("v2", [False, True])
+    def test_preempted(self, v2: bool) -> None:
+        """A resumed request's computed tokens say nothing of its drafts; the tokens that it has do."""
+        requests, runner = self.start()
+        self.step(requests, runner, 5, 3)
+        new = [new_request("a", 5, TRACE, [0] * 7)] if v2 else []  # five, the first and one draft
+        continued = Continued([] if v2 else ["a"], [] if v2 else [0], [] if v2 else [2], {"a"})
+        output = scheduled_step(new, {"a": 7}, scheduled_cached_reqs=continued)
+        requests.begin_step(runner, output, config(), LOCAL_LAYERS)
+        assert self.found(requests) == ([*range(5), 5], 2)
+
+    @pytest.mark.parametrize(("generated", "positions"), [(2, [5]), (4, [5, 6, 7]), (5, [5, 6, 7, 8])])
+    def test_end(self, generated: int, positions: list[int]) -> None:
+        """The answer's length tells of the last step's."""
+        requests, runner = self.start()
+        self.step(requests, runner, 5, 3)
+        state = SimpleNamespace(prompt_token_ids=[0] * 5, output_token_ids=[0] * generated, sampling_params=None)
+        finish(requests, "a", runner=SimpleNamespace(requests={"a": state}))
+        assert self.found(requests) == ([*range(5), *positions], generated)
+
+    def test_end_of_which_nothing_is_known(self) -> None:
+        """They are left out."""
+        requests, runner = self.start()
+        self.step(requests, runner, 5, 3)
+        finish(requests, "a")
+        assert self.found(requests) == ([*range(5), 5], 2)
 
 
 class TestLimits:

@@ -93,7 +93,7 @@ class TestList:
             ({"limit": "٣"}, "limit must be a whole number"),
             ({"status": "done"}, "status must be one of active, finished, aborted, lost, got 'done'"),
             ({"why": "?"}, "why must be one of opt_in, sampled, got '?'"),
-            ({"layer": "1"}, "parameters must be among limit, status, why, model_name, engine, got 'layer'"),
+            ({"layer": "1"}, "requested_model, adapter, engine, got 'layer'; remove it"),
         ],
     )
     def test_bad_parameters(self, web: Web, parameters: dict[str, str], message: str) -> None:

@@ -39,6 +39,7 @@ class TraceHost:
         layers: global index of each observed layer, in the order of the accumulators.
         head_offset: global index of the first local head; num_heads: local ones; num_heads_total: of the model.
         max_model_len: most tokens of a sequence.
+        knows_positions: the host is told in time which drafts of speculative decoding were kept.
         tokenizer, tokenizer_revision: folder or name of the model's tokenizer, empty if there is none.
         unobserved: why no request can be traced here; empty if requests can.
     """
@@ -52,9 +53,21 @@ class TraceHost:
     num_heads: int
     num_heads_total: int
     max_model_len: int
+    knows_positions: bool = True
     tokenizer: str = ""
     tokenizer_revision: str | None = None
     unobserved: str = ""
+
+
+@dataclass
+class Drafts:
+    """The draft tokens of one request in one step; which of them are kept is known in the next one.
+
+    Attributes:
+        kept_to: position before which the step's tokens are the request's: that of the first draft until more is known.
+    """
+
+    kept_to: int
 
 
 @dataclass(frozen=True)
@@ -64,10 +77,18 @@ class Chunk:
     Attributes:
         arrays: the collected ones of core/trace_arrays.py, by name.
         attention: one float16 [L, H, keys] per row, empty if not asked for.
+        drafts: some of the rows may be of draft tokens.
     """
 
     arrays: Mapping[str, npt.NDArray[Any]]
     attention: tuple[npt.NDArray[np.float16], ...] = ()
+    drafts: Drafts | None = None
+
+    @property
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """[n] rows whose tokens are the request's."""
+        positions = self.arrays["positions"]
+        return np.ones(len(positions), dtype=bool) if self.drafts is None else positions < self.drafts.kept_to
 
 
 class ActiveTrace:
@@ -79,6 +100,8 @@ class ActiveTrace:
         why: it is traced.
         options: that it gave.
         traceparent: that came with it.
+        requested_model: its model by the name that the client asked for, None if that isn't known.
+        adapter: name of its LoRA adapter, None if it has none.
         sampling_params: vLLM's.
         prompt_len: tokens.
         local_layers: which of the worker's observed layers are kept, ascending.
@@ -101,6 +124,8 @@ class ActiveTrace:
         why: Why,
         options: TraceOptions,
         traceparent: str | None,
+        requested_model: str | None = None,
+        adapter: str | None = None,
         sampling_params: Any = None,
         prompt_len: int,
         local_layers: tuple[int, ...],
@@ -115,9 +140,12 @@ class ActiveTrace:
         self.status: Status = "active"
         self.tokens: RequestTokens | None = None
         self._host, self._traceparent = host, traceparent
+        self._requested_model, self._adapter = requested_model or adapter or host.model_name, adapter
         self._start_time_s = time.time()
         self._end_time_s: float | None = None
         self._chunks: list[Chunk] = []
+        # Of the latest step, until the next one.
+        self._drafts: Drafts | None = None
         # Looked up once: rows are reserved in every step.
         self._row_nbytes = row_nbytes({**self.sizes, "key": 0})
         self._key_nbytes = row_nbytes({**self.sizes, "key": 1}) - self._row_nbytes if options.attention else 0
@@ -149,7 +177,28 @@ class ActiveTrace:
     def append(self, chunk: Chunk) -> None:
         """Keep a chunk for which `reserve` had room."""
         self._chunks.append(chunk)
-        self.num_generated = max(self.num_generated, int(chunk.arrays["positions"][-1]) + 2 - self.prompt_len)
+        kept = chunk.arrays["positions"][chunk.kept]
+        if len(kept):
+            self.num_generated = max(self.num_generated, int(kept[-1]) + 2 - self.prompt_len)
+        self.version += 1
+
+    def propose(self, position: int) -> Drafts:
+        """A step's tokens from `position` on are drafts, until `verify` says which of them were kept."""
+        self._drafts = Drafts(position)
+        return self._drafts
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether `verify` is to be told."""
+        return self._drafts is not None
+
+    def verify(self, num_generated: int) -> None:
+        """After a step with drafts the request has so many tokens that were generated; the last one has no row yet."""
+        if self._drafts is None:
+            return
+        self._drafts.kept_to = max(self._drafts.kept_to, self.prompt_len + num_generated - 1)
+        self.num_generated = max(self.num_generated, num_generated)
+        self._drafts = None
         self.version += 1
 
     def end(self, status: Status, num_generated: int | None = None) -> None:
@@ -160,6 +209,7 @@ class ActiveTrace:
             num_generated: tokens, if they are known exactly.
         """
         if num_generated is not None:
+            self.verify(num_generated)
             self.num_generated = num_generated
         if self.tokens is not None:
             # vLLM's list may be used again; what is kept from here on is a copy.
@@ -174,11 +224,12 @@ class ActiveTrace:
         ended = self._end_time_s
         chunks = tuple(self._chunks)
         joined = self._joined(chunks)
-        # A position computed again (after a preemption, or a rejected draft) counts as it was the last time.
-        _, last = np.unique(joined["positions"][::-1], return_index=True)
-        keep = len(joined["positions"]) - 1 - last
+        kept = np.flatnonzero(np.concatenate([np.ones(0, dtype=bool), *(chunk.kept for chunk in chunks)]))
+        # A position computed again after a preemption counts as it was the last time.
+        _, last = np.unique(joined["positions"][kept][::-1], return_index=True)
+        keep = kept[len(kept) - 1 - last]
         if ended is not None:
-            # Rejected drafts at the very end were never computed again.
+            # A step that was queued before the end was known computes a token more.
             keep = keep[joined["positions"][keep] < self.prompt_len + max(self.num_generated - 1, 0)]
         arrays = {name: values[keep] for name, values in joined.items()}
         arrays |= self._kept_attention([values for chunk in chunks for values in chunk.attention], keep, arrays)
@@ -189,6 +240,8 @@ class ActiveTrace:
             engine=host.engine,
             rank=host.rank,
             model_name=host.model_name,
+            requested_model=self._requested_model,
+            adapter=self._adapter,
             instance=host.instance,
             why=self.why,
             status=self.status if ended is not None else "active",

@@ -14,7 +14,7 @@ from glassbox.core.rows import ROW_SLOT
 from glassbox.core.trace_arrays import trace_array, without_values
 from glassbox.kernels.probe_answers import ProbeAnswers
 from glassbox.measure.contract import AskedRows
-from glassbox.processes.worker.traces.active import ActiveTrace, Chunk
+from glassbox.processes.worker.traces.active import ActiveTrace, Chunk, Drafts
 from glassbox.store.trace_record import MAX_ATTENTION_KEYS
 
 
@@ -26,12 +26,14 @@ class TracedRows:
         trace: of the request.
         first: number of the first row among the step's traced rows.
         positions: int32 [n], in the sequence; phases: uint8 [n].
+        drafts: some of the rows may be of draft tokens.
     """
 
     trace: ActiveTrace
     first: int
     positions: npt.NDArray[np.int32]
     phases: npt.NDArray[np.uint8]
+    drafts: Drafts | None = None
 
     @property
     def numbers(self) -> slice:
@@ -180,4 +182,4 @@ class _Probe:
             if self._summed_places and np.isfinite(total).all():
                 best = np.argsort(-total, kind="stable")[: mean_mass.shape[1]]
                 mean_positions[i, : len(best)], mean_mass[i, : len(best)] = best, total[best] / self._summed_places
-        return Chunk(arrays, tuple(self._attention))
+        return Chunk(arrays, tuple(self._attention), self.rows.drafts)

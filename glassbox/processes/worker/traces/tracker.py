@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.adapter.protocols import Runner
-from glassbox.adapter.runner import Batch, RequestTokens, copy_tokens, request_tokens, was_aborted
+from glassbox.adapter.runner import Batch, RequestTokens, copy_tokens, request_tokens, until_end, was_aborted
 from glassbox.adapter.scheduler import Arrival, ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
-from glassbox.core.trace_options import CHOICE_KEY, ClientChoice, OptionError, parse_options
+from glassbox.core.trace_options import BEAM_PROMPT_KEY, CHOICE_KEY, ClientChoice, OptionError, parse_options
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import is_sampled_request
 from glassbox.processes.worker.traces.active import ActiveTrace, TraceHost
@@ -29,7 +29,7 @@ from glassbox.store.trace_record import Why, external_id
 
 logger = get_logger(__name__)
 
-Reason = Literal["bad_options", "disabled", "max_active", "memory", "not_observed", "opt_in_off"]
+Reason = Literal["bad_options", "disabled", "max_active", "memory", "not_observed", "opt_in_off", "positions"]
 REFUSAL_REASONS: Final[dict[Reason, str]] = {
     "bad_options": "its options are not understood, or name no layer or head that is measured",
     "disabled": "glassbox is switched off (enabled: false)",
@@ -37,6 +37,8 @@ REFUSAL_REASONS: Final[dict[Reason, str]] = {
     "memory": "traced requests have used up requests.max_active_mb",
     "not_observed": "the attention of this model is not observed",
     "opt_in_off": "clients may not ask for traces (requests.opt_in: false)",
+    "positions": "with speculative decoding and asynchronous scheduling the positions of its tokens are known on the "
+    "device alone; start vLLM with --no-async-scheduling",
 }
 WHYS: Final[tuple[Why, ...]] = ("opt_in", "sampled")
 _MB: Final = 1_000_000
@@ -90,6 +92,8 @@ class RequestTracker:
         if self._active or self._off or self._refused:
             for req_id in step.finished:
                 self._finish(runner, req_id)
+        if any(trace.has_drafts for trace in self._active.values()):
+            self._verify(step)
         for new in step.arrivals():
             if new.extra_args or config.requests.trace_rate:
                 self._arrive(new, config, local_layers)
@@ -108,8 +112,17 @@ class RequestTracker:
             excluded = np.array([req_id in self._off for req_id in req_ids], dtype=bool)
         return traced, excluded
 
-    def trace_rows(self, runner: Runner, batch: Batch, rows: npt.NDArray[np.int32]) -> TracedStep | None:
-        """Where the traced rows of a row list go; None if there are none, or no memory for any."""
+    def trace_rows(
+        self, runner: Runner, batch: Batch, rows: npt.NDArray[np.int32], num_drafts: npt.NDArray[np.int64]
+    ) -> TracedStep | None:
+        """Where the traced rows of a row list go; None if there are none, or no memory for any.
+
+        Args:
+            runner: vLLM's.
+            batch: of the step.
+            rows: int32 [R, NUM_ROW_COLUMNS].
+            num_drafts: [B] draft tokens, the last ones of each request in the step.
+        """
         indices = np.flatnonzero(rows[:, ROW_SLOT] >= 0)
         if not indices.size or self._config is None:
             return None
@@ -129,8 +142,12 @@ class RequestTracker:
             room -= trace.nbytes - before
             if self._config.requests.include_text:
                 trace.tokens = request_tokens(runner, req_id)
-            trace.prompt_len = int(batch.prompt_len[of[start]])
-            members.append(TracedRows(trace, first, positions[start:end], phases[start:end]))
+            row = of[start]
+            trace.prompt_len = int(batch.prompt_len[row])
+            drafts = None
+            if num_drafts[row]:
+                drafts = trace.propose(int(batch.num_computed[row] + batch.num_scheduled[row] - num_drafts[row]))
+            members.append(TracedRows(trace, first, positions[start:end], phases[start:end], drafts))
             kept.append(indices[start:end])
             first += end - start
         if not members:
@@ -159,10 +176,22 @@ class RequestTracker:
         refused: dict[str, int] = {reason: self._refusals[reason] for reason in REFUSAL_REASONS}
         return refused, {why: self._traced[why] for why in WHYS}
 
+    def _verify(self, step: ScheduledStep) -> None:
+        """What became of the drafts of the step before."""
+        active = self._active
+        for request in step.continued():
+            if request.req_id in active:
+                active[request.req_id].verify(request.num_generated)
+        for new in step.arrivals():
+            if new.req_id in active:
+                active[new.req_id].verify(new.known_len - new.prompt_len)
+
     def _arrive(self, new: Arrival, config: GlassboxConfig, local_layers: frozenset[int]) -> None:
         req_id = new.req_id
         if req_id in self._active or req_id in self._off or req_id in self._refused or new.resumed:
             return
+        if BEAM_PROMPT_KEY in (new.extra_args or {}):
+            return  # a trace of one token tells nothing
         try:
             choice = parse_options(new.extra_args)
         except OptionError as error:
@@ -194,6 +223,8 @@ class RequestTracker:
             self._refuse(new.req_id, "bad_options", f"glassbox_layers must name a measured layer of {host.layers}")
         elif options.heads is not None and min(options.heads) >= host.num_heads_total:
             self._refuse(new.req_id, "bad_options", f"glassbox_heads must be below {host.num_heads_total}")
+        elif not host.knows_positions:
+            self._refuse(new.req_id, "positions")
         elif len(self._active) >= config.requests.max_active:
             self._refuse(new.req_id, "max_active")
         elif self._room() <= 0:
@@ -206,6 +237,8 @@ class RequestTracker:
                 why=why,
                 options=options,
                 traceparent=choice.traceparent,
+                requested_model=choice.model,
+                adapter=new.adapter,
                 sampling_params=new.sampling_params,
                 prompt_len=new.prompt_len,
                 local_layers=kept,
@@ -252,6 +285,7 @@ class RequestTracker:
             self._deferred.add(lambda: self._end(trace, "finished"))
 
     def _end_with(self, trace: ActiveTrace, tokens: RequestTokens, keep: bool) -> None:
+        tokens = until_end(tokens)
         if keep:
             trace.tokens = tokens
         aborted = was_aborted(tokens, self._host.max_model_len)
