@@ -118,6 +118,16 @@ _OTHER_KINDS: Final = {
 }
 
 
+# Classes of vLLM's layers whose rows see others than a run of keys that ends with their own.
+_MASKED: Final = {
+    "ChunkedLocalAttention": Bypass(
+        "chunked_local", "chunked local attention splits requests into virtual ones, whose rows can't be found"
+    ),
+    "RSWAAttention": Bypass("mask", "reference sliding windows leave a gap between the prefix and the window"),
+    "StaticSinkAttention": Bypass("mask", "static sinks are keys that no token of the sequence has"),
+}
+
+
 def find_bypass(layer: AttentionLayer, attach: str = "auto") -> Bypass | None:
     """Why a layer is not observed though vLLM built it; None if nothing stands against it.
 
@@ -136,10 +146,8 @@ def find_bypass(layer: AttentionLayer, attach: str = "auto") -> Bypass | None:
             "internals",
             f"their backend lacks {', '.join(gone)}, which earlier releases of vLLM have; use a newer glassbox",
         )
-    if any(cls.__name__ == "ChunkedLocalAttention" for cls in type(layer).__mro__):
-        return Bypass(
-            "chunked_local", "chunked local attention splits requests into virtual ones, whose rows can't be found"
-        )
+    if masked := next((_MASKED[cls.__name__] for cls in type(layer).__mro__ if cls.__name__ in _MASKED), None):
+        return masked
     if layer.attn_backend.forward_includes_kv_cache_update:
         return Bypass("late_keys", "their backend writes keys only while it computes")
     if layer.impl.kv_cache_dtype not in READABLE_KV_CACHES:

@@ -120,6 +120,8 @@ class CommonMetadata(Protocol):
     query_start_loc_cpu: Tensor
     seq_lens: Tensor
     block_table_tensor: Tensor
+    causal: bool | Tensor
+    mm_req_doc_ranges: Mapping[int, Sequence[tuple[int, int]]] | None
 
 
 class MetadataBuilder(Protocol):

@@ -25,6 +25,7 @@ BYPASS_REASONS: Final[Mapping[str, str]] = {
     "encoder": "encoder attention sees the keys on both sides and keeps none",
     "internals": "its backend lacks something that earlier vLLM releases have",
     "late_keys": "its backend writes keys only while it computes",
+    "mask": "its rows see other keys than a run that ends with their own",
     "micro_batching": "micro-batching splits a step's rows",
     "not_certified": "its output was not checked yet, or can't be",
     "not_reproduced": "its output is not what glassbox computes from what it reads",
@@ -33,6 +34,7 @@ BYPASS_REASONS: Final[Mapping[str, str]] = {
 DROP_REASONS: Final[Mapping[str, str]] = {
     "canary": "the step's layers were checked, not all of which may be measured yet; it is left out as a whole",
     "draft": "draft tokens of speculative decoding, of which the step can't know whether they are kept",
+    "mask": "prompt tokens that see keys behind their own (prefix language models, image tokens)",
     "max_rows_per_step": "there were more than `sampling.max_rows_per_step`; rows take turns",
 }
 # Of the checks of served outputs: values of the label `result` of canary_rows.

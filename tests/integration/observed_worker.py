@@ -131,7 +131,12 @@ class ObservedWorker:
         lens = torch.tensor([n + 1 + self.steps for n in KEYS], dtype=torch.int32)
         common = {"query_start_loc": starts.to(self.device), "seq_lens": lens.to(self.device)}
         return SimpleNamespace(
-            **common, query_start_loc_cpu=starts, block_table_tensor=self.table, block_table=self.table
+            **common,
+            query_start_loc_cpu=starts,
+            block_table_tensor=self.table,
+            causal=True,
+            mm_req_doc_ranges=None,
+            block_table=self.table,
         )
 
     def _forward(self, metadata: Any) -> None:

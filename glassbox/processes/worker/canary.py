@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.adapter.row_mask import RowMask
 from glassbox.adapter.runner import Batch
 from glassbox.core.logs import get_logger
 from glassbox.core.output_checks import (
@@ -176,6 +177,7 @@ class Canary:
         *,
         room: int,
         excluded: npt.NDArray[np.bool_] | None = None,
+        mask: RowMask | None = None,
     ) -> tuple[npt.NDArray[np.int32], StepCheck | None]:
         """Add the checked rows to a step's row list; those that are in it already are checked as they are.
 
@@ -185,6 +187,7 @@ class Canary:
             interval_s: as `is_due` takes it.
             room: how many rows may be added.
             excluded: [B] requests whose rows may not be measured.
+            mask: of the step.
 
         Returns:
             The longer list, and the check; None if there is nothing to check.
@@ -196,6 +199,9 @@ class Canary:
         if 0 not in self._phases:
             generated = positions >= batch.prompt_len[requests]
             requests, positions = requests[generated], positions[generated]
+        if mask is not None:
+            causal = ~mask.sees_others(requests, positions)
+            requests, positions = requests[causal], positions[causal]
         query = batch.query_start[requests] + positions - batch.num_computed[requests]
         new = ~np.isin(query, rows[:, ROW_QUERY])
         keep = ~new | (np.cumsum(new) <= room)

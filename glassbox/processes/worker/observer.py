@@ -24,18 +24,19 @@ from glassbox.adapter.protocols import (
     PreparedBatch,
     Runner,
 )
+from glassbox.adapter.row_mask import MaskError, RowMask, read_mask
 from glassbox.adapter.runner import Batch, BatchMismatchError, check_batch, read_batch
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.counters import ENGINE_NUMBERS
 from glassbox.core.errors import ErrorCounter
-from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_UNCOUNTED
+from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.measure.contract import Measurer
 from glassbox.measure.sampling import RowSampler, StepSampler
 from glassbox.processes.worker.canary import Canary, StepCheck
 from glassbox.processes.worker.progress import RequestProgress
 from glassbox.processes.worker.step import Step
-from glassbox.processes.worker.traces.tracker import RequestTracker
+from glassbox.processes.worker.traces.tracker import RequestTracker, row_positions
 
 
 class Counters(SimpleNamespace):
@@ -212,8 +213,11 @@ class Observer:
             if step is not None and step.measured and not step.rows_chosen:
                 step.rows_chosen = True
                 self._choose_rows(step, common_attn_metadata)
+            elif step is not None and step.measured:
+                self._see_mask(step, common_attn_metadata)
         except Exception as error:
-            stage = "batch" if isinstance(error, BatchMismatchError) else "choose_rows"
+            stages = ((BatchMismatchError, "batch"), (MaskError, "mask"))
+            stage = next((stage for kind, stage in stages if isinstance(error, kind)), "choose_rows")
             if step is None:
                 self._errors.count(stage, error)
             else:
@@ -238,12 +242,15 @@ class Observer:
             excluded=excluded,
             sampled=step.sampled,
         )
+        mask = read_mask(batch, common_attn_metadata)
+        if mask is not None:
+            rows = self._without_others(batch, rows, mask)
         self._drop("max_rows_per_step", dropped)
         if step.sampled:
             self._drop("draft", int(num_drafts.sum() if excluded is None else num_drafts[~excluded].sum()))
         check = None
         if step.checked:
-            rows, check = self._add_checked(batch, rows, excluded)
+            rows, check = self._add_checked(batch, rows, excluded, mask)
             # One that was only looked at costs what any other step does.
             step.checked = check is not None
         if len(rows):
@@ -261,7 +268,27 @@ class Observer:
             if check is not None and not check.local_layers <= layers:
                 layers = self._without_sample(rows, layers, of_traces)
             if layers or check is not None:
+                step.batch, step.rows = batch, rows
                 step.begin(rows, layers, traces, check)
+
+    def _without_others(self, batch: Batch, rows: np.ndarray, mask: RowMask) -> np.ndarray:
+        """A row list without the rows that see other keys than causal ones; traced ones keep to the first slots."""
+        others = mask.sees_others(rows[:, ROW_BATCH], row_positions(batch, rows))
+        if others.any():
+            self._drop("mask", int(np.count_nonzero(others & ((rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0))))
+            rows = rows[~others]
+            traced = rows[:, ROW_SLOT] >= 0
+            rows[traced, ROW_SLOT] = np.arange(np.count_nonzero(traced))
+        return rows
+
+    @staticmethod
+    def _see_mask(step: Step, common_attn_metadata: CommonMetadata) -> None:
+        """Other layers of a step may have another mask; then rows that it doesn't fit must not be measured."""
+        if step.batch is None or step.rows is None:
+            return
+        mask = read_mask(step.batch, common_attn_metadata)
+        if mask is not None and mask.sees_others(step.rows[:, ROW_BATCH], row_positions(step.batch, step.rows)).any():
+            raise MaskError("the layers of a step must all see the keys of its rows alike; this step is not measured")
 
     @staticmethod
     def _num_drafts(scheduled: ScheduledStep, batch: Batch) -> np.ndarray:
@@ -281,11 +308,12 @@ class Observer:
             self.counters.dropped_rows[reason] += rows * self._places(self._layers)
 
     def _add_checked(
-        self, batch: Batch, rows: np.ndarray, excluded: np.ndarray | None
+        self, batch: Batch, rows: np.ndarray, excluded: np.ndarray | None, mask: RowMask | None
     ) -> tuple[np.ndarray, StepCheck | None]:
         room = self.measurer.max_rows - len(rows)
         try:
-            return self._canary.choose(batch, rows, self._config.canary.interval_s, excluded=excluded, room=room)
+            interval_s = self._config.canary.interval_s
+            return self._canary.choose(batch, rows, interval_s, excluded=excluded, room=room, mask=mask)
         except Exception as error:  # the step may be measured all the same
             self._errors.count("canary", error)
             return rows, None

@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from glassbox.adapter.protocols import PreparedBatch, Runner
+from glassbox.adapter.runner import Batch
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.core.errors import ErrorCounter
 from glassbox.measure.contract import Measurer, OutputCheck, StepTraces
@@ -35,6 +36,7 @@ class Step:
         measured: rows are to be measured: it is sampled, checked, or has rows of traced requests; False once it has
             failed.
         rows_chosen: the batch was seen, and rows were chosen of it.
+        batch, rows: as it was read, and the row list that was chosen; None as long as nothing is measured.
         started_s: when it began, by the clock.
         overhead_s: seconds that glassbox has spent in it so far.
         counted_share: of its rows, that belong to the sample.
@@ -55,6 +57,8 @@ class Step:
         self.prepared: PreparedBatch | None = None
         self.started_s: Final = clock()
         self.sampled = self.checked = self.measured = self.rows_chosen = False
+        self.batch: Batch | None = None
+        self.rows: np.ndarray | None = None
         self.overhead_s, self.counted_share = 0.0, 1.0
         self._listening = self._begun = False
 

@@ -187,6 +187,8 @@ class Setup:
             query_start_loc=None,
             seq_lens=torch.from_numpy(np.append(computed + scheduled, 0)),
             block_table_tensor=None,
+            causal=True,
+            mm_req_doc_ranges=None,
         )
         output = Scheduled(
             scheduled_new_reqs=[
@@ -210,7 +212,9 @@ class Setup:
 PREFILL: Final = (6, 0, 6)
 DECODE: Final = (1, 9, 7)
 # Metadata of a run that is no step.
-DUMMY: Any = SimpleNamespace(query_start_loc=None, seq_lens=None, block_table_tensor=None)
+DUMMY: Any = SimpleNamespace(
+    query_start_loc=None, seq_lens=None, block_table_tensor=None, causal=True, mm_req_doc_ranges=None
+)
 
 
 class TestArming:
