@@ -29,6 +29,7 @@ BYPASS_REASONS: Final[Mapping[str, str]] = {
     "micro_batching": "micro-batching splits a step's rows",
     "not_certified": "its output was not checked yet, or can't be",
     "not_reproduced": "its output is not what glassbox computes from what it reads",
+    "repeated": "it runs several times in a step, over the same cache",
 }
 # Why rows of a measured step are not in the histograms: values of the label `reason` of dropped_rows.
 DROP_REASONS: Final[Mapping[str, str]] = {

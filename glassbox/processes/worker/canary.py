@@ -11,6 +11,7 @@ before it was reproduced.
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -127,13 +128,24 @@ class Canary:
         self._looks, self._turn = 0, 0
         self._look_s = self._checked_s = -np.inf
         self._announced = False
+        self._refused: dict[int, str] = {}
         self.allowed: frozenset[int] = frozenset()
         self._set_allowed()
 
     def _set_allowed(self) -> None:
         state = self._checks.state
         fit = state == LayerState.CERTIFIED if self._probation else state != LayerState.FAILED
-        self.allowed = frozenset(np.flatnonzero(fit).tolist())
+        self.allowed = frozenset(np.flatnonzero(fit).tolist()) - frozenset(self._refused)
+
+    def refuse(self, local: int, reason: str) -> None:
+        """A layer can't be observed, as its steps have shown.
+
+        Args:
+            reason: one of core.counters.BYPASS_REASONS.
+        """
+        with self._lock:
+            self._refused[local] = reason
+            self._set_allowed()
 
     def checks(self) -> LayerChecks:
         """A copy of what is known of the layers."""
@@ -142,9 +154,13 @@ class Canary:
 
     def not_observed(self) -> dict[str, int]:
         """Layers that are not observed though they could be, by reason."""
-        failed = int(np.count_nonzero(self._checks.state == LayerState.FAILED))
-        pending = len(self._pending()) if self._probation else 0
-        found = {"not_reproduced": failed, "not_certified": pending}
+        failed = set(np.flatnonzero(self._checks.state == LayerState.FAILED).tolist())
+        pending = set(self._pending()) if self._probation else set()
+        found = {
+            "not_reproduced": len(failed - self._refused.keys()),
+            "not_certified": len(pending - self._refused.keys()),
+            **Counter(self._refused.values()),
+        }
         return {reason: layers for reason, layers in found.items() if layers}
 
     def _pending(self) -> list[int]:
@@ -158,6 +174,8 @@ class Canary:
             interval_s: `canary.interval_s` of the configuration.
             layers: local ones to check; those that were not asked for before begin anew.
         """
+        if self._refused:
+            layers = self._layers if layers - self._refused.keys() == self._layers else layers - self._refused.keys()
         if layers is not self._layers and not layers <= self._known:
             self._known |= layers
             self._missing, self._looks, self._look_s = set(self._phases), 0, -np.inf

@@ -30,6 +30,7 @@ from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.counters import ENGINE_NUMBERS
 from glassbox.core.errors import ErrorCounter
+from glassbox.core.logs import get_logger
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.measure.contract import Measurer
 from glassbox.measure.sampling import RowSampler, StepSampler
@@ -37,6 +38,12 @@ from glassbox.processes.worker.canary import Canary, StepCheck
 from glassbox.processes.worker.progress import RequestProgress
 from glassbox.processes.worker.step import Step
 from glassbox.processes.worker.traces.tracker import RequestTracker, row_positions
+
+logger = get_logger(__name__)
+
+
+class RepeatedLayerError(ValueError):
+    """A layer ran again in the same step."""
 
 
 class Counters(SimpleNamespace):
@@ -96,7 +103,7 @@ class Observer:
         self.counters = Counters()
         self.measurer, self.requests, self._canary = measurer, requests, canary
         self._all_layers, self._layer_heads = layers, layer_heads
-        self._layer_names = frozenset(layer_names)
+        self._layer_names = layer_names
         self._read_config, self._errors, self._clock = config, errors, clock
         self._exact, self._progress = exact, RequestProgress()
         self._step: Step | None = None
@@ -341,7 +348,7 @@ class Observer:
         started = self._clock() if step is not None else 0.0
         try:
             # A bypassed layer's impl is an observed one as well.
-            if impl.glassbox_finder is not None and kv_cache.numel():
+            if impl.glassbox_finder is not None and kv_cache.numel() and not self._repeats(step, layer.layer_name):
                 forward = forward_of(impl, query, key, value, output)
                 view = view_of(impl, layer, forward, kv_cache)
                 self.measurer.after_attention(view, forward, kv_cache, tables_of(attn_metadata))
@@ -349,6 +356,24 @@ class Observer:
             self._errors.count("observe", error)
         if step is not None:
             step.overhead_s += self._clock() - started
+
+    def _repeats(self, step: Step | None, name: str) -> bool:
+        """Whether a layer runs again in a step; it is not observed any more, for its first keys are overwritten."""
+        if step is None or not step.measured:
+            return False
+        if name not in step.ran:
+            step.ran.add(name)
+            return False
+        local = self._layer_names.index(name) if name in self._layer_names else None
+        if local is not None and local in self._canary.allowed:
+            self._canary.refuse(local, "repeated")
+            logger.warning(
+                "Layer %d (%s) runs several times in a step, so its rows can't be told apart: it is not observed",
+                self._all_layers[local],
+                name,
+            )
+            step.fail("repeated", RepeatedLayerError(f"{name} ran twice in a step; the step is not measured"))
+        return True
 
     def stop_step(self) -> None:
         """The step's `execute_model` is about to return, or to raise."""

@@ -38,6 +38,7 @@ class Step:
         rows_chosen: the batch was seen, and rows were chosen of it.
         batch, rows: as it was read, and the row list that was chosen; None as long as nothing is measured.
         started_s: when it began, by the clock.
+        ran: names of the layers that have run in it.
         overhead_s: seconds that glassbox has spent in it so far.
         counted_share: of its rows, that belong to the sample.
     """
@@ -57,6 +58,7 @@ class Step:
         self.prepared: PreparedBatch | None = None
         self.started_s: Final = clock()
         self.sampled = self.checked = self.measured = self.rows_chosen = False
+        self.ran: set[str] = set()
         self.batch: Batch | None = None
         self.rows: np.ndarray | None = None
         self.overhead_s, self.counted_share = 0.0, 1.0

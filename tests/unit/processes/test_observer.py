@@ -321,6 +321,20 @@ class TestRowsAreWhatTheyAreCalled:
         assert rows[:, [ROW_QUERY, ROW_PHASE, ROW_PROMPT_LEN]].tolist() == [[8, 1, 6]]
 
 
+class TestRepeatedLayers:
+    def test_one_that_runs_again_in_a_step(self, caplog: pytest.LogCaptureFixture) -> None:
+        """It is not observed any more, which is said once; its step isn't measured, and the other layers go on."""
+        canary = QuietCanary(LAYERS)
+        setup = Setup(canary)
+        with caplog.at_level("WARNING", "glassbox"):
+            for _ in range(3):
+                setup.step([DECODE], in_forward=lambda: setup.observer.after_attention(*setup.layers[1]))
+        assert "runs several times in a step" in caplog.text
+        assert {"repeated": 1} == setup.errors.counts() == canary.not_observed()
+        assert ["discard"] == [call for call in setup.measurer.calls if call == "discard"]
+        assert frozenset(range(len(LAYERS))) - {1} == canary.allowed == setup.measurer.layers[-1]
+
+
 class TestSteps:
     def test_unsampled_step(self) -> None:
         """It is counted; no rows are chosen and the measurer isn't asked to finish."""
