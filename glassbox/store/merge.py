@@ -23,6 +23,22 @@ Detail = Literal["model", "layer", "head"]
 DETAILS: Final[tuple[Detail, ...]] = ("model", "layer", "head")
 
 
+@dataclass(frozen=True)
+class LiveWorker:
+    """A worker that runs, and what of the model it has.
+
+    Attributes:
+        rank, host: of the worker.
+        layers: global indices of its observed layers, ascending.
+        heads: global indices of its heads.
+    """
+
+    rank: int
+    host: str
+    layers: tuple[int, ...]
+    heads: range
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MergedEngine(Totals):
     """All workers of one engine together; layers and heads are global.
@@ -31,6 +47,7 @@ class MergedEngine(Totals):
 
     Attributes:
         num_heads, num_layers: of the model.
+        workers: that run, by stage and rank. Of an engine over several nodes those of this one.
         checks: of the L layers; counts and sums of all workers, the rest of the live ones. A layer is CERTIFIED if it
             is on every live worker that has it, FAILED if it is on one.
         wrong: layers whose output was not reproduced, for each live worker.
@@ -39,6 +56,7 @@ class MergedEngine(Totals):
 
     num_heads: int
     num_layers: int
+    workers: tuple[LiveWorker, ...]
     checks: LayerChecks
     wrong: tuple[WrongLayer, ...] = ()
     nonfinite_origins: tuple[NonfiniteOrigin, ...] = ()
@@ -117,11 +135,17 @@ def _merge_engine(snapshots: Iterable[Snapshot]) -> MergedEngine:
         time_s=workers.newest.time_s,
         start_time_s=min(snapshot.start_time_s for snapshot in workers.all),
         numbers={entry.name: _RULES[entry.merge](workers, entry.name) for entry in ENGINE_NUMBERS},
+        workers=tuple(sorted(map(_live_worker, workers.live.values()), key=lambda w: (w.layers, w.rank))),
         checks=merge_checks(layers, workers.all, workers.live.values()),
         wrong=wrong_layers(workers.live.values()),
         nonfinite_origins=nonfinite_origins(workers.live.values()),
         **_merge_arrays(workers, layers, heads),
     )
+
+
+def _live_worker(snapshot: Snapshot) -> LiveWorker:
+    heads = range(snapshot.head_offset, snapshot.head_offset + snapshot.rows.shape[1])
+    return LiveWorker(snapshot.rank, snapshot.host, tuple(sorted(snapshot.layers)), heads)
 
 
 def _of(workers: Iterable[Snapshot], name: str) -> list[Any]:
