@@ -26,6 +26,7 @@ from tests.program import environment, run_program
 pytestmark = pytest.mark.integration
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+ONE_PROCESS_LESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # each imports vLLM for seconds
 
 
 class TestTwoRanks:
@@ -46,7 +47,7 @@ class TestTwoRanks:
         specs = {"one": one, "two": replace(one, out=str(folder / "two"), llm_args=parallel)}
         with ThreadPoolExecutor() as pool:
             running = {
-                name: pool.submit(run_engine, spec, folder / f"{name}-run", **ONE_THREAD)
+                name: pool.submit(run_engine, spec, folder / f"{name}-run", **ONE_THREAD, **ONE_PROCESS_LESS)
                 for name, spec in specs.items()
             }
             return {name: future.result() for name, future in running.items()}
