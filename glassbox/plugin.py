@@ -2,6 +2,7 @@
 
 import logging
 
+from glassbox.adapter import ray_environment
 from glassbox.core.kill_switch import is_disabled
 
 
@@ -13,6 +14,7 @@ def register() -> None:
             configuration that was not meant.
     """
     if is_disabled():
+        ray_environment.carry()  # else Ray's workers would not know that it is off
         return
     try:
         from glassbox.processes import registration

@@ -39,6 +39,8 @@ class Feature(Enum):
     MESSAGE_SPANS = "spans by message"
     LLM_SPANS = "attention spans beside vLLM's own"
     CAPTURE = "glassbox.capture"
+    ENGINES = "telling the engines of an API server from those of others on its node"
+    RAY = "GLASSBOX_* variables in Ray's workers"
 
 
 # Without these nothing is observed.
@@ -214,6 +216,8 @@ INTERNALS: Final[tuple[Internal, ...]] = (
     *_members("vllm.config", "SchedulerConfig", protocols.SchedulerConfig, Feature.OBSERVATION),
     *_members("vllm.config", "CompilationConfig", protocols.CompilationConfig, Feature.OBSERVATION),
     *_names("vllm.distributed", Feature.OBSERVATION, "get_tp_group"),
+    # Whoever starts workers with Ray.
+    *_names("vllm.ray.ray_env", Feature.RAY, "DEFAULT_ENV_VAR_PREFIXES"),
     # `vllm.LLM`, in the process of whoever calls it.
     *_names("vllm", Feature.CAPTURE, "LLM", "LLM.llm_engine", "LLM.get_default_sampling_params", "LLM.generate"),
     *_names("vllm", Feature.CAPTURE, "RequestOutput", "RequestOutput.request_id", "RequestOutput.outputs"),
@@ -239,6 +243,7 @@ INTERNALS: Final[tuple[Internal, ...]] = (
     ),
     *_names("vllm.v1.engine.async_llm", Feature.LLM_SPANS, "AsyncLLM.__init__"),
     *_names("vllm.v1.engine.llm_engine", Feature.LLM_SPANS, "LLMEngine.__init__"),
+    *_names("vllm.v1.engine.core_client", Feature.ENGINES, "MPClient", "MPClient.engine_ranks_managed"),
 )
 
 

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -24,6 +25,8 @@ from glassbox.core.trace_options import BEAM_PROMPT_KEY, OptionError
 logger = get_logger(__name__)
 
 ExtraArgs = Mapping[str, Any]
+# Returns the values of the label `engine` of some engines; None is all.
+EngineLabels = Callable[[], frozenset[str] | None]
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,21 @@ def tracer_provider() -> Any:
     from opentelemetry import trace
 
     return trace.get_tracer_provider()
+
+
+def engines_of(engine: Any) -> EngineLabels:
+    """What tells the labels `engine` of those that an AsyncLLM or LLMEngine sends requests to.
+
+    They are those of vLLM's own metrics in this process, and may change (elastic scaling). None if it can't be told, as
+    when the engine runs in this process: it is the only one then.
+    """
+    client = weakref.ref(engine)
+
+    def read() -> frozenset[str] | None:
+        ranks = getattr(getattr(client(), "engine_core", None), "engine_ranks_managed", None)
+        return None if ranks is None else frozenset(map(str, ranks))
+
+    return read
 
 
 class Chat:
@@ -190,6 +208,12 @@ class Intake(Protocol):
 
     def watch_spans(self, endpoint: str) -> None:
         """vLLM's tracer provider is there, and sends to this endpoint."""
+
+    def starts(self) -> None:
+        """This process is about to start, or to wait for, engines that it will send requests to."""
+
+    def serves(self, engines: EngineLabels) -> None:
+        """This process sends requests to these engines (see `engines_of`)."""
 
 
 class Wrappers:
@@ -297,11 +321,13 @@ class Wrappers:
         return process_inputs
 
     def engine_init(self, original: Any) -> Any:
-        """Around the engine's `__init__`, in which vLLM's tracer provider is made."""
+        """Around the engine's `__init__`, in which vLLM's tracer provider is made, and its engines are found."""
 
         @functools.wraps(original)
         def __init__(engine: Any, *args: Any, **kwargs: Any) -> None:
+            self._intake.starts()
             original(engine, *args, **kwargs)
+            self._intake.serves(engines_of(engine))
             endpoint = engine.observability_config.otlp_traces_endpoint
             if endpoint is not None:
                 self._intake.watch_spans(endpoint)

@@ -50,6 +50,16 @@ _NONFINITE: Final = define(
     ("phase",),
     DETAIL_LABELS["head"],
 )
+# Per worker.
+_WORKER: Final = define(
+    "worker_info",
+    "worker_info",
+    "gauge",
+    "1",
+    "Always 1; for each worker that is exported from here, its tensor-parallel rank, its host, and the first and last "
+    "of its observed layers and of its heads.",
+    ("rank", "host", "layers", "heads"),
+)
 # Per engine, phase, statistic and detail; only with a baseline.
 _DRIFT_PSI: Final = define(
     "attention_drift_psi",
@@ -94,7 +104,7 @@ _HISTOGRAMS: Final = tuple(_histogram(statistic) for statistic in _EXPORTED)
 _BY_DETAIL: Final = (*_HISTOGRAMS, _WINDOW_MAX, _ROWS, _NONFINITE, _DRIFT_PSI, _DRIFT_SHIFT)
 _OF_ENGINE: Final = {entry.name: _of_engine(entry) for entry in ENGINE_NUMBERS}
 # Every metric, without series; labels as at detail `model`. Docs and dashboards are checked against it.
-METRICS: Final = (*_BY_DETAIL, *CHECK_METRICS, *_OF_ENGINE.values())
+METRICS: Final = (*_BY_DETAIL, *CHECK_METRICS, *_OF_ENGINE.values(), _WORKER)
 
 
 def build_families(
@@ -128,6 +138,7 @@ def build_families(
             series[_DRIFT_SHIFT.name] += _drift_series(engine, part, compared.shift, detail)
         for family, one in check_series(engine, detail):
             series[family.name].append(one)
+        series[_WORKER.name] += _worker_series(engine)
     for number, engine in enumerate(engines):
         for family, labels, value in _engine_values(engine, (errors or {}) if number == 0 else {}):
             all_labels = (engine.model_name, engine.engine, *labels)
@@ -178,6 +189,18 @@ def _drift_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any
             if not math.isnan(numbers[k][p][e]):
                 where = (*labels[: len(ENGINE_LABELS) + 1], statistic.name, *labels[len(ENGINE_LABELS) + 1 :])
                 yield Series(where, numbers[k][p][e], engine.start_time_s)
+
+
+def _worker_series(engine: MergedEngine) -> Iterator[Series]:
+    for worker in engine.workers:
+        places = (_from_to(worker.layers), _from_to(worker.heads))
+        labels = (engine.model_name, engine.engine, str(worker.rank), worker.host, *places)
+        yield Series(labels, 1, engine.start_time_s)
+
+
+def _from_to(indices: Sequence[int]) -> str:
+    """First and last of ascending indices; empty if there are none."""
+    return f"{indices[0]}-{indices[-1]}" if indices else ""
 
 
 def _engine_values(engine: MergedEngine, errors: Mapping[str, int]) -> Iterator[tuple[Family, tuple[str, ...], float]]:

@@ -29,11 +29,15 @@ class Merged:
 
     Attributes:
         versions: of the snapshot files it was made of, by name.
-        engines: merged snapshots.
+        shown: labels of the engines that were asked for; None is all.
+        engines: merged snapshots of these.
+        has_first: whether the first engine of the directory is among these: who shows that shows the exporter's errors.
     """
 
     versions: Mapping[str, FileVersion]
+    shown: frozenset[str] | None
     engines: tuple[MergedEngine, ...]
+    has_first: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +64,19 @@ class FamilySource:
         run_dir: where the snapshot files are; it need not exist yet.
         config: returns the configuration of the moment, e.g. a `ConfigFile`.
         clock: Unix time in seconds.
+        engines: returns the labels of the engines that are shown; None is all of the run directory.
     """
 
     def __init__(
-        self, run_dir: Path, config: Callable[[], GlassboxConfig], clock: Callable[[], float] = time.time
+        self,
+        run_dir: Path,
+        config: Callable[[], GlassboxConfig],
+        clock: Callable[[], float] = time.time,
+        engines: Callable[[], frozenset[str] | None] = lambda: None,
     ) -> None:
         self._run_dir = Path(run_dir)
         self._config = config
+        self._shown = engines
         self._reader = SnapshotReader(self._run_dir)
         self._lock = threading.Lock()
         self._errors: dict[str, int] = {}
@@ -109,8 +119,11 @@ class FamilySource:
             return self._merge(self._reader.versions())
 
     def _merge(self, versions: dict[str, FileVersion]) -> Merged:
-        if self._merged is None or self._merged.versions != versions:
-            self._merged = Merged(versions, tuple(merge(self._reader.read(versions))))
+        shown = self._shown()
+        if self._merged is None or (self._merged.versions, self._merged.shown) != (versions, shown):
+            every = tuple(merge(self._reader.read(versions)))
+            engines = tuple(engine for engine in every if shown is None or engine.engine in shown)
+            self._merged = Merged(versions, shown, engines, has_first=every[:1] == engines[:1])
         return self._merged
 
     def _on_drift_error(self, message: str) -> None:
@@ -128,19 +141,19 @@ class FamilySource:
         """
         with self._lock:
             config = self._config()
-            versions = self._reader.versions()
+            merged = self._merge(self._reader.versions())
             status = read_status(self._run_dir)
             prometheus = config.export.prometheus
-            exporter_errors = dict(status.errors) if status else {}
+            exporter_errors = dict(status.errors) if status and merged.has_first else {}
             baseline, now = self._drift.reload(config.baseline), self._clock()
             key: object = (
-                (versions, prometheus.detail, prometheus.max_series),
+                (merged, prometheus.detail, prometheus.max_series),
                 (exporter_errors, dict(self._errors)),
                 (baseline, config.statistics),
             )
             if self._view is not None and self._view.key == key and now <= self._drift.expires_s:
                 return self._view
-            engines = self._merge(versions).engines
+            engines = merged.engines
             detail, warning = effective_detail(
                 prometheus.detail, prometheus.max_series, engines, with_drift=self._drift.active
             )

@@ -30,7 +30,7 @@ from opentelemetry.sdk.metrics.export import (
     ScopeMetrics,
     Sum,
 )
-from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, OTELResourceDetector, Resource
+from opentelemetry.sdk.resources import HOST_NAME, SERVICE_INSTANCE_ID, SERVICE_NAME, OTELResourceDetector, Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from glassbox import __version__
@@ -114,12 +114,14 @@ def to_metrics_data(families: Sequence[Family], resource: Resource, time_s: floa
 
 
 def make_resource(run_dir: Path) -> Resource:
-    """Resource of a server: OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over the defaults.
+    """Resource of a server on one node: OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over the defaults.
 
-    The instance id stays the same when the exporter is restarted.
+    The instance id stays the same when the exporter is restarted, and differs between the nodes of a server.
     """
-    server = f"{socket.gethostname()}:{Path(run_dir).absolute()}"
+    host = socket.gethostname()
+    server = f"{host}:{Path(run_dir).absolute()}"
     defaults = {
+        HOST_NAME: host,
         SERVICE_NAME: DEFAULT_SERVICE_NAME,
         SERVICE_INSTANCE_ID: str(uuid.uuid5(uuid.NAMESPACE_URL, server)),
     }

@@ -38,9 +38,9 @@ class Registration:
 
     def attach(self, path: Path, config: "GlassboxConfig") -> None:
         """Change this process as the configuration at `path` says."""
-        from glassbox.adapter import overrides, publish, registry, worker_start
+        from glassbox.adapter import overrides, publish, ray_environment, registry, worker_start
         from glassbox.config.follow import ConfigFile
-        from glassbox.config.load import restart_needed
+        from glassbox.config.load import CONFIG_ENV, packaged_config, restart_needed
         from glassbox.config.settings import Settings
         from glassbox.core.logs import get_logger, set_level
         from glassbox.processes.api_server import intake, shown_metrics
@@ -48,6 +48,11 @@ class Registration:
 
         undo = self._undo
         undo.callback(registry.install().remove)
+        if CONFIG_ENV not in os.environ and path != packaged_config():
+            # Found in the working directory, which is another one in Ray's workers.
+            os.environ[CONFIG_ENV] = str(path)
+            undo.callback(os.environ.pop, CONFIG_ENV, None)
+        undo.callback(ray_environment.carry())
         if rundir.RUN_DIR_ENV not in os.environ:
             undo.callback(os.environ.pop, rundir.RUN_DIR_ENV, None)
         rundir.run_dir()
@@ -75,7 +80,17 @@ class Registration:
         self.shown = shown_metrics.ShownMetrics(live, rundir.run_dir())
         attached.callback(shown_metrics.install(self.shown))
         if config.enabled:
-            attached.callback(intake.install(live, rundir.run_dir()))
+            attached.callback(intake.install(live, rundir.run_dir(), _note_api_server, self.shown.limit_to))
+
+
+def _note_api_server() -> None:
+    """Tell this node's workers that this process shows what they measure."""
+    from glassbox.store import api_server_note, rundir
+
+    try:
+        api_server_note.write_note(rundir.create())
+    except OSError as error:
+        logging.getLogger("glassbox").warning("glassbox's run directory can't be written to: %s", error)
 
 
 def _make_hook(settings: "Settings") -> "Hook":

@@ -23,6 +23,22 @@ Detail = Literal["model", "layer", "head"]
 DETAILS: Final[tuple[Detail, ...]] = ("model", "layer", "head")
 
 
+@dataclass(frozen=True)
+class LiveWorker:
+    """A worker that runs, and what of the model it has.
+
+    Attributes:
+        rank, host: of the worker.
+        layers: global indices of its observed layers, ascending.
+        heads: global indices of its heads.
+    """
+
+    rank: int
+    host: str
+    layers: tuple[int, ...]
+    heads: range
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MergedEngine(Totals):
     """All workers of one engine together; layers and heads are global.
@@ -33,6 +49,7 @@ class MergedEngine(Totals):
         num_heads, num_layers: of the model; num_heads is that of the layer that has most.
         layer_heads: of each layer.
         sampled_layers: those of the layers that live workers measure.
+        workers: that run, by stage and rank. Of an engine over several nodes those of this one.
         checks: of the L layers; counts and sums of all workers, the rest of the live ones. A layer is CERTIFIED if it
             is on every live worker that has it, FAILED if it is on one.
         wrong: layers whose output was not reproduced, for each live worker.
@@ -43,6 +60,7 @@ class MergedEngine(Totals):
     num_layers: int
     layer_heads: tuple[int, ...]
     sampled_layers: tuple[int, ...]
+    workers: tuple[LiveWorker, ...]
     checks: LayerChecks
     wrong: tuple[WrongLayer, ...] = ()
     nonfinite_origins: tuple[NonfiniteOrigin, ...] = ()
@@ -123,6 +141,7 @@ def _merge_engine(snapshots: Iterable[Snapshot]) -> MergedEngine:
         time_s=workers.newest.time_s,
         start_time_s=min(snapshot.start_time_s for snapshot in workers.all),
         numbers={entry.name: _RULES[entry.merge](workers, entry.name) for entry in ENGINE_NUMBERS},
+        workers=tuple(sorted(map(_live_worker, workers.live.values()), key=lambda w: (w.layers, w.rank))),
         checks=merge_checks(layers, workers.all, workers.live.values()),
         wrong=wrong_layers(workers.live.values()),
         nonfinite_origins=nonfinite_origins(workers.live.values()),
@@ -136,6 +155,14 @@ def _layer_heads(workers: Iterable[Snapshot], layers: tuple[int, ...]) -> tuple[
         for layer, offset, of_layer in zip(worker.layers, worker.head_offsets, worker.layer_heads, strict=True):
             heads[layer] = max(heads[layer], offset + of_layer)
     return tuple(heads.values())
+
+
+def _live_worker(snapshot: Snapshot) -> LiveWorker:
+    # Of the layer that has most.
+    local = int(np.argmax(snapshot.layer_heads)) if snapshot.layers else None
+    first = snapshot.head_offsets[local] if local is not None else 0
+    heads = range(first, first + (snapshot.layer_heads[local] if local is not None else 0))
+    return LiveWorker(snapshot.rank, snapshot.host, tuple(sorted(snapshot.layers)), heads)
 
 
 def _of(workers: Iterable[Snapshot], name: str) -> list[Any]:

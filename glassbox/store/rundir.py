@@ -3,35 +3,52 @@
 Owns its name, making and removal; what lies in it belongs to the other modules of this room. The first process of a
 server names it in GLASSBOX_RUN_DIR, its children inherit the variable. Needs /proc (Linux), as vLLM's servers do.
 
-    $XDG_RUNTIME_DIR (or the temporary directory) / glassbox-<uid> / <pid>-<start time>-<pid namespace>
+    $XDG_RUNTIME_DIR (or the temporary directory) / glassbox-<uid> / <pid>-<start time>-<pid namespace>-<machine>
 
 pid and start time (clock ticks since boot) name the owner: together they can't be taken for another process
 once the pid is used again. The pid namespace is there because containers may share a /tmp, and only within
-one namespace does "no such process" mean that the owner is dead.
+one namespace does "no such process" mean that the owner is dead. The machine is there because Ray takes the variable
+to other nodes, where all workers of the server share a directory of that name, each node its own.
 """
 
+import functools
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import MutableMapping
+import time
+import uuid
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Final
 
 RUN_DIR_ENV: Final = "GLASSBOX_RUN_DIR"
-_NAME: Final = re.compile(r"(?P<pid>\d+)-(?P<start>\d+)-(?P<namespace>\d+)")
+_NAME: Final = re.compile(r"(?P<pid>\d+)-(?P<start>\d+)-(?P<place>\d+-[0-9a-f]{8})")
+# Of a directory whose owner can't be looked for: a living worker writes into it at least once an hour.
+_ABANDONED_S: Final = 24 * 3600.0
 
 
 def run_dir(environ: MutableMapping[str, str] = os.environ) -> Path:
     """Path of this server's run directory, which need not exist yet.
 
     The first call, in the server's first process, chooses it and sets GLASSBOX_RUN_DIR for the processes to
-    come.
+    come. If these run elsewhere (`is_elsewhere`), it is one of the same name where theirs are: the path may be
+    nobody's there, or somebody else's.
     """
     if not environ.get(RUN_DIR_ENV):
         environ[RUN_DIR_ENV] = str(_parent(environ) / _own_name())
-    return Path(environ[RUN_DIR_ENV]).absolute()
+    path = Path(environ[RUN_DIR_ENV]).absolute()
+    return _parent(environ) / path.name if is_elsewhere(environ) else path
+
+
+def is_elsewhere(environ: Mapping[str, str] = os.environ) -> bool:
+    """True if the server's first process is on another machine, or in another container, as Ray's workers may find.
+
+    False if there is none yet, and for a directory that an operator named.
+    """
+    match = _NAME.fullmatch(Path(environ.get(RUN_DIR_ENV, "")).name)
+    return match is not None and match["place"] != _place()
 
 
 def create(environ: MutableMapping[str, str] = os.environ) -> Path:
@@ -72,8 +89,8 @@ def remove(environ: MutableMapping[str, str] = os.environ) -> bool:
 def purge_dead(parent: Path | None = None) -> list[Path]:
     """Remove the run directories of servers that were killed before they could.
 
-    Left alone are those of living processes, of other pid namespaces, of other users, and anything with
-    another name.
+    Of servers of other machines and pid namespaces those go in which nothing was written for a day. Left alone are
+    those of living processes, of other users, and anything with another name.
 
     Args:
         parent: the directory of run directories; default is that of this user.
@@ -97,17 +114,20 @@ def purge_dead(parent: Path | None = None) -> list[Path]:
 
 def _is_dead(entry: os.DirEntry[str]) -> bool:
     match = _NAME.fullmatch(entry.name)
-    if match is None or int(match["namespace"]) != _pid_namespace():
+    if match is None:
         return False
     try:
-        if not entry.is_dir(follow_symlinks=False) or entry.stat(follow_symlinks=False).st_uid != os.geteuid():
-            return False
+        found = entry.stat(follow_symlinks=False)
     except OSError:  # gone meanwhile
         return False
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        return False
+    if match["place"] != _place():
+        return time.time() - found.st_mtime > _ABANDONED_S
     return _start_time(int(match["pid"])) != int(match["start"])
 
 
-def _parent(environ: MutableMapping[str, str]) -> Path:
+def _parent(environ: Mapping[str, str]) -> Path:
     runtime = environ.get("XDG_RUNTIME_DIR", "")
     # After su or sudo the variable may still name another user's directory.
     usable = os.path.isabs(runtime) and os.path.isdir(runtime) and os.access(runtime, os.W_OK | os.X_OK)
@@ -130,11 +150,22 @@ def _make_private(path: Path) -> None:
 
 def _own_name() -> str:
     pid = os.getpid()
-    return f"{pid}-{_start_time(pid)}-{_pid_namespace()}"
+    return f"{pid}-{_start_time(pid)}-{_place()}"
 
 
-def _pid_namespace() -> int:
-    return Path("/proc/self/ns/pid").stat().st_ino
+def _place() -> str:
+    """Where process ids mean something: pid namespace and machine."""
+    return f"{Path('/proc/self/ns/pid').stat().st_ino}-{_machine()}"
+
+
+@functools.cache
+def _machine() -> str:
+    """Of the running kernel: the pid namespace of a machine's first process has the same number on every machine."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
+    except OSError:  # some sandboxes lack it
+        text = uuid.uuid5(uuid.NAMESPACE_DNS, os.uname().nodename).hex
+    return text.replace("-", "").strip()[:8]
 
 
 def _start_time(pid: int) -> int | None:

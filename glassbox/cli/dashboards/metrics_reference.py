@@ -1,10 +1,11 @@
 """`docs/metrics.md`: every metric, recording rule and alert, from the tables that define them."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from glassbox.cli.dashboards.rule_model import Group, RuleSettings
 from glassbox.cli.dashboards.rules import alerts, recordings
-from glassbox.core.counters import BYPASS_REASONS, DROP_REASONS
+from glassbox.core.counters import BYPASS_REASONS, DROP_REASONS, ENGINE_NUMBERS, MergeRule
 from glassbox.core.statistics import STATISTICS, Statistic
 from glassbox.export.families import METRICS
 from glassbox.export.family import Family
@@ -86,6 +87,29 @@ What `reason` of `glassbox_layers_bypassed` says of a layer:
 """
 
 
+_NODES = """\
+Each node of an engine exports what its own ranks measured; `glassbox_worker_info` says which. Rows, histograms and
+counters of rows add up over the nodes, because a head of a layer is on one rank. What all ranks see alike does not;
+[distributed.md](distributed.md) has the whole of it.
+"""
+# How the metrics of an engine's nodes become one, by how those of its workers do.
+_OVER_NODES: Final = {
+    MergeRule.SUM: "sum",
+    MergeRule.LARGEST_PLACE: "max",
+    MergeRule.LARGEST_LIVE: "max",
+    MergeRule.SUM_OF_STAGES: "sum over pipeline stages, max over tensor-parallel ranks",
+    MergeRule.ALL_LIVE: "min",
+    MergeRule.NEWEST: "any",
+}
+
+
+def _over_nodes() -> list[tuple[str, ...]]:
+    by_how: dict[str, list[str]] = {}
+    for entry in ENGINE_NUMBERS:
+        by_how.setdefault(_OVER_NODES[entry.merge], []).append(f"`glassbox_{entry.metric}`")
+    return [(how, ", ".join(names)) for how, names in by_how.items()]
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
@@ -146,6 +170,9 @@ def render(groups: tuple[Group, ...]) -> str:
             _table(("`reason`", "Why"), [(f"`{reason}`", why) for reason, why in BYPASS_REASONS.items()]),
             "## Drift from a baseline\n",
             _DRIFT,
+            "## An engine over several nodes\n",
+            _NODES,
+            _table(("Over nodes", "Metrics of the engine"), _over_nodes()),
             "## Recording rules\n",
             "Of `deploy/prometheus/rules.yaml`. The part before the first colon tells what a series stands for: an "
             "engine, a layer of it, or a model on all its servers, each per phase.\n",

@@ -311,6 +311,17 @@ def _setup() -> list[dashboard.Panel]:
             no_value="no glassbox",
             size=(24, 6),
         ),
+        listing(
+            "Workers",
+            "Which ranks are exported where: of an engine over several nodes each node shows its own.",
+            Query(promql.select("glassbox_worker_info")),
+            "none",
+            ("job", "instance", "model_name", "engine", "host", "rank", "layers", "heads"),
+            sort=False,
+            value=None,
+            no_value="no glassbox",
+            size=(24, 6),
+        ),
     ]
 
 

@@ -88,6 +88,8 @@ _FILES: Final[dict[str, str]] = {
     "deploy/kubernetes/namespace.yaml": texts.NAMESPACE,
     "deploy/kubernetes/podmonitor.yaml": texts.POD_MONITOR,
     "deploy/kubernetes/service.yaml": texts.SERVICE,
+    "deploy/leaderworkerset/kustomization.yaml": texts.LEADER_WORKER_SET_KUSTOMIZATION,
+    "deploy/leaderworkerset/leaderworkerset.yaml": texts.LEADER_WORKER_SET,
 }
 # Kubernetes: no collector is deployed there.
 _WITHOUT_COLLECTOR: Final = frozenset({"deploy/kubernetes/glassbox.yaml"})

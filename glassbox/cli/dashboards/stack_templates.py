@@ -1,5 +1,6 @@
 """Texts of the stack's files, with `%{name}` where a value of `stack.Stack` stands. Owns wording and structure only."""
 
+from textwrap import indent
 from typing import Final
 
 COMPOSE: Final = """\
@@ -300,6 +301,97 @@ metadata:
   name: %{namespace}
 """
 
+_POD: Final = """\
+automountServiceAccountToken: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: %{uid}
+  runAsGroup: %{uid}
+  fsGroup: %{uid}
+  seccompProfile:
+    type: RuntimeDefault
+containers:
+  - name: vllm
+    image: %{image}
+    args: <args>
+    env:
+      - name: GLASSBOX_CONFIG
+        value: %{config_dir}/glassbox.yaml
+    ports:
+<http>      - name: glassbox
+        containerPort: %{glassbox_port}
+    securityContext:
+      allowPrivilegeEscalation: false
+      capabilities:
+        drop: [ALL]
+    resources:
+      requests:
+        cpu: "4"
+        memory: 16Gi
+      limits:
+        memory: 32Gi
+        nvidia.com/gpu: "1"
+<probes>    volumeMounts:
+      # The whole directory: with subPath an edited ConfigMap would not arrive.
+      - name: config
+        mountPath: %{config_dir}
+        readOnly: true
+      - name: cache
+        mountPath: %{home}/.cache
+      - name: shm
+        mountPath: /dev/shm
+volumes:
+  - name: config
+    configMap:
+      name: glassbox-config
+  - name: cache
+    emptyDir: {}
+  - name: shm
+    emptyDir:
+      medium: Memory
+      sizeLimit: 8Gi
+"""
+_HTTP_PORT: Final = """\
+      - name: http
+        containerPort: %{vllm_port}
+"""
+_PROBES: Final = """\
+    # The model is fetched and compiled before the server answers: up to 30 minutes.
+    startupProbe:
+      httpGet: {path: /health, port: http}
+      periodSeconds: 10
+      failureThreshold: 180
+    readinessProbe:
+      httpGet: {path: /health, port: http}
+      periodSeconds: 5
+    livenessProbe:
+      httpGet: {path: /health, port: http}
+      periodSeconds: 10
+      timeoutSeconds: 5
+      failureThreshold: 6
+"""
+_MODEL: Final = '"%{model}"'
+_PORT: Final = '"--port", "%{vllm_port}"'
+_LENGTH: Final = '"--max-model-len", "%{max_model_len}"'
+# Of a model whose pipeline stages are on the nodes of a group, one each.
+_STAGES: Final = '"--pipeline-parallel-size", "$(LWS_GROUP_SIZE)", "--nnodes", "$(LWS_GROUP_SIZE)"'
+_NODE: Final = '"--node-rank", "$(LWS_WORKER_INDEX)", "--master-addr", "$(LWS_LEADER_ADDRESS)"'
+
+
+def _pod(spaces: int, *args: str, has_api: bool) -> str:
+    """The spec of a pod with vLLM, as a text with so many spaces before each line.
+
+    Args:
+        args: of `vllm serve`, as many on a line as belong together.
+        has_api: whether it has an API server.
+    """
+    on_one_line = f"[{', '.join(args)}]"
+    given = on_one_line if len(args) <= 3 else "".join(["[\n", *(f"      {line},\n" for line in args), "    ]"])
+    text = _POD.replace("<args>", given)
+    text = text.replace("<http>", _HTTP_PORT if has_api else "").replace("<probes>", _PROBES if has_api else "")
+    return indent(text, " " * spaces)
+
+
 DEPLOYMENT: Final = """\
 apiVersion: apps/v1
 kind: Deployment
@@ -322,69 +414,71 @@ spec:
         app.kubernetes.io/name: vllm
         app.kubernetes.io/part-of: glassbox
     spec:
-      automountServiceAccountToken: false
-      securityContext:
-        runAsNonRoot: true
-        runAsUser: %{uid}
-        runAsGroup: %{uid}
-        fsGroup: %{uid}
-        seccompProfile:
-          type: RuntimeDefault
-      containers:
-        - name: vllm
-          image: %{image}
-          args: ["%{model}", "--port", "%{vllm_port}", "--max-model-len", "%{max_model_len}"]
-          env:
-            - name: GLASSBOX_CONFIG
-              value: %{config_dir}/glassbox.yaml
-          ports:
-            - name: http
-              containerPort: %{vllm_port}
-            - name: glassbox
-              containerPort: %{glassbox_port}
-          securityContext:
-            allowPrivilegeEscalation: false
-            capabilities:
-              drop: [ALL]
-          resources:
-            requests:
-              cpu: "4"
-              memory: 16Gi
-            limits:
-              memory: 32Gi
-              nvidia.com/gpu: "1"
-          # The model is fetched and compiled before the server answers: up to 30 minutes.
-          startupProbe:
-            httpGet: {path: /health, port: http}
-            periodSeconds: 10
-            failureThreshold: 180
-          readinessProbe:
-            httpGet: {path: /health, port: http}
-            periodSeconds: 5
-          livenessProbe:
-            httpGet: {path: /health, port: http}
-            periodSeconds: 10
-            timeoutSeconds: 5
-            failureThreshold: 6
-          volumeMounts:
-            # The whole directory: with subPath an edited ConfigMap would not arrive.
-            - name: config
-              mountPath: %{config_dir}
-              readOnly: true
-            - name: cache
-              mountPath: %{home}/.cache
-            - name: shm
-              mountPath: /dev/shm
-      volumes:
-        - name: config
-          configMap:
-            name: glassbox-config
-        - name: cache
-          emptyDir: {}
-        - name: shm
-          emptyDir:
-            medium: Memory
-            sizeLimit: 8Gi
+""" + _pod(6, _MODEL, _PORT, _LENGTH, has_api=True)
+
+LEADER_WORKER_SET: Final = (
+    """\
+# One model over the GPUs of two nodes. The leader has the API server; the other node has none (--headless), and what it
+# measures is at its own port like the leader's. Needs the controller of LeaderWorkerSet (lws.sigs.k8s.io).
+apiVersion: leaderworkerset.x-k8s.io/v1
+kind: LeaderWorkerSet
+metadata:
+  name: vllm
+  labels:
+    app.kubernetes.io/name: vllm
+    app.kubernetes.io/part-of: glassbox
+spec:
+  replicas: 1
+  leaderWorkerTemplate:
+    size: 2
+    restartPolicy: RecreateGroupOnPodRestart
+    leaderTemplate:
+      metadata:
+        labels:
+          app.kubernetes.io/name: vllm
+          app.kubernetes.io/component: leader
+          app.kubernetes.io/part-of: glassbox
+      spec:
+"""
+    + _pod(8, _MODEL, _PORT, _LENGTH, _STAGES, _NODE, has_api=True)
+    + """\
+    workerTemplate:
+      metadata:
+        labels:
+          app.kubernetes.io/name: vllm
+          app.kubernetes.io/component: worker
+          app.kubernetes.io/part-of: glassbox
+      spec:
+"""
+    + _pod(8, _MODEL, '"--headless"', _LENGTH, _STAGES, _NODE, has_api=False)
+)
+
+LEADER_WORKER_SET_KUSTOMIZATION: Final = """\
+# kubectl apply --server-side -k deploy/leaderworkerset
+# All of deploy/kubernetes, with a LeaderWorkerSet for the Deployment. The PodMonitor finds the pods of both templates:
+# glassbox's port of each, vLLM's of the leader.
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+namespace: %{namespace}
+resources:
+  - ../kubernetes
+  - leaderworkerset.yaml
+patches:
+  - patch: |-
+      $patch: delete
+      apiVersion: apps/v1
+      kind: Deployment
+      metadata:
+        name: vllm
+  # Clients reach the leader, no other node listens to them.
+  - patch: |-
+      apiVersion: v1
+      kind: Service
+      metadata:
+        name: vllm
+      spec:
+        selector:
+          app.kubernetes.io/component: leader
 """
 
 SERVICE: Final = """\

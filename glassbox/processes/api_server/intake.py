@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, TypeGuard
 
 from glassbox.adapter import server
-from glassbox.adapter.server import ExtraArgs
+from glassbox.adapter.server import EngineLabels, ExtraArgs
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger
 from glassbox.core.trace_options import (
@@ -71,10 +71,19 @@ class Intake:
     Args:
         config: returns the configuration of the moment; nothing is done while it says `enabled: false`.
         run_dir: of the server.
+        starts: is called before this process has engines.
+        serves: is told which engines this process sends requests to (`server.engines_of`).
     """
 
-    def __init__(self, config: Callable[[], GlassboxConfig], run_dir: Path) -> None:
+    def __init__(
+        self,
+        config: Callable[[], GlassboxConfig],
+        run_dir: Path,
+        starts: Callable[[], None] = lambda: None,
+        serves: Callable[[EngineLabels], None] = lambda _: None,
+    ) -> None:
         self._config = config
+        self.starts, self.serves = starts, serves
         self._run_dir = run_dir
         self._unwatch: list[Callable[[], None]] = []
         self.traced = TracedRequests()
@@ -186,17 +195,23 @@ def check_model_has(choice: ClientChoice, shape: tuple[int, int] | None) -> None
             )
 
 
-def install(config: Callable[[], GlassboxConfig], run_dir: Path) -> Callable[[], None]:
+def install(
+    config: Callable[[], GlassboxConfig],
+    run_dir: Path,
+    starts: Callable[[], None],
+    serves: Callable[[EngineLabels], None],
+) -> Callable[[], None]:
     """Wrap vLLM's methods in this process, as soon as their modules are imported; starts no thread.
 
     Args:
         config: returns the configuration of the moment.
         run_dir: of the server; it need not exist yet.
+        starts, serves: see Intake.
 
     Returns:
         The undo.
     """
-    intake = Intake(config, run_dir)
+    intake = Intake(config, run_dir, starts, serves)
     unwrap = server.wrap_intake(intake)
 
     def undo() -> None:

@@ -3,6 +3,9 @@
 Owns the collector in prometheus_client's registry, behind vLLM's own /metrics. Every process of a server registers it,
 for none can know whether it will be asked, and most never are: what reads and translates is imported at the first
 scrape, and prometheus_client is waited for, not imported.
+
+API servers may share a run directory: vLLM's data-parallel supervisor starts one for each engine of a node. Each shows
+the engines that it serves, as vLLM's own metrics do; else every engine would count as often as there are servers.
 """
 
 import threading
@@ -12,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from glassbox.adapter.late_patch import LatePatches
+from glassbox.adapter.server import EngineLabels
 from glassbox.config.load import GlassboxConfig
 
 if TYPE_CHECKING:
@@ -29,9 +33,17 @@ class ShownMetrics:
 
     def __init__(self, config: Callable[[], GlassboxConfig], run_dir: Path) -> None:
         self._config, self._run_dir = config, run_dir
+        self._engines: EngineLabels = lambda: None
         self._lock = threading.Lock()
         self._source: FamilySource | None = None
         self._collector: PrometheusCollector | None = None
+
+    def limit_to(self, engines: EngineLabels) -> None:
+        """Show these engines (their labels; None is all) and no others."""
+        self._engines = engines
+
+    def _served(self) -> frozenset[str] | None:
+        return self._engines()
 
     @property
     def source(self) -> "FamilySource":
@@ -40,7 +52,7 @@ class ShownMetrics:
             if self._source is None:
                 from glassbox.export.family_source import FamilySource
 
-                self._source = FamilySource(self._run_dir, self._config)
+                self._source = FamilySource(self._run_dir, self._config, engines=self._served)
             return self._source
 
     def describe(self) -> Iterable[Any]:

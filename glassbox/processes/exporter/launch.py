@@ -37,6 +37,14 @@ def wants_spans(config: GlassboxConfig) -> bool:
     return config.enabled and otel.enabled and otel.traces and (requests.opt_in or requests.trace_rate > 0)
 
 
+def multiprocess_directory(environ: Mapping[str, str]) -> str | None:
+    """Directory of prometheus_client's multiprocess files, None if there is none.
+
+    Ray takes the variable to nodes where nobody reads such files, nor has made the directory.
+    """
+    return None if rundir.is_elsewhere(environ) else environ.get(MULTIPROCESS_ENV) or None
+
+
 def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) -> bool:
     """True if the configuration asks for anything that only an exporter process does.
 
@@ -48,7 +56,9 @@ def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) 
         return False
     pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
     pushed = pushed or wants_records(config) or wants_spans(config)
-    shown = export.prometheus.enabled and (export.prometheus.port is not None or bool(environ.get(MULTIPROCESS_ENV)))
+    shown = export.prometheus.enabled and (
+        export.prometheus.port is not None or multiprocess_directory(environ) is not None
+    )
     return pushed or shown
 
 

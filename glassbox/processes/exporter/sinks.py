@@ -22,7 +22,7 @@ from glassbox.export.jsonl import JsonlSink
 from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import PrometheusCollector
 from glassbox.processes.exporter.http import HttpServer, bind_address
-from glassbox.processes.exporter.launch import MULTIPROCESS_ENV
+from glassbox.processes.exporter.launch import multiprocess_directory
 from glassbox.processes.exporter.trace_sinks import TraceSinks
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
 
@@ -148,7 +148,7 @@ class Sinks:
             write_status(self._run_dir, ExporterStatus(os.getpid(), self._clock(), self.errors.counts()))
 
     def _write_multiprocess(self, view: View) -> None:
-        directory = self._environ.get(MULTIPROCESS_ENV)
+        directory = multiprocess_directory(self._environ)
         config = self._config()
         shown = config.enabled and config.export.prometheus.enabled
         if not directory or (not shown and self._multiprocess is None):

@@ -39,6 +39,7 @@ from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.active import TraceHost
 from glassbox.processes.worker.traces.tracker import RequestTracker
 from glassbox.processes.worker.traces.writer import TraceWriter
+from glassbox.processes.worker.unread import UnreadWatch
 from glassbox.store import rundir
 from glassbox.store.snapshot import Snapshot, write_snapshot
 
@@ -128,6 +129,7 @@ class Worker:
             exact=not facts.drafts,
         )
         self._exporter = ExporterProcess(settings.path)
+        self._unread = UnreadWatch(rundir.run_dir())
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -179,6 +181,7 @@ class Worker:
             self._say_selection()
             with self._errors.guard("exporter"):
                 self._exporter.ensure(self._settings.config)
+                self._unread.look(self._settings.config)
             if self._closing:
                 return
             self._wake.wait(self._settings.config.export.interval_s)

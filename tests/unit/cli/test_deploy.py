@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[3]
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 STACK = Stack()
+LEADER_WORKER_SET = DEPLOY / "leaderworkerset"
 KUBERNETES_VERSION = "1.31"
 MANIFESTS = sorted(
     path for path in KUBERNETES.glob("*.yaml") if path.name not in {"kustomization.yaml", "glassbox.yaml"}
@@ -264,6 +265,91 @@ class TestKubernetes:
         assert pod["securityContext"]["runAsNonRoot"]
         assert f"USER {pod['securityContext']['runAsUser']}" in (ROOT / "Dockerfile").read_text()
         assert not pod["containers"][0]["securityContext"]["allowPrivilegeEscalation"]
+
+
+class TestLeaderWorkerSet:
+    """Its schema comes with its controller, in no package; what is in it are pods, which Kubernetes' schemas know."""
+
+    SET = load(LEADER_WORKER_SET / "leaderworkerset.yaml")
+    GROUP = SET["spec"]["leaderWorkerTemplate"]
+    TEMPLATES: ClassVar[dict[str, Any]] = {"leader": GROUP["leaderTemplate"], "worker": GROUP["workerTemplate"]}
+
+    @staticmethod
+    def container(role: str) -> Any:
+        (container,) = TestLeaderWorkerSet.TEMPLATES[role]["spec"]["containers"]
+        return container
+
+    def test_its_keys(self) -> None:
+        """Those of the API, with two pods in a group that start and end together."""
+        assert (self.SET["apiVersion"], self.SET["kind"]) == ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet")
+        assert self.SET.keys() == {"apiVersion", "kind", "metadata", "spec"}
+        assert self.SET["spec"].keys() == {"replicas", "leaderWorkerTemplate"}
+        assert self.GROUP.keys() == {"size", "restartPolicy", "leaderTemplate", "workerTemplate"}
+        assert (self.GROUP["size"], self.GROUP["restartPolicy"]) == (2, "RecreateGroupOnPodRestart")
+
+    @pytest.mark.parametrize("role", ["leader", "worker"])
+    def test_pods_are_valid(self, role: str) -> None:
+        """Each is a pod by Kubernetes' own schema, without unknown keys."""
+        template = self.TEMPLATES[role]
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": role, **template["metadata"]}}
+        kubernetes_validate.validate({**pod, "spec": template["spec"]}, KUBERNETES_VERSION, strict=True)
+
+    def test_the_same_pod_as_the_deployment(self) -> None:
+        """But for arguments, and for what a node without API server has not."""
+        deployed = load(KUBERNETES / "deployment.yaml")["spec"]["template"]["spec"]
+        (single,) = deployed["containers"]
+        of_api = {"startupProbe", "readinessProbe", "livenessProbe"}
+        for role, lacks in (("leader", set()), ("worker", of_api)):
+            spec, container = self.TEMPLATES[role]["spec"], self.container(role)
+            assert {**spec, "containers": []} == {**deployed, "containers": []}
+            assert container.keys() == single.keys() - lacks
+            assert {k: v for k, v in container.items() if k not in {"args", "ports"}} == {
+                k: v for k, v in single.items() if k not in {"args", "ports"} | lacks
+            }
+
+    def test_vllm_takes_the_arguments(self) -> None:
+        """With what the controller puts in for the variables: two stages on two nodes, of which one is headless."""
+        cli_args = pytest.importorskip("vllm.entrypoints.launchers.cli_args", reason="needs vLLM")
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        for index, role in enumerate(("leader", "worker")):
+            variables = {"GROUP_SIZE": "2", "WORKER_INDEX": str(index), "LEADER_ADDRESS": "vllm-0.vllm"}
+            put_in = {f"$(LWS_{name})": value for name, value in variables.items()}
+            args = [put_in.get(arg, arg) for arg in self.container(role)["args"]]
+            found = cli_args.make_arg_parser(FlexibleArgumentParser()).parse_args(args)
+            assert (found.model_tag, found.headless) == (STACK.model, role == "worker")
+            assert (found.pipeline_parallel_size, found.nnodes, found.node_rank) == (2, 2, index)
+            assert found.master_addr == "vllm-0.vllm"
+
+    def test_what_each_node_measures_is_scraped(self) -> None:
+        """The PodMonitor finds both pods, and glassbox's port on each; vLLM's is the leader's."""
+        monitor = load(KUBERNETES / "podmonitor.yaml")["spec"]
+        for role, ports in (("leader", {"http", "glassbox"}), ("worker", {"glassbox"})):
+            labels = self.TEMPLATES[role]["metadata"]["labels"]
+            assert monitor["selector"]["matchLabels"].items() <= labels.items()
+            assert STACK.job == labels[monitor["jobLabel"]]
+            assert ports == {port["name"] for port in self.container(role)["ports"]}
+        (shown,) = [entry for entry in monitor["podMetricsEndpoints"] if "metricRelabelings" not in entry]
+        assert shown["port"] == "glassbox"
+
+    def test_it_takes_the_deployments_place(self) -> None:
+        """The kustomization removes the Deployment and sends clients to the leader alone."""
+        kustomization = load(LEADER_WORKER_SET / "kustomization.yaml")
+        assert kustomization["resources"] == ["../kubernetes", "leaderworkerset.yaml"]
+        removed, patched = (yaml.safe_load(entry["patch"]) for entry in kustomization["patches"])
+        deployment, service = (load(KUBERNETES / f"{name}.yaml") for name in ("deployment", "service"))
+        assert removed == {
+            "$patch": "delete",
+            "apiVersion": deployment["apiVersion"],
+            "kind": deployment["kind"],
+            "metadata": {"name": deployment["metadata"]["name"]},
+        }
+        assert (patched["kind"], patched["metadata"]["name"]) == ("Service", service["metadata"]["name"])
+        selector = {**service["spec"]["selector"], **patched["spec"]["selector"]}.items()
+        chosen = [
+            role for role, template in self.TEMPLATES.items() if selector <= template["metadata"]["labels"].items()
+        ]
+        assert chosen == ["leader"]
 
 
 class TestOnePlace:

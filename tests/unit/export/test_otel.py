@@ -62,7 +62,7 @@ def send_once(config: OtelConfig, run_dir: Path, families: list[Family]) -> Erro
 
 def as_prometheus(metric: Metric, family: Family) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """A received metric as the samples that Prometheus would have."""
-    back = {"gen_ai.request.model": "model_name"}
+    back = {"gen_ai.request.model": "model_name", "host.name": "host"}
     found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
     for point in getattr(metric, str(metric.WhichOneof("data"))).data_points:
         labels = {back.get(k, k.removeprefix("glassbox.")): str(v) for k, v in attributes(point.attributes).items()}
@@ -133,6 +133,7 @@ class TestNumbers:
             ("glassbox.build_info", "1", "gauge"),
             ("glassbox.config.last_reload_successful", "1", "gauge"),
             ("glassbox.config.last_reload_timestamp", "s", "gauge"),
+            ("glassbox.worker_info", "1", "gauge"),
         }
         steps = received["glassbox.steps"].sum
         assert (steps.is_monotonic, steps.aggregation_temporality) == (True, AGGREGATION_TEMPORALITY_CUMULATIVE)
@@ -215,9 +216,9 @@ class TestEndpoint:
 
 class TestResource:
     def test_defaults(self, tmp_path: Path) -> None:
-        """The service is vllm; its instance is the run directory, also after a restart of the exporter."""
+        """The service is vllm; its instance is the run directory on this host, also after a restart of the exporter."""
         first, second = make_resource(tmp_path).attributes, make_resource(tmp_path).attributes
-        assert first["service.name"] == "vllm"
+        assert (first["service.name"], first["host.name"]) == ("vllm", socket.gethostname())
         assert first["service.instance.id"] == second["service.instance.id"]
         assert first["service.instance.id"] != make_resource(tmp_path / "other").attributes["service.instance.id"]
 

@@ -126,6 +126,7 @@ class TestExposition:
             "glassbox_canary_rows_total",
         }
         assert {name for name, kind in types.items() if kind == "gauge"} == {
+            "glassbox_worker_info",
             "glassbox_attention_max_logit_window_max",
             "glassbox_attention_output_error_worst_ratio",
             "glassbox_kv_cache_quantization_error_ratio",
@@ -139,7 +140,7 @@ class TestExposition:
             "glassbox_config_last_reload_successful",
             "glassbox_config_last_reload_timestamp_seconds",
         }
-        assert len(types) == len(histograms) + 22
+        assert len(types) == len(histograms) + 23
 
     def test_signed_histograms_have_buckets_and_count_only(self, run_dir: Path) -> None:
         """max_logit has no _sum, the others do."""
@@ -281,6 +282,32 @@ class TestInstall:
         undo()
         undo()
         assert exposition(registry) == before
+
+    def test_servers_that_share_a_run_directory(self, run_dir: Path) -> None:
+        """Each shows its own engines, and one of them the exporter's errors: together everything once."""
+        write_status(run_dir, ExporterStatus(1, 1.0, {"otel": 3}))
+        whole = registry_of(run_dir, config)
+        shares = []
+        for engine in ("0", "1"):
+            shown = ShownMetrics(config, run_dir)
+            shown.limit_to(lambda engine=engine: frozenset({engine}))  # type: ignore[misc]
+            registry = CollectorRegistry()
+            shown.show_in(registry)
+            shares.append(samples(exposition(registry)))
+        assert shares[0].keys() & shares[1].keys() == set()
+        assert {**shares[0], **shares[1]} == samples(exposition(whole))
+
+    def test_engines_may_come_and_go(self, run_dir: Path) -> None:
+        """Elastic scaling: what a server serves is asked at each scrape, whether snapshots changed or not."""
+        served: list[frozenset[str] | None] = [frozenset({"0"})]
+        shown = ShownMetrics(config, run_dir)
+        shown.limit_to(lambda: served[0])
+        registry = CollectorRegistry()
+        shown.show_in(registry)
+        steps = {"model_name": "tiny/model", "engine": "1"}
+        assert registry.get_sample_value("glassbox_steps_total", steps) is None
+        served[0] = frozenset({"0", "1"})
+        assert registry.get_sample_value("glassbox_steps_total", steps) == 1000
 
     def test_edits_take_effect_at_the_next_scrape(self, run_dir: Path, tmp_path: Path) -> None:
         """Detail and `enabled` are live; a bad edit keeps the last good configuration."""

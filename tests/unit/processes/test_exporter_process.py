@@ -108,6 +108,13 @@ class TestIsNeeded:
         """With one API server and no push, vLLM's own /metrics is enough."""
         assert is_needed(config(**export), environ) is expected
 
+    def test_multiprocess_files_are_of_the_first_process_machine(self) -> None:
+        """Ray takes both variables to other nodes, where nobody reads such files."""
+        elsewhere = "/run/glassbox-0/42-4711-4026531836-00000000"
+        environ = {"PROMETHEUS_MULTIPROC_DIR": "/x", "GLASSBOX_RUN_DIR": elsewhere}
+        assert is_needed(config(), environ) is False
+        assert is_needed(config(prometheus={"port": 9464}), environ) is True
+
     def test_never_if_switched_off(self) -> None:
         """`enabled: false` means nothing runs."""
         off = GlassboxConfig.model_validate({"enabled": False, "export": {"jsonl": {"path": "/x"}}})

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import gc
 import importlib.util
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from glassbox.adapter import server as vllm_server
-from glassbox.adapter.server import INTAKE_PATCHES, Patch, Wrappers
+from glassbox.adapter.server import INTAKE_PATCHES, EngineLabels, Patch, Wrappers
 from glassbox.config.load import GlassboxConfig
 from glassbox.processes.api_server import intake as intake_module
 from glassbox.processes.api_server.intake import MAX_REMEMBERED, Intake, TracedRequests
@@ -322,6 +323,48 @@ class TestTracedRequests:
         assert str(MAX_REMEMBERED) in traced
 
 
+class TestServes:
+    """Which engines an API server sends its requests to."""
+
+    class Engine:
+        """As much of AsyncLLM as is needed."""
+
+        observability_config = SimpleNamespace(otlp_traces_endpoint=None)
+
+        def __init__(self, ranks: list[int] | None) -> None:
+            self.engine_core = SimpleNamespace() if ranks is None else SimpleNamespace(engine_ranks_managed=ranks)
+
+    def told(self, monkeypatch: pytest.MonkeyPatch, ranks: list[int] | None) -> tuple[Any, EngineLabels]:
+        found: list[EngineLabels] = []
+        started: list[int] = []
+        intake = Intake(GlassboxConfig, Path("unused"), lambda: started.append(len(found)), found.append)
+        monkeypatch.setattr(self.Engine, "__init__", Wrappers(intake).engine_init(self.Engine.__init__))
+        engine = self.Engine(ranks)
+        (labels,) = found
+        assert started == [0], "before there are engines to tell of"
+        return engine, labels
+
+    def test_those_of_vllms_own_metrics(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As labels, and as they are now: elastic scaling changes them."""
+        engine, labels = self.told(monkeypatch, [2, 3])
+        assert labels() == {"2", "3"}
+        engine.engine_core.engine_ranks_managed = [2]
+        assert labels() == {"2"}
+
+    def test_an_engine_in_the_same_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It has no number there, and is the only one."""
+        engine, labels = self.told(monkeypatch, None)
+        assert labels() is None
+        assert engine
+
+    def test_an_engine_that_is_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is not kept alive to be asked."""
+        engine, labels = self.told(monkeypatch, [0])
+        del engine
+        gc.collect()
+        assert labels() is None
+
+
 class TestInstall:
     def test_undo(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """The methods are wrapped, and afterwards the very objects of before."""
@@ -335,7 +378,7 @@ class TestInstall:
         patch = Patch(processor.__name__, "InputProcessor", "process_inputs", "process_inputs")
         monkeypatch.setattr(vllm_server, "INTAKE_PATCHES", (patch,))
         before = InputProcessor.__dict__["process_inputs"]
-        undo = intake_module.install(GlassboxConfig, tmp_path)
+        undo = intake_module.install(GlassboxConfig, tmp_path, lambda: None, lambda _: None)
         assert before is not InputProcessor.__dict__["process_inputs"]
         undo()
         assert before is InputProcessor.__dict__["process_inputs"]

@@ -76,8 +76,21 @@ class TestKillSwitch:
         out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
         assert (
             out.stdout.decode().strip()
-            == "['glassbox', 'glassbox.core', 'glassbox.core.kill_switch', 'glassbox.plugin']"
+            == "['glassbox', 'glassbox.adapter', 'glassbox.adapter.ray_environment', 'glassbox.core', "
+            "'glassbox.core.kill_switch', 'glassbox.plugin']"
         )
+
+    def test_reaches_workers_of_ray(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Disabled in the process that starts them, it is in them as well; nothing is attached."""
+        from vllm.ray.ray_env import DEFAULT_ENV_VAR_PREFIXES, get_env_vars_to_copy
+
+        monkeypatch.setenv("GLASSBOX_DISABLE", "1")
+        try:
+            register()
+            assert "GLASSBOX_DISABLE" in get_env_vars_to_copy()
+            assert not attached()
+        finally:
+            DEFAULT_ENV_VAR_PREFIXES.discard("GLASSBOX_")
 
 
 class TestRegister:
@@ -104,6 +117,28 @@ class TestRegister:
         register()
         assert SEAT.settings is settings
         assert before == overrides()
+
+    def test_a_file_of_the_working_directory_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """For workers in other directories, as Ray's; the packaged one they find themselves."""
+        monkeypatch.delenv("GLASSBOX_CONFIG")
+        monkeypatch.chdir(tmp_path)
+        register()
+        assert os.environ["GLASSBOX_CONFIG"] == str(tmp_path / "glassbox.yaml")
+        unregister()
+        assert "GLASSBOX_CONFIG" not in os.environ
+        (tmp_path / "glassbox.yaml").unlink()
+        register()
+        assert "GLASSBOX_CONFIG" not in os.environ
+
+    def test_variables_reach_workers_of_ray(self) -> None:
+        """Those that say where the configuration and the run directory are; as long as glassbox is registered."""
+        from vllm.ray.ray_env import get_env_vars_to_copy
+
+        names = {"GLASSBOX_CONFIG", "GLASSBOX_RUN_DIR"}
+        register()
+        assert names <= get_env_vars_to_copy()
+        unregister()
+        assert not names & get_env_vars_to_copy()
 
     def test_attach_custom(self) -> None:
         """Only CPU_ATTN, whose platform never asks CUSTOM, is overridden; what it stands for is decided later."""

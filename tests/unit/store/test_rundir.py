@@ -4,12 +4,19 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from glassbox.store import rundir
+
+
+def elsewhere(machine: str) -> str:
+    """Name of a run directory whose owner would be dead if it were on this machine."""
+    other = f"{int(machine, 16) ^ 1:08x}"
+    return f"4194999-1-{Path('/proc/self/ns/pid').stat().st_ino}-{other}"
 
 
 @pytest.fixture
@@ -55,6 +62,38 @@ class TestRunDir:
         assert rundir.run_dir({"GLASSBOX_RUN_DIR": str(tmp_path / "x")}) == tmp_path / "x"
         empty = {"GLASSBOX_RUN_DIR": "", "XDG_RUNTIME_DIR": str(tmp_path)}
         assert rundir.run_dir(empty).parent.parent == tmp_path
+
+
+class TestElsewhere:
+    """Ray takes GLASSBOX_RUN_DIR to the workers of other nodes."""
+
+    @pytest.fixture
+    def carried(self, environ: dict[str, str]) -> str:
+        """What the variable says on another node."""
+        machine = rundir.run_dir(dict(environ)).name.rpartition("-")[2]
+        return f"/run/user/4242/glassbox-4242/{elsewhere(machine)}"
+
+    def test_same_name_where_theirs_are(self, environ: dict[str, str], parent: Path, carried: str) -> None:
+        """All workers of the server on a node share one directory; the path of the other node is not taken."""
+        environ["GLASSBOX_RUN_DIR"] = carried
+        assert rundir.is_elsewhere(environ)
+        assert rundir.create(environ) == parent / Path(carried).name
+        assert environ["GLASSBOX_RUN_DIR"] == carried, "processes that it is passed on to find the same"
+
+    def test_it_is_not_purged(self, environ: dict[str, str], parent: Path, carried: str) -> None:
+        """That there is no such process here doesn't make it a dead server's, nor this process's to remove."""
+        environ["GLASSBOX_RUN_DIR"] = carried
+        path = rundir.create(environ)
+        assert rundir.purge_dead(parent) == []
+        assert not rundir.remove(environ)
+        assert path.is_dir()
+
+    def test_here(self, environ: dict[str, str], tmp_path: Path) -> None:
+        """Neither this machine's own, nor one that an operator named, nor none at all is elsewhere."""
+        assert not rundir.is_elsewhere(environ)
+        rundir.run_dir(environ)
+        assert not rundir.is_elsewhere(environ)
+        assert not rundir.is_elsewhere({"GLASSBOX_RUN_DIR": str(tmp_path / "1-2-glassbox")})
 
 
 class TestCreate:
@@ -165,26 +204,39 @@ class TestPurgeDead:
     def test_recycled_pid(self, environ: dict[str, str], parent: Path) -> None:
         """A living process with the pid of a dead owner does not keep its directory."""
         path = rundir.create(environ)
-        pid, start, namespace = path.name.split("-")
-        old = parent / f"{pid}-{int(start) - 1}-{namespace}"
+        pid, start, place = path.name.split("-", 2)
+        old = parent / f"{pid}-{int(start) - 1}-{place}"
         old.mkdir()
         assert rundir.purge_dead(parent) == [old]
         assert path.is_dir()
 
     def test_left_alone(self, environ: dict[str, str], parent: Path, tmp_path: Path) -> None:
-        """Other names, pid namespaces (containers), files and symlinks stay, and what they lead to."""
+        """Other names, pid namespaces (containers), machines, files and symlinks stay, and what they lead to."""
         rundir.create(environ)
-        _, _, namespace = rundir.run_dir(environ).name.split("-")
+        _, _, namespace, machine = rundir.run_dir(environ).name.split("-")
         target = tmp_path / "target"
         target.mkdir()
-        (parent / f"4194999-1-{int(namespace) + 1}").mkdir()
+        (parent / f"4194999-1-{int(namespace) + 1}-{machine}").mkdir()
+        (parent / elsewhere(machine)).mkdir()
         (parent / "notes").mkdir()
-        (parent / f"4194999-2-{namespace}").touch()
-        (parent / f"4194999-3-{namespace}").symlink_to(target)
+        (parent / f"4194999-2-{namespace}-{machine}").touch()
+        (parent / f"4194999-3-{namespace}-{machine}").symlink_to(target)
         before = sorted(parent.iterdir())
         assert rundir.purge_dead(parent) == []
         assert sorted(parent.iterdir()) == before
         assert target.is_dir()
+
+    def test_abandoned_elsewhere(self, environ: dict[str, str], parent: Path) -> None:
+        """A server of another machine is dead when its workers here have written nothing for a day."""
+        machine = rundir.create(environ).name.rpartition("-")[2]
+        path = parent / elsewhere(machine)
+        path.mkdir()
+        hours_ago = time.time() - 23 * 3600
+        os.utime(path, (hours_ago, hours_ago))
+        assert rundir.purge_dead(parent) == []
+        days_ago = time.time() - 25 * 3600
+        os.utime(path, (days_ago, days_ago))
+        assert rundir.purge_dead(parent) == [path]
 
     def test_no_parent(self, tmp_path: Path) -> None:
         """Without any run directory there is nothing to do."""

@@ -1,0 +1,228 @@
+"""Servers of several engines, over nodes and ports: each engine is exported once, under vLLM's own label.
+
+The nodes are two servers of one machine, each with its own run directory, as nodes have.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pytest
+
+from glassbox.cli.demo.vllm_server import HOST, free_port
+from tests.e2e.samples import Key, counts_against_rows, glassbox_samples
+from tests.otlp_receiver import OtlpReceiver, attributes
+from tests.serving import BASE_CONFIG, MODEL_NAME, GlassboxServer, wait_for
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]  # two engines at once, for minutes
+
+REQUESTS: Final = {"0": 3, "1": 2}
+TOKENS: Final = 6
+LAYERS, HEADS, PREFILL_ROWS = 30, 9, 8
+
+
+class HeadlessNode(GlassboxServer):
+    """A node without an API server: it is there when the one that waits for its engines is."""
+
+    def _wait_healthy(self) -> None:
+        self._healthy = True
+
+
+def engines(samples: dict[Key, float], name: str = "glassbox_steps_total") -> set[str]:
+    return {dict(labels)["engine"] for found, labels in samples if found == name}
+
+
+def vllm_engines(server: GlassboxServer) -> set[str]:
+    (family,) = (found for found in server.metrics() if found.name == "vllm:generation_tokens")
+    return {sample.labels["engine"] for sample in family.samples if sample.name == "vllm:generation_tokens_total"}
+
+
+def own_port(port: int) -> dict[Key, float]:
+    """What glassbox's port shows; nothing while nobody listens there."""
+    try:
+        return glassbox_samples(httpx.get(f"http://{HOST}:{port}/metrics", timeout=30).raise_for_status().text)
+    except httpx.TransportError:
+        return {}
+
+
+def rows(samples: dict[Key, float], phase: str) -> float:
+    name = "glassbox_attention_rows_total"
+    return sum(value for (found, labels), value in samples.items() if found == name and ("phase", phase) in labels)
+
+
+class Nodes:
+    """A data-parallel server over two nodes, of which the second is headless and pushes to a collector as well."""
+
+    def __init__(self, model: Path, folder: Path, collector: OtlpReceiver, stack: ExitStack) -> None:
+        self.port = free_port()
+        parallel = ("--data-parallel-size", "2", "--data-parallel-size-local", "1")
+        parallel += ("--data-parallel-address", HOST, "--data-parallel-rpc-port", str(free_port()))
+        export: dict[str, Any] = {"interval_s": 1, "prometheus": {"port": self.port}}
+        export["otel"] = {"enabled": True, "endpoint": collector.grpc_endpoint}
+        for name in ("headless", "leader"):
+            (folder / name).mkdir()
+        self.headless = HeadlessNode(
+            model,
+            folder / "headless",
+            config={**BASE_CONFIG, "export": export},
+            args=(*parallel, "--headless", "--data-parallel-start-rank", "1"),
+        )
+        self.leader = GlassboxServer(model, folder / "leader", args=(*parallel, "--api-server-count", "1"))
+        for server in (self.headless, self.leader):
+            stack.enter_context(server)
+
+    def ask(self) -> None:
+        """Prompts for each engine, which the client names."""
+        number = 2000
+        for engine, count in REQUESTS.items():
+            for _ in range(count):
+                number += 1
+                body = {"model": MODEL_NAME, "prompt": [number, *range(1000, 1020)], "max_tokens": TOKENS}
+                reply = httpx.post(
+                    f"{self.leader.url}/v1/completions",
+                    json={**body, "temperature": 0, "ignore_eos": True},
+                    headers={"X-data-parallel-rank": engine},
+                    timeout=120,
+                )
+                reply.raise_for_status()
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[OtlpReceiver]:
+    with OtlpReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def nodes(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory, collector: OtlpReceiver) -> Iterator[Nodes]:
+    """Both have answered."""
+    with ExitStack() as stack:
+        nodes = Nodes(demo_model_path, tmp_path_factory.mktemp("nodes"), collector, stack)
+        nodes.ask()
+        yield nodes
+
+
+def expected_rows(engine: str, per_request: int) -> int:
+    return REQUESTS[engine] * per_request * LAYERS * HEADS
+
+
+@pytest.fixture(scope="module")
+def shown(nodes: Nodes) -> dict[str, dict[Key, float]]:
+    """What each node shows once all rows have arrived: the leader at vLLM's /metrics, the other at its port."""
+    reads = {"0": lambda: glassbox_samples(nodes.leader.metrics()), "1": lambda: own_port(nodes.port)}
+    return {
+        engine: wait_for(
+            read,
+            lambda found, engine=engine: rows(found, "decode") >= expected_rows(engine, TOKENS - 1),
+            60.0,
+            f"rows of engine {engine}",
+        )
+        for engine, read in reads.items()
+    }
+
+
+class TestTwoNodes:
+    def test_each_engine_is_on_its_node(self, nodes: Nodes, shown: dict[str, dict[Key, float]]) -> None:
+        """Each is exported by its node alone, and has the label that vLLM's metrics have for it."""
+        assert {node: engines(samples) for node, samples in shown.items()} == {"0": {"0"}, "1": {"1"}}
+        assert vllm_engines(nodes.leader) == {"0", "1"}
+
+    def test_rows_count_once(self, shown: dict[str, dict[Key, float]]) -> None:
+        """Each node has the rows of the requests that its engine served."""
+        for engine, samples in shown.items():
+            assert rows(samples, "decode") == expected_rows(engine, TOKENS - 1)
+            assert rows(samples, "prefill") == expected_rows(engine, PREFILL_ROWS)
+            assert counts_against_rows(samples) == {}
+
+    def test_nothing_failed(self, nodes: Nodes, shown: dict[str, dict[Key, float]]) -> None:
+        """No errors; neither node says that nobody reads it."""
+        for samples in shown.values():
+            assert not [key for key in samples if key[0] == "glassbox_errors_total"]
+        for server in (nodes.headless, nodes.leader):
+            assert "reaches nobody" not in server.log_path.read_text(errors="replace")
+
+    def test_the_headless_node_pushes(self, nodes: Nodes, collector: OtlpReceiver) -> None:
+        """OTLP has its engine, rank and host, and only its."""
+        metrics = collector.wait_for_metrics()
+        (worker,) = (attributes(point.attributes) for point in metrics["glassbox.worker_info"].gauge.data_points)
+        assert (worker["glassbox.engine"], worker["glassbox.rank"], worker["glassbox.heads"]) == ("1", 0, "0-8")
+        (resource,) = collector.requests[-1].message.resource_metrics
+        assert attributes(resource.resource.attributes)["host.name"] == worker["host.name"]
+        pushed = {
+            attributes(point.attributes)["glassbox.engine"]
+            for point in metrics["glassbox.attention.rows"].sum.data_points
+        }
+        assert pushed == {"1"}
+
+
+def tiny_moe(folder: Path, tokenizer: Path) -> Path:
+    """A random mixture of experts of three layers: vLLM's supervisor takes no other model."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokens = AutoTokenizer.from_pretrained(tokenizer)
+    tokens.save_pretrained(folder)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokens),
+        hidden_size=128,
+        moe_intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=2048,
+    )
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, "dtype": "bfloat16"}))
+    return folder
+
+
+def test_supervisor(demo_model_path: Path, tmp_path: Path) -> None:
+    """Its API servers share a run directory: each shows its own engine, and glassbox's port shows all of them.
+
+    On a CPU such a model can't answer (vLLM lacks the exchange between its ranks), so only what stands before the
+    first request is looked at.
+    """
+    ports = {"glassbox": free_port(), "supervisor": free_port()}
+    (tmp_path / "server").mkdir()
+    (tmp_path / "model").mkdir()
+    parallel = ("--data-parallel-size", "2", "--data-parallel-size-local", "2")
+    parallel += ("--data-parallel-multi-port-external-lb", "--data-parallel-supervisor-port", str(ports["supervisor"]))
+    # The experts, too, are shared out among the engines.
+    parallel += ("--enable-expert-parallel",)
+    server = GlassboxServer(
+        tiny_moe(tmp_path / "model", demo_model_path),
+        tmp_path / "server",
+        config={**BASE_CONFIG, "export": {"interval_s": 1, "prometheus": {"port": ports["glassbox"]}}},
+        args=parallel,
+        # As an operator runs it: the supervisor, in which the plugin is loaded first, names the directory.
+        env={"GLASSBOX_RUN_DIR": None, "XDG_RUNTIME_DIR": str(tmp_path)},
+    )
+
+    def shown(url: str) -> dict[Key, float]:
+        try:
+            return glassbox_samples(httpx.get(url, timeout=30, follow_redirects=True).raise_for_status().text)
+        except httpx.TransportError:
+            return {}
+
+    urls = {str(rank): f"http://{HOST}:{server.port + rank}/metrics" for rank in range(2)}
+    with server:
+        for engine, url in urls.items():
+            samples = wait_for(lambda url=url: shown(url), bool, 60.0, f"metrics of engine {engine}")
+            assert engines(samples, "glassbox_layers_observed") == {engine}
+            text = httpx.get(url, timeout=30, follow_redirects=True).text
+            assert f'vllm:generation_tokens_total{{engine="{engine}"' in text
+        together = wait_for(
+            lambda: own_port(ports["glassbox"]), lambda found: len(engines(found)) == 2, 60.0, "both engines"
+        )
+        ranks = [dict(labels)["rank"] for name, labels in together if name == "glassbox_worker_info"]
+        assert ranks == ["0", "0"], "each engine has a first tensor-parallel rank, whatever its experts are"
+        (run_dir,) = (path for path in tmp_path.glob("glassbox-*/*") if path.is_dir())
+        assert run_dir.name.split("-")[0] == str(server.pid)
+    assert not run_dir.exists()

@@ -1,0 +1,185 @@
+"""One vLLM with as many ranks as asked for, in a process of its own: serves given tokens, saves what they measured.
+
+    python -m tests.integration.parallel_engine SPEC.json
+
+The spec is the `ParallelSpec` below as JSON. What is generated is given as well, so that engines whose arithmetic
+differs in the last digit measure the same rows.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from glassbox.core.output_checks import LayerState
+from tests.integration.gpu_engine import measured_positions
+from tests.program import RESULT, environment, run_program
+
+LAYERS, HEADS, KV_HEADS, VOCABULARY = 4, 8, 4, 512
+# The only token that is ever generated.
+FORCED: Final = 7
+_ARRAYS: Final = ("counts", "sums", "rows", "nonfinite")
+_SETTLED_S: Final = 60.0
+
+
+@dataclass(frozen=True)
+class ParallelSpec:
+    """What to run.
+
+    Attributes:
+        model: folder. prompts: token ids. max_tokens: of each prompt.
+        out: path without suffix.
+        llm_args: arguments of vllm.LLM.
+    """
+
+    model: str
+    prompts: list[list[int]]
+    max_tokens: int
+    out: str
+    llm_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Measured rows of each layer and head, prefill and decode."""
+        positions = [measured_positions(len(prompt), len(prompt) + self.max_tokens) for prompt in self.prompts]
+        return sum(len(prefill) for prefill, _ in positions), sum(len(decode) for _, decode in positions)
+
+
+@dataclass(frozen=True)
+class ParallelResult:
+    """What an engine left behind: the ranks' snapshots joined.
+
+    Attributes:
+        report: `tokens`; of each worker `rank`, `layers`, `heads`; `states` of the layers, `errors`, `canary_rows`.
+    """
+
+    spec: ParallelSpec
+    report: dict[str, Any]
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """counts, sums, rows and nonfinite, [L, H, ...] of the whole model."""
+        with np.load(f"{self.spec.out}.npz") as saved:
+            return dict(saved)
+
+
+def run(spec: ParallelSpec) -> None:
+    """Serve, wait for the snapshots that have it all, and save them."""
+    from vllm import LLM, SamplingParams
+
+    from glassbox.store.merge import merge
+    from glassbox.store.snapshot import read_snapshots
+
+    llm = LLM(spec.model, skip_tokenizer_init=True, enable_prefix_caching=False, seed=0, **spec.llm_args)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in spec.prompts],
+        SamplingParams(
+            temperature=0,
+            max_tokens=spec.max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            allowed_token_ids=[FORCED],
+        ),
+        use_tqdm=False,
+    )
+    expected, run_dir = sum(spec.rows), Path(os.environ["GLASSBOX_RUN_DIR"])
+    deadline = time.monotonic() + _SETTLED_S
+    while True:
+        (engine,) = merge(read_snapshots(run_dir))
+        if int(engine.rows.sum(-1).min()) >= expected or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    np.savez(f"{spec.out}.npz", **{name: getattr(engine, name) for name in _ARRAYS})  # type: ignore[arg-type]
+    workers = [
+        {"rank": one.rank, "layers": list(one.layers), "heads": [one.heads.start, one.heads.stop]}
+        for one in engine.workers
+    ]
+    report = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "workers": workers,
+        "states": engine.checks.state.tolist(),
+        "errors": engine.numbers["errors"],
+        "canary_rows": engine.numbers["canary_rows"],
+        "backend": engine.build["backend"],
+    }
+    print(RESULT + json.dumps(report))
+
+
+def run_engine(spec: ParallelSpec, folder: Path, *, timeout_s: float = 300.0, **env: str) -> ParallelResult:
+    """Run one in a process of its own, all of whose steps are measured."""
+    folder.mkdir()
+    config = folder / "glassbox.yaml"
+    config.write_text("sample_rate: 1.0\nexport: {interval_s: 0.5}\n")
+    path = folder / "spec.json"
+    path.write_text(json.dumps(asdict(spec)))
+    environ = environment(config, folder / "run", **env)
+    finished = run_program("integration/parallel_engine.py", [str(path)], environ, folder, timeout_s)
+    return ParallelResult(spec, finished.result)
+
+
+def prompts() -> list[list[int]]:
+    """Of several lengths, one shorter than the rows that are measured of a prompt; no two begin alike."""
+    rng = np.random.default_rng(3)
+    found: list[list[int]] = [rng.integers(8, VOCABULARY, size=n).tolist() for n in (5, 40, 97)]
+    return found
+
+
+def random_llama(folder: Path, *, layers: int = LAYERS, head_size: int = 32) -> Path:
+    """A model whose heads share out among two ranks, and whose attention isn't uniform, with random float32 weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HEADS * head_size,
+        intermediate_size=2 * HEADS * head_size,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=1024,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            torch.nn.init.normal_(projection.weight, std=2 / config.hidden_size**0.5)  # scores of some units
+    model.save_pretrained(folder)
+    return folder
+
+
+def assert_same_rows(one: ParallelResult, other: ParallelResult, close: float) -> None:
+    """Two engines served and measured the same: as many rows of each layer and head, with the same values.
+
+    Args:
+        close: how far apart the mean of a statistic may be, relative to its size; the buckets of as large a share of
+            the rows may differ, since a value that lies on a bound falls to either side.
+    """
+    assert one.report["tokens"] == other.report["tokens"]
+    for result in (one, other):
+        rows = result.arrays["rows"]
+        np.testing.assert_array_equal(rows, np.broadcast_to(result.spec.rows, rows.shape))
+    np.testing.assert_array_equal(one.arrays["nonfinite"], other.arrays["nonfinite"])
+    counts, others = one.arrays["counts"], other.arrays["counts"]
+    np.testing.assert_array_equal(counts.sum(-1), others.sum(-1))
+    assert np.abs(counts - others).sum() <= 2 * close * counts.sum()
+    rows = one.arrays["rows"].astype(np.float64)[..., None]
+    means, their = one.arrays["sums"] / rows, other.arrays["sums"] / rows
+    np.testing.assert_allclose(means, their, rtol=close, atol=close)
+
+
+def assert_certified(result: ParallelResult) -> None:
+    """Every layer was reproduced on every rank that has it, and nothing went wrong."""
+    layers = len(result.arrays["rows"])
+    assert result.report["states"] == [LayerState.CERTIFIED] * layers
+    assert result.report["errors"] == {}
+    assert result.report["canary_rows"]["failed"] == 0
+
+
+if __name__ == "__main__":
+    run(ParallelSpec(**json.loads(Path(sys.argv[1]).read_text())))
