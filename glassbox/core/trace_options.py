@@ -68,6 +68,9 @@ class MessageSpan:
     name: str
     message: int
 
+    def __str__(self) -> str:
+        return f"{self.name}={_MESSAGE}:{self.message}"
+
 
 @dataclass(frozen=True)
 class TraceOptions:
