@@ -195,7 +195,7 @@ class Intake(Protocol):
         """A request that `admit` let in has an id; returns what its worker gets besides its options."""
 
     def begin_beam(self, prompt_len: int) -> ExtraArgs:
-        """What the worker gets with a request that goes on with a beam, whose client sent a prompt of that length."""
+        """What the worker gets with a request of a beam search, whose client sent a prompt of that length."""
 
     def watch_spans(self, endpoint: str) -> None:
         """vLLM's tracer provider is there, and sends to this endpoint."""
@@ -252,7 +252,8 @@ class Wrappers:
             return result
         with client_errors():
             chat = Chat(serving, request, result)
-            request.vllm_xargs = await self._intake.resolve(request.vllm_xargs, request.messages, chat)
+            given = without_model(request.vllm_xargs, request.model)
+            request.vllm_xargs |= await self._intake.resolve(given, request.messages, chat)
         return result
 
     def create_messages(self, original: Any) -> Any:
@@ -281,9 +282,7 @@ class Wrappers:
         def get_prompt(beam: Any) -> Any:
             prompt = original(beam)
             own = beam.orig_prompt
-            prompt_len = len(own.get("decoder_prompt", own)["prompt_token_ids"])
-            if len(beam.tokens) > prompt_len:
-                prompt[BEAM_PROMPT_KEY] = prompt_len
+            prompt[BEAM_PROMPT_KEY] = len(own.get("decoder_prompt", own)["prompt_token_ids"])
             return prompt
 
         return get_prompt

@@ -308,10 +308,11 @@ class TestBeams:
 
     @pytest.mark.parametrize("encoder", [False, True])
     def test_where_the_clients_prompt_ends(self, beams: Server, encoder: bool) -> None:
-        """A beam that goes on says it, also of an encoder-decoder's; a search's first request has nothing to say."""
+        """Each request of a search says it, also of an encoder-decoder's."""
         own: dict[str, Any] = {"type": "token", "prompt_token_ids": [1, 2, 3]}
         prompt = {"type": "enc_dec", "decoder_prompt": own} if encoder else own
-        assert beams.process("r-beam-0", None, prompt=Beam(prompt, [1, 2, 3]).get_prompt()) is None
+        found = beams.process("r-beam-0", None, prompt=Beam(prompt, [1, 2, 3]).get_prompt())
+        assert {"glassbox_beam_prompt": 3} == found
         found = beams.process("r-beam-0", {"other": 1}, prompt=Beam(prompt, [1, 2, 3, 8, 9]).get_prompt())
         assert {"other": 1, "glassbox_beam_prompt": 3} == found
 
@@ -344,8 +345,9 @@ class TestRenderChatRequest:
 
         monkeypatch.setattr(vllm_server, "Chat", Chat)
         messages = [{"role": "user", "content": "abc"}, {"role": "user", "content": "de"}]
-        xargs = {"glassbox": "trace", "glassbox_spans": spans} if spans else {"glassbox": "trace"}
-        request = SimpleNamespace(vllm_xargs=xargs, messages=messages)
+        # As `_check_model` leaves them.
+        xargs = {"glassbox": "trace", "glassbox_model": "small"} | ({"glassbox_spans": spans} if spans else {})
+        request = SimpleNamespace(vllm_xargs=xargs, messages=messages, model="small")
 
         async def original(_: Any, request: Any) -> Any:
             return ([], []) if result is None else result
@@ -358,6 +360,7 @@ class TestRenderChatRequest:
         """`[abc][de]`: the second message is 6:8; a span of positions stays."""
         request = self.render(server, monkeypatch, ["last=message:-1", "start=0:2", "first=message:0"])
         assert ["start=0:2", "last=6:8", "first=1:4"] == request.vllm_xargs["glassbox_spans"]
+        assert "small" == request.vllm_xargs["glassbox_model"]
 
     def test_an_error_is_the_clients(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         """An index out of range."""
