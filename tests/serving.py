@@ -18,6 +18,8 @@ from glassbox.view.measured import Measured
 from glassbox.view.scrape import read_families
 
 MODEL_NAME: Final = "smollm2"
+# The other name by which clients may ask for it.
+ALIAS: Final = "smollm2-latest"
 # Everything is measured and exported each second, so that tests wait for no more than that.
 BASE_CONFIG: Final[dict[str, Any]] = {"sample_rate": 1.0, "export": {"interval_s": 1}}
 # No torch.compile: it would add 40 s to each start on two cores.
@@ -94,7 +96,7 @@ class GlassboxServer(VllmServer):
         clean = {name: None for name in os.environ if name.startswith(("GLASSBOX_", "OTEL_", "VLLM_PLUGINS"))}
         super().__init__(
             model,
-            args=("--served-model-name", MODEL_NAME, *base_args, *args),
+            args=("--served-model-name", MODEL_NAME, ALIAS, *base_args, *args),
             env={
                 **clean,
                 "GLASSBOX_CONFIG": str(self.config_path),

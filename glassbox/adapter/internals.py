@@ -37,6 +37,7 @@ class Feature(Enum):
     OPTIONS = "options of requests"
     BEAMS = "telling what a beam search has generated from its prompt"
     MESSAGE_SPANS = "spans by message"
+    MESSAGES_API = "spans by message at /v1/messages"
     LLM_SPANS = "attention spans beside vLLM's own"
     CAPTURE = "glassbox.capture"
     ENGINES = "telling the engines of an API server from those of others on its node"
@@ -240,6 +241,15 @@ INTERNALS: Final[tuple[Internal, ...]] = (
         "vllm.entrypoints.openai.chat_completion.serving",
         Feature.MESSAGE_SPANS,
         "OpenAIServingChat.render_chat_request",
+    ),
+    *_names(
+        "vllm.entrypoints.anthropic.serving",
+        Feature.MESSAGES_API,
+        "AnthropicServingMessages",
+        "AnthropicServingMessages.create_messages",
+        "AnthropicServingMessages._convert_messages",
+        "AnthropicServingMessages._convert_system_message",
+        "AnthropicServingMessages._merge_inline_system",
     ),
     *_names("vllm.v1.engine.async_llm", Feature.LLM_SPANS, "AsyncLLM.__init__"),
     *_names("vllm.v1.engine.llm_engine", Feature.LLM_SPANS, "LLMEngine.__init__"),

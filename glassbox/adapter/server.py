@@ -20,7 +20,7 @@ from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import VllmConfig
 from glassbox.adapter.release import vllm_version
 from glassbox.core.logs import get_logger, log_once
-from glassbox.core.trace_options import BEAM_PROMPT_KEY, OptionError
+from glassbox.core.trace_options import BEAM_PROMPT_KEY, MODEL_KEY, OptionError
 
 logger = get_logger(__name__)
 
@@ -47,6 +47,7 @@ INTAKE_PATCHES: Final = (
         "render_chat_request",
         "render_chat_request",
     ),
+    Patch("vllm.entrypoints.anthropic.serving", "AnthropicServingMessages", "create_messages", "create_messages"),
     Patch("vllm.entrypoints.generate.beam_search.utils", "BeamSearchSequence", "get_prompt", "get_prompt"),
     Patch("vllm.v1.engine.async_llm", "AsyncLLM", "add_request", "add_request"),
     Patch("vllm.v1.engine.async_llm", "AsyncLLM", "__init__", "engine_init"),
@@ -174,11 +175,22 @@ class Intake(Protocol):
             OptionError: they are bad.
         """
 
-    def note_model(self, name: object) -> None:
-        """Remember by which name the request of this task asks for its model; None if it gives none."""
+    def with_model(self, extra_args: object, name: str) -> ExtraArgs | None:
+        """A request's keys and the name by which it asks for its model, for the worker; None if it needn't know."""
 
     def wants_chat(self, extra_args: ExtraArgs) -> bool:
         """Whether `resolve` is to be asked: some of its spans are messages."""
+
+    def place(self, extra_args: ExtraArgs, places: Sequence[int | None]) -> ExtraArgs:
+        """The options with spans by message as a chat counts them, of a request that an API has made a chat of.
+
+        Args:
+            extra_args: spans by message as the client counts its messages.
+            places: of each of these its index in the chat; None if it is not one message there.
+
+        Raises:
+            OptionError: they are bad, or one can't be placed.
+        """
 
     async def resolve(self, extra_args: ExtraArgs, messages: Sequence[Any], chat: Chat) -> ExtraArgs:
         """The options with spans by message turned into ranges of tokens.
@@ -200,11 +212,8 @@ class Intake(Protocol):
     def begin(self, request_id: str, traceparent: str | None) -> ExtraArgs:
         """A request that `admit` let in has an id; returns what its worker gets besides its options."""
 
-    def begin_sampled(self, request_id: str) -> ExtraArgs:
-        """What the worker gets, besides, with a request that says nothing to glassbox."""
-
     def begin_beam(self, prompt_len: int) -> ExtraArgs:
-        """What the worker gets with a request that goes on with a beam, whose client sent a prompt of that length."""
+        """What the worker gets with a request of a beam search, whose client sent a prompt of that length."""
 
     def watch_spans(self, endpoint: str) -> None:
         """vLLM's tracer provider is there, and sends to this endpoint."""
@@ -229,17 +238,23 @@ class Wrappers:
     def check_model(self, original: Any) -> Any:
         """Around `BaseServing._check_model`, the first that every API does with a request: bad options end here.
 
-        Later would be too late for a streamed answer, whose status is sent before the engine is asked.
+        Later would be too late for a streamed answer, whose status is sent before the engine is asked. Nor does the
+        engine hear of the name that the client gave the model.
         """
 
         @functools.wraps(original)
         def _check_model(serving: Any, request: Any) -> Any:
-            self._intake.note_model(getattr(request, "model", None))
-            extra_args = getattr(request, "vllm_xargs", None)
+            extra_args, model = getattr(request, "vllm_xargs", None), getattr(request, "model", None)
             if self._intake.is_for_us(extra_args):
                 is_chat = isinstance(getattr(request, "messages", None), list)
                 with client_errors():
-                    self._intake.check(extra_args, model_shape(config_of(serving)), is_chat=is_chat)
+                    self._intake.check(
+                        without_model(extra_args, model), model_shape(config_of(serving)), is_chat=is_chat
+                    )
+            if isinstance(model, str) and hasattr(request, "vllm_xargs"):
+                named = self._intake.with_model(extra_args, model)
+                if named is not None:
+                    request.vllm_xargs = named
             return original(serving, request)
 
         return _check_model
@@ -261,8 +276,25 @@ class Wrappers:
             return result
         with client_errors():
             chat = Chat(serving, request, result)
-            request.vllm_xargs = await self._intake.resolve(request.vllm_xargs, request.messages, chat)
+            given = without_model(request.vllm_xargs, request.model)
+            request.vllm_xargs |= await self._intake.resolve(given, request.messages, chat)
         return result
+
+    def create_messages(self, original: Any) -> Any:
+        """Around `AnthropicServingMessages.create_messages`, which makes a chat of what it is given.
+
+        Its `system` becomes the first message there, and tool results become messages of their own.
+        """
+
+        @functools.wraps(original)
+        async def create_messages(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            xargs = getattr(request, "vllm_xargs", None)
+            if self._intake.is_for_us(xargs) and self._intake.wants_chat(xargs):
+                with client_errors():
+                    request.vllm_xargs = self._intake.place(xargs, chat_places(serving, request))
+            return await original(serving, request, *args, **kwargs)
+
+        return create_messages
 
     def get_prompt(self, original: Any) -> Any:
         """Around `BeamSearchSequence.get_prompt`: beam search makes a request of each beam's every token.
@@ -274,9 +306,7 @@ class Wrappers:
         def get_prompt(beam: Any) -> Any:
             prompt = original(beam)
             own = beam.orig_prompt
-            prompt_len = len(own.get("decoder_prompt", own)["prompt_token_ids"])
-            if len(beam.tokens) > prompt_len:
-                prompt[BEAM_PROMPT_KEY] = prompt_len
+            prompt[BEAM_PROMPT_KEY] = len(own.get("decoder_prompt", own)["prompt_token_ids"])
             return prompt
 
         return get_prompt
@@ -301,8 +331,8 @@ class Wrappers:
         @functools.wraps(original)
         def process_inputs(processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             extra_args: Any = getattr(params, "extra_args", None)
-            traced = is_ours = self._intake.is_for_us(extra_args)
-            if is_ours:
+            traced = False
+            if self._intake.is_for_us(extra_args):
                 with client_errors():
                     traced = self._intake.admit(extra_args, model_shape(processor.vllm_config))
             request = original(processor, request_id, prompt, params, *args, **kwargs)
@@ -312,8 +342,6 @@ class Wrappers:
                 added = self._intake.begin_beam(beam_prompt)
             elif traced:
                 added = self._intake.begin(request_id, _traceparent(kwargs))
-            elif not is_ours:
-                added = self._intake.begin_sampled(request_id)
             if added and request.sampling_params is not None:
                 request.sampling_params.extra_args = {**(extra_args or {}), **added}
             return request
@@ -333,6 +361,26 @@ class Wrappers:
                 self._intake.watch_spans(endpoint)
 
         return __init__
+
+
+def chat_places(serving: Any, request: Any) -> list[int | None]:
+    """Where the messages of an AnthropicMessagesRequest stand in its chat; None for one that is not one there."""
+    merge = {"merge_inline_system": serving._merge_inline_system}
+    before: list[Any] = []
+    serving._convert_system_message(request, before, **merge)
+    at, places = len(before), list[int | None]()
+    for message in request.messages:
+        converted: list[Any] = []
+        serving._convert_messages([message], converted, **merge)
+        places.append(at if len(converted) == 1 else None)
+        at += len(converted)
+    return places
+
+
+def without_model(extra_args: ExtraArgs, model: object) -> ExtraArgs:
+    """A client's keys: without the model's name, if it was added when an API looked at the request before."""
+    added = extra_args.get(MODEL_KEY)
+    return extra_args if added is None or added != model else {k: v for k, v in extra_args.items() if k != MODEL_KEY}
 
 
 def _traceparent(kwargs: Mapping[str, Any]) -> str | None:

@@ -29,7 +29,7 @@ TOP_K_KEY: Final = "glassbox_top_k"
 SPANS_KEY: Final = "glassbox_spans"
 ROWS_KEY: Final = "glassbox_rows"
 # Set by glassbox itself in the API server, never by a client: its trace context, the name by which it asked for the
-# model, and of a request that goes on with a beam how many tokens of its prompt are the client's.
+# model, and of a request of a beam search how many tokens of its prompt are the client's.
 TRACEPARENT_KEY: Final = "glassbox_traceparent"
 MODEL_KEY: Final = "glassbox_model"
 BEAM_PROMPT_KEY: Final = "glassbox_beam_prompt"
@@ -67,6 +67,9 @@ class MessageSpan:
 
     name: str
     message: int
+
+    def __str__(self) -> str:
+        return f"{self.name}={_MESSAGE}:{self.message}"
 
 
 @dataclass(frozen=True)

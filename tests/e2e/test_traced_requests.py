@@ -19,7 +19,7 @@ from glassbox.cli.dashboards.stack import Stack
 from tests.e2e.test_dashboard_queries import VALUES
 from tests.otlp_receiver import OtlpReceiver, attributes
 from tests.prometheus_server import PrometheusServer, free_port
-from tests.serving import EFFECT_S, MODEL_NAME, GlassboxServer, require_tool, wait_for
+from tests.serving import ALIAS, EFFECT_S, MODEL_NAME, GlassboxServer, require_tool, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -126,14 +126,28 @@ class TestClient:
         )
         chunks = list(
             client.completions.create(
-                model=MODEL_NAME, prompt="The pier", max_tokens=4, stream=True, extra_body=body(**TRACE)
+                model=ALIAS, prompt="The pier", max_tokens=4, stream=True, extra_body=body(**TRACE)
             )
         )
         response = client.responses.create(
-            model=MODEL_NAME, input="The quay", max_output_tokens=4, extra_body={"vllm_xargs": TRACE}
+            model=ALIAS, input="The quay", max_output_tokens=4, extra_body={"vllm_xargs": TRACE}
         )
-        for request_id in (completion.id, chunks[0].id, response.id):
-            assert shown.ended(request_id)["num_generated"] >= 1
+        for request_id, name in ((completion.id, MODEL_NAME), (chunks[0].id, ALIAS), (response.id, ALIAS)):
+            trace = shown.ended(request_id)
+            assert trace["num_generated"] >= 1
+            assert (trace["model_name"], trace["requested_model"], trace["adapter"]) == (MODEL_NAME, name, None)
+
+    def test_messages(self, server: GlassboxServer, shown: Shown) -> None:
+        """A span by message is of the client's messages, of which the system prompt is none."""
+        xargs = {**TRACE, "glassbox_spans": ["question=message:0"]}
+        answer = server.post(
+            "/v1/messages", model=ALIAS, system=SYSTEM, messages=MESSAGES[1:], max_tokens=4, vllm_xargs=xargs
+        )
+        trace = shown.ended(answer["id"])
+        assert trace["requested_model"] == ALIAS
+        ids = server.post("/tokenize", model=MODEL_NAME, messages=MESSAGES)["tokens"]
+        start, end = trace["options"]["spans"]["question"]
+        assert server.post("/detokenize", tokens=ids[start:end])["prompt"] == QUESTION
 
     def test_off_and_nothing(self, server: GlassboxServer, shown: Shown) -> None:
         """Requests that say off, or nothing, leave no trace."""

@@ -17,6 +17,7 @@ from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger
 from glassbox.core.trace_options import (
     BEAM_PROMPT_KEY,
+    CHOICE_KEY,
     HEADS_KEY,
     LAYERS_KEY,
     MODEL_KEY,
@@ -36,8 +37,6 @@ logger = get_logger(__name__)
 
 # The traceparent of the request that is being added, by a task of its own: vLLM drops the headers if it does not trace.
 _traceparent: ContextVar[str | None] = ContextVar("glassbox_traceparent", default=None)
-# The name by which it asks for its model, by the same task: vLLM's engine knows none.
-_model: ContextVar[str | None] = ContextVar("glassbox_model", default=None)
 # Traced requests that may not have ended yet: enough for any server, and bounded if their ends are never told.
 MAX_REMEMBERED: Final = 4096
 
@@ -103,15 +102,26 @@ class Intake:
                 "positions (name=start:end) instead"
             )
 
-    def note_model(self, name: object) -> None:
+    def with_model(self, extra_args: object, name: str) -> ExtraArgs | None:
         """See server.Intake."""
-        _model.set(name if isinstance(name, str) and name else None)
+        config = self._config()
+        given = extra_args if isinstance(extra_args, Mapping) else {}
+        choice = given.get(CHOICE_KEY)
+        # Which requests the rate chooses is known only when they have their ids.
+        wanted = choice == "trace" or (choice is None and config.requests.trace_rate > 0)
+        return {**given, MODEL_KEY: name} if name and wanted and config.enabled else None
 
     def wants_chat(self, extra_args: ExtraArgs) -> bool:
         """See server.Intake."""
         # Bad ones are for `resolve` to refuse, where a client's error is known as one.
         spans = extra_args.get(SPANS_KEY, ())
         return not isinstance(spans, list | tuple) or any("=message:" in str(span) for span in spans)
+
+    def place(self, extra_args: ExtraArgs, places: Sequence[int | None]) -> ExtraArgs:
+        """See server.Intake."""
+        choice = parse_options(extra_args, from_client=True)
+        placed = [message_spans.placed(span, places) for span in choice.message_spans]
+        return {**extra_args, SPANS_KEY: [str(span) for span in (*choice.options.spans, *placed)]}
 
     async def resolve(self, extra_args: ExtraArgs, messages: Sequence[Any], chat: server.Chat) -> ExtraArgs:
         """See server.Intake."""
@@ -131,7 +141,7 @@ class Intake:
 
     def admit(self, extra_args: ExtraArgs, shape: tuple[int, int] | None) -> bool:
         """See server.Intake."""
-        if TRACEPARENT_KEY in extra_args or MODEL_KEY in extra_args:
+        if TRACEPARENT_KEY in extra_args:
             parse_options(extra_args, from_client=True)  # says that it must not be given
         choice = parse_options(extra_args)
         check_model_has(choice, shape)
@@ -140,13 +150,8 @@ class Intake:
     def begin(self, request_id: str, traceparent: str | None) -> ExtraArgs:
         """See server.Intake."""
         self.traced.add(request_id)
-        known = {TRACEPARENT_KEY: traceparent or _traceparent.get(), MODEL_KEY: _model.get()}
-        return {key: str(value) for key, value in known.items() if value}
-
-    def begin_sampled(self, request_id: str) -> ExtraArgs:
-        """See server.Intake."""
-        model = _model.get()
-        return {MODEL_KEY: model} if model and self._is_sampled(request_id) else {}
+        traceparent = traceparent or _traceparent.get()
+        return {TRACEPARENT_KEY: str(traceparent)} if traceparent else {}
 
     def begin_beam(self, prompt_len: int) -> ExtraArgs:
         """See server.Intake."""
@@ -161,11 +166,10 @@ class Intake:
             logger.warning("glassbox.attention spans can't be children of vLLM's: %s: %s", type(error).__name__, error)
 
     def _wants_span(self, request_id: str) -> bool:
-        return self._is_sampled(request_id) or (request_id in self.traced and self._config().enabled)
-
-    def _is_sampled(self, request_id: str) -> bool:
         config = self._config()
-        return config.enabled and is_sampled_request(request_id, config.requests.trace_rate)
+        return config.enabled and (
+            request_id in self.traced or is_sampled_request(request_id, config.requests.trace_rate)
+        )
 
     def close(self) -> None:
         """Take the watchers out of the tracer providers."""

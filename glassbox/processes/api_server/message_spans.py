@@ -61,6 +61,26 @@ async def resolve(
     return [Span(name, *ranges[index]) for name, index in chosen.items()]
 
 
+def placed(span: MessageSpan, places: Sequence[int | None]) -> MessageSpan:
+    """The same message, as the chat counts it that an API has made of a request.
+
+    Args:
+        span: as the client counts its messages.
+        places: of each of these its index in the chat; None if it is not one message there.
+
+    Raises:
+        OptionError: there is no such message, or it is not one there.
+    """
+    index = _index(span, len(places))
+    place = places[index]
+    if place is None:
+        raise OptionError(
+            f"{SPANS_KEY} {span.name} must name a message that is one message of the chat too, got {span.message}, "
+            f"which is none or several there (results of tools, system messages amid others); {_REMEDY}"
+        )
+    return MessageSpan(span.name, place)
+
+
 def _index(span: MessageSpan, count: int) -> int:
     index = span.message + count if span.message < 0 else span.message
     if not 0 <= index < count:

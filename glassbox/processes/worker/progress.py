@@ -112,10 +112,11 @@ class RequestProgress:
         req_id = new.req_id
         chunked = self._chunked.pop(req_id, None)
         self._before.pop(req_id, None)
-        own_prompt = (new.extra_args or {}).get(BEAM_PROMPT_KEY)
-        if own_prompt is not None:
-            self._beams[req_id] = int(own_prompt)
-        if own_prompt is not None or new.resumed:
+        own_prompt = int((new.extra_args or {}).get(BEAM_PROMPT_KEY, new.prompt_len))
+        goes_on = own_prompt < new.prompt_len
+        if goes_on:
+            self._beams[req_id] = own_prompt
+        if goes_on or new.resumed:
             self._before[req_id] = _Before(new.known_len - 1, 0)
         elif chunked is not None:
             self._before[req_id] = _Before(chunked.furthest, 0)

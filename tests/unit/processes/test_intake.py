@@ -57,8 +57,6 @@ class Server:
 
         async def check_model(_: Any, request: Any) -> None:
             self.seen.append(request)
-            if (processed := vars(request).get("then")) is not None:
-                processed()
 
         def process_inputs(_: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             self.seen.append(params)
@@ -82,12 +80,6 @@ class Server:
             processor, request_id, kwargs.pop("prompt", {}), Params(extra_args), ("generate",), **kwargs
         ).sampling_params.extra_args
         return result
-
-    def ask(self, model: str | None, request_id: str, extra_args: dict[str, Any] | None) -> dict[str, Any] | None:
-        """A request of an API, from its check to the engine, in a task of its own."""
-        found: list[dict[str, Any] | None] = []
-        self.check(extra_args, model=model, then=lambda: found.append(self.process(request_id, extra_args)))
-        return found[0]
 
     def add(self, extra_args: dict[str, Any], headers: dict[str, str] | None) -> dict[str, Any] | None:
         result: dict[str, Any] | None = asyncio.run(
@@ -204,28 +196,99 @@ class TestProcessInputs:
         assert "r1" not in server.intake.traced
 
 
+class Anthropic:
+    """As vLLM's AnthropicServingMessages: a `system` comes first, a list of blocks becomes a message of each."""
+
+    _merge_inline_system = False
+
+    def _convert_system_message(self, request: Any, messages: list[Any], *, merge_inline_system: bool) -> None:
+        messages += [request.system] if request.system else []
+
+    def _convert_messages(self, given: list[Any], messages: list[Any], *, merge_inline_system: bool) -> None:
+        for one in given:
+            messages += one if isinstance(one, list) else [one]
+
+
+class TestMessagesApi:
+    def create(self, server: Server, spans: Any, messages: list[Any], system: str | None) -> Any:
+        """The options of the request as vLLM's own method gets them."""
+
+        async def original(_: Any, request: Any, raw_request: Any = None) -> Any:
+            return request.vllm_xargs
+
+        xargs = {"glassbox": "trace", "glassbox_spans": spans} if spans else None
+        request = SimpleNamespace(vllm_xargs=xargs, messages=messages, system=system)
+        return asyncio.run(server.wrappers.create_messages(original)(Anthropic(), request, None))
+
+    @pytest.mark.parametrize(("system", "first"), [("Be brief.", 1), (None, 0)])
+    def test_messages_are_the_clients(self, server: Server, system: str | None, first: int) -> None:
+        """The client's first message is not its system prompt; its last one comes after the results of tools."""
+        spans = ["first=message:0", "last=message:-1", "own=2:4"]
+        found = self.create(server, spans, ["hi", ["a result", "another"], "and now"], system)
+        assert found["glassbox_spans"] == ["own=2:4", f"first=message:{first}", f"last=message:{first + 3}"]
+
+    @pytest.mark.parametrize(
+        ("span", "message"),
+        [
+            ("x=message:1", "x must name a message that is one message of the chat too, got 1"),
+            ("x=message:3", "x must name one of the 3 messages, 0 to 2, got 3"),
+        ],
+    )
+    def test_messages_without_a_place(self, server: Server, span: str, message: str) -> None:
+        """What became several messages, and what is none of the client's."""
+        with pytest.raises(ClientError, match=message):
+            self.create(server, [span], ["hi", ["a result", "another"], "and now"], "Be brief.")
+
+    @pytest.mark.parametrize("spans", [None, ["own=2:4"]])
+    def test_nothing_to_do(self, server: Server, spans: Any) -> None:
+        """Without a span by message the request goes on as it came."""
+        found = self.create(server, spans, ["hi"], None)
+        assert (found or {}).get("glassbox_spans") == spans
+
+
 class TestNames:
+    def ask(self, server: Server, model: str | None, xargs: dict[str, Any] | None) -> Any:
+        """What a request's keys are when the API goes on with it."""
+        server.check(xargs, model=model)
+        return server.seen[-1].vllm_xargs
+
     def test_as_the_client_called_it(self, server: Server) -> None:
         """A traced request has the name with it; one that gives none, and one that isn't traced, has not."""
         traced = {"glassbox": "trace"}
-        assert {**traced, "glassbox_model": "small"} == server.ask("small", "r1", traced)
-        assert traced == server.ask(None, "r2", traced)
-        assert {"glassbox": "off"} == server.ask("small", "r3", {"glassbox": "off"})
-        assert server.ask("small", "r4", None) is None
+        assert {**traced, "glassbox_model": "small"} == self.ask(server, "small", traced)
+        assert traced == self.ask(server, None, traced)
+        assert {"glassbox": "off"} == self.ask(server, "small", {"glassbox": "off"})
+        assert self.ask(server, "small", None) is None
 
-    def test_of_a_request_that_the_rate_chooses(self) -> None:
+    def test_of_a_request_that_the_rate_may_choose(self) -> None:
         """It says nothing to glassbox itself, and may have keys of others."""
-        server = Server({"requests": {"trace_rate": 1.0}})
-        assert {"glassbox_model": "small"} == server.ask("small", "r1", None)
-        assert {"other": 1, "glassbox_model": "small"} == server.ask("small", "r2", {"other": 1})
-        assert {"glassbox": "off"} == server.ask("small", "r3", {"glassbox": "off"})
+        server = Server({"requests": {"trace_rate": 0.5}})
+        assert {"glassbox_model": "small"} == self.ask(server, "small", None)
+        assert {"other": 1, "glassbox_model": "small"} == self.ask(server, "small", {"other": 1})
+        assert {"glassbox": "off"} == self.ask(server, "small", {"glassbox": "off"})
+
+    def test_of_an_api_without_keys(self) -> None:
+        """A request that has no place for them is left as it is."""
+        server = Server({"requests": {"trace_rate": 0.5}})
+        request = SimpleNamespace(model="small")
+        asyncio.run(server._check(server, request))
+        assert vars(request) == {"model": "small"}
+
+    def test_looked_at_twice(self, server: Server) -> None:
+        """An API that hands a request to another one checks it again."""
+        named = self.ask(server, "small", {"glassbox": "trace"})
+        assert named == self.ask(server, "small", named)
+        assert named == server.process("r1", named)
 
     def test_not_a_clients_to_give(self, server: Server) -> None:
         """It would be taken for what glassbox found."""
         with pytest.raises(ClientError, match="'glassbox_model' must be one of glassbox, "):
-            server.check({"glassbox": "trace", "glassbox_model": "other"})
-        with pytest.raises(ClientError, match="'glassbox_model' must be one of glassbox, "):
-            server.process("r1", {"glassbox": "trace", "glassbox_model": "other"})
+            server.check({"glassbox": "trace", "glassbox_model": "other"}, model="small")
+
+    def test_switched_off(self) -> None:
+        """With `enabled: false` nothing is added."""
+        traced = {"glassbox": "trace"}
+        assert traced == self.ask(Server({"enabled": False}), "small", traced)
 
 
 class Beam:
@@ -246,10 +309,11 @@ class TestBeams:
 
     @pytest.mark.parametrize("encoder", [False, True])
     def test_where_the_clients_prompt_ends(self, beams: Server, encoder: bool) -> None:
-        """A beam that goes on says it, also of an encoder-decoder's; a search's first request has nothing to say."""
+        """Each request of a search says it, also of an encoder-decoder's."""
         own: dict[str, Any] = {"type": "token", "prompt_token_ids": [1, 2, 3]}
         prompt = {"type": "enc_dec", "decoder_prompt": own} if encoder else own
-        assert beams.process("r-beam-0", None, prompt=Beam(prompt, [1, 2, 3]).get_prompt()) is None
+        found = beams.process("r-beam-0", None, prompt=Beam(prompt, [1, 2, 3]).get_prompt())
+        assert {"glassbox_beam_prompt": 3} == found
         found = beams.process("r-beam-0", {"other": 1}, prompt=Beam(prompt, [1, 2, 3, 8, 9]).get_prompt())
         assert {"other": 1, "glassbox_beam_prompt": 3} == found
 
@@ -282,8 +346,9 @@ class TestRenderChatRequest:
 
         monkeypatch.setattr(vllm_server, "Chat", Chat)
         messages = [{"role": "user", "content": "abc"}, {"role": "user", "content": "de"}]
-        xargs = {"glassbox": "trace", "glassbox_spans": spans} if spans else {"glassbox": "trace"}
-        request = SimpleNamespace(vllm_xargs=xargs, messages=messages)
+        # As `_check_model` leaves them.
+        xargs = {"glassbox": "trace", "glassbox_model": "small"} | ({"glassbox_spans": spans} if spans else {})
+        request = SimpleNamespace(vllm_xargs=xargs, messages=messages, model="small")
 
         async def original(_: Any, request: Any) -> Any:
             return ([], []) if result is None else result
@@ -296,6 +361,7 @@ class TestRenderChatRequest:
         """`[abc][de]`: the second message is 6:8; a span of positions stays."""
         request = self.render(server, monkeypatch, ["last=message:-1", "start=0:2", "first=message:0"])
         assert ["start=0:2", "last=6:8", "first=1:4"] == request.vllm_xargs["glassbox_spans"]
+        assert "small" == request.vllm_xargs["glassbox_model"]
 
     def test_an_error_is_the_clients(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         """An index out of range."""

@@ -118,6 +118,12 @@ class TestBeams:
         batch = batch_of({"other": (4, 0, 4), "a": (8, 0, 8)})
         assert server.progress.of_client(batch).prompt_len.tolist() == [4, 5]
 
+    def test_the_first_request_of_a_search(self) -> None:
+        """It has nothing but the client's prompt, all of which is new."""
+        server = Server(False, 5, {"glassbox_beam_prompt": 5})
+        server.step(100)
+        assert server.counted == [0, 1, 2, 3, 4]
+
     def test_without_beams(self) -> None:
         """The batch is what it was."""
         batch = batch_of({"a": (4, 0, 4)})
