@@ -3,14 +3,17 @@
 Owns the labels of a worker's metrics, too. All imports of vLLM are inside functions: importing this module loads none.
 """
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from glassbox.adapter.attention.cache_layout import FP8_DTYPES
 from glassbox.adapter.attention.layer_cache import CacheFinder
+from glassbox.adapter.attention.mla_bypass import is_compressed, mla_bypass
+from glassbox.adapter.attention.mla_cache import head_sizes, is_latent
 from glassbox.adapter.internals import members_of
-from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, VllmConfig
+from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, LatentImpl, VllmConfig
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, AttentionLayer]:
         name: layer
         for name, layer in context.items()
         if isinstance(layer, AttentionLayerBase)
-        and hasattr(layer, "impl")
+        and (hasattr(layer, "impl") or is_compressed(layer))
         and getattr(layer, "attn_type", AttentionType.DECODER) == AttentionType.DECODER
     }
 
@@ -99,7 +102,8 @@ def find_bypass(layer: AttentionLayer) -> Bypass | None:
     """
     if not getattr(layer.impl, "glassbox_observed", False):
         return Bypass("backend", "their backend is not one that glassbox wraps")
-    if gone := [name for name in members_of(AttentionImpl) if not hasattr(layer.impl, name)]:
+    needed = members_of(LatentImpl if is_latent(layer) else AttentionImpl)
+    if gone := [name for name in needed if not hasattr(layer.impl, name)]:
         return Bypass(
             "internals",
             f"their backend lacks {', '.join(gone)}, which earlier releases of vLLM have; use a newer glassbox",
@@ -108,7 +112,8 @@ def find_bypass(layer: AttentionLayer) -> Bypass | None:
         return Bypass(
             "chunked_local", "chunked local attention splits requests into virtual ones, whose rows can't be found"
         )
-    if layer.attn_backend.forward_includes_kv_cache_update:
+    # Latent attention is told by its layer to write the cache first, whatever its backend says.
+    if layer.attn_backend.forward_includes_kv_cache_update and not is_latent(layer):
         return Bypass("late_keys", "their backend writes keys only while it computes")
     if layer.impl.kv_cache_dtype not in READABLE_KV_CACHES:
         return Bypass(
@@ -134,6 +139,8 @@ def _unreadable(layer: AttentionLayer, finder: CacheFinder) -> Bypass | None:
     try:
         finder.find(layer)
         layer.impl.glassbox_finder = finder  # type: ignore[attr-defined]
+        if is_latent(layer):
+            layer.impl.glassbox_layer = weakref.ref(layer)  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError) as error:  # CacheLayoutError is one
         return Bypass("cache_layout", f"glassbox can't tell where keys and values stand in their KV cache: {error}")
     return None
@@ -148,6 +155,7 @@ class ObservedLayers:
         indices: global index of each.
         num_heads: largest number of local query heads among them.
         head_size, num_kv_heads: the largest of theirs, of K and V.
+        latent: some of them have latent attention (MLA).
         bypassed: layers whose attention glassbox does not see, by name, and why. Those of one reason are equal.
     """
 
@@ -156,6 +164,7 @@ class ObservedLayers:
     num_heads: int
     head_size: int
     num_kv_heads: int
+    latent: bool
     bypassed: Mapping[str, Bypass]
 
 
@@ -174,9 +183,10 @@ def find_layers(
     for name, layer in layers.items():
         if getattr(layer, "is_draft_layer", False):
             continue
-        if getattr(layer.impl, "glassbox_observed", None) is False:  # a drafter's as well
+        if getattr(getattr(layer, "impl", None), "glassbox_observed", None) is False:  # a drafter's as well
             continue
-        reason = of_all or find_bypass(layer) or _unreadable(layer, finder)
+        of_mla = mla_bypass(layer)
+        reason = of_all or (Bypass(*of_mla) if of_mla else find_bypass(layer) or _unreadable(layer, finder))
         if reason is None:
             observed.append((layer_index(name), name, layer))
         else:
@@ -187,7 +197,8 @@ def find_layers(
         names=tuple(name for _, name, _ in observed),
         indices=tuple(index for index, _, _ in observed),
         num_heads=max((layer.num_heads for layer in of_model), default=0),
-        head_size=max((max(layer.head_size, layer.head_size_v) for layer in of_model), default=0),
+        head_size=max((max(head_sizes(layer)) for layer in of_model), default=0),
         num_kv_heads=max((layer.impl.num_kv_heads for layer in of_model), default=0),
+        latent=any(is_latent(layer) for layer in of_model),
         bypassed=bypassed,
     )

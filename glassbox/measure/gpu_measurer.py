@@ -36,6 +36,7 @@ from glassbox.measure.contract import (
     CheckLimits,
     DeviceNeeds,
     Forward,
+    LatentForward,
     MeasuredLayers,
     OutputCheck,
     StepTraces,
@@ -166,7 +167,11 @@ class GpuMeasurer:
             self._built[name] = tables
 
     def after_attention(
-        self, layer: StridedLayer, forward: Forward, kv_cache: torch.Tensor, tables: BatchTables | None
+        self,
+        layer: StridedLayer,
+        forward: Forward | LatentForward,
+        kv_cache: torch.Tensor,
+        tables: BatchTables | None,
     ) -> None:
         """Queue this layer's launch.
 
@@ -176,6 +181,8 @@ class GpuMeasurer:
         local = self._local_layers.get(layer.name)
         if local is None:
             return
+        if isinstance(forward, LatentForward):
+            raise ValueError(f"{layer.name} has latent attention, for which there is no kernel on a GPU")
         if (
             not self._warming
             and not (self._active and local in self._layers)

@@ -1,6 +1,7 @@
 """Observed subclasses of vLLM's backends, and the CUSTOM router in front of them."""
 
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from glassbox.adapter.attention import observed, router
 from glassbox.adapter.attention.observed import inner_class, observed_class, observed_path
 from glassbox.adapter.attention.router import GlassboxBackend
 from glassbox.adapter.seat import SEAT
-from glassbox.config.load import SUPPORTED_INNER_BACKENDS
+from glassbox.config.load import MLA_BACKENDS, SUPPORTED_INNER_BACKENDS
 from tests.program import environment, run_program
 
 registry = pytest.importorskip("vllm.v1.attention.backends.registry", reason="needs vLLM")
@@ -73,23 +74,23 @@ class TestObservedClass:
         assert cls.get_builder_cls() is cls.get_builder_cls()
 
     def test_adds_nothing_else(self, name: str) -> None:
-        """The backend gives other classes; the impl looks at forward, the builder at build."""
+        """The backend gives other classes; the impl looks at forward, the builder at build and who its layers are."""
         cls = available(name)
         assert own_names(cls) == {"get_impl_cls", "get_builder_cls"}
         assert own_names(cls.get_impl_cls()) == {"__init__"}
-        assert own_names(cls.get_builder_cls()) == {"build"}
+        assert own_names(cls.get_builder_cls()) == ({"__init__", "build"} if name in MLA_BACKENDS else {"build"})
 
     def test_forward_is_vllms_unless_it_is_listened_to(self, name: str) -> None:
         """A step that is not measured runs vLLM's own method."""
         impl, inner = available(name).get_impl_cls(), inner_class(name).get_impl_cls()
-        assert impl.forward is inner.forward
+        methods = {"forward_mha", "forward_mqa"} if name in MLA_BACKENDS else {"forward"}
+        assert [getattr(inner, method) for method in methods] == [getattr(impl, method) for method in methods]
         SEAT.listening.listen(True)
         try:
-            assert own_names(impl) == {"__init__", "forward"}
-            assert impl.forward is not inner.forward
+            assert own_names(impl) == {"__init__", *methods}
         finally:
             SEAT.listening.listen(False)
-        assert impl.forward is inner.forward
+        assert [getattr(inner, method) for method in methods] == [getattr(impl, method) for method in methods]
 
     def test_inherited_flags(self, name: str) -> None:
         """Each flag and each method that vLLM asks the classes for is the inner's."""
@@ -107,7 +108,13 @@ class TestObservedClass:
 
     def test_kv_cache_update_comes_first(self, name: str) -> None:
         """K of the step is in the cache when forward begins: on that the measuring relies."""
-        assert available(name).forward_includes_kv_cache_update is False
+        if name in MLA_BACKENDS:
+            from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+
+            body = inspect.getsource(MLAAttention.forward)
+            assert 0 < body.index("update_kv_cache(") < body.index("self.forward_impl(")
+        else:
+            assert available(name).forward_includes_kv_cache_update is False
 
     def test_concrete(self, name: str) -> None:
         """Nothing abstract is left that the inner classes had made concrete."""
@@ -190,7 +197,8 @@ class TestRouter:
         self.platform_picks(monkeypatch, "FLEX_ATTENTION")
         assert GlassboxBackend.validate_configuration(dtype=None, **LAYER) == [
             "glassbox can't observe FLEX_ATTENTION, which vLLM picks for this layer; it observes CPU_ATTN, FLASH_ATTN, "
-            "TRITON_ATTN, FLASHINFER. Leave out --attention-backend CUSTOM, or name one of these as inner_backend"
+            "TRITON_ATTN, FLASHINFER, CPU_MLA, AMX_MLA. Leave out --attention-backend CUSTOM, or name one of these as "
+            "inner_backend"
         ]
 
     def test_named_and_unfit(self, settings: SimpleNamespace) -> None:

@@ -7,7 +7,8 @@ It does not patch vLLM (`hook.py`), compute statistics (`measure/*_measurer.py`,
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +16,15 @@ import numpy as np
 from torch import Tensor
 
 from glassbox.adapter.attention.layer_view import common_tables, forward_of, tables_of, view_of
+from glassbox.adapter.attention.mla_view import latent_view_of
 from glassbox.adapter.internals import Feature, lacks
 from glassbox.adapter.protocols import (
     AttentionLayer,
     AttentionMetadata,
     CommonMetadata,
+    LatentLayer,
     ObservedImpl,
+    ObservedLatentImpl,
     PreparedBatch,
     Runner,
 )
@@ -30,7 +34,7 @@ from glassbox.config.load import GlassboxConfig
 from glassbox.core.counters import ENGINE_NUMBERS
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_UNCOUNTED
-from glassbox.measure.contract import Measurer
+from glassbox.measure.contract import LatentForward, Measurer
 from glassbox.measure.sampling import RowSampler, StepSampler
 from glassbox.processes.worker.canary import Canary, StepCheck
 from glassbox.processes.worker.step import Step
@@ -183,7 +187,9 @@ class Observer:
         if self._step is not None:
             self._step.prepared = prepared
 
-    def on_build(self, layer_names: list[str], common_attn_metadata: CommonMetadata) -> None:
+    def on_build(
+        self, layer_names: list[str], common_attn_metadata: CommonMetadata, absorbed: int | None = None
+    ) -> None:
         """vLLM built metadata; the first time in a sampled step the batch's order is final and rows are chosen."""
         if layer_names and layer_names[0] not in self._layer_names:
             return  # a drafter's, or one with virtual batches
@@ -193,7 +199,7 @@ class Observer:
             self.measurer.on_build(layer_names, common_tables(common_attn_metadata))
             if step is not None and step.measured and not step.rows_chosen:
                 step.rows_chosen = True
-                self._choose_rows(step, common_attn_metadata)
+                self._choose_rows(step, common_attn_metadata, absorbed)
         except Exception as error:
             stage = "batch" if isinstance(error, BatchMismatchError) else "choose_rows"
             if step is None:
@@ -203,7 +209,7 @@ class Observer:
         if step is not None:
             step.overhead_s += self._clock() - started
 
-    def _choose_rows(self, step: Step, common_attn_metadata: CommonMetadata) -> None:
+    def _choose_rows(self, step: Step, common_attn_metadata: CommonMetadata, absorbed: int | None) -> None:
         batch = read_batch(step.runner, step.prepared, common_attn_metadata)
         # Drafts that are left out by adaptive verification are known on the device alone.
         exact = self._max_spec_tokens == 0
@@ -223,7 +229,7 @@ class Observer:
             self.counters.dropped_rows["max_rows_per_step"] += dropped * len(self._layers) * self._num_heads
         check = None
         if step.checked:
-            rows, check = self._add_checked(batch, rows, excluded)
+            rows, check = self._add_checked(batch, rows, excluded, absorbed)
             # One that was only looked at costs what any other step does.
             step.checked = check is not None
         if len(rows):
@@ -244,11 +250,11 @@ class Observer:
                 step.begin(rows, layers, traces, check)
 
     def _add_checked(
-        self, batch: Batch, rows: np.ndarray, excluded: np.ndarray | None
+        self, batch: Batch, rows: np.ndarray, excluded: np.ndarray | None, tokens: int | None
     ) -> tuple[np.ndarray, StepCheck | None]:
-        room = self.measurer.max_rows - len(rows)
+        room, interval_s = self.measurer.max_rows - len(rows), self._config.canary.interval_s
         try:
-            return self._canary.choose(batch, rows, self._config.canary.interval_s, excluded=excluded, room=room)
+            return self._canary.choose(batch, rows, interval_s, excluded=excluded, room=room, tokens=tokens)
         except Exception as error:  # the step may be measured all the same
             self._errors.count("canary", error)
             return rows, None
@@ -271,15 +277,30 @@ class Observer:
         attn_metadata: AttentionMetadata,
         output: object,
     ) -> None:
-        """Called by every observed layer while it is listened to; one that fails does not keep the others."""
-        step = self._step
-        started = self._clock() if step is not None else 0.0
-        try:
-            # A bypassed layer's impl is an observed one as well.
-            if impl.glassbox_finder is not None and kv_cache.numel():
+        """Called by every observed layer while it is listened to."""
+        # A bypassed layer's impl is an observed one as well.
+        if impl.glassbox_finder is not None and kv_cache.numel():
+            with self._measuring():
                 forward = forward_of(impl, query, key, value, output)
                 view = view_of(impl, layer, forward, kv_cache)
                 self.measurer.after_attention(view, forward, kv_cache, tables_of(attn_metadata))
+
+    def after_latent_attention(
+        self, impl: ObservedLatentImpl, layer: LatentLayer, forward: LatentForward, kv_cache: Tensor
+    ) -> None:
+        """Likewise by layers with latent attention, whose metadata has no block table of all requests."""
+        if impl.glassbox_finder is not None and kv_cache.numel():
+            with self._measuring():
+                view = latent_view_of(impl, layer, forward, kv_cache)
+                self.measurer.after_attention(view, forward, kv_cache, None)
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """A layer that fails does not keep the others; what it took is overhead of the step."""
+        step = self._step
+        started = self._clock() if step is not None else 0.0
+        try:
+            yield
         except Exception as error:
             self._errors.count("observe", error)
         if step is not None:

@@ -103,7 +103,7 @@ class Worker:
         self._canary = Canary(
             place,
             measurer.check_limits,
-            decode_only=facts.looks_ahead,
+            decode_only=facts.looks_ahead or layers.latent,
             probation=self._vllm.standing is Standing.NEWER,
             count=self._count_checked,
         )
