@@ -254,12 +254,13 @@ _FREE_INTEGERS: Final = [
     "max_rows",
     "first_query",
     "end_query",
+    "first_row",
 ]
 
 
 @triton.jit(do_not_specialize=_FREE_INTEGERS, do_not_specialize_on_alignment=_FREE_POINTERS)
 def _row_stats_kernel(  # noqa: PLR0912, PLR0915
-    q_ptr,  # [T, H, D], of wide heads the first BLOCK_D elements; [max_rows, H, ...] with Q_BY_ROW
+    q_ptr,  # [T, H, D], of wide heads the first BLOCK_D elements; of rows from first_row on with Q_BY_ROW
     q_rest_ptr,  # the other elements of wide heads
     k_ptr,  # [num_blocks, Hkv, PAGE, D]
     block_table_ptr,  # [num_seqs, max_blocks] int32
@@ -321,6 +322,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     max_rows,
     first_query,
     end_query,
+    first_row,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -405,7 +407,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
         last_tile = lowest // BLOCK_N + (tl.minimum(end, stop) - begin)
         q_token = query.to(tl.int64)
         if Q_BY_ROW:
-            q_token = row.to(tl.int64)
+            q_token = (row - first_row).to(tl.int64)
         factor = scale
         if HAS_Q_SCALE:
             factor = factor * tl.load(q_scale_ptr + kv_head * stride_q_scale)
@@ -811,7 +813,7 @@ def row_stats(
     out: torch.Tensor | None = None,
     tiling: Tiling | None = None,
     tokens: tuple[int, int] = _ALL_TOKENS,
-    by_row: bool = False,
+    first_row: int | None = None,
 ) -> None:
     """Measure the listed rows of one layer on the current stream; asynchronous, allocates nothing on the device.
 
@@ -840,7 +842,8 @@ def row_stats(
         out: [max_rows, H, S + 1] float32, contiguous, or None: every row is written, padding rows are left alone.
         tiling: None takes the measured one.
         tokens: only rows whose ROW_QUERY is in [first, end) are measured.
-        by_row: q has the queries of the row list, [max_rows, H, D], instead of those of the tokens.
+        first_row: q has the queries of the row list from this row on, which are all that are measured, instead of those
+            of the tokens.
 
     Raises:
         ValueError: for a shape the kernel does not do.
@@ -886,7 +889,7 @@ def row_stats(
         q.data_ptr() % 16,
         k_cache.data_ptr() % 16,
         None if q_rest is None else (q_rest.stride(), q_rest.data_ptr() % 16),
-        by_row,
+        first_row is None,
         max_rows,
         ring is None,
         None if queries is None else queries.dtype,
@@ -950,6 +953,7 @@ def row_stats(
         local_window,
         max_rows,
         *tokens,
+        first_row or 0,
     )
     known = workspace.compiled.get(variant)
     if known is not None:
@@ -958,7 +962,7 @@ def row_stats(
         return
     constants = _constants(
         q, k_cache, max_rows, params, tiling,
-        ring=ring, queries=queries, output=output, kept_kv=kept_kv, out=out, by_row=by_row,
+        ring=ring, queries=queries, output=output, kept_kv=kept_kv, out=out, by_row=first_row is not None,
     )  # fmt: skip
     compiled = _row_stats_kernel[(workspace.num_programs,)](
         *arguments, *constants, num_warps=tiling.warps, maxnreg=tiling.registers

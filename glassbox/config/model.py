@@ -26,6 +26,11 @@ from pydantic import (
 MLA_BACKENDS: Final = {
     "CPU_MLA": "0.28",
     "AMX_MLA": "0.29",
+    "TRITON_MLA": "",
+    "FLASH_ATTN_MLA": "",
+    "FLASHMLA": "",
+    "CUTLASS_MLA": "",
+    "FLASHINFER_MLA": "",
 }
 SUPPORTED_INNER_BACKENDS: Final = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", *MLA_BACKENDS)
 CPU_BACKENDS: Final = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")

@@ -31,6 +31,8 @@ BUILDER_FLAGS: Final = {
     "supports_update_block_table",
     "supports_draft_decode_metadata_update",
 }
+# What importing a backend raises where its kernels are missing; CUTLASS_MLA's module allocates on the GPU.
+UNAVAILABLE: Final = (ImportError, AssertionError)
 # What an observed class defines itself; everything else is inherited.
 NAMES_OF_CLASSES: Final = {"__module__", "__qualname__", "__doc__", "__parameters__", "__orig_bases__", "_abc_impl"}
 NAMES_OF_CLASSES |= {"__abstractmethods__", "__dict__", "__weakref__", "__static_attributes__", "__firstlineno__"}
@@ -40,7 +42,7 @@ def available(name: str) -> Any:
     """The observed class, or skip with vLLM's own reason why the inner backend can't be imported here."""
     try:
         return observed_class(name)
-    except ImportError as error:
+    except UNAVAILABLE as error:
         pytest.skip(f"vLLM can't import {name} here: {error}")
 
 
@@ -130,7 +132,7 @@ class TestObservedModule:
         for name in SUPPORTED_INNER_BACKENDS:
             try:
                 cls = observed_class(name)
-            except ImportError:
+            except UNAVAILABLE:
                 continue
             classes += [cls, cls.get_impl_cls(), cls.get_builder_cls()]
         assert len(classes) >= 6, "at least CPU_ATTN and one for GPUs can be made anywhere"
@@ -153,15 +155,16 @@ class TestObservedModule:
         else:
             pytest.skip("FlashInfer is installed here")
 
-    def test_flashinfer(self) -> None:
-        """All that is tested above holds for FLASHINFER, whose module loads here only with its package stubbed."""
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.integration.flashinfer_stub"]
-        command += [f"{__file__}::TestObservedClass", "-k", "FLASHINFER", "-p", "no:cacheprovider"]
+    def test_backends_of_gpus(self) -> None:
+        """All that is tested above holds for those that load here only with their kernels' packages stubbed."""
+        names = ("FLASHINFER", "FLASHINFER_MLA", "FLASH_ATTN_MLA", "CUTLASS_MLA")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.integration.gpu_kernels_stub"]
+        command += [f"{__file__}::TestObservedClass", "-k", " or ".join(names), "-p", "no:cacheprovider"]
         finished = subprocess.run(
             command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False
         )
         tests = sum(name.startswith("test_") for name in vars(TestObservedClass))
-        assert f"{tests} passed" in finished.stdout, finished.stdout + finished.stderr
+        assert f"{len(names) * tests} passed" in finished.stdout, finished.stdout + finished.stderr
 
 
 LAYER: Final = {"head_size": 64, "kv_cache_dtype": "auto", "block_size": None}
@@ -197,8 +200,8 @@ class TestRouter:
         self.platform_picks(monkeypatch, "FLEX_ATTENTION")
         assert GlassboxBackend.validate_configuration(dtype=None, **LAYER) == [
             "glassbox can't observe FLEX_ATTENTION, which vLLM picks for this layer; it observes CPU_ATTN, FLASH_ATTN, "
-            "TRITON_ATTN, FLASHINFER, CPU_MLA, AMX_MLA. Leave out --attention-backend CUSTOM, or name one of these as "
-            "inner_backend"
+            "TRITON_ATTN, FLASHINFER, CPU_MLA, AMX_MLA, TRITON_MLA, FLASH_ATTN_MLA, FLASHMLA, CUTLASS_MLA, "
+            "FLASHINFER_MLA. Leave out --attention-backend CUSTOM, or name one of these as inner_backend"
         ]
 
     def test_named_and_unfit(self, settings: SimpleNamespace) -> None:
@@ -259,8 +262,9 @@ class TestCudaSelection:
         return found
 
     def test_auto(self, tmp_path: Path) -> None:
-        """With or without CUSTOM each layer gets the observed class of what vLLM picks; MLA is beyond glassbox."""
+        """With or without CUSTOM each layer gets the observed class of what vLLM picks; sparse MLA is out of reach."""
         mla = {"use_mla": True, "head_size": 576}
+        sparse = {**mla, "use_sparse": True, "kv_cache_dtype": "fp8_ds_mla"}
         results = self.select(
             tmp_path,
             "attach: auto\n",
@@ -270,15 +274,21 @@ class TestCudaSelection:
             (None, mla),
             ("CUSTOM", mla),
             ("CUSTOM", {"block_size": 8}),
+            ("TRITON_MLA", mla),
+            (None, sparse),
+            ("CUSTOM", sparse),
         )
         flash = {"class": f"{self.OBSERVED}FLASH_ATTN", "name": "FLASH_ATTN"}
         triton = {"class": f"{self.OBSERVED}TRITON_ATTN", "name": "TRITON_ATTN"}
         assert results[:5] == [flash, triton, flash, triton, flash]
         assert "dtype not supported" in results[5]["error"], "vLLM's own checks stay"
-        assert results[6]["name"] == "FLASH_ATTN_MLA"
-        assert results[6]["class"].startswith("vllm."), "what glassbox can't observe is left to vLLM"
-        assert "glassbox can't observe FLASH_ATTN_MLA" in results[7]["error"]
+        latent = {"class": f"{self.OBSERVED}FLASH_ATTN_MLA", "name": "FLASH_ATTN_MLA"}
+        assert results[6:8] == [latent, latent]
         assert "No valid attention backend found" in results[8]["error"]
+        assert results[9] == {"class": f"{self.OBSERVED}TRITON_MLA", "name": "TRITON_MLA"}
+        assert results[10]["name"] == "FLASHMLA_SPARSE"
+        assert results[10]["class"].startswith("vllm."), "what glassbox can't observe is left to vLLM"
+        assert "glassbox can't observe FLASHMLA_SPARSE" in results[11]["error"]
 
     def test_custom(self, tmp_path: Path) -> None:
         """`attach: custom`: only CUSTOM is observed, and `inner_backend` is what it stands for, or vLLM's reason."""

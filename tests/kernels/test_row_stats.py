@@ -224,13 +224,11 @@ class TestLatent:
         inputs = make_inputs(LATENT, DEVICE)
         both = Run(LATENT, inputs)
         listed = inputs.rows[:, ROW_QUERY].tolist()
-        by_row = torch.full((len(listed), *inputs.q.shape[1:]), torch.nan, dtype=inputs.q.dtype, device=DEVICE)
-        for row in range(2, int(inputs.num_rows)):
-            by_row[row] = inputs.q[listed[row]]
+        by_row = torch.stack([inputs.q[token] for token in listed[2 : int(inputs.num_rows)]])
         run = Run(LATENT, make_inputs(LATENT, DEVICE), tokens=(0, listed[2]))
         assert_equal(run.out[:2], both.out[:2])
         assert (run.out[2:] == UNWRITTEN).all()
-        run.inputs.q, run.kept = by_row, {"tokens": (listed[2], 2**31 - 1), "by_row": True}
+        run.inputs.q, run.kept = by_row, {"tokens": (listed[2], 2**31 - 1), "first_row": 2}
         run.launch()
         assert_equal(run.out, both.out)
         for name in ("counts", "rows", "window_max"):
