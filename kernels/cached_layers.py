@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glassbox.kernels.layer_params import LayerParams
-from glassbox.kernels.paged_keys import MAX_HEAD_SIZE, MAX_PAGE_ELEMENTS, NO_WINDOW
+from glassbox.kernels.paged_keys import MAX_PAGE_ELEMENTS, MAX_WIDE_HEAD_SIZE, NO_WINDOW
 
 # An address that is a multiple of this lets a kernel load 16 bytes at once.
 _ALIGNMENT: Final = 16
@@ -165,10 +165,10 @@ def _check_caches(caches: Sequence[Tensor], num_heads: int) -> None:
 
 def _check_cache(cache: Tensor, num_heads: int) -> None:
     _, num_kv_heads, page, head_size = cache.shape
-    if head_size > MAX_HEAD_SIZE or num_heads % num_kv_heads:
+    if head_size > MAX_WIDE_HEAD_SIZE or num_heads % num_kv_heads:
         raise ValueError(
-            f"caches {tuple(cache.shape)} must have a head size of at most {MAX_HEAD_SIZE} and KV heads that divide "
-            f"the {num_heads} query heads; do not probe these layers"
+            f"caches {tuple(cache.shape)} must have a head size of at most {MAX_WIDE_HEAD_SIZE} and KV heads that "
+            f"divide the {num_heads} query heads; do not probe these layers"
         )
     if cache.stride(3) != 1:
         raise ValueError("caches must be contiguous in their last dimension; pass such views")

@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+# Of one that is loaded as a whole, padded to a power of two, and of one that is loaded in two parts (latent attention).
 MAX_HEAD_SIZE: Final = 256
+MAX_WIDE_HEAD_SIZE: Final = 576
 # Offsets within a page are int32 in the kernels; those of pages are int64.
 MAX_PAGE_ELEMENTS: Final = 2**31 - 1
 # Of a layer without a sliding window.
@@ -68,6 +70,17 @@ def soft_capped(s, cap):
     """cap * tanh(s / cap); cap is not 0."""
     # tanh(x) = 1 - 2 / (e^2x + 1), which is +-1 where e^2x overflows or vanishes.
     return cap - 2.0 * cap / (tl.exp2(s * (2.0 * LOG2E / cap)) + 1.0)
+
+
+def head_parts(head_size: int) -> tuple[int, int]:
+    """(elements of the first part, block of the rest or 0) in which a head of that size is loaded.
+
+    A wide one would waste up to half of what is loaded and multiplied if it were padded: 576 is 512 and 64.
+    """
+    if head_size <= MAX_HEAD_SIZE:
+        return max(triton.next_power_of_2(head_size), 16), 0
+    first = 1 << (head_size.bit_length() - 1)
+    return first, max(triton.next_power_of_2(head_size - first), 16) if head_size > first else 0
 
 
 def dot_dtype(q: torch.dtype, k: torch.dtype, on_cpu: bool) -> Any:

@@ -23,7 +23,7 @@ from glassbox.core import output_checks
 from glassbox.kernels import output_rounding
 from glassbox.kernels.cached_layers import CachedLayers
 from glassbox.kernels.output_rounding import FP8_TYPES, OutputRounding
-from glassbox.kernels.paged_keys import LOG2E, dot_dtype, load_keys, soft_capped
+from glassbox.kernels.paged_keys import LOG2E, MAX_HEAD_SIZE, dot_dtype, head_parts, load_keys, soft_capped
 
 __all__ = ["CachedLayers", "row_output"]
 
@@ -62,6 +62,10 @@ _BLOCK_H: Final = 16
 _BLOCK_N: Final = 64
 _WARPS: Final = 8
 _STAGES: Final = 2
+
+# Of wide heads, of which less fits an H200's shared memory; not measured.
+_WIDE_BLOCK_N: Final = 32
+_WIDE_STAGES: Final = 1
 
 # What differs between steps must not compile another variant.
 _FREE_POINTERS: Final = [
@@ -133,7 +137,7 @@ def _store_kv_sums(out_ptr, stored, computed, scale, largest):
 
 
 @triton.jit(do_not_specialize=_FREE_INTEGERS, do_not_specialize_on_alignment=_FREE_POINTERS)
-def _row_output_kernel(  # noqa: PLR0915
+def _row_output_kernel(  # noqa: PLR0912, PLR0915
     q_ptr,  # [R, L, H, D]
     outputs_ptr,  # [R, L, H, DV]
     key_pointers_ptr,  # [L] int64
@@ -197,6 +201,7 @@ def _row_output_kernel(  # noqa: PLR0915
     VALUE_ALIGNMENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -219,13 +224,25 @@ def _row_output_kernel(  # noqa: PLR0915
     offs_d = tl.arange(0, BLOCK_D)
     offs_v = tl.arange(0, BLOCK_V)
     # [BLOCK_H, BLOCK_D]; further heads and the padding of HEAD_SIZE are 0.
+    q_heads_ptr = q_ptr + row * stride_q_row + layer * stride_q_layer + heads * stride_q_head
     q = tl.load(
-        q_ptr + row * stride_q_row + layer * stride_q_layer + heads[:, None] * stride_q_head + offs_d[None, :],
+        q_heads_ptr[:, None] + offs_d[None, :],
         mask=is_head[:, None] & (offs_d < HEAD_SIZE)[None, :],
         other=0.0,
     )
-    q_size = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
+    q_size = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
     q = q.to(DOT_DTYPE)
+    if BLOCK_REST > 0:
+        # The rest of wide heads: [BLOCK_H, BLOCK_REST].
+        offs_r = tl.arange(0, BLOCK_REST)
+        q_rest = tl.load(
+            q_heads_ptr[:, None] + BLOCK_D + offs_r[None, :],
+            mask=is_head[:, None] & (offs_r < HEAD_SIZE - BLOCK_D)[None, :],
+            other=0.0,
+        )
+        q_size += tl.sum(q_rest.to(tl.float32) * q_rest.to(tl.float32), 1)
+        q_rest = q_rest.to(DOT_DTYPE)
+    q_size = tl.sqrt(q_size)
     factor = tl.load(factors_ptr + layer * NUM_KV_HEADS + kv_head)
     soft_cap = 0.0
     if HAS_SOFT_CAP:
@@ -264,14 +281,25 @@ def _row_output_kernel(  # noqa: PLR0915
         visible = (j >= lowest) & (j <= position)
         k = load_keys(
             k_head_ptr, table_ptr, tile, j, visible, position, offs_n, offs_d, stride_k_block, stride_k_slot,
-            HEAD_SIZE, PAGE, BLOCK_D, BLOCK_N,
+            BLOCK_D if BLOCK_REST > 0 else HEAD_SIZE, PAGE, BLOCK_D, BLOCK_N,
         )  # fmt: skip
         v = load_keys(
             v_head_ptr, table_ptr, tile, j, visible, position, offs_n, offs_v, stride_v_block, stride_v_slot,
             VALUE_SIZE, PAGE, BLOCK_V, BLOCK_N,
         ).to(tl.float32)  # fmt: skip
         # [BLOCK_H, BLOCK_D] @ [BLOCK_D, BLOCK_N] -> [BLOCK_H, BLOCK_N]
-        s = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision="ieee") * factor
+        s = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision="ieee")
+        k_wide = k.to(tl.float32)
+        k_size = tl.sum(k_wide * k_wide, 1)
+        if BLOCK_REST > 0:
+            rest = load_keys(
+                k_head_ptr + BLOCK_D, table_ptr, tile, j, visible, position, offs_n, offs_r, stride_k_block,
+                stride_k_slot, HEAD_SIZE - BLOCK_D, PAGE, BLOCK_REST, BLOCK_N,
+            )  # fmt: skip
+            s = tl.dot(q_rest, tl.trans(rest.to(DOT_DTYPE)), s, input_precision="ieee")
+            rest_wide = rest.to(tl.float32)
+            k_size += tl.sum(rest_wide * rest_wide, 1)
+        s = s * factor
         growth = s
         if HAS_SOFT_CAP:
             capped = soft_capped(s, divisor)
@@ -311,8 +339,7 @@ def _row_output_kernel(  # noqa: PLR0915
             moved_3 = moved_3 * fewer + _moved(x * _PLACE_3, LOST_BITS) / _PLACE_3
 
         grown = tl.where(p == 0.0, 0.0, p * (growth - top[:, None]))
-        k_wide = k.to(tl.float32)
-        k_size = tl.sqrt(tl.sum(k_wide * k_wide, 1))
+        k_size = tl.sqrt(k_size)
         k_size = tl.where(k_size < float("inf"), k_size, 0.0)
         v_squares = tl.sum(v * v, 1)
         squares += v_squares
@@ -465,7 +492,8 @@ def row_output(
         kv_sums = queries.new_empty((*place, num_kv_heads, len(output_checks.KV_SUMS)), dtype=torch.float32)
     if not num_rows:
         return sums, kv_sums
-    block_d, block_v = (max(triton.next_power_of_2(size), 16) for size in (head_size, value_size))
+    block_d, block_rest = head_parts(head_size)
+    wide = head_size > MAX_HEAD_SIZE
     grid = (num_rows * num_layers, num_kv_heads * triton.cdiv(num_heads // num_kv_heads, _BLOCK_H))
     _row_output_kernel[grid](
         queries,
@@ -520,9 +548,10 @@ def row_output(
         VALUE_ALIGNMENT=layers.value_alignment,
         BLOCK_H=_BLOCK_H,
         BLOCK_D=block_d,
-        BLOCK_V=block_v,
-        BLOCK_N=_BLOCK_N,
-        STAGES=_STAGES,
+        BLOCK_REST=block_rest,
+        BLOCK_V=max(triton.next_power_of_2(value_size), 16),
+        BLOCK_N=_WIDE_BLOCK_N if wide else _BLOCK_N,
+        STAGES=_WIDE_STAGES if wide else _STAGES,
         num_warps=_WARPS,
     )
     return sums, kv_sums
@@ -553,8 +582,11 @@ def _check(
                 f"{name} must be {list(shape)} for these layers and {num_rows} rows, got {list(tensor.shape)}; "
                 f"pass tensors of the same rows and layers"
             )
-    if kept_kv is not None and value_size != head_size:
-        raise ValueError(f"kept_kv must be of layers with V of K's head size, {head_size}, got {value_size}; pass None")
+    if kept_kv is not None and (value_size != head_size or head_size > MAX_HEAD_SIZE):
+        raise ValueError(
+            f"kept_kv must be of layers with V of K's head size, {head_size}, got {value_size}, of at most "
+            f"{MAX_HEAD_SIZE}; pass None"
+        )
     tensors = (queries, outputs, rows, block_table, *(() if kept_kv is None else (kept_kv,)))
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         raise ValueError(

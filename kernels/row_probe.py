@@ -19,7 +19,7 @@ from torch import Tensor
 
 from glassbox.core.trace_arrays import NO_POSITION
 from glassbox.kernels.cached_layers import ProbedLayers
-from glassbox.kernels.paged_keys import dot_dtype, load_keys, soft_capped
+from glassbox.kernels.paged_keys import MAX_HEAD_SIZE, dot_dtype, head_parts, load_keys, soft_capped
 from glassbox.kernels.probe_answers import ProbeAnswers, Questions, no_answers
 
 __all__ = ["SCRATCH_BYTES", "ProbedLayers", "row_probe"]
@@ -32,6 +32,8 @@ _BLOCK_N: Final = 64
 _TILES: Final = 4
 _STAGES: Final = 3
 _WARPS: Final = 4
+# Of wide heads, whose tiles fill an H200's shared memory.
+_WIDE_STAGES: Final = 2
 # Query heads of one KV head that share a tile, the fewest that tensor cores take; wide MQA is done in groups of them.
 _BLOCK_H: Final = 16
 
@@ -83,6 +85,7 @@ def _row_probe_kernel(
     ALIGNMENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -110,15 +113,19 @@ def _row_probe_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     # [BLOCK_D, BLOCK_H]; further heads and the padding of HEAD_SIZE are 0.
+    q_row_ptr = q_ptr + row.to(tl.int64) * stride_q_row + layer.to(tl.int64) * stride_q_layer
     q = tl.load(
-        q_ptr
-        + row.to(tl.int64) * stride_q_row
-        + layer.to(tl.int64) * stride_q_layer
-        + heads[None, :] * stride_q_head
-        + offs_d[:, None],
+        q_row_ptr + heads[None, :] * stride_q_head + offs_d[:, None],
         mask=is_head[None, :] & (offs_d < HEAD_SIZE)[:, None],
         other=0.0,
     ).to(DOT_DTYPE)
+    if BLOCK_REST > 0:
+        offs_r = tl.arange(0, BLOCK_REST)
+        q_rest = tl.load(
+            q_row_ptr + heads[None, :] * stride_q_head + (BLOCK_D + offs_r)[:, None],
+            mask=is_head[None, :] & (offs_r < HEAD_SIZE - BLOCK_D)[:, None],
+            other=0.0,
+        ).to(DOT_DTYPE)
     factor = tl.load(factors_ptr + layer * NUM_KV_HEADS + kv_head)
     if HAS_SOFT_CAP:
         # A layer without one has 0, which must not be divided by.
@@ -138,10 +145,17 @@ def _row_probe_kernel(
         visible = (j >= lowest) & (j <= position)
         k = load_keys(
             k_head_ptr, table_ptr, tile, j, visible, position, offs_n, offs_d, stride_k_block, stride_k_slot,
-            HEAD_SIZE, PAGE, BLOCK_D, BLOCK_N,
+            BLOCK_D if BLOCK_REST > 0 else HEAD_SIZE, PAGE, BLOCK_D, BLOCK_N,
         )  # fmt: skip
         # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_H] -> [BLOCK_N, BLOCK_H]
-        s = tl.dot(k.to(DOT_DTYPE), q, input_precision="ieee") * factor
+        s = tl.dot(k.to(DOT_DTYPE), q, input_precision="ieee")
+        if BLOCK_REST > 0:
+            rest = load_keys(
+                k_head_ptr + BLOCK_D, table_ptr, tile, j, visible, position, offs_n, offs_r, stride_k_block,
+                stride_k_slot, HEAD_SIZE - BLOCK_D, PAGE, BLOCK_REST, BLOCK_N,
+            )  # fmt: skip
+            s = tl.dot(rest.to(DOT_DTYPE), q_rest, s, input_precision="ieee")
+        s = s * factor
         finite = tl.abs(s) < float("inf")
         if HAS_SOFT_CAP:
             s = tl.where(soft_cap > 0.0, soft_capped(s, divisor), s)
@@ -241,6 +255,7 @@ def _scores(
     one is not finite."""
     like, num_heads = layers.like, layers.num_heads
     num_kv_heads, page, head_size = like.shape[1:]
+    block_d, block_rest = head_parts(head_size)
     chunk_rows, chunk_layers = of_rows.stop - of_rows.start, of_layers.stop - of_layers.start
     scores = queries.new_full((chunk_rows, chunk_layers, num_heads, columns), -torch.inf, dtype=torch.float32)
     head_blocks = num_kv_heads * triton.cdiv(num_heads // num_kv_heads, _BLOCK_H)
@@ -277,10 +292,11 @@ def _scores(
         HAS_ALIBI=layers.alibi_slopes is not None,
         ALIGNMENT=layers.alignment,
         BLOCK_H=_BLOCK_H,
-        BLOCK_D=max(triton.next_power_of_2(head_size), 16),
+        BLOCK_D=block_d,
+        BLOCK_REST=block_rest,
         BLOCK_N=_BLOCK_N,
         TILES=_TILES,
-        STAGES=_STAGES,
+        STAGES=_WIDE_STAGES if head_size > MAX_HEAD_SIZE else _STAGES,
         num_warps=_WARPS,
     )
     return scores

@@ -26,8 +26,10 @@ from glassbox.kernels.paged_keys import (
     LOG2E,
     MAX_HEAD_SIZE,
     MAX_PAGE_ELEMENTS,
+    MAX_WIDE_HEAD_SIZE,
     NO_WINDOW,
     dot_dtype,
+    head_parts,
     load_keys,
     soft_capped,
 )
@@ -64,8 +66,14 @@ _MAX_RISE = tl.constexpr(16.0)
 _STATE_FIELDS = tl.constexpr(10)
 _MERGE_BLOCK = tl.constexpr(16)
 
-# Query heads of one KV head that share a tile; more of them (wide MQA) are done in groups of this many.
+# Query heads of one KV head that share a tile; more of them (wide MQA) are done in groups of this many. Wide heads are
+# those of latent attention, of which all query heads have one KV head, whose keys are to be read once.
 _MAX_BLOCK_HEADS: Final = 16
+_MAX_WIDE_BLOCK_HEADS: Final = 128
+# Elements of a wide head that are copied at a time.
+_COPIED: Final = 64
+# Of a launch that is for all rows.
+_ALL_TOKENS: Final = (0, 2**31 - 1)
 
 
 @triton.jit
@@ -94,6 +102,94 @@ def _no_keys(zeros):
 def _pick(values, index, i):
     """values[i] of a vector held in registers."""
     return tl.sum(tl.where(index == i, values, 0), 0)
+
+
+@triton.jit
+def _wide_sums(
+    q,  # [BLOCK_H, BLOCK_D]
+    q_rest,  # [BLOCK_H, BLOCK_REST]
+    k_head_ptr,
+    table_ptr,
+    first_tile,
+    last_tile,
+    lowest,
+    n_visible,
+    position,
+    prompt_len,
+    factor,
+    soft_cap,
+    slopes,  # [BLOCK_H]
+    sink_tokens,
+    local_window,
+    stride_k_block,
+    stride_k_slot,
+    HEAD_SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """State of the keys of some tiles, as `_combine` has it, with heads as the rows of the product.
+
+    For many heads: what is summed is one number per head, not one per score, whose registers 128 heads don't leave.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    m, z_context, z_generated, e, z2, sink, local, distance, own, bad = _no_keys(tl.zeros([BLOCK_H], tl.float32))
+    for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
+        j = tile * BLOCK_N + offs_n
+        visible = (j - lowest).to(tl.uint32, bitcast=True) < n_visible
+        k = load_keys(
+            k_head_ptr, table_ptr, tile, j, visible, position, offs_n, offs_d, stride_k_block, stride_k_slot,
+            BLOCK_D, PAGE, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+        # [BLOCK_H, BLOCK_D] @ [BLOCK_D, BLOCK_N] -> [BLOCK_H, BLOCK_N]
+        s = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision="ieee")
+        if BLOCK_REST > 0:
+            rest = load_keys(
+                k_head_ptr + BLOCK_D, table_ptr, tile, j, visible, position, offs_n, tl.arange(0, BLOCK_REST),
+                stride_k_block, stride_k_slot, HEAD_SIZE - BLOCK_D, PAGE, BLOCK_REST, BLOCK_N,
+            )  # fmt: skip
+            s = tl.dot(q_rest, tl.trans(rest.to(DOT_DTYPE)), s, input_precision="ieee")
+        s = s * factor
+        bad += tl.sum(s * 0.0, 1)  # stays 0 unless s is NaN or infinite
+        if HAS_SOFT_CAP:
+            s = soft_capped(s, soft_cap)
+        age = (position - j).to(tl.float32)
+        if HAS_ALIBI:
+            s = s - slopes[:, None] * age[None, :]
+        s = tl.where(visible[None, :], s, float("-inf"))
+        risen = tl.maximum(m, tl.max(s, 1))
+        shift = _exponent(m, risen)
+        decay = tl.exp2(shift)
+        t = _exponent(s, risen[:, None])
+        p = tl.exp2(t)
+        m = risen
+        in_context = (j < prompt_len).to(tl.float32)[None, :]
+        e = (e + shift * (z_context + z_generated)) * decay + tl.sum(p * t, 1)
+        z_context = z_context * decay + tl.sum(p * in_context, 1)
+        z_generated = z_generated * decay + tl.sum(p * (1.0 - in_context), 1)
+        z2 = z2 * (decay * decay) + tl.sum(p * p, 1)
+        sink = sink * decay + tl.sum(p * (j < sink_tokens).to(tl.float32)[None, :], 1)
+        local = local * decay + tl.sum(p * (position - j < local_window).to(tl.float32)[None, :], 1)
+        distance = distance * decay + tl.sum(p * age[None, :], 1)
+        own = tl.maximum(own, tl.max(tl.where((j == position)[None, :], s, float("-inf")), 1))
+    return m, z_context, z_generated, e, z2, sink, local, distance, own, bad
+
+
+@triton.jit
+def _copy_heads(source_ptr, target_ptr, is_head, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """Copies SIZE elements of each head from pointers [BLOCK_H] to others."""
+    for begin in tl.static_range(0, SIZE, CHUNK):
+        d = begin + tl.arange(0, CHUNK)
+        wanted = is_head[:, None] & (d < SIZE)[None, :]
+        numbers = tl.load(source_ptr[:, None] + d[None, :], mask=wanted, other=0.0)
+        tl.store(target_ptr[:, None] + d[None, :], numbers.to(target_ptr.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
@@ -156,12 +252,16 @@ _FREE_INTEGERS: Final = [
     "sink_tokens",
     "local_window",
     "max_rows",
+    "first_query",
+    "end_query",
+    "first_row",
 ]
 
 
 @triton.jit(do_not_specialize=_FREE_INTEGERS, do_not_specialize_on_alignment=_FREE_POINTERS)
 def _row_stats_kernel(  # noqa: PLR0912, PLR0915
-    q_ptr,  # [T, H, D]
+    q_ptr,  # [T, H, D], of wide heads the first BLOCK_D elements; of rows from first_row on with Q_BY_ROW
+    q_rest_ptr,  # the other elements of wide heads
     k_ptr,  # [num_blocks, Hkv, PAGE, D]
     block_table_ptr,  # [num_seqs, max_blocks] int32
     query_start_loc_ptr,  # [num_seqs + 1] int32
@@ -191,6 +291,8 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     arrivals_ptr,  # [max_rows, HEAD_BLOCKS] int32, 0 between launches
     stride_q_token,
     stride_q_head,
+    stride_q_rest_token,
+    stride_q_rest_head,
     stride_k_block,
     stride_k_head,
     stride_k_slot,
@@ -218,6 +320,9 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     sink_tokens,
     local_window,
     max_rows,
+    first_query,
+    end_query,
+    first_row,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -234,12 +339,16 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     HAS_OUTPUT: tl.constexpr,
     HAS_KV: tl.constexpr,
     HAS_OUT: tl.constexpr,
+    Q_BY_ROW: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     BLOCK_OUTPUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    COPIED: tl.constexpr,
 ):
     num_rows = tl.load(num_rows_ptr)
     if num_rows == 0:
@@ -261,6 +370,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     positions = seq_len - query_end + row_query
     # Padding rows of a captured batch have query length 0 and sequence length 0.
     real = listed & (row_query >= query_start) & (row_query < query_end) & (positions >= 0)
+    real = real & (row_query >= first_query) & (row_query < end_query)
     first_tiles = tl.maximum(positions + 1 - window, 0) // BLOCK_N
     tiles = tl.where(real, positions // BLOCK_N + 1 - first_tiles, 0)
     ends = tl.cumsum(tiles, 0)
@@ -295,14 +405,9 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
         n_visible = (position + 1 - lowest).to(tl.uint32, bitcast=True)
         first_tile = lowest // BLOCK_N + (unit - begin)
         last_tile = lowest // BLOCK_N + (tl.minimum(end, stop) - begin)
-        # [BLOCK_D, DOT_H]; the dot's further heads and the padding of HEAD_SIZE are 0.
-        dot_in_group = (head_block % GROUP_BLOCKS) * BLOCK_H + tl.arange(0, DOT_H)
-        dot_heads = kv_head * GROUP + dot_in_group
-        q = tl.load(
-            q_ptr + query.to(tl.int64) * stride_q_token + dot_heads[None, :] * stride_q_head + offs_d[:, None],
-            mask=(dot_in_group < GROUP)[None, :] & (offs_d < HEAD_SIZE)[:, None],
-            other=0.0,
-        ).to(DOT_DTYPE)
+        q_token = query.to(tl.int64)
+        if Q_BY_ROW:
+            q_token = (row - first_row).to(tl.int64)
         factor = scale
         if HAS_Q_SCALE:
             factor = factor * tl.load(q_scale_ptr + kv_head * stride_q_scale)
@@ -313,77 +418,109 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
         k_head_ptr = k_ptr + kv_head.to(tl.int64) * stride_k_head
         table_ptr = block_table_ptr + batch.to(tl.int64) * stride_block_table
 
-        # The loop has no barrier and rescales nothing: its exponents are relative to `reference`, the maximum of the
-        # first tile, and its sums stay per element (with a running maximum and all 16 columns of the dot: 182 us, not
-        # 140, at 64 x 4,096 keys on an H200). Only if a later score is far above the reference, the keys are read once
-        # more, with the maximum now known.
-        reference = tl.full([BLOCK_H], 0.0, tl.float32)
-        m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = _no_keys(
-            tl.zeros([BLOCK_H], tl.float32)
-        )
-        reference_tile = first_tile
-        again = True
-        while again:
-            # Beside the context's mass the generated one, too: their difference would lose a small one to cancellation.
-            # E is times log2(e).
-            top, z_context, z_generated, e, z2, sink, local, distance, own, bad = _no_keys(
-                tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+        if WIDE:
+            # [BLOCK_H, BLOCK_D] and [BLOCK_H, BLOCK_REST]
+            q = tl.load(
+                q_ptr + q_token * stride_q_token + heads[:, None] * stride_q_head + offs_d[None, :],
+                mask=is_head[:, None],
+                other=0.0,
+            ).to(DOT_DTYPE)
+            q_rest = q
+            if BLOCK_REST > 0:
+                offs_r = tl.arange(0, BLOCK_REST)
+                q_rest = tl.load(
+                    q_rest_ptr + q_token * stride_q_rest_token + heads[:, None] * stride_q_rest_head + offs_r[None, :],
+                    mask=is_head[:, None] & (offs_r < HEAD_SIZE - BLOCK_D)[None, :],
+                    other=0.0,
+                ).to(DOT_DTYPE)
+            of_heads = factor
+            if HAS_ALIBI:
+                of_heads = slopes
+            m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = _wide_sums(
+                q, q_rest, k_head_ptr, table_ptr, first_tile, last_tile, lowest, n_visible, position, prompt_len,
+                factor, soft_cap, of_heads, sink_tokens, local_window, stride_k_block, stride_k_slot,
+                HEAD_SIZE, PAGE, DOT_DTYPE, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_H, BLOCK_D, BLOCK_REST, BLOCK_N, STAGES,
+            )  # fmt: skip
+        else:
+            # [BLOCK_D, DOT_H]; the dot's further heads and the padding of HEAD_SIZE are 0.
+            dot_in_group = (head_block % GROUP_BLOCKS) * BLOCK_H + tl.arange(0, DOT_H)
+            dot_heads = kv_head * GROUP + dot_in_group
+            q = tl.load(
+                q_ptr + q_token * stride_q_token + dot_heads[None, :] * stride_q_head + offs_d[:, None],
+                mask=(dot_in_group < GROUP)[None, :] & (offs_d < HEAD_SIZE)[:, None],
+                other=0.0,
+            ).to(DOT_DTYPE)
+            # The loop has no barrier and rescales nothing: its exponents are relative to `reference`, the maximum of
+            # the first tile, and its sums stay per element (with a running maximum and all 16 columns of the dot:
+            # 182 us, not 140, at 64 x 4,096 keys on an H200). Only if a later score is far above the reference, the
+            # keys are read once more, with the maximum now known.
+            reference = tl.full([BLOCK_H], 0.0, tl.float32)
+            m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = _no_keys(
+                tl.zeros([BLOCK_H], tl.float32)
             )
-            for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
-                j = tile * BLOCK_N + offs_n
-                # lowest <= j <= position in one comparison
-                visible = (j - lowest).to(tl.uint32, bitcast=True) < n_visible
-                k = load_keys(
-                    k_head_ptr, table_ptr, tile, j, visible, position, offs_n, offs_d, stride_k_block, stride_k_slot,
-                    HEAD_SIZE, PAGE, BLOCK_D, BLOCK_N,
-                )  # fmt: skip
-                # [BLOCK_N, BLOCK_D] @ [BLOCK_D, DOT_H] -> [BLOCK_N, DOT_H]
-                s = tl.dot(k.to(DOT_DTYPE), q, input_precision="ieee")
-                if BLOCK_H < DOT_H:
-                    # Heads of padding score 0 (or NaN, where the real ones are not finite either).
-                    s = tl.sum(tl.reshape(s, [BLOCK_N, DOT_H // BLOCK_H, BLOCK_H]), 1)
-                s = s * factor
-                bad += s * 0.0  # stays 0 unless s is NaN or infinite
-                if HAS_SOFT_CAP:
-                    s = soft_capped(s, soft_cap)
-                age = (position - j).to(tl.float32)
-                if HAS_ALIBI:
-                    s = s - slopes[None, :] * age[:, None]
-                s = tl.where(visible[:, None], s, float("-inf"))
-                if tile == reference_tile:
-                    reference = tl.max(s, 0)
-                top = tl.maximum(top, s)
-                t = _exponent(s, reference[None, :])
-                p = tl.exp2(t)
-                in_context = (j < prompt_len).to(tl.float32)[:, None]
-                z_context += p * in_context
-                z_generated += p * (1.0 - in_context)
-                e += p * t
-                z2 += p * p
-                sink += p * (j < sink_tokens).to(tl.float32)[:, None]
-                local += p * (position - j < local_window).to(tl.float32)[:, None]
-                distance += p * age[:, None]
-                own = tl.where((j == position)[:, None], s, own)
+            reference_tile = first_tile
+            again = True
+            while again:
+                # Beside the context's mass the generated one, too: their difference would lose a small one to
+                # cancellation. E is times log2(e).
+                top, z_context, z_generated, e, z2, sink, local, distance, own, bad = _no_keys(
+                    tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+                )
+                for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
+                    j = tile * BLOCK_N + offs_n
+                    # lowest <= j <= position in one comparison
+                    visible = (j - lowest).to(tl.uint32, bitcast=True) < n_visible
+                    k = load_keys(
+                        k_head_ptr, table_ptr, tile, j, visible, position, offs_n, offs_d, stride_k_block,
+                        stride_k_slot, HEAD_SIZE, PAGE, BLOCK_D, BLOCK_N,
+                    )  # fmt: skip
+                    # [BLOCK_N, BLOCK_D] @ [BLOCK_D, DOT_H] -> [BLOCK_N, DOT_H]
+                    s = tl.dot(k.to(DOT_DTYPE), q, input_precision="ieee")
+                    if BLOCK_H < DOT_H:
+                        # Heads of padding score 0 (or NaN, where the real ones are not finite either).
+                        s = tl.sum(tl.reshape(s, [BLOCK_N, DOT_H // BLOCK_H, BLOCK_H]), 1)
+                    s = s * factor
+                    bad += s * 0.0  # stays 0 unless s is NaN or infinite
+                    if HAS_SOFT_CAP:
+                        s = soft_capped(s, soft_cap)
+                    age = (position - j).to(tl.float32)
+                    if HAS_ALIBI:
+                        s = s - slopes[None, :] * age[:, None]
+                    s = tl.where(visible[:, None], s, float("-inf"))
+                    if tile == reference_tile:
+                        reference = tl.max(s, 0)
+                    top = tl.maximum(top, s)
+                    t = _exponent(s, reference[None, :])
+                    p = tl.exp2(t)
+                    in_context = (j < prompt_len).to(tl.float32)[:, None]
+                    z_context += p * in_context
+                    z_generated += p * (1.0 - in_context)
+                    e += p * t
+                    z2 += p * p
+                    sink += p * (j < sink_tokens).to(tl.float32)[:, None]
+                    local += p * (position - j < local_window).to(tl.float32)[:, None]
+                    distance += p * age[:, None]
+                    own = tl.where((j == position)[:, None], s, own)
 
-            m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = tl.reduce(
-                (top, z_context, z_generated, e, z2, sink, local, distance, own, bad), 0, _combine
-            )
-            again = (reference_tile >= 0) & (tl.max(m - reference, 0) > _MAX_RISE)
-            if again:
-                reference = m
-                reference_tile = -1
+                m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = tl.reduce(
+                    (top, z_context, z_generated, e, z2, sink, local, distance, own, bad), 0, _combine
+                )
+                again = (reference_tile >= 0) & (tl.max(m - reference, 0) > _MAX_RISE)
+                if again:
+                    reference = m
+                    reference_tile = -1
 
-        # From sums relative to `reference` to sums relative to m:
-        # sum e^(s-m) (s-m) = e^(r-m) (sum e^(s-r) (s-r) + (r-m) sum e^(s-r)).
-        rise = _exponent(reference, m)
-        decay = tl.exp2(rise)
-        row_e = (row_e + rise * (row_zc + row_zg)) * decay
-        row_zc *= decay
-        row_zg *= decay
-        row_z2 *= decay * decay
-        row_sink *= decay
-        row_local *= decay
-        row_distance *= decay
+            # From sums relative to `reference` to sums relative to m:
+            # sum e^(s-m) (s-m) = e^(r-m) (sum e^(s-r) (s-r) + (r-m) sum e^(s-r)).
+            rise = _exponent(reference, m)
+            decay = tl.exp2(rise)
+            row_e = (row_e + rise * (row_zc + row_zg)) * decay
+            row_zc *= decay
+            row_zg *= decay
+            row_z2 *= decay * decay
+            row_sink *= decay
+            row_local *= decay
+            row_distance *= decay
         row_bad = (row_bad != 0.0).to(tl.float32)
 
         complete = (begin >= start) & (end <= stop)
@@ -497,21 +634,22 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                     token = query.to(tl.int64)
                     if HAS_QUERIES:
                         # Read again: to keep them in registers until here would slow the loop.
-                        is_query = is_head[:, None] & (offs_d < HEAD_SIZE)[None, :]
-                        again_q = tl.load(
-                            q_ptr + token * stride_q_token + heads[:, None] * stride_q_head + offs_d[None, :],
-                            mask=is_query,
-                            other=0.0,
-                        ).to(queries_ptr.dtype.element_ty)
+                        again_q = q_ptr + q_token * stride_q_token + heads * stride_q_head
                         kept = queries_ptr + kept_slot * stride_queries + heads * stride_queries_head
-                        tl.store(kept[:, None] + offs_d[None, :], again_q, mask=is_query)
+                        if WIDE:
+                            _copy_heads(again_q, kept, is_head, BLOCK_D, COPIED)
+                        else:
+                            _copy_heads(again_q, kept, is_head, HEAD_SIZE, BLOCK_D)
+                        if BLOCK_REST > 0:
+                            again_rest = q_rest_ptr + q_token * stride_q_rest_token + heads * stride_q_rest_head
+                            _copy_heads(again_rest, kept + BLOCK_D, is_head, HEAD_SIZE - BLOCK_D, COPIED)
                     if HAS_OUTPUT:
-                        offs_o = tl.arange(0, BLOCK_OUTPUT)
-                        is_output = is_head[:, None] & (offs_o < OUTPUT_SIZE)[None, :]
                         served = output_ptr + token * stride_output_token + heads * stride_output_head
                         kept_output = outputs_ptr + kept_slot * stride_outputs + heads * stride_outputs_head
-                        numbers = tl.load(served[:, None] + offs_o[None, :], mask=is_output)
-                        tl.store(kept_output[:, None] + offs_o[None, :], numbers, mask=is_output)
+                        if WIDE:
+                            _copy_heads(served, kept_output, is_head, OUTPUT_SIZE, COPIED)
+                        else:
+                            _copy_heads(served, kept_output, is_head, OUTPUT_SIZE, BLOCK_OUTPUT)
                     if HAS_KV:
                         # Once for all query heads of a KV head.
                         is_element = offs_d < tl.where(head_block % GROUP_BLOCKS == 0, HEAD_SIZE, 0)
@@ -550,13 +688,14 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a launch is compiled: keys of one tile, warps of a program, stages of the software pipeline, and the limit
-    of registers per thread (None is the compiler's choice)."""
+    """How a launch is compiled: keys of one tile, warps of a program, stages of the software pipeline, the limit of
+    registers per thread (None is the compiler's choice), and how many query heads share a tile at most."""
 
     keys: int
     warps: int
     stages: int
     registers: int | None = None
+    heads: int = _MAX_BLOCK_HEADS
 
 
 @dataclass(frozen=True, slots=True)
@@ -582,7 +721,7 @@ class LayerAccumulators:
 
 
 class RowStatsWorkspace:
-    """Memory that launches share: partial states and arrival counters, a few hundred KiB.
+    """Memory that launches share: partial states and arrival counters, a few hundred KiB; 2.8 MiB for 128 heads.
 
     One workspace serves any number of layers whose launches follow each other (one stream, or streams joined by
     events). Launches that may run at the same time need one each.
@@ -604,7 +743,8 @@ class RowStatsWorkspace:
         self.max_rows = max_rows
         self.num_heads = num_heads
         self.num_programs = num_programs
-        fields = 2 * _STATE_FIELDS.value * _MAX_BLOCK_HEADS
+        block_heads = min(max(triton.next_power_of_2(num_heads), _MAX_BLOCK_HEADS), _MAX_WIDE_BLOCK_HEADS)
+        fields = 2 * _STATE_FIELDS.value * block_heads
         self.partial = torch.empty(num_programs * fields, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(max_rows * num_heads, dtype=torch.int32, device=device)
         # Compiled kernels and their constants, by all that decides which one a launch takes.
@@ -625,6 +765,8 @@ def _default_programs(device: torch.device) -> int:
 
 def _tiling(q: torch.Tensor, k_cache: torch.Tensor) -> Tiling:
     """The fastest of those measured on an H200 (bench_row_stats, suites tune and shapes, 2026-11)."""
+    if k_cache.shape[3] > MAX_HEAD_SIZE:
+        return _wide_tiling(q, k_cache)
     if torch.float32 in (q.dtype, k_cache.dtype):
         return Tiling(keys=32, warps=4, stages=3)  # not tuned: float32 serves tests
     # A tile of small heads is too few bytes in flight: 81 us against 93 us at 64 x 4,096 keys of size 64. With more
@@ -634,8 +776,21 @@ def _tiling(q: torch.Tensor, k_cache: torch.Tensor) -> Tiling:
     return Tiling(keys=64, warps=4, stages=5)
 
 
+def _wide_tiling(q: torch.Tensor, k_cache: torch.Tensor) -> Tiling:
+    """What fits the shared memory of an H200: queries of 128 heads are 144 KiB of bfloat16, two tiles of keys 72 KiB.
+
+    Not measured (bench_row_stats, suite latent).
+    """
+    if torch.float32 in (q.dtype, k_cache.dtype):
+        return Tiling(keys=16, warps=4, stages=1, heads=16)
+    group = q.shape[1] // k_cache.shape[1]
+    if group > 64:
+        return Tiling(keys=32, warps=8, stages=2, heads=_MAX_WIDE_BLOCK_HEADS)
+    return Tiling(keys=64, warps=8 if group > 16 else 4, stages=2, heads=64)
+
+
 def row_stats(
-    q: torch.Tensor,
+    q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     k_cache: torch.Tensor,
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
@@ -657,11 +812,14 @@ def row_stats(
     kept_kv: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     tiling: Tiling | None = None,
+    tokens: tuple[int, int] = _ALL_TOKENS,
+    first_row: int | None = None,
 ) -> None:
     """Measure the listed rows of one layer on the current stream; asynchronous, allocates nothing on the device.
 
     Args:
-        q: [T, H, D] float32, float16, bfloat16 or FP8; the last dimension contiguous.
+        q: [T, H, D] float32, float16, bfloat16 or FP8; the last dimension contiguous. Of wide heads (D > 256) also as
+            two such tensors, the first of the largest power of two elements that D has: [T, H, 512] and [T, H, 64].
         k_cache: [num_blocks, Hkv, block_size, D], any strides but a contiguous last dimension; H a multiple of Hkv.
         block_table: [num_seqs, max_blocks] int32, the last dimension contiguous.
         query_start_loc: [num_seqs + 1] int32, first token of each sequence's queries.
@@ -680,20 +838,25 @@ def row_stats(
             both contiguous in the last dimension, or None: outputs of traced rows are written to their slot.
         key, value, kept_kv: K and V of the step's tokens, [T, Hkv, D] each, and [slots, 2, Hkv, D] of their type, all
             contiguous in the last dimension, or None: those of traced rows are written to their slot. Not if V has
-            another head size than K.
+            another head size than K, nor of wide heads.
         out: [max_rows, H, S + 1] float32, contiguous, or None: every row is written, padding rows are left alone.
         tiling: None takes the measured one.
+        tokens: only rows whose ROW_QUERY is in [first, end) are measured.
+        first_row: q has the queries of the row list from this row on, which are all that are measured, instead of those
+            of the tokens.
 
     Raises:
         ValueError: for a shape the kernel does not do.
     """
-    _, num_heads, head_size = q.shape
+    q, q_rest = _parts(q, k_cache)
+    num_heads = q.shape[1]
+    head_size = q.shape[2] + (0 if q_rest is None else q_rest.shape[2])
     num_kv_heads, page = k_cache.shape[1:3]
     max_rows = rows.shape[0]
-    if head_size > MAX_HEAD_SIZE or head_size != k_cache.shape[3] or num_heads % num_kv_heads:
+    if head_size > MAX_WIDE_HEAD_SIZE or head_size != k_cache.shape[3] or num_heads % num_kv_heads:
         raise ValueError(
-            f"q {tuple(q.shape)} and k_cache {tuple(k_cache.shape)} must have the same head size of at most "
-            f"{MAX_HEAD_SIZE} and query heads that are a multiple of the KV heads; do not observe this layer"
+            f"q {(*q.shape[:2], head_size)} and k_cache {tuple(k_cache.shape)} must have the same head size of at most "
+            f"{MAX_WIDE_HEAD_SIZE} and query heads that are a multiple of the KV heads; do not observe this layer"
         )
     if max_rows > workspace.max_rows or num_heads > workspace.num_heads:
         raise ValueError(
@@ -711,7 +874,7 @@ def row_stats(
         output = outputs = None
     if key is None or value is None or kept_kv is None or key.shape != value.shape:
         key = value = kept_kv = None
-    _check_kept(q, k_cache, output, outputs, key, value, kept_kv)
+    _check_kept(k_cache, num_heads, output, outputs, key, value, kept_kv)
     tiling = tiling or _tiling(q, k_cache)
     # Everything that Triton specialises the kernel on: known again, its own look-up is skipped (33 instead of 76 us).
     variant = (
@@ -725,6 +888,8 @@ def row_stats(
         k_cache.stride(),
         q.data_ptr() % 16,
         k_cache.data_ptr() % 16,
+        None if q_rest is None else (q_rest.stride(), q_rest.data_ptr() % 16),
+        first_row is None,
         max_rows,
         ring is None,
         None if queries is None else queries.dtype,
@@ -735,6 +900,7 @@ def row_stats(
     q_scale, k_scale = params.q_scale, params.k_scale
     arguments = (
         q,
+        q_rest,
         k_cache,
         block_table,
         query_start_loc,
@@ -764,6 +930,7 @@ def row_stats(
         workspace.arrivals,
         q.stride(0),
         q.stride(1),
+        *_strides(q_rest, 2),
         k_cache.stride(0),
         k_cache.stride(1),
         k_cache.stride(2),
@@ -785,6 +952,8 @@ def row_stats(
         sink_tokens,
         local_window,
         max_rows,
+        *tokens,
+        first_row or 0,
     )
     known = workspace.compiled.get(variant)
     if known is not None:
@@ -793,7 +962,7 @@ def row_stats(
         return
     constants = _constants(
         q, k_cache, max_rows, params, tiling,
-        ring=ring, queries=queries, output=output, kept_kv=kept_kv, out=out,
+        ring=ring, queries=queries, output=output, kept_kv=kept_kv, out=out, by_row=first_row is not None,
     )  # fmt: skip
     compiled = _row_stats_kernel[(workspace.num_programs,)](
         *arguments, *constants, num_warps=tiling.warps, maxnreg=tiling.registers
@@ -802,14 +971,30 @@ def row_stats(
         workspace.compiled[variant] = (compiled, constants)
 
 
+def _parts(
+    q: torch.Tensor | tuple[torch.Tensor, torch.Tensor], k_cache: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Queries as the kernel loads them: in one part, or wide ones in two."""
+    first, rest = head_parts(k_cache.shape[3])
+    if isinstance(q, torch.Tensor):
+        return (q[..., :first], q[..., first:]) if rest else (q, None)
+    if q[0].shape[2] != first or q[0].shape[:2] != q[1].shape[:2] or q[0].dtype != q[1].dtype or q[1].stride(2) != 1:
+        raise ValueError(
+            f"the parts of q must be [T, H, {first}] and [T, H, {k_cache.shape[3] - first}] of one type and contiguous "
+            f"in their last dimension, got {list(q[0].shape)} {q[0].dtype} and {list(q[1].shape)} {q[1].dtype}; pass a "
+            "tensor of whole queries"
+        )
+    return q
+
+
 def _strides(tensor: torch.Tensor | None, count: int) -> tuple[int, ...]:
     """The first ones, 0 without a tensor."""
     return (0,) * count if tensor is None else tensor.stride()[:count]
 
 
 def _check_kept(
-    q: torch.Tensor,
     k_cache: torch.Tensor,
+    num_heads: int,
     output: torch.Tensor | None,
     outputs: torch.Tensor | None,
     key: torch.Tensor | None,
@@ -818,9 +1003,11 @@ def _check_kept(
 ) -> None:
     """What is kept beside the queries has the shapes and types of where it goes."""
     if output is not None and outputs is not None:
-        _check_copy("output", output, "outputs", outputs, (q.shape[1], output.shape[2]))
+        _check_copy("output", output, "outputs", outputs, (num_heads, output.shape[2]))
     if key is not None and value is not None and kept_kv is not None:
-        of_token = (k_cache.shape[1], q.shape[2])
+        of_token = (k_cache.shape[1], k_cache.shape[3])
+        if k_cache.shape[3] > MAX_HEAD_SIZE:
+            raise ValueError(f"key and value must be of heads of at most {MAX_HEAD_SIZE} elements; pass None")
         _check_copy("key", key, "kept_kv", kept_kv, of_token)
         _check_copy("value", value, "kept_kv", kept_kv, of_token)
 
@@ -847,10 +1034,14 @@ def _constants(
     output: torch.Tensor | None,
     kept_kv: torch.Tensor | None,
     out: torch.Tensor | None,
+    by_row: bool,
 ) -> tuple[Any, ...]:
     """The kernel's constexpr arguments, in order."""
-    _, num_heads, head_size = q.shape
-    _, num_kv_heads, page, _ = k_cache.shape
+    num_heads = q.shape[1]
+    _, num_kv_heads, page, head_size = k_cache.shape
+    block_d, block_rest = head_parts(head_size)
+    wide = head_size > MAX_HEAD_SIZE
+    block_heads = min(triton.next_power_of_2(num_heads // num_kv_heads), tiling.heads)
     output_size = head_size if output is None else output.shape[2]
     return (
         num_heads,
@@ -869,10 +1060,14 @@ def _constants(
         output is not None,
         kept_kv is not None,
         out is not None,
+        by_row,
+        wide,
         triton.next_power_of_2(max_rows),
-        min(triton.next_power_of_2(num_heads // num_kv_heads), _MAX_BLOCK_HEADS),
-        max(triton.next_power_of_2(head_size), 16),
+        max(block_heads, 16) if wide else block_heads,
+        block_d,
+        block_rest,
         max(triton.next_power_of_2(output_size), 16),
         tiling.keys,
         tiling.stages,
+        _COPIED,
     )

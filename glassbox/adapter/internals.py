@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any, Final
 
 from glassbox.adapter import protocols
-from glassbox.config.model import SUPPORTED_INNER_BACKENDS
+from glassbox.config.model import CPU_BACKENDS, MLA_BACKENDS, SUPPORTED_INNER_BACKENDS
 
 
 class Feature(Enum):
@@ -29,6 +29,8 @@ class Feature(Enum):
     ATTACHING = "attaching to vLLM"
     OBSERVATION = "observing attention"
     LAYERS = "observing the layers of a backend"
+    LATENT = "observing latent attention (MLA)"
+    LATENT_ON_CPU = "observing latent attention (MLA) on a CPU"
     DRAFTERS = "telling a drafter's layers from the model's"
     PIECEWISE = "telling pieces of CUDA graphs from whole ones"
     PROGRESS = "telling draft tokens, and tokens that are computed again, from others"
@@ -49,6 +51,7 @@ CORE: Final = frozenset({Feature.ATTACHING, Feature.OBSERVATION})
 
 _OF_WORKERS: Final = (
     Feature.LAYERS,
+    Feature.LATENT,
     Feature.DRAFTERS,
     Feature.PIECEWISE,
     Feature.PROGRESS,
@@ -86,9 +89,9 @@ class Internal:
         return self.serves in CORE
 
 
-def _names(module: str, serves: Feature, *names: str, instead: str = "") -> list[Internal]:
+def _names(module: str, serves: Feature, *names: str, instead: str = "", since: str = "") -> list[Internal]:
     """Things of a module."""
-    return [Internal(f"{module}.{name}", module, serves, instead) for name in names]
+    return [Internal(f"{module}.{name}", module, serves, instead, since) for name in names]
 
 
 def _members(
@@ -98,6 +101,7 @@ def _members(
     serves: Feature,
     less: Mapping[str, Feature] | None = None,
     instead: str = "",
+    since: str = "",
 ) -> list[Internal]:
     """A class, and what its protocol names of its objects.
 
@@ -107,8 +111,11 @@ def _members(
     """
     less = less or {}
     return [
-        Internal(f"{module}.{cls}", module, serves, instead),
-        *(Internal(f"{module}.{cls}.{name}", module, less.get(name, serves), instead) for name in members_of(protocol)),
+        Internal(f"{module}.{cls}", module, serves, instead, since),
+        *(
+            Internal(f"{module}.{cls}.{name}", module, less.get(name, serves), instead, since)
+            for name in members_of(protocol)
+        ),
     ]
 
 
@@ -128,6 +135,14 @@ _REGISTRY: Final = "vllm.v1.attention.backends.registry"
 _BACKENDS: Final = "vllm.v1.attention.backends"
 _V1: Final = "vllm.v1.worker.gpu_model_runner"
 _V2: Final = "vllm.v1.worker.gpu.model_runner"
+_LATENT_LAYER: Final = "vllm.model_executor.layers.attention"
+_LATENT_IMPLS: Final = (
+    ("cutlass_mla", "CutlassMLAImpl"),
+    ("flashattn_mla", "FlashAttnMLAImpl"),
+    ("flashinfer_mla", "FlashInferMLAImpl"),
+    ("flashmla", "FlashMLAImpl"),
+    ("triton_mla", "TritonMLAImpl"),
+)
 _IMPLS: Final = (
     ("flash_attn", "FlashAttentionImpl"),
     ("flashinfer", "FlashInferImpl"),
@@ -142,7 +157,7 @@ INTERNALS: Final[tuple[Internal, ...]] = (
         Feature.ATTACHING,
         "register_backend",
         "AttentionBackendEnum",
-        *(f"AttentionBackendEnum.{name}" for name in ("CUSTOM", *SUPPORTED_INNER_BACKENDS)),
+        *(f"AttentionBackendEnum.{name}" for name in ("CUSTOM", *SUPPORTED_INNER_BACKENDS) if name not in MLA_BACKENDS),
         "AttentionBackendEnum.clear_override",
         "AttentionBackendEnum.is_overridden",
     ),
@@ -163,6 +178,27 @@ INTERNALS: Final[tuple[Internal, ...]] = (
         for module, cls in _IMPLS
         for entry in _members(f"{_BACKENDS}.{module}", cls, protocols.AttentionImpl, Feature.LAYERS)
     ),
+    # Likewise with latent attention.
+    *(
+        Internal(
+            f"{_REGISTRY}.AttentionBackendEnum.{name}",
+            _REGISTRY,
+            Feature.LATENT_ON_CPU if name in CPU_BACKENDS else Feature.LATENT,
+            since=since,
+        )
+        for name, since in MLA_BACKENDS.items()
+    ),
+    *_members(f"{_LATENT_LAYER}.mla_attention", "MLAAttention", protocols.LatentLayer, Feature.LATENT),
+    *_members(f"{_LATENT_LAYER}.mla_attention", "MLACommonMetadata", protocols.LatentMetadata, Feature.LATENT),
+    *(
+        entry
+        for module, cls in _LATENT_IMPLS
+        for entry in _members(f"{_BACKENDS}.mla.{module}", cls, protocols.LatentImpl, Feature.LATENT)
+    ),
+    *_members(
+        f"{_BACKENDS}.mla.amx_mla", "AMXMLAImpl", protocols.PackedLatentImpl, Feature.LATENT_ON_CPU, since="0.29"
+    ),
+    *_names("vllm", Feature.LATENT_ON_CPU, "_custom_ops", "_custom_ops.bmm_cpu", since="0.29"),
     *_names("vllm.compilation.backends", Feature.DRAFTERS, "model_tag"),
     # Runners and workers: of each kind the process has one.
     *_members(

@@ -4,15 +4,18 @@ Owns the labels of a worker's metrics, too. Which number a layer has is `layer_n
 inside functions: importing this module loads none.
 """
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from glassbox.adapter.attention.cache_layout import FP8_DTYPES
 from glassbox.adapter.attention.layer_cache import CacheFinder
+from glassbox.adapter.attention.mla_bypass import mla_bypass
+from glassbox.adapter.attention.mla_cache import head_sizes, is_latent
 from glassbox.adapter.internals import members_of
 from glassbox.adapter.layer_numbers import number_layers
-from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, VllmConfig
+from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, LatentImpl, VllmConfig
 from glassbox.config.model import SUPPORTED_INNER_BACKENDS
 
 
@@ -141,14 +144,16 @@ def find_bypass(layer: AttentionLayer, attach: str = "auto") -> Bypass | None:
     other = _OTHER_KINDS.get(str(getattr(kind, "value", kind)))
     if other is not None or not getattr(getattr(layer, "impl", None), "glassbox_observed", False):
         return other or _other_backend(layer, attach)
-    if gone := [name for name in members_of(AttentionImpl) if not hasattr(layer.impl, name)]:
+    needed = members_of(LatentImpl if is_latent(layer) else AttentionImpl)
+    if gone := [name for name in needed if not hasattr(layer.impl, name)]:
         return Bypass(
             "internals",
             f"their backend lacks {', '.join(gone)}, which earlier releases of vLLM have; use a newer glassbox",
         )
     if masked := next((_MASKED[cls.__name__] for cls in type(layer).__mro__ if cls.__name__ in _MASKED), None):
         return masked
-    if layer.attn_backend.forward_includes_kv_cache_update:
+    # Latent attention is told by its layer to write the cache first, whatever its backend says.
+    if layer.attn_backend.forward_includes_kv_cache_update and not is_latent(layer):
         return Bypass("late_keys", "their backend writes keys only while it computes")
     if layer.impl.kv_cache_dtype not in READABLE_KV_CACHES:
         return Bypass(
@@ -188,6 +193,8 @@ def _unreadable(layer: AttentionLayer, finder: CacheFinder) -> Bypass | None:
     try:
         finder.find(layer)
         layer.impl.glassbox_finder = finder  # type: ignore[attr-defined]
+        if is_latent(layer):
+            layer.impl.glassbox_layer = weakref.ref(layer)  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError) as error:  # CacheLayoutError is one
         return Bypass("cache_layout", f"glassbox can't tell where keys and values stand in their KV cache: {error}")
     return None
@@ -202,6 +209,7 @@ class ObservedLayers:
         indices: global index of each.
         heads: local query heads of each.
         head_size, num_kv_heads: the largest of theirs, of K and V.
+        latent: some of them have latent attention (MLA).
         bypassed: layers whose attention glassbox does not see, by name, and why. Those of one reason are equal.
         bypassed_indices: global index of each of these, by name.
     """
@@ -211,6 +219,7 @@ class ObservedLayers:
     heads: tuple[int, ...]
     head_size: int
     num_kv_heads: int
+    latent: bool
     bypassed: Mapping[str, Bypass]
     bypassed_indices: Mapping[str, int]
 
@@ -245,7 +254,8 @@ def find_layers(
             continue
         if getattr(getattr(layer, "impl", None), "glassbox_observed", None) is False:  # a drafter's as well
             continue
-        reason = find_bypass(layer, attach)
+        of_mla = mla_bypass(layer)
+        reason = Bypass(*of_mla) if of_mla else find_bypass(layer, attach)
         # An encoder's layers, and those of cross attention, have the decoder's numbers again.
         kind = reason.slug if reason is not None and reason in _OTHER_KINDS.values() else ""
         kinds.setdefault(kind, {})[name] = layer
@@ -261,8 +271,9 @@ def find_layers(
         names=tuple(names),
         indices=tuple(index[name] for name in names),
         heads=tuple(layer.num_heads for layer in of_model),
-        head_size=max((max(layer.head_size, layer.head_size_v) for layer in of_model), default=0),
+        head_size=max((max(head_sizes(layer)) for layer in of_model), default=0),
         num_kv_heads=max((layer.impl.num_kv_heads for layer in of_model), default=0),
+        latent=any(is_latent(layer) for layer in of_model),
         bypassed=bypassed,
         bypassed_indices={name: index[name] for name in bypassed},
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from glassbox.adapter.attention.observed import observed_path
-from glassbox.config.load import SUPPORTED_INNER_BACKENDS, GlassboxConfig
+from glassbox.config.load import CPU_BACKENDS, MLA_BACKENDS, SUPPORTED_INNER_BACKENDS, GlassboxConfig
 from glassbox.core.logs import get_logger
 
 logger = get_logger(__name__)
@@ -14,7 +14,7 @@ logger = get_logger(__name__)
 def override(config: GlassboxConfig) -> Callable[[], None]:
     """Override vLLM's members by their observed subclasses as `attach` says.
 
-    With `attach: custom` only CPU_ATTN is overridden: vLLM's CPU platform ignores `--attention-backend CUSTOM` and
+    With `attach: custom` only the CPU's are overridden: vLLM's CPU platform ignores `--attention-backend CUSTOM` and
     would never ask the router.
 
     Returns:
@@ -24,8 +24,10 @@ def override(config: GlassboxConfig) -> Callable[[], None]:
 
     with ExitStack() as undo:
         undo.callback(_forget_selection)
-        names = SUPPORTED_INNER_BACKENDS if config.attach == "auto" else ("CPU_ATTN",)
+        names = SUPPORTED_INNER_BACKENDS if config.attach == "auto" else CPU_BACKENDS
         for name in names if config.enabled else ():
+            if name in MLA_BACKENDS and not hasattr(AttentionBackendEnum, name):
+                continue  # of later releases
             member = AttentionBackendEnum[name]
             if member.is_overridden():
                 # Deriving from vLLM's class would change what is served, from theirs may change it as well.

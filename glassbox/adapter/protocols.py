@@ -105,6 +105,93 @@ class AttentionLayer(ScaledLayer, Protocol):
     kv_cache: Tensor
 
 
+class LatentImpl(Protocol):
+    """vllm.v1.attention.backends.mla.cutlass_mla.CutlassMLAImpl,
+    vllm.v1.attention.backends.mla.flashattn_mla.FlashAttnMLAImpl,
+    vllm.v1.attention.backends.mla.flashinfer_mla.FlashInferMLAImpl,
+    vllm.v1.attention.backends.mla.flashmla.FlashMLAImpl, vllm.v1.attention.backends.mla.triton_mla.TritonMLAImpl.
+
+    Of one layer with latent attention (MLA).
+
+    Attributes:
+        supports_quant_query_input: queries of an FP8 cache are quantised before `forward_mqa` is given them.
+    """
+
+    scale: float
+    kv_cache_dtype: str
+    num_kv_heads: int
+    supports_quant_query_input: bool
+
+    def do_kv_cache_update(
+        self,
+        kv_c_normed: Tensor,
+        k_pe: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        kv_cache_dtype: str,
+        k_scale: Tensor,
+    ) -> Any: ...
+
+    def forward_mqa(self, q: Any, kv_c_and_k_pe_cache: Tensor, attn_metadata: Any, layer: LatentLayer) -> Any: ...
+
+    def forward_mha(
+        self,
+        q: Tensor,
+        kv_c_normed: Tensor,
+        k_pe: Tensor,
+        kv_c_and_k_pe_cache: Tensor,
+        attn_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any: ...
+
+
+class PackedLatentImpl(Protocol):
+    """vllm.v1.attention.backends.mla.amx_mla.AMXMLAImpl: keeps the weights packed."""
+
+    _w_uk_packed: Tensor | None
+
+
+class ObservedLatentImpl(LatentImpl, Protocol):
+    """An impl of `attention/observed_mla.py`.
+
+    Attributes:
+        glassbox_finder, glassbox_view: as of ObservedImpl.
+    """
+
+    glassbox_finder: Any
+    glassbox_view: Any
+
+
+class LatentLayer(ScaledLayer, Protocol):
+    """vllm.model_executor.layers.attention.mla_attention.MLAAttention.
+
+    Attributes:
+        kv_lora_rank: Lkv; qk_nope_head_dim: P; qk_rope_head_dim: R.
+        kv_cache: [num_blocks, block, Lkv + R]; empty before it is allocated.
+    """
+
+    layer_name: str
+    impl: LatentImpl
+    attn_backend: type[AttentionBackend]
+    num_heads: int
+    head_size: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    kv_cache: Tensor
+
+
+class LatentMetadata(Protocol):
+    """vllm.model_executor.layers.attention.mla_attention.MLACommonMetadata.
+
+    Attributes:
+        num_decode_tokens: tokens of the step, the first ones, that `forward_mqa` is given.
+    """
+
+    num_decode_tokens: int
+
+
 class AttentionMetadata(Protocol):
     """What a backend's builder made; FlashInfer's has neither of these."""
 

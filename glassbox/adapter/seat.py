@@ -14,7 +14,14 @@ from glassbox.core.logs import get_logger
 if TYPE_CHECKING:  # every process of a server has a seat, and only workers need torch
     from torch import Tensor
 
-    from glassbox.adapter.protocols import AttentionLayer, AttentionMetadata, CommonMetadata, VllmWorker
+    from glassbox.adapter.protocols import (
+        AttentionLayer,
+        AttentionMetadata,
+        CommonMetadata,
+        LatentLayer,
+        VllmWorker,
+    )
+    from glassbox.measure.contract import LatentForward
 
 
 logger = get_logger(__name__)
@@ -42,8 +49,15 @@ class Hook(Protocol):
 class Listener(Protocol):
     """Who is told by observed backends."""
 
-    def on_build(self, layer_names: list[str], common_attn_metadata: "CommonMetadata") -> None:
-        """vLLM built the metadata of these layers."""
+    def on_build(
+        self, layer_names: list[str], common_attn_metadata: "CommonMetadata", absorbed: int | None = None
+    ) -> None:
+        """vLLM built the metadata of these layers.
+
+        Args:
+            absorbed: of layers with latent attention, how many of the step's tokens, the first ones, attend over the
+                latent cache.
+        """
 
     def after_attention(
         self,
@@ -58,6 +72,11 @@ class Listener(Protocol):
     ) -> None:
         """A layer's attention was computed, or queued; `output` is what it returned."""
 
+    def after_latent_attention(
+        self, impl: Any, layer: "LatentLayer", forward: "LatentForward", kv_cache: "Tensor"
+    ) -> None:
+        """A layer's latent attention was computed, or queued."""
+
 
 class Seat:
     """State of one process.
@@ -67,7 +86,7 @@ class Seat:
         settings: live, as long as glassbox is registered.
         hook: of this process, once a worker warms up in it.
         listener: of this worker, while there is one.
-        listening: which `forward` the observed impls have.
+        listening: which forward methods the observed impls have.
         inner_name: what CUSTOM stands for, between `validate_configuration` and `full_cls_name`, which vLLM calls one
             after the other for one layer.
     """

@@ -28,7 +28,6 @@ class WorkerFacts:
         device: it computes on.
         query_dtype: of the layers' queries.
         max_model_len: most tokens of a sequence.
-        looks_ahead: prompt rows may see keys behind them (bidirectional image tokens of a prefix language model).
         drafts: a step may verify draft tokens (speculative decoding).
         schedules_ahead: a step is scheduled before the tokens of the one before it are known.
         tokenizer, tokenizer_revision: folder or name of the model's tokenizer, empty if there is none.
@@ -40,7 +39,6 @@ class WorkerFacts:
     device: torch.device
     query_dtype: torch.dtype
     max_model_len: int
-    looks_ahead: bool
     drafts: bool
     schedules_ahead: bool
     tokenizer: str
@@ -67,7 +65,6 @@ def read_worker(vllm_worker: VllmWorker) -> WorkerFacts:
         device=vllm_worker.device,
         query_dtype=model.dtype,
         max_model_len=model.max_model_len,
-        looks_ahead=bool(getattr(model, "is_mm_prefix_lm", False)),
         drafts=vllm_config.speculative_config is not None,
         schedules_ahead=bool(vllm_config.scheduler_config.async_scheduling),
         tokenizer=str(model.tokenizer or ""),

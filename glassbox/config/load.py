@@ -14,8 +14,10 @@ from pydantic import ValidationError
 
 import glassbox
 from glassbox.config.model import (
+    CPU_BACKENDS,
     MAX_ROWS_PER_STEP,
     MAX_TRACED_REQUESTS,
+    MLA_BACKENDS,
     SUPPORTED_INNER_BACKENDS,
     BaselineConfig,
     ExportConfig,
@@ -33,9 +35,11 @@ from glassbox.config.yaml import MAX_CONFIG_BYTES, ConfigError, parse_mapping, r
 
 __all__ = [
     "CONFIG_ENV",
+    "CPU_BACKENDS",
     "MAX_CONFIG_BYTES",
     "MAX_ROWS_PER_STEP",
     "MAX_TRACED_REQUESTS",
+    "MLA_BACKENDS",
     "RESTART_FIELDS",
     "SUPPORTED_INNER_BACKENDS",
     "BaselineConfig",

@@ -23,7 +23,18 @@ from pydantic import (
     field_validator,
 )
 
-SUPPORTED_INNER_BACKENDS: Final = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
+# Of multi-head latent attention, and the first release that has each of those that older ones lack.
+MLA_BACKENDS: Final = {
+    "CPU_MLA": "0.28",
+    "AMX_MLA": "0.29",
+    "TRITON_MLA": "",
+    "FLASH_ATTN_MLA": "",
+    "FLASHMLA": "",
+    "CUTLASS_MLA": "",
+    "FLASHINFER_MLA": "",
+}
+SUPPORTED_INNER_BACKENDS: Final = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", *MLA_BACKENDS)
+CPU_BACKENDS: Final = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
 
 # The row list lives on the device at an address that captured graphs hold, so it is allocated
 # once, for the largest value that a live edit may set: 4096 rows x 5 int32 are 80 KiB.

@@ -20,16 +20,21 @@ BYPASS_REASONS: Final[Mapping[str, str]] = {
     "cache_layout": "its backend keeps the KV cache in a way that glassbox can't read",
     "cache_type": "its KV cache is of a type whose keys are no plain numbers",
     "chunked_local": "chunked local attention splits requests into virtual ones",
+    "compressed_latents": "it attends over compressed latent vectors that an indexer picks (DeepSeek V4)",
     "context_parallel": "context parallelism spreads the keys of a row over ranks",
     "cross": "cross attention, whose keys are those of the encoder",
     "encoder": "encoder attention sees the keys on both sides and keeps none",
     "internals": "its backend lacks something that earlier vLLM releases have",
     "late_keys": "its backend writes keys only while it computes",
+    "latent_window": "its latent attention has a sliding window, whose bounds can't be told",
     "mask": "its rows see other keys than a run that ends with their own",
     "micro_batching": "micro-batching splits a step's rows",
+    "non_causal": "its rows of one step see each other whatever their order",
     "not_certified": "its output was not checked yet, or can't be",
     "not_reproduced": "its output is not what glassbox computes from what it reads",
+    "packed_latents": "its latent cache packs scales and numbers of several types into the bytes of a token",
     "repeated": "it runs several times in a step, over the same cache",
+    "sparse": "its attention is sparse: a row sees only the keys that an indexer picks",
 }
 # Why rows of a measured step are not in the histograms: values of the label `reason` of dropped_rows.
 DROP_REASONS: Final[Mapping[str, str]] = {

@@ -200,6 +200,57 @@ class Forward(NamedTuple):
     output: Tensor | None
 
 
+class LatentForward(NamedTuple):
+    """What a layer with latent attention (MLA) was given, and what it has answered, of T tokens.
+
+    K of a token is its latent vector and, after it, its rotary part, [Lkv + R] for all query heads; V is the latent
+    vector alone. Of the first A tokens vLLM absorbs the queries, so that they attend over those. For the others it
+    makes K and V of each head; absorbed, their queries give the same scores.
+
+    Attributes:
+        absorbed: queries of the first tokens, [A, Hq, Lkv] and [A, Hq, R]; None if there are none.
+        output: of these, [A', Hq, Lkv], A' of them real, before it is projected to V of each head; None as `absorbed`.
+        plain: queries of the others, [T - A, Hq, P + R]; None if there are none.
+        absorb: gives some of these as `absorbed` has them.
+    """
+
+    absorbed: tuple[Tensor, Tensor] | None
+    output: Tensor | None
+    plain: Tensor | None
+    absorb: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    @property
+    def num_absorbed(self) -> int:
+        """A."""
+        return 0 if self.absorbed is None else len(self.absorbed[0])
+
+    @property
+    def query_dtype(self) -> torch.dtype:
+        """Of the absorbed queries, which may be quantised where others are not; of the others if there are none."""
+        parts = (*(self.absorbed or ()), self.plain)
+        return next(part.dtype for part in parts if part is not None)
+
+    def at(self, tokens: Tensor) -> Forward:
+        """As the forward pass of a layer with one KV head of size Lkv + R, of which nothing but these tokens is set.
+
+        Args:
+            tokens: int64 [N], ascending.
+        """
+        first, rest = tokens[tokens < self.num_absorbed], tokens[tokens >= self.num_absorbed] - self.num_absorbed
+        parts = []
+        if self.absorbed is not None:
+            parts.append((first, tuple(part[first] for part in self.absorbed)))
+        if self.plain is not None:
+            parts.append((rest + self.num_absorbed, self.absorb(self.plain[rest])))
+        num_tokens = self.num_absorbed + (0 if self.plain is None else len(self.plain))
+        latent, rotary = parts[0][1]
+        # Memory that is never written is never there: of thousands of tokens a few are measured.
+        query = latent.new_empty(num_tokens, latent.shape[1], latent.shape[2] + rotary.shape[2])
+        for where, of_tokens in parts:
+            query[where] = torch.cat(of_tokens, dim=-1)
+        return Forward(query, None, None, self.output)
+
+
 class BatchTables(NamedTuple):
     """Where a step's requests stand; B of them, on the worker's device.
 
@@ -305,7 +356,7 @@ class Measurer(Protocol[View_contra]):
         """The attention metadata of these layers was built, from these tables."""
 
     def after_attention(
-        self, layer: View_contra, forward: Forward, kv_cache: Tensor, tables: BatchTables | None
+        self, layer: View_contra, forward: Forward | LatentForward, kv_cache: Tensor, tables: BatchTables | None
     ) -> None:
         """K of this step is in the cache, and the inner attention was computed (CPU) or queued (GPU).
 

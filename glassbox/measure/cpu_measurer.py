@@ -20,7 +20,7 @@ from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.native import NativeError
-from glassbox.core.rows import ROW_PHASE, ROW_UNCOUNTED
+from glassbox.core.rows import ROW_PHASE, ROW_QUERY, ROW_UNCOUNTED
 from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerRows, row_stats_cpu
@@ -30,6 +30,7 @@ from glassbox.measure.contract import (
     BatchTables,
     CheckLimits,
     Forward,
+    LatentForward,
     MeasuredLayers,
     OutputCheck,
     PackedLayer,
@@ -101,6 +102,8 @@ class CpuMeasurer:
         self.max_rows = self.max_traced_rows = self.num_slots = sys.maxsize
         self.check_limits = _CHECK_LIMITS
         self._check: CpuOutputCheck | None = None
+        # Of each KV-cache group, by its first layer.
+        self._built: dict[str, tuple[Sequence[str], BatchTables]] = {}
         self._rows: np.ndarray | None = None
         self._layers: frozenset[int] = frozenset()
         self._traced: StepTraces | None = None
@@ -137,10 +140,16 @@ class CpuMeasurer:
         self._rows, self._layers, self._traced = rows, layers, traced
 
     def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
-        """Nothing to keep: the CPU's metadata holds all that is needed."""
+        """Keep what the metadata of latent attention lacks: its block table and sequence lengths."""
+        if layer_names:
+            self._built[layer_names[0]] = (layer_names, tables)
 
     def after_attention(
-        self, layer: PackedLayer, forward: Forward, kv_cache: torch.Tensor, tables: BatchTables | None
+        self,
+        layer: PackedLayer,
+        forward: Forward | LatentForward,
+        kv_cache: torch.Tensor,
+        tables: BatchTables | None,
     ) -> None:
         """Put by the queries of this layer's rows, if it is one of the step's layers."""
         if self._rows is None:
@@ -148,9 +157,13 @@ class CpuMeasurer:
         local = self._local_layers.get(layer.name)
         if local is None:
             return
-        if tables is None:
-            raise ValueError(f"the metadata of {layer.name} must have a block table; do not observe this layer")
-        if self._check is not None and local in self._check.local_layers:
+        checked = self._check is not None and local in self._check.local_layers
+        if not checked and local not in self._layers:
+            return
+        tables = tables or self._tables_of(layer.name)
+        if isinstance(forward, LatentForward):
+            forward = forward.at(torch.from_numpy(self._rows[:, ROW_QUERY].astype(np.int64)))
+        if self._check is not None and checked:
             with self._errors.guard("canary"):
                 plan = self._plan(self._check.rows, tables, layer.block_size(kv_cache), layer.params.sliding_window)
                 self._check.take(local, layer, kv_cache, forward, plan)
@@ -203,6 +216,12 @@ class CpuMeasurer:
         """See contract.Measurer."""
         self._accumulators.rotate(now_s)
         return self._accumulators.copy()
+
+    def _tables_of(self, name: str) -> BatchTables:
+        for names, tables in self._built.values():
+            if name in names:
+                return tables
+        raise ValueError(f"the metadata of {name} must have a block table; do not observe this layer")
 
     def _take(
         self, local: int, layer: PackedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables

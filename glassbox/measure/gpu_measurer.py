@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,11 @@ import torch
 
 from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.core.errors import ErrorCounter
-from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_SLOT
+from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_QUERY, ROW_SLOT
 from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.kernels.cached_layers import CachedLayers, ProbedLayers
 from glassbox.kernels.output_rounding import FP8_TYPES, OutputRounding
+from glassbox.kernels.paged_keys import MAX_HEAD_SIZE
 from glassbox.kernels.probe_answers import ProbeAnswers
 from glassbox.kernels.row_output import row_output
 from glassbox.kernels.row_probe import row_probe
@@ -36,6 +37,7 @@ from glassbox.measure.contract import (
     CheckLimits,
     DeviceNeeds,
     Forward,
+    LatentForward,
     MeasuredLayers,
     OutputCheck,
     StepTraces,
@@ -114,6 +116,8 @@ class GpuMeasurer:
         self._measured: frozenset[int] = frozenset()
         # Whose outputs are kept.
         self._kept: set[int] = set()
+        # ROW_QUERY of the listed rows.
+        self._queried = np.zeros(0, dtype=np.int64)
         self._active = False
         self._warming = True
         # Held while a copy or a step's first and last writes are queued, so that neither runs amid the other.
@@ -143,6 +147,7 @@ class GpuMeasurer:
         # Before anything is queued: whatever fails in here, `discard` takes it back.
         self._layers, self._measured, self._active = launched, layers, True
         self._traced, self._check = traced, check
+        self._queried = rows[:, ROW_QUERY].astype(np.int64)
         num_slots = int(rows[:, ROW_SLOT].max(initial=-1)) + 1
         with self._lock:
             torch.cuda.current_stream().wait_event(self._copy_done)
@@ -166,7 +171,11 @@ class GpuMeasurer:
             self._built[name] = tables
 
     def after_attention(
-        self, layer: StridedLayer, forward: Forward, kv_cache: torch.Tensor, tables: BatchTables | None
+        self,
+        layer: StridedLayer,
+        forward: Forward | LatentForward,
+        kv_cache: torch.Tensor,
+        tables: BatchTables | None,
     ) -> None:
         """Queue this layer's launch.
 
@@ -182,7 +191,12 @@ class GpuMeasurer:
             and not torch.cuda.is_current_stream_capturing()
         ):
             return
-        self._launch(local, layer, forward, kv_cache, tables or self._built[layer.name])
+        tables = tables or self._built[layer.name]
+        self._seen[layer.name] = layer
+        if isinstance(forward, LatentForward):
+            self._launch_latent(local, layer, forward, kv_cache, tables)
+        else:
+            self._launch(local, layer, forward, kv_cache, tables)
 
     def finish(self) -> None:
         """See contract.Measurer. Later replays find no rows."""
@@ -275,7 +289,7 @@ class GpuMeasurer:
         keys, values = [layer.keys() for layer in seen], [layer.values() for layer in seen]
         queries = kept(self._queries)[:, :, : one.num_heads, : one.head_size].to(one.query_dtype)
         outputs = kept(self._outputs)[:, :, : one.num_heads, : values[0].shape[3]]
-        kept_kv = kept(self._kept_kv)[:, :, :, : keys[0].shape[1], : one.head_size] if one.gave_kv else None
+        kept_kv = kept(self._kept_kv)[:, :, :, : keys[0].shape[1], : one.head_size] if self._gave_kv(one) else None
         positions = torch.stack([rows[:, ROW_BATCH], _to_device(of_rows, device)], dim=1)
         sums, kv_sums = row_output(
             queries,
@@ -356,14 +370,67 @@ class GpuMeasurer:
     def _launch(
         self, local: int, layer: StridedLayer, forward: Forward, kv_cache: torch.Tensor, tables: BatchTables
     ) -> None:
-        self._seen[layer.name] = layer
+        gave_kv = self._gave_kv(layer)
+        self._queue(
+            local,
+            layer,
+            forward.query,
+            kv_cache,
+            tables,
+            output=self._output_to_keep(local, forward.output),
+            key=forward.key if gave_kv else None,
+            value=forward.value if gave_kv else None,
+        )
+
+    def _launch_latent(
+        self, local: int, layer: StridedLayer, forward: LatentForward, kv_cache: torch.Tensor, tables: BatchTables
+    ) -> None:
+        """One launch for the tokens whose queries vLLM has absorbed, and one for the others."""
+        first = forward.num_absorbed
+        if forward.absorbed is not None:
+            output = self._output_to_keep(local, forward.output)
+            self._queue(local, layer, forward.absorbed, kv_cache, tables, output=output, tokens=(0, first))
+        if forward.plain is None:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"prompts of {layer.name} are captured into a graph, in which no rows can be absorbed")
+        first_row = int(np.searchsorted(self._queried, first))
+        wanted = self._queried[first_row:] - first
+        if not len(wanted):
+            if not self._warming:
+                return
+            wanted = np.zeros(1, dtype=np.int64)  # so that the kernel is compiled
+        queries = forward.absorb(forward.plain.index_select(0, _to_device(wanted, forward.plain.device)))
+        tokens = (first, first + len(forward.plain))
+        self._queue(local, layer, queries, kv_cache, tables, tokens=tokens, first_row=first_row)
+
+    @staticmethod
+    def _gave_kv(layer: StridedLayer) -> bool:
+        return layer.gave_kv and layer.head_size <= MAX_HEAD_SIZE
+
+    def _output_to_keep(self, local: int, output: torch.Tensor | None) -> torch.Tensor | None:
+        """Of a layer; one that is quantised for the next operator is not kept: rounding would explain anything."""
+        kept = output if output is not None and output.dtype == self._outputs.dtype else None
+        (self._kept.discard if kept is None else self._kept.add)(local)
+        return kept
+
+    def _queue(
+        self,
+        local: int,
+        layer: StridedLayer,
+        queries: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        kv_cache: torch.Tensor,
+        tables: BatchTables,
+        *,
+        output: torch.Tensor | None = None,
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,
+        **launch: Any,
+    ) -> None:
         num_heads, head_size = layer.num_heads, layer.head_size
-        # One that is quantised for the next operator is not kept: rounding would explain anything.
-        output = forward.output if forward.output is not None and forward.output.dtype == self._outputs.dtype else None
-        (self._kept.discard if output is None else self._kept.add)(local)
         keys = layer.keys(kv_cache)
         row_stats(
-            forward.query,
+            queries,
             keys,
             tables.block_table,
             tables.query_start_loc,
@@ -379,9 +446,10 @@ class GpuMeasurer:
             queries=self._queries[:, local, :num_heads, :head_size],
             output=output,
             outputs=None if output is None else self._outputs[:, local, :num_heads, : output.shape[2]],
-            key=forward.key if layer.gave_kv else None,
-            value=forward.value if layer.gave_kv else None,
-            kept_kv=self._kept_kv[:, local, :, : keys.shape[1], :head_size] if layer.gave_kv else None,
+            key=key,
+            value=value,
+            kept_kv=None if key is None else self._kept_kv[:, local, :, : keys.shape[1], :head_size],
+            **launch,
         )
         self._graphs.record(torch.cuda.current_stream())
 

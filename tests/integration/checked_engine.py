@@ -61,14 +61,17 @@ class Found:
 class CheckedEngine:
     """An in-process vLLM of which every step is measured, and its checks: each of them with a canary of its own."""
 
-    def __init__(self, model: Path, dtype: str) -> None:
+    def __init__(
+        self, model: Path, dtype: str, *, layers: int = LAYERS, max_model_len: int = 512, **options: Any
+    ) -> None:
         from vllm import LLM
 
+        self.layers = layers
         self.llm = LLM(
             str(model),
             dtype=dtype,
             enforce_eager=True,
-            max_model_len=512,
+            max_model_len=max_model_len,
             max_num_batched_tokens=CHUNK,
             max_num_seqs=8,
             enable_prefix_caching=True,
@@ -76,6 +79,7 @@ class CheckedEngine:
             num_gpu_blocks_override=BLOCKS,
             gpu_memory_utilization=0.3,
             seed=0,
+            **options,
         )
         worker = attached_hook().worker
         assert worker is not None
@@ -96,7 +100,7 @@ class CheckedEngine:
             self.llm.reset_prefix_cache()
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
-            SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True),
+            SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False),
             use_tqdm=False,
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
@@ -115,6 +119,7 @@ class CheckedEngine:
             self.worker._place,
             self.worker.observer.measurer.check_limits,
             probation=probation,
+            decode_only=self.worker._facts.layers.latent,
             count=self.worker._count_checked,
             clock=LeapingClock(),
         )
@@ -122,7 +127,7 @@ class CheckedEngine:
         self.worker._canary = observer._canary = canary
         errors = ErrorCounter(logging.getLogger("glassbox.tests"))
         self.worker._errors = observer._errors = observer.measurer._errors = errors
-        for layer in range(LAYERS):
+        for layer in range(self.layers):
             self.attention(layer).impl.glassbox_view = None
             self.worker.observer.measurer._cached_layers.pop(layer, None)
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ class Served:
 class Engine:
     """An in-process vLLM with the plugin at sample_rate 1, and a recorder of its rows."""
 
-    def __init__(self, model: Path, dtype: str) -> None:
+    def __init__(self, model: Path, dtype: str, **options: Any) -> None:
         from vllm import LLM
 
         self.llm = LLM(
@@ -47,6 +48,7 @@ class Engine:
             max_num_seqs=8,
             enable_prefix_caching=True,
             seed=0,
+            **options,
         )
         self.recorder = RowRecorder()
 
@@ -57,7 +59,7 @@ class Engine:
         self.recorder.take()
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
-            [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in max_tokens],
+            [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in max_tokens],
             use_tqdm=False,
         )
         served = {

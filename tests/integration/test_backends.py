@@ -1,6 +1,7 @@
 """Observed subclasses of vLLM's backends, and the CUSTOM router in front of them."""
 
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from glassbox.adapter.attention import observed, router
 from glassbox.adapter.attention.observed import inner_class, observed_class, observed_path
 from glassbox.adapter.attention.router import GlassboxBackend
 from glassbox.adapter.seat import SEAT
-from glassbox.config.load import SUPPORTED_INNER_BACKENDS
+from glassbox.config.load import MLA_BACKENDS, SUPPORTED_INNER_BACKENDS
 from tests.program import environment, run_program
 
 registry = pytest.importorskip("vllm.v1.attention.backends.registry", reason="needs vLLM")
@@ -30,6 +31,8 @@ BUILDER_FLAGS: Final = {
     "supports_update_block_table",
     "supports_draft_decode_metadata_update",
 }
+# What importing a backend raises where its kernels are missing; CUTLASS_MLA's module allocates on the GPU.
+UNAVAILABLE: Final = (ImportError, AssertionError)
 # What an observed class defines itself; everything else is inherited.
 NAMES_OF_CLASSES: Final = {"__module__", "__qualname__", "__doc__", "__parameters__", "__orig_bases__", "_abc_impl"}
 NAMES_OF_CLASSES |= {"__abstractmethods__", "__dict__", "__weakref__", "__static_attributes__", "__firstlineno__"}
@@ -39,7 +42,7 @@ def available(name: str) -> Any:
     """The observed class, or skip with vLLM's own reason why the inner backend can't be imported here."""
     try:
         return observed_class(name)
-    except ImportError as error:
+    except UNAVAILABLE as error:
         pytest.skip(f"vLLM can't import {name} here: {error}")
 
 
@@ -73,23 +76,23 @@ class TestObservedClass:
         assert cls.get_builder_cls() is cls.get_builder_cls()
 
     def test_adds_nothing_else(self, name: str) -> None:
-        """The backend gives other classes; the impl looks at forward, the builder at build."""
+        """The backend gives other classes; the impl looks at forward, the builder at build and who its layers are."""
         cls = available(name)
         assert own_names(cls) == {"get_impl_cls", "get_builder_cls"}
         assert own_names(cls.get_impl_cls()) == {"__init__"}
-        assert own_names(cls.get_builder_cls()) == {"build"}
+        assert own_names(cls.get_builder_cls()) == ({"__init__", "build"} if name in MLA_BACKENDS else {"build"})
 
     def test_forward_is_vllms_unless_it_is_listened_to(self, name: str) -> None:
         """A step that is not measured runs vLLM's own method."""
         impl, inner = available(name).get_impl_cls(), inner_class(name).get_impl_cls()
-        assert impl.forward is inner.forward
+        methods = {"forward_mha", "forward_mqa"} if name in MLA_BACKENDS else {"forward"}
+        assert [getattr(inner, method) for method in methods] == [getattr(impl, method) for method in methods]
         SEAT.listening.listen(True)
         try:
-            assert own_names(impl) == {"__init__", "forward"}
-            assert impl.forward is not inner.forward
+            assert own_names(impl) == {"__init__", *methods}
         finally:
             SEAT.listening.listen(False)
-        assert impl.forward is inner.forward
+        assert [getattr(inner, method) for method in methods] == [getattr(impl, method) for method in methods]
 
     def test_inherited_flags(self, name: str) -> None:
         """Each flag and each method that vLLM asks the classes for is the inner's."""
@@ -107,7 +110,13 @@ class TestObservedClass:
 
     def test_kv_cache_update_comes_first(self, name: str) -> None:
         """K of the step is in the cache when forward begins: on that the measuring relies."""
-        assert available(name).forward_includes_kv_cache_update is False
+        if name in MLA_BACKENDS:
+            from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+
+            body = inspect.getsource(MLAAttention.forward)
+            assert 0 < body.index("update_kv_cache(") < body.index("self.forward_impl(")
+        else:
+            assert available(name).forward_includes_kv_cache_update is False
 
     def test_concrete(self, name: str) -> None:
         """Nothing abstract is left that the inner classes had made concrete."""
@@ -123,7 +132,7 @@ class TestObservedModule:
         for name in SUPPORTED_INNER_BACKENDS:
             try:
                 cls = observed_class(name)
-            except ImportError:
+            except UNAVAILABLE:
                 continue
             classes += [cls, cls.get_impl_cls(), cls.get_builder_cls()]
         assert len(classes) >= 6, "at least CPU_ATTN and one for GPUs can be made anywhere"
@@ -146,15 +155,16 @@ class TestObservedModule:
         else:
             pytest.skip("FlashInfer is installed here")
 
-    def test_flashinfer(self) -> None:
-        """All that is tested above holds for FLASHINFER, whose module loads here only with its package stubbed."""
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.integration.flashinfer_stub"]
-        command += [f"{__file__}::TestObservedClass", "-k", "FLASHINFER", "-p", "no:cacheprovider"]
+    def test_backends_of_gpus(self) -> None:
+        """All that is tested above holds for those that load here only with their kernels' packages stubbed."""
+        names = ("FLASHINFER", "FLASHINFER_MLA", "FLASH_ATTN_MLA", "CUTLASS_MLA")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.integration.gpu_kernels_stub"]
+        command += [f"{__file__}::TestObservedClass", "-k", " or ".join(names), "-p", "no:cacheprovider"]
         finished = subprocess.run(
             command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False
         )
         tests = sum(name.startswith("test_") for name in vars(TestObservedClass))
-        assert f"{tests} passed" in finished.stdout, finished.stdout + finished.stderr
+        assert f"{len(names) * tests} passed" in finished.stdout, finished.stdout + finished.stderr
 
 
 LAYER: Final = {"head_size": 64, "kv_cache_dtype": "auto", "block_size": None}
@@ -190,7 +200,8 @@ class TestRouter:
         self.platform_picks(monkeypatch, "FLEX_ATTENTION")
         assert GlassboxBackend.validate_configuration(dtype=None, **LAYER) == [
             "glassbox can't observe FLEX_ATTENTION, which vLLM picks for this layer; it observes CPU_ATTN, FLASH_ATTN, "
-            "TRITON_ATTN, FLASHINFER. Leave out --attention-backend CUSTOM, or name one of these as inner_backend"
+            "TRITON_ATTN, FLASHINFER, CPU_MLA, AMX_MLA, TRITON_MLA, FLASH_ATTN_MLA, FLASHMLA, CUTLASS_MLA, "
+            "FLASHINFER_MLA. Leave out --attention-backend CUSTOM, or name one of these as inner_backend"
         ]
 
     def test_named_and_unfit(self, settings: SimpleNamespace) -> None:
@@ -251,8 +262,9 @@ class TestCudaSelection:
         return found
 
     def test_auto(self, tmp_path: Path) -> None:
-        """With or without CUSTOM each layer gets the observed class of what vLLM picks; MLA is beyond glassbox."""
+        """With or without CUSTOM each layer gets the observed class of what vLLM picks; sparse MLA is out of reach."""
         mla = {"use_mla": True, "head_size": 576}
+        sparse = {**mla, "use_sparse": True, "kv_cache_dtype": "fp8_ds_mla"}
         results = self.select(
             tmp_path,
             "attach: auto\n",
@@ -262,15 +274,21 @@ class TestCudaSelection:
             (None, mla),
             ("CUSTOM", mla),
             ("CUSTOM", {"block_size": 8}),
+            ("TRITON_MLA", mla),
+            (None, sparse),
+            ("CUSTOM", sparse),
         )
         flash = {"class": f"{self.OBSERVED}FLASH_ATTN", "name": "FLASH_ATTN"}
         triton = {"class": f"{self.OBSERVED}TRITON_ATTN", "name": "TRITON_ATTN"}
         assert results[:5] == [flash, triton, flash, triton, flash]
         assert "dtype not supported" in results[5]["error"], "vLLM's own checks stay"
-        assert results[6]["name"] == "FLASH_ATTN_MLA"
-        assert results[6]["class"].startswith("vllm."), "what glassbox can't observe is left to vLLM"
-        assert "glassbox can't observe FLASH_ATTN_MLA" in results[7]["error"]
+        latent = {"class": f"{self.OBSERVED}FLASH_ATTN_MLA", "name": "FLASH_ATTN_MLA"}
+        assert results[6:8] == [latent, latent]
         assert "No valid attention backend found" in results[8]["error"]
+        assert results[9] == {"class": f"{self.OBSERVED}TRITON_MLA", "name": "TRITON_MLA"}
+        assert results[10]["name"] == "FLASHMLA_SPARSE"
+        assert results[10]["class"].startswith("vllm."), "what glassbox can't observe is left to vLLM"
+        assert "glassbox can't observe FLASHMLA_SPARSE" in results[11]["error"]
 
     def test_custom(self, tmp_path: Path) -> None:
         """`attach: custom`: only CUSTOM is observed, and `inner_backend` is what it stands for, or vLLM's reason."""

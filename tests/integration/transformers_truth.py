@@ -4,13 +4,14 @@ The probabilities are what `output_attentions=True` returns; the largest logit, 
 the query and key that the same eager function was called with.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.models.llama import modeling_llama
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,13 @@ class SequenceTruth:
 
 
 class EagerModel:
-    """A Llama-family model run by transformers, one sequence at a time."""
+    """A model run by transformers, one sequence at a time, whose module has an `eager_attention_forward`."""
 
     def __init__(self, path: Path, dtype: torch.dtype, device: str = "cpu") -> None:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
         self._device = device
         self.model = model.to(device).eval()
+        self._module: Any = sys.modules[type(model).__module__]
         self._max_logits: list[torch.Tensor] = []
 
     def truth(self, token_ids: list[int], prompt_len: int, sink_tokens: int, local_window: int) -> SequenceTruth:
@@ -42,21 +44,21 @@ class EagerModel:
 
     def _run(self, token_ids: list[int]) -> tuple[torch.Tensor, np.ndarray]:
         """Attention [L, H, T, T], and the largest logits [L, H, T] float64, on the CPU."""
-        original = modeling_llama.eager_attention_forward
+        original = self._module.eager_attention_forward
         self._max_logits.clear()
 
         def recording(module, query, key, value, attention_mask, scaling, **kwargs):  # type: ignore[no-untyped-def]
             self._max_logits.append(_max_logit(query, key, scaling))
             return original(module, query, key, value, attention_mask, scaling, **kwargs)
 
-        modeling_llama.eager_attention_forward = recording
+        self._module.eager_attention_forward = recording
         try:
             with torch.inference_mode():
                 output = self.model(
                     torch.tensor([token_ids], device=self._device), output_attentions=True, use_cache=False
                 )
         finally:
-            modeling_llama.eager_attention_forward = original
+            self._module.eager_attention_forward = original
         attention = torch.stack([a[0] for a in output.attentions]).cpu()
         return attention, torch.stack(self._max_logits).double().cpu().numpy()
 

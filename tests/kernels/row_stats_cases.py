@@ -206,6 +206,35 @@ CASES: tuple[Case, ...] = (
     # The largest score comes late and is far above what came before: the keys are read twice.
     replace(BASE, name="late", sequences=(Sequence(1, 300, 20),), keys=((0, 280, 0, 900.0),), num_programs=1),
     replace(BASE, name="zero-q", q_magnitude=0.0),
+    # Latent attention: one KV head of 512 + 64 elements.
+    replace(BASE, name="latent", heads=20, kv_heads=1, head_size=576),
+    replace(MIXED, name="latent-128-heads", heads=128, kv_heads=1, head_size=576, page=64, num_programs=3),
+    replace(MIXED, name="latent-fp8", heads=16, kv_heads=1, head_size=576, kv_dtype=FP8[0], k_scale=0.7),
+    replace(
+        BASE,
+        name="latent-fp8-q",
+        heads=3,
+        kv_heads=1,
+        head_size=576,
+        kv_dtype=FP8[0],
+        dtype=FP8[0],
+        q_scale=0.5,
+        k_scale=2.0,
+    ),
+    replace(MIXED, name="latent-320", heads=8, kv_heads=1, head_size=320, page=32, dtype=torch.float16),
+    replace(BASE, name="latent-512", heads=4, kv_heads=2, head_size=512, dtype=torch.float32),
+    replace(
+        MIXED,
+        name="latent-all",
+        heads=5,
+        kv_heads=1,
+        head_size=576,
+        sinks=True,
+        alibi=True,
+        soft_cap=8.0,
+        sliding_window=40,
+    ),
+    replace(MIXED, name="latent-nan", heads=4, kv_heads=1, head_size=576, keys=((0, 67, 0, NAN), (1, 3, 0, INF))),
     replace(MIXED, name="thinned", rows=((0, 4), (3, 1), (1, 0)), num_programs=3),
 )
 # For every tiling: pages smaller than a tile, larger, and neither a divisor nor a multiple.

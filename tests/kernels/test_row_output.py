@@ -164,6 +164,12 @@ CASES: tuple[tuple[Case, tuple[dict[str, Any], ...], dict[str, Any]], ...] = (
     (replace(BASE, name="gqa7-d96", heads=14, head_size=96), ({},), {}),
     (replace(BASE, name="mqa20-d128", heads=20, kv_heads=1, head_size=128, page=64), ({}, {}), {}),
     (replace(BASE, name="d256-page24", head_size=256, page=24), ({},), {}),
+    (replace(BASE, name="latent", heads=20, kv_heads=1, head_size=576), ({}, {}), {"value_size": 512}),
+    (
+        replace(BASE, name="latent-fp8", heads=4, kv_heads=1, head_size=576, kv_dtype=E4M3, k_scale=0.7),
+        ({},),
+        {"value_size": 512, "v_scale": 0.7},
+    ),
     (replace(BASE, name="fp8-e4m3", kv_dtype=E4M3), ({"k_scale": 0.7}, {"k_scale": (2.0, 0.5)}), {"v_scale": 0.3}),
     (replace(BASE, name="fp8-e5m2", kv_dtype=E5M2, dtype=F16), ({"k_scale": (0.5, 1.5)},), {"v_scale": (3.0, 0.1)}),
     (
@@ -372,6 +378,6 @@ class TestErrors:
         group = Outputs(BASE, {}, value_size=80)
         group.kept_kv = torch.zeros(3, 1, 2, 2, 64, device=DEVICE)
         with pytest.raises(
-            ValueError, match="kept_kv must be of layers with V of K's head size, 64, got 80; pass None"
+            ValueError, match="kept_kv must be of layers with V of K's head size, 64, got 80, of at most 256; pass None"
         ):
             group.measure()

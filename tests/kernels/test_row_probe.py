@@ -199,6 +199,8 @@ CASES: tuple[tuple[Case, tuple[dict[str, Any], ...]], ...] = (
     (replace(BASE, name="mqa20-d128", heads=20, kv_heads=1, head_size=128, page=64), ({}, {})),
     (replace(BASE, name="d256-page24", head_size=256, page=24), ({}, {})),
     (replace(BASE, name="page-256", page=256), ({}, {})),
+    (replace(BASE, name="latent", heads=20, kv_heads=1, head_size=576), ({}, {})),
+    (replace(BASE, name="latent-320-fp8", heads=4, kv_heads=1, head_size=320, kv_dtype=torch.float8_e4m3fn), ({}, {})),
     (replace(BASE, name="fp8-e4m3", kv_dtype=torch.float8_e4m3fn), ({"k_scale": 0.7}, {"k_scale": (2.0, 0.5)})),
     (replace(BASE, name="fp8-e5m2", kv_dtype=torch.float8_e5m2, dtype=torch.float16), ({"k_scale": (0.5, 1.5)}, {})),
     (
@@ -495,8 +497,8 @@ class TestErrors:
     def test_shapes_the_kernel_does_not_do(self) -> None:
         """Names the shape and the remedy."""
         params = LayerParams(scale=1.0)
-        with pytest.raises(ValueError, match=r"head size of at most 256 .* do not probe these layers"):
-            ProbedLayers.of([torch.empty(1, 2, 16, 288)], [params], 4)
+        with pytest.raises(ValueError, match=r"head size of at most 576 .* do not probe these layers"):
+            ProbedLayers.of([torch.empty(1, 2, 16, 592)], [params], 4)
         with pytest.raises(ValueError, match=r"KV heads that divide the 4 query heads"):
             ProbedLayers.of([torch.empty(1, 3, 16, 64)], [params], 4)
         with pytest.raises(ValueError, match="contiguous in their last dimension"):

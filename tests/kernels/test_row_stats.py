@@ -1,6 +1,7 @@
 """The Triton kernel equals the float64 reference: in Triton's interpreter without a GPU, compiled with one."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.kernels.row_stats_cases import BASE, MIXED, Case, Inputs, Sequence, m
 from tests.kernels.tolerances import assert_two_oracles
 
 UNWRITTEN = -7.5
+LATENT = replace(MIXED, heads=5, kv_heads=1, head_size=576, num_programs=1)
 MAX_LOGIT = INDEX["max_logit"]
 
 # The interpreter computes in numpy, which warns where the kernel means to reach infinity or NaN.
@@ -35,7 +37,7 @@ class Run:
         inputs: Inputs | None = None,
         tiling: Tiling | None = None,
         ring: Tensor | None = None,
-        **kept: Tensor,
+        **kept: Any,
     ) -> None:
         self.inputs = inputs or make_inputs(case, DEVICE)
         self.accumulators = make_accumulators(case.heads, DEVICE)
@@ -160,6 +162,11 @@ class Kept:
         assert torch.equal(self.kept_kv, kept_kv)
 
 
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    """To the bit; NaN equals NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
 class TestValues:
     @pytest.mark.parametrize("case", made.CASES, ids=lambda case: case.name)
     def test_every_statistic_is_as_near_to_float64_as_torch_is(self, case: Case) -> None:
@@ -181,6 +188,11 @@ class TestValues:
         """Tiles smaller and larger than a page, and a register limit, give the reference's values too."""
         assert_equals_reference(Run(case, tiling=tiling))
 
+    @pytest.mark.parametrize("tiling", [Tiling(16, 4, 1, heads=16), Tiling(64, 8, 2, heads=64)], ids=str)
+    def test_how_many_heads_share_a_tile_is_not_seen_in_the_values(self, tiling: Tiling) -> None:
+        """Latent attention: one pass over the keys for all heads, or several."""
+        assert_equals_reference(Run(replace(LATENT, heads=40), tiling=tiling))
+
     @pytest.mark.parametrize("num_programs", [1, 2, 7, 40])
     def test_the_split_is_not_seen_in_the_values(self, num_programs: int) -> None:
         """One program or more than there are tiles: the merge changes rounding only, and leaves no arrival behind."""
@@ -195,6 +207,55 @@ class TestValues:
         assert run.out[:, :, NUM_STATISTICS].tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
         assert torch.equal(run.out[0, :2], clean[0, :2])
         assert run.out[0, 2:, :NUM_STATISTICS].isnan().all()
+
+
+class TestLatent:
+    """Wide heads, as latent attention launches them."""
+
+    def test_queries_in_two_parts(self) -> None:
+        """As vLLM makes them: what was absorbed, and the rotary part, with strides of their own."""
+        inputs = make_inputs(LATENT, DEVICE)
+        whole = Run(LATENT, inputs)
+        inputs.q = (inputs.q[..., :512].contiguous(), inputs.q[..., 512:])  # type: ignore[assignment]
+        assert_equal(whole.out, Run(LATENT, inputs).out)
+
+    def test_tokens_of_one_step_in_two_launches(self) -> None:
+        """Rows of the first tokens by their token, the others by their place in the list; together they are all."""
+        inputs = make_inputs(LATENT, DEVICE)
+        both = Run(LATENT, inputs)
+        listed = inputs.rows[:, ROW_QUERY].tolist()
+        by_row = torch.stack([inputs.q[token] for token in listed[2 : int(inputs.num_rows)]])
+        run = Run(LATENT, make_inputs(LATENT, DEVICE), tokens=(0, listed[2]))
+        assert_equal(run.out[:2], both.out[:2])
+        assert (run.out[2:] == UNWRITTEN).all()
+        run.inputs.q, run.kept = by_row, {"tokens": (listed[2], 2**31 - 1), "first_row": 2}
+        run.launch()
+        assert_equal(run.out, both.out)
+        for name in ("counts", "rows", "window_max"):
+            assert torch.equal(getattr(run.accumulators, name), getattr(both.accumulators, name))
+
+    def test_queries_and_outputs_of_traced_rows_are_kept(self) -> None:
+        """Exactly, both parts of the queries and the narrower outputs, in their slot of one layer."""
+        case = replace(LATENT, slots=(3, -1, 0, *[-1] * 10))
+        kept = torch.full((5, 2, case.heads + 1, 600), UNWRITTEN, dtype=case.dtype, device=DEVICE)
+        outputs = torch.full((5, case.heads, 512), UNWRITTEN, dtype=case.dtype, device=DEVICE)
+        inputs = make_inputs(case, DEVICE)
+        served = torch.randn(len(inputs.q), case.heads, 512, device=DEVICE).to(case.dtype)
+        run = Run(case, inputs, queries=kept[:, 1, : case.heads, : case.head_size], output=served, outputs=outputs)
+        expected, expected_outputs = torch.full_like(kept, UNWRITTEN), torch.full_like(outputs, UNWRITTEN)
+        for slot, row in ((3, 0), (0, 2)):
+            token = int(run.inputs.rows[row, ROW_QUERY])
+            expected[slot, 1, : case.heads, : case.head_size] = inputs.q[token]
+            expected_outputs[slot] = served[token]
+        assert torch.equal(kept, expected)
+        assert torch.equal(outputs, expected_outputs)
+
+    def test_parts_that_do_not_fit(self) -> None:
+        """Only the two parts that the kernel loads."""
+        inputs = make_inputs(LATENT, DEVICE)
+        inputs.q = (inputs.q[..., :256], inputs.q[..., 256:])  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=r"parts of q must be \[T, H, 512\] and \[T, H, 64\] of one type"):
+            Run(LATENT, inputs)
 
 
 class TestAccumulators:
@@ -354,10 +415,10 @@ class TestRowList:
 
 
 class TestErrors:
-    def test_a_head_size_over_256(self) -> None:
+    def test_a_head_size_over_576(self) -> None:
         """Names the shapes and the remedy."""
-        with pytest.raises(ValueError, match=r"head size of at most 256 .* do not observe this layer"):
-            Run(replace(BASE, head_size=288))
+        with pytest.raises(ValueError, match=r"head size of at most 576 .* do not observe this layer"):
+            Run(replace(BASE, head_size=592))
 
     def test_a_workspace_too_small(self) -> None:
         """Names what it must hold and what it holds."""

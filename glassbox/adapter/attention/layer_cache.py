@@ -1,13 +1,14 @@
 """Looks at the KV caches of a worker's layers, once for each kind; see `cache_layout.py`."""
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from glassbox.adapter.attention.cache_layout import CacheLayout, find_layout
-from glassbox.adapter.protocols import AttentionLayer
+from glassbox.adapter.attention.mla_cache import find_latent_layout, head_sizes, is_latent
+from glassbox.adapter.protocols import AttentionLayer, LatentLayer
 
 
 class _UnitScales:
@@ -34,7 +35,7 @@ class CacheFinder:
         self._written_dtype, self._num_blocks = written_dtype, num_blocks
         self._known: dict[Hashable, CacheLayout] = {}
 
-    def find(self, layer: AttentionLayer, kv_cache: Tensor | None = None) -> CacheLayout:
+    def find(self, layer: AttentionLayer | LatentLayer, kv_cache: Tensor | None = None) -> CacheLayout:
         """The layout of a layer's cache. Waits for the device the first time that a kind of cache is seen.
 
         Args:
@@ -48,7 +49,7 @@ class CacheFinder:
         impl, cache = layer.impl, layer.kv_cache if kv_cache is None else kv_cache
         # The instructions in use decide how the CPU's page is laid out; releases keep them in different places.
         isa = getattr(layer, "isa", getattr(impl, "isa", None))
-        sizes = (impl.num_kv_heads, layer.head_size, layer.head_size_v)
+        sizes = (impl.num_kv_heads, *head_sizes(layer))
         kind = (
             type(impl),
             isa,
@@ -61,15 +62,21 @@ class CacheFinder:
         )
         found = self._known.get(kind)
         if found is None:
-            unit = _UnitScales(layer)
-            found = self._known[kind] = find_layout(
-                lambda key, value, scratch, slots: impl.do_kv_cache_update(unit, key, value, scratch, slots),
-                cache,
-                kv_cache_dtype=impl.kv_cache_dtype,
-                num_kv_heads=impl.num_kv_heads,
-                head_size=layer.head_size,
-                value_head_size=layer.head_size_v,
-                written_dtype=self._written_dtype,
-                num_blocks=self._num_blocks,
-            )
+            found = self._known[kind] = self._look_at(layer, cache)
         return found
+
+    def _look_at(self, layer: AttentionLayer | LatentLayer, cache: Tensor) -> CacheLayout:
+        if is_latent(layer):
+            return find_latent_layout(layer, cache, written_dtype=self._written_dtype, num_blocks=self._num_blocks)
+        other = cast(AttentionLayer, layer)
+        impl, unit = other.impl, _UnitScales(other)
+        return find_layout(
+            lambda key, value, scratch, slots: impl.do_kv_cache_update(unit, key, value, scratch, slots),
+            cache,
+            kv_cache_dtype=impl.kv_cache_dtype,
+            num_kv_heads=impl.num_kv_heads,
+            head_size=other.head_size,
+            value_head_size=other.head_size_v,
+            written_dtype=self._written_dtype,
+            num_blocks=self._num_blocks,
+        )

@@ -4,35 +4,46 @@ Owns what a window, a cap or a scale is called where, and how a view of a layer'
 """
 
 import weakref
+from typing import Any
 
 from torch import Tensor
 
 from glassbox.adapter.attention.cache_layout import CacheLayout
 from glassbox.adapter.attention.cpu_cache import PackedReader, page_order
 from glassbox.adapter.attention.layer_cache import CacheFinder
-from glassbox.adapter.protocols import AttentionImpl, AttentionLayer, AttentionMetadata, CommonMetadata, ObservedImpl
+from glassbox.adapter.protocols import (
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
+    CommonMetadata,
+    LatentLayer,
+    ObservedImpl,
+    ObservedLatentImpl,
+)
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.row_stats_native import KeyOrder, KeyPages
 from glassbox.measure.contract import BatchTables, Forward
 
 
-class _View:
+class View:
     """See contract.LayerView. Its KV cache is vLLM's to free, so the layer is held weakly."""
 
-    def __init__(self, impl: ObservedImpl, layer: AttentionLayer, params: LayerParams) -> None:
+    def __init__(
+        self, impl: ObservedImpl | ObservedLatentImpl, layer: AttentionLayer | LatentLayer, params: LayerParams
+    ) -> None:
         if impl.glassbox_finder is None:
             raise RuntimeError(f"the KV cache of {layer.layer_name} was not looked at; its keys can't be read")
         self.name, self.params = layer.layer_name, params
         self._finder: CacheFinder = impl.glassbox_finder
         self._layout: CacheLayout | None = None
-        self._layer: weakref.ref[AttentionLayer] = weakref.ref(layer)
+        self._layer: weakref.ref[Any] = weakref.ref(layer)
 
-    def is_of(self, layer: AttentionLayer) -> bool:
+    def is_of(self, layer: AttentionLayer | LatentLayer) -> bool:
         """Whether it is of this very object: an engine made anew in the process has layers of the same names."""
         return self._layer() is layer
 
     @property
-    def layer(self) -> AttentionLayer:
+    def layer(self) -> Any:
         """The layer.
 
         Raises:
@@ -54,11 +65,16 @@ class _View:
         return self._layout
 
 
-class PackedView(_View):
+class PackedView(View):
     """Of a layer on a CPU, whose pages are packed. See contract.PackedLayer."""
 
     def __init__(self, impl: ObservedImpl, layer: AttentionLayer) -> None:
         super().__init__(impl, layer, _params(impl))
+
+    @property
+    def _scales(self) -> tuple[float, float]:
+        """Of K and V."""
+        return self.layer._k_scale_float, self.layer._v_scale_float
 
     def block_size(self, kv_cache: Tensor) -> int:
         """See contract.PackedLayer."""
@@ -67,12 +83,12 @@ class PackedView(_View):
     def reader(self, kv_cache: Tensor) -> PackedReader:
         """See contract.PackedLayer."""
         layout = self.layout(kv_cache)
-        return PackedReader(kv_cache, layout, layout.key, self.layer._k_scale_float)
+        return PackedReader(kv_cache, layout, layout.key, self._scales[0])
 
     def value_reader(self, kv_cache: Tensor) -> PackedReader:
         """See contract.PackedLayer."""
         layout = self.layout(kv_cache)
-        return PackedReader(kv_cache, layout, layout.value, self.layer._v_scale_float)
+        return PackedReader(kv_cache, layout, layout.value, self._scales[1])
 
     def pages(self, kv_cache: Tensor) -> KeyPages:
         """See contract.PackedLayer."""
@@ -87,12 +103,12 @@ class PackedView(_View):
             num_kv_heads=layout.num_kv_heads,
             block_size=layout.block_size,
             order=KeyOrder.of(order.offsets.view(order.block_size, order.head_size).T.numpy()),
-            scale=1.0 if layout.dtype.itemsize > 1 else self.layer._k_scale_float,
+            scale=1.0 if layout.dtype.itemsize > 1 else self._scales[0],
             address=kv_cache.data_ptr() + order.first * kv_cache.element_size(),
         )
 
 
-class StridedView(_View):
+class StridedView(View):
     """Of a layer on a GPU, whose keys are a strided tensor. See contract.StridedLayer."""
 
     def __init__(self, impl: ObservedImpl, layer: AttentionLayer, forward: Forward, kv_cache: Tensor) -> None:

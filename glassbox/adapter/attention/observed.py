@@ -11,8 +11,9 @@ from functools import cache
 from typing import Any, Final
 
 from glassbox.adapter import members
+from glassbox.adapter.attention.observed_mla import observe_latent_builder, observe_latent_impl
 from glassbox.adapter.seat import SEAT
-from glassbox.config.load import SUPPORTED_INNER_BACKENDS
+from glassbox.config.load import CPU_BACKENDS, MLA_BACKENDS, SUPPORTED_INNER_BACKENDS
 from glassbox.core.logs import get_logger, log_once
 
 logger = get_logger(__name__)
@@ -29,10 +30,10 @@ def __getattr__(attribute: str) -> type:
     name = attribute.removeprefix(_PREFIX)
     if name == attribute or name not in SUPPORTED_INNER_BACKENDS:
         raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
-    # vLLM's CPU platform ignores `--attention-backend CUSTOM` and takes CPU_ATTN's class, so that member is
+    # vLLM's CPU platform ignores `--attention-backend CUSTOM` and takes the class of a CPU's member, so these are
     # overridden for both values of `attach`, and it is decided here whether anything is observed.
-    if name == "CPU_ATTN":
-        _say_what_cpu_ignores()
+    if name in CPU_BACKENDS:
+        _say_what_cpu_ignores(name)
         if SEAT.attach == "custom" and not members.custom_is_selected():
             log_once(
                 logger,
@@ -45,15 +46,16 @@ def __getattr__(attribute: str) -> type:
     return observed_class(name)
 
 
-def _say_what_cpu_ignores() -> None:
+def _say_what_cpu_ignores(runs: str) -> None:
     wanted = SEAT.inner_backend
-    if wanted not in {"auto", "CPU_ATTN"}:
+    if wanted not in {"auto", runs}:
         log_once(
             logger,
             logging.WARNING,
             "inner_backend",
-            "inner_backend %s is not used: on a CPU vLLM always runs CPU_ATTN; use inner_backend: auto",
+            "inner_backend %s is not used: on a CPU vLLM always runs %s here; use inner_backend: auto",
             wanted,
+            runs,
         )
 
 
@@ -70,8 +72,11 @@ def observed_class(name: str) -> type:
         ImportError: as the inner backend's module does where its kernels are missing.
     """
     inner: Any = inner_class(name)
-    impl = _observe_impl(inner.get_impl_cls(), f"{_PREFIX}{name}Impl")
-    builder = _observe_builder(inner.get_builder_cls(), f"{_PREFIX}{name}Builder")
+    of_impl, of_builder = _observe_impl, _observe_builder
+    if name in MLA_BACKENDS:
+        of_impl, of_builder = observe_latent_impl, observe_latent_builder
+    impl = _named(of_impl(inner.get_impl_cls()), f"{_PREFIX}{name}Impl")
+    builder = _named(of_builder(inner.get_builder_cls()), f"{_PREFIX}{name}Builder")
     return type(
         f"{_PREFIX}{name}",
         (inner,),
@@ -85,7 +90,7 @@ def observed_class(name: str) -> type:
     )
 
 
-def _observe_impl(inner: Any, name: str) -> type:
+def _observe_impl(inner: Any) -> type:
     class ObservedImpl(inner):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -111,11 +116,11 @@ def _observe_impl(inner: Any, name: str) -> type:
             listener.after_attention(self, layer, query, key, value, kv_cache, attn_metadata, output)
         return output
 
-    SEAT.listening.add(ObservedImpl, forward)
-    return _named(ObservedImpl, name)
+    SEAT.listening.add(ObservedImpl, forward=forward)
+    return ObservedImpl
 
 
-def _observe_builder(inner: type, name: str) -> type:
+def _observe_builder(inner: Any) -> type:
     class ObservedBuilder(inner):
         def build(self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kw: Any) -> Any:
             metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kw)
@@ -124,7 +129,7 @@ def _observe_builder(inner: type, name: str) -> type:
                 listener.on_build(self.layer_names, common_attn_metadata)
             return metadata
 
-    return _named(ObservedBuilder, name)
+    return ObservedBuilder
 
 
 def _named(cls: type, name: str) -> type:

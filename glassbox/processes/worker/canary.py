@@ -100,7 +100,8 @@ class Canary:
         place: of the worker.
         limits: of a check on its device.
         probation: no layer is observed before it was reproduced.
-        decode_only: prompt rows may see keys behind them, so they can't be reproduced.
+        decode_only: prompt rows can't be reproduced, since they attend over K and V that are made of latent vectors for
+            this step alone (MLA).
         count: is told how many rows, one in each layer, were reproduced or failed.
         clock: seconds, monotonic.
     """
@@ -196,6 +197,7 @@ class Canary:
         room: int,
         excluded: npt.NDArray[np.bool_] | None = None,
         mask: RowMask | None = None,
+        tokens: int | None = None,
     ) -> tuple[npt.NDArray[np.int32], StepCheck | None]:
         """Add the checked rows to a step's row list; those that are in it already are checked as they are.
 
@@ -206,6 +208,7 @@ class Canary:
             room: how many rows may be added.
             excluded: [B] requests whose rows may not be measured.
             mask: of the step.
+            tokens: of the step, the first ones, that can be reproduced; None is all.
 
         Returns:
             The longer list, and the check; None if there is nothing to check.
@@ -221,6 +224,9 @@ class Canary:
             causal = ~mask.sees_others(requests, positions)
             requests, positions = requests[causal], positions[causal]
         query = batch.query_start[requests] + positions - batch.num_computed[requests]
+        if tokens is not None:
+            there = query < tokens
+            requests, positions, query = requests[there], positions[there], query[there]
         new = ~np.isin(query, rows[:, ROW_QUERY])
         keep = ~new | (np.cumsum(new) <= room)
         requests, positions, query, new = requests[keep], positions[keep], query[keep], new[keep]

@@ -7,7 +7,8 @@ It does not patch vLLM (`hook.py`), compute statistics (`measure/*_measurer.py`,
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +16,15 @@ import numpy as np
 from torch import Tensor
 
 from glassbox.adapter.attention.layer_view import common_tables, forward_of, tables_of, view_of
+from glassbox.adapter.attention.mla_view import latent_view_of
 from glassbox.adapter.internals import Feature, lacks
 from glassbox.adapter.protocols import (
     AttentionLayer,
     AttentionMetadata,
     CommonMetadata,
+    LatentLayer,
     ObservedImpl,
+    ObservedLatentImpl,
     PreparedBatch,
     Runner,
 )
@@ -32,7 +36,7 @@ from glassbox.core.counters import ENGINE_NUMBERS
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
-from glassbox.measure.contract import Measurer
+from glassbox.measure.contract import LatentForward, Measurer
 from glassbox.measure.sampling import RowSampler, StepSampler
 from glassbox.processes.worker.canary import Canary, StepCheck
 from glassbox.processes.worker.progress import RequestProgress
@@ -209,7 +213,9 @@ class Observer:
         if self._step is not None:
             self._step.prepared = prepared
 
-    def on_build(self, layer_names: list[str], common_attn_metadata: CommonMetadata) -> None:
+    def on_build(
+        self, layer_names: list[str], common_attn_metadata: CommonMetadata, absorbed: int | None = None
+    ) -> None:
         """vLLM built metadata; the first time in a sampled step the batch's order is final and rows are chosen."""
         if layer_names and layer_names[0] not in self._layer_names:
             return  # a drafter's, or one with virtual batches
@@ -219,7 +225,7 @@ class Observer:
             self.measurer.on_build(layer_names, common_tables(common_attn_metadata))
             if step is not None and step.measured and not step.rows_chosen:
                 step.rows_chosen = True
-                self._choose_rows(step, common_attn_metadata)
+                self._choose_rows(step, common_attn_metadata, absorbed)
             elif step is not None and step.measured:
                 self._see_mask(step, common_attn_metadata)
         except Exception as error:
@@ -232,7 +238,7 @@ class Observer:
         if step is not None:
             step.overhead_s += self._clock() - started
 
-    def _choose_rows(self, step: Step, common_attn_metadata: CommonMetadata) -> None:
+    def _choose_rows(self, step: Step, common_attn_metadata: CommonMetadata, absorbed: int | None) -> None:
         batch = read_batch(step.runner, step.prepared, common_attn_metadata)
         check_batch(batch, step.scheduled.scheduled, common_attn_metadata, self._exact)
         batch = self._progress.of_client(batch)
@@ -257,7 +263,7 @@ class Observer:
             self._drop("draft", int(num_drafts.sum() if excluded is None else num_drafts[~excluded].sum()))
         check = None
         if step.checked:
-            rows, check = self._add_checked(batch, rows, excluded, mask)
+            rows, check = self._add_checked(batch, rows, excluded=excluded, mask=mask, tokens=absorbed)
             # One that was only looked at costs what any other step does.
             step.checked = check is not None
         if len(rows):
@@ -315,12 +321,17 @@ class Observer:
             self.counters.dropped_rows[reason] += rows * self._places(self._layers)
 
     def _add_checked(
-        self, batch: Batch, rows: np.ndarray, excluded: np.ndarray | None, mask: RowMask | None
+        self,
+        batch: Batch,
+        rows: np.ndarray,
+        *,
+        excluded: np.ndarray | None,
+        mask: RowMask | None,
+        tokens: int | None,
     ) -> tuple[np.ndarray, StepCheck | None]:
-        room = self.measurer.max_rows - len(rows)
+        room, interval_s = self.measurer.max_rows - len(rows), self._config.canary.interval_s
         try:
-            interval_s = self._config.canary.interval_s
-            return self._canary.choose(batch, rows, interval_s, excluded=excluded, room=room, mask=mask)
+            return self._canary.choose(batch, rows, interval_s, room=room, excluded=excluded, mask=mask, tokens=tokens)
         except Exception as error:  # the step may be measured all the same
             self._errors.count("canary", error)
             return rows, None
@@ -343,15 +354,34 @@ class Observer:
         attn_metadata: AttentionMetadata,
         output: object,
     ) -> None:
-        """Called by every observed layer while it is listened to; one that fails does not keep the others."""
-        step = self._step
-        started = self._clock() if step is not None else 0.0
-        try:
-            # A bypassed layer's impl is an observed one as well.
-            if impl.glassbox_finder is not None and kv_cache.numel() and not self._repeats(step, layer.layer_name):
+        """Called by every observed layer while it is listened to."""
+        # A bypassed layer's impl is an observed one as well.
+        if impl.glassbox_finder is not None and kv_cache.numel():
+            with self._measuring(layer.layer_name) as wanted:
+                if not wanted:
+                    return
                 forward = forward_of(impl, query, key, value, output)
                 view = view_of(impl, layer, forward, kv_cache)
                 self.measurer.after_attention(view, forward, kv_cache, tables_of(attn_metadata))
+
+    def after_latent_attention(
+        self, impl: ObservedLatentImpl, layer: LatentLayer, forward: LatentForward, kv_cache: Tensor
+    ) -> None:
+        """Likewise by layers with latent attention, whose metadata has no block table of all requests."""
+        if impl.glassbox_finder is not None and kv_cache.numel():
+            with self._measuring(layer.layer_name) as wanted:
+                if not wanted:
+                    return
+                view = latent_view_of(impl, layer, forward, kv_cache)
+                self.measurer.after_attention(view, forward, kv_cache, None)
+
+    @contextmanager
+    def _measuring(self, layer_name: str) -> Iterator[bool]:
+        """Whether a layer is to be measured; one that fails does not keep the others, and it is the step's overhead."""
+        step = self._step
+        started = self._clock() if step is not None else 0.0
+        try:
+            yield not self._repeats(step, layer_name)
         except Exception as error:
             self._errors.count("observe", error)
         if step is not None:

@@ -111,7 +111,7 @@ class Worker:
         self._canary = Canary(
             place,
             measurer.check_limits,
-            decode_only=facts.looks_ahead,
+            decode_only=layers.latent,
             probation=self._vllm.standing is Standing.NEWER,
             count=self._count_checked,
         )

@@ -21,6 +21,7 @@ def found(*indices: int, heads: tuple[int, ...] = (), bypassed: dict[int, Bypass
         heads=heads or (2,) * len(indices),
         head_size=64,
         num_kv_heads=1,
+        latent=False,
         bypassed={f"layers.{index}": why for index, why in bypassed.items()},
         bypassed_indices={f"layers.{index}": index for index in bypassed},
     )

@@ -12,6 +12,7 @@ import pytest
 from glassbox.adapter import internals, release
 from glassbox.adapter import overrides as overrides_module
 from glassbox.adapter.seat import SEAT
+from glassbox.config.load import SUPPORTED_INNER_BACKENDS
 from glassbox.core.kill_switch import is_disabled
 from glassbox.plugin import register
 from glassbox.processes.api_server import shown_metrics
@@ -99,10 +100,7 @@ class TestRegister:
         register()
         assert overrides() == {
             "CUSTOM": "glassbox.adapter.attention.router.GlassboxBackend",
-            **{
-                name: f"glassbox.adapter.attention.observed.Observed{name}"
-                for name in ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
-            },
+            **{name: f"glassbox.adapter.attention.observed.Observed{name}" for name in SUPPORTED_INNER_BACKENDS},
         }
         assert registry.get_backend_config(Backend.CUSTOM)["sample_rate"] == 0.5
         settings = SEAT.settings
@@ -141,10 +139,10 @@ class TestRegister:
         assert not names & get_env_vars_to_copy()
 
     def test_attach_custom(self) -> None:
-        """Only CPU_ATTN, whose platform never asks CUSTOM, is overridden; what it stands for is decided later."""
+        """Only the CPU's, whose platform never asks CUSTOM, are overridden; what they stand for is decided later."""
         Path(os.environ["GLASSBOX_CONFIG"]).write_text("attach: custom\n")
         register()
-        assert set(overrides()) == {"CUSTOM", "CPU_ATTN"}
+        assert set(overrides()) == {"CUSTOM", "CPU_ATTN", "CPU_MLA", "AMX_MLA"}
 
     def test_enabled_false(self, log: list[logging.LogRecord]) -> None:
         """No member is overridden; one line says so."""
