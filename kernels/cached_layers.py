@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glassbox.kernels.layer_params import LayerParams
-from glassbox.kernels.paged_keys import MAX_PAGE_ELEMENTS, MAX_WIDE_HEAD_SIZE, NO_WINDOW
+from glassbox.kernels.paged_keys import MAX_PAGE_ELEMENTS, MAX_WIDE_HEAD_SIZE, UNLIMITED
 
 # An address that is a multiple of this lets a kernel load 16 bytes at once.
 _ALIGNMENT: Final = 16
@@ -31,7 +31,7 @@ class ProbedLayers:
         alignment: bytes of which every address in `key_pointers` is a multiple, at most 16.
         num_heads: H, query heads of each layer.
         factors: float32 [L, Hkv], scale * q_scale * k_scale.
-        windows: int32 [L], visible keys, the row's own included; 2^31 - 1 is all.
+        reaches: int32 [L], of `LayerParams.reach`; 2^31 - 1 is all.
         soft_caps: float32 [L], 0 is none; None if no layer has one.
         alibi_slopes, sinks: float32 [L, H], or None.
     """
@@ -41,7 +41,7 @@ class ProbedLayers:
     alignment: int
     num_heads: int
     factors: Tensor
-    windows: Tensor
+    reaches: Tensor
     soft_caps: Tensor | None
     alibi_slopes: Tensor | None
     sinks: Tensor | None
@@ -67,7 +67,7 @@ class ProbedLayers:
         _check_caches(caches, num_heads)
         caps = [p.soft_cap or 0.0 for p in params]
         factors = [_factors(like, p.scale, p.q_scale, p.k_scale) for p in params]
-        windows = [p.sliding_window or NO_WINDOW for p in params]
+        reaches = [p.reach or UNLIMITED for p in params]
         pointers, alignment = _addresses(caches)
         return cls(
             key_pointers=pointers,
@@ -75,7 +75,7 @@ class ProbedLayers:
             alignment=alignment,
             num_heads=num_heads,
             factors=torch.stack(factors),
-            windows=_upload(windows, torch.int32, like.device),
+            reaches=_upload(reaches, torch.int32, like.device),
             soft_caps=_upload(caps, torch.float32, like.device) if any(caps) else None,
             alibi_slopes=_per_head("alibi_slopes", [p.alibi_slopes for p in params], num_heads, like),
             sinks=_per_head("sinks", [p.sinks for p in params], num_heads, like),

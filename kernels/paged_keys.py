@@ -15,10 +15,20 @@ MAX_HEAD_SIZE: Final = 256
 MAX_WIDE_HEAD_SIZE: Final = 576
 # Offsets within a page are int32 in the kernels; those of pages are int64.
 MAX_PAGE_ELEMENTS: Final = 2**31 - 1
-# Of a layer without a sliding window.
-NO_WINDOW: Final = 2**31 - 1
+# Reach (see `LayerParams.reach`) of a layer whose rows see all keys before them.
+UNLIMITED: Final = 2**31 - 1
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def first_visible(
+    position,  # of a row, int32
+    reach,  # a window, or -chunk_size
+):
+    """Position of the first key that a row sees."""
+    chunk = tl.maximum(-reach, 1)
+    return tl.where(reach > 0, tl.maximum(position + 1 - reach, 0), position // chunk * chunk)
 
 
 @triton.jit

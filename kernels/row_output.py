@@ -23,7 +23,15 @@ from glassbox.core import output_checks
 from glassbox.kernels import output_rounding
 from glassbox.kernels.cached_layers import CachedLayers
 from glassbox.kernels.output_rounding import FP8_TYPES, OutputRounding
-from glassbox.kernels.paged_keys import LOG2E, MAX_HEAD_SIZE, dot_dtype, head_parts, load_keys, soft_capped
+from glassbox.kernels.paged_keys import (
+    LOG2E,
+    MAX_HEAD_SIZE,
+    dot_dtype,
+    first_visible,
+    head_parts,
+    load_keys,
+    soft_capped,
+)
 
 __all__ = ["CachedLayers", "row_output"]
 
@@ -78,7 +86,7 @@ _FREE_POINTERS: Final = [
     "factors_ptr",
     "key_scales_ptr",
     "value_scales_ptr",
-    "windows_ptr",
+    "reaches_ptr",
     "soft_caps_ptr",
     "alibi_slopes_ptr",
     "sinks_ptr",
@@ -149,7 +157,7 @@ def _row_output_kernel(  # noqa: PLR0912, PLR0915
     factors_ptr,  # [L, Hkv] float32
     key_scales_ptr,  # [L, Hkv] float32
     value_scales_ptr,  # [L, Hkv] float32
-    windows_ptr,  # [L] int32
+    reaches_ptr,  # [L] int32
     soft_caps_ptr,  # [L] float32
     alibi_slopes_ptr,  # [L, H] float32
     sinks_ptr,  # [L, H] float32
@@ -218,7 +226,7 @@ def _row_output_kernel(  # noqa: PLR0912, PLR0915
 
     batch = tl.load(rows_ptr + row * stride_rows)
     position = tl.load(rows_ptr + row * stride_rows + 1)
-    lowest = tl.maximum(position + 1 - tl.load(windows_ptr + layer), 0)
+    lowest = first_visible(position, tl.load(reaches_ptr + layer))
 
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -507,7 +515,7 @@ def row_output(
         keys.factors,
         layers.key_scales,
         layers.value_scales,
-        keys.windows,
+        keys.reaches,
         keys.soft_caps,
         keys.alibi_slopes,
         keys.sinks,

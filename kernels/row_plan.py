@@ -101,14 +101,14 @@ class _Items:
 
 
 class RowPlan:
-    """What all layers of a step with the same block table and sliding window have in common; see `plan_rows`.
+    """What all layers of a step with the same block table and reach have in common; see `plan_rows`.
 
     Attributes:
         num_rows: R.
         query_index: of the rows, by request and then by query; int64 [R].
         row_index: where in the row list each of `query_index` stands, int64 [R].
         own_blocks, own_slots: where in the cache each of `query_index` has its own key, int64 [R].
-        sliding_window, sink_tokens, local_window: as given to `plan_rows`.
+        reach, sink_tokens, local_window: as given to `plan_rows`.
         inverse_log_n: 1 / ln n, 0 if n is 1; float32 [R, 1], as all of these.
         num_keys: n.
         num_context, num_generated: visible keys of the prompt and after it, at least 1.
@@ -123,7 +123,7 @@ class RowPlan:
         lens: NDArray[np.int32],
         table: NDArray[np.int32],
         block_size: int,
-        sliding_window: int | None,
+        reach: int | None,
         sink_tokens: int,
         local_window: int,
         key_budget: int,
@@ -136,13 +136,13 @@ class RowPlan:
         position = lens[batch].astype(np.int64) - starts[batch + 1] + query
         if ((query < starts[batch]) | (query >= starts[batch + 1]) | (position < 0)).any():
             raise ValueError("every row must be a token of its request, got a query index outside of its batch row")
-        first = np.zeros_like(position) if sliding_window is None else np.maximum(position - sliding_window + 1, 0)
+        first = _first_visible(position, reach)
         self.num_rows: Final = len(rows)
         self.query_index: Final = torch.from_numpy(query.copy())
         self.row_index: Final = torch.from_numpy(order)
         self.own_blocks: Final = torch.from_numpy(table[batch, position // block_size].astype(np.int64))
         self.own_slots: Final = torch.from_numpy(position % block_size)
-        self.sliding_window: Final = sliding_window
+        self.reach: Final = reach
         self.sink_tokens: Final = sink_tokens
         self.local_window: Final = local_window
         self._listed, self._order, self._position, self._first = listed, order, position, first
@@ -303,6 +303,13 @@ class RowPlan:
         )
 
 
+def _first_visible(position: NDArray[np.int64], reach: int | None) -> NDArray[np.int64]:
+    """Position of the first key that each row sees."""
+    if reach is None:
+        return np.zeros_like(position)
+    return np.maximum(position - reach + 1, 0) if reach > 0 else position // -reach * -reach
+
+
 def _hidden_columns(begin: NDArray[np.int64], end: NDArray[np.int64], keys: int) -> tuple[tuple[int, int, Tensor], ...]:
     """The columns that not all rows see, as (first, end, mask [R', 1, end - first]).
 
@@ -345,7 +352,7 @@ def plan_rows(
     block_table: ArrayLike,
     block_size: int,
     *,
-    sliding_window: int | None = None,
+    reach: int | None = None,
     sink_tokens: int = 4,
     local_window: int = 128,
     key_budget: int = KEY_BUDGET,
@@ -358,7 +365,7 @@ def plan_rows(
         seq_lens: [B].
         block_table: [B, max_blocks]; entries beyond a sequence are not looked at.
         block_size: tokens of a block.
-        sliding_window: visible keys of a row, its own included; None is all.
+        reach: of the layers, see `LayerParams.reach`.
         sink_tokens: leading positions that count as sink.
         local_window: trailing positions that count as local.
         key_budget: float32 numbers of a tile's keys, which bounds every temporary.
@@ -372,7 +379,7 @@ def plan_rows(
         lens=np.asarray(seq_lens),
         table=np.asarray(block_table),
         block_size=block_size,
-        sliding_window=sliding_window,
+        reach=reach,
         sink_tokens=sink_tokens,
         local_window=local_window,
         key_budget=key_budget,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from glassbox.core.trace_arrays import NO_POSITION
 from glassbox.kernels.cached_layers import ProbedLayers
-from glassbox.kernels.paged_keys import MAX_HEAD_SIZE, dot_dtype, head_parts, load_keys, soft_capped
+from glassbox.kernels.paged_keys import MAX_HEAD_SIZE, dot_dtype, first_visible, head_parts, load_keys, soft_capped
 from glassbox.kernels.probe_answers import ProbeAnswers, Questions, no_answers
 
 __all__ = ["SCRATCH_BYTES", "ProbedLayers", "row_probe"]
@@ -44,7 +44,7 @@ _FREE_POINTERS: Final = [
     "block_table_ptr",
     "rows_ptr",
     "factors_ptr",
-    "windows_ptr",
+    "reaches_ptr",
     "soft_caps_ptr",
     "alibi_slopes_ptr",
 ]
@@ -59,7 +59,7 @@ def _row_probe_kernel(
     block_table_ptr,  # [num_seqs, max_blocks] int32
     rows_ptr,  # [R, 2] int32
     factors_ptr,  # [L, Hkv] float32
-    windows_ptr,  # [L] int32
+    reaches_ptr,  # [L] int32
     soft_caps_ptr,  # [L] float32
     alibi_slopes_ptr,  # [L, H] float32
     scores_ptr,  # [chunk_rows, chunk_layers, H, num_columns] float32, -inf before the launch
@@ -102,7 +102,7 @@ def _row_probe_kernel(
 
     batch = tl.load(rows_ptr + row * stride_rows)
     position = tl.load(rows_ptr + row * stride_rows + 1)
-    lowest = tl.maximum(position + 1 - tl.load(windows_ptr + layer), 0)
+    lowest = first_visible(position, tl.load(reaches_ptr + layer))
     # This program's tiles that hold a visible key; there may be none.
     share = tl.program_id(2) * TILES
     first_tile = tl.maximum(share, lowest // BLOCK_N)
@@ -267,7 +267,7 @@ def _scores(
         block_table,
         rows,
         layers.factors,
-        layers.windows,
+        layers.reaches,
         layers.soft_caps,
         layers.alibi_slopes,
         scores,

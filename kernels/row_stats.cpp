@@ -28,7 +28,7 @@ struct GlassboxRows {
     const int32_t* block_table;  // [batch, blocks]
     const int64_t* asked;        // [num_rows]: place among the asked rows, or -1; null if nothing is asked
     int64_t num_rows, batch, blocks, block_size;
-    int64_t sliding_window;  // 0 is none
+    int64_t reach;  // a window, or -(size of a chunk); 0 is none
     int64_t sink_tokens, local_window;
 };
 
@@ -302,7 +302,9 @@ struct Row {
             return;
         }
         position = of.seq_lens[batch] - of.query_start[batch + 1] + query;
-        first = of.sliding_window == 0 ? 0 : std::max<int64_t>(position - of.sliding_window + 1, 0);
+        first = of.reach == 0  ? 0
+                : of.reach > 0 ? std::max<int64_t>(position - of.reach + 1, 0)
+                               : position / -of.reach * -of.reach;
     }
 
     // Whether it is a token of its request.

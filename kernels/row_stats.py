@@ -27,7 +27,7 @@ from glassbox.kernels.paged_keys import (
     MAX_HEAD_SIZE,
     MAX_PAGE_ELEMENTS,
     MAX_WIDE_HEAD_SIZE,
-    NO_WINDOW,
+    UNLIMITED,
     dot_dtype,
     head_parts,
     load_keys,
@@ -102,6 +102,14 @@ def _no_keys(zeros):
 def _pick(values, index, i):
     """values[i] of a vector held in registers."""
     return tl.sum(tl.where(index == i, values, 0), 0)
+
+
+@triton.jit
+def _first_visible(position, reach, HAS_CHUNKS: tl.constexpr):
+    """Position of the first key that a row sees; `reach` is a window, or a chunk's size."""
+    if HAS_CHUNKS:
+        return position // reach * reach
+    return tl.maximum(position + 1 - reach, 0)
 
 
 @triton.jit
@@ -248,7 +256,7 @@ _FREE_INTEGERS: Final = [
     "stride_kept",
     "stride_kept_tensor",
     "stride_kept_head",
-    "window",
+    "reach",
     "sink_tokens",
     "local_window",
     "max_rows",
@@ -316,7 +324,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     stride_kept_head,
     scale,
     soft_cap,
-    window,
+    reach,
     sink_tokens,
     local_window,
     max_rows,
@@ -334,6 +342,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     HAS_SOFT_CAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_CHUNKS: tl.constexpr,
     HAS_RING: tl.constexpr,
     HAS_QUERIES: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
@@ -371,7 +380,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     # Padding rows of a captured batch have query length 0 and sequence length 0.
     real = listed & (row_query >= query_start) & (row_query < query_end) & (positions >= 0)
     real = real & (row_query >= first_query) & (row_query < end_query)
-    first_tiles = tl.maximum(positions + 1 - window, 0) // BLOCK_N
+    first_tiles = _first_visible(positions, reach, HAS_CHUNKS) // BLOCK_N
     tiles = tl.where(real, positions // BLOCK_N + 1 - first_tiles, 0)
     ends = tl.cumsum(tiles, 0)
 
@@ -401,7 +410,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
         heads = kv_head * GROUP + in_group
         is_head = in_group < GROUP
 
-        lowest = tl.maximum(position + 1 - window, 0)
+        lowest = _first_visible(position, reach, HAS_CHUNKS)
         n_visible = (position + 1 - lowest).to(tl.uint32, bitcast=True)
         first_tile = lowest // BLOCK_N + (unit - begin)
         last_tile = lowest // BLOCK_N + (tl.minimum(end, stop) - begin)
@@ -948,7 +957,7 @@ def row_stats(
         *_strides(kept_kv, 3),
         params.scale,
         params.soft_cap or 0.0,
-        params.sliding_window or NO_WINDOW,
+        params.chunk_size or params.sliding_window or UNLIMITED,
         sink_tokens,
         local_window,
         max_rows,
@@ -1055,6 +1064,7 @@ def _constants(
         bool(params.soft_cap),
         params.alibi_slopes is not None,
         params.sinks is not None,
+        params.chunk_size is not None,
         ring is not None,
         queries is not None,
         output is not None,

@@ -74,12 +74,12 @@ class LayerRows:
         """The rows of a plan; a copy, so `q` ([T, Hq, D], the queries of the step) may be written afterwards.
 
         Raises:
-            ValueError: the plan was made for another sliding window.
+            ValueError: the plan was made for another reach.
         """
-        if params.sliding_window != plan.sliding_window:
+        if params.reach != plan.reach:
             raise ValueError(
-                f"sliding_window of a plan must be its layers', {params.sliding_window}, "
-                f"got {plan.sliding_window}; plan the rows of such layers separately"
+                f"reach of a plan must be its layers', {params.reach}, got {plan.reach}; plan the rows of such layers "
+                "separately"
             )
         return cls(q.index_select(0, plan.query_index), reader, params)
 

@@ -46,7 +46,7 @@ class _Rows(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("rows", "query_start", "seq_lens", "block_table", "asked")),
         *((name, _INT) for name in ("num_rows", "batch", "blocks", "block_size")),
-        *((name, _INT) for name in ("sliding_window", "sink_tokens", "local_window")),
+        *((name, _INT) for name in ("reach", "sink_tokens", "local_window")),
     )
 
 
@@ -241,10 +241,10 @@ class NativeLayer:
 
 
 class NativeRows:
-    """The rows of a step, for all layers with the same block table and sliding window.
+    """The rows of a step, for all layers with the same block table and reach.
 
     Args:
-        rows, query_start_loc, seq_lens, block_table, block_size, sliding_window, sink_tokens, local_window: see
+        rows, query_start_loc, seq_lens, block_table, block_size, reach, sink_tokens, local_window: see
             `plan_rows`.
         asked: which of the rows are probed, int64 [A], in the order of the answers.
 
@@ -260,7 +260,7 @@ class NativeRows:
         block_table: ArrayLike,
         block_size: int,
         *,
-        sliding_window: int | None,
+        reach: int | None,
         sink_tokens: int,
         local_window: int,
         asked: NDArray[np.int64] | None = None,
@@ -284,7 +284,7 @@ class NativeRows:
             batch=len(lens),
             blocks=table.shape[1],
             block_size=block_size,
-            sliding_window=sliding_window or 0,
+            reach=reach or 0,
             sink_tokens=sink_tokens,
             local_window=local_window,
         )

@@ -165,7 +165,7 @@ class CpuMeasurer:
             forward = forward.at(torch.from_numpy(self._rows[:, ROW_QUERY].astype(np.int64)))
         if self._check is not None and checked:
             with self._errors.guard("canary"):
-                plan = self._plan(self._check.rows, tables, layer.block_size(kv_cache), layer.params.sliding_window)
+                plan = self._plan(self._check.rows, tables, layer.block_size(kv_cache), layer.params.reach)
                 self._check.take(local, layer, kv_cache, forward, plan)
         if local not in self._layers:
             return
@@ -174,12 +174,12 @@ class CpuMeasurer:
             return
         params = layer.params
         block_size = layer.block_size(kv_cache)
-        plan = self._plan(self._rows, tables, block_size, params.sliding_window)
+        plan = self._plan(self._rows, tables, block_size, params.reach)
         # Made for each call: it is a view, and keeping it would keep a KV cache alive that vLLM has freed.
         reader = layer.reader(kv_cache)
         self._put_by(local, LayerRows.select(query, reader, plan, params), plan, None)
         if self._asked is not None and local in self._asked.local_layers:
-            plan = self._plan(self._asked.rows, tables, block_size, params.sliding_window)
+            plan = self._plan(self._asked.rows, tables, block_size, params.reach)
             self._put_by(local, LayerRows.select(query, reader, plan, params), plan, self._asked)
 
     def finish(self) -> None:
@@ -233,16 +233,16 @@ class CpuMeasurer:
         key = (id(tables.group), cached.kind)
         native = self._natives.get(key)
         if native is None:
-            rows = self._rows_for(tables, layer.block_size(kv_cache), cached.kind.sliding_window)
+            rows = self._rows_for(tables, layer.block_size(kv_cache), cached.kind.reach)
             if not rows.is_light(cached.kind.num_heads, cached.kind.head_size, cores=torch.get_num_threads()):
                 return False
             native = self._natives[key] = self._new_native(rows, cached.kind)
         native.step.take(local, cached.layer, query, native.places.get(local, -1))
         return True
 
-    def _rows_for(self, tables: BatchTables, block_size: int, window: int | None) -> NativeRows:
+    def _rows_for(self, tables: BatchTables, block_size: int, reach: int | None) -> NativeRows:
         assert self._rows is not None
-        key = (id(tables.group), window)
+        key = (id(tables.group), reach)
         rows = self._native_rows.get(key)
         if rows is None:
             rows = self._native_rows[key] = NativeRows(
@@ -251,7 +251,7 @@ class CpuMeasurer:
                 tables.seq_lens,
                 tables.block_table,
                 block_size,
-                sliding_window=window,
+                reach=reach,
                 sink_tokens=self._sink_tokens,
                 local_window=self._local_window,
                 asked=None if self._asked is None else self._asked.places,
@@ -270,8 +270,8 @@ class CpuMeasurer:
         step = NativeStep(rows, len(self._layers), kind.num_heads, kind.head_size, probe)
         return _Native(step, probe, places)
 
-    def _plan(self, rows: np.ndarray, tables: BatchTables, block_size: int, window: int | None) -> RowPlan:
-        key = (id(tables.group), window, id(rows))
+    def _plan(self, rows: np.ndarray, tables: BatchTables, block_size: int, reach: int | None) -> RowPlan:
+        key = (id(tables.group), reach, id(rows))
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = plan_rows(
@@ -280,7 +280,7 @@ class CpuMeasurer:
                 tables.seq_lens,
                 tables.block_table,
                 block_size=block_size,
-                sliding_window=window,
+                reach=reach,
                 sink_tokens=self._sink_tokens,
                 local_window=self._local_window,
             )

@@ -11,9 +11,9 @@ from glassbox.measure.contract import PackedLayer
 
 
 class LayerKind(NamedTuple):
-    """What layers must have in common to be measured together; sliding_window in tokens, None is none."""
+    """What layers must have in common to be measured together; reach as of `LayerParams`."""
 
-    sliding_window: int | None
+    reach: int | None
     num_heads: int
     head_size: int
 
@@ -41,4 +41,4 @@ class CachedLayer:
         """
         num_heads, head_size = query.shape[1:]
         native = NativeLayer(view.params, view.pages(kv_cache), query.dtype, num_heads=num_heads, head_size=head_size)
-        return cls(weakref.ref(kv_cache), native, LayerKind(view.params.sliding_window, num_heads, head_size))
+        return cls(weakref.ref(kv_cache), native, LayerKind(view.params.reach, num_heads, head_size))

@@ -5,9 +5,9 @@ collector to prometheus_client's registry. It starts no thread and writes no fil
 (`processes/worker/worker.py`) and, when somebody scrapes, in the API server.
 """
 
-import atexit
 import logging
 import os
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,8 +57,8 @@ class Registration:
             undo.callback(os.environ.pop, rundir.RUN_DIR_ENV, None)
         rundir.run_dir()
         undo.callback(rundir.remove)
-        atexit.register(rundir.remove)
-        undo.callback(atexit.unregister, rundir.remove)
+        # After those of vLLM's that are made later: an executor ends its workers in one, and they still write there.
+        undo.callback(weakref.finalize(self, rundir.remove).detach)
         undo.callback(overrides.free_custom)
         settings = Settings(path, config, publish=publish.publish, read=publish.reader())
         # Taken back last to first: the file is followed no more, then the worker ends, then vLLM's own are put back.

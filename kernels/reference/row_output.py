@@ -30,6 +30,7 @@ from glassbox.kernels.output_rounding import (
     SUM_NOISE,
     OutputRounding,
 )
+from glassbox.kernels.reference.visible import first_visible
 
 
 def row_output_ref(
@@ -42,6 +43,7 @@ def row_output_ref(
     rounding: OutputRounding,
     scale: float,
     sliding_window: int | None = None,
+    chunk_size: int | None = None,
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -54,14 +56,14 @@ def row_output_ref(
         output: that was served, [Hq, Dv].
         position: own position of the row.
         rounding: of the kernel that served.
-        scale, sliding_window, soft_cap, alibi_slopes, sinks: see `row_stats_ref`.
+        scale, sliding_window, chunk_size, soft_cap, alibi_slopes, sinks: see `row_stats_ref`.
 
     Returns:
         float64 [Hq, len(OUTPUT_SUMS)].
     """
     num_heads = q.shape[0]
     group = num_heads // keys.shape[1]
-    first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+    first = first_visible(position, sliding_window, chunk_size)
     j = torch.arange(first, position + 1)
     out = torch.zeros(num_heads, len(OUTPUT_SUMS), dtype=torch.float64)
     for head in range(num_heads):

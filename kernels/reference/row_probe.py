@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from glassbox.kernels.reference.visible import first_visible
+
 
 def row_probe_ref(
     q: Tensor,
@@ -17,6 +19,7 @@ def row_probe_ref(
     *,
     scale: float,
     sliding_window: int | None = None,
+    chunk_size: int | None = None,
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -27,7 +30,7 @@ def row_probe_ref(
         q: query of the row, [Hq, D].
         keys: of its sequence, [n_total, Hkv, D]; Hq is a multiple of Hkv.
         position: own position of the row.
-        scale, sliding_window, soft_cap, alibi_slopes, sinks: see `row_stats_ref`.
+        scale, sliding_window, chunk_size, soft_cap, alibi_slopes, sinks: see `row_stats_ref`.
 
     Returns:
         float64 [Hq, position + 1]; 0 where a window hides a key, NaN in a head with a score that is not finite. Rows
@@ -35,7 +38,7 @@ def row_probe_ref(
     """
     num_heads = q.shape[0]
     group = num_heads // keys.shape[1]
-    first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+    first = first_visible(position, sliding_window, chunk_size)
     j = torch.arange(first, position + 1)
     out = torch.zeros(num_heads, position + 1, dtype=torch.float64)
     for head in range(num_heads):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from glassbox.core.rows import ROW_DECODE
 from glassbox.core.statistics import INDEX, NUM_STATISTICS
+from glassbox.kernels.reference.visible import first_visible
 
 
 def row_stats_ref(
@@ -34,6 +35,7 @@ def row_stats_ref(
     prompt_len: Sequence[int],
     scale: float,
     sliding_window: int | None = None,
+    chunk_size: int | None = None,
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -52,6 +54,7 @@ def row_stats_ref(
         prompt_len: tokens of the prompt of each row's request, [R].
         scale: factor of q.k.
         sliding_window: visible keys of a row, its own included; None is all.
+        chunk_size: a row sees the keys of its own chunk of so many positions alone; None is no chunks.
         soft_cap: bound of the scores by tanh; None is no bound.
         alibi_slopes: [Hq], or None.
         sinks: score of the learned sink, [Hq], or None.
@@ -67,7 +70,7 @@ def row_stats_ref(
     out = torch.full((num_rows, num_heads, NUM_STATISTICS + 1), math.nan, dtype=dtype)
     for row in range(num_rows):
         i = position[row]
-        first = 0 if sliding_window is None else max(0, i - sliding_window + 1)
+        first = first_visible(i, sliding_window, chunk_size)
         row_keys = keys[request[row]]
         group = num_heads // row_keys.shape[1]
         j = torch.arange(first, i + 1)

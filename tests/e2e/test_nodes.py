@@ -14,6 +14,9 @@ import pytest
 
 from glassbox.cli.demo.vllm_server import HOST, free_port
 from tests.e2e.samples import Key, counts_against_rows, glassbox_samples
+from tests.integration.parallel_engine import HEADS as LLAMA_HEADS
+from tests.integration.parallel_engine import LAYERS as LLAMA_LAYERS
+from tests.integration.parallel_engine import prompts, random_llama
 from tests.otlp_receiver import OtlpReceiver, attributes
 from tests.serving import BASE_CONFIG, MODEL_NAME, GlassboxServer, wait_for
 
@@ -54,40 +57,48 @@ def rows(samples: dict[Key, float], phase: str) -> float:
 
 
 class Nodes:
-    """A data-parallel server over two nodes, of which the second is headless and pushes to a collector as well."""
+    """A server over two nodes, of which the second is headless and has a port of glassbox's.
 
-    def __init__(self, model: Path, folder: Path, collector: OtlpReceiver, stack: ExitStack) -> None:
+    Args:
+        model: folder.
+        folder: for the two nodes'.
+        args: of both; leader_args, headless_args: further ones of each.
+        export: of the headless node.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        args: tuple[str, ...],
+        leader_args: tuple[str, ...],
+        headless_args: tuple[str, ...],
+        **export: Any,
+    ) -> None:
         self.port = free_port()
-        parallel = ("--data-parallel-size", "2", "--data-parallel-size-local", "1")
-        parallel += ("--data-parallel-address", HOST, "--data-parallel-rpc-port", str(free_port()))
-        export: dict[str, Any] = {"interval_s": 1, "prometheus": {"port": self.port}}
-        export["otel"] = {"enabled": True, "endpoint": collector.grpc_endpoint}
+        own: dict[str, Any] = {**BASE_CONFIG["export"], "prometheus": {"port": self.port}, **export}
         for name in ("headless", "leader"):
             (folder / name).mkdir()
         self.headless = HeadlessNode(
             model,
             folder / "headless",
-            config={**BASE_CONFIG, "export": export},
-            args=(*parallel, "--headless", "--data-parallel-start-rank", "1"),
+            config={**BASE_CONFIG, "export": own},
+            args=(*args, "--headless", *headless_args),
+            env={"GLASSBOX_RUN_DIR": None, "XDG_RUNTIME_DIR": str(folder / "headless")},
         )
-        self.leader = GlassboxServer(model, folder / "leader", args=(*parallel, "--api-server-count", "1"))
+        self.leader = GlassboxServer(model, folder / "leader", args=(*args, *leader_args))
+
+    def start(self, stack: ExitStack) -> None:
+        """Both; the leader waits for the other."""
         for server in (self.headless, self.leader):
             stack.enter_context(server)
 
-    def ask(self) -> None:
-        """Prompts for each engine, which the client names."""
-        number = 2000
-        for engine, count in REQUESTS.items():
-            for _ in range(count):
-                number += 1
-                body = {"model": MODEL_NAME, "prompt": [number, *range(1000, 1020)], "max_tokens": TOKENS}
-                reply = httpx.post(
-                    f"{self.leader.url}/v1/completions",
-                    json={**body, "temperature": 0, "ignore_eos": True},
-                    headers={"X-data-parallel-rank": engine},
-                    timeout=120,
-                )
-                reply.raise_for_status()
+    def ask(self, prompt: list[int], engine: str) -> None:
+        """A request for an engine, which the client names."""
+        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        httpx.post(
+            f"{self.leader.url}/v1/completions", json=body, headers={"X-data-parallel-rank": engine}, timeout=120
+        ).raise_for_status()
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +109,21 @@ def collector() -> Iterator[OtlpReceiver]:
 
 @pytest.fixture(scope="module")
 def nodes(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory, collector: OtlpReceiver) -> Iterator[Nodes]:
-    """Both have answered."""
+    """A data-parallel server; the headless node pushes to a collector, too. Both have answered."""
+    parallel = ("--data-parallel-size", "2", "--data-parallel-size-local", "1")
+    nodes = Nodes(
+        demo_model_path,
+        tmp_path_factory.mktemp("nodes"),
+        (*parallel, "--data-parallel-address", HOST, "--data-parallel-rpc-port", str(free_port())),
+        ("--api-server-count", "1"),
+        ("--data-parallel-start-rank", "1"),
+        otel={"enabled": True, "endpoint": collector.grpc_endpoint},
+    )
     with ExitStack() as stack:
-        nodes = Nodes(demo_model_path, tmp_path_factory.mktemp("nodes"), collector, stack)
-        nodes.ask()
+        nodes.start(stack)
+        for engine, count in REQUESTS.items():
+            for number in range(count):
+                nodes.ask([2000 + number, *range(1000, 1020)], engine)
         yield nodes
 
 
@@ -156,6 +178,37 @@ class TestTwoNodes:
             for point in metrics["glassbox.attention.rows"].sum.data_points
         }
         assert pushed == {"1"}
+
+
+def test_ranks_on_two_nodes(demo_model_path: Path, tmp_path: Path) -> None:
+    """One engine, a tensor-parallel rank on each node: each exports its heads, and together they are the engine's."""
+    from transformers import AutoTokenizer
+
+    model = random_llama(tmp_path / "model")
+    AutoTokenizer.from_pretrained(demo_model_path).save_pretrained(model)
+    parallel = ("--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", HOST)
+    nodes = Nodes(
+        model,
+        tmp_path,
+        (*parallel, "--master-port", str(free_port()), "--max-model-len", "512"),
+        ("--node-rank", "0"),
+        ("--node-rank", "1"),
+    )
+    given, of_a_node = prompts(), LLAMA_LAYERS * LLAMA_HEADS // 2
+    with ExitStack() as stack:
+        nodes.start(stack)
+        for prompt in given:
+            nodes.ask(prompt, "0")
+        reads = (lambda: glassbox_samples(nodes.leader.metrics()), lambda: own_port(nodes.port))
+        decoded = len(given) * (TOKENS - 1) * of_a_node
+        shown = [wait_for(read, lambda found: rows(found, "decode") >= decoded, 60.0, "all rows") for read in reads]
+    for rank, samples in enumerate(shown):
+        assert rows(samples, "decode") == decoded
+        assert rows(samples, "prefill") == sum(min(len(prompt), PREFILL_ROWS) for prompt in given) * of_a_node
+        assert counts_against_rows(samples) == {}
+        (worker,) = (dict(labels) for name, labels in samples if name == "glassbox_worker_info")
+        assert (worker["engine"], worker["rank"], worker["heads"]) == ("0", str(rank), ("0-3", "4-7")[rank])
+    assert list((tmp_path / "headless").glob("glassbox-*/*")) == [], "the headless node leaves no run directory"
 
 
 def tiny_moe(folder: Path, tokenizer: Path) -> Path:

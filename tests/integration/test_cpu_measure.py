@@ -159,7 +159,7 @@ def test_some_layers_each_way(step: Step, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         cpu_measurer.NativeRows,
         "is_light",
-        lambda self, *size, **more: self._struct.sliding_window > 0 and light(self, *size, **more),
+        lambda self, *size, **more: self._struct.reach > 0 and light(self, *size, **more),
     )
     assert_same(step.measured(), expected)
 

@@ -40,6 +40,7 @@ class Case:
     q_magnitude: float = 1.0
     soft_cap: float = 0.0
     sliding_window: int | None = None
+    chunk_size: int | None = None
     sink_tokens: int = 4
     local_window: int = 16
     alibi: bool = False
@@ -131,6 +132,7 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
         scale=case.head_size**-0.5,
         soft_cap=case.soft_cap or None,
         sliding_window=case.sliding_window,
+        chunk_size=case.chunk_size,
         alibi_slopes=slopes.to(device) if case.alibi else None,
         sinks=sinks.to(torch.bfloat16).to(device) if case.sinks else None,
         q_scale=_scale_tensor(case.q_scale, device),
@@ -185,6 +187,8 @@ CASES: tuple[Case, ...] = (
     replace(MIXED, name="no-prompt-visible", sliding_window=8, sequences=(Sequence(1, 90, 20), Sequence(2, 40, 39))),
     replace(MIXED, name="window", sliding_window=33),
     replace(MIXED, name="window-1", sliding_window=1),
+    replace(MIXED, name="chunks", chunk_size=24),
+    replace(MIXED, name="chunk-of-one", chunk_size=1),
     replace(BASE, name="soft-cap", soft_cap=5.0, q_magnitude=4.0),
     replace(MIXED, name="alibi", alibi=True),
     replace(MIXED, name="sinks", sinks=True),

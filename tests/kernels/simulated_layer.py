@@ -183,7 +183,7 @@ class Layer:
             table[b, :count] = order[sum(needed[:b]) :][:count]
         rows = np.array([entry(b, b, n - 1, 1) for b, n in enumerate(self.lengths)], dtype=np.int32)
         starts = np.arange(len(self.lengths) + 1, dtype=np.int32)
-        return plan_rows(rows, starts, np.array(self.lengths), table, PAGE, sliding_window=self.window), table
+        return plan_rows(rows, starts, np.array(self.lengths), table, PAGE, reach=self.window), table
 
     def pages(self, tensors: list[Tensor], table: np.ndarray) -> Tensor:
         """Of tensors [n, Hkv, D]; NaN where nothing was written."""

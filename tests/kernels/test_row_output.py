@@ -96,6 +96,7 @@ class Outputs(Group):
         return {
             "scale": p.scale,
             "sliding_window": p.sliding_window,
+            "chunk_size": p.chunk_size,
             "soft_cap": p.soft_cap,
             "alibi_slopes": None if p.alibi_slopes is None else p.alibi_slopes.cpu(),
             "sinks": None if p.sinks is None else p.sinks.cpu(),
@@ -151,6 +152,7 @@ CASES: tuple[tuple[Case, tuple[dict[str, Any], ...], dict[str, Any]], ...] = (
     (replace(BASE, name="fp16-hnd", dtype=F16, layout="hnd"), ({}, {}), {}),
     (replace(BASE, name="fp32", dtype=F32), ({}, {}), {"value_size": 80}),
     (replace(MIXED, name="windows"), ({"sliding_window": 33}, {}, {"sliding_window": 1}), {}),
+    (replace(MIXED, name="chunks"), ({"chunk_size": 33}, {}, {"chunk_size": 5}), {}),
     (LONG, ({}, {"sliding_window": 100}), {}),
     (replace(BASE, name="soft-caps", q_magnitude=4.0), ({"soft_cap": 5.0}, {}, {"soft_cap": 30.0}), {}),
     (replace(BASE, name="alibi", alibi=True), ({}, {"soft_cap": 5.0}), {}),

@@ -89,8 +89,8 @@ class Layers:
         for row, position in enumerate(b.positions):
             q, k, v = self._operands(b, row)
             p = row_probe_ref(
-                q, k, position, scale=b.scale, sliding_window=b.window, soft_cap=b.soft_cap, alibi_slopes=b.slopes,
-                sinks=b.learned,
+                q, k, position, scale=b.scale, sliding_window=b.window, chunk_size=b.chunk,
+                soft_cap=b.soft_cap, alibi_slopes=b.slopes, sinks=b.learned,
             )  # fmt: skip
             group = b.num_heads // b.num_kv_heads
             r = torch.einsum("hn,nhd->hd", p, v[: position + 1].repeat_interleave(group, 1))
@@ -124,7 +124,8 @@ class Layers:
                 q, k, v = self._operands(b, row)
                 expected[row, n] = row_output_ref(
                     q, k, v, self.outputs[n, row], position, rounding=b.rounding, scale=b.scale,
-                    sliding_window=b.window, soft_cap=b.soft_cap, alibi_slopes=b.slopes, sinks=b.learned,
+                    sliding_window=b.window, chunk_size=b.chunk, soft_cap=b.soft_cap, alibi_slopes=b.slopes,
+                    sinks=b.learned,
                 )  # fmt: skip
                 if of_kv.numel():
                     self._check_kv(of_kv[row, n], b, row, position)
@@ -160,6 +161,7 @@ class TestAgainstReference:
             {"dtype": BF16},
             {"dtype": F16},
             {"window": 9},
+            {"chunk": 7},
             {"window": 1},
             {"window": 9, "sinks": True, "soft_cap": 5.0},
             {"alibi": True},

@@ -99,7 +99,8 @@ class Group:
         """float64 [H, position + 1]."""
         q, keys, p = self.operands(row, layer)
         return row_probe_ref(
-            q, keys, self.positions[row], scale=p.scale, sliding_window=p.sliding_window, soft_cap=p.soft_cap,
+            q, keys, self.positions[row], scale=p.scale, sliding_window=p.sliding_window,
+            chunk_size=p.chunk_size, soft_cap=p.soft_cap,
             alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes.cpu(),
             sinks=None if p.sinks is None else p.sinks.cpu(),
         )  # fmt: skip
@@ -115,6 +116,7 @@ class Group:
         if p.alibi_slopes is not None:
             score = score - p.alibi_slopes.cpu()[:, None] * age
         score[:, age >= (p.sliding_window or INF)] = -INF
+        score[:, age > position % (p.chunk_size or position + 1)] = -INF
         if p.sinks is not None:
             score = torch.cat([score, p.sinks.cpu().float()[:, None]], -1)
         torch_error = (torch.softmax(score, -1)[:, : position + 1] - expected).abs().nan_to_num(0.0).max()
@@ -161,7 +163,8 @@ def assert_answers(group: Group, answers: ProbeAnswers, max_attention_keys: int 
         for i, inputs in enumerate(group.inputs):
             expected = group.expected(r, i)
             tolerance = group.tolerance(r, i, expected)
-            visible = min(position + 1, inputs.params.sliding_window or position + 1)
+            p = inputs.params
+            visible = min(position % (p.chunk_size or position + 1) + 1, p.sliding_window or position + 1)
             for head in range(group.case.heads):
                 assert_top_k(topk_positions[r, i, head], topk_mass[r, i, head], expected[head], visible, tolerance)
             for s, (start, end) in enumerate(spans[r]):
@@ -185,6 +188,7 @@ CASES: tuple[tuple[Case, tuple[dict[str, Any], ...]], ...] = (
     (replace(BASE, name="fp16-hnd", dtype=torch.float16, layout="hnd"), ({}, {})),
     (replace(BASE, name="fp32", dtype=torch.float32), ({}, {})),
     (replace(MIXED, name="windows"), ({"sliding_window": 33}, {}, {"sliding_window": 1})),
+    (replace(MIXED, name="chunks"), ({"chunk_size": 33}, {}, {"sliding_window": 7}, {"chunk_size": 5})),
     (LONG, ({}, {"sliding_window": 100})),
     (replace(BASE, name="soft-caps", q_magnitude=4.0), ({"soft_cap": 5.0}, {}, {"soft_cap": 30.0})),
     (replace(BASE, name="alibi", alibi=True), ({}, {})),

@@ -76,7 +76,8 @@ class Layers:
         query = int(batch.row_list[row, ROW_QUERY])
         return row_probe_ref(
             batch.q[query], batch.keys[batch.rows[row][0]], batch.positions[row], scale=batch.scale,
-            sliding_window=batch.window, soft_cap=batch.soft_cap, alibi_slopes=batch.slopes, sinks=batch.learned,
+            sliding_window=batch.window, chunk_size=batch.chunk, soft_cap=batch.soft_cap,
+            alibi_slopes=batch.slopes, sinks=batch.learned,
         )  # fmt: skip
 
     def check(self, **options: Any) -> ProbeAnswers[torch.Tensor]:
@@ -91,7 +92,7 @@ class Layers:
                 expected = self.expected(r, n).numpy()
                 # A score's error is an error of its exponential; masses are at most 1.
                 tolerance = 8 * ROUNDING * max(2.0, batch.magnitude())
-                visible = min(position + 1, batch.window or position + 1)
+                visible = min(position % (batch.chunk or position + 1) + 1, batch.window or position + 1)
                 self._check_top(answers, r, n, expected, visible, tolerance)
                 for s, (start, end) in enumerate(self.spans[r]):
                     wanted = [span_mass_ref(of_head, start, end) for of_head in expected]
@@ -137,6 +138,7 @@ class TestAgainstReference:
             {"transposed": True},
             {"dtype": torch.bfloat16},
             {"window": 9},
+            {"chunk": 7},
             {"window": 9, "sinks": True, "soft_cap": 5.0},
             {"alibi": True},
             {"sinks": True},

@@ -84,6 +84,7 @@ def oracle(inputs: Inputs, dtype: torch.dtype) -> Tensor:
         prompt_len=rows[:, ROW_PROMPT_LEN].tolist(),
         scale=p.scale,
         sliding_window=p.sliding_window,
+        chunk_size=p.chunk_size,
         soft_cap=p.soft_cap,
         alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes.cpu(),
         sinks=None if p.sinks is None else p.sinks.cpu().float(),

@@ -59,6 +59,7 @@ class Batch:
     dtype: torch.dtype = torch.float32
     scale: float = 0.125
     window: int | None = None
+    chunk: int | None = None
     soft_cap: float | None = None
     alibi: bool = False
     sinks: bool = False
@@ -98,7 +99,7 @@ class Batch:
 
     @property
     def params(self) -> LayerParams:
-        return LayerParams(self.scale, self.soft_cap, self.slopes, self.learned, self.window)
+        return LayerParams(self.scale, self.soft_cap, self.slopes, self.learned, self.window, self.chunk)
 
     def cache(self, order_seed: int | None = None) -> tuple[Tensor, np.ndarray]:
         """Pages in random order, NaN where no key stands, and the block table, wild beyond each sequence."""
@@ -118,7 +119,7 @@ class Batch:
     def plan(self, table: np.ndarray, **options: int) -> RowPlan:
         return plan_rows(
             self.row_list, self.starts, np.array([n for n, _, _ in self.lengths], dtype=np.int32), table,
-            self.block_size, sliding_window=self.window, sink_tokens=self.sink_tokens,
+            self.block_size, reach=self.params.reach, sink_tokens=self.sink_tokens,
             local_window=self.local_window, **options,
         )  # fmt: skip
 
@@ -135,7 +136,7 @@ class Batch:
     def native_rows(self, table: np.ndarray, asked: np.ndarray | None = None) -> NativeRows:
         return NativeRows(
             self.row_list, self.starts, np.array([n for n, _, _ in self.lengths], dtype=np.int32), table,
-            self.block_size, sliding_window=self.window, sink_tokens=self.sink_tokens,
+            self.block_size, reach=self.params.reach, sink_tokens=self.sink_tokens,
             local_window=self.local_window, asked=asked,
         )  # fmt: skip
 
@@ -170,8 +171,8 @@ class Batch:
         return row_stats_ref(
             self.q[rows[:, ROW_QUERY].tolist()], self.keys, self.positions, request=rows[:, ROW_BATCH].tolist(),
             phase=rows[:, ROW_PHASE].tolist(), prompt_len=rows[:, ROW_PROMPT_LEN].tolist(), scale=self.scale,
-            sliding_window=self.window, soft_cap=self.soft_cap, alibi_slopes=self.slopes, sinks=self.learned,
-            sink_tokens=self.sink_tokens, local_window=self.local_window, dtype=dtype,
+            sliding_window=self.window, chunk_size=self.chunk, soft_cap=self.soft_cap, alibi_slopes=self.slopes,
+            sinks=self.learned, sink_tokens=self.sink_tokens, local_window=self.local_window, dtype=dtype,
         )  # fmt: skip
 
     def magnitude(self) -> float:
@@ -221,7 +222,7 @@ def batches(draw: st.DrawFn) -> Batch:
         block_size=draw(st.sampled_from([16, 32])),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         scale=draw(st.sampled_from([0.125, 1.0])),
-        window=draw(st.sampled_from([None, None, 1, 7, 16, 40])),
+        **draw(st.sampled_from([{}, {"window": 1}, {"window": 7}, {"window": 40}, {"chunk": 1}, {"chunk": 9}])),
         soft_cap=draw(st.sampled_from([None, None, 2.0, 30.0])),
         alibi=draw(st.booleans()),
         sinks=draw(st.booleans()),
@@ -373,7 +374,7 @@ class TestAgainstReference:
         pages, table = batch.cache()
         plan = batch.plan(table)
         batch.window = 4
-        with pytest.raises(ValueError, match="sliding_window of a plan must be its layers', 4, got None"):
+        with pytest.raises(ValueError, match="reach of a plan must be its layers', 4, got None"):
             batch.measured(PlainReader(pages), plan)
 
 

@@ -115,7 +115,7 @@ class TestPages:
         rows[:, ROW_QUERY], rows[:, ROW_BATCH] = np.arange(n), np.arange(n) // 16
         native = NativeRows(
             rows, np.arange(0, n + 1, 16), np.full(blocks, 16), np.arange(blocks)[:, None], 16,
-            sliding_window=1, sink_tokens=4, local_window=8,
+            reach=1, sink_tokens=4, local_window=8,
         )  # fmt: skip
         keys = KeyPages(dtype, 16, 16, blocks, 1, 16, None, 1.0, patterns.data_ptr())
         layer = NativeLayer(LayerParams(scale=1.0), keys, torch.float32, num_heads=1, head_size=1)
@@ -143,7 +143,7 @@ class TestRows:
         with pytest.raises(ValueError, match="every row must be a token of its request"):
             NativeRows(
                 np.array([entry(7, 0, 0, 5)], dtype=np.int32), [0, 5], [5], [[0]], 16,
-                sliding_window=None, sink_tokens=4, local_window=8,
+                reach=None, sink_tokens=4, local_window=8,
             )  # fmt: skip
 
     def test_a_block_beyond_the_cache_is_an_error(self) -> None:
@@ -175,7 +175,7 @@ class TestRows:
             return NativeRows(
                 np.array([entry(0, 0, num_keys - 1, 5)], dtype=np.int32), [0, 1], [num_keys],
                 np.zeros((1, num_keys // 16 + 1)), 16,
-                sliding_window=None, sink_tokens=4, local_window=8,
+                reach=None, sink_tokens=4, local_window=8,
             )  # fmt: skip
 
         assert rows(100_000).is_light(32, 128, cores=4)

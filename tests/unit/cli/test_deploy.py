@@ -307,9 +307,11 @@ class TestLeaderWorkerSet:
                 k: v for k, v in single.items() if k not in {"args", "ports"} | lacks
             }
 
-    def test_vllm_takes_the_arguments(self) -> None:
+    def test_vllm_takes_the_arguments(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With what the controller puts in for the variables: two stages on two nodes, of which one is headless."""
         cli_args = pytest.importorskip("vllm.entrypoints.launchers.cli_args", reason="needs vLLM")
+        # Its parser loads plugins, which would stay in this process.
+        monkeypatch.setattr("vllm.plugins.plugins_loaded", True)
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         for index, role in enumerate(("leader", "worker")):

@@ -309,6 +309,23 @@ class TestUnregister:
         assert before == state()
         assert SEAT.registration is None
 
+    def test_the_run_directory_outlives_workers(self, tmp_path: Path) -> None:
+        """A process whose executor ends its workers when it ends itself, as on a node without API server, removes the
+        directory after that: what a worker writes last would make it anew."""
+        program = (
+            "import weakref; from glassbox.plugin import register; from glassbox.store import rundir\n"
+            "class Executor: pass\n"
+            "first = Executor(); weakref.finalize(first, int)\n"
+            "register(); path = rundir.create(); executor = Executor()\n"
+            "weakref.finalize(executor, lambda: print(path.is_dir()))"
+        )
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3])}
+        out = subprocess.run(
+            [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert out.stdout.split() == ["True"]
+        assert list(tmp_path.glob("glassbox-*/*")) == []
+
     def test_run_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Its own is removed; one that the operator named stays, and so does the variable."""
         register()
