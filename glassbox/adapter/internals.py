@@ -40,6 +40,7 @@ class Feature(Enum):
     BEAMS = "telling what a beam search has generated from its prompt"
     MESSAGE_SPANS = "spans by message"
     MESSAGES_API = "spans by message at /v1/messages"
+    RUST_FRONT_END = "telling vLLM's Rust front end"
     LLM_SPANS = "attention spans beside vLLM's own"
     CAPTURE = "glassbox.capture"
     ENGINES = "telling the engines of an API server from those of others on its node"
@@ -286,6 +287,9 @@ INTERNALS: Final[tuple[Internal, ...]] = (
         "AnthropicServingMessages._convert_messages",
         "AnthropicServingMessages._convert_system_message",
         "AnthropicServingMessages._merge_inline_system",
+    ),
+    *_names(
+        "vllm.v1.utils", Feature.RUST_FRONT_END, "RustFrontendProcessManager", "RustFrontendProcessManager.__init__"
     ),
     *_names("vllm.v1.engine.async_llm", Feature.LLM_SPANS, "AsyncLLM.__init__"),
     *_names("vllm.v1.engine.llm_engine", Feature.LLM_SPANS, "LLMEngine.__init__"),

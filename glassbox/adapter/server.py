@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final, Protocol, TypeGuard
 
+from glassbox.adapter.front_end import RUST, FrontEnd, front_end_of_process
 from glassbox.adapter.internals import feature_of, lacks, line
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.patch import patch_method
@@ -52,6 +53,7 @@ INTAKE_PATCHES: Final = (
     Patch("vllm.v1.engine.async_llm", "AsyncLLM", "add_request", "add_request"),
     Patch("vllm.v1.engine.async_llm", "AsyncLLM", "__init__", "engine_init"),
     Patch("vllm.v1.engine.llm_engine", "LLMEngine", "__init__", "engine_init"),
+    Patch("vllm.v1.utils", "RustFrontendProcessManager", "__init__", "rust_front_end"),
     Patch("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", "process_inputs"),
 )
 
@@ -215,6 +217,9 @@ class Intake(Protocol):
     def begin_beam(self, prompt_len: int) -> ExtraArgs:
         """What the worker gets with a request of a beam search, whose client sent a prompt of that length."""
 
+    def tell_front_end(self, front_end: FrontEnd) -> None:
+        """The server's requests come through a front end that shows no metrics of glassbox's."""
+
     def watch_spans(self, endpoint: str) -> None:
         """vLLM's tracer provider is there, and sends to this endpoint."""
 
@@ -349,16 +354,29 @@ class Wrappers:
         return process_inputs
 
     def engine_init(self, original: Any) -> Any:
-        """Around the engine's `__init__`, in which vLLM's tracer provider is made, and its engines are found."""
+        """Around the `__init__` of an engine's client: a tracer provider is made in it, and its engines are found."""
 
         @functools.wraps(original)
         def __init__(engine: Any, *args: Any, **kwargs: Any) -> None:
             self._intake.starts()
             original(engine, *args, **kwargs)
             self._intake.serves(engines_of(engine))
+            front_end = front_end_of_process()
+            if front_end is not None:
+                self._intake.tell_front_end(front_end)
             endpoint = engine.observability_config.otlp_traces_endpoint
             if endpoint is not None:
                 self._intake.watch_spans(endpoint)
+
+        return __init__
+
+    def rust_front_end(self, original: Any) -> Any:
+        """Around `RustFrontendProcessManager.__init__`, which starts vLLM's Rust front end beside the engines."""
+
+        @functools.wraps(original)
+        def __init__(manager: Any, *args: Any, **kwargs: Any) -> None:
+            original(manager, *args, **kwargs)
+            self._intake.tell_front_end(RUST)
 
         return __init__
 

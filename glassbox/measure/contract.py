@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glassbox.core.accumulator_arrays import AccumulatorArrays
+from glassbox.core.rows import ROW_BATCH, ROW_QUERY
 from glassbox.core.trace_options import MAX_ATTENTION_KEYS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.probe_answers import ProbeAnswers, Questions
@@ -265,6 +266,21 @@ class BatchTables(NamedTuple):
     query_start_loc: Tensor
     seq_lens: Tensor
     group: object
+
+    def positions(self, rows: Tensor) -> Tensor:
+        """Batch row and position of rows, int32 [R, 2], as the device knows them.
+
+        With asynchronous scheduling the host hears only later how many drafts of the step before were kept, and takes
+        tokens after them to be further on.
+
+        Args:
+            rows: int32 [R, NUM_ROW_COLUMNS], on the same device.
+        """
+        batch = rows[:, ROW_BATCH]
+        end = self.query_start_loc.index_select(0, batch + 1)
+        # A draft that the runner has left out has no place.
+        position = (self.seq_lens.index_select(0, batch) - end + rows[:, ROW_QUERY]).clamp(min=0)
+        return torch.stack([batch, position], dim=1)
 
 
 class LayerView(Protocol):

@@ -259,21 +259,22 @@ class GpuMeasurer:
     def _compile_check(self) -> None:
         """Compile what a check launches, on a row of nothing: in a served step it would take a second."""
         for names in self._groups(self._kept):
-            self._reproduce_group(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), names)
+            nowhere = torch.zeros(1, 2, dtype=torch.int32, device=self._ring.device)
+            self._reproduce_group(np.zeros(1, dtype=np.int64), names, nowhere)
 
     def _reproduce(self, check: OutputCheck) -> list[_Checked]:
         """Queue the comparison of what was served with what the cache gives."""
         try:
             groups = self._groups(check.local_layers & self._kept)
-            return [self._reproduce_group(check.places, check.positions, names) for names in groups]
+            return [self._reproduce_group(check.places, names) for names in groups]
         except Exception as error:
             self._errors.count("canary", error)
             return []
 
     def _reproduce_group(
-        self, places: npt.NDArray[np.int64], of_rows: npt.NDArray[np.int32], names: list[str]
+        self, places: npt.NDArray[np.int64], names: list[str], positions: torch.Tensor | None = None
     ) -> _Checked:
-        """Of these places of the row list, whose rows have these positions."""
+        """Of these places of the row list; `positions` are what the batch says unless they are given."""
         seen = [self._seen[name] for name in names]
         local_layers = [self._local_layers[name] for name in names]
         one, device = seen[0], self._ring.device
@@ -290,13 +291,13 @@ class GpuMeasurer:
         queries = kept(self._queries)[:, :, : one.num_heads, : one.head_size].to(one.query_dtype)
         outputs = kept(self._outputs)[:, :, : one.num_heads, : values[0].shape[3]]
         kept_kv = kept(self._kept_kv)[:, :, :, : keys[0].shape[1], : one.head_size] if self._gave_kv(one) else None
-        positions = torch.stack([rows[:, ROW_BATCH], _to_device(of_rows, device)], dim=1)
+        tables = self._built[names[0]]
         sums, kv_sums = row_output(
             queries,
             outputs,
             CachedLayers.of(keys, values, [layer.params for layer in seen], one.num_heads),
-            self._built[names[0]].block_table,
-            positions,
+            tables.block_table,
+            tables.positions(rows) if positions is None else positions,
             kept_kv,
         )
         rounding = OutputRounding.of(

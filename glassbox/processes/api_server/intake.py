@@ -5,6 +5,7 @@ the worker, and telling the exporter of its `llm_request` span. The rules of the
 which methods of vLLM are wrapped, `adapter/server.py`'s. A request without such keys passes through untouched.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any, Final, TypeGuard
 
 from glassbox.adapter import server
+from glassbox.adapter.front_end import FrontEnd
 from glassbox.adapter.server import EngineLabels, ExtraArgs
 from glassbox.config.load import GlassboxConfig
-from glassbox.core.logs import get_logger
+from glassbox.core.logs import get_logger, log_once
 from glassbox.core.trace_options import (
     BEAM_PROMPT_KEY,
     CHOICE_KEY,
@@ -156,6 +158,22 @@ class Intake:
     def begin_beam(self, prompt_len: int) -> ExtraArgs:
         """See server.Intake."""
         return {BEAM_PROMPT_KEY: prompt_len} if self._config().enabled else {}
+
+    def tell_front_end(self, front_end: FrontEnd) -> None:
+        """See server.Intake."""
+        config = self._config()
+        export = config.export
+        pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
+        if config.enabled and not pushed and (export.prometheus.port is None or not export.prometheus.enabled):
+            log_once(
+                logger,
+                logging.WARNING,
+                front_end.name,
+                "%s %s: what glassbox measures shows nowhere. Set export.prometheus.port in glassbox.yaml, for a port "
+                "of glassbox's own, or export.otel.enabled",
+                front_end.name,
+                front_end.shows,
+            )
 
     def watch_spans(self, endpoint: str) -> None:
         """See server.Intake."""

@@ -4,6 +4,7 @@ import ast
 import asyncio
 import gc
 import importlib.util
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -376,6 +377,89 @@ class TestRenderChatRequest:
     def test_vllms_own_error(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is the answer."""
         self.render(server, monkeypatch, ["x=message:0"], result="an ErrorResponse")
+
+
+class Client:
+    """Of an engine."""
+
+
+class TestFrontEnds:
+    """Those behind which nothing shows at /metrics."""
+
+    WARNING = "shows nowhere. Set export.prometheus.port in glassbox.yaml"
+
+    def warnings(self, server: Server, caplog: pytest.LogCaptureFixture, rust: bool = False) -> list[str]:
+        """What is said when the client of an engine is made twice in this process."""
+
+        def original(engine: Any) -> None:
+            engine.observability_config = SimpleNamespace(otlp_traces_endpoint=None)
+
+        wrapper = server.wrappers.rust_front_end if rust else server.wrappers.engine_init
+        logger = logging.getLogger("glassbox")
+        logging.getLogger(intake_module.__name__).__dict__.pop("_glassbox_logged_once", None)
+        logger.addHandler(caplog.handler)
+        try:
+            for _ in range(2):
+                wrapper(original)(Client())
+        finally:
+            logger.removeHandler(caplog.handler)
+        # Records, since a logger that propagates tells two handlers of one.
+        records = {id(record): record.getMessage() for record in caplog.records}
+        return [message for message in records.values() if self.WARNING in message]
+
+    @pytest.mark.parametrize(
+        ("module", "said"),
+        [
+            ("vllm.entrypoints.launchers.grpc_server", "vLLM's gRPC server has no /metrics"),
+            ("vllm.entrypoints.grpc_server", "vLLM's gRPC server has no /metrics"),
+            ("dynamo.vllm", "Dynamo hands on vLLM's own metrics alone"),
+        ],
+    )
+    def test_of_python(
+        self,
+        server: Server,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        module: str,
+        said: str,
+    ) -> None:
+        """One warning names the key that helps."""
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+        (warning,) = self.warnings(server, caplog)
+        assert warning.startswith(f"{said}: what glassbox measures")
+
+    def test_rust(self, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+        """It is started by a process that makes no client of an engine."""
+        (warning,) = self.warnings(server, caplog, rust=True)
+        assert warning.startswith("vLLM's Rust front end answers /metrics without what Python processes measure")
+
+    def test_vllms_own(self, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+        """Its /metrics shows everything: nothing is said."""
+        assert [] == self.warnings(server, caplog)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"enabled": False},
+            {"export": {"prometheus": {"port": 9464}}},
+            {"export": {"otel": {"enabled": True}}},
+            {"export": {"jsonl": {"path": "somewhere"}}},
+        ],
+    )
+    def test_shown_elsewhere(self, caplog: pytest.LogCaptureFixture, config: dict[str, Any]) -> None:
+        """Or switched off."""
+        assert [] == self.warnings(Server(config), caplog, rust=True)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"export": {"otel": {"enabled": True, "metrics": False}}},
+            {"export": {"prometheus": {"port": 9464, "enabled": False}}},
+        ],
+    )
+    def test_not_shown_elsewhere(self, caplog: pytest.LogCaptureFixture, config: dict[str, Any]) -> None:
+        """A port that is switched off is none, and spans are no metrics."""
+        assert self.warnings(Server(config), caplog, rust=True)
 
 
 class TestTracedRequests:
