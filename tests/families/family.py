@@ -88,6 +88,7 @@ class Family:
         settings: of its configuration, beside those that all have.
         without: of those that all have, which are not its.
         serving: arguments of vLLM's engine.
+        pooling: it gives vectors of the prompt's tokens, and generates nothing.
         together: whether all prompts are served at once; not with vLLM's own q and k.
         truth: with what the statistics are compared.
         differs: why transformers can't be it, where it isn't.
@@ -104,6 +105,7 @@ class Family:
     settings: Mapping[str, Any] = field(default_factory=dict)
     without: Sequence[str] = ()
     serving: Mapping[str, Any] = field(default_factory=dict)
+    pooling: bool = False
     together: bool = True
     truth: Truth = Truth.TRANSFORMERS
     differs: str = ""

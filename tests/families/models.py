@@ -1,4 +1,4 @@
-"""Tiny random models of any family that transformers knows, written as a checkpoint that vLLM loads."""
+"""Tiny random models of any family, written as a checkpoint that vLLM loads."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from tests.families import foreign
 from tests.families.family import Family
 
 VOCABULARY: Final = 512
@@ -24,20 +25,50 @@ COMMON: Final[Mapping[str, Any]] = {
 _STANDARD_DEVIATION: Final = 0.15
 
 
-def make_model(family: Family, folder: Path) -> nn.Module:
-    """A causal model in float32 with eager attention; its checkpoint lies in the folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def make_checkpoint(family: Family, folder: Path) -> tuple[str, nn.Module | None]:
+    """Write a checkpoint in float32.
 
+    Args:
+        family: whose.
+        folder: is made.
+
+    Returns:
+        the architecture, and the model with eager attention; None if transformers doesn't have it.
+    """
     common = {name: value for name, value in COMMON.items() if name not in family.without}
-    config = AutoConfig.for_model(family.model_type, **{**common, **family.settings})
+    settings = {**common, **family.settings}
+    if family.model_type in foreign.NAMES:
+        return foreign.write_checkpoint(family.model_type, settings, _STANDARD_DEVIATION, folder), None
+    model = _make_model(family, settings)
+    if family.pooling:
+        _write_tokenizer(folder)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return model.config.architectures[0], model  # type: ignore[union-attr,index,return-value]
+
+
+def _make_model(family: Family, settings: Mapping[str, Any]) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family.model_type, **settings)
+    auto = AutoModel if family.pooling else AutoModelForCausalLM
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     _randomise(model)
-    model.save_pretrained(folder)
     for module in model.modules():
         # vLLM's own decorator, which it puts on classes of transformers that it serves, and asks this of its objects.
         module.do_not_compile = True  # type: ignore[assignment]
     return model
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """One word a token; vLLM asks for it before it pools, and doesn't use it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), pad_token="w0")
+    tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from torch import Tensor
 
 from glassbox.adapter.seat import SEAT
 from glassbox.core.logs import ROOT
@@ -49,12 +50,14 @@ class Served:
 
     Attributes:
         tokens: of prompt and answer.
+        vectors: float32 [T, hidden size] of a pooling model, else None.
         rows: that were measured.
         scores: of each attention layer, from vLLM's q and k, if they were recorded.
     """
 
     tokens: list[int]
     prompt_len: int
+    vectors: Tensor | None = None
     rows: list[MeasuredRow] = field(default_factory=list)
     scores: list[Scores] = field(default_factory=list)
 
@@ -77,8 +80,8 @@ def make_prompts() -> list[list[int]]:
     return [[3 + (7 * i + 13 * n + i * i) % (VOCABULARY - 3) for i in range(n)] for n in PROMPT_LENGTHS]
 
 
-def serve_plain(model: Path, *, together: bool, **settings: Any) -> list[list[int]]:
-    """Without glassbox: the tokens of each prompt and its answer.
+def serve_plain(model: Path, *, together: bool, **settings: Any) -> list[Served]:
+    """Without glassbox: what was served.
 
     Raises:
         CannotServeError: vLLM refuses the model, or fails.
@@ -88,7 +91,7 @@ def serve_plain(model: Path, *, together: bool, **settings: Any) -> list[list[in
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
         with _engine(model, settings) as llm:
-            return [one.tokens for one in _generate(llm, together=together).values()]
+            return list(_answer(llm, together=together).values())
 
 
 def serve_observed(
@@ -109,7 +112,7 @@ def serve_observed(
     with plugin(folder, CONFIG), _glassbox_log() as said, _engine(model, settings) as llm:
         worker = getattr(SEAT.hook, "worker", None)
         recorder = RowRecorder() if worker is not None else None
-        served = _generate(llm, together=together, with_scores=with_scores)
+        served = _answer(llm, together=together, with_scores=with_scores)
         for row in recorder.take() if recorder is not None else []:
             # vLLM's internal id is `external-<8 characters>`.
             external = row.request_id if row.request_id in served else row.request_id.rpartition("-")[0]
@@ -137,12 +140,9 @@ def _engine(model: Path, settings: Mapping[str, Any]) -> Iterator[Any]:
         yield llm
 
 
-def _generate(llm: Any, *, together: bool, with_scores: bool = False) -> dict[str, Served]:
-    """Greedy answers by request id."""
-    from vllm import SamplingParams
-
+def _answer(llm: Any, *, together: bool, with_scores: bool = False) -> dict[str, Served]:
+    """Greedy answers, or vectors of a pooling model, by request id."""
     assert not (together and with_scores)
-    params = SamplingParams(temperature=0, max_tokens=NUM_GENERATED, ignore_eos=True, detokenize=False)
     prompts = make_prompts()
     queries = None
     if with_scores:
@@ -151,12 +151,25 @@ def _generate(llm: Any, *, together: bool, with_scores: bool = False) -> dict[st
     for batch in [prompts] if together else [[prompt] for prompt in prompts]:
         inputs = [{"prompt_token_ids": prompt} for prompt in batch]
         with _vllm_may_refuse(), queries.recording() if queries is not None else nullcontext():
-            outputs = llm.generate(inputs, params, use_tqdm=False)
-        for prompt, output in zip(batch, outputs, strict=True):
-            one = found[output.request_id] = Served([*prompt, *output.outputs[0].token_ids], len(prompt))
+            answers = _pool(llm, inputs) if llm.runner_type == "pooling" else _generate(llm, inputs)
+        for prompt, (request_id, tokens, vectors) in zip(batch, answers, strict=True):
+            one = found[request_id] = Served([*prompt, *tokens], len(prompt), vectors)
             if queries is not None:
                 one.scores = queries.take()
     return found
+
+
+def _generate(llm: Any, inputs: Sequence[Any]) -> list[tuple[str, list[int], None]]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=NUM_GENERATED, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    return [(output.request_id, list(output.outputs[0].token_ids), None) for output in outputs]
+
+
+def _pool(llm: Any, inputs: Sequence[Any]) -> list[tuple[str, list[int], Tensor]]:
+    outputs = llm.encode(inputs, pooling_task="token_embed", use_tqdm=False)
+    return [(output.request_id, [], output.outputs.data.float()) for output in outputs]
 
 
 @contextmanager

@@ -35,15 +35,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class Forward:
-    """One sequence of T tokens in transformers: scores of each attention layer in the order of the calls, and logits.
+    """One sequence of T tokens in transformers.
 
     Attributes:
-        layers: of each softmax.
-        logits: float32 [T, V].
+        layers: scores of each attention layer, in the order of the calls.
+        output: float32, logits [T, V], or vectors [T, hidden size] of a model that has no head.
     """
 
     layers: Sequence[Scores]
-    logits: Tensor
+    output: Tensor
 
 
 class _Softmaxes(TorchFunctionMode):
@@ -96,10 +96,10 @@ def log_partition(layer: Scores) -> Tensor:
 
 
 def run_eager(model: nn.Module, tokens: Sequence[int]) -> Forward:
-    """Run one sequence through a causal model of transformers whose attention is eager."""
+    """Run one sequence through a model of transformers whose attention is eager."""
     with torch.inference_mode(), _Softmaxes(len(tokens)) as mode:
-        output = model(input_ids=torch.tensor([tokens]), use_cache=False)
-    return Forward(mode.found, output.logits[0].float())
+        output = model(input_ids=torch.tensor([tokens]))
+    return Forward(mode.found, getattr(output, "logits", output[0])[0].float())
 
 
 def statistics_of(layer: Scores, prompt_len: int, sink_tokens: int, local_window: int) -> dict[str, np.ndarray]:

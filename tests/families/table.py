@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from tests.families.family import CHUNKED, LATENT, Family, Kind, Part, Truth
+from tests.families.family import CHUNKED, ENCODER, LATENT, Family, Kind, Part, Truth
 
 _EXPERTS: Final = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _NAMED_EXPERTS: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -18,6 +18,7 @@ _WINDOWS: Final = {"sliding_window": 32, "num_hidden_layers": 4}
 _HALF_WINDOWS: Final = (Part(Kind.WINDOW, (0, 2)), Part(Kind.CAUSAL, (1, 3)))
 _MOST_WINDOWS: Final = (Part(Kind.WINDOW, (0, 1, 2)), Part(Kind.CAUSAL, (3,)))
 _SILENT: Final = "nothing is said of a model of which no layer can be observed"
+_UNCOUNTED: Final = "encoder layers are neither observed nor bypassed"
 # One after the other: vLLM's Mamba2 for CPUs fails on several prompts in one step.
 _ALONE: Final = False
 
@@ -72,6 +73,29 @@ _DENSE: Final = (
         (Part(Kind.CAUSAL, (0, 1, 2, 3)),),
         settings={"num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     ),
+)  # fmt: skip
+
+_SILU: Final = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
+_FOREIGN: Final = tuple(
+    Family(
+        name, model_type, special, settings=settings, together=_ALONE, truth=Truth.QUERIES,
+        differs="transformers hasn't got it", unserved=unserved,
+    )
+    for name, model_type, special, settings, unserved in (
+        ("InternLM2", "internlm2", "q, k and v in one", {**_SILU, "bias": False}, ""),
+        ("InternLM3", "internlm3", "", {**_SILU, "qkv_bias": False}, ""),
+        (
+            "MiniCPM", "minicpm", "scaled residuals",
+            {
+                **_SILU, "scale_depth": 1.4, "scale_emb": 12, "dim_model_base": 64,
+                "num_experts": 0,
+            },
+            "",
+        ),
+        ("Orion", "orion", "LayerNorm", _SILU, ""),
+        ("EXAONE", "exaone", "", {"activation_function": "silu", "layer_norm_epsilon": 1e-6}, ""),
+        ("Baichuan", "baichuan", "", {"hidden_act": "silu"}, "was supported in vLLM until v0.23.0"),
+    )
 )  # fmt: skip
 
 _MIXTURES: Final = (
@@ -175,6 +199,25 @@ _SPECIAL: Final = (
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
         short=True,
+    ),
+    Family(
+        "MiMo-V2", "mimo_v2_flash", "K of 64 and V of 32 numbers, windows",
+        (Part(Kind.TWO_SIZES, (0, 1, 2, 3)),),
+        settings={
+            **_WINDOWS, "head_dim": 64, "v_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "mlp_layer_types": ["dense"] * 4, "hybrid_layer_pattern": [1, 0, 1, 0], "moe_layer_freq": [0] * 4,
+            "swa_head_dim": 64, "swa_v_head_dim": 32, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+            "sliding_window_size": 32, "layernorm_epsilon": 1e-5,
+        },
+        unserved="next_power_of_2",
+    ),
+    Family(
+        "Laguna", "laguna", "layers of 4 and of 8 query heads, gates, windows", _HALF_WINDOWS,
+        settings={
+            **_WINDOWS, "head_dim": 32, "num_attention_heads_per_layer": [4, 8, 4, 8], "mlp_layer_types": ["dense"] * 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        fault="one number of heads for all layers",
     ),
     Family(
         "Llama 4", "llama4_text", "chunks of 64 tokens, experts",
@@ -299,4 +342,30 @@ _HYBRIDS: Final = (
     ),
 )  # fmt: skip
 
-FAMILIES: Final = (*_DENSE, *_MIXTURES, *_SPECIAL, *_HYBRIDS)
+_POOLING: Final = {
+    "runner": "pooling", "pooler_config": {"task": "token_embed"}, "skip_tokenizer_init": False,
+    "max_num_batched_tokens": 512,
+}  # fmt: skip
+_ENCODED: Final = (Part(Kind.ENCODER, (0, 1), ENCODER),)
+_ENCODERS: Final = (
+    Family(
+        "Qwen3 for embedding", "qwen3", "vectors", settings={"head_dim": 32}, pooling=True,
+        serving=_POOLING,
+    ),
+    Family(
+        "BERT", "bert", "sees what follows, vectors", _ENCODED, without=["num_key_value_heads"], pooling=True,
+        serving=_POOLING, fault=_UNCOUNTED,
+    ),
+    Family(
+        "RoBERTa", "roberta", "sees what follows, vectors", _ENCODED, without=["num_key_value_heads"], pooling=True,
+        serving=_POOLING, fault=_UNCOUNTED,
+    ),
+    Family(
+        "ModernBERT", "modernbert", "sees what follows, windows, vectors",
+        (Part(Kind.ENCODER, (0, 1, 2, 3), ENCODER),),
+        settings={"num_hidden_layers": 4, "local_attention": 32, "pad_token_id": 0},
+        without=["num_key_value_heads"], pooling=True, serving=_POOLING, fault=_UNCOUNTED,
+    ),
+)  # fmt: skip
+
+FAMILIES: Final = (*_DENSE, *_FOREIGN, *_MIXTURES, *_SPECIAL, *_HYBRIDS, *_ENCODERS)
