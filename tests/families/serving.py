@@ -1,5 +1,6 @@
 """Tiny models served by vLLM in this process, with glassbox and without it."""
 
+import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -35,7 +36,7 @@ ENGINE: Final[Mapping[str, Any]] = {
     # The longest prompt is prefilled in chunks, beside rows of the others.
     "max_num_batched_tokens": 96,
     "max_num_seqs": 4,
-    "gpu_memory_utilization": 0.3,
+    "num_gpu_blocks_override": 64,
     "seed": 0,
 }
 
@@ -131,11 +132,13 @@ def _engine(model: Path, settings: Mapping[str, Any]) -> Iterator[Any]:
     with ExitStack() as stack:
         # Models without experts leave groups that those with experts can't use.
         stack.callback(cleanup_dist_env_and_memory)
-        with pytest.MonkeyPatch.context() as patch:
-            # vLLM looks at a model's class in a process of its own, which takes as long as all the rest.
-            patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
-            with _vllm_may_refuse():
-                llm = LLM(str(model), **{**ENGINE, **settings})
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        # vLLM looks at a model's class in a process of its own, which takes as long as all the rest; and for every
+        # engine it looks at all objects a dozen times, which takes as long again.
+        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        patch.setattr(gc, "collect", lambda generation=2: 0)
+        with _vllm_may_refuse():
+            llm = LLM(str(model), **{**ENGINE, **settings})
         stack.callback(llm.llm_engine.engine_core.shutdown)
         yield llm
 
