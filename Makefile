@@ -19,7 +19,7 @@ BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench soak releases clean
+.PHONY: help setup demo test lint format bench soak releases families clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +38,7 @@ demo: $(STAMP)  ## Serve a small real model and show its attention; DEMO_ARGS=--
 # A test of these and of the unit tests keeps one core busy, so two go at once. So do those that run vLLM without its
 # servers, if each computes on one thread (two of them with OpenMP's spinning threads are slower than one after the
 # other). The rest starts servers, which want all cores.
-IN_PROCESS := tests/integration tests/releases \
+IN_PROCESS := tests/families tests/integration tests/releases \
 	$(addprefix tests/e2e/,test_attach.py test_bad_config.py test_same_output.py)
 test: lint  ## Lint, then run all tests that need neither a GPU nor hours
 ifeq ($(PYTEST_ARGS),)
@@ -57,6 +57,7 @@ lint: $(STAMP)  ## Check style, types, imports between rooms, shell scripts and 
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/glassbox dashboards --check
 	$(PY) tools/releases_table.py --check
+	$(PY) tools/models_table.py --check
 	$(VENV)/bin/shellcheck .ci/run tools/*.sh
 	@# hadolint has no package for every platform; where it is missing its absence is said, not hidden.
 	@if [ -x $(VENV)/bin/hadolint ]; then $(VENV)/bin/hadolint Dockerfile; else echo "hadolint: not available here"; fi
@@ -69,13 +70,19 @@ bench: $(STAMP)  ## Compare throughput on this CPU with and without glassbox
 	$(PY) $(BENCH) $(BENCH_ARGS)
 
 soak: $(STAMP)  ## Run the long form of the tests
-	$(PY) -m pytest -m "slow and not gpu and not releases" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "slow and not gpu and not releases and not families" $(PYTEST_ARGS)
 
 # Reads all supported releases, and runs those whose wheels for CPUs need the installed torch; each is fetched once and
 # takes 450 MB in ~/.cache/glassbox (tools/vllm_releases.py remove all).
 releases: $(STAMP)  ## Test every supported vLLM release that runs on this CPU, and write the table of them
 	$(PY) -m pytest --timeout 900 --durations 30 --record docs/data/releases.json tests/releases $(PYTEST_ARGS); \
 	status=$$?; $(PY) tools/releases_table.py && exit $$status
+
+# One thread, as in `make test`: what is compared there must be what is recorded here.
+families: $(STAMP)  ## Serve a tiny model of each family of models, and write the table of what is observed of them
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m pytest --timeout 900 --durations 30 \
+		--record-models docs/data/models.json tests/families $(PYTEST_ARGS); \
+	status=$$?; $(PY) tools/models_table.py && exit $$status
 
 clean:  ## Remove the virtual environment and everything that was built (not the model and the vLLM releases in ~/.cache/glassbox)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

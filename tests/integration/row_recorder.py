@@ -10,7 +10,10 @@ from tests.attached import running_observer
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """One query token: statistics of all layers and heads, [L, H, NUM_STATISTICS + 1]."""
+    """One query token: statistics of all layers and heads, [L, H, NUM_STATISTICS + 1].
+
+    NaN where a layer has fewer heads than another.
+    """
 
     request_id: str
     position: int
@@ -59,7 +62,12 @@ class RowRecorder:
         def recording_finish():  # type: ignore[no-untyped-def]
             finish()
             if self._layers:
-                stacked = np.stack([self._layers[layer] for layer in sorted(self._layers)])  # [L, R, H, S + 1]
+                heads = max(values.shape[1] for values in self._layers.values())
+                padded = [
+                    np.pad(values, ((0, 0), (0, heads - values.shape[1]), (0, 0)), constant_values=np.nan)
+                    for _, values in sorted(self._layers.items())
+                ]
+                stacked = np.stack(padded)  # [L, R, H, S + 1]
                 for i, (request, position, phase) in enumerate(self._step):
                     self.rows.append(MeasuredRow(request, position, phase, stacked[:, i]))
             self._step, self._layers = [], {}

@@ -1,0 +1,82 @@
+"""Tiny random models of any family, written as a checkpoint that vLLM loads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from tests.families import foreign
+from tests.families.family import Family
+
+VOCABULARY: Final = 512
+# The smallest head size that vLLM's kernels for CPUs have is 32.
+COMMON: Final[Mapping[str, Any]] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+# Scores a few nats wide, so that no statistic is that of a uniform row.
+_STANDARD_DEVIATION: Final = 0.15
+
+
+def make_checkpoint(family: Family, folder: Path) -> tuple[str, nn.Module | None]:
+    """Write a checkpoint in float32.
+
+    Args:
+        family: whose.
+        folder: is made.
+
+    Returns:
+        the architecture, and the model with eager attention; None if transformers doesn't have it.
+    """
+    common = {name: value for name, value in COMMON.items() if name not in family.without}
+    settings = {**common, **family.settings}
+    if family.model_type in foreign.NAMES:
+        return foreign.write_checkpoint(family.model_type, settings, _STANDARD_DEVIATION, folder), None
+    model = _make_model(family, settings)
+    if family.pooling:
+        _write_tokenizer(folder)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return model.config.architectures[0], model  # type: ignore[union-attr,index,return-value]
+
+
+def _make_model(family: Family, settings: Mapping[str, Any]) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family.model_type, **settings)
+    auto = AutoModel if family.pooling else AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    _randomise(model)
+    for module in model.modules():
+        # vLLM's own decorator, which it puts on classes of transformers that it serves, and asks this of its objects.
+        module.do_not_compile = True  # type: ignore[assignment]
+    return model
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """One word a token; vLLM asks for it before it pools, and doesn't use it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), pad_token="w0")
+    tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module) -> None:
+    """Give matrices and biases numbers that matter; norms, convolutions and what recurrences decay by stay."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and "conv" not in name:
+            parameter.normal_(0, _STANDARD_DEVIATION, generator=generator)
+        elif name.endswith(".bias"):
+            parameter.normal_(0, 0.1, generator=generator)

@@ -1,0 +1,205 @@
+"""Tiny models served by vLLM in this process, with glassbox and without it."""
+
+import gc
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from torch import Tensor
+
+from glassbox.adapter.seat import SEAT
+from glassbox.core.logs import ROOT
+from glassbox.store.snapshot import Snapshot
+from tests.attached import plugin
+from tests.families.models import VOCABULARY
+from tests.families.query_truth import QueryRecorder
+from tests.families.softmax_truth import Scores
+from tests.integration.row_recorder import MeasuredRow, RowRecorder
+
+SINK_TOKENS, LOCAL_WINDOW, PREFILL_ROWS = 4, 48, 8
+CONFIG: Final = (
+    "sample_rate: 1.0\n"
+    f"sampling: {{max_rows_per_step: 4096, prefill_rows_per_request: {PREFILL_ROWS}}}\n"
+    f"statistics: {{sink_tokens: {SINK_TOKENS}, local_window: {LOCAL_WINDOW}}}\n"
+)
+NUM_GENERATED: Final = 8
+PROMPT_LENGTHS: Final = (5, 70, 180)
+ENGINE: Final[Mapping[str, Any]] = {
+    "skip_tokenizer_init": True,
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    # The longest prompt is prefilled in chunks, beside rows of the others.
+    "max_num_batched_tokens": 96,
+    "max_num_seqs": 4,
+    "num_gpu_blocks_override": 64,
+    "seed": 0,
+}
+
+
+class CannotServeError(RuntimeError):
+    """vLLM itself refuses the model, or fails; the message is its."""
+
+
+@dataclass
+class Served:
+    """One prompt after serving.
+
+    Attributes:
+        tokens: of prompt and answer.
+        vectors: float32 [T, hidden size] of a pooling model, else None.
+        rows: that were measured.
+        scores: of each attention layer, from vLLM's q and k, if they were recorded.
+    """
+
+    tokens: list[int]
+    prompt_len: int
+    vectors: Tensor | None = None
+    rows: list[MeasuredRow] = field(default_factory=list)
+    scores: list[Scores] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What glassbox says of a model.
+
+    Attributes:
+        snapshot: that is exported; None if there is no worker of glassbox.
+        log: its messages.
+    """
+
+    snapshot: Snapshot | None
+    log: Sequence[str]
+
+
+def make_prompts() -> list[list[int]]:
+    """Of the three lengths; no two begin alike, and special tokens are left out."""
+    return [[3 + (7 * i + 13 * n + i * i) % (VOCABULARY - 3) for i in range(n)] for n in PROMPT_LENGTHS]
+
+
+def serve_plain(model: Path, *, together: bool, **settings: Any) -> list[Served]:
+    """Without glassbox: what was served.
+
+    Raises:
+        CannotServeError: vLLM refuses the model, or fails.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        with _engine(model, settings) as llm:
+            return list(_answer(llm, together=together).values())
+
+
+def serve_observed(
+    model: Path, folder: Path, *, together: bool, with_scores: bool, **settings: Any
+) -> tuple[list[Served], Observation]:
+    """With glassbox at sample rate 1: what was served, every measured row, and what glassbox says.
+
+    Args:
+        model: its checkpoint.
+        folder: for glassbox's files.
+        together: all prompts at once; else one after the other.
+        with_scores: record vLLM's q and k; not together.
+        settings: of vLLM's engine.
+
+    Raises:
+        CannotServeError: vLLM refuses the model, or fails.
+    """
+    with plugin(folder, CONFIG), _glassbox_log() as said, _engine(model, settings) as llm:
+        worker = getattr(SEAT.hook, "worker", None)
+        recorder = RowRecorder() if worker is not None else None
+        served = _answer(llm, together=together, with_scores=with_scores)
+        for row in recorder.take() if recorder is not None else []:
+            # vLLM's internal id is `external-<8 characters>`.
+            external = row.request_id if row.request_id in served else row.request_id.rpartition("-")[0]
+            served[external].rows.append(row)
+        snapshot = worker.snapshot() if worker is not None else None
+    return list(served.values()), Observation(snapshot, said)
+
+
+@contextmanager
+def _engine(model: Path, settings: Mapping[str, Any]) -> Iterator[Any]:
+    """An in-process vLLM, of which nothing is left afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.models import registry
+
+    with ExitStack() as stack:
+        # Models without experts leave groups that those with experts can't use.
+        stack.callback(cleanup_dist_env_and_memory)
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        # vLLM looks at a model's class in a process of its own, which takes as long as all the rest; and for every
+        # engine it looks at all objects a dozen times, which takes as long again.
+        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        patch.setattr(gc, "collect", lambda generation=2: 0)
+        with _vllm_may_refuse():
+            llm = LLM(str(model), **{**ENGINE, **settings})
+        stack.callback(llm.llm_engine.engine_core.shutdown)
+        yield llm
+
+
+def _answer(llm: Any, *, together: bool, with_scores: bool = False) -> dict[str, Served]:
+    """Greedy answers, or vectors of a pooling model, by request id."""
+    assert not (together and with_scores)
+    prompts = make_prompts()
+    queries = None
+    if with_scores:
+        queries = QueryRecorder(llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.get_model())
+    found: dict[str, Served] = {}
+    for batch in [prompts] if together else [[prompt] for prompt in prompts]:
+        inputs = [{"prompt_token_ids": prompt} for prompt in batch]
+        with _vllm_may_refuse(), queries.recording() if queries is not None else nullcontext():
+            answers = _pool(llm, inputs) if llm.runner_type == "pooling" else _generate(llm, inputs)
+        for prompt, (request_id, tokens, vectors) in zip(batch, answers, strict=True):
+            one = found[request_id] = Served([*prompt, *tokens], len(prompt), vectors)
+            if queries is not None:
+                one.scores = queries.take()
+    return found
+
+
+def _generate(llm: Any, inputs: Sequence[Any]) -> list[tuple[str, list[int], None]]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=NUM_GENERATED, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    return [(output.request_id, list(output.outputs[0].token_ids), None) for output in outputs]
+
+
+def _pool(llm: Any, inputs: Sequence[Any]) -> list[tuple[str, list[int], Tensor]]:
+    outputs = llm.encode(inputs, pooling_task="token_embed", use_tqdm=False)
+    return [(output.request_id, [], output.outputs.data.float()) for output in outputs]
+
+
+@contextmanager
+def _vllm_may_refuse() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+        # pydantic says first how many there are.
+        said = next((line for line in lines if line.startswith("Value error, ")), lines[0])
+        raise CannotServeError(f"{type(error).__name__}: {said.partition(' [type=')[0]}") from error
+
+
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+@contextmanager
+def _glassbox_log() -> Iterator[list[str]]:
+    handler, logger = _Messages(), logging.getLogger(ROOT)
+    logger.addHandler(handler)
+    try:
+        yield handler.said
+    finally:
+        logger.removeHandler(handler)
