@@ -71,8 +71,8 @@ _BLOCK_N: Final = 64
 _WARPS: Final = 8
 _STAGES: Final = 2
 
-# Of wide heads, of which less fits an H200's shared memory; not measured.
-_WIDE_BLOCK_N: Final = 32
+# Of wide heads, of which less fits a GPU's shared memory; not measured.
+_WIDE_BLOCK_N: Final = 16
 _WIDE_STAGES: Final = 1
 
 # What differs between steps must not compile another variant.

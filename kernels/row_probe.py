@@ -32,7 +32,8 @@ _BLOCK_N: Final = 64
 _TILES: Final = 4
 _STAGES: Final = 3
 _WARPS: Final = 4
-# Of wide heads, whose tiles fill an H200's shared memory.
+# Of wide heads, so that they fit the shared memory of any GPU; not measured.
+_WIDE_BLOCK_N: Final = 32
 _WIDE_STAGES: Final = 2
 # Query heads of one KV head that share a tile, the fewest that tensor cores take; wide MQA is done in groups of them.
 _BLOCK_H: Final = 16
@@ -259,7 +260,8 @@ def _scores(
     chunk_rows, chunk_layers = of_rows.stop - of_rows.start, of_layers.stop - of_layers.start
     scores = queries.new_full((chunk_rows, chunk_layers, num_heads, columns), -torch.inf, dtype=torch.float32)
     head_blocks = num_kv_heads * triton.cdiv(num_heads // num_kv_heads, _BLOCK_H)
-    grid = (chunk_rows * chunk_layers, head_blocks, triton.cdiv(columns, _BLOCK_N * _TILES))
+    block_n, stages = (_WIDE_BLOCK_N, _WIDE_STAGES) if head_size > MAX_HEAD_SIZE else (_BLOCK_N, _STAGES)
+    grid = (chunk_rows * chunk_layers, head_blocks, triton.cdiv(columns, block_n * _TILES))
     _row_probe_kernel[grid](
         queries,
         layers.key_pointers,
@@ -294,9 +296,9 @@ def _scores(
         BLOCK_H=_BLOCK_H,
         BLOCK_D=block_d,
         BLOCK_REST=block_rest,
-        BLOCK_N=_BLOCK_N,
+        BLOCK_N=block_n,
         TILES=_TILES,
-        STAGES=_WIDE_STAGES if head_size > MAX_HEAD_SIZE else _STAGES,
+        STAGES=stages,
         num_warps=_WARPS,
     )
     return scores

@@ -23,7 +23,6 @@ from glassbox.core import rows as row_list
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.paged_keys import (
-    LOG2E,
     MAX_HEAD_SIZE,
     MAX_PAGE_ELEMENTS,
     MAX_WIDE_HEAD_SIZE,
@@ -33,6 +32,8 @@ from glassbox.kernels.paged_keys import (
     load_keys,
     soft_capped,
 )
+from glassbox.kernels.row_state import combine, exponent, no_keys
+from glassbox.kernels.wide_rows import copy_heads, wide_sums
 
 _NUM_ROW_COLUMNS = tl.constexpr(row_list.NUM_ROW_COLUMNS)
 _ROW_QUERY = tl.constexpr(row_list.ROW_QUERY)
@@ -57,8 +58,6 @@ _NUM_BUCKETS = tl.constexpr(NUM_BUCKETS)
 _BLOCK_STATISTICS = tl.constexpr(triton.next_power_of_2(NUM_STATISTICS))
 
 _LN2 = tl.constexpr(0.6931471805599453)
-# 2^-256 is 0 in float32; a finite floor keeps 0 * -inf out of E.
-_MIN_EXPONENT = tl.constexpr(-256.0)
 # How far (natural units) a score may be above the reference: e^16 squared and summed is far from overflow, and what
 # the entropy loses to cancellation is 23 bits' worth of float32 rounding, 1e-6.
 _MAX_RISE = tl.constexpr(16.0)
@@ -77,28 +76,6 @@ _ALL_TOKENS: Final = (0, 2**31 - 1)
 
 
 @triton.jit
-def _exponent(score, reference):
-    """log2 of e^(score - reference), floored; NaN (both infinite) becomes the floor."""
-    # Subtract before scaling: exact for scores near the maximum however large they are.
-    return tl.maximum((score - reference) * LOG2E, _MIN_EXPONENT)
-
-
-@triton.jit
-def _combine(m1, a1, b1, c1, d1, e1, f1, g1, o1, x1, m2, a2, b2, c2, d2, e2, f2, g2, o2, x2):
-    """Of two elements' maximum, seven sums, own score and nonfinite mark."""
-    return (
-        tl.maximum(m1, m2), a1 + a2, b1 + b2, c1 + c2, d1 + d2, e1 + e2, f1 + f2, g1 + g2, tl.maximum(o1, o2), x1 + x2
-    )  # fmt: skip
-
-
-@triton.jit
-def _no_keys(zeros):
-    """State of no keys, for `_combine`: nothing is above its maximum, and nothing is in its sums."""
-    lowest = zeros + float("-inf")
-    return lowest, zeros, zeros, zeros, zeros, zeros, zeros, zeros, lowest, zeros
-
-
-@triton.jit
 def _pick(values, index, i):
     """values[i] of a vector held in registers."""
     return tl.sum(tl.where(index == i, values, 0), 0)
@@ -107,97 +84,10 @@ def _pick(values, index, i):
 @triton.jit
 def _first_visible(position, reach, HAS_CHUNKS: tl.constexpr):
     """Position of the first key that a row sees; `reach` is a window, or a chunk's size."""
+    first = tl.maximum(position + 1 - reach, 0)
     if HAS_CHUNKS:
-        return position // reach * reach
-    return tl.maximum(position + 1 - reach, 0)
-
-
-@triton.jit
-def _wide_sums(
-    q,  # [BLOCK_H, BLOCK_D]
-    q_rest,  # [BLOCK_H, BLOCK_REST]
-    k_head_ptr,
-    table_ptr,
-    first_tile,
-    last_tile,
-    lowest,
-    n_visible,
-    position,
-    prompt_len,
-    factor,
-    soft_cap,
-    slopes,  # [BLOCK_H]
-    sink_tokens,
-    local_window,
-    stride_k_block,
-    stride_k_slot,
-    HEAD_SIZE: tl.constexpr,
-    PAGE: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """State of the keys of some tiles, as `_combine` has it, with heads as the rows of the product.
-
-    For many heads: what is summed is one number per head, not one per score, whose registers 128 heads don't leave.
-    """
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    m, z_context, z_generated, e, z2, sink, local, distance, own, bad = _no_keys(tl.zeros([BLOCK_H], tl.float32))
-    for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
-        j = tile * BLOCK_N + offs_n
-        visible = (j - lowest).to(tl.uint32, bitcast=True) < n_visible
-        k = load_keys(
-            k_head_ptr, table_ptr, tile, j, visible, position, offs_n, offs_d, stride_k_block, stride_k_slot,
-            BLOCK_D, PAGE, BLOCK_D, BLOCK_N,
-        )  # fmt: skip
-        # [BLOCK_H, BLOCK_D] @ [BLOCK_D, BLOCK_N] -> [BLOCK_H, BLOCK_N]
-        s = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision="ieee")
-        if BLOCK_REST > 0:
-            rest = load_keys(
-                k_head_ptr + BLOCK_D, table_ptr, tile, j, visible, position, offs_n, tl.arange(0, BLOCK_REST),
-                stride_k_block, stride_k_slot, HEAD_SIZE - BLOCK_D, PAGE, BLOCK_REST, BLOCK_N,
-            )  # fmt: skip
-            s = tl.dot(q_rest, tl.trans(rest.to(DOT_DTYPE)), s, input_precision="ieee")
-        s = s * factor
-        bad += tl.sum(s * 0.0, 1)  # stays 0 unless s is NaN or infinite
-        if HAS_SOFT_CAP:
-            s = soft_capped(s, soft_cap)
-        age = (position - j).to(tl.float32)
-        if HAS_ALIBI:
-            s = s - slopes[:, None] * age[None, :]
-        s = tl.where(visible[None, :], s, float("-inf"))
-        risen = tl.maximum(m, tl.max(s, 1))
-        shift = _exponent(m, risen)
-        decay = tl.exp2(shift)
-        t = _exponent(s, risen[:, None])
-        p = tl.exp2(t)
-        m = risen
-        in_context = (j < prompt_len).to(tl.float32)[None, :]
-        e = (e + shift * (z_context + z_generated)) * decay + tl.sum(p * t, 1)
-        z_context = z_context * decay + tl.sum(p * in_context, 1)
-        z_generated = z_generated * decay + tl.sum(p * (1.0 - in_context), 1)
-        z2 = z2 * (decay * decay) + tl.sum(p * p, 1)
-        sink = sink * decay + tl.sum(p * (j < sink_tokens).to(tl.float32)[None, :], 1)
-        local = local * decay + tl.sum(p * (position - j < local_window).to(tl.float32)[None, :], 1)
-        distance = distance * decay + tl.sum(p * age[None, :], 1)
-        own = tl.maximum(own, tl.max(tl.where((j == position)[None, :], s, float("-inf")), 1))
-    return m, z_context, z_generated, e, z2, sink, local, distance, own, bad
-
-
-@triton.jit
-def _copy_heads(source_ptr, target_ptr, is_head, SIZE: tl.constexpr, CHUNK: tl.constexpr):
-    """Copies SIZE elements of each head from pointers [BLOCK_H] to others."""
-    for begin in tl.static_range(0, SIZE, CHUNK):
-        d = begin + tl.arange(0, CHUNK)
-        wanted = is_head[:, None] & (d < SIZE)[None, :]
-        numbers = tl.load(source_ptr[:, None] + d[None, :], mask=wanted, other=0.0)
-        tl.store(target_ptr[:, None] + d[None, :], numbers.to(target_ptr.dtype.element_ty), mask=wanted)
+        first = position // reach * reach
+    return first
 
 
 @triton.jit
@@ -445,7 +335,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             of_heads = factor
             if HAS_ALIBI:
                 of_heads = slopes
-            m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = _wide_sums(
+            m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = wide_sums(
                 q, q_rest, k_head_ptr, table_ptr, first_tile, last_tile, lowest, n_visible, position, prompt_len,
                 factor, soft_cap, of_heads, sink_tokens, local_window, stride_k_block, stride_k_slot,
                 HEAD_SIZE, PAGE, DOT_DTYPE, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_H, BLOCK_D, BLOCK_REST, BLOCK_N, STAGES,
@@ -464,7 +354,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             # 182 us, not 140, at 64 x 4,096 keys on an H200). Only if a later score is far above the reference, the
             # keys are read once more, with the maximum now known.
             reference = tl.full([BLOCK_H], 0.0, tl.float32)
-            m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = _no_keys(
+            m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = no_keys(
                 tl.zeros([BLOCK_H], tl.float32)
             )
             reference_tile = first_tile
@@ -472,7 +362,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             while again:
                 # Beside the context's mass the generated one, too: their difference would lose a small one to
                 # cancellation. E is times log2(e).
-                top, z_context, z_generated, e, z2, sink, local, distance, own, bad = _no_keys(
+                top, z_context, z_generated, e, z2, sink, local, distance, own, bad = no_keys(
                     tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
                 )
                 for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
@@ -499,7 +389,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                     if tile == reference_tile:
                         reference = tl.max(s, 0)
                     top = tl.maximum(top, s)
-                    t = _exponent(s, reference[None, :])
+                    t = exponent(s, reference[None, :])
                     p = tl.exp2(t)
                     in_context = (j < prompt_len).to(tl.float32)[:, None]
                     z_context += p * in_context
@@ -512,7 +402,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                     own = tl.where((j == position)[:, None], s, own)
 
                 m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = tl.reduce(
-                    (top, z_context, z_generated, e, z2, sink, local, distance, own, bad), 0, _combine
+                    (top, z_context, z_generated, e, z2, sink, local, distance, own, bad), 0, combine
                 )
                 again = (reference_tile >= 0) & (tl.max(m - reference, 0) > _MAX_RISE)
                 if again:
@@ -521,7 +411,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
 
             # From sums relative to `reference` to sums relative to m:
             # sum e^(s-m) (s-m) = e^(r-m) (sum e^(s-r) (s-r) + (r-m) sum e^(s-r)).
-            rise = _exponent(reference, m)
+            rise = exponent(reference, m)
             decay = tl.exp2(rise)
             row_e = (row_e + rise * (row_zc + row_zg)) * decay
             row_zc *= decay
@@ -555,7 +445,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             complete = tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu") == last - first
             if complete:
                 tl.store(arrival_ptr, 0)
-                m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = _no_keys(
+                m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = no_keys(
                     tl.zeros([BLOCK_H], tl.float32)
                 )
                 for block_start in tl.range(first, last + 1, _MERGE_BLOCK):
@@ -573,9 +463,9 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                     part_own = _load_partial(partial_ptr, slots, 8, offs_h, there, float("-inf"), BLOCK_H)
                     part_bad = _load_partial(partial_ptr, slots, 9, offs_h, there, 0.0, BLOCK_H)
                     m_new = tl.maximum(m, tl.max(part_m, 0))
-                    shift_1 = _exponent(m, m_new)
+                    shift_1 = exponent(m, m_new)
                     decay_1 = tl.exp2(shift_1)
-                    part_shift = _exponent(part_m, m_new[None, :])
+                    part_shift = exponent(part_m, m_new[None, :])
                     part_decay = tl.exp2(part_shift)
                     part_e += part_shift * (part_zc + part_zg)
                     row_e = (row_e + shift_1 * (row_zc + row_zg)) * decay_1 + tl.sum(part_e * part_decay, 0)
@@ -600,8 +490,8 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             if HAS_SINKS:
                 learned = tl.load(sinks_ptr + heads, mask=is_head, other=float("-inf")).to(tl.float32)
                 top = tl.maximum(m, learned)
-                shrink = tl.exp2(_exponent(m, top))
-                z = zk * shrink + tl.exp2(_exponent(learned, top))
+                shrink = tl.exp2(exponent(m, top))
+                z = zk * shrink + tl.exp2(exponent(learned, top))
             mass = shrink / z
             n = position + 1 - lowest
             n_context = tl.minimum(tl.maximum(prompt_len - lowest, 0), n)
@@ -646,19 +536,19 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                         again_q = q_ptr + q_token * stride_q_token + heads * stride_q_head
                         kept = queries_ptr + kept_slot * stride_queries + heads * stride_queries_head
                         if WIDE:
-                            _copy_heads(again_q, kept, is_head, BLOCK_D, COPIED)
+                            copy_heads(again_q, kept, is_head, BLOCK_D, COPIED)
                         else:
-                            _copy_heads(again_q, kept, is_head, HEAD_SIZE, BLOCK_D)
+                            copy_heads(again_q, kept, is_head, HEAD_SIZE, BLOCK_D)
                         if BLOCK_REST > 0:
                             again_rest = q_rest_ptr + q_token * stride_q_rest_token + heads * stride_q_rest_head
-                            _copy_heads(again_rest, kept + BLOCK_D, is_head, HEAD_SIZE - BLOCK_D, COPIED)
+                            copy_heads(again_rest, kept + BLOCK_D, is_head, HEAD_SIZE - BLOCK_D, COPIED)
                     if HAS_OUTPUT:
                         served = output_ptr + token * stride_output_token + heads * stride_output_head
                         kept_output = outputs_ptr + kept_slot * stride_outputs + heads * stride_outputs_head
                         if WIDE:
-                            _copy_heads(served, kept_output, is_head, OUTPUT_SIZE, COPIED)
+                            copy_heads(served, kept_output, is_head, OUTPUT_SIZE, COPIED)
                         else:
-                            _copy_heads(served, kept_output, is_head, OUTPUT_SIZE, BLOCK_OUTPUT)
+                            copy_heads(served, kept_output, is_head, OUTPUT_SIZE, BLOCK_OUTPUT)
                     if HAS_KV:
                         # Once for all query heads of a KV head.
                         is_element = offs_d < tl.where(head_block % GROUP_BLOCKS == 0, HEAD_SIZE, 0)
@@ -772,30 +662,25 @@ def _default_programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tiling(q: torch.Tensor, k_cache: torch.Tensor) -> Tiling:
-    """The fastest of those measured on an H200 (bench_row_stats, suites tune and shapes, 2026-11)."""
+def _tilings(q: torch.Tensor, k_cache: torch.Tensor) -> tuple[Tiling, ...]:
+    """The fastest of those measured on an H200 (bench_row_stats, suites tune and shapes, 2026-11).
+
+    Of wide heads several, since what fits depends on the GPU's shared memory: the queries of 128 heads are 144 KiB of
+    bfloat16, a tile of 32 keys is 36 KiB. They are not measured (suite latent).
+    """
+    group = q.shape[1] // k_cache.shape[1]
     if k_cache.shape[3] > MAX_HEAD_SIZE:
-        return _wide_tiling(q, k_cache)
+        wide = (Tiling(keys=32, warps=8, stages=2, heads=128), Tiling(keys=32, warps=8, stages=2, heads=64))
+        narrow = (Tiling(keys=32, warps=4, stages=2, heads=16), Tiling(keys=16, warps=4, stages=1, heads=16))
+        fitting = [tiling for tiling in wide if tiling.heads < 2 * group]
+        return (*fitting, *narrow)
     if torch.float32 in (q.dtype, k_cache.dtype):
-        return Tiling(keys=32, warps=4, stages=3)  # not tuned: float32 serves tests
+        return (Tiling(keys=32, warps=4, stages=3),)  # not tuned: float32 serves tests
     # A tile of small heads is too few bytes in flight: 81 us against 93 us at 64 x 4,096 keys of size 64. With more
     # heads per KV head, 128 keys spill.
-    if q.shape[2] <= 64 and q.shape[1] <= 4 * k_cache.shape[1]:
-        return Tiling(keys=128, warps=4, stages=5)
-    return Tiling(keys=64, warps=4, stages=5)
-
-
-def _wide_tiling(q: torch.Tensor, k_cache: torch.Tensor) -> Tiling:
-    """What fits the shared memory of an H200: queries of 128 heads are 144 KiB of bfloat16, two tiles of keys 72 KiB.
-
-    Not measured (bench_row_stats, suite latent).
-    """
-    if torch.float32 in (q.dtype, k_cache.dtype):
-        return Tiling(keys=16, warps=4, stages=1, heads=16)
-    group = q.shape[1] // k_cache.shape[1]
-    if group > 64:
-        return Tiling(keys=32, warps=8, stages=2, heads=_MAX_WIDE_BLOCK_HEADS)
-    return Tiling(keys=64, warps=8 if group > 16 else 4, stages=2, heads=64)
+    if q.shape[2] <= 64 and group <= 4:
+        return (Tiling(keys=128, warps=4, stages=5),)
+    return (Tiling(keys=64, warps=4, stages=5),)
 
 
 def row_stats(
@@ -849,7 +734,7 @@ def row_stats(
             contiguous in the last dimension, or None: those of traced rows are written to their slot. Not if V has
             another head size than K, nor of wide heads.
         out: [max_rows, H, S + 1] float32, contiguous, or None: every row is written, padding rows are left alone.
-        tiling: None takes the measured one.
+        tiling: None takes the fastest that fits the GPU.
         tokens: only rows whose ROW_QUERY is in [first, end) are measured.
         first_row: q has the queries of the row list from this row on, which are all that are measured, instead of those
             of the tokens.
@@ -884,7 +769,6 @@ def row_stats(
     if key is None or value is None or kept_kv is None or key.shape != value.shape:
         key = value = kept_kv = None
     _check_kept(k_cache, num_heads, output, outputs, key, value, kept_kv)
-    tiling = tiling or _tiling(q, k_cache)
     # Everything that Triton specialises the kernel on: known again, its own look-up is skipped (33 instead of 76 us).
     variant = (
         params,
@@ -969,15 +853,23 @@ def row_stats(
         compiled, constants = known
         compiled[(workspace.num_programs, 1, 1)](*arguments, *constants)
         return
-    constants = _constants(
-        q, k_cache, max_rows, params, tiling,
-        ring=ring, queries=queries, output=output, kept_kv=kept_kv, out=out, by_row=first_row is not None,
-    )  # fmt: skip
-    compiled = _row_stats_kernel[(workspace.num_programs,)](
-        *arguments, *constants, num_warps=tiling.warps, maxnreg=tiling.registers
-    )
-    if compiled is not None:  # None from the interpreter
-        workspace.compiled[variant] = (compiled, constants)
+    tilings = (tiling,) if tiling is not None else _tilings(q, k_cache)
+    for last, candidate in enumerate(tilings, 1 - len(tilings)):
+        constants = _constants(
+            q, k_cache, max_rows, params, candidate,
+            ring=ring, queries=queries, output=output, kept_kv=kept_kv, out=out, by_row=first_row is not None,
+        )  # fmt: skip
+        try:
+            compiled = _row_stats_kernel[(workspace.num_programs,)](
+                *arguments, *constants, num_warps=candidate.warps, maxnreg=candidate.registers
+            )
+        except triton.runtime.errors.OutOfResources:
+            if last == 0:
+                raise
+            continue
+        if compiled is not None:  # None from the interpreter
+            workspace.compiled[variant] = (compiled, constants)
+        return
 
 
 def _parts(

@@ -2,6 +2,7 @@
 
     python tests/bench/bench_row_stats.py --suite all --csv-dir out      # targets, sweep, alternatives, gate
     python tests/bench/bench_row_stats.py --suite tune --csv-dir out     # every tiling and grid
+    python tests/bench/bench_row_stats.py --suite latent --csv-dir out   # latent attention (MLA), in many tilings
 
 Time is the GPU's, from CUDA events around replayed graphs; bandwidth is the bytes of K a perfect kernel reads, over
 that time. Pages lie in random blocks with V interleaved, as vLLM keeps them. Every launch of a graph reads other blocks
@@ -34,6 +35,8 @@ from tests.kernels.row_stats_cases import make_accumulators  # noqa: E402
 
 DEVICE = "cuda"
 HEADS, KV_HEADS, HEAD_SIZE, PAGE, LAYERS = 32, 8, 128, 16, 32
+# Of latent attention (MLA): DeepSeek's vectors, and the pages of most of its backends.
+LATENT, ROTARY, LATENT_PAGE = 512, 64, 64
 PARAMS = LayerParams(scale=HEAD_SIZE**-0.5)
 Row = dict[str, object]
 
@@ -42,7 +45,7 @@ Row = dict[str, object]
 class Batch:
     """`batch` decode rows of `context` keys each over one shared cache; `tables` are disjoint choices of blocks."""
 
-    q: torch.Tensor
+    q: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
     k: torch.Tensor
     kv: torch.Tensor
     tables: list[torch.Tensor]
@@ -64,15 +67,27 @@ class Cache:
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         blocks = int(gib * 2**30) // (PAGE * kv_heads * head_size * 2 * dtype.itemsize)
-        self.kv = torch.empty(blocks, PAGE, kv_heads, 2 * head_size, dtype=dtype, device=DEVICE)
-        for part in self.kv.split(2**14):
-            part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=DEVICE))
-        self.order = torch.randperm(blocks, device=DEVICE, dtype=torch.int32)
+        self._fill(torch.empty(blocks, PAGE, kv_heads, 2 * head_size, dtype=dtype, device=DEVICE))
         self.heads, self.head_size = heads, head_size
+
+    def _fill(self, kv: torch.Tensor) -> None:
+        """The cache, its second dimension the tokens of a page."""
+        self.kv, self.page = kv, kv.shape[1]
+        for part in kv.split(2**14):
+            part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=DEVICE))
+        self.order = torch.randperm(len(kv), device=DEVICE, dtype=torch.int32)
+
+    def queries(self, batch: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Of so many rows."""
+        return torch.randn(batch, self.heads, self.head_size, dtype=torch.bfloat16, device=DEVICE)
+
+    def keys(self) -> torch.Tensor:
+        """[blocks, kv_heads, page, head_size]."""
+        return self.kv.transpose(1, 2)[..., : self.head_size]
 
     def batch(self, batch: int, context: int, max_rows: int = 256) -> Batch:
         """Rows over blocks in random order."""
-        per_row = -(-context // PAGE)
+        per_row = -(-context // self.page)
         need = batch * per_row
         tables = [t.view(batch, per_row) for t in self.order.split(need) if t.numel() == need][:8]
         if not tables:
@@ -82,8 +97,8 @@ class Cache:
         rows[:, row_list.ROW_PHASE], rows[:, row_list.ROW_SLOT] = row_list.ROW_DECODE, -1
         rows[:, row_list.ROW_PROMPT_LEN] = context // 2
         return Batch(
-            q=torch.randn(batch, self.heads, self.head_size, dtype=torch.bfloat16, device=DEVICE),
-            k=self.kv.transpose(1, 2)[..., : self.head_size],
+            q=self.queries(batch),
+            k=self.keys(),
             kv=self.kv,
             tables=tables,
             starts=torch.arange(batch + 1, dtype=torch.int32, device=DEVICE),
@@ -91,6 +106,24 @@ class Cache:
             rows=rows,
             num_rows=torch.tensor([batch], dtype=torch.int32, device=DEVICE),
         )
+
+
+class LatentCache(Cache):
+    """One latent cache: [blocks, LATENT_PAGE, LATENT + ROTARY]; queries come in vLLM's two parts."""
+
+    def __init__(self, gib: float, heads: int, dtype: torch.dtype) -> None:
+        self.heads, self.head_size = heads, LATENT + ROTARY
+        blocks = int(gib * 2**30) // (LATENT_PAGE * self.head_size * dtype.itemsize)
+        self._fill(torch.empty(blocks, LATENT_PAGE, self.head_size, dtype=dtype, device=DEVICE))
+
+    def queries(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        latent, rotary = (
+            torch.randn(batch, self.heads, size, dtype=torch.bfloat16, device=DEVICE) for size in (LATENT, ROTARY)
+        )
+        return latent, rotary
+
+    def keys(self) -> torch.Tensor:
+        return self.kv.unsqueeze(1)
 
 
 def graph_time_us(launch: Callable[[int], None], launches: int, replays: int = 7) -> float:
@@ -136,7 +169,7 @@ def kernel_time_us(b: Batch, tiling: Tiling | None = None, programs_per_sm: int 
     """Time of row_stats on a batch."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     programs = None if programs_per_sm is None else programs_per_sm * sms
-    heads, head_size = b.q.shape[1:]
+    heads, head_size = (b.q if isinstance(b.q, torch.Tensor) else b.q[0]).shape[1], b.k.shape[3]
     params = LayerParams(scale=head_size**-0.5)
     workspace = RowStatsWorkspace(DEVICE, b.rows.shape[0], heads, programs)
     accumulators = make_accumulators(heads, DEVICE)
@@ -217,6 +250,29 @@ def suite_shapes(cache: Cache, copy: float) -> list[Row]:
     return result
 
 
+def suite_latent(cache: Cache, copy: float) -> list[Row]:
+    """Latent attention by tiling: all of DeepSeek V3's heads, and what tensor parallelism leaves of them; FP8, too."""
+    result = []
+    shapes = ((64, 4096), (1, 131072), (16, 8192), (1, 1024))
+    for heads, dtype in itertools.product((128, 64, 16), (torch.bfloat16, torch.float8_e4m3fn)):
+        made = LatentCache(6.0, heads, dtype)
+        batches = [made.batch(*shape) for shape in shapes]
+        tilings = [None] + [
+            Tiling(keys, warps, stages, heads=together)
+            for together in (16, 32, 64, 128)
+            if together <= heads
+            for keys, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 3))
+        ]
+        for tiling, b in itertools.product(tilings, batches):
+            try:
+                row = measure("latent", b, copy, tiling=tiling, programs_per_sm=None if tiling is None else 1)
+            except triton.runtime.errors.OutOfResources:
+                continue
+            row |= {"heads": heads, "kv_dtype": str(dtype).split(".")[1], "is_default": tiling is None}
+            result.append(row | ({} if tiling is None else asdict(tiling)))
+    return result
+
+
 def _statistics(s: torch.Tensor, m: torch.Tensor, p: torch.Tensor, prompt: int) -> torch.Tensor:
     """All statistics from scores [B, H, n], their maximum [B, H] and p [B, H, n]."""
     n = s.shape[-1]
@@ -239,7 +295,8 @@ def _statistics(s: torch.Tensor, m: torch.Tensor, p: torch.Tensor, prompt: int) 
 
 def torch_alternative(b: Batch) -> torch.Tensor:
     """Gather, matmul, softmax, statistics; [B, H, S]."""
-    batch, context = b.q.shape[0], b.tables[0].shape[1] * PAGE
+    batch, context = b.tables[0].shape[0], b.tables[0].shape[1] * PAGE
+    assert isinstance(b.q, torch.Tensor)
     k = b.k.transpose(1, 2)[b.tables[0]].view(batch, context, KV_HEADS, HEAD_SIZE).permute(0, 2, 3, 1)
     q = b.q.view(batch, KV_HEADS, HEADS // KV_HEADS, HEAD_SIZE)
     s = (q @ k).float().view(batch, HEADS, context) * PARAMS.scale
@@ -248,9 +305,10 @@ def torch_alternative(b: Batch) -> torch.Tensor:
 
 def lse_alternative(b: Batch) -> torch.Tensor:
     """LSE from the flash attention in torch, p = e^(s - LSE) from one matmul, statistics by torch; [B, H, S]."""
-    batch, context = b.q.shape[0], b.tables[0].shape[1] * PAGE
+    batch, context = b.tables[0].shape[0], b.tables[0].shape[1] * PAGE
     kv = b.kv[b.tables[0]].view(batch, context, KV_HEADS, 2 * HEAD_SIZE).transpose(1, 2)
     k, v = kv[..., :HEAD_SIZE], kv[..., HEAD_SIZE:]
+    assert isinstance(b.q, torch.Tensor)
     q = b.q.view(batch, KV_HEADS, HEADS // KV_HEADS, HEAD_SIZE)
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     lse = flash(q, k, v, scale=PARAMS.scale)[1].view(batch, HEADS, 1)
@@ -345,6 +403,7 @@ SUITES = {
     "targets": suite_targets,
     "sweep": suite_sweep,
     "shapes": suite_shapes,
+    "latent": suite_latent,
     "alternatives": suite_alternatives,
     "gate": suite_gate,
 }
@@ -377,14 +436,14 @@ def write_csv(path: Path, rows: list[Row], commit: str) -> None:
 def main() -> None:
     """Run suites, print their lines, write one CSV per suite."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all", help="all is all but tune")
+    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all", help="all is all but tune and latent")
     parser.add_argument("--csv-dir", type=Path, default=Path("."))
     parser.add_argument("--cache-gib", type=float, default=10.0)
     parser.add_argument("--commit", default=None, help="where git is not at hand")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
-    names = [n for n in SUITES if n != "tune"] if args.suite == "all" else [args.suite]
+    names = [n for n in SUITES if n not in {"tune", "latent"}] if args.suite == "all" else [args.suite]
     copy = copy_gb_s()
     cache = Cache(args.cache_gib)
     for name in names:

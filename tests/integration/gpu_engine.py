@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 FAULTY_LAYER, FAULTY_HEAD = 7, 3
+FAULTY_LATENT_LAYER: Final = 1
 # sampling.prefill_rows_per_request of the engines.
 PREFILL_ROWS: Final = 8
 
@@ -168,7 +169,8 @@ def run(spec: EngineSpec) -> None:
 def _break(fault: str) -> None:
     """Break a layer.
 
-    kernel: vLLM's attention gives 1.02 times the output in one head, in CUDA graphs as well. scale: glassbox takes the
+    kernel: vLLM's attention gives 1.02 times the output in one head, in CUDA graphs as well; latent kernel: that of
+    TRITON_MLA does, in layer FAULTY_LATENT_LAYER. scale: glassbox takes the
     scores for 1 % larger. keys: glassbox reads the keys of the slot before.
     """
     from glassbox.adapter.attention import layer_view
@@ -185,6 +187,19 @@ def _break(fault: str) -> None:
             return output
 
         flash_attn.FlashAttentionImpl.forward = forward
+        return
+    if fault == "latent kernel":
+        from vllm.v1.attention.backends.mla import triton_mla
+
+        decode = triton_mla.TritonMLAImpl.forward_mqa
+
+        def forward_mqa(self: Any, q: Any, cache: Any, metadata: Any, layer: Any) -> Any:
+            output, lse = decode(self, q, cache, metadata, layer)
+            if f".{FAULTY_LATENT_LAYER}." in layer.layer_name:
+                output[:, FAULTY_HEAD] *= 1.02
+            return output, lse
+
+        triton_mla.TritonMLAImpl.forward_mqa = forward_mqa
         return
     view = layer_view.StridedView
     made: Any = view.__init__

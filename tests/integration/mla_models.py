@@ -45,13 +45,13 @@ _YARN: Final = {
 }
 
 
-def save_mla_model(folder: Path, family: str) -> Path:
-    """Write one of deepseek_v2, deepseek_v2_lora (compressed queries) and deepseek_v3."""
+def save_mla_model(folder: Path, family: str, **sizes: int) -> Path:
+    """Write one of deepseek_v2, deepseek_v2_lora (compressed queries) and deepseek_v3, of other sizes if asked."""
     import transformers as hf
 
     torch.manual_seed(0)
     lora = None if family == "deepseek_v2" else 48
-    config: dict[str, Any] = {**_SIZES, "q_lora_rank": lora, "rope_parameters": dict(_YARN)}
+    config: dict[str, Any] = {**_SIZES, **sizes, "q_lora_rank": lora, "rope_parameters": dict(_YARN)}
     if family.startswith("deepseek_v2"):
         model: Any = hf.DeepseekV2ForCausalLM(hf.DeepseekV2Config(**config))
     else:

@@ -317,6 +317,31 @@ class TestRows:
         assert [1] == joined[:, ROW_BATCH].tolist()
 
 
+class TestTokens:
+    """Of latent attention only the first tokens of a step can be reproduced."""
+
+    BATCH = make_batch((1, 9, 7), (1, 20, 4), (6, 4, 5))
+
+    def test_rows_of_later_tokens(self) -> None:
+        """They are left out whatever their phase, a resumed request's answer among them; the first ones are checked."""
+        checks = Checks()
+        checks.is_due()
+        rows, check = checks.choose(self.BATCH, tokens=2)
+        assert check is not None
+        assert rows[:, ROW_QUERY].tolist() == [0, 1]
+        assert check.positions.tolist() == [9, 20]
+        assert (check.phases == ROW_DECODE).all()
+
+    def test_none(self) -> None:
+        """A step that only prefills is not checked, and stands for no phase."""
+        checks = Checks()
+        checks.is_due()
+        rows, check = checks.choose(self.BATCH, tokens=0)
+        assert check is None
+        assert not len(rows)
+        assert checks.choose(self.BATCH)[1] is not None
+
+
 class TestSlots:
     def test_behind_those_of_traced_rows(self) -> None:
         """Each checked row has one: a traced one keeps its own, the others follow the last."""

@@ -1,0 +1,123 @@
+"""Latent attention (MLA) on a GPU with CUDA graphs: statistics are transformers', tokens are vLLM's own."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glassbox.core.output_checks import LayerState
+from glassbox.core.statistics import INDEX
+from tests.integration.gpu_engine import FAULTY_HEAD, FAULTY_LATENT_LAYER, EngineSpec, measured_positions, run_engines
+from tests.integration.mla_models import LAYERS, VOCABULARY, save_mla_model
+from tests.integration.test_gpu_vllm import CONFIG, Result, mean_errors, truth_sums
+
+pytestmark = [pytest.mark.gpu, pytest.mark.integration]
+
+# DeepSeek's own sizes of a head; backends are particular about them.
+SIZES: dict[str, int] = {
+    "hidden_size": 512,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
+OBSERVED = ("triton", "triton-eager", "triton-v1", "flash", "auto", "fp8")
+
+
+def _prompts() -> tuple[list[list[int]], list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+    lengths = [3, 17, 700, 64, 250, 1, 128, 31, 900, 5, 77, 300]
+    prompts = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    return prompts, [24 + 3 * i for i in range(len(lengths))]
+
+
+def _variants(base: EngineSpec) -> dict[str, EngineSpec]:
+    triton, flash = replace(base, backend="TRITON_MLA"), replace(base, backend="FLASH_ATTN_MLA")
+    return {
+        "triton": triton,
+        "triton-plain": replace(triton, config=None),
+        "triton-eager": replace(triton, eager=True),
+        "triton-v1": replace(triton, v2_runner=False),
+        "flash": flash,
+        "flash-plain": replace(flash, config=None),
+        "auto": base,
+        "fp8": replace(triton, kv_cache_dtype="fp8"),
+        "triton-kernel": replace(triton, fault="latent kernel"),
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Run all engines."""
+    folder = tmp_path_factory.mktemp("gpu")
+    model = save_mla_model(folder, "deepseek_v3", **SIZES)
+    prompts, max_tokens = _prompts()
+    llm_args: dict[str, Any] = {"skip_tokenizer_init": True, "max_model_len": 1024}
+    base = EngineSpec(str(model), prompts, max_tokens, out="", config=CONFIG, llm_args=llm_args)
+    specs = {name: replace(spec, out=str(folder / name)) for name, spec in _variants(base).items()}
+    run_engines(specs, folder)
+    return {name: Result(spec) for name, spec in specs.items()}
+
+
+@pytest.mark.parametrize("name", OBSERVED)
+def test_rows_are_exactly_those_served(results: dict[str, Result], name: str) -> None:
+    """Chunked prompts, decoding beside them, padding and captures: each row once in each layer and head."""
+    result = results[name]
+    assert result.report["errors"] == {}
+    assert Path(result.spec.out).name == name
+    positions = [measured_positions(prompt_len, len(tokens)) for tokens, prompt_len in result.sequences]
+    expected = [sum(len(p) for p, _ in positions), sum(len(d) for _, d in positions)]
+    rows = result.arrays["rows"]
+    assert rows.shape[:2] == (LAYERS, SIZES["num_attention_heads"])
+    np.testing.assert_array_equal(rows, np.broadcast_to(expected, rows.shape))
+    assert result.arrays["nonfinite"].sum() == 0
+
+
+def test_backends_are_those_asked_for(results: dict[str, Result]) -> None:
+    """The inner backend's own name is reported."""
+    assert results["triton"].report["backend"] == "TRITON_MLA"
+    assert results["flash"].report["backend"] == "FLASH_ATTN_MLA"
+    assert results["auto"].report["backend"].endswith("MLA")
+
+
+@pytest.mark.parametrize("name", ["triton", "triton-eager", "triton-v1", "flash"])
+def test_bfloat16(results: dict[str, Result], name: str) -> None:
+    """As near to float32 transformers as transformers in bfloat16 is, within a factor of two."""
+    import torch
+
+    result = results[name]
+    exact = truth_sums(result, torch.float32)
+    rows = result.arrays["rows"].astype(np.float64)[..., None]
+    yardstick = (truth_sums(result, torch.bfloat16) - exact) / rows
+    for statistic, ours in mean_errors(result, exact).items():
+        theirs = float(np.sqrt(np.mean(np.square(yardstick[..., INDEX[statistic]]))))
+        print(f"{name} {statistic}: rms error of the mean {ours:.3g}, transformers in bfloat16 {theirs:.3g}")
+        assert ours <= 2 * theirs, statistic
+
+
+@pytest.mark.parametrize("name", OBSERVED)
+def test_healthy(results: dict[str, Result], name: str) -> None:
+    """Every layer is certified by decode rows, and none was ever in doubt."""
+    report = results[name].report
+    print(name, report["canary_rows"], np.array(report["error_counts"]).tolist(), max(report["worst_ratio"]))
+    assert set(report["layer_states"]) == {LayerState.CERTIFIED}
+    assert report["canary_rows"]["failed"] == 0
+    assert max(report["worst_ratio"]) < 0.8
+
+
+def test_a_broken_kernel(results: dict[str, Result]) -> None:
+    """Its layer and head are named, and the layer is not observed any more."""
+    report = results["triton-kernel"].report
+    failed = [layer for layer, state in enumerate(report["layer_states"]) if state == LayerState.FAILED]
+    assert failed == [FAULTY_LATENT_LAYER]
+    assert report["worst_head"][FAULTY_LATENT_LAYER] == FAULTY_HEAD
+
+
+@pytest.mark.parametrize("name", ["triton", "flash"])
+def test_tokens_are_those_without_the_plugin(results: dict[str, Result], name: str) -> None:
+    """Greedy, token for token, at sample rate 1."""
+    assert results[name].report["tokens"] == results[f"{name}-plain"].report["tokens"]
