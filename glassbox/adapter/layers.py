@@ -123,9 +123,6 @@ _OTHER_KINDS: Final = {
 
 # Classes of vLLM's layers whose rows see others than a run of keys that ends with their own.
 _MASKED: Final = {
-    "ChunkedLocalAttention": Bypass(
-        "chunked_local", "chunked local attention splits requests into virtual ones, whose rows can't be found"
-    ),
     "RSWAAttention": Bypass("mask", "reference sliding windows leave a gap between the prefix and the window"),
     "StaticSinkAttention": Bypass("mask", "static sinks are keys that no token of the sequence has"),
 }

@@ -59,6 +59,9 @@ class Listener(Protocol):
                 latent cache.
         """
 
+    def on_block_table(self, layer_names: list[str], block_table: "Tensor") -> None:
+        """These layers have the metadata that was built last, with a block table of their own."""
+
     def after_attention(
         self,
         impl: Any,

@@ -19,7 +19,6 @@ BYPASS_REASONS: Final[Mapping[str, str]] = {
     "backend": "its attention backend is not one that glassbox wraps",
     "cache_layout": "its backend keeps the KV cache in a way that glassbox can't read",
     "cache_type": "its KV cache is of a type whose keys are no plain numbers",
-    "chunked_local": "chunked local attention splits requests into virtual ones",
     "compressed_latents": "it attends over compressed latent vectors that an indexer picks (DeepSeek V4)",
     "context_parallel": "context parallelism spreads the keys of a row over ranks",
     "cross": "cross attention, whose keys are those of the encoder",

@@ -44,8 +44,6 @@ class _Observed:
 
 
 OBSERVED: Final = _Observed()
-LATENT: Final = Unobserved("mla", "latent")
-CHUNKED: Final = Unobserved("chunked_local", "chunked local attention")
 ENCODER: Final = Unobserved("encoder", "encoder")
 CROSS: Final = Unobserved("cross", "cross attention")
 

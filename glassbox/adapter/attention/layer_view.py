@@ -69,7 +69,7 @@ class PackedView(View):
     """Of a layer on a CPU, whose pages are packed. See contract.PackedLayer."""
 
     def __init__(self, impl: ObservedImpl, layer: AttentionLayer) -> None:
-        super().__init__(impl, layer, _params(impl))
+        super().__init__(impl, layer, _params(impl, layer))
 
     @property
     def _scales(self) -> tuple[float, float]:
@@ -116,6 +116,7 @@ class StridedView(View):
         quantised = kv_cache.element_size() == 1
         params = _params(
             impl,
+            layer,
             q_scale=layer._q_scale if query.element_size() == 1 else None,
             k_scale=layer._k_scale if quantised else None,
             v_scale=layer._v_scale if quantised else None,
@@ -148,6 +149,7 @@ class StridedView(View):
 
 def _params(
     impl: AttentionImpl,
+    layer: AttentionLayer,
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
@@ -163,6 +165,8 @@ def _params(
         sinks=getattr(impl, "sinks", None),
         # "None" is -1 on a CPU, and (-1, -1) on a GPU.
         sliding_window=window if window is not None and window > 0 else None,
+        # Of ChunkedLocalAttention alone.
+        chunk_size=getattr(layer, "attention_chunk_size", None),
         q_scale=q_scale,
         k_scale=k_scale,
         v_scale=v_scale,

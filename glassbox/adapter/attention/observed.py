@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Final
 
 from glassbox.adapter import members
-from glassbox.adapter.attention.observed_mla import observe_latent_builder, observe_latent_impl
+from glassbox.adapter.attention.observed_chunks import is_building_chunks, observe_chunks
 from glassbox.adapter.seat import SEAT
 from glassbox.config.load import CPU_BACKENDS, MLA_BACKENDS, SUPPORTED_INNER_BACKENDS
 from glassbox.core.logs import get_logger, log_once
@@ -74,6 +74,9 @@ def observed_class(name: str) -> type:
     inner: Any = inner_class(name)
     of_impl, of_builder = _observe_impl, _observe_builder
     if name in MLA_BACKENDS:
+        # Here, for it needs torch, and every process of a server names the classes of this module.
+        from glassbox.adapter.attention.observed_mla import observe_latent_builder, observe_latent_impl
+
         of_impl, of_builder = observe_latent_impl, observe_latent_builder
     impl = _named(of_impl(inner.get_impl_cls()), f"{_PREFIX}{name}Impl")
     builder = _named(of_builder(inner.get_builder_cls()), f"{_PREFIX}{name}Builder")
@@ -122,10 +125,14 @@ def _observe_impl(inner: Any) -> type:
 
 def _observe_builder(inner: Any) -> type:
     class ObservedBuilder(inner):
+        def __init_subclass__(cls, **kw: Any) -> None:
+            super().__init_subclass__(**kw)
+            observe_chunks(cls)
+
         def build(self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kw: Any) -> Any:
             metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kw)
             listener = SEAT.listener
-            if listener is not None:
+            if listener is not None and not is_building_chunks(self):
                 listener.on_build(self.layer_names, common_attn_metadata)
             return metadata
 

@@ -36,7 +36,7 @@ from glassbox.core.counters import ENGINE_NUMBERS
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
-from glassbox.measure.contract import LatentForward, Measurer
+from glassbox.measure.contract import BatchTables, LatentForward, Measurer
 from glassbox.measure.sampling import RowSampler, StepSampler
 from glassbox.processes.worker.canary import Canary, StepCheck
 from glassbox.processes.worker.progress import RequestProgress
@@ -111,6 +111,7 @@ class Observer:
         self._read_config, self._errors, self._clock = config, errors, clock
         self._exact, self._progress = exact, RequestProgress()
         self._step: Step | None = None
+        self._tables: BatchTables | None = None  # of the metadata that was built last
         self._config = config()
         self._steps = StepSampler(self._rate(self._config), self._config.sampling.overhead_budget)
         self._apply(self._config)
@@ -222,7 +223,8 @@ class Observer:
         step = self._step
         started = self._clock()
         try:
-            self.measurer.on_build(layer_names, common_tables(common_attn_metadata))
+            self._tables = common_tables(common_attn_metadata)
+            self.measurer.on_build(layer_names, self._tables)
             if step is not None and step.measured and not step.rows_chosen:
                 step.rows_chosen = True
                 self._choose_rows(step, common_attn_metadata, absorbed)
@@ -237,6 +239,14 @@ class Observer:
                 step.fail(stage, error)
         if step is not None:
             step.overhead_s += self._clock() - started
+
+    def on_block_table(self, layer_names: list[str], block_table: Tensor) -> None:
+        """See seat.Listener."""
+        try:
+            if self._tables is not None and layer_names and layer_names[0] in self._layer_names:
+                self.measurer.on_build(layer_names, self._tables._replace(block_table=block_table, group=object()))
+        except Exception as error:
+            self._errors.count("observe", error)
 
     def _choose_rows(self, step: Step, common_attn_metadata: CommonMetadata, absorbed: int | None) -> None:
         batch = read_batch(step.runner, step.prepared, common_attn_metadata)
@@ -362,7 +372,9 @@ class Observer:
                     return
                 forward = forward_of(impl, query, key, value, output)
                 view = view_of(impl, layer, forward, kv_cache)
-                self.measurer.after_attention(view, forward, kv_cache, tables_of(attn_metadata))
+                # The metadata of chunks is of virtual requests.
+                tables = None if view.params.chunk_size else tables_of(attn_metadata)
+                self.measurer.after_attention(view, forward, kv_cache, tables)
 
     def after_latent_attention(
         self, impl: ObservedLatentImpl, layer: LatentLayer, forward: LatentForward, kv_cache: Tensor
@@ -408,6 +420,7 @@ class Observer:
     def stop_step(self) -> None:
         """The step's `execute_model` is about to return, or to raise."""
         step, self._step = self._step, None
+        self._tables = None
         if step is None:
             return
         step.stop()

@@ -41,10 +41,6 @@ def find_layers(of_model: dict[str, Any], of_all: Bypass | None = None, **how: A
     return layers.find_layers(of_model, finder, of_all=of_all, **how)
 
 
-class ChunkedLocalAttention(SimpleNamespace):
-    """Named as vLLM's class is."""
-
-
 class TestFindLayers:
     def test_observed_layers_come_in_the_order_of_the_model(self) -> None:
         """Whatever the order of vLLM's dictionary; the widest layer gives the number of heads."""
@@ -92,15 +88,22 @@ class TestFindLayers:
         found = find_layers({"layers.0.attn": layer(False), "layers.1.attn": layer(True, draft=True)})
         assert (found.names, found.bypassed) == ((), {})
 
-    def test_virtual_batches_and_late_keys_bypass(self) -> None:
-        """Their rows can't be found, or K is not there before the attention."""
-        chunked = ChunkedLocalAttention(**vars(layer(True)))
-        found = find_layers({"layers.0.attn": chunked, "layers.1.attn": layer(True, late=True)})
-        assert "virtual" in found.bypassed["layers.0.attn"].reason
-        assert found.bypassed["layers.0.attn"].slug == "chunked_local"
+    def test_late_keys_bypass(self) -> None:
+        """K is not there before the attention."""
+        found = find_layers({"layers.1.attn": layer(True, late=True)})
         assert found.bypassed["layers.1.attn"] == Bypass(
             "late_keys", "their backend writes keys only while it computes"
         )
+
+    @pytest.mark.parametrize(
+        ("name", "said"), [("RSWAAttention", "reference sliding"), ("StaticSinkAttention", "sinks")]
+    )
+    def test_masks_of_their_own_bypass(self, name: str, said: str) -> None:
+        """What their rows see is no run of keys."""
+        masked = type(name, (SimpleNamespace,), {})(**vars(layer(True)))
+        (bypass,) = find_layers({"layers.0.attn": masked}).bypassed.values()
+        assert bypass.slug == "mask"
+        assert said in bypass.reason
 
     def test_a_cache_that_cannot_be_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What was written did not come back; the layers beside it are observed, and know their layout."""
