@@ -255,7 +255,7 @@ def _work() -> list[dashboard.Panel]:
         ),
         lines(
             "Dropped rows by reason",
-            "Rows per second that should have been measured but were not, e.g. above max_rows_per_step.",
+            "Rows of measured steps that were left out, per second, e.g. above max_rows_per_step.",
             [Query(promql.total("glassbox_dropped_rows_total", by=("reason",)), "{{reason}}")],
             RATE_UNIT,
             bounds=(0.0, None),

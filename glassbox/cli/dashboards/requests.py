@@ -76,7 +76,7 @@ def _measured() -> list[dashboard.Panel]:
         ),
         lines(
             "Dropped rows by reason",
-            "Rows per second that should have been measured but were not.",
+            "Rows of measured steps that were left out, per second.",
             [Query(promql.total("glassbox_dropped_rows_total", by=("reason",)), "{{reason}}")],
             RATE_UNIT,
             bounds=(0.0, None),

@@ -14,6 +14,7 @@ pytest.importorskip("grafana_foundation_sdk", reason="needs the extra dashboards
 from glassbox.cli.dashboards import check, generated
 from glassbox.cli.dashboards.rule_model import RuleSettings
 from glassbox.cli.dashboards.rules import alerts, build_groups, recordings, to_data
+from glassbox.core.counters import DROP_REASONS
 from glassbox.core.statistics import INDEX, STATISTICS
 from tests.serving import require_tool
 
@@ -559,6 +560,11 @@ class TestRunbooks:
         for page in [*(ROOT / "docs/runbooks").glob("*.md"), ROOT / "docs/metrics.md"]:
             for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
                 assert (page.parent / target).is_file(), f"{page.name}: {target}"
+
+    def test_every_reason_for_leaving_out_rows_is_explained(self) -> None:
+        """The page of metrics has each value of the label `reason` that the observer uses."""
+        source = (ROOT / "glassbox/processes/worker/observer.py").read_text()
+        assert set(re.findall(r"""(?:dropped_rows\[|_drop\()"(\w+)\"""", source)) == DROP_REASONS.keys()
 
     def test_every_stage_that_counts_errors_is_explained(self) -> None:
         """The page of GlassboxErrors names each value of the label `stage` that the code uses."""
