@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # every process of a server has a seat, and only workers need
         LatentLayer,
         VllmWorker,
     )
-    from glassbox.measure.contract import LatentForward
 
 
 logger = get_logger(__name__)
@@ -76,9 +75,14 @@ class Listener(Protocol):
         """A layer's attention was computed, or queued; `output` is what it returned."""
 
     def after_latent_attention(
-        self, impl: Any, layer: "LatentLayer", forward: "LatentForward", kv_cache: "Tensor"
+        self, impl: Any, layer: "LatentLayer", kv_cache: "Tensor", absorbed: Any, output: object, plain: "Tensor | None"
     ) -> None:
-        """A layer's latent attention was computed, or queued."""
+        """A layer's latent attention was computed, or queued, in one part or in two; see `mla_forward.latent_forward`.
+
+        Args:
+            absorbed: queries that `forward_mqa` was given, None if it was not called; output: what it returned.
+            plain: queries that `forward_mha` was given, None if it was not called.
+        """
 
 
 class Seat:

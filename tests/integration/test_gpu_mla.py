@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from glassbox.core.output_checks import LayerState
-from glassbox.core.statistics import INDEX
 from tests.integration.gpu_engine import FAULTY_HEAD, FAULTY_LATENT_LAYER, EngineSpec, measured_positions, run_engines
 from tests.integration.mla_models import LAYERS, VOCABULARY, save_mla_model
-from tests.integration.test_gpu_vllm import CONFIG, Result, mean_errors, truth_sums
+from tests.integration.test_gpu_vllm import CONFIG, Result, assert_as_near_as_transformers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration]
 
@@ -87,16 +86,7 @@ def test_backends_are_those_asked_for(results: dict[str, Result]) -> None:
 @pytest.mark.parametrize("name", ["triton", "triton-eager", "triton-v1", "flash"])
 def test_bfloat16(results: dict[str, Result], name: str) -> None:
     """As near to float32 transformers as transformers in bfloat16 is, within a factor of two."""
-    import torch
-
-    result = results[name]
-    exact = truth_sums(result, torch.float32)
-    rows = result.arrays["rows"].astype(np.float64)[..., None]
-    yardstick = (truth_sums(result, torch.bfloat16) - exact) / rows
-    for statistic, ours in mean_errors(result, exact).items():
-        theirs = float(np.sqrt(np.mean(np.square(yardstick[..., INDEX[statistic]]))))
-        print(f"{name} {statistic}: rms error of the mean {ours:.3g}, transformers in bfloat16 {theirs:.3g}")
-        assert ours <= 2 * theirs, statistic
+    assert_as_near_as_transformers(results[name])
 
 
 @pytest.mark.parametrize("name", OBSERVED)

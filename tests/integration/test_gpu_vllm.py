@@ -114,6 +114,19 @@ def mean_errors(result: Result, exact: np.ndarray) -> dict[str, float]:
     return {name: float(np.sqrt(np.mean(np.square(difference[..., i])))) for name, i in INDEX.items()}
 
 
+def assert_as_near_as_transformers(result: Result) -> None:
+    """Of an engine in bfloat16: its errors are at most twice those of transformers in bfloat16."""
+    import torch
+
+    exact = truth_sums(result, torch.float32)
+    rows = result.arrays["rows"].astype(np.float64)[..., None]
+    yardstick = (truth_sums(result, torch.bfloat16) - exact) / rows
+    for statistic, ours in mean_errors(result, exact).items():
+        theirs = float(np.sqrt(np.mean(np.square(yardstick[..., INDEX[statistic]]))))
+        print(f"{Path(result.spec.out).name} {statistic}: rms error of the mean {ours:.3g}, transformers' {theirs:.3g}")
+        assert ours <= 2 * theirs, statistic
+
+
 OBSERVED = ("flash", "flash-eager", "flash-v1", "triton", "triton-float32", "auto", "custom", "fp8")
 
 
@@ -154,16 +167,7 @@ class TestValues:
     @pytest.mark.parametrize("name", ["flash", "flash-eager", "flash-v1", "triton", "custom"])
     def test_bfloat16(self, results: dict[str, Result], name: str) -> None:
         """bfloat16 weights and cache, CUDA graphs on (but for the eager one)."""
-        import torch
-
-        result = results[name]
-        exact = truth_sums(result, torch.float32)
-        rows = result.arrays["rows"].astype(np.float64)[..., None]
-        yardstick = (truth_sums(result, torch.bfloat16) - exact) / rows
-        for statistic, ours in mean_errors(result, exact).items():
-            theirs = float(np.sqrt(np.mean(np.square(yardstick[..., INDEX[statistic]]))))
-            print(f"{name} {statistic}: rms error of the mean {ours:.3g}, transformers in bfloat16 {theirs:.3g}")
-            assert ours <= 2 * theirs, statistic
+        assert_as_near_as_transformers(results[name])
 
     def test_float32(self, results: dict[str, Result]) -> None:
         """float32 weights and cache: the means of every layer and head as near as the rows are on the CPU.

@@ -14,19 +14,21 @@ from glassbox.measure.contract import LatentForward
 
 
 def latent_forward(
-    layer: LatentLayer, absorbed: Tensor | tuple[Tensor, Tensor] | None, output: Tensor | None, plain: Tensor | None
+    layer: LatentLayer, absorbed: Tensor | tuple[Tensor, Tensor] | None, output: object, plain: Tensor | None
 ) -> LatentForward:
     """Of one step.
 
     Args:
         layer: vLLM's.
         absorbed: as `forward_mqa` was given its queries, [A, Hq, Lkv + R] or both parts of it.
-        output: as it returned it.
+        output: as it returned it, alone or with the log-sum-exp.
         plain: queries that `forward_mha` was given, [T - A, Hq, P + R].
     """
     if isinstance(absorbed, Tensor):
         absorbed = (absorbed[..., : layer.kv_lora_rank], absorbed[..., layer.kv_lora_rank :])
-    return LatentForward(absorbed, output, plain, partial(absorb_queries, layer))
+    served = output[0] if isinstance(output, tuple) else output
+    served = served if isinstance(served, Tensor) and served.ndim == 3 else None
+    return LatentForward(absorbed, served, plain, partial(absorb_queries, layer))
 
 
 def has_quantised_queries(layer: LatentLayer) -> bool:

@@ -5,6 +5,7 @@ See `layer_view.py`, and `contract.LatentForward` for why that gives the scores 
 
 from torch import Tensor
 
+from glassbox.adapter.attention.cache_layout import CacheLayout
 from glassbox.adapter.attention.layer_view import PackedView, StridedView, View
 from glassbox.adapter.attention.mla_cache import head_sizes
 from glassbox.adapter.attention.mla_forward import has_quantised_queries
@@ -26,6 +27,11 @@ class LatentPackedView(PackedView):
 
 class LatentStridedView(StridedView):
     """On a GPU. See contract.StridedLayer."""
+
+    def layout(self, kv_cache: Tensor) -> CacheLayout:
+        """See View.layout. vLLM hands an FP8 cache to MLA's impls as FP8 numbers, and keeps it as bytes."""
+        kept = self.layer.kv_cache.dtype
+        return super().layout(kv_cache.view(kept) if kept.itemsize == kv_cache.element_size() else kv_cache)
 
     def __init__(self, impl: ObservedLatentImpl, layer: LatentLayer, forward: LatentForward, kv_cache: Tensor) -> None:
         k_scale = layer._k_scale if kv_cache.element_size() == 1 else None

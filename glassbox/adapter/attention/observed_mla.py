@@ -9,7 +9,6 @@ together, as soon as the last of them has returned.
 from typing import Any
 
 from glassbox.adapter import members
-from glassbox.adapter.attention.mla_forward import latent_forward
 from glassbox.adapter.seat import SEAT
 
 
@@ -47,7 +46,7 @@ def observe_latent_impl(inner: Any) -> type:
     def forward_mqa(self: Any, q: Any, kv_c_and_k_pe_cache: Any, attn_metadata: Any, layer: Any) -> Any:
         result = inner.forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer)
         plain, self.glassbox_plain = self.glassbox_plain, None
-        _tell(self, layer, kv_c_and_k_pe_cache, q, result[0], plain)
+        _tell(self, layer, kv_c_and_k_pe_cache, q, result, plain)
         return result
 
     SEAT.listening.add(ObservedLatentImpl, forward_mha=forward_mha, forward_mqa=forward_mqa)
@@ -57,7 +56,7 @@ def observe_latent_impl(inner: Any) -> type:
 def _tell(impl: Any, layer: Any, kv_cache: Any, absorbed: Any, output: Any, plain: Any) -> None:
     listener = SEAT.listener
     if listener is not None and layer is not None and impl.glassbox_observed:
-        listener.after_latent_attention(impl, layer, latent_forward(layer, absorbed, output, plain), kv_cache)
+        listener.after_latent_attention(impl, layer, kv_cache, absorbed, output, plain)
 
 
 def observe_latent_builder(inner: Any) -> type:

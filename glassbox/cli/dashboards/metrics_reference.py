@@ -71,6 +71,9 @@ reproduced. It has the label `layer` at `detail: layer` and `detail: head`, and 
 - A layer is certified once its output was reproduced, on every rank. A layer that was not reproduced on a rank is not
   observed there any more until the worker is restarted: `glassbox_attention_output_wrong` says which one, its worst
   head, the rank and the host. At `detail: model` each rank names its worst layer only.
+- Of latent attention (MLA: DeepSeek V2 and V3, Kimi, GLM-4.7) generated rows are checked, which attend over the latent
+  cache, before their output is projected to the values of each head. Rows of prompts attend over keys and values that
+  are made for one step, so a fault of the prefill kernel alone is not found.
 - `glassbox_attention_output_error_worst_ratio` and the metrics of the KV cache are of a layer's last check and exist
   from its first one on; at `detail: model` of the worst layer, which has its labels there, too. The label `head`
   moves from check to check: ask for `max by (layer)`.

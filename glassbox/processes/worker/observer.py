@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from glassbox.adapter.attention.layer_view import common_tables, forward_of, tables_of, view_of
+from glassbox.adapter.attention.mla_forward import latent_forward
 from glassbox.adapter.attention.mla_view import latent_view_of
 from glassbox.adapter.internals import Feature, lacks
 from glassbox.adapter.protocols import (
@@ -36,7 +37,7 @@ from glassbox.core.counters import ENGINE_NUMBERS
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
-from glassbox.measure.contract import BatchTables, LatentForward, Measurer
+from glassbox.measure.contract import BatchTables, Measurer
 from glassbox.measure.sampling import RowSampler, StepSampler
 from glassbox.processes.worker.canary import Canary, StepCheck
 from glassbox.processes.worker.progress import RequestProgress
@@ -377,13 +378,20 @@ class Observer:
                 self.measurer.after_attention(view, forward, kv_cache, tables)
 
     def after_latent_attention(
-        self, impl: ObservedLatentImpl, layer: LatentLayer, forward: LatentForward, kv_cache: Tensor
+        self,
+        impl: ObservedLatentImpl,
+        layer: LatentLayer,
+        kv_cache: Tensor,
+        absorbed: Tensor | tuple[Tensor, Tensor] | None,
+        output: object,
+        plain: Tensor | None,
     ) -> None:
         """Likewise by layers with latent attention, whose metadata has no block table of all requests."""
         if impl.glassbox_finder is not None and kv_cache.numel():
             with self._measuring(layer.layer_name) as wanted:
                 if not wanted:
                     return
+                forward = latent_forward(layer, absorbed, output, plain)
                 view = latent_view_of(impl, layer, forward, kv_cache)
                 self.measurer.after_attention(view, forward, kv_cache, None)
 

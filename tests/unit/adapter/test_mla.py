@@ -12,6 +12,7 @@ from torch import Tensor
 from glassbox.adapter.attention.cache_layout import CacheLayout, CacheLayoutError
 from glassbox.adapter.attention.layer_cache import CacheFinder
 from glassbox.adapter.attention.mla_forward import absorb_queries, latent_forward
+from glassbox.adapter.attention.mla_view import LatentStridedView
 from glassbox.adapter.internals import members_of
 from glassbox.adapter.layers import find_layers
 from glassbox.adapter.protocols import LatentImpl
@@ -159,6 +160,31 @@ class TestAbsorbing:
             torch.bfloat16,
             4,
         )
+
+
+class TestView:
+    """On a GPU; nothing of it needs one."""
+
+    @pytest.mark.parametrize("quantised", [False, True])
+    def test_fp8_numbers_of_a_cache_of_bytes(self, quantised: bool) -> None:
+        """vLLM's impls get them as FP8: they are the same cache, so nothing is written to find out."""
+        layer = latent_layer(torch.zeros(BLOCKS, BLOCK, LATENT + ROTARY, dtype=torch.uint8), "fp8")
+        layer.impl.scale, layer.impl.supports_quant_query_input = 0.2, quantised
+        latent, rotary = torch.randn(BLOCKS * BLOCK, LATENT), torch.randn(BLOCKS * BLOCK, 1, ROTARY)
+        write_latents(latent, rotary, layer.kv_cache, torch.arange(BLOCKS * BLOCK), "fp8", layer._k_scale)
+        finder = CacheFinder(torch.bfloat16, BLOCKS)
+        assert find_layers({"layers.3.attn": layer}, finder).names == ("layers.3.attn",)
+        layer.impl.do_kv_cache_update = None
+        given = layer.kv_cache.view(FP8)
+        forward = latent_forward(layer, torch.randn(4, HEADS, LATENT + ROTARY), None, None)
+        view = LatentStridedView(layer.impl, layer, forward, given)
+        assert (view.num_heads, view.head_size, view.gave_kv) == (HEADS, LATENT + ROTARY, False)
+        assert view.query_dtype == (FP8 if quantised else torch.float32)
+        assert view.params.k_scale is view.params.v_scale is layer._k_scale
+        assert (view.params.q_scale is None) != quantised
+        for cache in (given, None):
+            assert view.keys(cache).shape == (BLOCKS, 1, BLOCK, LATENT + ROTARY)
+            assert torch.equal(view.values(cache).float().view(-1, LATENT), (latent / 0.5).to(FP8).float())
 
 
 class DeepseekV4Attention(SimpleNamespace):
