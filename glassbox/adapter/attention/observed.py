@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from glassbox.adapter import members
 from glassbox.adapter.attention.observed_chunks import is_building_chunks, observe_chunks
+from glassbox.adapter.attention.observed_mla import observe_latent_builder, observe_latent_impl
 from glassbox.adapter.seat import SEAT
 from glassbox.config.load import CPU_BACKENDS, MLA_BACKENDS, SUPPORTED_INNER_BACKENDS
 from glassbox.core.logs import get_logger, log_once
@@ -74,9 +75,6 @@ def observed_class(name: str) -> type:
     inner: Any = inner_class(name)
     of_impl, of_builder = _observe_impl, _observe_builder
     if name in MLA_BACKENDS:
-        # Here, for it needs torch, and every process of a server names the classes of this module.
-        from glassbox.adapter.attention.observed_mla import observe_latent_builder, observe_latent_impl
-
         of_impl, of_builder = observe_latent_impl, observe_latent_builder
     impl = _named(of_impl(inner.get_impl_cls()), f"{_PREFIX}{name}Impl")
     builder = _named(of_builder(inner.get_builder_cls()), f"{_PREFIX}{name}Builder")
