@@ -43,6 +43,7 @@ class Feature(Enum):
     RUST_FRONT_END = "telling vLLM's Rust front end"
     LLM_SPANS = "attention spans beside vLLM's own"
     CAPTURE = "glassbox.capture"
+    INSPECTION = "glassbox check --model"
     ENGINES = "telling the engines of an API server from those of others on its node"
     RAY = "GLASSBOX_* variables in Ray's workers"
 
@@ -261,6 +262,13 @@ INTERNALS: Final[tuple[Internal, ...]] = (
     *_names("vllm", Feature.CAPTURE, "RequestOutput", "RequestOutput.request_id", "RequestOutput.outputs"),
     *_names("vllm", Feature.CAPTURE, "SamplingParams.n"),
     *_names("vllm.outputs", Feature.CAPTURE, "CompletionOutput", "CompletionOutput.text"),
+    # A process that builds a model and ends.
+    *_names("vllm.config", Feature.INSPECTION, "set_current_vllm_config"),
+    *_names(
+        "vllm.distributed", Feature.INSPECTION, "init_distributed_environment", "ensure_model_parallel_initialized"
+    ),
+    *_names("vllm.engine.arg_utils", Feature.INSPECTION, "EngineArgs", "EngineArgs.create_engine_config"),
+    *_names("vllm.model_executor.model_loader.utils", Feature.INSPECTION, "initialize_model"),
     # The API server.
     *_names("vllm.entrypoints.serve.engine.serving", Feature.OPTIONS, "BaseServing._check_model"),
     *_names(
