@@ -74,6 +74,15 @@ class Truth(StrEnum):
 ROUNDING: Final = 1e-4
 
 
+class Task(StrEnum):
+    """What a model is served for."""
+
+    GENERATE = "text"
+    EMBED = "vectors of the prompt's tokens"
+    TRANSCRIBE = "text from audio"
+    TRANSLATE = "text from text"
+
+
 @dataclass(frozen=True)
 class Family:
     """One tiny model.
@@ -86,7 +95,7 @@ class Family:
         settings: of its configuration, beside those that all have.
         without: of those that all have, which are not its.
         serving: arguments of vLLM's engine.
-        pooling: it gives vectors of the prompt's tokens, and generates nothing.
+        task: what it is served for.
         together: whether all prompts are served at once; not with vLLM's own q and k.
         truth: with what the statistics are compared.
         differs: why transformers can't be it, where it isn't.
@@ -103,7 +112,7 @@ class Family:
     settings: Mapping[str, Any] = field(default_factory=dict)
     without: Sequence[str] = ()
     serving: Mapping[str, Any] = field(default_factory=dict)
-    pooling: bool = False
+    task: Task = Task.GENERATE
     together: bool = True
     truth: Truth = Truth.TRANSFORMERS
     differs: str = ""
@@ -114,8 +123,8 @@ class Family:
 
     @property
     def layers(self) -> list[int]:
-        """Global indices of all attention layers, in their order."""
-        return sorted(layer for part in self.parts for layer in part.layers)
+        """Global indices of the attention layers that see the sequence's own tokens, in their order."""
+        return sorted(layer for part in self.parts if part.kind is not Kind.CROSS for layer in part.layers)
 
     @property
     def observed(self) -> list[int]:

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.families import foreign
-from tests.families.family import Family
+from tests.families.family import Family, Task
 
 VOCABULARY: Final = 512
 # The smallest head size that vLLM's kernels for CPUs have is 32.
@@ -21,6 +22,9 @@ COMMON: Final[Mapping[str, Any]] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+# One second.
+SAMPLING_RATE: Final = 16_000
+AUDIO: Final = np.sin(np.arange(SAMPLING_RATE) / 7).astype(np.float32)
 # Scores a few nats wide, so that no statistic is that of a uniform row.
 _STANDARD_DEVIATION: Final = 0.15
 
@@ -40,17 +44,24 @@ def make_checkpoint(family: Family, folder: Path) -> tuple[str, nn.Module | None
     if family.model_type in foreign.NAMES:
         return foreign.write_checkpoint(family.model_type, settings, _STANDARD_DEVIATION, folder), None
     model = _make_model(family, settings)
-    if family.pooling:
+    if family.task is Task.EMBED:
         _write_tokenizer(folder)
+    elif family.task is Task.TRANSCRIBE:
+        _write_processor(folder)
     model.save_pretrained(folder)  # type: ignore[operator]
     return model.config.architectures[0], model  # type: ignore[union-attr,index,return-value]
 
 
 def _make_model(family: Family, settings: Mapping[str, Any]) -> nn.Module:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    import transformers as hf
 
-    config = AutoConfig.for_model(family.model_type, **settings)
-    auto = AutoModel if family.pooling else AutoModelForCausalLM
+    config = hf.AutoConfig.for_model(family.model_type, **settings)
+    auto: Any = {
+        Task.GENERATE: hf.AutoModelForCausalLM,
+        Task.EMBED: hf.AutoModel,
+        Task.TRANSCRIBE: hf.AutoModelForSpeechSeq2Seq,
+        Task.TRANSLATE: hf.AutoModelForSeq2SeqLM,
+    }[family.task]
     torch.manual_seed(0)
     model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     _randomise(model)
@@ -69,6 +80,28 @@ def _write_tokenizer(folder: Path) -> None:
     words = {f"w{number}": number for number in range(VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), pad_token="w0")
     tokenizer.save_pretrained(folder)
+
+
+def _write_processor(folder: Path) -> None:
+    """For two seconds of audio."""
+    from transformers import WhisperProcessor, WhisperTokenizer
+
+    special = ("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
+    words = [*special, *(f"w{number}" for number in range(len(special), VOCABULARY))]
+    tokenizer = WhisperTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
+    WhisperProcessor(_feature_extractor(), tokenizer).save_pretrained(folder)
+
+
+def _feature_extractor() -> Any:
+    from transformers import WhisperFeatureExtractor
+
+    return WhisperFeatureExtractor(feature_size=80, chunk_length=2)
+
+
+def audio_features() -> Tensor:
+    """AUDIO as a model hears it."""
+    features: Tensor = _feature_extractor()(AUDIO, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
+    return features
 
 
 @torch.no_grad()

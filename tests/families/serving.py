@@ -15,7 +15,7 @@ from glassbox.adapter.seat import SEAT
 from glassbox.core.logs import ROOT
 from glassbox.store.snapshot import Snapshot
 from tests.attached import plugin
-from tests.families.models import VOCABULARY
+from tests.families.models import AUDIO, SAMPLING_RATE, VOCABULARY
 from tests.families.query_truth import QueryRecorder
 from tests.families.softmax_truth import Scores
 from tests.integration.row_recorder import MeasuredRow, RowRecorder
@@ -153,26 +153,32 @@ def _answer(llm: Any, *, together: bool, with_scores: bool = False) -> dict[str,
     found: dict[str, Served] = {}
     for batch in [prompts] if together else [[prompt] for prompt in prompts]:
         inputs = [{"prompt_token_ids": prompt} for prompt in batch]
+        if llm.model_config.is_encoder_decoder:
+            audio = {"prompt": "", "multi_modal_data": {"audio": (AUDIO, SAMPLING_RATE)}}
+            inputs = [{"encoder_prompt": audio, "decoder_prompt": decoder} for decoder in inputs]
         with _vllm_may_refuse(), queries.recording() if queries is not None else nullcontext():
-            answers = _pool(llm, inputs) if llm.runner_type == "pooling" else _generate(llm, inputs)
-        for prompt, (request_id, tokens, vectors) in zip(batch, answers, strict=True):
-            one = found[request_id] = Served([*prompt, *tokens], len(prompt), vectors)
+            answers = list(_pool(llm, inputs) if llm.runner_type == "pooling" else _generate(llm, inputs))
+        for request_id, one in answers:
+            found[request_id] = one
             if queries is not None:
                 one.scores = queries.take()
     return found
 
 
-def _generate(llm: Any, inputs: Sequence[Any]) -> list[tuple[str, list[int], None]]:
+def _generate(llm: Any, inputs: Sequence[Any]) -> Iterator[tuple[str, Served]]:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=NUM_GENERATED, ignore_eos=True, detokenize=False)
-    outputs = llm.generate(inputs, params, use_tqdm=False)
-    return [(output.request_id, list(output.outputs[0].token_ids), None) for output in outputs]
+    for output in llm.generate(inputs, params, use_tqdm=False):
+        # A decoder's prompt begins with a token that vLLM adds.
+        prompt = list(output.prompt_token_ids)
+        yield output.request_id, Served([*prompt, *output.outputs[0].token_ids], len(prompt))
 
 
-def _pool(llm: Any, inputs: Sequence[Any]) -> list[tuple[str, list[int], Tensor]]:
-    outputs = llm.encode(inputs, pooling_task="token_embed", use_tqdm=False)
-    return [(output.request_id, [], output.outputs.data.float()) for output in outputs]
+def _pool(llm: Any, inputs: Sequence[Any]) -> Iterator[tuple[str, Served]]:
+    for output in llm.encode(inputs, pooling_task="token_embed", use_tqdm=False):
+        prompt = list(output.prompt_token_ids)
+        yield output.request_id, Served(prompt, len(prompt), output.outputs.data.float())
 
 
 @contextmanager

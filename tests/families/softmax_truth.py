@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tests.families.models import audio_features
+
 # Masks are -inf, or the least number of a type, or that with a score added.
 _MASKED: Final = -1e9
 _SOFTMAX: Final = (nn.functional.softmax, torch.softmax, Tensor.softmax)
@@ -98,8 +100,15 @@ def log_partition(layer: Scores) -> Tensor:
 def run_eager(model: nn.Module, tokens: Sequence[int]) -> Forward:
     """Run one sequence through a model of transformers whose attention is eager."""
     with torch.inference_mode(), _Softmaxes(len(tokens)) as mode:
-        output = model(input_ids=torch.tensor([tokens]))
+        output = model(**_inputs(model, tokens))
     return Forward(mode.found, getattr(output, "logits", output[0])[0].float())
+
+
+def _inputs(model: Any, tokens: Sequence[int]) -> dict[str, Tensor]:
+    ids = torch.tensor([tokens])
+    if model.config.is_encoder_decoder:
+        return {"input_features": audio_features(), "decoder_input_ids": ids}
+    return {"input_ids": ids}
 
 
 def statistics_of(layer: Scores, prompt_len: int, sink_tokens: int, local_window: int) -> dict[str, np.ndarray]:

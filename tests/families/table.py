@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from tests.families.family import ENCODER, Family, Kind, Part, Truth
+from tests.families.family import CROSS, ENCODER, Family, Kind, Part, Task, Truth
 
 _EXPERTS: Final = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _NAMED_EXPERTS: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -345,25 +345,54 @@ _POOLING: Final = {
     "runner": "pooling", "pooler_config": {"task": "token_embed"}, "skip_tokenizer_init": False,
     "max_num_batched_tokens": 512,
 }  # fmt: skip
+# Sizes that have other names in models with an encoder and a decoder.
+_DECODERS_ALONE: Final = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings",
+)  # fmt: skip
 _ENCODED: Final = (Part(Kind.ENCODER, (0, 1), ENCODER),)
 _ENCODERS: Final = (
     Family(
-        "Qwen3 for embedding", "qwen3", "vectors", settings={"head_dim": 32}, pooling=True,
+        "Qwen3 for embedding", "qwen3", "vectors", settings={"head_dim": 32}, task=Task.EMBED,
+        serving=_POOLING,
+    ),
+    # Its encoder is none of vLLM's attention layers: it has no cache.
+    Family(
+        "Whisper", "whisper", "decoder of audio",
+        (Part(Kind.CAUSAL, (0, 1, 2)), Part(Kind.CROSS, (0, 1, 2), CROSS)),
+        settings={
+            "d_model": 128, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_source_positions": 100,
+            "max_target_positions": 256, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+            "decoder_start_token_id": 1,
+        },
+        without=_DECODERS_ALONE,
+        task=Task.TRANSCRIBE, serving={"skip_tokenizer_init": False, "max_num_batched_tokens": 512},
+    ),
+    Family(
+        "BART", "bart", "decoder of text", (Part(Kind.CAUSAL, (0, 1)), Part(Kind.CROSS, (0, 1), CROSS)),
+        settings={"d_model": 128, "encoder_layers": 2, "decoder_layers": 2}, without=_DECODERS_ALONE,
+        task=Task.TRANSLATE, serving={"max_num_batched_tokens": 512}, unserved="position_ids not found",
+    ),
+    Family(
+        "T5", "t5", "decoder of text, biases by distance",
+        (Part(Kind.CAUSAL, (0, 1)), Part(Kind.CROSS, (0, 1), CROSS)), settings={"d_model": 128, "num_layers": 2},
+        without=_DECODERS_ALONE, task=Task.TRANSLATE, serving={"max_num_batched_tokens": 512},
+        unserved="position_ids not found",
+    ),
+    Family(
+        "BERT", "bert", "sees what follows, vectors", _ENCODED, without=["num_key_value_heads"], task=Task.EMBED,
         serving=_POOLING,
     ),
     Family(
-        "BERT", "bert", "sees what follows, vectors", _ENCODED, without=["num_key_value_heads"], pooling=True,
-        serving=_POOLING,
-    ),
-    Family(
-        "RoBERTa", "roberta", "sees what follows, vectors", _ENCODED, without=["num_key_value_heads"], pooling=True,
+        "RoBERTa", "roberta", "sees what follows, vectors", _ENCODED, without=["num_key_value_heads"], task=Task.EMBED,
         serving=_POOLING,
     ),
     Family(
         "ModernBERT", "modernbert", "sees what follows, windows, vectors",
         (Part(Kind.ENCODER, (0, 1, 2, 3), ENCODER),),
         settings={"num_hidden_layers": 4, "local_attention": 32, "pad_token_id": 0},
-        without=["num_key_value_heads"], pooling=True, serving=_POOLING,
+        without=["num_key_value_heads"], task=Task.EMBED, serving=_POOLING,
     ),
 )  # fmt: skip
 
