@@ -27,7 +27,7 @@ def _parameters() -> list[Any]:
 
 @pytest.mark.parametrize("family", _parameters())
 def test_layers_and_heads(family: Family, tmp_path: Path) -> None:
-    """Those that `test_families.py` finds in the served model; heads are those of its configuration."""
+    """Those that `test_served_families.py` finds in the served model; heads are those of its configuration."""
     make_checkpoint(family, tmp_path / "model")
     found = inspect_model(tmp_path / "model", packaged_config())
     assert family.observed == list(found.indices)
