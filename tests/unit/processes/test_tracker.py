@@ -154,6 +154,7 @@ class TestRefusals:
             ("bad_options", {**TRACE, "glassbox_heads": [2]}, {}, {}),
             ("bad_options", {**TRACE, "glassbox_spans": ["a=message:0"]}, {}, {}),
             ("opt_in_off", TRACE, {"opt_in": False}, {}),
+            ("not_observed", TRACE, {}, {"unobserved": "its attention is something else"}),
         ],
     )
     def test_counted_and_logged_once(
