@@ -43,13 +43,13 @@ def make_checkpoint(family: Family, folder: Path) -> tuple[str, nn.Module | None
     settings = {**common, **family.settings}
     if family.model_type in foreign.NAMES:
         return foreign.write_checkpoint(family.model_type, settings, _STANDARD_DEVIATION, folder), None
-    model = _make_model(family, settings)
+    model: Any = _make_model(family, settings)
     if family.task is Task.EMBED:
         _write_tokenizer(folder)
     elif family.task is Task.TRANSCRIBE:
         _write_processor(folder)
-    model.save_pretrained(folder)  # type: ignore[operator]
-    return model.config.architectures[0], model  # type: ignore[union-attr,index,return-value]
+    model.save_pretrained(folder)
+    return model.config.architectures[0], model
 
 
 def _make_model(family: Family, settings: Mapping[str, Any]) -> nn.Module:
@@ -67,7 +67,7 @@ def _make_model(family: Family, settings: Mapping[str, Any]) -> nn.Module:
     _randomise(model)
     for module in model.modules():
         # vLLM's own decorator, which it puts on classes of transformers that it serves, and asks this of its objects.
-        module.do_not_compile = True  # type: ignore[assignment]
+        module.do_not_compile = True
     return model
 
 

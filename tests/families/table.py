@@ -382,7 +382,7 @@ _ENCODERS: Final = (
     ),
     Family(
         "BERT", "bert", "sees what follows, vectors", _ENCODED, without=["num_key_value_heads"], task=Task.EMBED,
-        serving=_POOLING,
+        serving=_POOLING, short=True,
     ),
     Family(
         "RoBERTa", "roberta", "sees what follows, vectors", _ENCODED, without=["num_key_value_heads"], task=Task.EMBED,
