@@ -54,7 +54,7 @@ def coverage_lines(facts: WorkerFacts, config: GlassboxConfig, path: object) -> 
 
 
 def bypass_lines(found: ObservedLayers) -> Iterator[Line]:
-    """A line for each reason why layers are not observed."""
+    """A line for each reason why layers are not observed, encoders of images and audio included."""
     for bypass in dict.fromkeys(found.bypassed.values()):
         names = [name for name, why in found.bypassed.items() if why == bypass]
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
@@ -62,6 +62,12 @@ def bypass_lines(found: ObservedLayers) -> Iterator[Line]:
             logging.WARNING,
             f"{len(names)} attention layers bypass glassbox and are not measured ({bypass.reason}): "
             f"{', '.join(names[:_NAMED])}{more}",
+        )
+    if found.num_encoder_layers:
+        yield Line(
+            logging.INFO,
+            f"{found.num_encoder_layers} attention layers of the model's encoder (images, audio) are not among these: "
+            "they have no KV cache, and are not observed",
         )
 
 

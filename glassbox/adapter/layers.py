@@ -209,6 +209,8 @@ class ObservedLayers:
         latent: some of them have latent attention (MLA).
         bypassed: layers whose attention glassbox does not see, by name, and why. Those of one reason are equal.
         bypassed_indices: global index of each of these, by name.
+        num_encoder_layers: attention layers of encoders of images or audio, which are no layers of the language model
+            and have no KV cache; they are in neither.
     """
 
     names: tuple[str, ...]
@@ -219,6 +221,7 @@ class ObservedLayers:
     latent: bool
     bypassed: Mapping[str, Bypass]
     bypassed_indices: Mapping[str, int]
+    num_encoder_layers: int = 0
 
     @property
     def num_heads(self) -> int:
@@ -273,7 +276,14 @@ def find_layers(
         latent=any(is_latent(layer) for layer in of_model),
         bypassed=bypassed,
         bypassed_indices={name: index[name] for name in bypassed},
+        num_encoder_layers=_num_encoder_layers(model),
     )
+
+
+def _num_encoder_layers(model: Any) -> int:
+    """vLLM keeps those of encoders out of what it knows of a model's layers."""
+    modules = () if model is None else model.modules()
+    return sum(any(cls.__name__ == "MMEncoderAttention" for cls in type(module).__mro__) for module in modules)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What is said of the layers that are observed, and of a choice among them."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +50,10 @@ class TestCoverage:
         assert "2 attention layers bypass glassbox and are not measured (their backend X" in second
         assert second.endswith(": layers.1, layers.3")
         assert "(cross attention): layers.2" in third
+
+    def test_encoders(self) -> None:
+        """They are none of the layers that are counted, and that is said."""
+        assert "27 attention layers of the model's encoder" in said(replace(found(0, 1), num_encoder_layers=27))[1]
 
     def test_nothing(self) -> None:
         """It is said, and how many layers there are."""

@@ -78,6 +78,13 @@ class TestFindLayers:
         assert {name: bypass.slug for name, bypass in found.bypassed.items()} == {"decoder.layers.0.other_attn": slug}
         assert found.bypassed_indices == {"decoder.layers.0.other_attn": 0}
 
+    def test_encoders_of_images(self) -> None:
+        """vLLM doesn't tell of their layers; the model's modules do."""
+        kind = type("MMEncoderAttention", (SimpleNamespace,), {})
+        model = SimpleNamespace(modules=lambda: [kind(), SimpleNamespace(), kind()], named_modules=lambda **_: [])
+        found = find_layers({"layers.0.attn": layer(True)}, model=model)
+        assert (found.indices, found.bypassed, found.num_encoder_layers) == ((0,), {}, 2)
+
     def test_attention_of_a_model_of_its_own(self) -> None:
         """A class without an impl is seen, and named."""
         found = find_layers({"layers.0.attn": SimpleNamespace(num_heads=4)})
