@@ -310,8 +310,10 @@ class Wrappers:
         @functools.wraps(original)
         def get_prompt(beam: Any) -> Any:
             prompt = original(beam)
-            own = beam.orig_prompt
-            prompt[BEAM_PROMPT_KEY] = len(own.get("decoder_prompt", own)["prompt_token_ids"])
+            # A prompt of another kind (embeddings) is served as it is; its rows are then those of a prompt.
+            with contextlib.suppress(AttributeError, KeyError, TypeError):
+                own = beam.orig_prompt
+                prompt[BEAM_PROMPT_KEY] = len(own.get("decoder_prompt", own)["prompt_token_ids"])
             return prompt
 
         return get_prompt
