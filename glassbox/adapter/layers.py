@@ -84,7 +84,8 @@ def attention_layers(vllm_config: VllmConfig, model: Any, drafter: Any) -> dict[
 
 
 def _modules(model: Any) -> set[int]:
-    return set() if model is None else {id(module) for module in model.modules()}
+    """Of a model; none if there is none, or what drafts is no module (n-grams)."""
+    return {id(module) for module in model.modules()} if hasattr(model, "modules") else set()
 
 
 def _computes_attention(layer: Any) -> bool:
