@@ -1,6 +1,7 @@
 """GLASSBOX_* is among what vLLM itself copies to Ray's workers."""
 
 import importlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,9 @@ VARIABLES = {"GLASSBOX_CONFIG": "/etc/glassbox.yaml", "GLASSBOX_RUN_DIR": "/tmp/
 
 @pytest.fixture(autouse=True)
 def _as_vllm_has_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Variables that are set, and a list that nobody has added to."""
+    """Variables that are set, none of whoever runs the tests, and a list that nobody has added to."""
+    for name in [name for name in os.environ if name.startswith(ray_environment.PREFIX)]:
+        monkeypatch.delenv(name)
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
     listed = ray_env.DEFAULT_ENV_VAR_PREFIXES
