@@ -50,10 +50,14 @@ def assert_observed(result: Mapping[str, Any]) -> None:
     assert [[count] * (NUM_LAYERS * NUM_HEADS) for count in EXPECTED_ROWS] == result["rows"]
 
 
-def assert_untouched(result: Mapping[str, Any]) -> None:
+def assert_vllms_own(result: Mapping[str, Any]) -> None:
     assert result["backends"] == [INNER]
     assert result["impls"] == ["CPUAttentionBackendImpl"]
     assert result["builders"] == ["CPUAttentionMetadataBuilder"]
+
+
+def assert_untouched(result: Mapping[str, Any]) -> None:
+    assert_vllms_own(result)
     assert result["patched"] == []
     assert result["observer"] is False
 
@@ -67,11 +71,13 @@ class TestAttach:
         assert f"Observing {NUM_LAYERS} of {NUM_LAYERS} attention layers (CPU_ATTN)" in finished.log
 
     def test_custom_without_the_flag(self, demo_model_path: Path, tmp_path: Path) -> None:
-        """vLLM's own classes run, nothing is patched, nothing written."""
+        """vLLM's own classes run, no step is measured, and it is said once, with what helps."""
         finished = serve(demo_model_path, tmp_path, "attach: custom")
-        assert_untouched(finished.result)
-        assert not (tmp_path / "run").exists()
-        assert "Nothing is observed: `attach: custom` wants --attention-backend CUSTOM" in finished.log
+        assert_vllms_own(finished.result)
+        assert finished.result["steps"] == finished.result["counted_steps"] > 0
+        assert (finished.result["sampled_steps"], finished.result["rows"]) == (0, [[], []])
+        assert f"None of the {NUM_LAYERS} attention layers" in finished.log
+        assert 1 == finished.log.count("use attach: auto, or start vLLM with --attention-backend CUSTOM")
 
     def test_custom_with_the_flag(self, demo_model_path: Path, tmp_path: Path) -> None:
         """`--attention-backend CUSTOM` observes on the CPU as well, whose platform ignores that flag.
@@ -150,7 +156,9 @@ class TestUntouched:
         absent = run_state(tmp_path, "load", VLLM_PLUGINS=",".join(sorted(plugins - {"glassbox"})))
         disabled = run_state(tmp_path, "load", VLLM_PLUGINS=",".join(sorted(plugins)), GLASSBOX_DISABLE="1")
         assert absent.result["loaded"] == []
-        modules = ["glassbox", "glassbox.core", "glassbox.core.kill_switch", "glassbox.plugin"]
+        # The switch itself, and what hands it on to workers that inherit nothing.
+        modules = ["glassbox", "glassbox.adapter", "glassbox.adapter.ray_environment"]
+        modules += ["glassbox.core", "glassbox.core.kill_switch", "glassbox.plugin"]
         assert disabled.result["loaded"] == modules, "it was found, and did nothing"
         for expected, found in zip(absent.result["states"], disabled.result["states"], strict=True):
             assert expected.keys() == found.keys()
@@ -158,7 +166,7 @@ class TestUntouched:
                 assert value == found[key], key
 
     def test_register_starts_and_writes_nothing(self, tmp_path: Path) -> None:
-        """No thread, no child, no open file and no file at all, in whatever process; vLLM's workers aren't patched."""
+        """No thread, no child, no open file and no file at all, in whatever process."""
         before, after = states(tmp_path, "register")
         for key in ("threads", "children", "open_files", "files", "signals", "vllm_loggers"):
             assert before[key] == after[key], key
@@ -171,7 +179,9 @@ class TestUntouched:
         enums = {name for name in changed if name.endswith("AttentionBackendEnum")}
         assert enums, "the registry's enums get methods"
         passed_by_requests = {patch.cls for patch in INTAKE_PATCHES}
-        assert {"AsyncLLM"} <= {name.rpartition(".")[2] for name in changed - enums} <= passed_by_requests
+        patched = {name.rpartition(".")[2] for name in changed - enums}
+        # Of the workers the one method that comes before real steps.
+        assert {"AsyncLLM", "Worker", "CPUWorker"} <= patched <= {*passed_by_requests, "Worker", "CPUWorker"}
         assert len(after["collectors"]) == len(before["collectors"]) + 1
 
     def test_register_twice_and_unregister(self, tmp_path: Path) -> None:

@@ -36,14 +36,7 @@ def __getattr__(attribute: str) -> type:
     if name in CPU_BACKENDS:
         _say_what_cpu_ignores(name)
         if SEAT.attach == "custom" and not members.custom_is_selected():
-            log_once(
-                logger,
-                logging.INFO,
-                "custom",
-                "Nothing is observed: `attach: custom` wants --attention-backend CUSTOM; use `attach: auto` to need "
-                "no flag",
-            )
-            return inner_class(name)
+            return inner_class(name)  # the worker says that, and why
     return observed_class(name)
 
 
