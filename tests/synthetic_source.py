@@ -75,4 +75,4 @@ class SyntheticSource(FamilySource):
             sampled_steps=old.sampled_steps + 40,
             **{name: getattr(old, name) + array for name, array in new.items()},
         )
-        return Merged(self.versions(), (self._engine,))
+        return Merged(self.versions(), None, (self._engine,), has_first=True)
