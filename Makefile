@@ -56,8 +56,8 @@ lint: $(STAMP)  ## Check style, types, imports between rooms, shell scripts and 
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/glassbox dashboards --check
-	$(PY) tools/releases_table.py --check
-	$(PY) tools/models_table.py --check
+	$(PY) -m tools.releases_table --check
+	$(PY) -m tools.models_table --check
 	$(VENV)/bin/shellcheck .ci/run tools/*.sh
 	@# hadolint has no package for every platform; where it is missing its absence is said, not hidden.
 	@if [ -x $(VENV)/bin/hadolint ]; then $(VENV)/bin/hadolint Dockerfile; else echo "hadolint: not available here"; fi
@@ -76,13 +76,13 @@ soak: $(STAMP)  ## Run the long form of the tests
 # takes 450 MB in ~/.cache/glassbox (tools/vllm_releases.py remove all).
 releases: $(STAMP)  ## Test every supported vLLM release that runs on this CPU, and write the table of them
 	$(PY) -m pytest --timeout 900 --durations 30 --record docs/data/releases.json tests/releases $(PYTEST_ARGS); \
-	status=$$?; $(PY) tools/releases_table.py && exit $$status
+	status=$$?; $(PY) -m tools.releases_table && exit $$status
 
 # One thread, as in `make test`: what is compared there must be what is recorded here.
 families: $(STAMP)  ## Serve a tiny model of each family of models, and write the table of what is observed of them
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m pytest --timeout 900 --durations 30 \
 		--record-models docs/data/models.json tests/families $(PYTEST_ARGS); \
-	status=$$?; $(PY) tools/models_table.py && exit $$status
+	status=$$?; $(PY) -m tools.models_table && exit $$status
 
 clean:  ## Remove the virtual environment and everything that was built (not the model and the vLLM releases in ~/.cache/glassbox)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,19 +1,19 @@
-#!/usr/bin/env python3
 """The tables of docs/models.md: families of models, and kinds of attention, made of what was served and compared.
 
 Owns docs/data/models.json: a row for each family of tests/families/table.py, which `make families` writes. README can
 have the summary, too: whatever file has its markers.
 
-    tools/models_table.py            # write them
-    tools/models_table.py --check    # fail if a file is not current
+    python -m tools.models_table            # write them
+    python -m tools.models_table --check    # fail if a file is not current
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
+
+from tools.recorded_rows import Row, between, read_rows, write_rows
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 DATA: Final = ROOT / "docs" / "data" / "models.json"
@@ -48,22 +48,10 @@ _KINDS_HEAD: Final = (
 # Families that a line of the summary names.
 _NAMED: Final = 8
 
-Row = Mapping[str, Any]
-
 
 def read(path: Path = DATA) -> list[Row]:
-    """The rows; none if there is no file.
-
-    Raises:
-        ValueError: a row lacks a field, or has one more.
-    """
-    if not path.is_file():
-        return []
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["results"]
-    for row in rows:
-        if list(row) != list(FIELDS):
-            raise ValueError(f"a row of {path.name} must have the fields {', '.join(FIELDS)}, got {', '.join(row)}")
-    return rows
+    """The rows; see `read_rows`."""
+    return read_rows(path, FIELDS)
 
 
 def record(path: Path, rows: Sequence[Row]) -> None:
@@ -77,9 +65,7 @@ def record(path: Path, rows: Sequence[Row]) -> None:
         if unknown := row.keys() - FIELDS.keys():
             raise ValueError(f"a row must have fields of {', '.join(FIELDS)}, got {', '.join(sorted(unknown))}")
         known[row["family"]] = {**FIELDS, **row}
-    # One row a line, so that a change shows as one.
-    lines = ",\n".join(f"    {json.dumps(known[name])}" for name in sorted(known, key=str.casefold))
-    path.write_text(f'{{\n  "results": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+    write_rows(path, [known[name] for name in sorted(known, key=str.casefold)])
 
 
 def families(rows: Sequence[Row]) -> str:
@@ -160,11 +146,7 @@ TABLES: Final = {"families": families, "kinds of attention": kinds}
 def with_tables(text: str, rows: Sequence[Row]) -> str:
     """A text with each table of which it has the markers between them."""
     for name, table in TABLES.items():
-        begin, end = markers(name)
-        before, found, rest = text.partition(begin)
-        _, ended, after = rest.partition(end)
-        if found and ended:
-            text = f"{before}{begin}\n{table(rows)}\n{end}{after}"
+        text = between(text, *markers(name), table(rows)) or text
     return text
 
 
@@ -183,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = path.read_text(encoding="utf-8")
         current = with_tables(text, read())
         if args.check and text != current:
-            print(f"{path.name}: the tables of models are not current; run tools/models_table.py", file=sys.stderr)
+            print(f"{path.name}: tables are not current; run python -m tools.models_table", file=sys.stderr)
             status = 1
         elif text != current:
             path.write_text(current, encoding="utf-8")

@@ -1,20 +1,20 @@
-#!/usr/bin/env python3
 """The table of vLLM releases in README, made of what was tested.
 
 Owns docs/data/releases.json: a row for each release and device that something was run on, or `source` where its files
 were only read, with the outcome of each check. `make releases` writes the rows of this machine's CPU; rows of others
 (a GPU) are added by hand or by whoever tests there, and stay.
 
-    tools/releases_table.py            # write it into README
-    tools/releases_table.py --check    # fail if README is not current
+    python -m tools.releases_table            # write it into README
+    python -m tools.releases_table --check    # fail if README is not current
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from tools.recorded_rows import Row, between, read_rows, write_rows
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 DATA: Final = ROOT / "docs" / "data" / "releases.json"
@@ -32,22 +32,10 @@ _HEAD: Final = (
 # Checks in the order of the table; others come after these.
 _ORDER: Final = ("internals", "smoke", "served")
 
-Row = Mapping[str, Any]
-
 
 def read(path: Path = DATA) -> list[Row]:
-    """The rows; none if there is no file.
-
-    Raises:
-        ValueError: a row lacks a field, or has one more.
-    """
-    if not path.is_file():
-        return []
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["results"]
-    for row in rows:
-        if sorted(row) != sorted(FIELDS):
-            raise ValueError(f"a row of {path.name} must have the fields {', '.join(FIELDS)}, got {', '.join(row)}")
-    return rows
+    """The rows; see `read_rows`."""
+    return read_rows(path, FIELDS)
 
 
 def record(path: Path, rows: Sequence[Row]) -> None:
@@ -59,9 +47,7 @@ def record(path: Path, rows: Sequence[Row]) -> None:
         same = before is not None and before["version"] == row["version"]
         known[key] = {**row, "checks": {**(before["checks"] if before and same else {}), **row["checks"]}}
     ordered = sorted(known.values(), key=lambda row: (_number(row["release"]), row["device"]))
-    # One row a line, so that a change shows as one.
-    lines = ",\n".join(f"    {json.dumps({name: row[name] for name in FIELDS})}" for row in ordered)
-    path.write_text(f'{{\n  "results": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+    write_rows(path, [{name: row[name] for name in FIELDS} for row in ordered])
 
 
 def _number(release: str) -> tuple[int, ...]:
@@ -101,11 +87,10 @@ def with_table(text: str, rows: Sequence[Row]) -> str:
     Raises:
         ValueError: it has no markers.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    changed = between(text, BEGIN, END, table(rows))
+    if changed is None:
         raise ValueError(f"the text must have the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
+    return changed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     current = with_table(text, read())
     if args.check:
         if text != current:
-            print("README.md: the table of releases is not current; run tools/releases_table.py", file=sys.stderr)
+            print("README.md: not current; run python -m tools.releases_table", file=sys.stderr)
         return int(text != current)
     README.write_text(current, encoding="utf-8")
     return 0
