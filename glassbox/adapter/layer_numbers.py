@@ -5,13 +5,9 @@ layer, in others it counts the attention modules alone, and in models that run a
 passes. So the number is the module's place in the model's list of layers, as the model's own module tree has it.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from typing import Any, Final
-
-# The first list of modules on the way to one: "model.layers.7.self_attn.attn" -> "model.layers", 7.
-_IN_A_LIST: Final = re.compile(r"(?P<stack>(?:[^.\d][^.]*\.)*[^.\d][^.]*)\.(?P<place>\d+)(?:\.|$)")
+from typing import Any
 
 
 def number_layers(model: Any, layers: Mapping[str, Any]) -> dict[str, int]:
@@ -49,20 +45,21 @@ def number_layers(model: Any, layers: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _first_number(name: str) -> int | None:
+    """Of a dotted name; of a module's path it is the module's place in the first list on the way to it."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def _places(model: Any, modules: list[Any]) -> list[int | None]:
     """The place of each module in the model's list of layers; None if it is in none."""
     wanted = {id(module): n for n, module in enumerate(modules)}
-    found: list[dict[int, None]] = [{} for _ in modules]  # ordered
+    found: list[set[int]] = [set() for _ in modules]
     if model is not None:
         # A block that several layers share is met in each of them.
         for path, module in model.named_modules(remove_duplicate=False):
             n = wanted.get(id(module))
-            match = _IN_A_LIST.match(path) if n is not None else None
-            if n is not None and match is not None:
-                found[n].setdefault(int(match["place"]))
+            place = _first_number(path) if n is not None else None
+            if n is not None and place is not None:
+                found[n].add(place)
     # Modules of a shared block: each layer that has the block uses one of them, in their order.
     sharing: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for n, places in enumerate(found):

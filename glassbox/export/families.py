@@ -176,11 +176,11 @@ def _number_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[An
 
 def _drift_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any], detail: Detail) -> Iterator[Series]:
     """Of values [L, H, 2, E]: at a coarser detail than head the one that is farthest from 0."""
-    by_place = {  # [K, heads of a place, 2, E]
-        "model": lambda: values.reshape(1, -1, *values.shape[2:]),
-        "layer": lambda: values,
-        "head": lambda: values[there(engine)][:, None],
-    }[detail]()
+    by_place = values  # [K, heads of a place, 2, E]
+    if detail == "model":
+        by_place = values.reshape(1, -1, *values.shape[2:])
+    elif detail == "head":
+        by_place = values[there(engine)][:, None]
     known = np.where(np.isnan(by_place), 0.0, by_place)
     worst = np.take_along_axis(known, np.abs(known).argmax(axis=1)[:, None], axis=1)[:, 0]
     numbers = np.where(np.isnan(by_place).all(axis=1), np.nan, worst).tolist()

@@ -108,7 +108,7 @@ class Observer:
         self.counters = Counters()
         self.measurer, self.requests, self._canary = measurer, requests, canary
         self._all_layers, self._layer_heads = layers, layer_heads
-        self._layer_names = layer_names
+        self._locals = {name: local for local, name in enumerate(layer_names)}
         self._read_config, self._errors, self._clock = config, errors, clock
         self._exact, self._progress = exact, RequestProgress()
         self._step: Step | None = None
@@ -219,7 +219,7 @@ class Observer:
         self, layer_names: list[str], common_attn_metadata: CommonMetadata, absorbed: int | None = None
     ) -> None:
         """vLLM built metadata; the first time in a sampled step the batch's order is final and rows are chosen."""
-        if layer_names and layer_names[0] not in self._layer_names:
+        if layer_names and layer_names[0] not in self._locals:
             return  # a drafter's, or one with virtual batches
         step = self._step
         started = self._clock()
@@ -244,7 +244,7 @@ class Observer:
     def on_block_table(self, layer_names: list[str], block_table: Tensor) -> None:
         """See seat.Listener."""
         try:
-            if self._tables is not None and layer_names and layer_names[0] in self._layer_names:
+            if self._tables is not None and layer_names and layer_names[0] in self._locals:
                 self.measurer.on_build(layer_names, self._tables._replace(block_table=block_table, group=object()))
         except Exception as error:
             self._errors.count("observe", error)
@@ -414,7 +414,7 @@ class Observer:
         if name not in step.ran:
             step.ran.add(name)
             return False
-        local = self._layer_names.index(name) if name in self._layer_names else None
+        local = self._locals.get(name)
         if local is not None and local in self._canary.allowed:
             self._canary.refuse(local, "repeated")
             logger.warning(
