@@ -6,11 +6,12 @@ Each arm is an engine in a process of its own, all on the same GPU, started once
     python tests/bench/bench_gpu.py run DIR --out CSV    # rounds over all cases and settings
     python tests/bench/bench_gpu.py stop DIR
 
-The model has the shape of Llama-3.1-8B and random weights. `plain` and `again` run without the plugin: engines differ
-for as long as they live (where their weights and caches lie), and how far these two are apart is what that makes. The
-ratio of a setting is taken against the mean of the two in the same round; reported are the median and the extremes of
-these ratios. `replay_ms` is the GPU time of one replayed decode graph by CUDA events, which the host's noise does not
-reach.
+The model has random weights and the shape of Llama-3.1-8B, or with `--model deepseek` that of DeepSeek-V2's attention
+(MLA, 128 heads) in 24 dense layers, 8 B parameters; `--tensor-parallel 2` spreads each engine over two GPUs.
+`plain` and `again` run without the plugin: engines differ for as long as they live (where their weights and caches
+lie), and how far these two are apart is what that makes. The ratio of a setting is taken against the mean of the two
+in the same round; reported are the median and the extremes of these ratios. `replay_ms` is the GPU time of one replayed
+decode graph by CUDA events (of the first rank), which the host's noise does not reach.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
 
-MODEL: dict[str, Any] = {
+LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 4096,
@@ -45,6 +46,33 @@ MODEL: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+DEEPSEEK: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "first_k_dense_replace": 24,  # no experts
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 1536,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "vocab_size": 102400,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+MODELS = {"llama": LLAMA, "deepseek": DEEPSEEK}
 PLAIN = ("plain", "again")
 ARMS = ("plain", "glassbox", "again")
 CASES = ("64:512:256", "1:512:128", "16:8192:64", "256:128:128", "32:4096:8")
@@ -66,34 +94,33 @@ def serve(folder: Path, arm: str) -> None:
     os.environ["GLASSBOX_DISABLE"] = "0" if arm == "glassbox" else "1"
     os.environ["GLASSBOX_CONFIG"] = str(folder / "glassbox.yaml")
     os.environ["GLASSBOX_RUN_DIR"] = str(folder / "run")
-    import torch
     from vllm import LLM, SamplingParams
 
-    model = folder / "model"
+    ranks = json.loads((folder / "bench.json").read_text())["tensor_parallel"]
     llm = LLM(
-        str(model),
+        str(folder / "model"),
         load_format="dummy",
         skip_tokenizer_init=True,
         max_model_len=32768,
         gpu_memory_utilization=0.25,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        kv_cache_memory_bytes=KV_CACHE_BYTES // ranks,
         enable_prefix_caching=False,
         attention_backend=os.environ.get("BACKEND") or None,
+        tensor_parallel_size=ranks,
+        distributed_executor_backend="mp" if ranks > 1 else None,
     )
-    replays: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-    _record_replays(replays)
+    llm.collective_rpc(record_replays)
 
     def run(case: str) -> dict[str, float]:
         batch, inputs, outputs = map(int, case.split(":"))
         random.seed(0)
         prompts = [{"prompt_token_ids": random.choices(range(1000, 100000), k=inputs)} for _ in range(batch)]
         params = SamplingParams(max_tokens=outputs, ignore_eos=True, temperature=0, detokenize=False)
-        replays.clear()
+        llm.collective_rpc(take_replays)
         start = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        torch.cuda.synchronize()
-        times = [a.elapsed_time(b) for a, b in replays]
+        times = llm.collective_rpc(take_replays)[0]
         # Decode steps replay one full graph each; a prefill's piecewise graphs are short and many.
         decode = [t for t in times if t > 0.5 * max(times)] if times else []
         return {
@@ -103,29 +130,6 @@ def serve(folder: Path, arm: str) -> None:
             "replays": len(decode),
         }
 
-    def info() -> dict[str, Any]:
-        report: dict[str, Any] = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "allocated_mib": torch.cuda.memory_allocated() / 2**20,
-            "reserved_mib": torch.cuda.memory_reserved() / 2**20,
-        }
-        if arm == "glassbox":
-            from glassbox.adapter.seat import SEAT
-
-            hooked: Any = SEAT.hook
-            report["errors"] = hooked.errors.counts()
-            if hooked.worker is not None:
-                snapshot = hooked.worker.snapshot()
-                report |= {
-                    "steps": snapshot.steps,
-                    "sampled_steps": snapshot.sampled_steps,
-                    "rows": int(snapshot.rows.sum()),
-                    "backend": snapshot.build["backend"],
-                    "glassbox_mib": hooked.worker.observer.measurer.nbytes / 2**20,
-                }
-        return report
-
     for case in ("8:128:16", *CASES):
         run(case)
     with Listener(str(folder / f"{arm}.sock"), "AF_UNIX") as listener:
@@ -134,14 +138,14 @@ def serve(folder: Path, arm: str) -> None:
                 request = connection.recv()
                 if request == "stop":
                     return
-                connection.send(info() if request == "info" else run(request))
+                connection.send(llm.collective_rpc(worker_info) if request == "info" else run(request))
 
 
-def _record_replays(replays: list[Any]) -> None:
-    """Put a CUDA event before and after every graph replay of this process."""
+def record_replays(worker: Any) -> None:
+    """In a worker: put a CUDA event before and after every graph replay."""
     import torch
 
-    inside = False
+    inside, replays = False, []
 
     def record(original: Any) -> Any:
         def replay(self: Any) -> None:
@@ -162,6 +166,45 @@ def _record_replays(replays: list[Any]) -> None:
     classes: list[Any] = [torch.cuda.CUDAGraph, *torch.cuda.CUDAGraph.__subclasses__()]
     for cls in classes:
         cls.replay = record(cls.replay)
+    worker.bench_replays = replays
+
+
+def take_replays(worker: Any) -> list[float]:
+    """In a worker: GPU milliseconds of each replay since the last call."""
+    import torch
+
+    torch.cuda.synchronize()
+    times = [before.elapsed_time(after) for before, after in worker.bench_replays]
+    worker.bench_replays.clear()
+    return times
+
+
+def worker_info(_: Any) -> dict[str, Any]:
+    """In a worker: what it runs on, and what glassbox did in it."""
+    import torch
+
+    report: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "allocated_mib": torch.cuda.memory_allocated() / 2**20,
+        "reserved_mib": torch.cuda.memory_reserved() / 2**20,
+    }
+    if os.environ["GLASSBOX_DISABLE"] == "0":
+        from glassbox.adapter.seat import SEAT
+
+        hooked: Any = SEAT.hook
+        report["errors"] = hooked.errors.counts()
+        if hooked.worker is not None:
+            snapshot = hooked.worker.snapshot()
+            report |= {
+                "steps": snapshot.steps,
+                "sampled_steps": snapshot.sampled_steps,
+                "rows": int(snapshot.rows.sum()),
+                "layers_observed": len(snapshot.layers),
+                "backend": snapshot.build["backend"],
+                "glassbox_mib": hooked.worker.observer.measurer.nbytes / 2**20,
+            }
+    return report
 
 
 def ask(folder: Path, arm: str, request: str) -> Any:
@@ -171,10 +214,11 @@ def ask(folder: Path, arm: str, request: str) -> Any:
         return None if request == "stop" else connection.recv()
 
 
-def start(folder: Path) -> None:
+def start(folder: Path, model: str, tensor_parallel: int) -> None:
     """Start the arms side by side (their KV caches have a fixed size) and return when all are ready."""
     (folder / "model").mkdir(parents=True, exist_ok=True)
-    (folder / "model" / "config.json").write_text(json.dumps(MODEL))
+    (folder / "model" / "config.json").write_text(json.dumps(MODELS[model]))
+    (folder / "bench.json").write_text(json.dumps({"model": model, "tensor_parallel": tensor_parallel}))
     write_config(folder, SETTINGS["sample_rate 1.0"])
     processes = {}
     for arm in ARMS:
@@ -223,7 +267,7 @@ def run_rounds(folder: Path, rounds: int, cases: list[str], names: list[str], ou
         for case in cases:
             plain = _mean([found[arm][case] for arm in PLAIN])
             results += [_compare(number, case, name, plain, found[name][case]) for name in found]
-        _write(out, results, info)
+        _write(folder, out, results, info)
     _summarise(results, cases)
     print(json.dumps({arm: ask(folder, arm, "info") for arm in ARMS}), flush=True)
 
@@ -248,17 +292,20 @@ def _compare(
     }
 
 
-def _write(out: Path, results: list[dict[str, Any]], info: dict[str, Any]) -> None:
+def _write(folder: Path, out: Path, results: list[dict[str, Any]], info: dict[str, Any]) -> None:
     import torch
     import triton
     import vllm
 
+    bench = json.loads((folder / "bench.json").read_text())
+    ranks = bench["tensor_parallel"]
     with out.open("w", newline="") as file:
         file.write(
-            f"# {info['plain']['gpu']}, vllm {vllm.__version__}, torch {torch.__version__}, "
-            f"triton {triton.__version__}, backend {info['glassbox'].get('backend')}, "
+            f"# {ranks} x {info['plain'][0]['gpu']}, vllm {vllm.__version__}, torch {torch.__version__}, "
+            f"triton {triton.__version__}, backend {info['glassbox'][0].get('backend')}, "
             f"commit {os.environ.get('COMMIT', 'unknown')}\n"
-            f"# command: python tests/bench/bench_gpu.py start DIR && python tests/bench/bench_gpu.py run DIR\n"
+            f"# command: python tests/bench/bench_gpu.py start DIR --model {bench['model']} --tensor-parallel {ranks} "
+            f"&& python tests/bench/bench_gpu.py run DIR\n"
         )
         writer = csv.DictWriter(file, list(results[0]))
         writer.writeheader()
@@ -285,6 +332,8 @@ def main() -> None:
     parser.add_argument("command", choices=["start", "serve", "run", "stop"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arm", choices=ARMS)
+    parser.add_argument("--model", choices=MODELS, default="llama")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
@@ -294,7 +343,7 @@ def main() -> None:
     if args.command == "serve":
         serve(args.folder, args.arm)
     elif args.command == "start":
-        start(args.folder)
+        start(args.folder, args.model, args.tensor_parallel)
     elif args.command == "run":
         run_rounds(args.folder, args.rounds, args.cases, args.settings, args.out, args.deadline_s)
     else:

@@ -1,7 +1,7 @@
 """The truth from vLLM's own q and k, in float64: for models that transformers hasn't, or computes otherwise.
 
 q and k are taken where a model calls vLLM's attention layer, before any backend; of the layer only its parameters are
-believed: scale, window, soft cap, slopes, sinks. Requests must be served one after the other.
+believed: scale, window, chunk, soft cap, slopes, sinks. Requests must be served one after the other.
 """
 
 from collections.abc import Iterator
@@ -47,8 +47,8 @@ class QueryRecorder:
 
 
 def _scores(layer: Any, calls: list[tuple[Tensor, Tensor]]) -> Scores:
-    query = torch.cat([q for q, _ in calls]).double().transpose(0, 1)  # [H, T, D]
-    key = torch.cat([k.view(k.shape[0], layer.num_kv_heads, -1) for _, k in calls]).double().transpose(0, 1)
+    query = torch.cat([q for q, _ in calls]).cpu().double().transpose(0, 1)  # [H, T, D]
+    key = torch.cat([k.view(k.shape[0], layer.num_kv_heads, -1) for _, k in calls]).cpu().double().transpose(0, 1)
     key = key.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=0)
     impl = layer.impl
     scores = impl.scale * (query @ key.transpose(1, 2))
@@ -57,9 +57,11 @@ def _scores(layer: Any, calls: list[tuple[Tensor, Tensor]]) -> Scores:
     position = torch.arange(scores.shape[-1])
     distance = position[:, None] - position[None, :]
     if impl.alibi_slopes is not None:
-        scores = scores - impl.alibi_slopes.double()[:, None, None] * distance
+        scores = scores - impl.alibi_slopes.cpu().double()[:, None, None] * distance
     hidden = distance < 0
     if layer.sliding_window is not None:
         hidden |= distance >= layer.sliding_window
+    if (chunk := getattr(layer, "attention_chunk_size", None)) is not None:
+        hidden |= position[:, None] // chunk != position[None, :] // chunk
     sinks = getattr(impl, "sinks", None)
-    return Scores(scores.masked_fill(hidden, -torch.inf), None if sinks is None else sinks.double())
+    return Scores(scores.masked_fill(hidden, -torch.inf), None if sinks is None else sinks.cpu().double())

@@ -91,8 +91,8 @@ def serve_plain(model: Path, *, together: bool, **settings: Any) -> list[Served]
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
-        with _engine(model, settings) as llm:
-            return list(_answer(llm, together=together).values())
+        with engine(model, settings) as llm:
+            return list(answer(llm, together=together).values())
 
 
 def serve_observed(
@@ -110,10 +110,10 @@ def serve_observed(
     Raises:
         CannotServeError: vLLM refuses the model, or fails.
     """
-    with plugin(folder, CONFIG), _glassbox_log() as said, _engine(model, settings) as llm:
+    with plugin(folder, CONFIG), glassbox_log() as said, engine(model, settings) as llm:
         worker = getattr(SEAT.hook, "worker", None)
         recorder = RowRecorder() if worker is not None else None
-        served = _answer(llm, together=together, with_scores=with_scores)
+        served = answer(llm, together=together, with_scores=with_scores)
         for row in recorder.take() if recorder is not None else []:
             # vLLM's internal id is `external-<8 characters>`.
             external = row.request_id if row.request_id in served else row.request_id.rpartition("-")[0]
@@ -123,7 +123,7 @@ def serve_observed(
 
 
 @contextmanager
-def _engine(model: Path, settings: Mapping[str, Any]) -> Iterator[Any]:
+def engine(model: Path, settings: Mapping[str, Any]) -> Iterator[Any]:
     """An in-process vLLM, of which nothing is left afterwards."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -143,7 +143,7 @@ def _engine(model: Path, settings: Mapping[str, Any]) -> Iterator[Any]:
         yield llm
 
 
-def _answer(llm: Any, *, together: bool, with_scores: bool = False) -> dict[str, Served]:
+def answer(llm: Any, *, together: bool, with_scores: bool = False) -> dict[str, Served]:
     """Greedy answers, or vectors of a pooling model, by request id."""
     assert not (together and with_scores)
     prompts = make_prompts()
@@ -202,7 +202,7 @@ class _Messages(logging.Handler):
 
 
 @contextmanager
-def _glassbox_log() -> Iterator[list[str]]:
+def glassbox_log() -> Iterator[list[str]]:
     handler, logger = _Messages(), logging.getLogger(ROOT)
     logger.addHandler(handler)
     try:

@@ -34,9 +34,10 @@ class EngineSpec:
         out: path without suffix.
         backend: `--attention-backend`, or None for vLLM's choice.
         config: glassbox's YAML as a mapping; None sets GLASSBOX_DISABLE=1.
-        v2_runner: VLLM_USE_V2_MODEL_RUNNER.
+        v2_runner: VLLM_USE_V2_MODEL_RUNNER; None leaves it to vLLM.
         llm_args: further arguments of vllm.LLM, or others than those of `run`.
         fault: what is broken in layer FAULTY_LAYER, by name; see `_break`.
+        adapter: folder of a LoRA adapter that all prompts ask for.
     """
 
     model: str
@@ -47,11 +48,12 @@ class EngineSpec:
     backend: str | None = None
     dtype: str = "bfloat16"
     eager: bool = False
-    v2_runner: bool = True
+    v2_runner: bool | None = True
     kv_cache_dtype: str = "auto"
     config: dict[str, Any] | None = None
     llm_args: dict[str, Any] = field(default_factory=dict)
     fault: str | None = None
+    adapter: str | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -78,7 +80,8 @@ class EngineResult:
 
 def _environment(spec: EngineSpec) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if spec.v2_runner else "0"
+    if spec.v2_runner is not None:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if spec.v2_runner else "0"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["GLASSBOX_RUN_DIR"] = str(spec.run_dir)
     if spec.config is None:
@@ -112,12 +115,18 @@ def run(spec: EngineSpec) -> None:
     if spec.fault is not None:
         _break(spec.fault)
     llm = LLM(spec.model, **{**llm_args, **spec.llm_args})
+    adapter = None
+    if spec.adapter is not None:
+        from vllm.lora.request import LoRARequest
+
+        adapter = LoRARequest("adapter", 1, spec.adapter)
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in spec.prompts],
         [
             SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False, extra_args=extra)
             for n, extra in zip(spec.max_tokens, spec.extra_args or [None] * len(spec.max_tokens), strict=True)
         ],
+        lora_request=adapter,
         use_tqdm=False,
     )
     torch.cuda.synchronize()
