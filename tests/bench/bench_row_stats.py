@@ -12,6 +12,7 @@ than the one before, so that nothing larger than L2 is measured from it (short c
 import argparse
 import csv
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -251,19 +252,31 @@ def suite_shapes(cache: Cache, copy: float) -> list[Row]:
 
 
 def suite_latent(cache: Cache, copy: float) -> list[Row]:
-    """Latent attention by tiling: all of DeepSeek V3's heads, and what tensor parallelism leaves of them; FP8, too."""
-    result = []
+    """Latent attention: all of DeepSeek V3's heads, and what tensor parallelism leaves of them; FP8, too.
+
+    Further tilings in bfloat16, of most and of fewest heads. They compile for minutes: several processes with
+    LATENT_SHARD=i/n fill Triton's cache side by side, before one without it measures, for LATENT_SECONDS at most.
+    """
+    part, parts = map(int, os.environ.get("LATENT_SHARD", "0/1").split("/"))
+    end = time.monotonic() + float(os.environ.get("LATENT_SECONDS", "inf"))
     shapes = ((64, 4096), (1, 131072), (16, 8192), (1, 1024))
-    for heads, dtype in itertools.product((128, 64, 16), (torch.bfloat16, torch.float8_e4m3fn)):
-        made = LatentCache(6.0, heads, dtype)
-        batches = [made.batch(*shape) for shape in shapes]
-        tilings = [None] + [
+    kinds = list(itertools.product((128, 64, 16), (torch.bfloat16, torch.float8_e4m3fn)))
+    asked: list[tuple[int, torch.dtype, list[Tiling | None]]] = [(heads, dtype, [None]) for heads, dtype in kinds]
+    for heads in (128, 16):
+        tilings: list[Tiling | None] = [
             Tiling(keys, warps, stages, heads=together)
             for together in (16, 32, 64, 128)
             if together <= heads
             for keys, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 3))
         ]
+        asked.append((heads, torch.bfloat16, tilings[part::parts]))
+    result = []
+    for heads, dtype, tilings in asked:
+        made = LatentCache(6.0, heads, dtype)
+        batches = [made.batch(*shape) for shape in shapes]
         for tiling, b in itertools.product(tilings, batches):
+            if time.monotonic() > end:
+                return result
             try:
                 row = measure("latent", b, copy, tiling=tiling, programs_per_sm=None if tiling is None else 1)
             except triton.runtime.errors.OutOfResources:

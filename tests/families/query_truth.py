@@ -64,4 +64,4 @@ def _scores(layer: Any, calls: list[tuple[Tensor, Tensor]]) -> Scores:
     if (chunk := getattr(layer, "attention_chunk_size", None)) is not None:
         hidden |= position[:, None] // chunk != position[None, :] // chunk
     sinks = getattr(impl, "sinks", None)
-    return Scores(scores.masked_fill(hidden, -torch.inf), None if sinks is None else sinks.cpu().double())
+    return Scores(scores.masked_fill(hidden, -torch.inf), None if sinks is None else sinks.detach().cpu().double())
