@@ -42,7 +42,7 @@ def environment(config: Path | None = None, run_dir: Path | None = None, **more:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         # On a CPU vLLM 0.32 can't load what it has compiled ahead of time, and compiles for minutes at each start.
         "VLLM_USE_AOT_COMPILE": "0",
-        "PYTHONPATH": str(_ROOT),
+        "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         **{name: str(path) for name, path in named.items() if path is not None},
         **more,
     }

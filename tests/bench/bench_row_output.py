@@ -1,6 +1,6 @@
 """GPU time of a canary's check, as `measure/gpu_measurer.py` makes it: 8 rows that see at most 32,768 keys together.
 
-    python tests/bench/bench_row_output.py --out docs/data/canary.csv
+    python tests/bench/bench_row_output.py --out docs/data/canary_h200.csv
 
 The model has the shape of Llama-3.1-8B (32 layers, 32 heads, 8 KV heads, D = 128) in bfloat16 with random numbers; the
 cases are those of `bench_gpu.py`, with as many rows as a check takes of them. Reported is the median of CUDA events
