@@ -282,7 +282,9 @@ def suite_latent(cache: Cache, copy: float) -> list[Row]:
             except triton.runtime.errors.OutOfResources:
                 continue
             row |= {"heads": heads, "kv_dtype": str(dtype).split(".")[1], "is_default": tiling is None}
-            result.append(row | ({} if tiling is None else asdict(tiling)))
+            if tiling is not None:
+                row |= {"tile_heads" if name == "heads" else name: value for name, value in asdict(tiling).items()}
+            result.append(row)
     return result
 
 
