@@ -666,11 +666,15 @@ def _tilings(q: torch.Tensor, k_cache: torch.Tensor) -> tuple[Tiling, ...]:
     """The fastest of those measured on an H200 (bench_row_stats, suites tune and shapes, 2026-11).
 
     Of wide heads several, since what fits depends on the GPU's shared memory: the queries of 128 heads are 144 KiB of
-    bfloat16, a tile of 32 keys is 36 KiB. They are not measured (suite latent).
+    bfloat16, a tile of 32 keys is 36 KiB. That for 64 heads was measured as half of 128 (suite latent).
     """
     group = q.shape[1] // k_cache.shape[1]
     if k_cache.shape[3] > MAX_HEAD_SIZE:
-        wide = (Tiling(keys=32, warps=8, stages=2, heads=128), Tiling(keys=32, warps=8, stages=2, heads=64))
+        wide = (
+            Tiling(keys=32, warps=8, stages=2, heads=128),
+            Tiling(keys=64, warps=4, stages=2, heads=64),
+            Tiling(keys=32, warps=8, stages=2, heads=64),
+        )
         narrow = (Tiling(keys=32, warps=4, stages=2, heads=16), Tiling(keys=16, warps=4, stages=1, heads=16))
         fitting = [tiling for tiling in wide if tiling.heads < 2 * group]
         return (*fitting, *narrow)
