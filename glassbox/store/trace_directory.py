@@ -4,17 +4,16 @@ Owns finding, caching and removing the files of `trace_record.py`. Workers write
 reads. A file that can't be read is skipped and counted, as snapshots are.
 """
 
-import contextlib
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from glassbox.core.files import FileVersion, file_versions
+from glassbox.core.files import FileVersion
 from glassbox.core.logs import get_logger
 from glassbox.store.trace_ranks import merge_ranks
 from glassbox.store.trace_record import RequestTrace, read_header, read_trace
+from glassbox.store.trusted_file import list_files
 
 logger = get_logger(__name__)
 
@@ -73,11 +72,16 @@ class TraceDirectory:
 
     def versions(self) -> dict[str, FileVersion]:
         """Name and version of every trace file; empty if there is no directory."""
-        return file_versions(self.path, "trace-", ".npz")
+        return list_files(self.path, "trace-", ".npz")
 
     def summaries(self) -> list[TraceSummary]:
         """All traced requests, newest first."""
         return [_summarise(headers) for headers in self._requests(self.versions()).values()]
+
+    def unfinished(self) -> list[str]:
+        """Names of the files of requests that run, and of those that can't be read."""
+        self._requests(self.versions())
+        return [name for name, (_, header) in self._cache.items() if header is None or header["status"] == "active"]
 
     def read(self) -> list[RequestTrace]:
         """All traces, merged over workers, newest first. Reads every file: `summaries` is cheaper."""
@@ -229,12 +233,7 @@ class TraceFiles:
 
     def _listed(self) -> dict[str, int]:
         if self._sizes is None:
-            found = []
-            with contextlib.suppress(FileNotFoundError), os.scandir(self._directory) as entries:
-                for entry in entries:
-                    if entry.name.startswith(self._prefix) and entry.name.endswith(".npz"):
-                        with contextlib.suppress(FileNotFoundError):
-                            stat = entry.stat()
-                            found.append((stat.st_mtime_ns, entry.name, stat.st_size))
-            self._sizes = {name: size for _, name, size in sorted(found)}
+            files = list_files(self._directory, self._prefix, ".npz")
+            found = sorted((time_ns, name, size) for name, (_, time_ns, size) in files.items())
+            self._sizes = {name: size for _, name, size in found}
         return self._sizes

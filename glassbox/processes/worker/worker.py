@@ -40,7 +40,7 @@ from glassbox.processes.worker.traces.active import TraceHost
 from glassbox.processes.worker.traces.tracker import RequestTracker
 from glassbox.processes.worker.traces.writer import TraceWriter
 from glassbox.processes.worker.unread import UnreadWatch
-from glassbox.store import rundir
+from glassbox.store import process_name, rundir
 from glassbox.store.snapshot import Snapshot, write_snapshot
 
 logger = get_logger(__name__)
@@ -58,7 +58,7 @@ class Worker:
     def __init__(self, vllm_worker: VllmWorker, settings: Settings, errors: ErrorCounter) -> None:
         self.vllm_worker = weakref.ref(vllm_worker)
         self._settings, self._errors = settings, errors
-        self._instance = uuid.uuid4().hex[:12]
+        self._instance = f"{process_name.own_name()}-{uuid.uuid4().hex[:8]}"
         self._start_time_s = time.time()
         facts = self._facts = read_worker(vllm_worker)
         self._vllm = installed()

@@ -236,7 +236,7 @@ class TestFullDisk:
         """The same on a file system without a free block."""
         mount = tmp_path / "tiny"
         mount.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)]
+        command = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(mount)]
         if subprocess.run(command, capture_output=True, check=False).returncode != 0:
             pytest.skip("mounting a tmpfs needs privileges that this user does not have")
         try:
