@@ -4,20 +4,28 @@ Owns finding, caching and removing the files of `trace_record.py`. Workers write
 reads. A file that can't be read is skipped and counted, as snapshots are.
 """
 
-from collections.abc import Collection, Mapping
+import errno
+import logging
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from glassbox.core.files import FileVersion
-from glassbox.core.logs import get_logger
+from glassbox.core.logs import get_logger, log_once
 from glassbox.store.trace_ranks import merge_ranks
 from glassbox.store.trace_record import RequestTrace, read_header, read_trace
 from glassbox.store.trusted_file import list_files
 
 logger = get_logger(__name__)
 
+_Written = TypeVar("_Written")
+
 _FOLDER: Final = "traces"
+_PREFIX: Final = "trace-"
+_SUFFIX: Final = ".npz"
+# Of the disk, and of what its owner may have of it.
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _MB: Final = 1_000_000
 
 
@@ -72,7 +80,7 @@ class TraceDirectory:
 
     def versions(self) -> dict[str, FileVersion]:
         """Name and version of every trace file; empty if there is no directory."""
-        return list_files(self.path, "trace-", ".npz")
+        return list_files(self.path, _PREFIX, _SUFFIX)
 
     def summaries(self) -> list[TraceSummary]:
         """All traced requests, newest first."""
@@ -187,6 +195,9 @@ class TraceFiles:
 
     Lists the directory once, since workers have better things to do, and knows from then on what it holds.
 
+    Attributes:
+        dropped: files that were removed, of any worker, because the file system was full.
+
     Args:
         directory: of the files.
         prefix: of these files.
@@ -194,6 +205,7 @@ class TraceFiles:
 
     def __init__(self, directory: Path, prefix: str) -> None:
         self._directory, self._prefix = Path(directory), prefix
+        self.dropped = 0
         # Bytes by name, the latest last; None is not listed yet.
         self._sizes: dict[str, int] | None = None
 
@@ -231,9 +243,48 @@ class TraceFiles:
                 removed.append(path)
         return removed[::-1]
 
+    def with_room(self, write: Callable[[], _Written], needed: int = 1) -> _Written:
+        """Write something; while the file system is full, the oldest traces go, one, two, four, ... of them.
+
+        Args:
+            write: does it; called again after each removal.
+            needed: bytes, as far as they are known: for more than all traces have none is removed.
+
+        Raises:
+            OSError: it can't be written, not even without any trace.
+        """
+        count = 1
+        while True:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in _NO_ROOM or not self._drop_oldest(count, needed):
+                    raise
+            count *= 2
+
+    def _drop_oldest(self, count: int, needed: int) -> bool:
+        """False if there is nothing to remove, or not enough."""
+        files = list_files(self._directory, _PREFIX, _SUFFIX)
+        if not files or sum(size for _, _, size in files.values()) < needed:
+            return False
+        oldest = sorted(files, key=lambda name: files[name][1])[:count]
+        for name in oldest:
+            (self._directory / name).unlink(missing_ok=True)
+            self._listed().pop(name, None)
+        self.dropped += len(oldest)
+        log_once(
+            logger,
+            logging.WARNING,
+            "full",
+            "The file system of %s is full: the oldest traces are removed, so that metrics go on (counted in "
+            "glassbox_traces_dropped_total). Make room there, or lower requests.keep_mb",
+            self._directory,
+        )
+        return True
+
     def _listed(self) -> dict[str, int]:
         if self._sizes is None:
-            files = list_files(self._directory, self._prefix, ".npz")
+            files = list_files(self._directory, self._prefix, _SUFFIX)
             found = sorted((time_ns, name, size) for name, (_, time_ns, size) in files.items())
             self._sizes = {name: size for _, name, size in found}
         return self._sizes

@@ -198,7 +198,7 @@ class Worker:
             int(time.monotonic() // 15),
         )
         if state != self._last_written:
-            write_snapshot(rundir.run_dir(), self.snapshot())
+            self._traces.before_traces(lambda: write_snapshot(rundir.run_dir(), self.snapshot()))
             self._last_written = state
             steps, sampled_steps = numbers["steps"], numbers["sampled_steps"]
             logger.debug("Snapshot written: %d steps, %d of them measured", steps, sampled_steps)
@@ -244,6 +244,7 @@ class Worker:
             "reload_timestamp_s": status.timestamp_s,
             "build": self._build,
             "trace_refused": refused,
+            "traces_dropped": self._traces.dropped,
             "traced_requests": traced,
             "traced_requests_active": len(self._requests.active()),
         }
