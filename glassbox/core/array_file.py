@@ -24,14 +24,13 @@ class ArrayFile:
     Args:
         file: to read from, seekable; it stays open.
         limit: bytes that all arrays together may declare.
-        packed: whether compressed members are read; what is written to a run directory has none.
 
     Raises:
-        ValueError: it declares more, or has too many members or compressed ones.
+        ValueError: it declares more, or has too many members, or compressed ones (nothing that is read so has).
         zipfile.BadZipFile: it is no archive.
     """
 
-    def __init__(self, file: BinaryIO, limit: int, *, packed: bool = False) -> None:
+    def __init__(self, file: BinaryIO, limit: int) -> None:
         self._archive = zipfile.ZipFile(file)
         members = self._archive.infolist()
         if len(members) > _MOST_MEMBERS:
@@ -39,7 +38,7 @@ class ArrayFile:
         size = sum(member.file_size for member in members)
         if size > limit:
             raise ValueError(f"must unpack to at most {limit} bytes, got {size}")
-        if not packed and any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("must not be compressed")
         self._names = {member.filename for member in members}
 

@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -21,8 +21,7 @@ from glassbox.store import process_name, rundir
 DIRECTORY_ENV: Final = "PROMETHEUS_MULTIPROC_DIR"
 # The part of a file's name after the last underscore is the process; gauges also say how processes are combined.
 KINDS: Final = ("counter", "gauge_mostrecent", "histogram")
-# Without an owner: what versions before this one have left.
-_NAME: Final = re.compile(rf"(?:{'|'.join(KINDS)})_glassbox(?:-(?P<owner>[0-9a-f]{{16}}))?\.db")
+_NAME: Final = re.compile(rf"(?:(?:{'|'.join(KINDS)})_|\.)glassbox-(?P<owner>[0-9a-f]{{16}})\.(?:db|lock)")
 _ATTEMPTS: Final = 20
 
 
@@ -95,19 +94,20 @@ def purge_dead(folder: Path | None) -> None:
     """Remove the files of servers that have ended; those of other users stay, and so does what can't be told."""
     if folder is None:
         return
-    with contextlib.suppress(OSError):
-        for owner in set(_owners(folder)):
-            if owner is None:
-                for kind in KINDS:
-                    (folder / f"{kind}_glassbox.db").unlink(missing_ok=True)
-            elif (handle := hold(folder, owner)) is not None:
+    for kind in KINDS:
+        # What versions before this one have left; one that still runs writes its own anew.
+        with contextlib.suppress(OSError):
+            (folder / f"{kind}_glassbox.db").unlink()
+    for owner in _owners(folder):
+        with contextlib.suppress(OSError):  # another user's
+            if (handle := hold(folder, owner)) is not None:
                 release(folder, owner, handle)
 
 
-def _owners(folder: Path) -> Iterator[str | None]:
-    for name in os.listdir(folder):
-        if (match := _NAME.fullmatch(name)) is not None:
-            yield match["owner"]
+def _owners(folder: Path) -> set[str]:
+    with contextlib.suppress(OSError):
+        return {match["owner"] for name in os.listdir(folder) if (match := _NAME.fullmatch(name)) is not None}
+    return set()
 
 
 def _lock_path(folder: Path, owner: str) -> Path:

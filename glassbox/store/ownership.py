@@ -54,6 +54,7 @@ def settle(environ: MutableMapping[str, str] = os.environ) -> Callable[[], None]
         return lambda: None
     before = {name: environ.get(name) for name in (rundir.RUN_DIR_ENV, OWNER_ENV)}
     path = rundir.run_dir(environ)
+    environ[rundir.RUN_DIR_ENV] = str(path)  # absolute: Ray's workers have another working directory
     server, _, owned = environ.get(OWNER_ENV, "").partition("@")
     if owned != str(path):
         server = rundir.new_server()

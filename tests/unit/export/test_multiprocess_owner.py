@@ -74,6 +74,18 @@ def test_a_killed_servers_files_go_at_the_next_start(directory: Path) -> None:
     alive.close()
 
 
+def test_what_can_not_be_told_stays(directory: Path) -> None:
+    """A lock that can't be opened keeps no other one's files."""
+    killed_writer(directory, "d" * 16)
+    for owner in ("c" * 16, "e" * 16):
+        (directory / multiprocess_files.file_name("counter", owner)).write_bytes(b"x")
+        (directory / f".glassbox-{owner}.lock").symlink_to("nowhere")
+    multiprocess_files.purge_dead(directory)
+    assert sorted(path.name for path in directory.glob("*.db")) == [
+        multiprocess_files.file_name("counter", owner) for owner in ("c" * 16, "e" * 16)
+    ]
+
+
 def test_also_where_glassbox_is_switched_off(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GLASSBOX_DISABLE=1 after a kill: what the dead server has measured is not shown."""
     killed_writer(directory, "d" * 16)

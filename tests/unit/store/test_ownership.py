@@ -97,6 +97,14 @@ class TestOneServer:
         assert "".join(child.kill() for child in children) == ""
         undo()
 
+    def test_a_relative_path(self, environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Children may have another working directory."""
+        monkeypatch.chdir(tmp_path)
+        undo = ownership.settle(environ := {**environ, "GLASSBOX_RUN_DIR": "named"})
+        assert environ["GLASSBOX_RUN_DIR"] == str(tmp_path / "named")
+        undo()
+        assert environ["GLASSBOX_RUN_DIR"] == "named"
+
     def test_nothing_is_written_where_glassbox_names_it(self, tmp_path: Path) -> None:
         """Its name has the owner already."""
         environ = {"XDG_RUNTIME_DIR": str(tmp_path)}
