@@ -57,10 +57,10 @@ class Registration:
         if rundir.RUN_DIR_ENV not in os.environ:
             undo.callback(os.environ.pop, rundir.RUN_DIR_ENV, None)
         undo.callback(ownership.settle())
-        undo.callback(rundir.remove)
+        undo.callback(_remove_files)
         multiprocess_files.purge_dead(multiprocess_files.directory())
         # After those of vLLM's that are made later: an executor ends its workers in one, and they still write there.
-        undo.callback(weakref.finalize(self, rundir.remove).detach)
+        undo.callback(weakref.finalize(self, _remove_files).detach)
         undo.callback(overrides.free_custom)
         settings = Settings(path, config, publish=publish.publish, read=publish.reader())
         # Taken back last to first: the file is followed no more, then the worker ends, then vLLM's own are put back.
@@ -83,6 +83,14 @@ class Registration:
         attached.callback(shown_metrics.install(self.shown))
         if config.enabled:
             attached.callback(intake.install(live, rundir.run_dir(), _note_api_server, self.shown.limit_to))
+
+
+def _remove_files() -> None:
+    """At the end of a server's process: what no other one has to remove."""
+    from glassbox.store import multiprocess_files, rundir
+
+    rundir.remove()
+    multiprocess_files.purge_dead(multiprocess_files.directory())
 
 
 def _note_api_server() -> None:

@@ -158,4 +158,7 @@ class ExporterProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+            # It had no time to remove them.
+            environ = os.environ if self._environ is None else self._environ
+            multiprocess_files.purge_dead(multiprocess_files.directory(environ))
         self._process = None

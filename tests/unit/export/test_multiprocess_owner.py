@@ -1,19 +1,25 @@
 """Files of the multiprocess directory have an owner, and go with it: real files, locks and processes."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from glassbox.config.load import load_config
 from glassbox.export.families import build_families
 from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.plugin import register
+from glassbox.processes.exporter import launch
 from glassbox.store import multiprocess_files
 from glassbox.store.merge import merge
-from tests.export_samples import OWNER, make_snapshot
+from glassbox.store.snapshot import write_snapshot
+from tests.export_samples import OWNER, make_snapshot, write_config
 
 ROOT = Path(__file__).parents[3]
 
@@ -118,3 +124,22 @@ def test_a_new_exporter_takes_the_files_over(directory: Path) -> None:
     with pytest.raises(BlockingIOError, match="another exporter of this server"):
         MultiprocessWriter(directory, OWNER).write([], 3.0)
     assert 'glassbox_steps_total{engine="0",model_name="tiny/model"} 1000.0' in shown(directory)
+
+
+def test_an_exporter_that_does_not_stop(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that ends kills it after a while, and removes what it can't remove any more."""
+    monkeypatch.setattr(launch, "_STOP_TIMEOUT_S", 0.2)
+    run_dir = tmp_path / "run"
+    write_snapshot(run_dir, make_snapshot())
+    config = load_config(write_config(tmp_path / "glassbox.yaml", interval_s=1))
+    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(directory)}
+    exporter = launch.ExporterProcess(tmp_path / "glassbox.yaml", run_dir, environ)
+    exporter.ensure(config)
+    deadline = time.monotonic() + 60.0
+    while len(list(directory.glob("*.db"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert exporter.pid is not None
+    os.kill(exporter.pid, signal.SIGSTOP)
+    exporter.stop()
+    assert list(directory.iterdir()) == []
