@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import yaml
@@ -15,6 +15,9 @@ from glassbox.core.accumulator_arrays import ARRAY
 from glassbox.core.output_checks import ERROR_RATIO_BUCKETS, KV_TENSORS, LayerChecks, LayerState
 from glassbox.core.statistics import NUM_BUCKETS, NUM_STATISTICS, PHASES, STATISTICS, Phase
 from glassbox.store.snapshot import Snapshot, Totals
+
+# Of the files of a multiprocess directory.
+OWNER: Final = "0123456789abcdef"
 
 
 def make_snapshot(
@@ -50,6 +53,7 @@ def make_snapshot(
         "dropped_rows": {"max_rows": 3},
         "errors": {"sampler": 1},
         "trace_refused": {"max_active": 2},
+        "traces_dropped": 0,
         "traced_requests": {"opt_in": 3, "sampled": 0},
         "traced_requests_active": 1,
         "overhead_seconds": 0.125,

@@ -237,6 +237,15 @@ ENGINE_NUMBERS: Final[tuple[EngineNumber, ...]] = (
         labels=("reason",),
     ),
     EngineNumber(
+        name="traces_dropped",
+        metric="traces_dropped_total",
+        otel_name="traces_dropped",
+        kind="counter",
+        unit="{file}",
+        help="Files of traces removed because the file system of the run directory was full; metrics go first.",
+        merge=MergeRule.SUM,
+    ),
+    EngineNumber(
         name="build",
         metric="build_info",
         otel_name="build_info",

@@ -11,27 +11,13 @@ FileVersion = tuple[int, int, int]
 def file_version(path: Path) -> FileVersion | None:
     """Version of a file; None if it can't be looked at."""
     try:
-        return _version(os.stat(path))
+        return version_of(os.stat(path))
     except OSError:
         return None
 
 
-def file_versions(folder: Path, prefix: str, suffix: str) -> dict[str, FileVersion]:
-    """Name and version of the files of a folder whose names begin and end so; empty if there is no folder.
-
-    Raises:
-        OSError: the folder exists but may not be listed.
-    """
-    versions: dict[str, FileVersion] = {}
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(prefix) and entry.name.endswith(suffix):
-                with contextlib.suppress(FileNotFoundError):  # went between listing and stat
-                    versions[entry.name] = _version(entry.stat())
-    return versions
-
-
-def _version(found: os.stat_result) -> FileVersion:
+def version_of(found: os.stat_result) -> FileVersion:
+    """Version of a file of which this is known."""
     return (found.st_ino, found.st_mtime_ns, found.st_size)
 
 
@@ -41,15 +27,39 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: if it cannot be written; the temporary file is removed.
     """
-    # A fixed name: a worker killed while writing leaves at most one, which its next write would replace.
-    temporary = path.with_name(f".{path.name}.tmp")
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with temporary.open("wb", buffering=0) as file:
+        write_in(folder, path.name, data)
+    finally:
+        os.close(folder)
+
+
+def write_in(folder: int, name: str, data: bytes, *, mode: int = 0o666) -> None:
+    """Replace the file `name` of an open folder.
+
+    Args:
+        folder: its descriptor.
+        mode: of the file, before the umask.
+
+    Raises:
+        OSError: if it cannot be written; the temporary file is removed.
+    """
+    # A fixed name: a worker killed while writing leaves at most one, which its next write removes.
+    temporary = f".{name}.tmp"
+    # Exclusively: what another user may have put in its place (a link to a file of ours) is not written to.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        try:
+            handle = os.open(temporary, flags, mode, dir_fd=folder)
+        except FileExistsError:
+            os.unlink(temporary, dir_fd=folder)
+            handle = os.open(temporary, flags, mode, dir_fd=folder)
+        with os.fdopen(handle, "wb", buffering=0) as file:
             view = memoryview(data)
             while view:  # one write may be short when the disk is about to be full
                 view = view[file.write(view) :]
-        temporary.replace(path)
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            os.unlink(temporary, dir_fd=folder)
         raise

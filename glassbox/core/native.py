@@ -2,21 +2,31 @@
 
 Owns finding the compiler, its flags and the cache of what it made. vLLM on a CPU needs a compiler for torch.compile; a
 server that runs without one (--enforce-eager) is no reason to fail, so whoever calls this has another way.
+
+What is loaded is run: it is taken from the cache only if no other user could have put it there. Where the cache can't
+be trusted, written to or run from, the file is compiled at each start, in a folder of this process's own. Which of the
+two it is doesn't depend on what lies in the cache.
 """
 
 import ctypes
 import hashlib
+import logging
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from glassbox.core.cache import cache_dir
 from glassbox.core.cpu import cpu_flags
+from glassbox.core.logs import get_logger, log_once
+from glassbox.core.trusted_path import distrusted_file, distrusted_folder
+
+logger = get_logger(__name__)
 
 # Without -ffast-math: NaN must stay NaN, and nothing may be reordered but the sums that say so (omp simd).
 _FLAGS: Final = (
@@ -27,10 +37,16 @@ _FLAGS: Final = (
 _TARGETS: Final = (("-march=native",), ("-mcpu=native",), ())
 _COMPILERS: Final = ("g++", "clang++", "c++")
 _TIMEOUT_S: Final = 120
+_CACHE_REMEDY: Final = "set XDG_CACHE_HOME to a directory of this user's from which files can be executed"
+_TEMPORARY_REMEDY: Final = "set XDG_CACHE_HOME or TMPDIR to such a directory"
 
 
 class NativeError(RuntimeError):
-    """There is no compiler, or it refused; the message says why."""
+    """There is no compiler, or it refused, or there is no place for what it makes; the message says why."""
+
+
+class _NoPlaceError(NativeError):
+    """The cache can't be used."""
 
 
 def load_cpp(source: Path, defines: Mapping[str, str] | None = None) -> ctypes.CDLL:
@@ -41,7 +57,7 @@ def load_cpp(source: Path, defines: Mapping[str, str] | None = None) -> ctypes.C
         defines: what macros of the file stand for, by name; so a table of this package need not be written there again.
 
     Raises:
-        NativeError: it can't be compiled.
+        NativeError: it can't be compiled, or there is no folder from which it may be loaded.
         OSError: the result can't be written or loaded.
     """
     compiler = _compiler()
@@ -49,21 +65,95 @@ def load_cpp(source: Path, defines: Mapping[str, str] | None = None) -> ctypes.C
     key = hashlib.sha256(source.read_bytes())
     key.update(repr((os.path.realpath(compiler[0]), compiler[1:], options, _TARGETS, sorted(cpu_flags()))).encode())
     name = f"{source.stem}-{key.hexdigest()[:20]}.so"
+
+    def compile_to(target: Path) -> Path:
+        return _compile(compiler, options, source, target)
+
+    try:
+        return _from_cache(compile_to, _cache_folder() / name)
+    except _NoPlaceError as error:
+        return _compiled_alone(compile_to, name, error)
+
+
+def _cache_folder() -> Path:
+    """The folder of compiled files, which is there.
+
+    Raises:
+        _NoPlaceError: files there can't be loaded, or not be trusted; the message says why and what to do.
+    """
     try:
         folder = cache_dir() / "native"
-        if (folder / name).is_file():
-            return ctypes.CDLL(str(folder / name))
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".partial-", dir=folder)
-    except (OSError, RuntimeError):
-        # No home (RuntimeError), or one that can't be written: compiled at each start. A library stays loaded when its
-        # file is gone.
+    except RuntimeError as error:
+        raise _NoPlaceError(f"there is no home directory ({error}); {_CACHE_REMEDY}") from None
+    # Glassbox's own two are closed if a umask of 002 has left them open.
+    ours = (folder.parent, folder)
+    reason = distrusted_folder(folder.parent.parent, shared=True)
+    try:
+        if reason is None:
+            for missing in (*reversed(folder.parents), folder):
+                missing.mkdir(mode=0o700, exist_ok=True)
+            for own in ours:
+                found = own.lstat()
+                if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and found.st_mode & 0o022:
+                    own.chmod(stat.S_IMODE(found.st_mode) & ~0o022)
+            reason = distrusted_folder(folder)
+    except OSError as error:
+        raise _NoPlaceError(f"{error.filename or folder} can't be made: {error.strerror}; {_CACHE_REMEDY}") from None
+    if reason is not None:
+        raise _NoPlaceError(f"{reason}, who could put code there; take their right to write, or {_CACHE_REMEDY}")
+    if _is_noexec(folder):
+        raise _NoPlaceError(f"{folder} is on a file system that is mounted noexec; {_CACHE_REMEDY}")
+    return folder
+
+
+def _from_cache(compile_to: Callable[[Path], Path], path: Path) -> ctypes.CDLL:
+    """Loaded from the cache, after it was compiled there if it isn't yet.
+
+    Raises:
+        NativeError: it can't be compiled.
+        _NoPlaceError: it can't be written there, or not be loaded from there.
+    """
+    if path.exists() and distrusted_file(path) is None:
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            logger.warning("%s can't be loaded (%s); it is compiled again", path, error)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as partial:
+            # Renamed when it is whole: several workers may start at once.
+            compile_to(Path(partial) / path.name).replace(path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise _NoPlaceError(f"{path.parent} can't be used: {error.strerror or error}; {_CACHE_REMEDY}") from None
+
+
+def _compiled_alone(compile_to: Callable[[Path], Path], name: str, why: _NoPlaceError) -> ctypes.CDLL:
+    """Compiled for this process. A library stays loaded when its file is gone."""
+    try:
         with tempfile.TemporaryDirectory(prefix="glassbox-") as alone:
-            return ctypes.CDLL(str(_compile(compiler, options, source, Path(alone) / name)))
-    with scratch as partial:
-        # Renamed when it is whole: several workers may start at once.
-        _compile(compiler, options, source, Path(partial) / name).replace(folder / name)
-    return ctypes.CDLL(str(folder / name))
+            folder = Path(os.path.realpath(alone))
+            if (reason := distrusted_folder(folder)) is not None:
+                raise NativeError(f"{why}. Nor can the temporary directory be used: {reason}; {_TEMPORARY_REMEDY}")
+            if _is_noexec(folder):
+                raise NativeError(
+                    f"{why}. Nor can the temporary directory be used: {folder.parent} is on a file system that is "
+                    f"mounted noexec; {_TEMPORARY_REMEDY}"
+                )
+            library = ctypes.CDLL(str(compile_to(folder / name)))
+    except FileNotFoundError as error:  # tempfile finds no directory that can be written to
+        raise NativeError(f"{why}. Nor is there a temporary directory: {error.strerror}; {_TEMPORARY_REMEDY}") from None
+    log_once(
+        logger,
+        logging.WARNING,
+        "native-cache",
+        "The compiled kernel can't be kept, and is compiled at each start: %s",
+        why,
+    )
+    return library
+
+
+def _is_noexec(folder: Path) -> bool:
+    return bool(os.statvfs(folder).f_flag & os.ST_NOEXEC)
 
 
 def _compiler() -> list[str]:

@@ -1,10 +1,10 @@
 """The families as files of `prometheus_client`'s multiprocess mode.
 
-With several API servers, vLLM's /metrics shows only what lies in $PROMETHEUS_MULTIPROC_DIR, so glassbox
-writes its
-families there: one file per kind, always under the same names, because one exporter speaks for the whole
-server. Values are changed in place; when the set of series changes, the file is replaced. Same metrics as
-`prometheus.py`: `MultiProcessCollector` derives `_count` from the buckets, and neither has `_created`.
+With several API servers, vLLM's /metrics shows only what lies in $PROMETHEUS_MULTIPROC_DIR, so glassbox writes its
+families there: one file per kind, under the same names as long as the server lives, because one exporter at a time
+speaks for all of it (`store/multiprocess_files.py` says whose they are). Values are changed in place; when the set of
+series changes, the file is replaced. Same metrics as `prometheus.py`: `MultiProcessCollector` derives `_count` from
+the buckets, and neither has `_created`.
 """
 
 import contextlib
@@ -17,14 +17,9 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
 from glassbox.export.family import Family, Kind
 from glassbox.export.prometheus import bucket_names
+from glassbox.store import multiprocess_files
 
-# The part of a file's name after the last underscore is the process; gauges also say how processes are
-# combined.
-_FILES: Final[dict[Kind, str]] = {
-    "counter": "counter_glassbox.db",
-    "gauge": "gauge_mostrecent_glassbox.db",
-    "histogram": "histogram_glassbox.db",
-}
+_FILES: Final[dict[Kind, str]] = {"counter": "counter", "gauge": "gauge_mostrecent", "histogram": "histogram"}
 _PAGE: Final = 1 << 16  # as prometheus_client's own first size
 _HEADER_BYTES: Final = 8
 _ENTRY_BYTES: Final = 4 + 8 + 16  # length, padding at most, value and timestamp
@@ -85,10 +80,14 @@ class _File:
         try:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
-            with temporary.open("wb") as file:
+            # Exclusively: others may write to the directory, too, and must not have a link there.
+            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
                 # Blocks are taken now: on a full disk this raises, where writing to a mapped hole kills the
                 # process.
-                os.posix_fallocate(file.fileno(), 0, -(-used // _PAGE) * _PAGE)
+                os.posix_fallocate(handle, 0, -(-used // _PAGE) * _PAGE)
+            finally:
+                os.close(handle)
             mapped = MmapedDict(str(temporary))
             try:
                 for key, value in values.items():
@@ -113,12 +112,17 @@ class _File:
 class MultiprocessWriter:
     """Keeps the families up to date in a multiprocess directory.
 
-    The files stay when the exporter ends, as those of any process do: removing one while a scrape reads the
-    directory would fail that scrape.
+    Args:
+        directory: that one; other servers may share it.
+        owner: of the files, `multiprocess_files.owner_of` the server's run directory.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._files = {kind: _File(Path(directory) / name) for kind, name in _FILES.items()}
+    def __init__(self, directory: Path, owner: str) -> None:
+        self._directory, self._owner = Path(directory), owner
+        self._lock: int | None = None
+        self._files = {
+            kind: _File(self._directory / multiprocess_files.file_name(name, owner)) for kind, name in _FILES.items()
+        }
 
     def write(self, families: Iterable[Family], time_s: float) -> None:
         """Write all families; series that are in none of them disappear.
@@ -130,13 +134,31 @@ class MultiprocessWriter:
         Raises:
             OSError: if a file cannot be written; the others and the older content stay.
         """
+        self._hold()
         values: dict[Kind, dict[str, float]] = {kind: {} for kind in _FILES}
         for family in families:
             values[family.kind].update(samples(family))
         for kind, file in self._files.items():
             file.write(values[kind], time_s)
 
+    def _hold(self) -> None:
+        if self._lock is not None and multiprocess_files.is_held_by(self._directory, self._owner, self._lock):
+            return
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        multiprocess_files.purge_dead(self._directory)
+        self._lock = multiprocess_files.hold(self._directory, self._owner)
+        if self._lock is None:
+            raise BlockingIOError(f"another exporter of this server writes to {self._directory}")
+
     def close(self) -> None:
-        """Let go of the files."""
+        """Remove the files: nothing is shown of a server that has ended.
+
+        A scrape that has listed the directory, but not read it yet, fails; it is one of a server that ends.
+        """
         for file in self._files.values():
             file.close()
+        if self._lock is not None:
+            multiprocess_files.release(self._directory, self._owner, self._lock)
+            self._lock = None

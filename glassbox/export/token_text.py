@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from glassbox.core.logs import get_logger
-from glassbox.store.tokenizer_note import note_path
+from glassbox.store.tokenizer_note import read_source
 
 logger = get_logger(__name__)
 
@@ -36,18 +36,18 @@ class TokenTexts:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = note_path(run_dir)
+        self._run_dir = Path(run_dir)
         self._decode: Decoder | None = None
-        self._failed: str | None = None
+        self._failed: bytes | None = None
 
     def decoder(self) -> Decoder | None:
         """The loaded tokenizer, None if there is none that can be loaded."""
         if self._decode is not None:
             return self._decode
         try:
-            source = self._path.read_text(encoding="utf-8")
+            source = read_source(self._run_dir)
         except OSError:
-            return None  # no worker has named it yet
+            return None  # no worker has named it yet, or not a worker has
         if source == self._failed:
             return None
         try:

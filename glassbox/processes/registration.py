@@ -1,8 +1,9 @@
 """What glassbox does to a process of vLLM when it is loaded there, and how it takes that back.
 
 It reads the YAML, extends vLLM's backend registry, names the observed backends in it, wraps the intake, and adds a
-collector to prometheus_client's registry. It starts no thread and writes no file; that happens in workers
-(`processes/worker/worker.py`) and, when somebody scrapes, in the API server.
+collector to prometheus_client's registry. It starts no thread and writes no file but the one that says whose a run
+directory is that an operator named (`store/ownership.py`); that happens in workers (`processes/worker/worker.py`) and,
+when somebody scrapes, in the API server.
 """
 
 import logging
@@ -44,7 +45,7 @@ class Registration:
         from glassbox.config.settings import Settings
         from glassbox.core.logs import get_logger, set_level
         from glassbox.processes.api_server import intake, shown_metrics
-        from glassbox.store import rundir
+        from glassbox.store import multiprocess_files, ownership, rundir
 
         undo = self._undo
         undo.callback(registry.install().remove)
@@ -55,10 +56,11 @@ class Registration:
         undo.callback(ray_environment.carry())
         if rundir.RUN_DIR_ENV not in os.environ:
             undo.callback(os.environ.pop, rundir.RUN_DIR_ENV, None)
-        rundir.run_dir()
-        undo.callback(rundir.remove)
+        undo.callback(ownership.settle())
+        undo.callback(_remove_files)
+        multiprocess_files.purge_dead(multiprocess_files.directory())
         # After those of vLLM's that are made later: an executor ends its workers in one, and they still write there.
-        undo.callback(weakref.finalize(self, rundir.remove).detach)
+        undo.callback(weakref.finalize(self, _remove_files).detach)
         undo.callback(overrides.free_custom)
         settings = Settings(path, config, publish=publish.publish, read=publish.reader())
         # Taken back last to first: the file is followed no more, then the worker ends, then vLLM's own are put back.
@@ -81,6 +83,14 @@ class Registration:
         attached.callback(shown_metrics.install(self.shown))
         if config.enabled:
             attached.callback(intake.install(live, rundir.run_dir(), _note_api_server, self.shown.limit_to))
+
+
+def _remove_files() -> None:
+    """At the end of a server's process: what no other one has to remove."""
+    from glassbox.store import multiprocess_files, rundir
+
+    rundir.remove()
+    multiprocess_files.purge_dead(multiprocess_files.directory())
 
 
 def _note_api_server() -> None:

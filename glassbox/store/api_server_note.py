@@ -6,7 +6,9 @@ A node has a run directory of its own, and not every node has an API server.
 from pathlib import Path
 from typing import Final
 
-_NAME: Final = "api_server"
+from glassbox.store.trusted_file import exists, write_file
+
+NAME: Final = "api_server"
 
 
 def write_note(run_dir: Path) -> None:
@@ -15,9 +17,9 @@ def write_note(run_dir: Path) -> None:
     Raises:
         OSError: it can't be written, or there is no run directory.
     """
-    (Path(run_dir) / _NAME).touch(mode=0o600)
+    write_file(Path(run_dir) / NAME, b"")
 
 
 def is_noted(run_dir: Path) -> bool:
     """Whether an API server has told it."""
-    return (Path(run_dir) / _NAME).exists()
+    return exists(Path(run_dir) / NAME)

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from glassbox.core.files import write_atomically
 from glassbox.store.trace_directory import TraceDirectory, TraceSummary
+from glassbox.store.trusted_file import read_json, write_file
 
 _PREFIX: Final = "delivered-"
+_MAX_BYTES: Final = 1 << 26  # of 100,000 kept traces the ids, a client's may be long
 
 
 def _key(trace: TraceSummary) -> str:
@@ -34,7 +35,7 @@ class Delivered:
 
     def _read(self) -> set[str] | None:
         try:
-            return {str(key) for key in json.loads(self._path.read_bytes())}
+            return {str(key) for key in read_json(self._path, _MAX_BYTES)}
         except (OSError, ValueError, TypeError):
             return None
 
@@ -55,7 +56,7 @@ class Delivered:
         there = {_key(trace) for trace in present}
         self._known = ((self._known or set()) | {_key(trace) for trace in had}) & there
         if self._known != self._written:
-            write_atomically(self._path, json.dumps(sorted(self._known)).encode())
+            write_file(self._path, json.dumps(sorted(self._known)).encode())
             self._written = set(self._known)
 
     def forget(self) -> None:

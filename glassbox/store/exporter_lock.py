@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+from glassbox.store.trusted_file import open_lock
+
 LOCK_NAME: Final = "exporter.lock"
 # A worker looks whether the lock is free by taking it for an instant; an exporter that starts then tries
 # again.
@@ -29,7 +31,7 @@ class ExporterLock:
             OSError: if the lock file cannot be made.
         """
         path = Path(run_dir) / LOCK_NAME
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = open_lock(path, create=True)
         for attempt in range(_LOCK_ATTEMPTS):
             if attempt:
                 time.sleep(_LOCK_PAUSE_S)
@@ -41,9 +43,13 @@ class ExporterLock:
 
     @staticmethod
     def is_held(run_dir: Path) -> bool:
-        """True if some process holds the lock."""
+        """True if some process holds the lock.
+
+        Raises:
+            OSError: the lock file is not this user's, or no file.
+        """
         try:
-            handle = os.open(Path(run_dir) / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+            handle = open_lock(Path(run_dir) / LOCK_NAME, create=False)
         except FileNotFoundError:
             return False
         try:
@@ -61,7 +67,7 @@ class ExporterLock:
             False if another process has taken it.
         """
         try:
-            if os.stat(self._path).st_ino == os.fstat(self._handle).st_ino:
+            if os.stat(self._path, follow_symlinks=False).st_ino == os.fstat(self._handle).st_ino:
                 return True
         except FileNotFoundError:
             if not self._path.parent.is_dir():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from glassbox.core.files import write_atomically
+from glassbox.store.trusted_file import read_json, write_file
 
 STATUS_NAME: Final = "exporter.json"
 
@@ -33,14 +33,14 @@ def write_status(run_dir: Path, status: ExporterStatus) -> None:
         OSError: if it cannot be written.
     """
     text = json.dumps({"pid": status.pid, "time_s": status.time_s, "errors": dict(status.errors)})
-    write_atomically(Path(run_dir) / STATUS_NAME, text.encode())
+    write_file(Path(run_dir) / STATUS_NAME, text.encode())
 
 
 def read_status(run_dir: Path) -> ExporterStatus | None:
     """The status file, or None if there is none that can be read."""
     try:
-        content = json.loads((Path(run_dir) / STATUS_NAME).read_bytes())
+        content = read_json(Path(run_dir) / STATUS_NAME)
         errors = {str(stage): int(count) for stage, count in content["errors"].items()}
         return ExporterStatus(int(content["pid"]), float(content["time_s"]), errors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError):  # an Infinity is no int
         return None

@@ -8,22 +8,21 @@ write.
 
 import contextlib
 import json
-import os
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from glassbox.core.files import write_atomically
 from glassbox.core.logs import get_logger
+from glassbox.store.trusted_file import list_files, make_folder, read_json, write_file
 
 logger = get_logger(__name__)
 
 # A trace follows within seconds; what nobody fetched by then has no trace.
 KEEP_S: Final = 600.0
 MAX_FILES: Final = 4096
-_FOLDER: Final = "llm-spans"
+FOLDER: Final = "llm-spans"
 _NAME: Final = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.json")
 
 
@@ -53,23 +52,24 @@ def write(run_dir: Path, span: LlmSpan) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    folder = Path(run_dir) / _FOLDER
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(folder / f"{span.trace_id}-{span.span_id}.json", json.dumps(asdict(span)).encode())
+    folder = Path(run_dir) / FOLDER
+    make_folder(folder)
+    write_file(folder / f"{span.trace_id}-{span.span_id}.json", json.dumps(asdict(span)).encode())
 
 
 def prune(run_dir: Path, now_s: float) -> None:
-    """Remove files older than `KEEP_S`, and the oldest beyond `MAX_FILES`."""
-    found = []
-    with contextlib.suppress(FileNotFoundError), os.scandir(Path(run_dir) / _FOLDER) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                found.append((entry.stat().st_mtime, entry.path))
+    """Remove files older than `KEEP_S`, and the oldest beyond `MAX_FILES`.
+
+    Raises:
+        OSError: the folder may not be listed, or is not this user's.
+    """
+    folder = Path(run_dir) / FOLDER
+    found = [(time_ns / 1e9, name) for name, (_, time_ns, _) in list_files(folder, "", "").items()]
     found.sort(reverse=True)
-    for number, (time_s, path) in enumerate(found):
+    for number, (time_s, name) in enumerate(found):
         if number >= MAX_FILES or now_s - time_s > KEEP_S:
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                (folder / name).unlink()
 
 
 class LlmSpanReader:
@@ -82,10 +82,8 @@ class LlmSpanReader:
     def refresh(self, now_s: float | None = None) -> None:
         """Read new files, forget removed ones, remove old ones."""
         prune(self._run_dir, time.time() if now_s is None else now_s)
-        folder = self._run_dir / _FOLDER
-        names: list[str] = []
-        with contextlib.suppress(FileNotFoundError):
-            names = [name for name in os.listdir(folder) if _NAME.fullmatch(name)]
+        folder = self._run_dir / FOLDER
+        names = [name for name in list_files(folder, "", ".json") if _NAME.fullmatch(name)]
         self._spans = {name: self._spans[name] if name in self._spans else _read(folder / name) for name in names}
 
     def of(self, request_id: str) -> list[LlmSpan]:
@@ -106,9 +104,17 @@ class LlmSpanReader:
         return next((span.endpoint for span in self._spans.values() if span is not None and span.endpoint), None)
 
 
+def _decode(content: dict[str, Any]) -> LlmSpan:
+    span = LlmSpan(**content)
+    texts = (span.request_id, span.trace_id, span.span_id, span.endpoint or "")
+    if not all(isinstance(text, str) for text in texts) or not isinstance(span.flags, int):
+        raise TypeError("ids must be texts, and flags a number")
+    return replace(span, end_time_s=float(span.end_time_s))
+
+
 def _read(path: Path) -> LlmSpan | None:
     try:
-        return LlmSpan(**json.loads(path.read_bytes()))
+        return _decode(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         logger.debug("%s: %s", path.name, error)
         return None

@@ -1,30 +1,31 @@
 """The run directory: where the processes of one server leave their snapshots for each other.
 
-Owns its name, making and removal; what lies in it belongs to the other modules of this room. The first process of a
-server names it in GLASSBOX_RUN_DIR, its children inherit the variable. Needs /proc (Linux), as vLLM's servers do.
+Owns its name, making and removal; what lies in it belongs to the other modules of this room, and whose a directory is
+that an operator named to `ownership.py`. The first process of a server names it in GLASSBOX_RUN_DIR, its children
+inherit the variable.
 
-    $XDG_RUNTIME_DIR (or the temporary directory) / glassbox-<uid> / <pid>-<start time>-<pid namespace>-<machine>
+    $XDG_RUNTIME_DIR (or the temporary directory) / glassbox-<uid>-<process>-<random>
 
-pid and start time (clock ticks since boot) name the owner: together they can't be taken for another process
-once the pid is used again. The pid namespace is there because containers may share a /tmp, and only within
-one namespace does "no such process" mean that the owner is dead. The machine is there because Ray takes the variable
-to other nodes, where all workers of the server share a directory of that name, each node its own.
+The process (process_name.py) is the owner. The random part is there because anybody may make a file in the temporary
+directory: a name that could be foretold could be taken first. Ray takes the variable to other nodes, where all workers
+of the server share a directory of that name, each node its own.
 """
 
-import functools
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
 import time
-import uuid
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Final
 
+from glassbox.store import process_name
+
 RUN_DIR_ENV: Final = "GLASSBOX_RUN_DIR"
-_NAME: Final = re.compile(r"(?P<pid>\d+)-(?P<start>\d+)-(?P<place>\d+-[0-9a-f]{8})")
+_NAME: Final = re.compile(rf"glassbox-(?P<uid>\d+)-(?P<server>(?P<process>{process_name.PATTERN})-[0-9a-f]{{16}})")
 # Of a directory whose owner can't be looked for: a living worker writes into it at least once an hour.
 _ABANDONED_S: Final = 24 * 3600.0
 
@@ -37,9 +38,25 @@ def run_dir(environ: MutableMapping[str, str] = os.environ) -> Path:
     nobody's there, or somebody else's.
     """
     if not environ.get(RUN_DIR_ENV):
-        environ[RUN_DIR_ENV] = str(_parent(environ) / _own_name())
+        environ[RUN_DIR_ENV] = str(path_of(new_server(), environ))
     path = Path(environ[RUN_DIR_ENV]).absolute()
-    return _parent(environ) / path.name if is_elsewhere(environ) else path
+    return _base(environ) / path.name if is_elsewhere(environ) else path
+
+
+def new_server() -> str:
+    """A name for the server whose first process this is; nobody can foretell it."""
+    return f"{process_name.own_name()}-{secrets.token_hex(8)}"
+
+
+def path_of(server: str, environ: Mapping[str, str]) -> Path:
+    """The run directory of a server of this name, unless an operator named another one."""
+    return _base(environ) / f"glassbox-{os.geteuid()}-{server}"
+
+
+def is_named(environ: Mapping[str, str]) -> bool:
+    """True if GLASSBOX_RUN_DIR is an operator's choice."""
+    named = environ.get(RUN_DIR_ENV, "")
+    return bool(named) and _NAME.fullmatch(Path(named).name) is None
 
 
 def is_elsewhere(environ: Mapping[str, str] = os.environ) -> bool:
@@ -48,7 +65,7 @@ def is_elsewhere(environ: Mapping[str, str] = os.environ) -> bool:
     False if there is none yet, and for a directory that an operator named.
     """
     match = _NAME.fullmatch(Path(environ.get(RUN_DIR_ENV, "")).name)
-    return match is not None and match["place"] != _place()
+    return match is not None and match["place"] != process_name.own_place()
 
 
 def create(environ: MutableMapping[str, str] = os.environ) -> Path:
@@ -58,16 +75,13 @@ def create(environ: MutableMapping[str, str] = os.environ) -> Path:
         its path.
 
     Raises:
-        PermissionError: it, or the directory of glassbox's run directories, belongs to someone else or is a
-            symlink, so that another user could read or forge what is written there.
+        PermissionError: it belongs to someone else or is a symlink, so that another user could read or forge what is
+            written there.
         OSError: it can't be made.
     """
     path = run_dir(environ)
-    if path.parent == _parent(environ):
-        _make_private(path.parent)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    _make_private(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path)
     return path
 
 
@@ -80,28 +94,29 @@ def remove(environ: MutableMapping[str, str] = os.environ) -> bool:
         True if it was removed.
     """
     path = run_dir(environ)
-    if path.name != _own_name() or path.parent != _parent(environ) or not path.is_dir():
+    match = _NAME.fullmatch(path.name)
+    if match is None or match["process"] != process_name.own_name() or not path.is_dir():
         return False
     shutil.rmtree(path, ignore_errors=True)
     return not path.exists()
 
 
-def purge_dead(parent: Path | None = None) -> list[Path]:
+def purge_dead(base: Path | None = None) -> list[Path]:
     """Remove the run directories of servers that were killed before they could.
 
     Of servers of other machines and pid namespaces those go in which nothing was written for a day. Left alone are
     those of living processes, of other users, and anything with another name.
 
     Args:
-        parent: the directory of run directories; default is that of this user.
+        base: where run directories are; default is where this user's are.
 
     Returns:
         the removed ones.
     """
-    parent = _parent(os.environ) if parent is None else parent
+    base = _base(os.environ) if base is None else base
     removed = []
     try:
-        entries = list(os.scandir(parent))
+        entries = list(os.scandir(base))
     except OSError:
         return []
     for entry in entries:
@@ -122,19 +137,33 @@ def _is_dead(entry: os.DirEntry[str]) -> bool:
         return False
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         return False
-    if match["place"] != _place():
+    if match["place"] != process_name.own_place():
         return time.time() - found.st_mtime > _ABANDONED_S
-    return _start_time(int(match["pid"])) != int(match["start"])
+    return process_name.is_dead(match["process"])
 
 
-def _parent(environ: Mapping[str, str]) -> Path:
+def _base(environ: Mapping[str, str]) -> Path:
     runtime = environ.get("XDG_RUNTIME_DIR", "")
-    # After su or sudo the variable may still name another user's directory.
+    return Path(runtime if _is_own_runtime(runtime) else tempfile.gettempdir())
+
+
+def _is_own_runtime(runtime: str) -> bool:
+    """After su or sudo the variable may still name another user's directory, in which root may write, but he, too."""
+    try:
+        owner = os.stat(runtime).st_uid
+    except (OSError, ValueError):
+        return False
     usable = os.path.isabs(runtime) and os.path.isdir(runtime) and os.access(runtime, os.W_OK | os.X_OK)
-    return Path(runtime if usable else tempfile.gettempdir()) / f"glassbox-{os.geteuid()}"
+    return usable and owner == os.geteuid()
 
 
-def _make_private(path: Path) -> None:
+def make_private(path: Path) -> None:
+    """Make a directory for this user only, or make one of this user's so.
+
+    Raises:
+        PermissionError: it belongs to someone else, or is no directory.
+        OSError: it can't be made.
+    """
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
@@ -146,33 +175,3 @@ def _make_private(path: Path) -> None:
         )
     if stat.S_IMODE(found.st_mode) & 0o077:
         path.chmod(0o700)
-
-
-def _own_name() -> str:
-    pid = os.getpid()
-    return f"{pid}-{_start_time(pid)}-{_place()}"
-
-
-def _place() -> str:
-    """Where process ids mean something: pid namespace and machine."""
-    return f"{Path('/proc/self/ns/pid').stat().st_ino}-{_machine()}"
-
-
-@functools.cache
-def _machine() -> str:
-    """Of the running kernel: the pid namespace of a machine's first process has the same number on every machine."""
-    try:
-        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
-    except OSError:  # some sandboxes lack it
-        text = uuid.uuid5(uuid.NAMESPACE_DNS, os.uname().nodename).hex
-    return text.replace("-", "").strip()[:8]
-
-
-def _start_time(pid: int) -> int | None:
-    """Clock ticks from boot to the start of process `pid`; None if there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # Field 22; the second, the command, is in parentheses and may itself hold blanks and parentheses.
-    return int(text.rpartition(")")[2].split()[19])

@@ -8,24 +8,34 @@ but time.
 import io
 import json
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
 
 from glassbox.core.accumulator_arrays import ARRAY, AccumulatorArrays, check_shapes, narrowed
+from glassbox.core.array_file import ArrayFile
 from glassbox.core.counters import ENGINE_NUMBER, EngineValue
-from glassbox.core.files import FileVersion, file_versions, write_atomically
+from glassbox.core.files import FileVersion
 from glassbox.core.logs import get_logger
 from glassbox.core.output_checks import LAYER_CHECK_DTYPES, LayerChecks
+from glassbox.store.process_name import is_dead
+from glassbox.store.trusted_file import list_files, make_folder, open_file, write_file
 
 logger = get_logger(__name__)
 
 FORMAT_VERSION: Final = 5
 _CHECKS: Final = "checks_"  # before the names of the arrays of LayerChecks in a file
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
+# 80 layers of 64 heads take 2 to 20 MB, by how large their counts are.
+MAX_BYTES: Final = 1 << 28
+# Merging makes room for every head of the model, so few bytes must not be able to ask for very many.
+_MOST_PLACES: Final = 1 << 18
+# A worker writes at least every 15 s: after so long a dead one is no engine that ends just now.
+_DEAD_AFTER_S: Final = 60.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,7 +77,7 @@ class Snapshot(Totals):
     """Everything one worker process has measured since it started (cumulative); H is its largest number of local heads.
 
     Attributes:
-        instance: unique per start of a worker process.
+        instance: unique per start of a worker; begins with its process's name (process_name.py), if that is known.
         rank: in the tensor-parallel group.
         layer_heads: local heads of each layer; the arrays hold nothing of those that it hasn't.
         head_offsets: global index of the first local head of each layer.
@@ -109,6 +119,10 @@ class Snapshot(Totals):
                     f"heads {offset}..{offset + of_layer - 1} of layer {layer} must be among the model's "
                     f"{self.num_heads_total} heads and the arrays' {heads}"
                 )
+        if len(self.layers) * self.num_heads_total > _MOST_PLACES:
+            raise ValueError(
+                f"{len(self.layers)} layers of {self.num_heads_total} heads must be at most {_MOST_PLACES} heads"
+            )
         _check_numbers(self.numbers)
 
 
@@ -168,21 +182,23 @@ def write_snapshot(run_dir: Path, snapshot: Snapshot) -> Path:
             older file of the same worker stays.
     """
     path = Path(run_dir) / snapshot_name(snapshot)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(path, _encode(snapshot))
+    make_folder(path.parent)
+    write_file(path, _encode(snapshot))
     return path
 
 
-def _decode(data: bytes) -> Snapshot:
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        meta = json.loads(bytes(archive["meta"]).decode())
-        if meta.pop("format", None) != FORMAT_VERSION:
-            raise ValueError(f"format must be {FORMAT_VERSION}")
-        arrays = {name: archive[name].astype(entry.dtype, copy=False) for name, entry in ARRAY.items()}
-        checks: dict[str, Any] = {
-            name: archive[_CHECKS + name].astype(dtype, casting="same_kind", copy=False)
-            for name, dtype in LAYER_CHECK_DTYPES.items()
-        }
+def _decode(file: BinaryIO) -> Snapshot:
+    archive = ArrayFile(file, MAX_BYTES)
+    meta = json.loads(archive.read(["meta"])["meta"].tobytes())
+    if meta.pop("format", None) != FORMAT_VERSION:
+        raise ValueError(f"format must be {FORMAT_VERSION}")
+    found = archive.read(ARRAY)
+    arrays: dict[str, Any] = {name: found[name].astype(entry.dtype, copy=False) for name, entry in ARRAY.items()}
+    of_checks = archive.read(_CHECKS + name for name in LAYER_CHECK_DTYPES)
+    checks: dict[str, Any] = {
+        name: of_checks[_CHECKS + name].astype(dtype, casting="same_kind", copy=False)
+        for name, dtype in LAYER_CHECK_DTYPES.items()
+    }
     for name in ("layers", "layer_heads", "head_offsets", "sampled_layers"):
         meta[name] = tuple(int(number) for number in meta[name])
     return Snapshot(**meta, **arrays, checks=LayerChecks(**checks))
@@ -191,18 +207,49 @@ def _decode(data: bytes) -> Snapshot:
 class SnapshotReader:
     """Reads all snapshots of a run directory; a file is parsed again only when it was replaced.
 
+    An engine all of whose workers have died is left out after a minute. Of a worker that died in an engine that lives
+    the snapshot stays: what it counted belongs to the engine's totals.
+
     Attributes:
         unreadable: how many file versions could not be read so far (each counts once).
+
+    Args:
+        run_dir: of the server.
+        named: it was named by whoever runs a command, and may be another user's.
+        clock: Unix time in seconds.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = Path(run_dir)
+    def __init__(self, run_dir: Path, *, named: bool = False, clock: Callable[[], float] = time.time) -> None:
+        self._run_dir, self._named, self._clock = Path(run_dir), named, clock
         self._cache: dict[str, tuple[FileVersion, Snapshot | None]] = {}
         self.unreadable = 0
 
     def versions(self) -> dict[str, FileVersion]:
-        """Name and version of every snapshot file; empty if there is no directory."""
-        return file_versions(self._run_dir, "worker-", ".npz")
+        """Name and version of every snapshot file, but for dead engines; empty if there is no directory.
+
+        Raises:
+            OSError: the directory may not be listed, or is not this user's.
+        """
+        versions = list_files(self._run_dir, "worker-", ".npz", named=self._named)
+        self._cache = {name: entry for name, entry in self._cache.items() if name in versions}
+        dead = self._dead({name: entry[1] for name, entry in self._cache.items() if versions[name] == entry[0]})
+        return {name: version for name, version in versions.items() if name not in dead}
+
+    def _dead(self, snapshots: Mapping[str, Snapshot | None]) -> set[str]:
+        """Those of engines that have ended."""
+        if self._named:  # who names the directory of a server that has ended wants what it measured
+            return set()
+        engines: dict[tuple[str, str], list[str]] = {}
+        old = self._clock() - _DEAD_AFTER_S
+        for name, snapshot in snapshots.items():
+            if snapshot is not None:
+                engines.setdefault((snapshot.model_name, snapshot.engine), []).append(name)
+        dead: set[str] = set()
+        for names in engines.values():
+            workers = [worker for name in names if (worker := snapshots[name]) is not None]
+            if all(worker.time_s < old and is_dead(worker.instance) for worker in workers):
+                dead.update(names)
+        return dead
 
     def read(self, versions: Mapping[str, FileVersion] | None = None) -> list[Snapshot]:
         """All readable snapshots, in the order of their file names.
@@ -214,15 +261,17 @@ class SnapshotReader:
             OSError: if the directory exists but may not be listed.
         """
         versions = self.versions() if versions is None else versions
-        self._cache = {name: entry for name, entry in self._cache.items() if name in versions}
         for name, version in versions.items():
             if name not in self._cache or self._cache[name][0] != version:
                 self._cache[name] = (version, self._load(name))
-        return [entry[1] for _, entry in sorted(self._cache.items()) if entry[1] is not None]
+        found = {name: self._cache[name][1] for name in sorted(versions)}
+        dead = self._dead(found)
+        return [snapshot for name, snapshot in found.items() if snapshot is not None and name not in dead]
 
     def _load(self, name: str) -> Snapshot | None:
         try:
-            return _decode((self._run_dir / name).read_bytes())
+            with open_file(self._run_dir / name, MAX_BYTES, named=self._named) as file:
+                return _decode(file)
         except FileNotFoundError:
             return None
         except Exception as error:  # garbage can fail anywhere in zip, npy, JSON or shapes
@@ -232,6 +281,6 @@ class SnapshotReader:
             return None
 
 
-def read_snapshots(run_dir: Path) -> list[Snapshot]:
+def read_snapshots(run_dir: Path, *, named: bool = False) -> list[Snapshot]:
     """All readable snapshots of a run directory; `SnapshotReader` also counts the others."""
-    return SnapshotReader(run_dir).read()
+    return SnapshotReader(run_dir, named=named).read()

@@ -4,14 +4,18 @@ import json
 from pathlib import Path
 from typing import Final
 
-from glassbox.core.files import write_atomically
+from glassbox.store.trusted_file import MAX_NOTE_BYTES, make_folder, read_file, write_file
 
-_NAME: Final = "tokenizer.json"
+NAME: Final = "tokenizer.json"
 
 
-def note_path(run_dir: Path) -> Path:
-    """The file: JSON with `tokenizer` and `revision`, as `write_source` takes them."""
-    return Path(run_dir) / _NAME
+def read_source(run_dir: Path) -> bytes:
+    """The note: JSON with `tokenizer` and `revision`, as `write_source` takes them.
+
+    Raises:
+        OSError: there is none, or it is not one of this user's processes'.
+    """
+    return read_file(Path(run_dir) / NAME, MAX_NOTE_BYTES)
 
 
 def write_source(run_dir: Path, tokenizer: str, revision: str | None) -> None:
@@ -20,6 +24,5 @@ def write_source(run_dir: Path, tokenizer: str, revision: str | None) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    path = note_path(run_dir)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"tokenizer": tokenizer, "revision": revision}).encode())
+    make_folder(Path(run_dir))
+    write_file(Path(run_dir) / NAME, json.dumps({"tokenizer": tokenizer, "revision": revision}).encode())

@@ -4,21 +4,28 @@ Owns finding, caching and removing the files of `trace_record.py`. Workers write
 reads. A file that can't be read is skipped and counted, as snapshots are.
 """
 
-import contextlib
-import os
-from collections.abc import Collection, Mapping
+import errno
+import logging
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from glassbox.core.files import FileVersion, file_versions
-from glassbox.core.logs import get_logger
+from glassbox.core.files import FileVersion
+from glassbox.core.logs import get_logger, log_once
 from glassbox.store.trace_ranks import merge_ranks
 from glassbox.store.trace_record import RequestTrace, read_header, read_trace
+from glassbox.store.trusted_file import list_files
 
 logger = get_logger(__name__)
 
+_Written = TypeVar("_Written")
+
 _FOLDER: Final = "traces"
+_PREFIX: Final = "trace-"
+_SUFFIX: Final = ".npz"
+# Of the disk, and of what its owner may have of it.
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _MB: Final = 1_000_000
 
 
@@ -73,11 +80,16 @@ class TraceDirectory:
 
     def versions(self) -> dict[str, FileVersion]:
         """Name and version of every trace file; empty if there is no directory."""
-        return file_versions(self.path, "trace-", ".npz")
+        return list_files(self.path, _PREFIX, _SUFFIX)
 
     def summaries(self) -> list[TraceSummary]:
         """All traced requests, newest first."""
         return [_summarise(headers) for headers in self._requests(self.versions()).values()]
+
+    def unfinished(self) -> list[str]:
+        """Names of the files of requests that run, and of those that can't be read."""
+        self._requests(self.versions())
+        return [name for name, (_, header) in self._cache.items() if header is None or header["status"] == "active"]
 
     def read(self) -> list[RequestTrace]:
         """All traces, merged over workers, newest first. Reads every file: `summaries` is cheaper."""
@@ -183,6 +195,9 @@ class TraceFiles:
 
     Lists the directory once, since workers have better things to do, and knows from then on what it holds.
 
+    Attributes:
+        dropped: files that were removed, of any worker, because the file system was full.
+
     Args:
         directory: of the files.
         prefix: of these files.
@@ -190,6 +205,7 @@ class TraceFiles:
 
     def __init__(self, directory: Path, prefix: str) -> None:
         self._directory, self._prefix = Path(directory), prefix
+        self.dropped = 0
         # Bytes by name, the latest last; None is not listed yet.
         self._sizes: dict[str, int] | None = None
 
@@ -227,14 +243,48 @@ class TraceFiles:
                 removed.append(path)
         return removed[::-1]
 
+    def with_room(self, write: Callable[[], _Written], needed: int = 1) -> _Written:
+        """Write something; while the file system is full, the oldest traces go, one, two, four, ... of them.
+
+        Args:
+            write: does it; called again after each removal.
+            needed: bytes, as far as they are known: for more than all traces have none is removed.
+
+        Raises:
+            OSError: it can't be written, not even without any trace.
+        """
+        count = 1
+        while True:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in _NO_ROOM or not self._drop_oldest(count, needed):
+                    raise
+            count *= 2
+
+    def _drop_oldest(self, count: int, needed: int) -> bool:
+        """False if there is nothing to remove, or not enough."""
+        files = list_files(self._directory, _PREFIX, _SUFFIX)
+        if not files or sum(size for _, _, size in files.values()) < needed:
+            return False
+        oldest = sorted(files, key=lambda name: files[name][1])[:count]
+        for name in oldest:
+            (self._directory / name).unlink(missing_ok=True)
+            self._listed().pop(name, None)
+        self.dropped += len(oldest)
+        log_once(
+            logger,
+            logging.WARNING,
+            "full",
+            "The file system of %s is full: the oldest traces are removed, so that metrics go on (counted in "
+            "glassbox_traces_dropped_total). Make room there, or lower requests.keep_mb",
+            self._directory,
+        )
+        return True
+
     def _listed(self) -> dict[str, int]:
         if self._sizes is None:
-            found = []
-            with contextlib.suppress(FileNotFoundError), os.scandir(self._directory) as entries:
-                for entry in entries:
-                    if entry.name.startswith(self._prefix) and entry.name.endswith(".npz"):
-                        with contextlib.suppress(FileNotFoundError):
-                            stat = entry.stat()
-                            found.append((stat.st_mtime_ns, entry.name, stat.st_size))
-            self._sizes = {name: size for _, name, size in sorted(found)}
+            files = list_files(self._directory, self._prefix, _SUFFIX)
+            found = sorted((time_ns, name, size) for name, (_, time_ns, size) in files.items())
+            self._sizes = {name: size for _, name, size in found}
         return self._sizes

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.core import trace_arrays
-from glassbox.core.files import write_atomically
+from glassbox.core.array_file import ArrayFile
 from glassbox.core.statistics import PHASES
 from glassbox.core.trace_arrays import Sizes, trace_array
 from glassbox.core.trace_options import (
@@ -33,6 +33,7 @@ from glassbox.core.trace_options import (
     TraceOptions,
     parse_options,
 )
+from glassbox.store.trusted_file import make_folder, open_file, write_file
 
 __all__ = [
     "FORMAT_VERSION",
@@ -63,6 +64,8 @@ Status = Literal["active", "finished", "aborted", "lost"]
 _INTERNAL: Final = re.compile(r"(?:\d+_)?(?P<external>.+)-[0-9a-f]{8}", re.DOTALL)
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
 _NAME_CHARS: Final = 80
+# The most that requests.max_trace_mb allows, and what is around it.
+MAX_BYTES: Final = 4096 * 1_000_000 + (1 << 24)
 
 
 def external_id(internal_id: str) -> str:
@@ -236,8 +239,8 @@ def write_trace(directory: Path, trace: RequestTrace) -> Path:
         OSError: it cannot be written. No temporary file is left behind, and an older one of the request stays.
     """
     path = Path(directory) / trace_name(trace.engine, trace.rank, trace.instance, trace.internal_id)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(path, _encode(trace))
+    make_folder(path.parent)
+    write_file(path, _encode(trace))
     return path
 
 
@@ -261,19 +264,16 @@ def read_trace(path: Path) -> RequestTrace:
         OSError: it cannot be read.
         ValueError: it is not a trace of this format.
     """
-    data = Path(path).read_bytes()
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            header = _decode_header(bytes(archive["header"]))
-            empty = header.pop("empty")
-            arrays = {
-                array.name: np.empty(empty[array.name], array.dtype) if array.name in empty else archive[array.name]
-                for array in trace_arrays.TRACE_ARRAYS
-            }
-        header.pop("num_rows")
-        return RequestTrace(**header, arrays=arrays)
-    except Exception as error:  # garbage can fail anywhere in zip, npy, JSON or shapes
-        raise _unreadable(path, error) from error
+    with open_file(Path(path), MAX_BYTES) as file:
+        try:
+            archive = ArrayFile(file, MAX_BYTES)
+            header = _decode_header(archive)
+            empty = {name: _empty(name, shape) for name, shape in header.pop("empty").items()}
+            filled = [array.name for array in trace_arrays.TRACE_ARRAYS if array.name not in empty]
+            header.pop("num_rows")
+            return RequestTrace(**header, arrays={**empty, **archive.read(filled)})
+        except Exception as error:  # garbage can fail anywhere in zip, npy, JSON or shapes
+            raise _unreadable(path, error) from error
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -283,10 +283,9 @@ def read_header(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is not a trace of this format.
     """
-    with Path(path).open("rb") as file:
+    with open_file(Path(path), MAX_BYTES) as file:
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                header = _decode_header(bytes(archive["header"]))
+            header = _decode_header(ArrayFile(file, MAX_BYTES))
             del header["empty"]
             return header
         except Exception as error:  # as above
@@ -297,8 +296,14 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{Path(path).name} must be a trace of format {FORMAT_VERSION}: {type(error).__name__}: {error}")
 
 
-def _decode_header(text: bytes) -> dict[str, Any]:
-    header: dict[str, Any] = json.loads(text)
+def _empty(name: str, shape: Sequence[int]) -> npt.NDArray[Any]:
+    if 0 not in shape:  # a few bytes must not ask for gigabytes
+        raise ValueError(f"{name} must be empty, got shape {list(shape)}")
+    return np.empty(tuple(shape), trace_array(name).dtype)
+
+
+def _decode_header(archive: ArrayFile) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads(archive.read(["header"])["header"].tobytes())
     if header.pop("format", None) != FORMAT_VERSION:
         raise ValueError(f"format must be {FORMAT_VERSION}")
     for name in ("layers", "heads", "span_names"):

@@ -26,7 +26,7 @@ class Lives:
         dead_samples: of the first, before it was killed; and its run directory.
         survivors: its processes that lived on for more than some seconds.
         dead_dir_after_kill: was the run directory still there then (nobody was left to remove it)?
-        new_samples: of the second at its start, and its run directories (all under the common parent).
+        new_samples: of the second at its start, and its run directories (all that there are).
         served_rows: rows of the second after it has served one request.
         left_processes, left_dirs: of the second after SIGTERM.
     """
@@ -69,7 +69,6 @@ def lives(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     folder = tmp_path_factory.mktemp("lives")
     runtime = folder / "runtime"
     runtime.mkdir(mode=0o700)
-    run_dirs = runtime / f"glassbox-{os.geteuid()}"
     # No run directory is named: glassbox's own, which it must clean up itself. JSONL needs the exporter process.
     config = {**BASE_CONFIG, "export": {"interval_s": 1, "jsonl": {"path": str(folder / "windows.jsonl")}}}
     env = {"GLASSBOX_RUN_DIR": None, "XDG_RUNTIME_DIR": str(runtime)}
@@ -84,16 +83,16 @@ def lives(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         first.complete("The sea is", max_tokens=8)
         first.settled_rows()
         dead_samples = glassbox_samples(first.metrics())
-        (dead_dir,) = names(run_dirs)
+        (dead_dir,) = names(runtime)
         processes = first.processes()
         exporters = [line for line in living(processes) if "glassbox.processes.exporter" in line]
         # The exporter has a session of its own, so this does not hit it: it must see for itself that all is over.
         os.killpg(first.pid, signal.SIGKILL)
         survivors = remaining(processes, 5.0)
-        dead_dir_after_kill = (run_dirs / dead_dir).is_dir()
+        dead_dir_after_kill = (runtime / dead_dir).is_dir()
 
         second = start("second")
-        new_samples, new_dirs = glassbox_samples(second.metrics()), names(run_dirs)
+        new_samples, new_dirs = glassbox_samples(second.metrics()), names(runtime)
         second.complete("The sea is", max_tokens=8)
         second.settled_rows()
         served_rows = second.metric("glassbox_attention_rows_total", phase="decode")
@@ -109,7 +108,7 @@ def lives(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
             new_dirs=new_dirs,
             served_rows=served_rows,
             left_processes=left,
-            left_dirs=names(run_dirs),
+            left_dirs=names(runtime),
             exporters=exporters,
         )
 

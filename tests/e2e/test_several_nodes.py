@@ -208,7 +208,7 @@ def test_ranks_on_two_nodes(demo_model_path: Path, tmp_path: Path) -> None:
         assert counts_against_rows(samples) == {}
         (worker,) = (dict(labels) for name, labels in samples if name == "glassbox_worker_info")
         assert (worker["engine"], worker["rank"], worker["heads"]) == ("0", str(rank), ("0-3", "4-7")[rank])
-    assert list((tmp_path / "headless").glob("glassbox-*/*")) == [], "the headless node leaves no run directory"
+    assert list((tmp_path / "headless").glob("glassbox-*")) == [], "the headless node leaves no run directory"
 
 
 def tiny_moe(folder: Path, tokenizer: Path) -> Path:
@@ -276,6 +276,6 @@ def test_supervisor(demo_model_path: Path, tmp_path: Path) -> None:
         )
         ranks = [dict(labels)["rank"] for name, labels in together if name == "glassbox_worker_info"]
         assert ranks == ["0", "0"], "each engine has a first tensor-parallel rank, whatever its experts are"
-        (run_dir,) = (path for path in tmp_path.glob("glassbox-*/*") if path.is_dir())
-        assert run_dir.name.split("-")[0] == str(server.pid)
+        (run_dir,) = tmp_path.glob("glassbox-*")
+        assert run_dir.name.split("-")[2] == str(server.pid)
     assert not run_dir.exists()

@@ -103,7 +103,7 @@ def _take(source: str, config_path: Path | None) -> "Baseline":
 
         taken = from_measured(fetch(source, _TIMEOUT_S))
     elif Path(source).is_dir():
-        taken = from_engines(merge(read_snapshots(Path(source))), source)
+        taken = from_engines(merge(read_snapshots(Path(source), named=True)), source)
     else:
         raise BaselineError(f"{source} must be a URL (http://host:port) or the run directory of a server")
     if statistics is None:

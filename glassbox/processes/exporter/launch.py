@@ -16,11 +16,9 @@ from typing import Final
 import glassbox
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.affinity import leave_workers_cores
-from glassbox.store import rundir
+from glassbox.store import multiprocess_files, rundir
 from glassbox.store.exporter_lock import ExporterLock
 
-# prometheus_client's: set, the server has several processes whose metrics are files of this directory.
-MULTIPROCESS_ENV: Final = "PROMETHEUS_MULTIPROC_DIR"
 _LONGEST_BACKOFF_S: Final = 60.0
 _STOP_TIMEOUT_S: Final = 3.0
 _BINDING_VARIABLES: Final = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
@@ -37,14 +35,6 @@ def wants_spans(config: GlassboxConfig) -> bool:
     return config.enabled and otel.enabled and otel.traces and (requests.opt_in or requests.trace_rate > 0)
 
 
-def multiprocess_directory(environ: Mapping[str, str]) -> str | None:
-    """Directory of prometheus_client's multiprocess files, None if there is none.
-
-    Ray takes the variable to nodes where nobody reads such files, nor has made the directory.
-    """
-    return None if rundir.is_elsewhere(environ) else environ.get(MULTIPROCESS_ENV) or None
-
-
 def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) -> bool:
     """True if the configuration asks for anything that only an exporter process does.
 
@@ -57,7 +47,7 @@ def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) 
     pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
     pushed = pushed or wants_records(config) or wants_spans(config)
     shown = export.prometheus.enabled and (
-        export.prometheus.port is not None or multiprocess_directory(environ) is not None
+        export.prometheus.port is not None or multiprocess_files.directory(environ) is not None
     )
     return pushed or shown
 
@@ -168,4 +158,7 @@ class ExporterProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+            # It had no time to remove them.
+            environ = os.environ if self._environ is None else self._environ
+            multiprocess_files.purge_dead(multiprocess_files.directory(environ))
         self._process = None

@@ -22,8 +22,8 @@ from glassbox.export.jsonl import JsonlSink
 from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import PrometheusCollector
 from glassbox.processes.exporter.http import HttpServer, bind_address
-from glassbox.processes.exporter.launch import multiprocess_directory
 from glassbox.processes.exporter.trace_sinks import TraceSinks
+from glassbox.store import multiprocess_files
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
 
 if TYPE_CHECKING:
@@ -148,13 +148,14 @@ class Sinks:
             write_status(self._run_dir, ExporterStatus(os.getpid(), self._clock(), self.errors.counts()))
 
     def _write_multiprocess(self, view: View) -> None:
-        directory = multiprocess_directory(self._environ)
+        directory = multiprocess_files.directory(self._environ)
         config = self._config()
         shown = config.enabled and config.export.prometheus.enabled
-        if not directory or (not shown and self._multiprocess is None):
+        if directory is None or (not shown and self._multiprocess is None):
             return
         if self._multiprocess is None or self._multiprocess[0] != directory:
-            self._multiprocess = (directory, MultiprocessWriter(Path(directory)))
+            owner = multiprocess_files.owner_of(self._run_dir)
+            self._multiprocess = (directory, MultiprocessWriter(directory, owner))
         with self.errors.guard("multiprocess"):
             # Switched off: empty files, because removing one under a scrape would fail that scrape.
             self._multiprocess[1].write(view.families if shown else (), self._clock())

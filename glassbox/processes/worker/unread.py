@@ -14,12 +14,12 @@ from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger
 from glassbox.processes.exporter.launch import is_needed
 from glassbox.store.api_server_note import is_noted
+from glassbox.store.ownership import UNREAD_NAME
 
 logger = get_logger(__name__)
 
 # API servers come up together with the engine, or a little later.
 GRACE_S: Final = 60.0
-_SAID: Final = "unread"
 
 
 class UnreadWatch:
@@ -54,7 +54,7 @@ class UnreadWatch:
     def _first_to_say(self) -> bool:
         """One of the node's workers."""
         try:
-            os.close(os.open(self._run_dir / _SAID, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            os.close(os.open(self._run_dir / UNREAD_NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         except FileExistsError:
             return False
         return True

@@ -40,7 +40,7 @@ from glassbox.processes.worker.traces.active import TraceHost
 from glassbox.processes.worker.traces.tracker import RequestTracker
 from glassbox.processes.worker.traces.writer import TraceWriter
 from glassbox.processes.worker.unread import UnreadWatch
-from glassbox.store import rundir
+from glassbox.store import process_name, rundir
 from glassbox.store.snapshot import Snapshot, write_snapshot
 
 logger = get_logger(__name__)
@@ -58,7 +58,7 @@ class Worker:
     def __init__(self, vllm_worker: VllmWorker, settings: Settings, errors: ErrorCounter) -> None:
         self.vllm_worker = weakref.ref(vllm_worker)
         self._settings, self._errors = settings, errors
-        self._instance = uuid.uuid4().hex[:12]
+        self._instance = f"{process_name.own_name()}-{uuid.uuid4().hex[:8]}"
         self._start_time_s = time.time()
         facts = self._facts = read_worker(vllm_worker)
         self._vllm = installed()
@@ -198,7 +198,7 @@ class Worker:
             int(time.monotonic() // 15),
         )
         if state != self._last_written:
-            write_snapshot(rundir.run_dir(), self.snapshot())
+            self._traces.before_traces(lambda: write_snapshot(rundir.run_dir(), self.snapshot()))
             self._last_written = state
             steps, sampled_steps = numbers["steps"], numbers["sampled_steps"]
             logger.debug("Snapshot written: %d steps, %d of them measured", steps, sampled_steps)
@@ -244,6 +244,7 @@ class Worker:
             "reload_timestamp_s": status.timestamp_s,
             "build": self._build,
             "trace_refused": refused,
+            "traces_dropped": self._traces.dropped,
             "traced_requests": traced,
             "traced_requests_active": len(self._requests.active()),
         }

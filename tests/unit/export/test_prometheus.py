@@ -30,7 +30,7 @@ from glassbox.store.exporter_status import ExporterStatus, write_status
 from glassbox.store.merge import merge
 from glassbox.store.snapshot import write_snapshot
 from glassbox.web.app import make_app
-from tests.export_samples import logged, make_snapshot, write_config
+from tests.export_samples import OWNER, logged, make_snapshot, write_config
 from tests.prometheus_server import PROMETHEUS, PROMTOOL, PrometheusServer
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -123,6 +123,7 @@ class TestExposition:
             "glassbox_overhead_seconds_total",
             "glassbox_traced_requests_total",
             "glassbox_trace_refused_total",
+            "glassbox_traces_dropped_total",
             "glassbox_canary_rows_total",
         }
         assert {name for name, kind in types.items() if kind == "gauge"} == {
@@ -140,7 +141,7 @@ class TestExposition:
             "glassbox_config_last_reload_successful",
             "glassbox_config_last_reload_timestamp_seconds",
         }
-        assert len(types) == len(histograms) + 23
+        assert len(types) == len(histograms) + 24
 
     def test_signed_histograms_have_buckets_and_count_only(self, run_dir: Path) -> None:
         """max_logit has no _sum, the others do."""
@@ -348,22 +349,26 @@ class TestMultiprocess:
     def test_the_same_exposition_as_the_collector(self, run_dir: Path, directory: Path, detail: str) -> None:
         """Every line is the same: samples, help and types."""
         source = FamilySource(run_dir, lambda: config(detail=detail))
-        MultiprocessWriter(directory).write(source.view().families, 5.0)
+        MultiprocessWriter(directory, OWNER).write(source.view().families, 5.0)
         expected = exposition(registry_of(run_dir, lambda: config(detail=detail)))
         assert sorted(self.read(directory).splitlines()) == sorted(expected.splitlines())
 
-    def test_three_files_with_constant_names(self, run_dir: Path, directory: Path) -> None:
-        """One file per kind, whichever process writes, and no temporary file."""
-        MultiprocessWriter(directory).write(FamilySource(run_dir, config).view().families, 5.0)
+    def test_three_files_with_the_owners_name(self, run_dir: Path, directory: Path) -> None:
+        """One file per kind, whichever process writes, and no temporary file; none is left at the end."""
+        writer = MultiprocessWriter(directory, OWNER)
+        writer.write(FamilySource(run_dir, config).view().families, 5.0)
         assert sorted(path.name for path in directory.iterdir()) == [
-            "counter_glassbox.db",
-            "gauge_mostrecent_glassbox.db",
-            "histogram_glassbox.db",
+            f".glassbox-{OWNER}.lock",
+            f"counter_glassbox-{OWNER}.db",
+            f"gauge_mostrecent_glassbox-{OWNER}.db",
+            f"histogram_glassbox-{OWNER}.db",
         ]
+        writer.close()
+        assert list(directory.iterdir()) == []
 
     def test_values_change_in_place(self, directory: Path) -> None:
         """New values of the same series do not replace the files."""
-        writer = MultiprocessWriter(directory)
+        writer = MultiprocessWriter(directory, OWNER)
         inodes = []
         for steps in (1, 2):
             writer.write(build_families(merge([make_snapshot(steps=steps)]), "layer"), float(steps))
@@ -373,7 +378,7 @@ class TestMultiprocess:
 
     def test_series_that_are_gone_disappear(self, directory: Path) -> None:
         """After a change of detail no series of the old one is left."""
-        writer = MultiprocessWriter(directory)
+        writer = MultiprocessWriter(directory, OWNER)
         engines = merge([make_snapshot()])
         of_head, of_layer = ('head="1",layer="0",model_name="tiny/model",phase=', 'engine="0",layer="0",model_name=')
         writer.write(build_families(engines, "head"), 1.0)
@@ -388,7 +393,7 @@ class TestMultiprocess:
 
     def test_a_removed_file_is_written_again(self, directory: Path) -> None:
         """Whoever cleans the directory does not silence glassbox."""
-        writer = MultiprocessWriter(directory)
+        writer = MultiprocessWriter(directory, OWNER)
         families = build_families(merge([make_snapshot()]), "model")
         writer.write(families, 1.0)
         for path in directory.iterdir():
@@ -396,17 +401,10 @@ class TestMultiprocess:
         writer.write(families, 2.0)
         assert "glassbox_steps_total" in self.read(directory)
 
-    def test_a_new_exporter_takes_the_files_over(self, directory: Path) -> None:
-        """Values of a dead exporter are replaced, not added."""
-        families = build_families(merge([make_snapshot()]), "model")
-        for time_s in (1.0, 2.0):
-            MultiprocessWriter(directory).write(families, time_s)
-        assert 'glassbox_steps_total{engine="0",model_name="tiny/model"} 1000.0' in self.read(directory)
-
     def test_a_missing_directory_is_an_os_error(self, tmp_path: Path) -> None:
         """At shutdown vLLM removes its directory; the caller is told."""
         with pytest.raises(FileNotFoundError):
-            MultiprocessWriter(tmp_path / "none").write(build_families(merge([make_snapshot()]), "model"), 1.0)
+            MultiprocessWriter(tmp_path / "none", OWNER).write(build_families(merge([make_snapshot()]), "model"), 1.0)
 
     def test_a_full_disk_is_an_os_error_and_keeps_the_old_values(self, tmp_path: Path) -> None:
         """Not a bus error, which would kill the process."""
@@ -416,13 +414,13 @@ class TestMultiprocess:
         if subprocess.run(command, capture_output=True, check=False).returncode != 0:
             pytest.skip("mounting a tmpfs needs privileges that this user does not have")
         try:
-            writer = MultiprocessWriter(mount)
+            writer = MultiprocessWriter(mount, OWNER)
             writer.write(build_families(merge([make_snapshot()]), "model"), 1.0)
             large = build_families(merge([make_snapshot(layers=tuple(range(80)), steps=9)]), "layer")
             with pytest.raises(OSError, match="No space left"):
                 writer.write(large, 2.0)
             assert "glassbox_attention_entropy_ratio_bucket" in self.read(mount)
-            assert not list(mount.glob(".*"))
+            assert not list(mount.glob(".*.tmp"))
             writer.close()
         finally:
             subprocess.run(["umount", str(mount)], check=True)

@@ -110,7 +110,7 @@ class TestIsNeeded:
 
     def test_multiprocess_files_are_of_the_first_process_machine(self) -> None:
         """Ray takes both variables to other nodes, where nobody reads such files."""
-        elsewhere = "/run/glassbox-0/42-4711-4026531836-00000000"
+        elsewhere = "/run/glassbox-0-42-4711-4026531836-00000000-0123456789abcdef"
         environ = {"PROMETHEUS_MULTIPROC_DIR": "/x", "GLASSBOX_RUN_DIR": elsewhere}
         assert is_needed(config(), environ) is False
         assert is_needed(config(prometheus={"port": 9464}), environ) is True

@@ -10,33 +10,55 @@ from pathlib import Path
 
 import pytest
 
-from glassbox.store import rundir
+from glassbox.store import process_name, rundir
 
 
-def elsewhere(machine: str) -> str:
+def name_of(process: str, end: str = "0123456789abcdef") -> str:
+    """Of the run directory of a server whose first process has this name."""
+    return f"glassbox-{os.geteuid()}-{process}-{end}"
+
+
+def elsewhere() -> str:
     """Name of a run directory whose owner would be dead if it were on this machine."""
-    other = f"{int(machine, 16) ^ 1:08x}"
-    return f"4194999-1-{Path('/proc/self/ns/pid').stat().st_ino}-{other}"
+    namespace, machine = process_name.own_place().split("-")
+    return name_of(f"4194999-1-{namespace}-{int(machine, 16) ^ 1:08x}")
 
 
 @pytest.fixture
-def environ(tmp_path: Path) -> dict[str, str]:
-    return {"XDG_RUNTIME_DIR": str(tmp_path)}
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "runtime"
+    path.mkdir()
+    return path
 
 
 @pytest.fixture
-def parent(tmp_path: Path) -> Path:
-    return tmp_path / f"glassbox-{os.geteuid()}"
+def environ(base: Path) -> dict[str, str]:
+    return {"XDG_RUNTIME_DIR": str(base)}
 
 
 class TestRunDir:
-    def test_first_process_names_it(self, environ: dict[str, str], parent: Path) -> None:
+    def test_first_process_names_it(self, environ: dict[str, str], base: Path) -> None:
         """The path names this process and is set for its children; nothing is made."""
         path = rundir.run_dir(environ)
-        assert path.parent == parent
-        assert path.name.split("-")[0] == str(os.getpid())
+        assert path.parent == base
+        assert path.name.split("-")[:3] == ["glassbox", str(os.geteuid()), str(os.getpid())]
         assert environ["GLASSBOX_RUN_DIR"] == str(path)
-        assert not parent.exists()
+        assert list(base.iterdir()) == []
+
+    def test_nobody_can_foretell_it(self, environ: dict[str, str]) -> None:
+        """Who knows the process can't take the name first: there are 64 random bits in it."""
+        names = {rundir.run_dir(dict(environ)).name for _ in range(8)}
+        assert len(names) == 8
+        assert len({name.rpartition("-")[0] for name in names}) == 1
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory of another user")
+    def test_another_users_runtime_directory(
+        self, environ: dict[str, str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As after sudo: root may write there, but he to whom it belongs may rename and replace what root makes."""
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        os.chown(base, 65534, -1)
+        assert rundir.run_dir(environ).parent == tmp_path
 
     def test_children_inherit(self, environ: dict[str, str]) -> None:
         """A child process has the same run directory."""
@@ -55,36 +77,35 @@ class TestRunDir:
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         for runtime in ("", "relative", str(tmp_path / "nowhere")):
             path = rundir.run_dir({"XDG_RUNTIME_DIR": runtime})
-            assert path.parent == tmp_path / f"glassbox-{os.geteuid()}"
+            assert path.parent == tmp_path
 
     def test_operators_choice(self, tmp_path: Path) -> None:
         """GLASSBOX_RUN_DIR is taken as it is, an empty one as none."""
         assert rundir.run_dir({"GLASSBOX_RUN_DIR": str(tmp_path / "x")}) == tmp_path / "x"
         empty = {"GLASSBOX_RUN_DIR": "", "XDG_RUNTIME_DIR": str(tmp_path)}
-        assert rundir.run_dir(empty).parent.parent == tmp_path
+        assert rundir.run_dir(empty).parent == tmp_path
 
 
 class TestElsewhere:
     """Ray takes GLASSBOX_RUN_DIR to the workers of other nodes."""
 
     @pytest.fixture
-    def carried(self, environ: dict[str, str]) -> str:
+    def carried(self) -> str:
         """What the variable says on another node."""
-        machine = rundir.run_dir(dict(environ)).name.rpartition("-")[2]
-        return f"/run/user/4242/glassbox-4242/{elsewhere(machine)}"
+        return f"/run/user/4242/{elsewhere()}"
 
-    def test_same_name_where_theirs_are(self, environ: dict[str, str], parent: Path, carried: str) -> None:
+    def test_same_name_where_theirs_are(self, environ: dict[str, str], base: Path, carried: str) -> None:
         """All workers of the server on a node share one directory; the path of the other node is not taken."""
         environ["GLASSBOX_RUN_DIR"] = carried
         assert rundir.is_elsewhere(environ)
-        assert rundir.create(environ) == parent / Path(carried).name
+        assert rundir.create(environ) == base / Path(carried).name
         assert environ["GLASSBOX_RUN_DIR"] == carried, "processes that it is passed on to find the same"
 
-    def test_it_is_not_purged(self, environ: dict[str, str], parent: Path, carried: str) -> None:
+    def test_it_is_not_purged(self, environ: dict[str, str], base: Path, carried: str) -> None:
         """That there is no such process here doesn't make it a dead server's, nor this process's to remove."""
         environ["GLASSBOX_RUN_DIR"] = carried
         path = rundir.create(environ)
-        assert rundir.purge_dead(parent) == []
+        assert rundir.purge_dead(base) == []
         assert not rundir.remove(environ)
         assert path.is_dir()
 
@@ -97,44 +118,45 @@ class TestElsewhere:
 
 
 class TestCreate:
-    def test_private(self, environ: dict[str, str], parent: Path) -> None:
-        """The directory and the one above it are for their user only; making it again is no error."""
+    def test_private(self, environ: dict[str, str]) -> None:
+        """The directory is for its user only; making it again is no error."""
         previous = os.umask(0)
         try:
             path = rundir.create(environ)
             assert rundir.create(environ) == path
         finally:
             os.umask(previous)
-        assert {stat.S_IMODE(p.stat().st_mode) for p in (path, parent)} == {0o700}
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
-    def test_open_parent_is_closed(self, environ: dict[str, str], parent: Path) -> None:
-        """A parent of ours that others could read is made private."""
-        parent.mkdir(mode=0o755)
+    def test_an_open_one_is_closed(self, environ: dict[str, str]) -> None:
+        """One of ours that others could read is made private."""
+        path = rundir.run_dir(environ)
+        path.mkdir(mode=0o755)
         rundir.create(environ)
-        assert stat.S_IMODE(parent.stat().st_mode) == 0o700
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
-    def test_symlink_attack(self, environ: dict[str, str], parent: Path, tmp_path: Path) -> None:
-        """A symlink in place of the parent is refused."""
+    def test_symlink_attack(self, environ: dict[str, str], tmp_path: Path) -> None:
+        """A symlink in its place is refused."""
         (tmp_path / "elsewhere").mkdir()
-        parent.symlink_to(tmp_path / "elsewhere")
+        rundir.run_dir(environ).symlink_to(tmp_path / "elsewhere")
         with pytest.raises(PermissionError, match="must be a directory, not a symlink; remove it or set"):
             rundir.create(environ)
         assert list((tmp_path / "elsewhere").iterdir()) == []
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory of another user")
-    def test_foreign_parent(self, environ: dict[str, str], parent: Path) -> None:
-        """A parent that belongs to another user is refused."""
-        parent.mkdir()
-        os.chown(parent, 65534, -1)
+    def test_foreign(self, environ: dict[str, str]) -> None:
+        """One that belongs to another user is refused."""
+        rundir.run_dir(environ).mkdir()
+        os.chown(rundir.run_dir(environ), 65534, -1)
         with pytest.raises(PermissionError, match="must belong to user 0, but belongs to user 65534"):
             rundir.create(environ)
 
-    def test_file_in_its_place(self, environ: dict[str, str], parent: Path) -> None:
-        """A file in place of the parent is an error, not overwritten."""
-        parent.write_text("mine")
+    def test_file_in_its_place(self, environ: dict[str, str]) -> None:
+        """A file in its place is an error, not overwritten."""
+        rundir.run_dir(environ).write_text("mine")
         with pytest.raises(OSError, match="glassbox-"):
             rundir.create(environ)
-        assert parent.read_text() == "mine"
+        assert rundir.run_dir(environ).read_text() == "mine"
 
     def test_operators_choice(self, tmp_path: Path) -> None:
         """A directory that the operator names is made with what is above it."""
@@ -190,53 +212,52 @@ class TestPurgeDead:
         process.kill()
         process.communicate()
 
-    def test_dead_owner(self, child: tuple[subprocess.Popen[str], Path], parent: Path) -> None:
+    def test_dead_owner(self, child: tuple[subprocess.Popen[str], Path], base: Path) -> None:
         """A living server's directory stays; when the server was killed, it goes."""
         process, path = child
         (path / "worker.npz").touch()
-        assert rundir.purge_dead(parent) == []
+        assert rundir.purge_dead(base) == []
         assert path.is_dir()
         process.kill()
         process.wait()
-        assert rundir.purge_dead(parent) == [path]
+        assert rundir.purge_dead(base) == [path]
         assert not path.exists()
 
-    def test_recycled_pid(self, environ: dict[str, str], parent: Path) -> None:
+    def test_recycled_pid(self, environ: dict[str, str], base: Path) -> None:
         """A living process with the pid of a dead owner does not keep its directory."""
         path = rundir.create(environ)
-        pid, start, place = path.name.split("-", 2)
-        old = parent / f"{pid}-{int(start) - 1}-{place}"
+        pid, start, place = process_name.own_name().split("-", 2)
+        old = base / name_of(f"{pid}-{int(start) - 1}-{place}")
         old.mkdir()
-        assert rundir.purge_dead(parent) == [old]
+        assert rundir.purge_dead(base) == [old]
         assert path.is_dir()
 
-    def test_left_alone(self, environ: dict[str, str], parent: Path, tmp_path: Path) -> None:
+    def test_left_alone(self, environ: dict[str, str], base: Path, tmp_path: Path) -> None:
         """Other names, pid namespaces (containers), machines, files and symlinks stay, and what they lead to."""
         rundir.create(environ)
-        _, _, namespace, machine = rundir.run_dir(environ).name.split("-")
+        namespace, machine = process_name.own_place().split("-")
         target = tmp_path / "target"
         target.mkdir()
-        (parent / f"4194999-1-{int(namespace) + 1}-{machine}").mkdir()
-        (parent / elsewhere(machine)).mkdir()
-        (parent / "notes").mkdir()
-        (parent / f"4194999-2-{namespace}-{machine}").touch()
-        (parent / f"4194999-3-{namespace}-{machine}").symlink_to(target)
-        before = sorted(parent.iterdir())
-        assert rundir.purge_dead(parent) == []
-        assert sorted(parent.iterdir()) == before
+        (base / name_of(f"4194999-1-{int(namespace) + 1}-{machine}")).mkdir()
+        (base / elsewhere()).mkdir()
+        (base / "notes").mkdir()
+        (base / name_of(f"4194999-2-{namespace}-{machine}")).touch()
+        (base / name_of(f"4194999-3-{namespace}-{machine}")).symlink_to(target)
+        before = sorted(base.iterdir())
+        assert rundir.purge_dead(base) == []
+        assert sorted(base.iterdir()) == before
         assert target.is_dir()
 
-    def test_abandoned_elsewhere(self, environ: dict[str, str], parent: Path) -> None:
+    def test_abandoned_elsewhere(self, environ: dict[str, str], base: Path) -> None:
         """A server of another machine is dead when its workers here have written nothing for a day."""
-        machine = rundir.create(environ).name.rpartition("-")[2]
-        path = parent / elsewhere(machine)
+        path = base / elsewhere()
         path.mkdir()
         hours_ago = time.time() - 23 * 3600
         os.utime(path, (hours_ago, hours_ago))
-        assert rundir.purge_dead(parent) == []
+        assert rundir.purge_dead(base) == []
         days_ago = time.time() - 25 * 3600
         os.utime(path, (days_ago, days_ago))
-        assert rundir.purge_dead(parent) == [path]
+        assert rundir.purge_dead(base) == [path]
 
     def test_no_parent(self, tmp_path: Path) -> None:
         """Without any run directory there is nothing to do."""

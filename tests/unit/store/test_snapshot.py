@@ -3,6 +3,8 @@
 import errno
 import shutil
 import subprocess
+import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from glassbox.config.load import GlassboxConfig
 from glassbox.core.accumulator_arrays import ARRAY
+from glassbox.export.family_source import FamilySource
+from glassbox.store.process_name import own_name
 from glassbox.store.snapshot import Snapshot, SnapshotReader, read_snapshots, snapshot_name, write_snapshot
 from tests.export_samples import limited_file_size, make_checks, make_snapshot
+
+ROOT = Path(__file__).parents[3]
 
 
 def assert_same(expected: Snapshot, found: Snapshot) -> None:
@@ -236,7 +243,7 @@ class TestFullDisk:
         """The same on a file system without a free block."""
         mount = tmp_path / "tiny"
         mount.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)]
+        command = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(mount)]
         if subprocess.run(command, capture_output=True, check=False).returncode != 0:
             pytest.skip("mounting a tmpfs needs privileges that this user does not have")
         try:
@@ -248,3 +255,52 @@ class TestFullDisk:
             assert len(list(mount.iterdir())) == 1
         finally:
             subprocess.run(["umount", str(mount)], check=True)
+
+
+class TestDeadEngines:
+    """An engine whose workers have ended is no longer shown, though its files are still there."""
+
+    @pytest.fixture
+    def ended(self) -> str:
+        """Name of a process that has ended."""
+        program = "from glassbox.store.process_name import own_name; print(own_name())"
+        run = [sys.executable, "-c", program]
+        return subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+    def shown(self, run_dir: Path, after_s: float = 3600.0) -> list[tuple[str, int]]:
+        """Engines and ranks that a reader finds so long after the last snapshot, at once and when it looks again."""
+        reader = SnapshotReader(run_dir, clock=lambda: make_snapshot().time_s + after_s)
+        first, again = reader.read(), reader.read()
+        assert [snapshot.instance for snapshot in first] == [snapshot.instance for snapshot in again]
+        return [(snapshot.engine, snapshot.rank) for snapshot in again]
+
+    def test_after_a_minute(self, tmp_path: Path, ended: str) -> None:
+        """Until then it is one that ends just now, whose last numbers are still to be exported."""
+        write_snapshot(tmp_path, make_snapshot(instance=f"{ended}-1"))
+        write_snapshot(tmp_path, make_snapshot(engine="1", instance=f"{own_name()}-2"))
+        assert self.shown(tmp_path, 30.0) == [("0", 0), ("1", 0)]
+        assert self.shown(tmp_path) == [("1", 0)]
+
+    def test_a_worker_that_was_restarted_still_counts(self, tmp_path: Path, ended: str) -> None:
+        """Its engine lives: counters must not fall."""
+        write_snapshot(tmp_path, make_snapshot(instance=f"{ended}-1"))
+        write_snapshot(tmp_path, make_snapshot(rank=1, instance=f"{own_name()}-2"))
+        assert self.shown(tmp_path) == [("0", 0), ("0", 1)]
+
+    def test_who_can_not_be_looked_for(self, tmp_path: Path, ended: str) -> None:
+        """A process of another container or machine; a name that says nothing; whatever a command is asked to read."""
+        pid, start, namespace, machine = ended.split("-")
+        for engine, instance in enumerate((f"{pid}-{start}-{int(namespace) + 1}-{machine}-1", "abc")):
+            write_snapshot(tmp_path, make_snapshot(engine=str(engine), instance=instance))
+        assert self.shown(tmp_path) == [("0", 0), ("1", 0)]
+        write_snapshot(tmp_path, make_snapshot(engine="2", instance=f"{ended}-1"))
+        assert len(read_snapshots(tmp_path, named=True)) == 3
+
+    def test_metrics_and_page_lose_it(self, tmp_path: Path, ended: str) -> None:
+        """A view that was made while it lived changes, although no file does."""
+        write_snapshot(tmp_path, make_snapshot(engine="1", instance=f"{own_name()}-2"))
+        write_snapshot(tmp_path, make_snapshot(instance=f"{ended}-1", time_s=time.time() - 59.0))
+        source = FamilySource(tmp_path, GlassboxConfig)
+        assert [engine.engine for engine in source.view().engines] == ["0", "1"]
+        time.sleep(1.1)
+        assert [engine.engine for engine in source.view().engines] == ["1"]

@@ -153,7 +153,7 @@ class TestErrors:
         for path in ("snapshot", "stream"):
             answer = client.get(f"/glassbox/v1/{path}")
             assert 503 == answer.status_code
-            assert "NotADirectoryError" in error_of(answer)
+            assert "must be a directory, not a file" in error_of(answer)
             assert "5" == answer.headers["Retry-After"]
         (tmp_path / "run").unlink()
         write_snapshot(tmp_path / "run", make_snapshot())

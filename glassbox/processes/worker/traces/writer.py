@@ -98,6 +98,19 @@ class TraceWriter:
             raise failure
         return written
 
+    @property
+    def dropped(self) -> int:
+        """Files of traces that were removed because the file system was full."""
+        return self._files.dropped
+
+    def before_traces(self, write: Callable[[], object]) -> None:
+        """Write what matters more than traces: on a full file system the oldest of these go until there is room.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        self._files.with_room(write)
+
     def _tell_tokenizer(self) -> None:
         """For whoever makes texts of these traces' tokens."""
         if self._host.tokenizer and not self._tokenizer_told:
@@ -106,7 +119,8 @@ class TraceWriter:
 
     def _write(self, trace: ActiveTrace) -> None:
         version = trace.version
-        path = write_trace(self._directory, trace.record())
+        record = trace.record()
+        path = self._files.with_room(lambda: write_trace(self._directory, record), trace.nbytes)
         self._files.wrote(path.name, path.stat().st_size)
         self._written[trace.internal_id] = version
         logger.debug("Trace written: %s", path.name)
