@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from glassbox.cli.commands.common import fail, one_line_errors
+from glassbox.core.printable import printable
 
 if TYPE_CHECKING:
     from glassbox.adapter.layers import ObservedLayers
@@ -36,7 +37,9 @@ def check(
     """Check a configuration file, print what it means, and count the time series it makes.
 
     The output is YAML again: the file with its defaults filled in, and the count
-    as comments. A file that can't be used is one line on stderr and exit status 1.
+    as comments; what may be a secret is not shown. What the file names is tried
+    here, and nothing of it left behind: paths must exist or can be made. A file
+    that can't be used is one line on stderr and exit status 1.
 
     \b
     Examples:
@@ -46,24 +49,50 @@ def check(
     """
     import yaml
 
-    from glassbox.config.load import ConfigError, find_config, load_config
+    from glassbox.config.load import ConfigError, find_config
+    from glassbox.config.usable import load_usable
 
     if model is not None and (layers, heads) != (None, None):
         raise fail("--model tells layers and heads; leave out --layers and --heads")
     if (layers is None) != (heads is None):
         raise fail("--layers and --heads must be given together; --model DIRECTORY reads both from config.json")
-    path = find_config() if file is None else file
     try:
-        config = load_config(path)
+        path = find_config() if file is None else file
+        config = load_usable(path)
     except ConfigError as error:
         raise fail(str(error)) from None
     with one_line_errors():
+        _check_baseline(config)
         shape = _shape(path, model, layers, heads)
-    typer.echo(f"# {path}: valid. With the defaults filled in:")
-    typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    typer.echo(f"# {printable(str(path))}: valid. With the defaults filled in:")
+    typer.echo(yaml.safe_dump(_without_secrets(config), sort_keys=False, allow_unicode=True))
     for line in (*shape.lines(config), *_series_lines(config, shape, engines)):
         typer.echo(f"# {line}".rstrip())
     typer.echo(f"# {_vllm_line(config)}")
+
+
+def _without_secrets(config: "GlassboxConfig") -> dict[str, Any]:
+    """The settings as plain values; what may be a secret is left out of a build's log."""
+    from glassbox.config.load import hide_secrets
+
+    return hide_secrets(config.model_dump(mode="json"))
+
+
+def _check_baseline(config: "GlassboxConfig") -> None:
+    """Read the baseline as the server will.
+
+    Raises:
+        ViewError: it can't be read, or is none.
+    """
+    from glassbox.signals.baseline import BaselineError, load_baseline
+    from glassbox.view.measured import ViewError
+
+    path = config.baseline.expanded_path
+    try:
+        if path is not None:
+            load_baseline(path)
+    except BaselineError as error:
+        raise ViewError(str(error)) from None
 
 
 @dataclass(frozen=True)
