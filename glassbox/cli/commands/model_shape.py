@@ -1,7 +1,7 @@
 """How many layers and heads a model has, by the config.json of its folder."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,10 +21,15 @@ _KINDS: Final = ("layer_types", "layers_block_type")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Attention layers and query heads."""
+    """Attention layers and query heads.
+
+    Attributes:
+        total: layers of all kinds; indices of attention layers are below it.
+    """
 
     layers: int
     heads: int
+    total: int = field(default=0, compare=False)
 
 
 def read_shape(path: Path) -> ModelShape:
@@ -52,7 +57,7 @@ def _shape(config: Any) -> ModelShape | None:
     for section in _sections(config):
         layers, heads = _number(section, _LAYERS), _number(section, _HEADS)
         if layers and heads and layers * heads <= _MAX_PLACES:
-            return ModelShape(_attention_layers(section, layers), heads)
+            return ModelShape(_attention_layers(section, layers), heads, layers)
     return None
 
 
