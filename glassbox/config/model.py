@@ -41,6 +41,7 @@ CPU_BACKENDS: Final = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
 # once, for the largest value that a live edit may set: 4096 rows x 5 int32 are 80 KiB.
 MAX_ROWS_PER_STEP: Final = 4096
 MAX_TRACED_REQUESTS: Final = 1024
+MAX_SERIES: Final = 10_000_000
 
 
 class _Section(BaseModel):
@@ -319,12 +320,12 @@ class PrometheusConfig(_Section):
     max_series: int = _field(
         # 80 layers at detail layer are 19,760 series, with a baseline 22,160.
         25_000,
-        "Time series of a server, 1 to 10000000; a detail that would make more falls back one level, "
+        f"Time series of a server, 1 to {MAX_SERIES}; a detail that would make more falls back one level, "
         "because series are what Prometheus pays for.",
-        "must be between 1 and 10000000",
+        f"must be between 1 and {MAX_SERIES}",
         "use `detail: model` for few series",
         ge=1,
-        le=10_000_000,
+        le=MAX_SERIES,
     )
 
 
