@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, PHASES, Phase
 from glassbox.store.merge import DETAILS, Detail
-from glassbox.view.files import open_file
+from glassbox.view.input_file import open_file
 from glassbox.view.measured import (
     Engines,
     Measured,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from glassbox.view.files import open_file
+from glassbox.view.input_file import open_file
 from glassbox.view.measured import ViewError
 
 _MAX_BYTES: Final = 64 << 20
