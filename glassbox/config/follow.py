@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from glassbox.config.load import ConfigError, GlassboxConfig, load_config, parse_config, read_bytes
+from glassbox.config.usable import require_usable
 from glassbox.core.files import file_version
 from glassbox.core.logs import get_logger
 
@@ -108,9 +109,14 @@ class ConfigFollower:
         except ConfigError as error:
             return str(error), error
         try:
-            return content, parse_config(self._path, content)
+            config = parse_config(self._path, content)
+            require_usable(self._path, config, before=self.current)
         except ConfigError as error:
             return content, error
+        except Exception as error:  # else the last word of a thread, after which no edit would be seen
+            logger.exception("Reading %s failed", self._path)
+            return content, ConfigError(self._path, f"can't be read ({type(error).__name__}: {error})")
+        return content, config
 
     def _call(self, callback: Callable[[_Argument], None], argument: _Argument) -> None:
         try:

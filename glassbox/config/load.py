@@ -1,14 +1,16 @@
 """The configuration: where the YAML file is found, how it is loaded and compared.
 
-Owns the way from a file to a `GlassboxConfig`. The settings themselves are in `model.py`, YAML and the wording of
-errors in `yaml.py`, following the file in `follow.py`. A configuration is a frozen object that is passed in; nobody
-keeps it global.
+Owns the way from a file to a `GlassboxConfig`. The settings themselves are in `model.py`, YAML in `yaml.py`, the
+wording of errors in `wording.py`, whether what is valid works here in `usable.py`, following the file in `follow.py`.
+A configuration is a frozen object that is passed in; nobody keeps it global.
 """
 
 import os
 from collections.abc import Mapping
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -31,7 +33,8 @@ from glassbox.config.model import (
     SamplingConfig,
     StatisticsConfig,
 )
-from glassbox.config.yaml import MAX_CONFIG_BYTES, ConfigError, parse_mapping, read_bytes, validation_error
+from glassbox.config.wording import all_keys, is_secret, shown, validation_error
+from glassbox.config.yaml import MAX_CONFIG_BYTES, ConfigError, parse_mapping, read_bytes
 
 __all__ = [
     "CONFIG_ENV",
@@ -54,7 +57,9 @@ __all__ = [
     "RequestsConfig",
     "SamplingConfig",
     "StatisticsConfig",
+    "changes",
     "find_config",
+    "hide_secrets",
     "load_config",
     "packaged_config",
     "parse_config",
@@ -88,10 +93,22 @@ def find_config(environ: Mapping[str, str] = os.environ) -> Path:
     Returns:
         an absolute path, since a worker may run in another directory. It need not be readable: a file that is
         named but broken must be an error when it is loaded, not a reason to take another one.
+
+    Raises:
+        ConfigError: the variable's ~ has no home directory, or the path no working directory to begin at.
     """
     if named := environ.get(CONFIG_ENV):
-        return Path(named).expanduser().absolute()
-    local = Path.cwd() / _LOCAL_NAME
+        try:
+            return Path(named).expanduser().absolute()
+        except (RuntimeError, OSError) as error:
+            reason = "there is no such home directory" if isinstance(error, RuntimeError) else error.strerror
+            raise ConfigError(
+                named, f"{CONFIG_ENV} must lead to a file ({reason}); name it by its whole path"
+            ) from None
+    try:
+        local = Path.cwd() / _LOCAL_NAME
+    except OSError:  # the directory was removed since
+        return packaged_config()
     if os.path.lexists(local) and not local.is_dir():
         return local
     return packaged_config()
@@ -117,6 +134,36 @@ def parse_config(path: Path, data: bytes) -> GlassboxConfig:
         return GlassboxConfig.model_validate(parse_mapping(path, data))
     except ValidationError as error:
         raise validation_error(path, error, GlassboxConfig) from None
+    except ConfigError:
+        raise
+    except Exception as error:  # no file may end a server, or a thread that follows it, but by a ConfigError
+        raise ConfigError(
+            path, f"can't be understood ({type(error).__name__}: {error}); write plain keys and values"
+        ) from None
+
+
+def changes(old: GlassboxConfig, new: GlassboxConfig) -> list[str]:
+    """What an edit changed, one text for each setting: `sampling.layers all -> [0, 5]`. Secrets are not shown."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    found = []
+    for key in all_keys(GlassboxConfig):
+        path = key.split(".")
+        values = [reduce(getitem, path, dump) for dump in (before, after)]
+        if values[0] != values[1]:
+            hidden = any(is_secret(path, value, GlassboxConfig) for value in values)
+            found.append(f"{key} (not shown)" if hidden else f"{key} {' -> '.join(map(shown, values))}")
+    return found
+
+
+def hide_secrets(dump: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `model_dump`, with `(not shown)` for the texts of those that may be secrets."""
+
+    def hidden(value: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(value, dict):
+            return {name: hidden(inner, (*path, name)) for name, inner in value.items()}
+        return "(not shown)" if isinstance(value, str) and is_secret(path, value, GlassboxConfig) else value
+
+    return {name: hidden(value, (name,)) for name, value in dump.items()}
 
 
 def restart_needed(old: GlassboxConfig, new: GlassboxConfig) -> list[str]:

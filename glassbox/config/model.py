@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -40,6 +41,7 @@ CPU_BACKENDS: Final = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
 # once, for the largest value that a live edit may set: 4096 rows x 5 int32 are 80 KiB.
 MAX_ROWS_PER_STEP: Final = 4096
 MAX_TRACED_REQUESTS: Final = 1024
+MAX_SERIES: Final = 10_000_000
 
 
 class _Section(BaseModel):
@@ -49,7 +51,11 @@ class _Section(BaseModel):
 
 
 def _field(default: Any, description: str, rule: str, remedy: str, **bounds: Any) -> Any:
-    """A setting. `rule` and `remedy` are what its error says (`<key> <rule>, got <value>; <remedy>`)."""
+    """A setting. `rule` and `remedy` are what its error says (`<key> <rule>, got <value>; <remedy>`).
+
+    What the remedy says to write stands between backquotes: a value, or `key: value` of the same section or from the
+    top. They aren't shown; by them a test reads the advice and tries it.
+    """
     return Field(default, description=description, json_schema_extra={"rule": rule, "remedy": remedy}, **bounds)
 
 
@@ -65,7 +71,7 @@ def _section(model: type[_Section]) -> Any:
 
 
 def _switch(default: bool, description: str) -> Any:
-    return _field(default, description, "must be true or false", "write true or false without quotes")
+    return _field(default, description, "must be true or false", "write `true` or `false` without quotes")
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class LayerSelection:
 
 
 def _parse_layers(value: object) -> LayerSelection:
-    remedy = "use all, a list such as [0, 5, 11], or {every: 4}"
+    remedy = "use `all`, a list such as `[0, 5, 11]`, or `{every: 4}`"
     if isinstance(value, LayerSelection):
         return value
     if value == "all" and isinstance(value, str):
@@ -109,7 +115,7 @@ def _parse_layers(value: object) -> LayerSelection:
         return LayerSelection(indices=tuple(sorted(value)))
     if isinstance(value, dict) and set(value) == {"every"}:
         if type(value["every"]) is not int or value["every"] < 1:
-            raise ValueError("must have a whole number of at least 1 for every; 1 is all layers")
+            raise ValueError("must have a whole number of at least 1 for every; `{every: 1}` is all layers")
         return LayerSelection(every=value["every"])
     raise ValueError(f"must be all, a list or {{every: k}}; {remedy}")
 
@@ -123,9 +129,25 @@ def _dump_layers(value: LayerSelection) -> str | list[int] | dict[str, int]:
 _Layers = Annotated[LayerSelection, PlainValidator(_parse_layers), PlainSerializer(_dump_layers)]
 
 
+def _as_level(value: object) -> object:
+    """A level as other programs write it, too: DEBUG, Info, and Python's own alias warn."""
+    lowered = value.lower() if isinstance(value, str) else value
+    return "warning" if lowered == "warn" else lowered
+
+
+def _check_path(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must be a path, which has no NUL in it; delete that character")
+    return value
+
+
+# A path as it is written: whether it can be used is `usable.py`'s.
+_Path = Annotated[StrictStr, Field(min_length=1), AfterValidator(_check_path)]
+
+
 def _check_inner_backend(value: str) -> str:
     if value != "auto" and value not in SUPPORTED_INNER_BACKENDS:
-        raise ValueError(f"must be auto or one of {', '.join(SUPPORTED_INNER_BACKENDS)}; use auto if in doubt")
+        raise ValueError(f"must be auto or one of {', '.join(SUPPORTED_INNER_BACKENDS)}; use `auto` if in doubt")
     return value
 
 
@@ -136,14 +158,14 @@ class SamplingConfig(_Section):
         LayerSelection(),
         "Measured layers; cost grows with their number. all, a list of indices, or {every: k}.",
         "must be all, a list or {every: k}",
-        "use all, a list such as [0, 5, 11], or {every: 4}",
+        "use `all`, a list such as `[0, 5, 11]`, or `{every: 4}`",
     )
     max_rows_per_step: int = _field(
         256,
         f"Rows of a sampled step, 1 to {MAX_ROWS_PER_STEP} (the row list on the device has a fixed size); "
         "more candidates than that take turns.",
         f"must be between 1 and {MAX_ROWS_PER_STEP}",
-        "use sample_rate: 0 to stop sampling",
+        "use `sample_rate: 0` to stop sampling",
         ge=1,
         le=MAX_ROWS_PER_STEP,
     )
@@ -152,7 +174,7 @@ class SamplingConfig(_Section):
         f"Prompt positions measured per request, 0 to {MAX_ROWS_PER_STEP}, evenly spaced, the last "
         "one included: a prompt has thousands of rows and a few tell the same.",
         f"must be between 0 and {MAX_ROWS_PER_STEP}",
-        "use 0 to measure decode rows only",
+        "use `0` to measure decode rows only",
         ge=0,
         le=MAX_ROWS_PER_STEP,
     )
@@ -161,7 +183,7 @@ class SamplingConfig(_Section):
         "Largest share of step time that measuring may cost, above 0 and up to 1; the sample rate is "
         "lowered to keep it. null: no limit.",
         "must be above 0 and at most 1, or null",
-        "use null for no budget",
+        "use `null` for no budget",
         gt=0,
         le=1,
     )
@@ -174,7 +196,7 @@ class StatisticsConfig(_Section):
         4,
         "Tokens, 1 to 1024: first positions of a sequence that count as attention sink.",
         "must be between 1 and 1024",
-        "use 4, the usual number of sink tokens",
+        "use `4`, the usual number of sink tokens",
         ge=1,
         le=1024,
     )
@@ -182,7 +204,7 @@ class StatisticsConfig(_Section):
         128,
         "Tokens, 1 to 1048576: last visible positions, the row's own included, that count as local.",
         "must be between 1 and 1048576",
-        "use 128",
+        "use `128`",
         ge=1,
         le=1_048_576,
     )
@@ -191,23 +213,23 @@ class StatisticsConfig(_Section):
 class RecordsConfig(_Section):
     """Traced requests that have ended, as records in a file."""
 
-    path: Annotated[StrictStr, Field(min_length=1)] | None = _field(
+    path: _Path | None = _field(
         None,
         "File (jsonl) or directory (parquet) of records; a leading ~ is the home directory. null: none are written.",
         "must be a path or null",
-        "use null to write none",
+        "use `null` to write none",
     )
     format: Literal["jsonl", "parquet"] = _field(
         "jsonl",
         "jsonl: one line per request; parquet: files of one table, one row per request (needs the extra `tables`).",
         "must be jsonl or parquet",
-        "use jsonl if in doubt",
+        "use `jsonl` if in doubt",
     )
     max_mb: int = _field(
         256,
         "MB, 1 to 1048576: size at which the file is rotated; four times as much is kept, as of parquet files.",
         "must be between 1 and 1048576",
-        "use path: null to write none",
+        "use `path: null` to write none",
         ge=1,
         le=1_048_576,
     )
@@ -225,7 +247,7 @@ class RequestsConfig(_Section):
         0.0,
         "Share of requests that are traced without asking, 0 to 1.",
         "must be between 0 and 1",
-        "use 0 to trace only requests that ask for it",
+        "use `0` to trace only requests that ask for it",
         ge=0,
         le=1,
     )
@@ -234,7 +256,7 @@ class RequestsConfig(_Section):
         f"Requests traced at the same time, 1 to {MAX_TRACED_REQUESTS} (each takes time in every step, and memory); "
         "more are refused.",
         f"must be between 1 and {MAX_TRACED_REQUESTS}",
-        "use trace_rate: 0 and opt_in: false to trace nothing",
+        "use `trace_rate: 0` and `opt_in: false` to trace nothing",
         ge=1,
         le=MAX_TRACED_REQUESTS,
     )
@@ -243,7 +265,7 @@ class RequestsConfig(_Section):
         16,
         "MB, 1 to 4096: memory that one traced request may take in a worker; what would go beyond is left out.",
         "must be between 1 and 4096",
-        "use 16",
+        "use `16`",
         ge=1,
         le=4096,
     )
@@ -251,7 +273,7 @@ class RequestsConfig(_Section):
         256,
         "MB, 1 to 65536: memory that all traced requests together may take in a worker.",
         "must be between 1 and 65536",
-        "use 256",
+        "use `256`",
         ge=1,
         le=65_536,
     )
@@ -262,7 +284,7 @@ class RequestsConfig(_Section):
         200,
         "Traces kept in the run directory, 1 to 100000; the oldest go first.",
         "must be between 1 and 100000",
-        "use trace_rate: 0 and opt_in: false to trace nothing",
+        "use `trace_rate: 0` and `opt_in: false` to trace nothing",
         ge=1,
         le=100_000,
     )
@@ -270,7 +292,7 @@ class RequestsConfig(_Section):
         64,
         "MB, 1 to 65536: size of the traces that a worker keeps in the run directory.",
         "must be between 1 and 65536",
-        "use 64",
+        "use `64`",
         ge=1,
         le=65_536,
     )
@@ -285,7 +307,7 @@ class PrometheusConfig(_Section):
         None,
         "TCP port of glassbox's own /metrics and live page, 1 to 65535; null: only vLLM's.",
         "must be between 1 and 65535, or null",
-        "use null to serve only at vLLM's own /metrics",
+        "use `null` to serve only at vLLM's own /metrics",
         ge=1,
         le=65535,
     )
@@ -293,17 +315,17 @@ class PrometheusConfig(_Section):
         "layer",
         "Labels of the attention metrics: model (none), layer, or layer and head.",
         "must be model, layer or head",
-        "use layer if in doubt",
+        "use `layer` if in doubt",
     )
     max_series: int = _field(
         # 80 layers at detail layer are 19,760 series, with a baseline 22,160.
         25_000,
-        "Time series of a server, 1 to 10000000; a detail that would make more falls back one level, "
+        f"Time series of a server, 1 to {MAX_SERIES}; a detail that would make more falls back one level, "
         "because series are what Prometheus pays for.",
-        "must be between 1 and 10000000",
-        "use detail: model for few series",
+        f"must be between 1 and {MAX_SERIES}",
+        "use `detail: model` for few series",
         ge=1,
-        le=10_000_000,
+        le=MAX_SERIES,
     )
 
 
@@ -316,13 +338,13 @@ class OtelConfig(_Section):
         "grpc",
         "OTLP over gRPC or over HTTP (protobuf).",
         "must be grpc or http",
-        "use grpc for port 4317, http for port 4318",
+        "use `grpc` for port 4317, `http` for port 4318",
     )
     endpoint: str | None = _field(
         None,
         "URL of the collector, http or https; with grpc also host:port. null: OTEL_EXPORTER_OTLP_ENDPOINT.",
         "must be a URL or null",
-        "use a URL such as http://collector:4317",
+        "use a URL such as `http://collector:4317`",
     )
     metrics: bool = _switch(True, "Whether metrics are sent.")
     traces: bool = _switch(True, "Whether spans of traced requests are sent.")
@@ -332,7 +354,7 @@ class OtelConfig(_Section):
         description="Headers of each OTLP request, text to text, such as an authorization.",
         json_schema_extra={
             "rule": "must be a mapping of header names to strings",
-            "remedy": 'write {name: "value"}',
+            "remedy": 'write `{name: "value"}`',
         },
     )
 
@@ -343,9 +365,9 @@ class OtelConfig(_Section):
             return value
         if info.data.get("protocol", "grpc") == "grpc":
             if not _is_host_port(value):
-                raise ValueError("must be a URL or host:port; use a URL such as http://collector:4317")
+                raise ValueError("must be a URL or host:port; use a URL such as `http://collector:4317`")
             return value
-        raise ValueError("must be an http or https URL; use a URL such as http://collector:4318")
+        raise ValueError("must be an http or https URL; use a URL such as `http://collector:4318`")
 
     @field_validator("headers")
     @classmethod
@@ -359,10 +381,19 @@ class OtelConfig(_Section):
 def _is_url(value: str) -> bool:
     try:
         parts = urlsplit(value)
-        # .port raises if it is not a number in range.
-        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and " " not in value
+        # .port raises if it is not a number in range; the codec, if a label of the name is empty or too long.
+        (parts.hostname or "").encode("idna")
+        named = bool((parts.hostname or "").strip("."))
+        return (
+            parts.scheme in {"http", "https"} and named and parts.port != 0 and not parts.fragment and _is_seen(value)
+        )
     except ValueError:
         return False
+
+
+def _is_seen(value: str) -> bool:
+    """Whether there are no blanks, line breaks and other characters that urlsplit drops or a server never sees."""
+    return value.isprintable() and " " not in value
 
 
 def _is_host_port(value: str) -> bool:
@@ -372,17 +403,17 @@ def _is_host_port(value: str) -> bool:
 class JsonlConfig(_Section):
     """Summaries of each export interval as lines of JSON in a file."""
 
-    path: Annotated[StrictStr, Field(min_length=1)] | None = _field(
+    path: _Path | None = _field(
         None,
         "File that is appended to; a leading ~ is the home directory. null: none is written.",
         "must be a file's path or null",
-        "use null to write none",
+        "use `null` to write none",
     )
     max_mb: int = _field(
         256,
         "MB, 1 to 1048576: size at which the file is rotated, so that it can't fill the disk.",
         "must be between 1 and 1048576",
-        "use path: null to write none",
+        "use `path: null` to write none",
         ge=1,
         le=1_048_576,
     )
@@ -396,11 +427,11 @@ class JsonlConfig(_Section):
 class BaselineConfig(_Section):
     """The run that the drift metrics compare with (`glassbox baseline save` writes its file)."""
 
-    path: Annotated[StrictStr, Field(min_length=1)] | None = _field(
+    path: _Path | None = _field(
         None,
         "File of `glassbox baseline save`; a leading ~ is the home directory. null: nothing is compared.",
         "must be a file's path or null",
-        "use null to compare with nothing",
+        "use `null` to compare with nothing",
     )
     min_rows: int = _field(
         # A healthy model under mixed traffic: indices up to 0.58 with 150 rows of a head, 0.39 with 300, 0.28 with 700
@@ -409,7 +440,7 @@ class BaselineConfig(_Section):
         "Rows, 1 to 1000000000, that a head must have on either side: few rows, above all of few requests, differ "
         "without any change.",
         "must be between 1 and 1000000000",
-        "use 500",
+        "use `500`",
         ge=1,
         le=1_000_000_000,
     )
@@ -418,7 +449,7 @@ class BaselineConfig(_Section):
         "Seconds, 1 to 86400, of most recent rows that are compared; up to a quarter more, because only a few older "
         "states are kept.",
         "must be between 1 and 86400 seconds",
-        "use 600",
+        "use `600`",
         ge=1,
         le=86_400,
     )
@@ -437,7 +468,7 @@ class CanaryConfig(_Section):
         "Seconds, 1 to 86400, between two checks that a few rows of each layer were served as glassbox computes them "
         "from the KV cache; 0 checks each layer at its first prefill and decode alone.",
         "must be 0, or between 1 and 86400 seconds",
-        "use 30",
+        "use `30`",
         ge=0,
         le=86_400,
     )
@@ -446,7 +477,7 @@ class CanaryConfig(_Section):
     @classmethod
     def _not_all_the_time(cls, value: float) -> float:
         if 0 < value < 1:
-            raise ValueError("must be 0, or between 1 and 86400 seconds; use 30")
+            raise ValueError("must be 0, or between 1 and 86400 seconds; use `30`")
         return value
 
 
@@ -457,7 +488,7 @@ class ExportConfig(_Section):
         5.0,
         "Seconds between snapshots, 0.1 to 3600: the age of what is shown against copies from the device.",
         "must be between 0.1 and 3600 seconds",
-        "use 5",
+        "use `5`",
         ge=0.1,
         le=3600,
     )
@@ -470,17 +501,17 @@ class GlassboxConfig(_Section):
     """The whole file. Every key may be left out."""
 
     enabled: bool = _switch(True, "Whether glassbox observes at all. false to true needs a restart.")
-    log_level: Literal["debug", "info", "warning", "error"] = _field(
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_as_level)] = _field(
         "info",
-        "Least severe message that glassbox logs; vLLM's own level is not touched.",
+        "Least severe message that glassbox logs, in any case; vLLM's own level is not touched.",
         "must be debug, info, warning or error",
-        "use info if in doubt",
+        "use `info` if in doubt",
     )
     sample_rate: float = _field(
         0.01,
         "Share of engine steps that are measured, 0 to 1.",
         "must be between 0 and 1",
-        "use 0 to stop sampling",
+        "use `0` to stop sampling",
         ge=0,
         le=1,
     )
@@ -488,20 +519,20 @@ class GlassboxConfig(_Section):
         "auto",
         "auto: observe whatever backend vLLM picks; custom: only with --attention-backend CUSTOM. Needs a restart.",
         "must be auto or custom",
-        "use auto to observe whatever backend vLLM picks",
+        "use `auto` to observe whatever backend vLLM picks",
     )
     inner_backend: Annotated[str, AfterValidator(_check_inner_backend)] = _field(
         "auto",
         f"What CUSTOM wraps: auto, or one of {', '.join(SUPPORTED_INNER_BACKENDS)}. Needs a restart.",
         f"must be auto or one of {', '.join(SUPPORTED_INNER_BACKENDS)}",
-        "use auto if in doubt",
+        "use `auto` if in doubt",
     )
     compat: Literal["auto", "tested"] = _field(
         "auto",
         "auto: on a vLLM newer than the tested ones layers are observed once their output was reproduced; tested: the "
         "server runs unobserved there. Needs a restart.",
         "must be auto or tested",
-        "use auto if in doubt",
+        "use `auto` if in doubt",
     )
     sampling: SamplingConfig = _section(SamplingConfig)
     statistics: StatisticsConfig = _section(StatisticsConfig)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glassbox.config.load import ConfigError, GlassboxConfig, restart_needed
+from glassbox.config.load import ConfigError, GlassboxConfig, changes, restart_needed
 from glassbox.config.watch import ConfigWatcher, ReloadStatus
 from glassbox.core.logs import get_logger, set_level
 
@@ -89,9 +89,10 @@ class Settings:
             watcher.stop()
 
     def _on_change(self, config: GlassboxConfig) -> None:
+        before = self.config
         set_level(config.log_level)
         self._publish(config)
-        logger.info("Reloaded %s: sample_rate %g, log_level %s", self.path, config.sample_rate, config.log_level)
+        logger.info("Reloaded %s: %s", self.path, ", ".join(changes(before, config)) or "nothing changed")
         for message in restart_needed(self.started_with, config):
             logger.warning("%s: %s", self.path.name, message)
         self._notify()

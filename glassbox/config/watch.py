@@ -9,6 +9,8 @@ the directory itself may be replaced, network file systems send no events. So th
 looked at twice a second.
 """
 
+import contextlib
+import logging
 import os
 import threading
 import time
@@ -41,7 +43,7 @@ class FileWatcher:
     Args:
         path: the file; it and its directory may come and go.
         on_event: called after each event at the file and whenever its inode, size or modification time
-            differ; also once when the watching begins. It must not raise.
+            differ; also once when the watching begins. What it raises is logged, and ends nothing.
         name: of the thread.
     """
 
@@ -78,6 +80,26 @@ class FileWatcher:
         return self._stop.wait(seconds)
 
     def _run(self, stop: threading.Event) -> None:
+        """Watch until `stop`; whatever fails is logged, and the watching begins anew."""
+        failed = False
+        while not stop.is_set():
+            try:
+                self._watch(stop)
+            except BaseException:  # a panic in watchfiles' compiled part is no Exception
+                # Once, not twice a second: what fails again is the same.
+                get_logger(__name__).log(
+                    logging.DEBUG if failed else logging.ERROR,
+                    "Watching %s failed; glassbox looks at it again and again",
+                    self._path,
+                    exc_info=True,
+                )
+                failed = True
+                # At least look, should watching itself be what fails.
+                with contextlib.suppress(Exception):
+                    self._on_event()
+                stop.wait(_LOOK_EVERY_MS / 1000)
+
+    def _watch(self, stop: threading.Event) -> None:
         # On a core of the worker the thread would take time from the computation whenever it looks.
         leave_workers_cores(0)
         force_polling: bool | None = None  # watchfiles' own choice: the kernel's events if they are to be had

@@ -1,48 +1,79 @@
-"""From a path to a plain mapping, and from what is wrong with it to one line.
+"""From a path to a plain mapping.
 
-Owns reading (size, encoding, YAML syntax, duplicate keys) and the wording of every configuration error. It
-does not know what the settings mean: that is `glassbox.config`.
+Owns reading: size, encoding, YAML syntax, what is a number, duplicate keys. Whatever is wrong is a `ConfigError`; how
+one of a setting is worded is `wording.py`'s, what the settings mean `model.py`'s.
 """
 
-import difflib
 import os
-import reprlib
+import re
 import stat
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+
+from glassbox.core.printable import printable
 
 # A configuration has some fifty lines; a larger file is a checkpoint or a log named by mistake.
 MAX_CONFIG_BYTES: Final = 1_000_000
-_MAX_VALUE_CHARS: Final = 60
-
-_EXPECTED_TYPES: Final = {
-    "bool_type": "true or false",
-    "dict_type": "a mapping",
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "model_type": "a mapping",
-}
 
 
 class ConfigError(ValueError):
-    """The configuration can't be used. `str()` is one line: file, key, rule, value, remedy."""
+    """The configuration can't be used. `str()` is one line: file, key, rule, value, remedy.
 
-    def __init__(self, path: Path | str, problem: str) -> None:
+    Attributes:
+        key: dotted name of the setting; None if it is no single one.
+        advice: what the remedy says to write, as YAML: a value of `key`, or lines such as `sample_rate: 0`.
+    """
+
+    def __init__(self, path: Path | str, problem: str, key: str | None = None, advice: tuple[str, ...] = ()) -> None:
         # A message is logged and shown as one line, whatever the path or the YAML library put into it.
-        super().__init__(" ".join(f"{path}: {problem}".split()))
+        super().__init__(printable(" ".join(f"{path}: {problem}".split())))
+        self.key = key
+        self.advice = advice
+
+
+class UnclearNumber(str):
+    """A number that its reader may take for another one, as it was written; `meant` is what it may be.
+
+    In YAML 1.1 0100 is 64 and 1:30 is 90. As a setting's text (a header, a path) it is what was written; where a
+    number is needed it is refused, with these as remedy.
+    """
+
+    meant: tuple[int | float, ...]
+
+
+_DECIMAL: Final = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
+_FLOAT: Final = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_UNCLEAR: Final = re.compile(
+    r"[-+]?(?:0[0-9_]+|[1-9][0-9]*_[0-9_]*|0b[01_]+|0o[0-7]+|0x[0-9a-fA-F_]+"  # octal, grouped, of another base
+    r"|[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?|(?=[0-9.]*_)[0-9][0-9_]*\.[0-9_]*)"  # sexagesimal, grouped fractions
+)
+# A merge key copies another mapping; a file with three levels of settings has use for a few.
+_MAX_MERGED: Final = 16
+_MAX_KEYS: Final = 10_000
+_MAX_MEANT: Final = 10**15
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader for which a key given twice is an error.
+    """SafeLoader with the numbers of YAML 1.2, for which a key given twice is an error.
 
-    If the last one won, an edit of the first would seem to have no effect.
+    If the last one won, an edit of the first would seem to have no effect. A date is text, as in YAML 1.2.
     """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError, MemoryError):
+            raise
+        except Exception as error:  # `!!bool maybe` is a KeyError, `!!timestamp x` an AttributeError
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"it can't be read as {kind} ({type(error).__name__})", node.start_mark
+            ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[tuple[str, str]] = set()
@@ -56,6 +87,67 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # Merged mappings that merge others multiply: nine lines of ten would make 10^9 keys.
+        merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
+        if sum(len(value.value) if isinstance(value, yaml.SequenceNode) else 1 for value in merged) > _MAX_MERGED:
+            problem = f"it merges more than {_MAX_MERGED} mappings"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        super().flatten_mapping(node)
+        if len(node.value) > _MAX_KEYS:
+            problem = f"a mapping of more than {_MAX_KEYS} keys"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float | str:
+        """A number as YAML 1.2 has it, also after a tag (`!!int 0100`); others are left as they were written."""
+        text = str(self.construct_scalar(node))
+        if _DECIMAL.fullmatch(text):
+            return int(text)
+        if _FLOAT.fullmatch(text):
+            return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
+        if not _UNCLEAR.fullmatch(text):
+            raise ValueError(text)
+        unclear = UnclearNumber(text)
+        unclear.meant = _readings(text)
+        return unclear
+
+
+# Of YAML 1.1 everything but numbers, timestamps and the value `=`.
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0].rpartition(":")[2] not in {"int", "float", "timestamp", "value"}]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in (("int", _DECIMAL), ("float", _FLOAT), ("int", _UNCLEAR)):
+    _name = f"tag:yaml.org,2002:{_tag}"
+    _StrictLoader.add_implicit_resolver(_name, re.compile(f"^(?:{_pattern.pattern})$"), list("-+.0123456789"))
+    _StrictLoader.add_constructor(_name, _StrictLoader.construct_number)
+
+
+def _readings(text: str) -> tuple[int | float, ...]:
+    """What an unclear number may be: first as YAML 1.1 has it, then as YAML 1.2."""
+    sign = -1 if text.startswith("-") else 1
+    digits = text.lstrip("+-").replace("_", "")
+    found: list[int | float] = []
+    try:
+        if ":" in digits:
+            *minutes, seconds = digits.split(":")
+            whole = 0
+            for part in minutes:
+                whole = 60 * whole + int(part)
+            found.append(60 * whole + (float(seconds) if "." in seconds else int(seconds)))
+        elif digits[:2] in {"0b", "0o", "0x"}:
+            found.append(int(digits, 0))
+        elif "." in digits:
+            found.append(float(digits))
+        else:
+            if digits.startswith("0") and set(digits) <= set("01234567"):
+                found.append(int(digits, 8))
+            found.append(int(digits))
+    except ValueError:  # more digits than Python takes
+        return ()
+    # Of a number that no setting can have it doesn't matter what it may be.
+    return tuple(dict.fromkeys(sign * value for value in found if value < _MAX_MEANT))
 
 
 def parse_mapping(path: Path, data: bytes) -> dict[Any, Any]:
@@ -86,12 +178,17 @@ def parse_mapping(path: Path, data: bytes) -> dict[Any, Any]:
         raise ConfigError(path, f"is not valid YAML: {error}; correct that value") from None
     except RecursionError:
         raise ConfigError(path, "is not valid YAML: nested too deep; it needs three levels") from None
+    except Exception as error:  # whatever else a parser of others ends with: the file is at fault, not its reader
+        raise ConfigError(
+            path, f"is not valid YAML ({type(error).__name__}: {error}); write plain keys and values, without tags"
+        ) from None
     if value is None:
-        raise ConfigError(path, "must not be empty; write at least `enabled: true`")
+        raise ConfigError(path, "must not be empty; write at least `enabled: true`", advice=("enabled: true",))
     if not isinstance(value, dict):
         raise ConfigError(
             path,
-            f"must be a mapping of settings, got {_kind(value)}; write lines such as `sample_rate: 0.01`",
+            f"must be a mapping of settings, got {kind(value)}; write lines such as `sample_rate: 0.01`",
+            advice=("sample_rate: 0.01",),
         )
     return value
 
@@ -138,123 +235,8 @@ def _decode(path: Path, data: bytes) -> str:
         ) from None
 
 
-def validation_error(path: Path, error: ValidationError, model: type[BaseModel]) -> ConfigError:
-    """One line for pydantic's findings: the first of them, and how many more there are."""
-    details = error.errors(include_url=False)
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return ConfigError(path, _describe(details[0], model) + more)
-
-
-def _describe(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    location = detail["loc"]
-    kind = detail["type"]
-    if kind in {"extra_forbidden", "invalid_key"}:
-        return _describe_unknown(location, model)
-    extra = _field_extra(location, model)
-    rule = extra.get("rule", "must be valid")
-    remedy = extra.get("remedy", "delete the line to use the default")
-    value = detail["input"]
-    if kind == "value_error" and "ctx" in detail:
-        # A validator of ours, which words rule and remedy itself.
-        rule, _, own_remedy = str(detail["ctx"]["error"]).partition("; ")
-        remedy = own_remedy or remedy
-    elif kind in _EXPECTED_TYPES:
-        rule = f"must be {_EXPECTED_TYPES[kind]}"
-        remedy = _type_remedy(kind, value) or remedy
-    return f"{_dotted(location)} {rule}, got {_show(location, value)}; {remedy}"
-
-
-def _describe_unknown(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    # The value is left out: under a misspelt `headers` it may be a secret.
-    key = str(location[-1])
-    siblings = _section_keys(location[:-1], model)
-    leaves = {name.rpartition(".")[2]: name for name in all_keys(model)}
-    prefix = "".join(f"{part}." for part in location[:-1])
-    if near := difflib.get_close_matches(key, siblings, n=1):
-        remedy = f"did you mean {prefix}{near[0]}?"
-    elif near := difflib.get_close_matches(key, leaves, n=1, cutoff=0.8):
-        remedy = f"did you mean {leaves[near[0]]}?"
-    else:
-        remedy = f"known here: {', '.join(siblings)}"
-    return f"{_dotted(location)} is not a known key; {remedy}"
-
-
-def _type_remedy(kind: str, value: object) -> str | None:
-    """What to do about a value of the wrong type, if the value itself tells."""
-    if value is None:
-        return "give it a value, or delete the line to use the default"
-    if isinstance(value, str) and kind in {"float_type", "int_type"}:
-        try:
-            number = float(value)
-        except ValueError:
-            return "write a plain number"
-        # YAML 1.1 reads 1e-2 as a string; only 1.0e-2 is a number.
-        return f"write {int(number) if number.is_integer() else number} without quotes or exponent"
-    if kind in {"float_type", "int_type", "int_from_float"}:
-        return "write a plain number"
-    return None
-
-
-def _field_extra(location: tuple[int | str, ...], model: type[BaseModel]) -> Mapping[str, Any]:
-    """`json_schema_extra` (rule and remedy) of the innermost field that `location` names."""
-    found: Mapping[str, Any] = {}
-    current: object = model
-    for part in location:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            break
-        field = current.model_fields.get(str(part))
-        if field is None:
-            break
-        found = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        current = field.annotation
-    return found
-
-
-def _section_keys(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
-    current = model
-    for part in location:
-        field = current.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        current = field.annotation
-    return list(current.model_fields)
-
-
-def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all settings below `model`, in the order of the file."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            keys += all_keys(section, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
-
-
-def _dotted(location: tuple[int | str, ...]) -> str:
-    # pydantic marks an error about a mapping's key with this pseudo part.
-    return ".".join(str(part) for part in location if part != "[key]")
-
-
-def _show(location: tuple[int | str, ...], value: object) -> str:
-    if "headers" in location or (isinstance(value, str) and "@" in value):
-        return "a value that is not shown, as it may be a secret"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, Mapping):
-        return _kind(value)
-    # Not repr: references in the file can make a value of a few lines unfold to gigabytes.
-    short = reprlib.Repr()
-    short.maxlevel = 2
-    short.maxstring = short.maxother = short.maxlong = _MAX_VALUE_CHARS
-    text = short.repr(value)
-    if len(text) > _MAX_VALUE_CHARS:
-        text = f"{text[: _MAX_VALUE_CHARS - 3]}..."
-    return f"the string {text}" if isinstance(value, str) else text
-
-
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
+    """`a mapping`, `a list`, or what else a value is."""
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, list):

@@ -7,12 +7,13 @@ differ. It does no input or output.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.config.model import MAX_SERIES
 from glassbox.core.counters import ENGINE_NUMBERS, EngineNumber
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, PHASES, STATISTICS, Phase, Statistic
 from glassbox.export.check_families import CHECK_METRICS, CHECK_SAMPLES, check_series
@@ -254,6 +255,16 @@ def effective_detail(
     return fitting_detail(detail, max_series, [engine.layer_heads for engine in engines], with_drift)
 
 
+def _fitting_settings(detail: Detail, used: Detail, max_series: int, needed: Callable[[Detail], int]) -> Iterator[str]:
+    """What may be set so that nothing falls back."""
+    if needed(detail) <= MAX_SERIES:
+        yield f"raise max_series to {needed(detail)}"
+    if needed(used) <= max_series:
+        yield f"set detail to {used}"
+    elif used != detail:
+        yield f"set detail to {used} and max_series to {needed(used)}"
+
+
 def fitting_detail(
     detail: Detail, max_series: int, shapes: Sequence[Sequence[int]], with_drift: bool = False
 ) -> tuple[Detail, str | None]:
@@ -279,5 +290,5 @@ def fitting_detail(
         result += ", the coarsest there is"
     return used, (
         f"export.prometheus.max_series is {max_series}, but detail {detail} needs {needed(detail)} series; "
-        f"{result}; raise max_series to {needed(detail)} or set detail to {used}"
+        f"{result}; {' or '.join(_fitting_settings(detail, used, max_series, needed))}"
     )

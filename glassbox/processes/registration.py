@@ -129,7 +129,8 @@ def register() -> None:
 def _register() -> None:
     from glassbox.adapter import internals, registry, release
     from glassbox.adapter.internals import Feature
-    from glassbox.config.load import ConfigError, find_config, load_config
+    from glassbox.config.load import ConfigError, find_config
+    from glassbox.config.usable import load_usable
     from glassbox.core.logs import get_logger
 
     logger = get_logger(__name__)
@@ -138,9 +139,9 @@ def _register() -> None:
     if (reason := found.unobserved_reason()) is not None:
         logger.error("%s", reason)
         return
-    path = find_config().absolute()
     try:
-        config = load_config(path)
+        path = find_config()
+        config = load_usable(path)
     except ConfigError as error:
         raise SystemExit(f"glassbox: {error}") from None
     if (reason := found.unobserved_reason(config.compat)) is not None:

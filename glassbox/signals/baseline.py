@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from glassbox.core.accumulator_arrays import ARRAY, check_shapes, narrowed
 from glassbox.core.files import write_atomically
+from glassbox.core.printable import printable
 from glassbox.core.statistics import STATISTICS
 from glassbox.store.merge import MergedEngine
 
@@ -29,6 +30,8 @@ FORMAT: Final = "glassbox-baseline"
 FORMAT_VERSION: Final = 1
 # 128 layers of 128 heads are 28 MB before compression; a file that unpacks to much more is none of ours.
 MAX_BYTES: Final = 1 << 28
+# Of seconds: the year 5138, the last that can be shown.
+_MAX_NUMBER: Final = 1e11
 # Of the accumulators' arrays those that tell how the rows of a head were distributed.
 ARRAYS: Final = ("counts", "sums", "rows")
 
@@ -155,6 +158,8 @@ def load_baseline(path: Path) -> Baseline:
         if not os.path.isfile(path):
             what = "is no file" if os.path.lexists(path) else "does not exist"
             raise BaselineError(f"baseline {path} {what}; {remedy}")
+        if (packed := os.path.getsize(path)) > MAX_BYTES:
+            raise BaselineError(f"baseline {path} must have at most {MAX_BYTES} bytes, got {packed}; {remedy}")
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > MAX_BYTES:
@@ -162,7 +167,12 @@ def load_baseline(path: Path) -> Baseline:
         with np.load(path, allow_pickle=False) as archive:
             meta = json.loads(bytes(archive["meta"]).decode())
             _check_meta(path, meta, remedy)
-            arrays = {name: archive[name].astype(ARRAY[name].dtype) for name in ARRAYS}
+            arrays = {name: archive[name] for name in ARRAYS}
+        if any(array.dtype.kind not in "iuf" for array in arrays.values()):
+            raise BaselineError(f"baseline {path} has arrays that are no numbers; {remedy}")
+        if not (np.isfinite(arrays["counts"]).all() and np.isfinite(arrays["rows"]).all()):
+            raise BaselineError(f"baseline {path} has counts that are no numbers; {remedy}")
+        arrays = {name: array.astype(ARRAY[name].dtype) for name, array in arrays.items()}
         return Baseline(
             **{**{name: meta[name] for name in _META}, "layers": tuple(int(layer) for layer in meta["layers"])},
             **arrays,
@@ -174,7 +184,7 @@ def load_baseline(path: Path) -> Baseline:
             f"baseline {path} can't be read ({error.strerror or error}); check its permissions"
         ) from None
     except Exception as error:  # garbage can fail anywhere in zip, npy, JSON or shapes
-        detail = " ".join(str(error).split())[:200]
+        detail = printable(" ".join(str(error).split())[:200])
         raise BaselineError(f"baseline {path} is no file of glassbox ({detail}); {remedy}") from None
 
 
@@ -186,5 +196,12 @@ def _check_meta(path: Path, meta: Any, remedy: str) -> None:
             f"baseline {path} must have format_version {FORMAT_VERSION}, got {meta.get('format_version')}; "
             f"{remedy} of the same version"
         )
+    # Names are shown, in logs and terminals: whatever they are, they give no orders there.
+    meta["model_name"], meta["source"] = printable(str(meta["model_name"])), printable(str(meta["source"]))
+    meta["build"] = {printable(str(name)): printable(str(value)) for name, value in dict(meta["build"]).items()}
+    for name in ("time_s", "duration_s", "num_layers", "num_heads", "sink_tokens", "local_window"):
+        number = meta[name]
+        if number is not None and not (type(number) in {int, float} and 0 <= number <= _MAX_NUMBER):
+            raise BaselineError(f"baseline {path} must have a number from 0 as {name}, got {number!r:.40}; {remedy}")
     if meta.get("buckets") != _buckets():
         raise BaselineError(f"baseline {path} was made with other statistics or buckets; {remedy} of the same version")

@@ -215,7 +215,9 @@ def _value_words(statistic: Statistic, measured: Measured, value: Value) -> str:
 def _about(measured: Measured, phase: Phase | None) -> str:
     rows = format_count(measured.rows_of(phase).sum())
     covers = f"in {format_seconds(measured.window_s)}" if measured.window_s else "since the server's start"
-    return f"{measured.model_name}, {shape_words(measured)}, {rows} rows {covers}"
+    # Between dollars matplotlib reads formulas.
+    name = measured.model_name.replace("$", r"\$")
+    return f"{name}, {shape_words(measured)}, {rows} rows {covers}"
 
 
 def _draw_matrix(figure: Figure, axes: Axes, measured: Measured, matrix: _Matrix) -> None:

@@ -56,6 +56,8 @@ class _Poller(threading.Thread):
                 self.answers.put(self._ask())
             except ViewError as error:
                 self.answers.put(error)
+            except Exception as error:  # else the numbers would stand still, and nobody would say so
+                self.answers.put(ViewError(f"the answer can't be read ({type(error).__name__}: {error})"))
             took_s = time.monotonic() - begin
 
 

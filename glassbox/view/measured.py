@@ -7,24 +7,33 @@ input or output.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from glassbox.core.accumulator_arrays import ARRAY, CUMULATIVE_ARRAYS
 from glassbox.core.histograms import quantiles
+from glassbox.core.printable import printable
 from glassbox.core.statistics import INDEX, PHASES, STATISTICS, Phase, Statistic
 from glassbox.store.merge import DETAILS, Detail
 
 Floats = npt.NDArray[np.float64]
+
+_MAX_MESSAGE: Final = 1000
+# The largest models have some 128 layers of 128 heads; more than twice as many are none, and gigabytes.
+MAX_PLACES: Final = 1 << 15
+_MAX_NAME: Final = 512
+_MAX_SUM: Final = 1e200
 
 
 class ViewError(ValueError):
     """What was asked for can't be read or shown. `str()` is one line with the remedy."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        # Of a name that a page or a file gives it has only the beginning.
+        text = printable(" ".join(message.split()))
+        super().__init__(text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}...")
 
 
 @dataclass(frozen=True)
@@ -199,10 +208,44 @@ def empty_arrays(num_layers: int, num_heads: int) -> dict[str, Floats]:
 
 
 def places(keys: Iterable[tuple[int | None, int | None]]) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
-    """Layers and heads, ascending, of (layer, head) pairs; without any, one place that stands for all."""
+    """Layers and heads, ascending, of (layer, head) pairs; without any, one place that stands for all.
+
+    Raises:
+        ViewError: there are more than MAX_PLACES.
+    """
     pairs = set(keys) or {(None, None)}
     layers = sorted({layer for layer, _ in pairs}, key=_none_first)
-    return tuple(layers), tuple(sorted({head for _, head in pairs}, key=_none_first))
+    heads = sorted({head for _, head in pairs}, key=_none_first)
+    if len(layers) * len(heads) > MAX_PLACES:
+        raise ViewError(
+            f"{len(layers)} layers of {len(heads)} heads are those of no model; is it a page or file of one?"
+        )
+    return tuple(layers), tuple(heads)
+
+
+def checked_name(text: str) -> str:
+    """A name that a page or a file gives, as it may be shown.
+
+    Raises:
+        ValueError: it is too long for one.
+    """
+    if len(text) > _MAX_NAME:
+        raise ValueError(f"a name of {len(text)} characters")
+    return printable(text)
+
+
+def check_numbers(arrays: Mapping[str, Floats]) -> None:
+    """Refuse counts that none can be.
+
+    Raises:
+        ValueError: a count is negative, infinite or no number; a sum would overflow if others are added.
+    """
+    for name in ("rows", "nonfinite", "counts"):
+        if not (np.isfinite(arrays[name]).all() and (arrays[name] >= 0).all()):
+            raise ValueError(f"{name} must be numbers from 0")
+    sums = arrays["sums"]
+    if (np.abs(sums[np.isfinite(sums)]) > _MAX_SUM).any():
+        raise ValueError(f"sums must be at most {_MAX_SUM:g}")
 
 
 def _none_first(index: int | None) -> int:

@@ -1,8 +1,10 @@
 """Reads a run from a `/metrics` page: vLLM's own, or glassbox's port.
 
-Owns the address, the request, and what glassbox's samples mean; all other metrics are ignored.
+Owns the address, and what glassbox's samples mean; all other metrics are ignored. The request is `asking.py`'s. What
+a page says is checked before it is believed: it may be anybody's.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -11,16 +13,29 @@ from urllib.parse import urlsplit
 import numpy as np
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from glassbox.core.counters import ENGINE_NUMBER
 from glassbox.core.statistics import INDEX, PHASES, STATISTICS, Phase
 from glassbox.store.merge import Detail
-from glassbox.view.measured import Engines, Measured, ViewError, empty_arrays, places
+from glassbox.view.asking import NO_ACCESS, TIMEOUT_S, Access, get_text, without_user
+from glassbox.view.measured import (
+    Engines,
+    Measured,
+    ViewError,
+    check_numbers,
+    checked_name,
+    empty_arrays,
+    places,
+)
 
-TIMEOUT_S: Final = 10.0
 _PREFIX: Final = "glassbox_"
 _COMMENTS: Final = (f"# TYPE {_PREFIX}", f"# HELP {_PREFIX}")
 _ROWS: Final = "glassbox_attention_rows_total"
+_NUMBERS: Final = (
+    "steps", "sampled_steps", "sample_rate", "overhead_seconds", "layers_observed", "layers_bypassed", "dropped_rows",
+    "errors",
+)  # fmt: skip
 _METRICS: Final = {statistic.metric: i for i, statistic in enumerate(STATISTICS) if statistic.exported}
 _BUCKETS: Final = {
     statistic.metric: {bound: b for b, bound in enumerate((*statistic.buckets, float("inf")))}
@@ -37,38 +52,31 @@ def metrics_url(text: str) -> str:
     url = text if "://" in text else f"http://{text}"
     try:
         parts = urlsplit(url)
-        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and " " not in url
+        named = bool(parts.hostname) and parts.port != 0
+        valid = parts.scheme in {"http", "https"} and named and " " not in url and url.isprintable()
     except ValueError:  # a port that is no number
         valid = False
     if not valid:
-        raise ViewError(f"{text!r} is no URL; give the server's, such as http://localhost:8000")
+        shown = text.rpartition("@")[2]  # what is before it may be a password
+        raise ViewError(f"{shown!r} is no URL; give the server's, such as http://localhost:8000")
     return parts._replace(path="/metrics").geturl() if parts.path in {"", "/"} else url
 
 
-def fetch(url: str, timeout_s: float = TIMEOUT_S, engine: str | None = None) -> Measured:
+def fetch(url: str, timeout_s: float = TIMEOUT_S, engine: str | None = None, access: Access = NO_ACCESS) -> Measured:
     """What the page says at this moment.
 
     Args:
         url: see `metrics_url`.
-        timeout_s: for connecting, and between the parts of the answer.
+        timeout_s: for all of it.
         engine: only this one; None adds all.
+        access: what the server wants to see.
 
     Raises:
         ViewError: it can't be had, or it isn't a page of glassbox.
     """
-    import httpx
-
     address = metrics_url(url)
-    try:
-        reply = httpx.get(address, timeout=timeout_s, follow_redirects=True)
-        reply.raise_for_status()
-    except httpx.HTTPStatusError as error:
-        raise ViewError(f"{address} answers HTTP {error.response.status_code}; is that the server's port?") from None
-    except httpx.TimeoutException:
-        raise ViewError(f"{address} did not answer within {timeout_s:g} s; is the server there?") from None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ViewError(f"can't read {address} ({str(error) or type(error).__name__}); is the server there?") from None
-    return read_text(reply.text, address, time.time(), engine)
+    text = get_text(address, access, timeout_s)
+    return read_text(text, without_user(address), time.time(), engine)
 
 
 def read_text(text: str, source: str, time_s: float, engine: str | None = None) -> Measured:
@@ -78,7 +86,7 @@ def read_text(text: str, source: str, time_s: float, engine: str | None = None) 
         ViewError: it has no metrics of glassbox, or they make no sense.
     """
     # vLLM's own metrics are many, and parsing is what takes the time.
-    own = [line for line in text.splitlines() if line.startswith((_PREFIX, *_COMMENTS))]
+    own = [line for line in text.split("\n") if line.startswith((_PREFIX, *_COMMENTS))]
     if not own:
         raise ViewError(
             f"{source} has no metrics of glassbox; install vllm-glassbox beside that vLLM and see that "
@@ -87,9 +95,9 @@ def read_text(text: str, source: str, time_s: float, engine: str | None = None) 
     try:
         families = list(text_string_to_metric_families("\n".join(own) + "\n"))
         return read_families(families, source, time_s, engine)
-    except (ValueError, KeyError) as error:
-        if isinstance(error, ViewError):
-            raise
+    except ViewError:
+        raise
+    except (ValueError, LookupError, ArithmeticError, TypeError) as error:
         raise ViewError(f"{source} has metrics of glassbox that can't be read ({error!r})") from None
 
 
@@ -98,9 +106,9 @@ def read_families(families: Iterable[Metric], source: str, time_s: float, engine
 
     Raises:
         ViewError: several models are in it, the engine isn't, or buckets are those of another version.
-        ValueError, KeyError: labels are missing or no numbers.
+        ValueError, KeyError: labels are missing or no numbers, numbers are none that can be.
     """
-    samples = [sample for family in families for sample in family.samples if sample.name.startswith(_PREFIX)]
+    samples = [_checked(sample) for family in families for sample in family.samples if sample.name.startswith(_PREFIX)]
     models = sorted({sample.labels["model_name"] for sample in samples})
     engines = sorted({sample.labels["engine"] for sample in samples})
     if len(models) > 1:
@@ -117,6 +125,7 @@ def read_families(families: Iterable[Metric], source: str, time_s: float, engine
             _add(arrays, sample.name, sample.labels, sample.value, place)
     # Prometheus has cumulative buckets.
     arrays["counts"] = np.diff(arrays["counts"], axis=-1, prepend=0.0)
+    check_numbers(arrays)
     for statistic in STATISTICS:
         if statistic.signed or not statistic.exported:
             arrays["sums"][..., INDEX[statistic.name]] = np.nan
@@ -132,6 +141,17 @@ def read_families(families: Iterable[Metric], source: str, time_s: float, engine
         engines=_engines(samples),
         **arrays,
     )
+
+
+def _checked(sample: Sample) -> Sample:
+    """A sample whose labels may be shown.
+
+    Raises:
+        ValueError: one is too long for a name.
+    """
+    if all(value.isprintable() and len(value) < 256 for value in sample.labels.values()):
+        return sample
+    return sample._replace(labels={name: checked_name(value) for name, value in sample.labels.items()})
 
 
 def _place(labels: dict[str, str]) -> tuple[int | None, int | None]:
@@ -187,7 +207,10 @@ def _engines(samples: list[Any]) -> Engines:
     errors: dict[str, float] = {}
     by_label = {_name("dropped_rows"): ("reason", dropped), _name("errors"): ("stage", errors)}
     build: dict[str, str] = {}
+    numbers = {_name(number) for number in _NUMBERS}
     for sample in samples:
+        if sample.name in numbers and not (math.isfinite(sample.value) and sample.value >= 0):
+            raise ValueError(f"{sample.name} must be a number from 0, got {sample.value}")
         values.setdefault(sample.name, []).append(sample.value)
         if sample.name in by_label:
             label, found = by_label[sample.name]

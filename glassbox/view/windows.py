@@ -1,10 +1,12 @@
 """Reads a run from the JSON lines that `export.jsonl` writes (`glassbox.export.jsonl`).
 
 Owns which lines belong together: those of several engines, of rotated files, and of details that changed in
-between. A line that can't be read is left out and counted: a killed exporter leaves one behind.
+between. A line that can't be read is left out and counted: a killed exporter leaves one behind. What a line says is
+checked before it is believed: the file may be anybody's.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -13,11 +15,27 @@ from typing import Any, Final
 
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, PHASES, Phase
 from glassbox.store.merge import DETAILS, Detail
-from glassbox.view.measured import Engines, Measured, ViewError, empty_arrays, places
+from glassbox.view.input_file import open_file
+from glassbox.view.measured import (
+    Engines,
+    Measured,
+    ViewError,
+    check_numbers,
+    checked_name,
+    empty_arrays,
+    places,
+)
 
 MAX_WINDOWS: Final = 240
 # At detail head a stage of a model of 80 layers x 64 heads is 9 MB.
 MAX_STAGES: Final = 8
+# At detail head a line of such a model is some 10 MB.
+MAX_LINE_BYTES: Final = 64 << 20
+MAX_FILE_BYTES: Final = 8 << 30
+# Years 1970 to 5138: what `time` can show.
+_MAX_TIME_S: Final = 1e11
+# What a line is that is no window: no JSON, too deep, without the keys, with values of other kinds.
+_NO_WINDOW: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +120,7 @@ class _Reader:
             window = _window(json.loads(line), self._source)
         except ViewError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except _NO_WINDOW:
             self._unreadable += 1
             return
         self._engines.update(window.engine_names)
@@ -137,18 +155,25 @@ class _Reader:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from (line for line in file if not line.isspace())
-    except OSError as error:
-        raise ViewError(f"can't read {path}: {error.strerror or error}; give a file of export.jsonl") from None
+    """The lines of a file that are not blank; of a line that is too long nothing but that there is one."""
+    with open_file(path, MAX_FILE_BYTES, "give a file of export.jsonl") as file:
+        try:
+            while line := file.readline(MAX_LINE_BYTES):
+                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    while (more := file.readline(MAX_LINE_BYTES)) and not more.endswith(b"\n"):
+                        pass
+                    yield "too long"
+                elif not line.isspace():
+                    yield line.decode("utf-8", errors="replace")
+        except OSError as error:
+            raise ViewError(f"can't read {path}: {error.strerror or error}; give a file of export.jsonl") from None
 
 
 def _first_time(path: Path) -> float:
     for line in _lines(path):
         try:
             return float(json.loads(line)["time"])
-        except (ValueError, KeyError, TypeError):
+        except _NO_WINDOW:
             continue
     return 0.0
 
@@ -158,7 +183,7 @@ def _window(line: dict[str, Any], source: str) -> Measured:
     detail: Detail = line["detail"]
     if detail not in DETAILS:
         raise ValueError(detail)
-    layers, heads = places((place.get("layer"), place.get("head")) for place in line["places"])
+    layers, heads = places((_index(place.get("layer")), _index(place.get("head"))) for place in line["places"])
     arrays = empty_arrays(len(layers), len(heads))
     for place in line["places"]:
         at = layers.index(place.get("layer")), heads.index(place.get("head")), PHASES.index(Phase(place["phase"]))
@@ -178,21 +203,38 @@ def _window(line: dict[str, Any], source: str) -> Measured:
             arrays["counts"][(*at, INDEX[name])] = buckets
             # JSON has no infinity: such a sum was written as null.
             mean = numbers["mean"]
-            arrays["sums"][(*at, INDEX[name])] = float("nan") if mean is None else mean * numbers["count"]
+            total = math.nan if mean is None else float(mean) * float(numbers["count"])
+            arrays["sums"][(*at, INDEX[name])] = total
+    check_numbers(arrays)
     return Measured(
         source=source,
-        model_name=str(line["model_name"]),
-        engine_names=(str(line["engine"]),),
-        time_s=float(line["time"]),
-        window_s=float(line["window_s"]),
+        model_name=checked_name(str(line["model_name"])),
+        engine_names=(checked_name(str(line["engine"])),),
+        time_s=_number(line["time"], _MAX_TIME_S),
+        window_s=_number(line["window_s"], _MAX_TIME_S),
         detail=detail,
         layers=layers,
         heads=heads,
         engines=replace(
             Engines(),
-            steps=float(line["steps"]),
-            sampled_steps=float(line["sampled_steps"]),
-            sample_rate=float(line["sample_rate"]),
+            steps=_number(line["steps"]),
+            sampled_steps=_number(line["sampled_steps"]),
+            sample_rate=_number(line["sample_rate"]),
         ),
         **arrays,
     )
+
+
+def _number(value: Any, most: float = 1e18) -> float:
+    """A number from 0 to `most`; ValueError if it is none."""
+    number = float(value)
+    if not 0 <= number <= most:
+        raise ValueError(number)
+    return number
+
+
+def _index(value: Any) -> int | None:
+    """Of a layer or a head; ValueError if it is none."""
+    if value is None or (type(value) is int and 0 <= value < 1 << 31):
+        return value
+    raise ValueError(value)

@@ -144,7 +144,7 @@ class TestLogLevel:
         (line, *_) = log.wait("Snapshot written")
         assert " DEBUG " in line
         server.edit_config(log_level="info")
-        log.wait("log_level info")
+        log.wait("log_level debug -> info")
         quiet = Log(server)
         server.complete(new_prompt(8), max_tokens=4)
         server.settled_rows()

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from glassbox.cli.commands.common import fail, one_line_errors, require
+from glassbox.cli.commands.common import ApiKeyOption, HeaderOption, fail, one_line_errors, require
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from glassbox.signals.baseline import Baseline
+    from glassbox.view.asking import Access
 
 baseline = typer.Typer(help="Save how a healthy run looks, for the server to compare with.", no_args_is_help=True)
 
-# A page with a series for each head of a large model takes its time.
-_TIMEOUT_S: Final = 60.0
 _QUANTILES: Final = {"p5": 0.05, "p50": 0.5, "p95": 0.95}
 
 
@@ -50,6 +49,8 @@ def save(
             show_default=False,
         ),
     ] = None,
+    api_key: ApiKeyOption = None,
+    header: HeaderOption = None,
 ) -> None:
     """Save the distribution of every head, from the server's start until now.
 
@@ -62,12 +63,13 @@ def save(
     """
     from glassbox.config.load import BaselineConfig
     from glassbox.signals.baseline import save_baseline
+    from glassbox.view.asking import Access
 
     with _baseline_errors():
-        taken = _take(source, config)
+        taken = _take(source, config, Access.of(api_key, header or ()))
         save_baseline(out, taken)
-    for line in _description(taken):
-        typer.echo(line)
+        for line in _description(taken):
+            typer.echo(line)
     typer.echo(f"saved to {out}; name it in the server's YAML as baseline.path")
     least = BaselineConfig().min_rows
     few = int((taken.rows.max(axis=-1) < least).sum())
@@ -79,7 +81,7 @@ def save(
         )
 
 
-def _take(source: str, config_path: Path | None) -> "Baseline":
+def _take(source: str, config_path: Path | None, access: "Access") -> "Baseline":
     """What a run directory or a server has.
 
     Raises:
@@ -101,7 +103,7 @@ def _take(source: str, config_path: Path | None) -> "Baseline":
         require("demo", "asking a server", "httpx")
         from glassbox.view.scrape import fetch
 
-        taken = from_measured(fetch(source, _TIMEOUT_S))
+        taken = from_measured(fetch(source, access=access))
     elif Path(source).is_dir():
         taken = from_engines(merge(read_snapshots(Path(source), named=True)), source)
     else:
@@ -120,12 +122,13 @@ def show(file: Annotated[Path, typer.Argument(help="A file of `glassbox baseline
 
     with _baseline_errors():
         loaded = load_baseline(file)
-    for line in _description(loaded):
-        typer.echo(line)
-    Console().print(_table(loaded))
+        for line in _description(loaded):
+            typer.echo(line)
+        Console().print(_table(loaded))
 
 
 def _description(taken: "Baseline") -> list[str]:
+    from glassbox.core.printable import printable
     from glassbox.core.statistics import PHASES
 
     at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(taken.time_s))
@@ -140,7 +143,7 @@ def _description(taken: "Baseline") -> list[str]:
     ]
     return [
         f"model      {taken.model_name}: {len(taken.layers)} layers, {taken.num_heads} heads",
-        f"taken      {at}{span}, from {taken.source}",
+        f"taken      {at}{span}, from {printable(taken.source)}",
         f"versions   {versions}",
         f"parameters {', '.join(parameters) or 'not known'}",
         *(

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from glassbox.cli.commands.common import fail, one_line_errors
+from glassbox.core.printable import printable
 
 if TYPE_CHECKING:
     from glassbox.adapter.layers import ObservedLayers
@@ -36,7 +37,9 @@ def check(
     """Check a configuration file, print what it means, and count the time series it makes.
 
     The output is YAML again: the file with its defaults filled in, and the count
-    as comments. A file that can't be used is one line on stderr and exit status 1.
+    as comments; what may be a secret is not shown. What the file names is tried
+    here, and nothing of it left behind: paths must exist or can be made. A file
+    that can't be used is one line on stderr and exit status 1.
 
     \b
     Examples:
@@ -46,24 +49,50 @@ def check(
     """
     import yaml
 
-    from glassbox.config.load import ConfigError, find_config, load_config
+    from glassbox.config.load import ConfigError, find_config
+    from glassbox.config.usable import load_usable
 
     if model is not None and (layers, heads) != (None, None):
         raise fail("--model tells layers and heads; leave out --layers and --heads")
     if (layers is None) != (heads is None):
         raise fail("--layers and --heads must be given together; --model DIRECTORY reads both from config.json")
-    path = find_config() if file is None else file
     try:
-        config = load_config(path)
+        path = find_config() if file is None else file
+        config = load_usable(path)
     except ConfigError as error:
         raise fail(str(error)) from None
     with one_line_errors():
-        shape = _shape(path, model, layers, heads)
-    typer.echo(f"# {path}: valid. With the defaults filled in:")
-    typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    for line in (*shape.lines(config), *_series_lines(config, shape, engines)):
+        _check_baseline(config)
+        shape = _shape(path, config, model, layers, heads)
+    typer.echo(f"# {printable(str(path))}: valid. With the defaults filled in:")
+    typer.echo(yaml.safe_dump(_without_secrets(config), sort_keys=False, allow_unicode=True))
+    for line in (*shape.lines(), *_series_lines(config, shape, engines)):
         typer.echo(f"# {line}".rstrip())
     typer.echo(f"# {_vllm_line(config)}")
+
+
+def _without_secrets(config: "GlassboxConfig") -> dict[str, Any]:
+    """The settings as plain values; what may be a secret is left out of a build's log."""
+    from glassbox.config.load import hide_secrets
+
+    return hide_secrets(config.model_dump(mode="json"))
+
+
+def _check_baseline(config: "GlassboxConfig") -> None:
+    """Read the baseline as the server will.
+
+    Raises:
+        ViewError: it can't be read, or is none.
+    """
+    from glassbox.signals.baseline import BaselineError, load_baseline
+    from glassbox.view.measured import ViewError
+
+    path = config.baseline.expanded_path
+    try:
+        if path is not None:
+            load_baseline(path)
+    except BaselineError as error:
+        raise ViewError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -80,40 +109,54 @@ class _Shape:
     whose: str = ""
     found: "ObservedLayers | None" = None
 
-    def lines(self, config: "GlassboxConfig") -> Iterator[str]:
-        """Which layers are observed, why others are not, and what is wrong with `sampling.layers`."""
-        from glassbox.adapter.coverage import bypass_lines, ranges, selection_lines
+    def lines(self) -> Iterator[str]:
+        """Which layers are observed, and why others are not."""
+        from glassbox.adapter.coverage import bypass_lines, ranges
 
         if self.found is None:
             return
         observed, bypassed = self.found.indices, self.found.bypassed
         yield f"Of {len(observed) + len(bypassed)} attention layers {len(observed)} are observed{self.whose}:"
         yield f"  {ranges(observed) or 'none'}"
-        for line in (*bypass_lines(self.found), *selection_lines(self.found, config.sampling.layers)):
+        for line in bypass_lines(self.found):
             yield f"  {line.text}"
 
 
-def _shape(path: Path, model: Path | None, layers: int | None, heads: int | None) -> _Shape:
-    """The shape to count for, and where it comes from."""
+def _shape(path: Path, config: "GlassboxConfig", model: Path | None, layers: int | None, heads: int | None) -> _Shape:
+    """The shape to count for, and where it comes from.
+
+    Raises:
+        ViewError: the model can't be read, or has not the layers that the file names.
+    """
     if model is not None:
-        return _shape_of(model, path)
+        return _shape_of(model, path, config)
     if layers is not None and heads is not None:
         return _Shape((heads,) * layers)
     num_layers, num_heads = _DEFAULT_SHAPE
     return _Shape((num_heads,) * num_layers, " (as of an 8B model; for yours use --model, or --layers and --heads)")
 
 
-def _shape_of(model: Path, path: Path) -> _Shape:
+def _shape_of(model: Path, path: Path, config: "GlassboxConfig") -> _Shape:
     """As vLLM builds the model here; where it can't, as its config.json says, and why."""
+    from glassbox.adapter.coverage import selection_lines
     from glassbox.adapter.model_inspection import InspectionError, inspect_model
     from glassbox.cli.commands.model_shape import read_shape
+    from glassbox.view.measured import ViewError
 
     by_file = read_shape(model)  # first: it tells at once that there is no model
+    beyond = [index for index in config.sampling.layers.indices or () if index >= by_file.total]
+    if beyond:
+        named, last = ", ".join(map(str, beyond)), by_file.total - 1
+        raise ViewError(
+            f"{path}: sampling.layers must name layers of the model, got {named}; its layers are 0 to {last}"
+        )
     try:
         found = inspect_model(model, path)
     except InspectionError as error:
         why = f" ({model}, by its config.json alone, since vLLM could not build it here: {error})"
         return _Shape((by_file.heads,) * by_file.layers, why)
+    for line in selection_lines(found, config.sampling.layers):
+        raise ViewError(f"{path}: {line.text}")
     return _Shape(found.heads, f" ({model}, as vLLM builds it here)", found)
 
 

@@ -1,6 +1,7 @@
 """What the commands share: one-line errors, missing packages, common options and their completion."""
 
 import importlib.util
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -9,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from glassbox.core.printable import printable
 from glassbox.core.statistics import STATISTICS, Phase
 
 
@@ -26,8 +28,8 @@ class PhaseChoice(StrEnum):
 
 
 def fail(message: str, status: int = 1) -> typer.Exit:
-    """Print an error to stderr; raise what this returns."""
-    typer.echo(f"glassbox: {message}", err=True)
+    """Print an error to stderr, as one line whatever is in it; raise what this returns."""
+    typer.echo(f"glassbox: {printable(' '.join(message.split()))}", err=True)
     return typer.Exit(status)
 
 
@@ -45,16 +47,24 @@ def require(extra: str, what: str, *modules: str, status: int = 1) -> None:
 
 @contextmanager
 def one_line_errors(status: int = 1) -> Iterator[None]:
-    """What can't be read, shown or written ends the command with one line."""
+    """Whatever can't be read, shown or written ends the command with one line: its input may be anybody's."""
     from glassbox.view.measured import ViewError
 
     try:
         yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise  # has been said; of a pipe that nobody reads any more there is nothing to say
     except ViewError as error:
         raise fail(str(error), status) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise fail(f"{where}{error.strerror or error}; choose another path", status) from None
+    except Exception as error:
+        # The place helps whoever mends it.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error}"[:300]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        raise fail(f"can't make sense of that ({what}, at {where}); is it of glassbox, and whole?", status) from None
 
 
 def check_output(path: Path, *suffixes: str) -> None:
@@ -78,4 +88,19 @@ PhaseOption = Annotated[PhaseChoice, typer.Option("--phase", help="Of the rows: 
 EngineOption = Annotated[
     str | None,
     typer.Option("--engine", help="Only this engine, by its label; without it all are added.", show_default=False),
+]
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        envvar="GLASSBOX_API_KEY",
+        help="Sent to a server as a bearer token. Better by the variable: others see a command's options.",
+        show_default=False,
+    ),
+]
+HeaderOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--header", metavar="'NAME: VALUE'", help="Sent to a server, too; may be repeated.", show_default=False
+    ),
 ]

@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from glassbox.cli.commands.common import EngineOption, PhaseChoice, PhaseOption, complete_statistic, one_line_errors
+from glassbox.cli.commands.common import (
+    ApiKeyOption,
+    EngineOption,
+    HeaderOption,
+    PhaseChoice,
+    PhaseOption,
+    complete_statistic,
+    one_line_errors,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +53,8 @@ def diff(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     engine: EngineOption = None,
+    api_key: ApiKeyOption = None,
+    header: HeaderOption = None,
 ) -> None:
     """Compare two runs, or two models of the same shape, head by head.
 
@@ -67,6 +77,7 @@ def diff(
     from rich.console import Console
 
     from glassbox.core.statistics import PHASES, STATISTICS
+    from glassbox.view.asking import Access
     from glassbox.view.compare import compare
     from glassbox.view.measured import find_statistic
     from glassbox.view.source import load
@@ -74,24 +85,25 @@ def diff(
     with one_line_errors(_BAD_INPUT):
         statistics = [find_statistic(name) for name in statistic or ()] or STATISTICS
         wanted = _detail(detail)
-        runs = [load(name, engine) for name in (first, second)]
+        access = Access.of(api_key, header or ())
+        runs = [load(name, engine, access) for name in (first, second)]
         if wanted is not None:
             runs = [run.coarser(wanted) for run in runs]
         phases = PHASES if phase.phase is None else (phase.phase,)
         comparison = compare(runs[0], runs[1], statistics, phases, min_rows)
-    above = [] if fail_above is None else comparison.above(fail_above)
-    shown = comparison.differences[: limit or None]
-    if as_json:
-        typer.echo(json.dumps(_json(comparison, shown, fail_above, above), indent=2, allow_nan=False))
-    else:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=120)
-        _print(console, comparison, shown)
-        if fail_above is not None:
-            verdict = f"{len(above):,} of {len(comparison.differences):,} exceed {fail_above:g}."
-            console.print(verdict, style="bold red" if above else "green")
-    raise typer.Exit(_DIFFERENT if above else 0)
+        above = [] if fail_above is None else comparison.above(fail_above)
+        shown = comparison.differences[: limit or None]
+        if as_json:
+            typer.echo(json.dumps(_json(comparison, shown, fail_above, above), indent=2, allow_nan=False))
+        else:
+            console = Console(highlight=False)
+            if not console.is_terminal:
+                console = Console(highlight=False, width=120)
+            _print(console, comparison, shown)
+            if fail_above is not None:
+                verdict = f"{len(above):,} of {len(comparison.differences):,} exceed {fail_above:g}."
+                console.print(verdict, style="bold red" if above else "green")
+        raise typer.Exit(_DIFFERENT if above else 0)
 
 
 def _detail(name: str | None) -> "Detail | None":
@@ -107,12 +119,15 @@ def _detail(name: str | None) -> "Detail | None":
 
 
 def _print(console: "Console", comparison: "Comparison", shown: "tuple[Difference, ...]") -> None:
+    from glassbox.core.printable import printable
     from glassbox.view.text import format_count, shape_words
 
     for letter, run in (("A", comparison.first), ("B", comparison.second)):
         rows = format_count(run.rows.sum())
         # No markup: a file's name may have brackets.
-        console.print(f"{letter}  {run.source}: {run.model_name}, {shape_words(run)}, {rows} rows", markup=False)
+        console.print(
+            f"{letter}  {printable(run.source)}: {run.model_name}, {shape_words(run)}, {rows} rows", markup=False
+        )
     console.print(_table(shown))
     skipped = f"; {comparison.skipped:,} left out for too few rows" if comparison.skipped else ""
     console.print(f"{len(shown):,} of {len(comparison.differences):,} comparisons shown{skipped}.")

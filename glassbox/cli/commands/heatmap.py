@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from glassbox.cli.commands.common import (
+    ApiKeyOption,
     EngineOption,
+    HeaderOption,
     PhaseChoice,
     PhaseOption,
     check_output,
@@ -46,6 +48,8 @@ def heatmap(
         typer.Option(min=1, max=3600, help="Of a server: what comes within so many seconds.", show_default=False),
     ] = None,
     engine: EngineOption = None,
+    api_key: ApiKeyOption = None,
+    header: HeaderOption = None,
 ) -> None:
     """Draw a statistic as a heatmap of layers and heads.
 
@@ -62,6 +66,7 @@ def heatmap(
     """
     require("plots", "the heatmap", "matplotlib")
     from glassbox.view import charts
+    from glassbox.view.asking import Access
     from glassbox.view.measured import ViewError, find_statistic
     from glassbox.view.scrape import fetch
     from glassbox.view.source import is_url, load
@@ -69,9 +74,10 @@ def heatmap(
 
     check_output(output, *charts.SUFFIXES)
     with one_line_errors():
+        access = Access.of(api_key, header or ())
         chosen = find_statistic(statistic)
         if len(sources) == 1:
-            measured = load(sources[0], engine)
+            measured = load(sources[0], engine, access)
         elif any(is_url(source) for source in sources):
             raise ViewError("give one URL, or files only; `glassbox diff` compares two servers")
         else:
@@ -81,7 +87,7 @@ def heatmap(
             if not is_url(sources[0]):
                 raise fail("--interval is of a server; a file has windows of its own, leave it out")
             time.sleep(interval)
-            measured = fetch(sources[0], engine=engine).since(measured)
+            measured = fetch(sources[0], engine=engine, access=access).since(measured)
         if every:
             figure = charts.heatmaps(measured, phase.phase, value.value)
         else:

@@ -32,7 +32,7 @@ def report(
     check_output(output, ".html")
     with one_line_errors():
         run = read_run(files, engine)
-        output.write_text(render(run, files), encoding="utf-8")
+        output.write_text(render(run, files), encoding="utf-8", errors="backslashreplace")
     if run.unreadable:
         typer.echo(f"glassbox: {run.unreadable} lines couldn't be read and are left out", err=True)
     typer.echo(str(output))

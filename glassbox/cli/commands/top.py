@@ -1,12 +1,15 @@
 """The command `glassbox top`. Owns options and exit status."""
 
+import contextlib
 import time
 from typing import Annotated
 
 import typer
 
 from glassbox.cli.commands.common import (
+    ApiKeyOption,
     EngineOption,
+    HeaderOption,
     PhaseChoice,
     PhaseOption,
     complete_statistic,
@@ -44,6 +47,8 @@ def top(
         bool, typer.Option("--once", help="One frame with the totals, then end; so it does without a terminal.")
     ] = False,
     engine: EngineOption = None,
+    api_key: ApiKeyOption = None,
+    header: HeaderOption = None,
 ) -> None:
     """Watch the attention of a running server, layer by layer.
 
@@ -60,6 +65,7 @@ def top(
     """
     from rich.console import Console
 
+    from glassbox.view.asking import Access
     from glassbox.view.frame import Look, frame, sort_keys
     from glassbox.view.measured import exported_statistics, find_statistic
     from glassbox.view.over_time import Watch
@@ -72,21 +78,20 @@ def top(
         hidden = next((s for s in chosen if not s.exported), None)
         if hidden is not None:
             raise fail(f"{hidden.name} is in no metric; use one of {', '.join(sort_keys()[3:])}")
-        first = fetch(url, engine=engine)
-    columns = tuple(chosen or exported_statistics())
-    console = Console(highlight=False)
-    coloured = console.color_system is not None and not console.no_color
-    look = Look(columns, columns[0], sort, reverse, phase.phase, heads, interval_s=interval, coloured=coloured)
-    if once or not console.is_terminal:
-        if not console.is_terminal:
-            console = Console(highlight=False, width=max(console.width, _WIDTH_WITHOUT_TERMINAL))
-        watch = Watch()
-        watch.take(first)
-        console.print(frame(watch, look, time.time(), console.width))
-        return
-    from glassbox.view.live import run
+        access = Access.of(api_key, header or ())
+        first = fetch(url, engine=engine, access=access)
+        columns = tuple(chosen or exported_statistics())
+        console = Console(highlight=False)
+        coloured = console.color_system is not None and not console.no_color
+        look = Look(columns, columns[0], sort, reverse, phase.phase, heads, interval_s=interval, coloured=coloured)
+        if once or not console.is_terminal:
+            if not console.is_terminal:
+                console = Console(highlight=False, width=max(console.width, _WIDTH_WITHOUT_TERMINAL))
+            watch = Watch()
+            watch.take(first)
+            console.print(frame(watch, look, time.time(), console.width))
+            return
+        from glassbox.view.live import run
 
-    try:
-        run(lambda: fetch(url, engine=engine), first, look, console)
-    except KeyboardInterrupt:
-        return
+        with contextlib.suppress(KeyboardInterrupt):
+            run(lambda: fetch(url, engine=engine, access=access), first, look, console)

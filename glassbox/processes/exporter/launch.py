@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -117,19 +118,23 @@ class ExporterProcess:
             return
         run_dir = rundir.run_dir() if self._run_dir is None else self._run_dir
         if self._process is None and self._clock() >= self._not_before and not ExporterLock.is_held(run_dir):
-            self._start(run_dir, environ)
+            self._start(run_dir, environ, config)
 
-    def _start(self, run_dir: Path, environ: Mapping[str, str]) -> None:
+    def _start(self, run_dir: Path, environ: Mapping[str, str], config: GlassboxConfig) -> None:
         # -P: a file of the working directory must not shadow a module.
         command = [sys.executable, "-P", "-m", "glassbox.processes.exporter", "--run-dir", str(run_dir)]
-        command += ["--config", str(self._config_path), "--parent-pid", str(os.getpid())]
+        command += ["--config", str(self._config_path), "--parent-pid", str(os.getpid()), "--in-force"]
         self._started = self._clock()
-        self._process = subprocess.Popen(
-            command,
-            env=_child_environ(environ),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        # Not as an argument, which anybody on the machine may read: there may be a collector's token in it.
+        with tempfile.TemporaryFile() as in_force:
+            in_force.write(config.model_dump_json().encode())
+            in_force.seek(0)
+            self._process = subprocess.Popen(
+                command,
+                env=_child_environ(environ),
+                stdin=in_force,
+                start_new_session=True,
+            )
         leave_workers_cores(self._process.pid)
 
     def _reap(self) -> None:

@@ -5,9 +5,11 @@ Owns its loop and its end (`main`). What it writes is `sinks.py`, how a worker s
 
 import argparse
 import contextlib
+import json
 import os
 import select
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,6 +123,10 @@ def _run(run_dir: Path, config_path: Path, config: GlassboxConfig, parent_pid: i
         wakeups.close()
 
 
+def _in_force() -> GlassboxConfig:
+    return GlassboxConfig.model_validate(json.loads(sys.stdin.buffer.read()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the exporter of a server until its parent ends or SIGTERM arrives.
 
@@ -131,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True, help="where the workers leave their snapshots")
     parser.add_argument("--config", type=Path, required=True, help="the YAML file")
     parser.add_argument("--parent-pid", type=int, required=True, help="process with whose end this one ends")
+    parser.add_argument("--in-force", action="store_true", help="begin with the settings on standard input, as JSON")
     options = parser.parse_args(argv)
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = ExporterLock.acquire(options.run_dir)
@@ -138,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         try:
-            config = load_config(options.config)
+            # What the parent has in force: an exporter that starts anew while the file is bad must go on as the last.
+            config = _in_force() if options.in_force else load_config(options.config)
         except ConfigError as error:
             logger.error("%s", error)
             return 2

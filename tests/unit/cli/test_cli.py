@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from glassbox import __version__
-from glassbox.adapter import release
+from glassbox.adapter import model_inspection, release
 from glassbox.cli.demo.demo_model import DemoModelError, demo_model
 from glassbox.cli.main import main
 from glassbox.config.load import load_config, packaged_config
@@ -92,6 +92,27 @@ class TestCheck:
         assert (1, "", 1) == (result.exit_code, result.stdout, len(result.stderr.splitlines()))
         assert result.stderr.startswith("glassbox: ")
         assert "bad.yaml" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("layers", "status"), [("[0, 5, 200]", 1), ("[3, 4]", 1), ("[0, 3]", 0), ("{every: 9}", 0)]
+    )
+    def test_layers_that_the_model_lacks(
+        self, runner: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: str, status: int
+    ) -> None:
+        """With --model they are an error, also where vLLM isn't there to build it."""
+
+        def no_vllm(*_: object) -> None:
+            raise model_inspection.InspectionError("no vLLM")
+
+        monkeypatch.setattr(model_inspection, "inspect_model", no_vllm)
+        (tmp_path / "config.json").write_text('{"num_hidden_layers": 4, "num_attention_heads": 2}')
+        path = tmp_path / "glassbox.yaml"
+        path.write_text(f"sampling: {{layers: {layers}}}\n")
+        result = runner.invoke(main, ["check", str(path), "--model", str(tmp_path)])
+        assert status == result.exit_code
+        if status:
+            assert "sampling.layers must name layers of the model, got " in result.stderr
+            assert result.stderr.endswith("; its layers are 0 to 3\n")
 
 
 class TestStart:

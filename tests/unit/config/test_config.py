@@ -16,12 +16,14 @@ from glassbox.config.load import (
     ConfigError,
     GlassboxConfig,
     LayerSelection,
+    changes,
     find_config,
     load_config,
     packaged_config,
+    parse_config,
     restart_needed,
 )
-from glassbox.config.yaml import all_keys
+from glassbox.config.wording import all_keys
 
 ROOT = Path(__file__).parents[3]
 
@@ -113,6 +115,43 @@ class TestGoodFiles:
         config_file.write_text(yaml.safe_dump({"export": {"otel": {"endpoint": endpoint, "protocol": protocol}}}))
         assert load_config(config_file).export.otel.endpoint == endpoint
 
+    @pytest.mark.parametrize(
+        "endpoint",
+        ["http://", "http://.", "http://a..b", "http://c:0", "http://c:99999", "http://[::1", "http://c d", "http://c\nd",
+         "http://c\u202e", "http://c#d",  f"http://{'x' * 64}.com",
+         "file:///etc/passwd", "http:c", "//c:1", "c:", ":4317"],
+    )  # fmt: skip
+    def test_no_endpoints(self, config_file: Path, endpoint: str) -> None:
+        """What no connection can be made to is none."""
+        text = message(config_file, yaml.safe_dump({"export": {"otel": {"endpoint": endpoint}}}))
+        assert text.startswith("export.otel.endpoint must be a URL or host:port, got ")
+        assert text.endswith("; use a URL such as http://collector:4317")
+        assert text.isprintable()
+
+    @pytest.mark.parametrize(
+        ("written", "level"),
+        [("DEBUG", "debug"), ("Info", "info"), ("WARN", "warning"), ("warn", "warning"), ("eRRor", "error")],
+    )
+    def test_log_levels(self, config_file: Path, written: str, level: str) -> None:
+        """A level as other programs write it."""
+        config_file.write_text(f"log_level: {written}")
+        assert level == load_config(config_file).log_level
+
+    @pytest.mark.parametrize(
+        ("written", "rate"), [("1e-3", 0.001), ("1E-5", 1e-5), (".5", 0.5), ("5e-1", 0.5), ("+.25", 0.25), ("1e0", 1.0)]
+    )
+    def test_numbers(self, config_file: Path, written: str, rate: float) -> None:
+        """Numbers are those of YAML 1.2."""
+        config_file.write_text(f"sample_rate: {written}")
+        assert rate == load_config(config_file).sample_rate
+
+    def test_unclear_numbers_as_text(self, config_file: Path) -> None:
+        """Where text is wanted, 0100, 1:30 and a date are what is written."""
+        config_file.write_text("export: {otel: {headers: {a: 0100, b: 1:30, c: 2026-11-30}}}")
+        headers = load_config(config_file).export.otel.headers
+        assert {"a": "0100", "b": "1:30", "c": "2026-11-30"} == headers
+        assert {str} == set(map(type, headers.values()))
+
     def test_home(self, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """~ in jsonl.path and baseline.path is the home directory."""
         monkeypatch.setenv("HOME", "/home/someone")
@@ -160,18 +199,43 @@ class TestBadValues:
             ("sample_rate: .nan", "sample_rate must be between 0 and 1, got nan; use 0 to stop sampling"),
             (
                 "sample_rate: '0.1'",
-                "sample_rate must be a number, got the string '0.1'; write 0.1 without quotes or exponent",
+                "sample_rate must be a number, got the string '0.1'; write 0.1 without quotes",
+            ),
+            ("sample_rate: '3'", "sample_rate must be a number, got the string '3'; use 0 to stop sampling"),
+            (
+                "export: {prometheus: {port: 0100}}",
+                "export.prometheus.port must be a whole number, got 0100, which may be read as 64 or 100; "
+                "write 64 or 100",
             ),
             (
-                "sample_rate: 1e-2",
-                "sample_rate must be a number, got the string '1e-2'; write 0.01 without quotes or exponent",
+                "requests: {max_active: 1:30}",
+                "requests.max_active must be a whole number, got 1:30, which may be read as 90; write 90",
+            ),
+            ("export: {interval_s: 0x1F}", "export.interval_s must be a number, got 0x1F, which may be read as 31;"),
+            ("sample_rate: !!float 1_0.5", "sample_rate must be a number, got 1_0.5, which may be read as 10.5;"),
+            (
+                "export: {prometheus: {port: 1e3}}",
+                "export.prometheus.port must be a whole number, got 1000.0; write 1000",
+            ),
+            ("enabled: 'yes'", "enabled must be true or false, got the string 'yes'; write true without quotes"),
+            (
+                "export: {prometheus: {detail: Head}}",
+                "export.prometheus.detail must be model, layer or head, got the string 'Head'; write head",
             ),
             ("sample_rate: true", "sample_rate must be a number, got true; write a plain number"),
             (
                 "sample_rate: null",
                 "sample_rate must be a number, got null; give it a value, or delete the line to",
             ),
-            ("enabled: 1", "enabled must be true or false, got 1; write true or false without quotes"),
+            ("enabled: 1", "enabled must be true or false, got 1; write true without quotes"),
+            (
+                "enabled: maybe",
+                "enabled must be true or false, got the string 'maybe'; write true or false without quotes",
+            ),
+            (
+                "log_level: off",
+                "log_level must be debug, info, warning or error, got false; use info if in doubt (on, off,",
+            ),
             (
                 "log_level: trace",
                 "log_level must be debug, info, warning or error, got the string 'trace'; use info",
@@ -321,7 +385,16 @@ class TestBadFiles:
                 "is not valid YAML in line 4, column 3: the key 'layers' is there twice",
             ),
             ("a: 1\n---\nb: 2", "is not valid YAML in line 2, column 1:"),
-            ("a: 2026-13-45", "is not valid YAML: month must be in 1..12"),
+            (
+                "a: !!timestamp 2026-13-45",
+                "is not valid YAML in line 1, column 4: it can't be read as timestamp (ValueError)",
+            ),
+            (
+                "sample_rate: !!bool maybe",
+                "is not valid YAML in line 1, column 14: it can't be read as bool (KeyError)",
+            ),
+            ("a: !!int x", "is not valid YAML in line 1, column 4: it can't be read as int (ValueError)"),
+            ("a: !!binary é", "is not valid YAML in line 1, column 4: "),
             ("a: 'x\x00'", "is not valid YAML in line 1: character"),
             (
                 "!!python/object/apply:os.getcwd []",
@@ -410,6 +483,42 @@ class TestFindConfig:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "glassbox.yaml").symlink_to("nowhere")
         assert find_config({}) == tmp_path / "glassbox.yaml"
+
+
+class TestChanges:
+    def between(self, old: str, new: str) -> list[str]:
+        return changes(*(parse_config(Path("x.yaml"), text.encode()) for text in (old, new)))
+
+    def test_none(self) -> None:
+        """The same settings, however they are written."""
+        assert [] == self.between("sample_rate: 0.01", "# a comment\nlog_level: INFO")
+
+    def test_each_setting(self) -> None:
+        """Old and new of each, also of nested ones, in the order of the file."""
+        assert [
+            "log_level info -> debug",
+            "sampling.layers all -> [0, 5]",
+            "sampling.overhead_budget null -> 0.01",
+            "requests.records.path null -> /a",
+            "export.prometheus.detail layer -> head",
+        ] == self.between(
+            "enabled: true",
+            "{log_level: DEBUG, sampling: {layers: [5, 0], overhead_budget: 1e-2}, requests: {records: {path: /a}}, "
+            "export: {prometheus: {detail: head}}}",
+        )
+
+    def test_secrets(self) -> None:
+        """That they changed is told, not what they are."""
+        assert ["export.otel.endpoint (not shown)", "export.otel.headers (not shown)"] == self.between(
+            "export: {otel: {headers: {a: s3cret}, endpoint: 'http://u:s3cret@c'}}",
+            "export: {otel: {headers: {a: other}, endpoint: 'http://c'}}",
+        )
+
+    def test_long_and_odd_values(self) -> None:
+        """A line of the log stays one, and short."""
+        [text] = self.between("enabled: true", f'baseline: {{path: "a\\e[31m\\n{"x" * 500}"}}')
+        assert len(text) < 150
+        assert text.isprintable()
 
 
 class TestRestartNeeded:

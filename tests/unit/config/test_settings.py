@@ -137,7 +137,7 @@ class TestWatch:
         write(path, sample_rate=1, log_level="debug")
         self.wait(lambda: watched.config.sample_rate == 1)
         self.wait(lambda: log)
-        assert log == [f"INFO Reloaded {path}: sample_rate 1, log_level debug"]
+        assert log == [f"INFO Reloaded {path}: log_level info -> debug, sample_rate 0.5 -> 1.0"]
         assert logging.getLogger("glassbox").level == logging.DEBUG
         assert watched.started_with.sample_rate == 0.5
 

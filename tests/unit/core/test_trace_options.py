@@ -1,5 +1,7 @@
 """What clients may ask for, and what an error tells them."""
 
+import json
+import re
 from typing import Any
 
 import pytest
@@ -198,3 +200,23 @@ class TestAnything:
             assert 0 <= options.top_k <= 32
             assert len(options.spans) <= MAX_SPANS
             assert all(0 <= span.start < span.end for span in options.spans)
+
+
+class TestAdvice:
+    @pytest.mark.parametrize(
+        ("name", "wrong"),
+        [
+            ("top_k", 99), ("top_k", "many"), ("rows", 7), ("layers", [-1]), ("heads", ["x"]), ("spans", "x"),
+            ("spans", "=0:1"), ("spans", "a=b:c"), ("spans", "a=message:x"), ("spans", 3),
+        ],
+    )  # fmt: skip
+    def test_is_accepted(self, name: str, wrong: Any) -> None:
+        """What a message says to use or to write is no error."""
+        with pytest.raises(OptionError) as caught:
+            parse_options(trace(**{name: wrong}), from_client=True)
+        advice = str(caught.value).rpartition("; ")[2]
+        found = re.findall(r"\[[\d, ]+\]|[\w.-]+=[\w.]+:-?\d+|\b\d+\b", advice)
+        assert re.match("(use|write) ", advice)
+        assert found
+        for text in found:
+            parse_options(trace(**{name: json.loads(text) if text[0] in "[0123456789" else text}), from_client=True)

@@ -1,6 +1,7 @@
 """Merging snapshots, and the families made of them: exact numbers, names and labels."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,12 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glassbox.config.load import PrometheusConfig
 from glassbox.core.accumulator_arrays import ARRAY
 from glassbox.core.statistics import INDEX
-from glassbox.export.families import METRICS, build_families, effective_detail, samples_per_place, series_count
+from glassbox.export.families import (
+    METRICS,
+    build_families,
+    effective_detail,
+    fitting_detail,
+    samples_per_place,
+    series_count,
+)
 from glassbox.export.family import Family, Series
 from glassbox.export.prometheus import to_metric
-from glassbox.store.merge import MergedEngine, aggregate, merge
+from glassbox.store.merge import Detail, MergedEngine, aggregate, merge
 from tests.export_samples import changed, make_snapshot, of_layers, split_heads
 
 
@@ -367,6 +376,22 @@ class TestSeries:
         assert detail == "model"
         assert warning is not None
         assert "the coarsest there is" in warning
+
+    @pytest.mark.parametrize("detail", ["model", "layer", "head"])
+    @pytest.mark.parametrize("max_series", [1, 300, 5_000, 10_000_000])
+    @pytest.mark.parametrize("shape", [(2, 2), (64,) * 80, (128,) * 128])
+    def test_the_advice_is_accepted_and_enough(self, shape: tuple[int, ...], max_series: int, detail: Detail) -> None:
+        """Each of the settings it names is valid, and with it nothing falls back; also for eight large engines."""
+        shapes = [shape] * 8
+        _, warning = fitting_detail(detail, max_series, shapes)
+        if warning is None:
+            return
+        for advice in warning.rpartition("; ")[2].split(" or "):
+            found = dict(re.findall(r"(max_series|detail)(?: to)? (\w+)", advice.replace(" to ", " ")))
+            given = {"detail": found.get("detail", detail), "max_series": int(found.get("max_series", max_series))}
+            PrometheusConfig.model_validate(given)
+            assert (given["detail"], None) == fitting_detail(given["detail"], given["max_series"], shapes)
+            assert found
 
     def test_all_engines_of_a_server_count(self) -> None:
         """Eight engines need eight times the series."""

@@ -1,5 +1,6 @@
 """The exporter process: alone, only where needed, live to edits, gone with its parent, unimpressed by failing sinks."""
 
+import itertools
 import json
 import os
 import shutil
@@ -432,6 +433,29 @@ class TestWorkerSide:
             assert exporter.pid is None
             clock[0] += 0.2
         assert exporter.deaths == 3
+
+    @pytest.mark.parametrize("bad", ["sample_rate: !!bool maybe", "export: {jsonl: {path: ~run.jsonl}}"])
+    def test_one_that_starts_while_the_file_is_bad_goes_on_as_the_last(
+        self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path, clock: list[float], bad: str
+    ) -> None:
+        """The settings in force are those of the last good file; a good edit after that takes effect."""
+        path, lines = tmp_path / "glassbox.yaml", tmp_path / "a.jsonl"
+        settings = load_config(path)
+        path.write_text(bad)
+        exporter.ensure(settings)
+        wait_for(lines.exists)
+        pid = exporter.pid
+        write_config(path, jsonl={"path": str(tmp_path / "b.jsonl")})
+        rounds = itertools.count()
+
+        def exported_there() -> bool:
+            # A sink that an edit opens tells what is new from then on.
+            write_snapshot(run_dir, make_snapshot(seed=9, instance=f"late-{next(rounds)}"))
+            time.sleep(0.2)
+            return (tmp_path / "b.jsonl").exists()
+
+        wait_for(exported_there)
+        assert pid == exporter.pid is not None
 
     def test_stopping_exports_once_more(self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path) -> None:
         """What the worker wrote last is exported before the end."""

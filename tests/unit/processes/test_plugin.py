@@ -180,6 +180,25 @@ class TestRefusal:
         )
         assert not attached()
 
+    def test_a_path_that_cannot_be_used(self) -> None:
+        """Valid is not enough: the exporter would die of it, again and again."""
+        path = Path(os.environ["GLASSBOX_CONFIG"])
+        path.write_text("export: {jsonl: {path: ~run.jsonl}}\n")
+        with pytest.raises(
+            SystemExit, match=r"export.jsonl.path must be a file that can be written to, got '~run.jsonl'"
+        ):
+            register()
+        assert not attached()
+
+    def test_a_variable_without_a_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """GLASSBOX_CONFIG of a user that isn't there ends the process in one line, too."""
+        monkeypatch.setenv("GLASSBOX_CONFIG", "~nobody-here/glassbox.yaml")
+        with pytest.raises(
+            SystemExit, match=r"glassbox: ~nobody-here/glassbox.yaml: GLASSBOX_CONFIG must lead to a file"
+        ):
+            register()
+        assert not attached()
+
     def test_wrong_inner_backend(self) -> None:
         """The error lists the right ones."""
         Path(os.environ["GLASSBOX_CONFIG"]).write_text("inner_backend: FLASH\n")

@@ -14,7 +14,7 @@ from glassbox.store.merge import Detail
 from glassbox.store.snapshot import Snapshot
 from glassbox.view import heat
 from glassbox.view.frame import Look, frame, last_scroll, sort_keys
-from glassbox.view.live import MAX_INTERVAL_S, MIN_INTERVAL_S, parse_keys, press
+from glassbox.view.live import MAX_INTERVAL_S, MIN_INTERVAL_S, _Poller, parse_keys, press
 from glassbox.view.measured import Measured, exported_statistics
 from glassbox.view.over_time import Watch
 from glassbox.view.scrape import read_text
@@ -279,3 +279,17 @@ class TestScale:
             text = 0.0 if heat.text_colour(share) == "#000000" else 1.0
             low, high = sorted((background, text))
             assert (high + 0.05) / (low + 0.05) >= 4.5, share
+
+
+def test_whatever_an_answer_does_is_told() -> None:
+    """The thread that asks goes on, and says why there are no new numbers."""
+
+    def ask() -> Measured:
+        raise KeyError("\x1b[31mno")
+
+    poller = _Poller(ask, interval_s=3600)
+    poller.again.set()
+    poller.start()
+    for _ in range(2):
+        assert "the answer can't be read (KeyError: '\\x1b[31mno')" == str(poller.answers.get(timeout=5))
+        poller.again.set()
