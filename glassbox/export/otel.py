@@ -174,6 +174,9 @@ class OtelSink:
     Only the newest families wait; those that a slow collector had no time for are dropped, which loses
     nothing because all numbers are cumulative. Failures are counted as stage `otel`.
 
+    Attributes:
+        last_success_s: Unix time at which the collector last accepted an export; 0 if it hasn't yet.
+
     Raises:
         Exception: as `make_exporter`.
     """
@@ -183,6 +186,7 @@ class OtelSink:
     ) -> None:
         # The SDK logs every failed export; here it is logged once, by ErrorCounter.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        self.last_success_s = 0.0
         self._errors = errors
         self._resource = make_resource(run_dir)
         self._exporter = make_exporter(config, environ)
@@ -217,6 +221,7 @@ class OtelSink:
             return
         if result is MetricExportResult.SUCCESS:
             self._errors.worked("otel")
+            self.last_success_s = time.time()
         else:
             self._errors.count("otel", f"{self._target} did not accept the metrics")
 

@@ -155,8 +155,14 @@ class TestSinks:
         return {"config": config()}
 
     @pytest.fixture
-    def sinks(self, run_dir: Path, current: dict[str, GlassboxConfig]) -> Iterator[Sinks]:
-        sinks = Sinks(run_dir, lambda: current["config"], {"GLASSBOX_HTTP_ADDR": "127.0.0.1"})
+    def clock(self) -> list[float]:
+        """Seconds, of which the time between attempts is taken."""
+        return [0.0]
+
+    @pytest.fixture
+    def sinks(self, run_dir: Path, current: dict[str, GlassboxConfig], clock: list[float]) -> Iterator[Sinks]:
+        environ = {"GLASSBOX_HTTP_ADDR": "127.0.0.1"}
+        sinks = Sinks(run_dir, lambda: current["config"], environ, monotonic=lambda: clock[0])
         yield sinks
         sinks.close()
 
@@ -167,17 +173,18 @@ class TestSinks:
         assert sinks.errors.counts() == {}
 
     def test_a_taken_port_is_counted_and_tried_again(
-        self, sinks: Sinks, current: dict[str, GlassboxConfig], tmp_path: Path
+        self, sinks: Sinks, current: dict[str, GlassboxConfig], clock: list[float], tmp_path: Path
     ) -> None:
         """As soon as the port is free it is opened; the other sinks work meanwhile."""
         with socket.create_server(("127.0.0.1", 0)) as holder:
             port = holder.getsockname()[1]
             current["config"] = config(prometheus={"port": port}, jsonl={"path": str(tmp_path / "a.jsonl")})
-            sinks.round()
-            sinks.round()
+            for clock[0] in (0.0, 0.9, 1.0, 2.9):  # after 1 s, then after 2 s more
+                sinks.round()
             assert sinks.errors.counts() == {"http": 2}
             assert sinks.http_port is None
             assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 1
+        clock[0] = 3.0
         sinks.round()
         assert "glassbox_steps_total" in (scrape(port) or "")
         text = scrape(port) or ""
