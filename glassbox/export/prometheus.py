@@ -3,8 +3,9 @@
 Owns the translation into `prometheus_client` metrics. What there is to show comes from `source.FamilySource`.
 """
 
+import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from prometheus_client.core import Metric
@@ -13,10 +14,11 @@ from prometheus_client.samples import Exemplar as PrometheusExemplar
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
-from glassbox.core.logs import get_logger
+from glassbox.core.logs import get_logger, log_once
 from glassbox.export.exemplars import NONE, Exemplar, Exemplars, TraceExemplars
 from glassbox.export.family import Family
 from glassbox.export.family_source import FamilySource, View
+from glassbox.export.liveness import Liveness
 
 logger = get_logger(__name__)
 
@@ -59,6 +61,37 @@ def _exemplar(exemplar: Exemplar | None) -> PrometheusExemplar | None:
     if exemplar is None:
         return None
     return PrometheusExemplar(dict(exemplar.labels), exemplar.value, round(exemplar.time_s, 3))
+
+
+class LivenessCollector(Collector):
+    """Shows in a registry whether what else is shown there is alive; never raises into it.
+
+    Args:
+        liveness: of the server.
+        shown: whether glassbox's metrics are shown at the moment.
+    """
+
+    def __init__(self, liveness: Liveness, shown: Callable[[], bool]) -> None:
+        self._liveness, self._shown = liveness, shown
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not read files."""
+        return []
+
+    def collect(self) -> list[Metric]:
+        """The metrics of this moment."""
+        try:
+            return [to_metric(family) for family in self._liveness.families()] if self._shown() else []
+        except Exception as error:  # a scrape also carries vLLM's own metrics: never break it
+            log_once(
+                logger,
+                logging.WARNING,
+                "liveness",
+                "glassbox can't tell how old its metrics are: %s: %s",
+                type(error).__name__,
+                error,
+            )
+            return []
 
 
 class PrometheusCollector(Collector):

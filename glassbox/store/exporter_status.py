@@ -48,7 +48,10 @@ def write_status(run_dir: Path, status: ExporterStatus) -> None:
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
-        _overwrite(path, data)
+        try:
+            _overwrite(path, data)
+        except OSError:
+            raise error from None
 
 
 def _overwrite(path: Path, data: bytes) -> None:

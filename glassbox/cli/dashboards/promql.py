@@ -10,7 +10,8 @@ from glassbox.core.statistics import INDEX, STATISTICS, Statistic
 from glassbox.export.prometheus import bucket_names
 
 # Regular expressions throughout: a variable may hold several values, or ".+" for all.
-MATCHERS: Final = 'job=~"$job", instance=~"$instance", model_name=~"$model_name", engine=~"$engine"'
+SERVER_MATCHERS: Final = 'job=~"$job", instance=~"$instance"'
+MATCHERS: Final = f'{SERVER_MATCHERS}, model_name=~"$model_name", engine=~"$engine"'
 QUANTILES: Final = (0.5, 0.95, 0.99)
 # Bands of ten layers: the same expression fits a model of any depth. The greedy group is all digits but the last.
 BAND_LABEL: Final = "layers"
@@ -25,6 +26,11 @@ def statistic(name: str) -> Statistic:
 def select(metric: str, *matchers: str) -> str:
     """An instant selector with the dashboard's matchers and `matchers`, e.g. `phase="decode"`."""
     return f"{metric}{{{', '.join((MATCHERS, *matchers))}}}"
+
+
+def of_server(metric: str) -> str:
+    """An instant selector of a metric that is a server's, not an engine's."""
+    return f"{metric}{{{SERVER_MATCHERS}}}"
 
 
 def rate(metric: str, *matchers: str, offset: str = "") -> str:

@@ -1,6 +1,7 @@
 """Recording and alerting rules for Prometheus.
 
-Owns which series are recorded and how the rules are grouped. The alerts are in `alerts.py` and `output_alerts.py`;
+Owns which series are recorded and how the rules are grouped. The alerts are in `alerts.py`, `output_alerts.py` and
+`liveness_alerts.py`;
 every number stands in `rule_model.RuleSettings`, and the dashboards colour their tiles with the same ones.
 
 Two levels: the rules of the group `glassbox-windows` keep, per engine, layer and phase, a window's mean (or share, or
@@ -11,6 +12,7 @@ two. At detail `model` the whole model counts as one layer; at detail `head` the
 
 from glassbox.cli.dashboards import promql
 from glassbox.cli.dashboards.alerts import attention_alerts, logit_alerts, own_alerts
+from glassbox.cli.dashboards.liveness_alerts import liveness_alerts
 from glassbox.cli.dashboards.output_alerts import certification_alerts, output_alerts
 from glassbox.cli.dashboards.rule_model import (
     LAYER_LABELS,
@@ -106,7 +108,7 @@ def build_groups(settings: RuleSettings | None = None) -> tuple[Group, ...]:
         Group("glassbox-history", s.history_interval, tuple(history.values())),
         Group("glassbox-output", None, tuple(output_alerts(s))),
         Group("glassbox-attention", None, (*attention_alerts(s, now, then), *logit_alerts(s, now, then))),
-        Group("glassbox-self", None, (*own_alerts(s), *certification_alerts(s))),
+        Group("glassbox-self", None, (*own_alerts(s), *certification_alerts(s), *liveness_alerts(s))),
     )
 
 

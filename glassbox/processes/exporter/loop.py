@@ -24,6 +24,8 @@ logger = get_logger(__name__)
 # Only where the kernel has no pidfd (before Linux 5.3, some sandboxes).
 _PARENT_POLL_S: Final = 0.5
 _NICENESS: Final = 10
+# Between two signs of life, however long the interval.
+_BEAT_S: Final = 10.0
 
 
 class _Wakeups:
@@ -104,7 +106,7 @@ def _run(run_dir: Path, config_path: Path, config: GlassboxConfig, parent_pid: i
     # The workers report a bad edit; here it only must not be taken.
     watcher = ConfigWatcher(config_path, on_change, lambda error: logger.debug("%s", error), initial=config)
     watcher.start()
-    sinks = Sinks(run_dir, lambda: current)
+    sinks = Sinks(run_dir, lambda: current, beat=lock.beat)
     try:
         while not stop and not wakeups.parent_gone():
             if not lock.renew():
@@ -113,7 +115,8 @@ def _run(run_dir: Path, config_path: Path, config: GlassboxConfig, parent_pid: i
             seen, next_round = current, time.monotonic() + current.export.interval_s
             sinks.round()
             while not stop and not wakeups.parent_gone() and current is seen and time.monotonic() < next_round:
-                wakeups.sleep(next_round - time.monotonic())
+                wakeups.sleep(min(next_round - time.monotonic(), _BEAT_S))
+                lock.beat()
         sinks.round(last=True)
     finally:
         watcher.stop()

@@ -19,8 +19,9 @@ from glassbox.core.logs import get_logger
 from glassbox.export.exemplars import TraceExemplars
 from glassbox.export.family_source import FamilySource, View
 from glassbox.export.jsonl import JsonlSink
+from glassbox.export.liveness import Liveness
 from glassbox.export.multiprocess import MultiprocessWriter
-from glassbox.export.prometheus import PrometheusCollector
+from glassbox.export.prometheus import LivenessCollector, PrometheusCollector
 from glassbox.processes.exporter.http import HttpServer, bind_address
 from glassbox.processes.exporter.launch import MULTIPROCESS_ENV, multiprocess_directory
 from glassbox.processes.exporter.sink import Sink
@@ -81,6 +82,8 @@ class Sinks:
         self._source = FamilySource(self._run_dir, config)
         self._registry = CollectorRegistry()
         self._registry.register(PrometheusCollector(self._source, TraceExemplars(self._run_dir)))
+        self._liveness = Liveness(self._run_dir, config, lambda: self._source.merged().engines, clock=clock)
+        self._registry.register(LivenessCollector(self._liveness, lambda: True))
         succeeded = before.sinks if before is not None else {}
 
         def sink(name: str, **how: Any) -> Sink[Any]:
@@ -203,7 +206,8 @@ class Sinks:
         self._http.give()
         shown = view.families if self._shows_multiprocess(config) else ()
         self._multiprocess.give(lambda writer: writer.write(shown, self._clock()))
-        self._otel.give(lambda otel: otel.send(view.families))
+        # Not into the files: their readers make it themselves.
+        self._otel.give(lambda otel: otel.send([*view.families, *self._liveness.families()]))
         self._jsonl.give(lambda jsonl: jsonl.write(view.engines, view.detail))
 
     def close(self) -> None:

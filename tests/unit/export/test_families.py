@@ -247,6 +247,13 @@ class TestFamilies:
             "glassbox_config_last_reload_successful": ("gauge", engine),
             "glassbox_config_last_reload_timestamp_seconds": ("gauge", engine),
             "glassbox_worker_info": ("gauge", (*engine, "rank", "host", "layers", "heads")),
+            "glassbox_snapshot_age_seconds": ("gauge", (*engine, "rank", "host", "layers")),
+            "glassbox_export_interval_seconds": ("gauge", ()),
+            "glassbox_exporter_up": ("gauge", ()),
+            "glassbox_exporter_silence_seconds": ("gauge", ()),
+            "glassbox_exporter_restarts_total": ("counter", ()),
+            "glassbox_sink_last_success_timestamp_seconds": ("gauge", ("sink",)),
+            "glassbox_sink_failures_total": ("counter", ("sink",)),
         }
         assert {family.name: (family.kind, family.label_names) for family in METRICS} == expected
         assert all(family.help.endswith(".") and len(family.bounds) <= 11 for family in METRICS)

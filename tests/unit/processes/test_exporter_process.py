@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +20,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from glassbox.config.load import GlassboxConfig, load_config
+from glassbox.export.liveness import Liveness
+from glassbox.processes.exporter import loop
 from glassbox.processes.exporter.launch import ExporterProcess, is_needed
 from glassbox.processes.exporter.loop import main
 from glassbox.processes.exporter.sinks import Sinks
@@ -259,6 +262,34 @@ class TestSinks:
 class TestProcess:
     """As a process of its own."""
 
+    def test_it_gives_signs_of_life_between_its_rounds(
+        self, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However long the interval is."""
+        monkeypatch.setattr(loop, "_BEAT_S", 0.05)
+        path = write_config(tmp_path / "glassbox.yaml", interval_s=3600, jsonl={"path": str(tmp_path / "a")})
+        parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        beats = set()
+
+        def watch() -> None:
+            wait_for(lambda: beats.add(ExporterLock.last_beat_s(run_dir)) or len(beats) > 4)
+            parent.kill()
+
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            lock = ExporterLock.acquire(run_dir)
+            assert lock is not None
+            loop._run(run_dir, path, load_config(path), parent.pid, lock)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            lock.release()
+            watcher.join()
+            parent.wait()
+        assert len(beats) > 4
+
     def test_all_sinks_at_once(
         self, start: Any, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -439,6 +470,88 @@ class TestWorkerSide:
             assert exporter.pid is None
             clock[0] += 0.2
         assert exporter.deaths == 3
+
+    def test_one_that_was_stopped_is_seen_told_and_replaced(
+        self,
+        exporter: ExporterProcess,
+        tmp_path: Path,
+        run_dir: Path,
+        clock: list[float],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """SIGSTOP: it has its process and its lock, but gives no sign of life; what shows it says so meanwhile."""
+        settings = load_config(tmp_path / "glassbox.yaml")
+        exporter.ensure(settings)
+        pid = exporter.pid
+        assert pid is not None
+        wait_for(lambda: read_status(run_dir))
+        os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().split()[2] == "T")
+        later = Liveness(run_dir, lambda: settings, tuple, clock=lambda: time.time() + 100)
+        told = {family.name: family.series for family in later.families()}
+        assert told["glassbox_exporter_up"][0].value == 0
+        assert told["glassbox_exporter_silence_seconds"][0].value >= 100
+        for clock[0] in (0.0, 60.0, 119.0):
+            exporter.ensure(settings)
+        assert exporter.pid == pid
+        clock[0] = 121.0
+        with pytest.raises(RuntimeError, match=rf"no sign of life for 121 s.*process {pid} is killed"):
+            exporter.ensure(settings)
+        assert "it was stopped, or hangs" in caplog.text
+        wait_for(lambda: exporter.pid is None)
+        wait_for(lambda: exporter.ensure(settings) or exporter.pid)
+        assert exporter.deaths == 1
+        wait_for(lambda: (status := read_status(run_dir)) and status.pid == exporter.pid)
+        status = read_status(run_dir)
+        assert status is not None
+        assert status.restarts == 1
+
+    def test_one_that_lives_is_left_alone_after_a_pause_of_everything(
+        self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path, clock: list[float]
+    ) -> None:
+        """A frozen container: the worker may run first, and finds an old sign of life."""
+        settings = load_config(tmp_path / "glassbox.yaml")
+        for clock[0] in (0.0, 5.0, 3600.0):
+            exporter.ensure(settings)
+        pid = exporter.pid
+        wait_for(lambda: read_status(run_dir))
+        exporter.ensure(settings)
+        clock[0] += 5
+        exporter.ensure(settings)
+        assert exporter.pid == pid is not None
+
+    def test_one_whose_worker_is_gone_is_replaced_by_another_worker(
+        self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path, start: Any, clock: list[float]
+    ) -> None:
+        """Later than its own worker would; nothing but an exporter is killed for a lock."""
+        settings = load_config(tmp_path / "glassbox.yaml")
+        orphan = start()
+        wait_for(lambda: read_status(run_dir))
+        orphan.send_signal(signal.SIGSTOP)
+        wait_for(lambda: Path(f"/proc/{orphan.pid}/stat").read_text().split()[2] == "T")
+        for clock[0] in (0.0, 100.0, 200.0, 239.0):
+            exporter.ensure(settings)
+        assert orphan.poll() is None
+        clock[0] = 241.0
+        with pytest.raises(RuntimeError, match=f"process {orphan.pid} is killed and replaced"):
+            exporter.ensure(settings)
+        assert orphan.wait(10) == -signal.SIGKILL
+        exporter.ensure(settings)
+        assert exporter.pid is not None
+
+    def test_a_lock_that_is_no_exporters_is_left_to_people(
+        self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path, clock: list[float]
+    ) -> None:
+        """This very process holds it: it is told, not killed."""
+        settings = load_config(tmp_path / "glassbox.yaml")
+        lock = ExporterLock.acquire(run_dir)
+        assert lock is not None
+        for clock[0] in (0.0, 100.0, 200.0):
+            exporter.ensure(settings)
+        clock[0] = 250.0
+        with pytest.raises(RuntimeError, match="can't be killed from here: end it by hand"):
+            exporter.ensure(settings)
+        lock.release()
 
     def test_stopping_exports_once_more(self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path) -> None:
         """What the worker wrote last is exported before the end."""
