@@ -218,14 +218,14 @@ def samples_per_place(with_drift: bool = False) -> int:
     """Prometheus samples of the statistics' metrics for one engine and one (layer, head) or whatever the detail
     shows.
 
-    A histogram has a sample per bucket, `_count`, and `_sum` unless its values may be negative; with a baseline a
+    A histogram has a sample per bucket, and `_count` and `_sum` unless its values may be negative; with a baseline a
     statistic has an index and a shift as well.
     """
     total = 0
     for statistic in STATISTICS:
         if statistic.exported:
             phases = 1 if statistic.decode_only else len(PHASES)
-            total += phases * (NUM_BUCKETS + (1 if statistic.signed else 2) + (2 if with_drift else 0))
+            total += phases * (NUM_BUCKETS + (0 if statistic.signed else 2) + (2 if with_drift else 0))
     return total + 3 * len(PHASES)  # window_max, rows and nonfinite
 
 

@@ -4,6 +4,7 @@ Owns the translation into `prometheus_client` metrics. What there is to show com
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -33,15 +34,16 @@ def bucket_names(bounds: Iterable[float]) -> list[str]:
 def to_metric(family: Family, exemplars: Exemplars = NONE) -> Metric:
     """A family as a `prometheus_client` metric, with the exemplars of its buckets (which only OpenMetrics shows).
 
-    A histogram whose values may be negative has `_bucket` and `_count` but no `_sum`, which would not be a
-    counter (`HistogramMetricFamily` leaves out `_count` as well, the multiprocess collector never does).
+    A histogram whose values may be negative has `_bucket` alone: its `_sum` would not be a counter, and OpenMetrics has
+    `_count` only beside it; the bucket +Inf says the same. A counter or sum that is not a number is left out.
     """
     name = family.name.removesuffix("_total") if family.kind == "counter" else family.name
     metric = Metric(name, family.help, family.kind)
     add = metric.samples.append
     if family.kind != "histogram":
         for series in family.series:
-            add(Sample(family.name, dict(zip(family.label_names, series.labels, strict=True)), series.value))
+            if family.kind == "gauge" or not math.isnan(series.value):
+                add(Sample(family.name, dict(zip(family.label_names, series.labels, strict=True)), series.value))
         return metric
     names = bucket_names(family.bounds)
     for series in family.series:
@@ -51,8 +53,8 @@ def to_metric(family: Family, exemplars: Exemplars = NONE) -> Metric:
         for le, count, exemplar in zip(names, series.buckets, shown, strict=True):
             below += count
             add(Sample(f"{name}_bucket", {**labels, "le": le}, below, None, _exemplar(exemplar)))
-        add(Sample(f"{name}_count", labels, below))
-        if series.sum is not None:
+        if series.sum is not None and not math.isnan(series.sum):
+            add(Sample(f"{name}_count", labels, below))
             add(Sample(f"{name}_sum", labels, series.sum))
     return metric
 

@@ -47,8 +47,8 @@ def as_samples(metrics: dict[str, Metric]) -> dict[Key, float]:
                 below += count
                 le = "+Inf" if bound == math.inf else str(bound)
                 found[f"{name}_bucket", frozenset({**labels, "le": le}.items())] = float(below)
-            found[f"{name}_count", frozenset(labels.items())] = float(point.count)
-            if point.HasField("sum"):
+            if point.HasField("sum"):  # Prometheus has the one only with the other
+                found[f"{name}_count", frozenset(labels.items())] = float(point.count)
                 found[f"{name}_sum", frozenset(labels.items())] = point.sum
     return found
 

@@ -164,8 +164,8 @@ def render(groups: tuple[Group, ...]) -> str:
             _INTRODUCTION,
             "## Statistics of the attention\n",
             "Histograms over the measured rows. The symbols of the formulas are explained in "
-            f"`glassbox/core/statistics.py`. {signed} has `_bucket` and `_count` but no `_sum`: its values may be "
-            "negative.\n",
+            f"`glassbox/core/statistics.py`. {signed} has `_bucket` but neither `_sum` nor `_count`: its values may be "
+            "negative, and OpenMetrics forbids both then; the bucket `+Inf` is the number of rows.\n",
             _table(
                 ("Metric", "Meaning", "Formula", "Range", "Phases", "Buckets (`le`)"),
                 [_statistic(row) for row in STATISTICS],

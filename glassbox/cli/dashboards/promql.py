@@ -77,6 +77,15 @@ def mean(name: str, *matchers: str, by: tuple[str, ...] = (), offset: str = "") 
     return f"{numerator} / {total(f'{row.metric}_count', *matchers, by=by, offset=offset)}"
 
 
+def rows_of(name: str) -> tuple[str, tuple[str, ...]]:
+    """The series that counts the rows of a statistic, and its own matchers.
+
+    A histogram with negative values has no `_count`, because OpenMetrics has none without `_sum`: its last bucket.
+    """
+    row = statistic(name)
+    return (f"{row.metric}_bucket", ('le="+Inf"',)) if row.signed else (f"{row.metric}_count", ())
+
+
 def bucket_name(name: str, bound: float) -> str:
     """The value of `le` of a bound of a statistic's histogram.
 
@@ -92,7 +101,8 @@ def share_up_to(name: str, bound: float, *matchers: str, by: tuple[str, ...] = (
     """Share of the rows whose value is at most `bound`, one of the histogram's bounds."""
     metric = statistic(name).metric
     below = total(f"{metric}_bucket", *matchers, f'le="{bucket_name(name, bound)}"', by=by)
-    return f"{below} / {total(f'{metric}_count', *matchers, by=by)}"
+    rows, last = rows_of(name)
+    return f"{below} / {total(rows, *matchers, *last, by=by)}"
 
 
 def share_above(name: str, bound: float, *matchers: str, by: tuple[str, ...] = ()) -> str:

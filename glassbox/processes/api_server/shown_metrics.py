@@ -91,7 +91,7 @@ class ShownMetrics:
         return config.enabled and config.export.prometheus.enabled
 
     def show_beside(self, collector: Any) -> Callable[[], None]:
-        """Have a class of collectors show the liveness as well; returns the undo.
+        """Have a class of collectors show the liveness as well, and nothing that OpenMetrics hasn't; returns the undo.
 
         Args:
             collector: prometheus_client's MultiProcessCollector: what it shows lies in files, which stay as they are
@@ -100,7 +100,9 @@ class ShownMetrics:
         original = collector.collect
 
         def collect(of_files: Any) -> list[Any]:
-            return [*original(of_files), *self.collect_liveness()]
+            from glassbox.export.multiprocess import without_lone_counts
+
+            return [*without_lone_counts(original(of_files)), *self.collect_liveness()]
 
         collector.collect = collect
 

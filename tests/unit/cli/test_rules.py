@@ -127,7 +127,7 @@ def engine_series(spans: list[Span], *, instance: str = "a:8000", start_min: int
             add(f"{a}_top1_ratio_bucket", f'{labels}, le="0.99"', _counter(mine, "not_saturated"))
             add(f"{a}_top1_ratio_count", labels, _counter(mine, "rows"))
             add(f"{a}_max_logit_bucket", f'{labels}, le="100.0"', _counter(mine, "within_limit"))
-            add(f"{a}_max_logit_count", labels, _counter(mine, "rows"))
+            add(f"{a}_max_logit_bucket", f'{labels}, le="+Inf"', _counter(mine, "rows"))
             add(f"{a}_max_logit_window_max", labels, _gauge(mine, "max_logit"))
             for statistic, name in (("sink_ratio", "drift"), ("distance_tokens", "drift_by_length")):
                 add(f"{a}_drift_psi", f'{labels}, statistic="{statistic}"', _gauge(mine, name))

@@ -75,8 +75,8 @@ def as_prometheus(metric: Metric, family: Family) -> dict[tuple[str, frozenset[t
             below += count
             le = "+Inf" if bound == float("inf") else repr(bound)
             found[f"{family.name}_bucket", frozenset({**labels, "le": le}.items())] = below
-        found[f"{family.name}_count", frozenset(labels.items())] = point.count
-        if point.HasField("sum"):
+        if point.HasField("sum"):  # Prometheus has the one only with the other
+            found[f"{family.name}_count", frozenset(labels.items())] = point.count
             found[f"{family.name}_sum", frozenset(labels.items())] = point.sum
     return found
 
