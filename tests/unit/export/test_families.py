@@ -350,7 +350,7 @@ class TestSeries:
         assert series_count(detail, (4, 4, 4)) == exposed  # type: ignore[arg-type]
 
     def test_samples_per_place(self) -> None:
-        """7 histograms of 14 samples in two phases, less sums and counts of logits, one in one phase, and three plain."""
+        """7 histograms of 14 samples in two phases, less sums and counts of logits; one in one phase; three plain."""
         assert samples_per_place() == 7 * 14 * 2 - 4 + 14 + 3 * 2
 
     def test_too_fine_falls_back_with_a_warning(self) -> None:
