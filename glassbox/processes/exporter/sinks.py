@@ -25,7 +25,7 @@ from glassbox.export.prometheus import LivenessCollector, PrometheusCollector
 from glassbox.processes.exporter.http import HttpServer, bind_address
 from glassbox.processes.exporter.launch import MULTIPROCESS_ENV, multiprocess_directory
 from glassbox.processes.exporter.sink import Sink
-from glassbox.processes.exporter.trace_sinks import TraceSinks
+from glassbox.processes.exporter.trace_sinks import TraceSinks, otlp_target
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ FLUSH_TIMEOUT_S: Final = 1.0
 _ADVICE: Final = {
     "http": ("export.prometheus.port", "free the port, or choose another"),
     "multiprocess": (MULTIPROCESS_ENV, "it must be a directory with room that this user may write to"),
-    "otel": ("export.otel.endpoint", "the collector must listen there, by export.otel.protocol"),
-    "otel_traces": ("export.otel.endpoint", "the collector must listen there, by export.otel.protocol"),
+    "otel": ("export.otel.endpoint", "the collector must listen there, by that protocol"),
+    "otel_traces": ("export.otel.endpoint", "the collector must listen there, by that protocol"),
     "jsonl": ("export.jsonl.path", "name a file, in a folder with room that this user may write to"),
     "records": ("requests.records.path", "name a place with room that this user may write to"),
 }
@@ -101,7 +101,7 @@ class Sinks:
         )
         self._otel: Sink[OtelSink] = sink(
             "otel",
-            wants=_wants_otel,
+            wants=self._wants_otel,
             opens=self._open_otel,
             closes=lambda otel, _: otel.close(FLUSH_TIMEOUT_S),
             sends_later=lambda otel: otel.last_success_s,
@@ -158,6 +158,11 @@ class Sinks:
         directory = multiprocess_directory(self._environ)
         assert directory is not None
         return MultiprocessWriter(Path(directory))
+
+    def _wants_otel(self, config: GlassboxConfig) -> object:
+        otel = config.export.otel
+        asked = config.enabled and otel.enabled and otel.metrics
+        return otlp_target(config, "metrics", self._environ) if asked else None
 
     def _open_otel(self, config: GlassboxConfig) -> "OtelSink":
         from glassbox.export.otel import OtelSink
@@ -219,13 +224,6 @@ class Sinks:
 
 def _close_http(http: HttpServer, _still_wanted: bool) -> None:
     http.close()
-
-
-def _wants_otel(config: GlassboxConfig) -> object:
-    otel = config.export.otel
-    if not config.enabled or not otel.enabled or not otel.metrics:
-        return None
-    return (otel.endpoint, otel.protocol, tuple(sorted(otel.headers.items())))
 
 
 def _wants_jsonl(config: GlassboxConfig) -> object:

@@ -4,6 +4,7 @@ Owns which of the two are open and that each ended trace reaches each of them on
 `export/records.py` and `export/attention_spans.py`.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
+from glassbox.core.logs import get_logger, log_once
+from glassbox.export.otlp import Signal, Target, resolve, switched_off_by
 from glassbox.export.records import Records, open_records
 from glassbox.export.token_text import TokenTexts
 from glassbox.export.trace_document import document
@@ -24,8 +27,24 @@ from glassbox.store.trace_record import RequestTrace
 if TYPE_CHECKING:
     from glassbox.export.attention_spans import AttentionSpans
 
+logger = get_logger(__name__)
+
 # vLLM ends its span before the worker hears of the request's end; this is for a busy API server.
 WAIT_FOR_LLM_SPAN_S: Final = 3.0
+
+
+def otlp_target(
+    config: GlassboxConfig, signal: Signal, environ: Mapping[str, str], vllm_endpoint: str | None = None
+) -> Target | None:
+    """Where a signal that the configuration asks for goes; None, said once, if a variable switches it off.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    if (variable := switched_off_by(signal, environ)) is not None:
+        told = "export.otel is enabled, but no %s are sent because of %s; unset it, or say `enabled: false`"
+        log_once(logger, logging.WARNING, f"{signal} off", told, signal, variable)
+    return resolve(config.export.otel, signal, environ, vllm_endpoint)
 
 
 @dataclass(frozen=True)
@@ -140,13 +159,11 @@ class TraceSinks:
     def _wanted_spans(self, config: GlassboxConfig) -> object:
         if not wants_spans(config):
             return None
-        otel = config.export.otel
         if not self.spans.busy:
             self._llm_spans.refresh(self._clock())
         # The files that told it are removed once they were fetched.
         self._vllm_endpoint = self._llm_spans.endpoint or self._vllm_endpoint
-        endpoint = self._vllm_endpoint if otel.endpoint is None else otel.endpoint
-        return (otel.endpoint, otel.protocol, tuple(sorted(otel.headers.items())), endpoint)
+        return otlp_target(config, "traces", self._environ, self._vllm_endpoint)
 
     def _open_spans(self, config: GlassboxConfig) -> "_Spans":
         from glassbox.export.attention_spans import AttentionSpans
