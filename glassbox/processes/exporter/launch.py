@@ -17,6 +17,7 @@ import glassbox
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.affinity import leave_workers_cores
 from glassbox.core.logs import get_logger
+from glassbox.processes.exporter.log_relay import open_relay
 from glassbox.processes.exporter.silence import SilenceWatch, kill_exporter
 from glassbox.store import rundir
 from glassbox.store.exporter_lock import ExporterLock
@@ -163,12 +164,14 @@ class ExporterProcess:
         command = [sys.executable, "-P", "-m", "glassbox.processes.exporter", "--run-dir", str(run_dir)]
         command += ["--config", str(self._config_path), "--parent-pid", str(os.getpid())]
         self._started = self._clock()
-        self._process = subprocess.Popen(
-            command,
-            env=_child_environ(environ),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with open_relay() as log:
+            self._process = subprocess.Popen(
+                [*command, "--log-to", str(log.fileno())],
+                env=_child_environ(environ),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                pass_fds=(log.fileno(),),
+            )
         leave_workers_cores(self._process.pid)
 
     def _reap(self) -> None:

@@ -16,6 +16,7 @@ from typing import Final
 from glassbox.config.load import ConfigError, GlassboxConfig, load_config
 from glassbox.config.watch import ConfigWatcher
 from glassbox.core.logs import get_logger, set_level
+from glassbox.processes.exporter.log_relay import send_logs
 from glassbox.processes.exporter.sinks import Sinks
 from glassbox.store.exporter_lock import ExporterLock
 
@@ -128,13 +129,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the exporter of a server until its parent ends or SIGTERM arrives.
 
     Returns:
-        0, also if the server has an exporter already; 2 if the configuration cannot be loaded.
+        0, also if the server has an exporter already; 1 if it came to a bad end, which the log tells; 2 if the
+        configuration cannot be loaded.
     """
     parser = argparse.ArgumentParser(prog="python -m glassbox.processes.exporter", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="where the workers leave their snapshots")
     parser.add_argument("--config", type=Path, required=True, help="the YAML file")
     parser.add_argument("--parent-pid", type=int, required=True, help="process with whose end this one ends")
+    parser.add_argument("--log-to", type=int, help="open socket to who logs for this one; default: stderr")
     options = parser.parse_args(argv)
+    if options.log_to is not None:
+        send_logs(options.log_to)
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = ExporterLock.acquire(options.run_dir)
     if lock is None:
@@ -148,7 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_level(config.log_level)
         with contextlib.suppress(OSError):
             os.nice(_NICENESS)
-        _run(options.run_dir, options.config, config, options.parent_pid, lock)
+        try:
+            _run(options.run_dir, options.config, config, options.parent_pid, lock)
+        except Exception:
+            logger.exception("glassbox's exporter ends because of an error")
+            return 1
         return 0
     finally:
         lock.release()

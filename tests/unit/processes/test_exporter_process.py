@@ -569,6 +569,94 @@ class TestWorkerSide:
         assert rows == make_snapshot().rows.sum() + make_snapshot(seed=9).rows.sum()
 
 
+LOGGING = """
+import logging.config, sys
+logging.config.dictConfig({
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"bars": {"format": "%(name)s|%(processName)s|%(vllm_process_name)s|%(process)d|%(message)s"}},
+    "handlers": {"vllm": {"class": "logging.FileHandler", "formatter": "bars", "filename": sys.argv[1]}},
+    "loggers": {"vllm": {"handlers": ["vllm"], "level": "INFO", "propagate": False}},
+})
+from pathlib import Path
+from glassbox.config.load import load_config
+from glassbox.processes.exporter.launch import ExporterProcess
+config = Path(sys.argv[2])
+exporter = ExporterProcess(config, Path(sys.argv[3]))
+exporter.ensure(load_config(config))
+print(exporter.pid, flush=True)
+sys.stdin.readline()
+exporter.stop()
+"""
+
+
+class TestLog:
+    def test_it_is_told_as_vllm_was_told_to(self, run_dir: Path, tmp_path: Path) -> None:
+        """By the worker, whatever its logging is: a format, a file, a filter of the user's. Nothing goes elsewhere."""
+        path = write_config(tmp_path / "glassbox.yaml", jsonl={"path": "/proc/no/a.jsonl"})
+        log = tmp_path / "log.txt"
+        worker = subprocess.Popen(
+            [sys.executable, "-c", LOGGING, str(log), str(path), str(run_dir)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert worker.stdout is not None
+        pid = int(worker.stdout.readline())
+        try:
+            wait_for(lambda: log.exists() and "export to jsonl failed" in log.read_text())
+        finally:
+            _, stderr = worker.communicate(b"\n", timeout=20)
+        (line,) = log.read_text().splitlines()
+        *where, message = line.split("|")
+        assert where == ["glassbox.processes.exporter.sinks", "glassbox-exporter", "glassbox-exporter", str(pid)]
+        assert "export.jsonl.path (/proc/no/a.jsonl)" in message
+        assert stderr == b""
+
+    def test_without_its_worker_it_tells_by_itself(self, run_dir: Path, tmp_path: Path) -> None:
+        """To stderr: the other end of the socket is closed, or never read."""
+        (tmp_path / "glassbox.yaml").write_text("export: {interval_s: soon}")
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        mine.close()
+        command = [sys.executable, "-P", "-m", "glassbox.processes.exporter", "--run-dir", str(run_dir)]
+        command += ["--config", str(tmp_path / "glassbox.yaml"), "--parent-pid", str(os.getpid())]
+        done = subprocess.run(
+            [*command, "--log-to", str(theirs.fileno())],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            pass_fds=(theirs.fileno(),),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        theirs.close()
+        assert done.returncode == 2
+        assert "interval_s" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+    def test_a_worker_that_does_not_read_holds_nothing_up(self) -> None:
+        """More than the socket takes: the rest goes to stderr, at once."""
+        code = (
+            "import socket, logging;"
+            "from glassbox.processes.exporter.log_relay import send_logs;"
+            "from glassbox.core.logs import get_logger;"
+            "mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
+            "send_logs(theirs.detach());"
+            "[get_logger().warning('%s %s', number, 'x' * 3000) for number in range(500)]"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        lines = done.stderr.splitlines()
+        assert 0 < len(lines) < 500
+        assert " 499 xxx" in lines[-1]
+
+
 def test_main_names_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     """Without them it says what it needs."""
     with pytest.raises(SystemExit) as error:
