@@ -23,7 +23,7 @@ from glassbox.export.families import build_families
 from glassbox.export.family_source import FamilySource
 from glassbox.export.multiprocess import MultiprocessWriter, without_lone_counts
 from glassbox.export.prometheus import PrometheusCollector
-from glassbox.processes.api_server.shown_metrics import ShownMetrics
+from glassbox.processes.api_server.shown_metrics import ShownMetrics, install
 from glassbox.processes.exporter.http import ADDRESS_ENV, HttpServer, bind_address
 from glassbox.store.exporter_status import ExporterStatus, write_status
 from glassbox.store.merge import merge
@@ -257,6 +257,20 @@ class TestInstall:
         undo()
         undo()
         assert exposition(registry) == before
+
+    def test_beside_the_files_of_several_api_servers(self, run_dir: Path, tmp_path: Path) -> None:
+        """What is of the moment comes with what lies in the files; taken back, the collector is as before."""
+        original = MultiProcessCollector.collect
+        (tmp_path / "multiproc").mkdir()
+        undo = install(ShownMetrics(config, run_dir))
+        try:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, str(tmp_path / "multiproc"))
+            shown = {name for name, _ in samples(exposition(registry))}
+        finally:
+            undo()
+        assert shown == {"glassbox_snapshot_age_seconds", "glassbox_export_interval_seconds"}
+        assert MultiProcessCollector.collect is original
 
     def test_servers_that_share_a_run_directory(self, run_dir: Path) -> None:
         """Each shows its own engines, and one of them the exporter's errors: together everything once."""
