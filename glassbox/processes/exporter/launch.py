@@ -4,6 +4,7 @@ Owns starting it, starting it again, and ending it. What it does is its own: not
 every worker imports this.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -141,7 +142,7 @@ class ExporterProcess:
         if ExporterLock.is_held(run_dir):
             self._replace_silent(run_dir)
         elif self._process is None and self._clock() >= self._not_before:
-            self._start(run_dir, environ)
+            self._start(run_dir, environ, config)
 
     def _replace_silent(self, run_dir: Path) -> None:
         silent_s = self._silence.look(run_dir)
@@ -159,19 +160,24 @@ class ExporterProcess:
         logger.warning("%s", told)  # each time; of errors only the first is logged
         raise RuntimeError(told)
 
-    def _start(self, run_dir: Path, environ: Mapping[str, str]) -> None:
+    def _start(self, run_dir: Path, environ: Mapping[str, str], config: GlassboxConfig) -> None:
         # -P: a file of the working directory must not shadow a module.
         command = [sys.executable, "-P", "-m", "glassbox.processes.exporter", "--run-dir", str(run_dir)]
         command += ["--config", str(self._config_path), "--parent-pid", str(os.getpid())]
         self._started = self._clock()
         with open_relay() as log:
             self._process = subprocess.Popen(
-                [*command, "--log-to", str(log.fileno())],
+                [*command, "--log-to", str(log.fileno()), "--in-force"],
                 env=_child_environ(environ),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 start_new_session=True,
                 pass_fds=(log.fileno(),),
             )
+        # For want of a file: after a bad edit the last good configuration stays in force here, so it does there. Not an
+        # argument, which everybody sees; far less than a pipe takes, so nothing waits.
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            stdin.write(config.model_dump_json().encode())
         leave_workers_cores(self._process.pid)
 
     def _reap(self) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,13 +131,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0, also if the server has an exporter already; 1 if it came to a bad end, which the log tells; 2 if the
-        configuration cannot be loaded.
+        configuration cannot be loaded and no other one was given.
     """
     parser = argparse.ArgumentParser(prog="python -m glassbox.processes.exporter", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="where the workers leave their snapshots")
     parser.add_argument("--config", type=Path, required=True, help="the YAML file")
     parser.add_argument("--parent-pid", type=int, required=True, help="process with whose end this one ends")
     parser.add_argument("--log-to", type=int, help="open socket to who logs for this one; default: stderr")
+    parser.add_argument(
+        "--in-force", action="store_true", help="standard input is a configuration, for when the file can't be used"
+    )
     options = parser.parse_args(argv)
     if options.log_to is not None:
         send_logs(options.log_to)
@@ -148,8 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             config = load_config(options.config)
         except ConfigError as error:
-            logger.error("%s", error)
-            return 2
+            if not options.in_force:
+                logger.error("%s", error)
+                return 2
+            config = GlassboxConfig.model_validate_json(sys.stdin.buffer.read())
+            logger.warning("%s. The exporter starts with what is in force in its worker.", error)
         set_level(config.log_level)
         with contextlib.suppress(OSError):
             os.nice(_NICENESS)

@@ -471,6 +471,29 @@ class TestWorkerSide:
             clock[0] += 0.2
         assert exporter.deaths == 3
 
+    def test_after_a_bad_edit_a_new_one_starts_with_what_is_in_force(
+        self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Else nothing would be exported until the file is good again, which it then follows."""
+        path, out = tmp_path / "glassbox.yaml", tmp_path / "a.jsonl"
+        settings = load_config(path)
+        path.write_text("export: {interval_s: soon}")
+        exporter.ensure(settings)
+        wait_for(out.exists)
+        assert json.loads(out.read_text())["steps"] == 1000
+        wait_for(lambda: "starts with what is in force" in caplog.text)
+        assert "interval_s" in caplog.text
+        write_config(path, jsonl={"path": str(tmp_path / "b.jsonl")})
+        seeds = iter(range(1, 1000))
+
+        def measured_more() -> bool:
+            """A file opened by an edit begins with what comes then."""
+            write_snapshot(run_dir, make_snapshot(seed=next(seeds)))
+            time.sleep(0.2)
+            return (tmp_path / "b.jsonl").exists()
+
+        wait_for(measured_more)
+
     def test_one_that_was_stopped_is_seen_told_and_replaced(
         self,
         exporter: ExporterProcess,
