@@ -55,7 +55,7 @@ class Request:
 
 
 class OtlpReceiver:
-    """Receives OTLP metrics and traces by gRPC and by HTTP/protobuf on 127.0.0.1, at free ports.
+    """Receives OTLP metrics and traces by gRPC and by HTTP/protobuf (below any path) on 127.0.0.1, at free ports.
 
     Attributes:
         requests: everything received, in order; `message` is the protobuf request of metrics or of traces.
@@ -84,10 +84,11 @@ class OtlpReceiver:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
-                if self.path not in _HTTP_PATHS:
+                signal = next((path for path in _HTTP_PATHS if self.path.endswith(path)), None)
+                if signal is None:
                     self.send_error(404)
                     return
-                request, response = _HTTP_PATHS[self.path]
+                request, response = _HTTP_PATHS[signal]
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 receive(Request(request.FromString(body), "http", self.path, headers))
                 answer = response().SerializeToString()

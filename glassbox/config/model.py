@@ -334,15 +334,16 @@ class OtelConfig(_Section):
 
     enabled: bool = _switch(False, "Whether anything is sent by OTLP.")
     # Before endpoint, whose rule depends on it.
-    protocol: Literal["grpc", "http"] = _field(
-        "grpc",
-        "OTLP over gRPC or over HTTP (protobuf).",
-        "must be grpc or http",
+    protocol: Literal["grpc", "http"] | None = _field(
+        None,
+        "OTLP over gRPC or over HTTP (protobuf). null: OTEL_EXPORTER_OTLP_PROTOCOL, else grpc.",
+        "must be grpc, http or null",
         "use `grpc` for port 4317, `http` for port 4318",
     )
     endpoint: str | None = _field(
         None,
-        "URL of the collector, http or https; with grpc also host:port. null: OTEL_EXPORTER_OTLP_ENDPOINT.",
+        "URL of the collector, http or https; with grpc also host:port; with http the signals go to /v1/metrics and "
+        "/v1/traces below it. null: OTEL_EXPORTER_OTLP_ENDPOINT.",
         "must be a URL or null",
         "use a URL such as `http://collector:4317`",
     )
@@ -363,7 +364,7 @@ class OtelConfig(_Section):
     def _check_endpoint(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None or _is_url(value):
             return value
-        if info.data.get("protocol", "grpc") == "grpc":
+        if info.data.get("protocol") != "http":
             if not _is_host_port(value):
                 raise ValueError("must be a URL or host:port; use a URL such as `http://collector:4317`")
             return value

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -18,6 +18,7 @@ class ErrorCounter:
         recovers: whether a stage that works counts as mended.
         counts: to go on from, e.g. those of a process that died, so that the counters never fall.
         prefix: of a stage's name in the log.
+        advice: returns what to do about a stage that fails, for the log; empty if there is nothing to say.
     """
 
     def __init__(
@@ -27,8 +28,10 @@ class ErrorCounter:
         recovers: bool = False,
         counts: Mapping[str, int] | None = None,
         prefix: str = "",
+        advice: Callable[[str], str] = lambda _: "",
     ) -> None:
         self._logger, self._recovers, self._prefix = logger, recovers, prefix
+        self._advice = advice
         self._counts: Counter[str] = Counter(counts)
         self._failing: set[str] = set()
         self._lock = threading.Lock()
@@ -42,6 +45,7 @@ class ErrorCounter:
         if not first:
             return
         text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        text += f"; {advice}" if (advice := self._advice(stage)) else ""
         if self._recovers:
             self._logger.warning(
                 '%s%s failed: %s (counted in glassbox_errors_total{stage="%s"}, not logged again until it works)',
@@ -87,6 +91,8 @@ class ErrorCounter:
             return dict(self._counts)
 
 
-def export_errors(logger: logging.Logger, counts: Mapping[str, int] | None = None) -> ErrorCounter:
+def export_errors(
+    logger: logging.Logger, counts: Mapping[str, int] | None = None, advice: Callable[[str], str] = lambda _: ""
+) -> ErrorCounter:
     """Of an exporter, whose targets come and go; see ErrorCounter for the arguments."""
-    return ErrorCounter(logger, recovers=True, counts=counts, prefix="glassbox export to ")
+    return ErrorCounter(logger, recovers=True, counts=counts, prefix="glassbox export to ", advice=advice)

@@ -1,7 +1,7 @@
 """glassbox's loggers: in vLLM's format and at vLLM's destination, with a level of their own.
 
 Owns the logger "glassbox". It never touches vLLM's loggers, and doesn't import vLLM: the exporter runs
-without it.
+without it, and has its worker log for it (`processes/exporter/log_relay.py`).
 """
 
 import logging
@@ -22,6 +22,13 @@ _LEVELS: Final = {
 _ONCE_ATTRIBUTE: Final = "_glassbox_logged_once"
 
 
+def plain_handler() -> logging.Handler:
+    """To stderr, in a format like vLLM's."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
+    return handler
+
+
 class _ForwardingHandler(logging.Handler):
     """Gives records to the handlers that vLLM's logger has at that moment.
 
@@ -34,8 +41,7 @@ class _ForwardingHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._fallback = logging.StreamHandler(sys.stderr)
-        self._fallback.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
+        self._fallback = plain_handler()
 
     def emit(self, record: logging.LogRecord) -> None:
         # Where vLLM was told to leave logging alone it has no handler, and the user's are on the root logger.

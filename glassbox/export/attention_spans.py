@@ -6,12 +6,10 @@ are to be sent: the SDK and gRPC double the exporter's memory.
 """
 
 import logging
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -23,7 +21,8 @@ from glassbox import __version__
 from glassbox.config.load import OtelConfig
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.statistics import STATISTICS
-from glassbox.export.otel import EXPORT_TIMEOUT_S, make_resource
+from glassbox.export.otel import make_resource
+from glassbox.export.otlp import resolve, span_exporter
 from glassbox.export.trace_document import flat_signals, mean
 from glassbox.signals import request_signals
 from glassbox.store.llm_spans import LlmSpan
@@ -38,11 +37,6 @@ MAX_EVENTS: Final = 32
 MIN_TOKENS_PER_EVENT: Final = 32
 _DELAY_MS: Final = 500
 _NS_PER_S: Final = 1_000_000_000
-_TIMEOUT_ENV: Final = ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT")
-_INSECURE_ENV: Final = ("OTEL_EXPORTER_OTLP_TRACES_INSECURE", "OTEL_EXPORTER_OTLP_INSECURE")
-_PROTOCOL_ENV: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_TRACES_ENDPOINT_ENV: Final = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
-_ENDPOINT_ENV: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 
 def attributes(trace: RequestTrace) -> dict[str, AttributeValue]:
@@ -124,39 +118,11 @@ def parent_of(trace: RequestTrace, llm_span: LlmSpan | None) -> SpanContext | No
     return SpanContext(int(ids[0], 16), int(ids[1], 16), is_remote=True, trace_flags=TraceFlags(flags))
 
 
-def make_exporter(config: OtelConfig, vllm_endpoint: str | None, environ: Mapping[str, str]) -> SpanExporter:
-    """The SDK's exporter: to `export.otel.endpoint`, else to that of the OTEL_* variables, else to vLLM's own.
-
-    Raises:
-        Exception: whatever the SDK finds wrong with the endpoint, a certificate or an OTEL_* variable.
-    """
-    protocol: str = config.protocol
-    endpoint = config.endpoint
-    if endpoint is None:
-        named = next((environ[name] for name in _PROTOCOL_ENV if environ.get(name)), protocol)
-        protocol = "http" if named.startswith("http") else "grpc"
-        endpoint = environ.get(_TRACES_ENDPOINT_ENV) or (None if environ.get(_ENDPOINT_ENV) else vllm_endpoint)
-    elif protocol == "http":
-        parts = urlsplit(endpoint)
-        endpoint = urlunsplit(parts._replace(path="/v1/traces")) if parts.path in {"", "/"} else endpoint
-    timeout = None if any(environ.get(name) for name in _TIMEOUT_ENV) else EXPORT_TIMEOUT_S
-    headers = {name.lower(): value for name, value in config.headers.items()} or None
-    if protocol == "http":
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
-
-        return HttpExporter(endpoint=endpoint, headers=headers, timeout=timeout)
-    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
-
-    if endpoint is not None and "://" not in endpoint and not any(name in environ for name in _INSECURE_ENV):
-        endpoint = f"http://{endpoint}"  # no TLS, as vLLM sends its own spans
-    return GrpcExporter(endpoint=endpoint, headers=headers, timeout=timeout)
-
-
 class _Counted(SpanExporter):
     """An exporter whose failures are glassbox's errors of stage `otel_traces`."""
 
-    def __init__(self, exporter: SpanExporter, errors: ErrorCounter) -> None:
-        self._exporter = exporter
+    def __init__(self, exporter: SpanExporter, errors: ErrorCounter, target: str) -> None:
+        self._exporter, self._target = exporter, target
         self._errors = errors
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
@@ -168,7 +134,7 @@ class _Counted(SpanExporter):
         if result is SpanExportResult.SUCCESS:
             self._errors.worked(STAGE)
         else:
-            self._errors.count(STAGE, f"the collector did not accept {len(spans)} spans")
+            self._errors.count(STAGE, f"{self._target} did not accept {len(spans)} spans")
         return result
 
     def shutdown(self) -> None:
@@ -186,7 +152,8 @@ class AttentionSpans:
         environ: OTEL_*; by default the process's.
 
     Raises:
-        Exception: as `make_exporter`.
+        ValueError: as `resolve`, or a variable switches spans off.
+        Exception: as `span_exporter`.
     """
 
     def __init__(
@@ -199,9 +166,14 @@ class AttentionSpans:
     ) -> None:
         # The SDK logs every failed export; here it is logged once, by ErrorCounter.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
-        self._exporter = make_exporter(config, vllm_endpoint, os.environ if environ is None else environ)
+        target = resolve(config, "traces", environ, vllm_endpoint)
+        if target is None:
+            raise ValueError("spans are switched off by the OTEL_* variables; unset them to send any")
+        self._exporter = span_exporter(target)
         self._provider = TracerProvider(resource=make_resource(run_dir), shutdown_on_exit=False)
-        self._processor = BatchSpanProcessor(_Counted(self._exporter, errors), schedule_delay_millis=_DELAY_MS)
+        self._processor = BatchSpanProcessor(
+            _Counted(self._exporter, errors, str(target)), schedule_delay_millis=_DELAY_MS
+        )
         self._provider.add_span_processor(self._processor)
         self._tracer = self._provider.get_tracer("glassbox", __version__)
 

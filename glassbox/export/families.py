@@ -1,7 +1,8 @@
 """Metric families: what is exported, neutral to how.
 
 Owns the kinds, labels and values of all metrics: those of the statistics come from `core/statistics.py`, those of an
-engine from `core/counters.py`, those of the output checks from `check_families.py`, and the few others per layer and
+engine from `core/counters.py`, those of the output checks from `check_families.py`, those of the server's own life from
+`liveness.py`, and the few others per layer and
 head are named here. Prometheus, OTLP and the multiprocess files are written from the same families, so they cannot
 differ. It does no input or output.
 """
@@ -17,7 +18,8 @@ from glassbox.config.model import MAX_SERIES
 from glassbox.core.counters import ENGINE_NUMBERS, EngineNumber
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, PHASES, STATISTICS, Phase, Statistic
 from glassbox.export.check_families import CHECK_METRICS, CHECK_SAMPLES, check_series
-from glassbox.export.family import DETAIL_LABELS, ENGINE_LABELS, Family, Kind, Series, at_detail, define
+from glassbox.export.family import DETAIL_LABELS, ENGINE_LABELS, Family, Kind, Series, at_detail, define, from_to
+from glassbox.export.liveness import LIVENESS_METRICS
 from glassbox.signals.drift_watch import COMPARED, Drift, EngineKey
 from glassbox.store.merge import Aggregate, Detail, MergedEngine, aggregate, there
 
@@ -105,7 +107,7 @@ _HISTOGRAMS: Final = tuple(_histogram(statistic) for statistic in _EXPORTED)
 _BY_DETAIL: Final = (*_HISTOGRAMS, _WINDOW_MAX, _ROWS, _NONFINITE, _DRIFT_PSI, _DRIFT_SHIFT)
 _OF_ENGINE: Final = {entry.name: _of_engine(entry) for entry in ENGINE_NUMBERS}
 # Every metric, without series; labels as at detail `model`. Docs and dashboards are checked against it.
-METRICS: Final = (*_BY_DETAIL, *CHECK_METRICS, *_OF_ENGINE.values(), _WORKER)
+METRICS: Final = (*_BY_DETAIL, *CHECK_METRICS, *_OF_ENGINE.values(), _WORKER, *LIVENESS_METRICS)
 
 
 def build_families(
@@ -194,14 +196,9 @@ def _drift_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any
 
 def _worker_series(engine: MergedEngine) -> Iterator[Series]:
     for worker in engine.workers:
-        places = (_from_to(worker.layers), _from_to(worker.heads))
+        places = (from_to(worker.layers), from_to(worker.heads))
         labels = (engine.model_name, engine.engine, str(worker.rank), worker.host, *places)
         yield Series(labels, 1, engine.start_time_s)
-
-
-def _from_to(indices: Sequence[int]) -> str:
-    """First and last of ascending indices; empty if there are none."""
-    return f"{indices[0]}-{indices[-1]}" if indices else ""
 
 
 def _engine_values(engine: MergedEngine, errors: Mapping[str, int]) -> Iterator[tuple[Family, tuple[str, ...], float]]:
@@ -222,14 +219,14 @@ def samples_per_place(with_drift: bool = False) -> int:
     """Prometheus samples of the statistics' metrics for one engine and one (layer, head) or whatever the detail
     shows.
 
-    A histogram has a sample per bucket, `_count`, and `_sum` unless its values may be negative; with a baseline a
+    A histogram has a sample per bucket, and `_count` and `_sum` unless its values may be negative; with a baseline a
     statistic has an index and a shift as well.
     """
     total = 0
     for statistic in STATISTICS:
         if statistic.exported:
             phases = 1 if statistic.decode_only else len(PHASES)
-            total += phases * (NUM_BUCKETS + (1 if statistic.signed else 2) + (2 if with_drift else 0))
+            total += phases * (NUM_BUCKETS + (0 if statistic.signed else 2) + (2 if with_drift else 0))
     return total + 3 * len(PHASES)  # window_max, rows and nonfinite
 
 

@@ -3,6 +3,7 @@
 Owns the form only; which families there are is `families.py`'s.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal, NamedTuple
 
@@ -78,3 +79,8 @@ def at_detail(family: Family, detail: Detail, series: tuple[Series, ...]) -> Fam
     """A metric at a detail, with its series."""
     more = tuple(label for label in DETAIL_LABELS[detail] if label in family.detail_labels)
     return replace(family, label_names=family.label_names + more, series=series)
+
+
+def from_to(indices: Sequence[int]) -> str:
+    """First and last of ascending indices, as a label has them; empty if there are none."""
+    return f"{indices[0]}-{indices[-1]}" if indices else ""

@@ -34,6 +34,12 @@ class WindowSummaries:
         self._skip_first = skip_first
         self._last: dict[tuple[str, str], MergedEngine] = {}
 
+    def copy(self) -> "WindowSummaries":
+        """One that goes on from here by itself."""
+        other = WindowSummaries(self._skip_first)
+        other._last = dict(self._last)
+        return other
+
     def summarize(self, engines: Sequence[MergedEngine], detail: Detail) -> list[dict[str, Any]]:
         """One JSON object per engine that measured rows since the call before.
 
@@ -141,7 +147,9 @@ class JsonlSink:
         """Append one line per engine that measured rows since the call before.
 
         Raises:
-            OSError: if it cannot be written; that window is lost.
+            OSError: if it cannot be written; the next window begins where this one does.
         """
-        lines = self._summaries.summarize(engines, detail)
+        summaries = self._summaries.copy()
+        lines = summaries.summarize(engines, detail)
         self._file.append([json.dumps(line, allow_nan=False, separators=(",", ":")) for line in lines])
+        self._summaries = summaries

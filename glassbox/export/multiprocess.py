@@ -4,16 +4,19 @@ With several API servers, vLLM's /metrics shows only what lies in $PROMETHEUS_MU
 families there: one file per kind, under the same names as long as the server lives, because one exporter at a time
 speaks for all of it (`store/multiprocess_files.py` says whose they are). Values are changed in place; when the set of
 series changes, the file is replaced. Same metrics as `prometheus.py`: `MultiProcessCollector` derives `_count` from
-the buckets, and neither has `_created`.
+the buckets (also where there is no `_sum` beside it: `without_lone_counts`), and neither has `_created`.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+from prometheus_client.core import Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client.samples import Sample
 
 from glassbox.export.family import Family, Kind
 from glassbox.export.prometheus import bucket_names
@@ -30,6 +33,8 @@ def samples(family: Family) -> Iterator[tuple[str, float]]:
     if family.kind != "histogram":
         metric = family.name.removesuffix("_total") if family.kind == "counter" else family.name
         for series in family.series:
+            if family.kind == "counter" and math.isnan(series.value):
+                continue
             yield (
                 mmap_key(metric, family.name, list(family.label_names), list(series.labels), family.help),
                 series.value,
@@ -41,12 +46,33 @@ def samples(family: Family) -> Iterator[tuple[str, float]]:
         for le, count in zip(bounds, series.buckets, strict=True):
             key = mmap_key(family.name, f"{family.name}_bucket", names, [*series.labels, le], family.help)
             yield key, count
-        if series.sum is not None:
+        if series.sum is not None and not math.isnan(series.sum):
             name = f"{family.name}_sum"
             yield (
                 mmap_key(family.name, name, list(family.label_names), list(series.labels), family.help),
                 series.sum,
             )
+
+
+def without_lone_counts(metrics: Iterable[Metric]) -> list[Metric]:
+    """What `MultiProcessCollector` makes of glassbox's files, as `prometheus.py` would show it.
+
+    It gives every histogram a `_count`; OpenMetrics has none where there is no `_sum`, and a strict parser throws the
+    whole page away.
+    """
+    shown = []
+    for metric in metrics:
+        if metric.type == "histogram" and metric.name.startswith("glassbox_"):
+            summed = {_place(sample) for sample in metric.samples if sample.name == f"{metric.name}_sum"}
+            metric.samples = [
+                sample for sample in metric.samples if sample.name != f"{metric.name}_count" or _place(sample) in summed
+            ]
+        shown.append(metric)
+    return shown
+
+
+def _place(sample: Sample) -> frozenset[tuple[str, str]]:
+    return frozenset(sample.labels.items())
 
 
 class _File:

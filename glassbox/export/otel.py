@@ -1,12 +1,11 @@
 """OpenTelemetry: the families as OTLP metrics, by gRPC or HTTP.
 
-Owns the translation into the SDK's data model and the sending thread. The SDK's instruments are not used:
-they would count a second time what the snapshots hold already, and lose it when the exporter restarts. Import
-this module only if OTLP is enabled; the SDK and gRPC double the exporter's memory.
+Owns the translation into the SDK's data model and the sending thread; where they are sent is `otlp.py`'s. The SDK's
+instruments are not used: they would count a second time what the snapshots hold already, and lose it when the exporter
+restarts. Import this module only if OTLP is enabled; the SDK and gRPC double the exporter's memory.
 """
 
 import logging
-import os
 import socket
 import threading
 import time
@@ -14,7 +13,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit, urlunsplit
 
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
@@ -22,7 +20,6 @@ from opentelemetry.sdk.metrics.export import (
     Histogram,
     HistogramDataPoint,
     Metric,
-    MetricExporter,
     MetricExportResult,
     MetricsData,
     NumberDataPoint,
@@ -37,14 +34,9 @@ from glassbox import __version__
 from glassbox.config.load import OtelConfig
 from glassbox.core.errors import ErrorCounter
 from glassbox.export.family import Family, Series
+from glassbox.export.otlp import metric_exporter, resolve
 
 DEFAULT_SERVICE_NAME: Final = "vllm"
-# An export may take this long, retries included, unless OTEL_EXPORTER_OTLP_TIMEOUT says otherwise.
-EXPORT_TIMEOUT_S: Final = 5.0
-# About 300 bytes each; gRPC receivers refuse messages above 4 MiB by default.
-_MAX_POINTS_PER_REQUEST: Final = 5000
-_TIMEOUT_ENV: Final = ("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT")
-_INSECURE_ENV: Final = ("OTEL_EXPORTER_OTLP_METRICS_INSECURE", "OTEL_EXPORTER_OTLP_INSECURE")
 # Semantic conventions where they have a name for it, the project's own prefix elsewhere.
 _ATTRIBUTES: Final = {"model_name": "gen_ai.request.model", "host": "host.name"}
 _NUMBERS: Final = frozenset({"layer", "head", "rank"})
@@ -130,52 +122,24 @@ def make_resource(run_dir: Path) -> Resource:
     return Resource.create().merge(Resource(defaults)).merge(environment)
 
 
-def metrics_endpoint(endpoint: str | None, protocol: str, environ: Mapping[str, str]) -> str | None:
-    """The endpoint as the SDK wants it; None leaves it to the OTEL_* variables.
-
-    For HTTP, a URL without a path gets `/v1/metrics`. For gRPC, `host:port` means no TLS, as
-    `http://host:port` does, unless the environment says something about TLS.
-    """
-    if endpoint is None:
-        return None
-    if protocol == "http":
-        parts = urlsplit(endpoint)
-        return urlunsplit(parts._replace(path="/v1/metrics")) if parts.path in {"", "/"} else endpoint
-    if "://" not in endpoint and not any(name in environ for name in _INSECURE_ENV):
-        return f"http://{endpoint}"
-    return endpoint
-
-
-def make_exporter(config: OtelConfig, environ: Mapping[str, str] | None = None) -> MetricExporter:
-    """The SDK's exporter for a configuration.
-
-    Raises:
-        Exception: whatever the SDK finds wrong with the endpoint, a certificate or an OTEL_* variable.
-    """
-    environ = os.environ if environ is None else environ
-    endpoint = metrics_endpoint(config.endpoint, config.protocol, environ)
-    timeout = None if any(environ.get(name) for name in _TIMEOUT_ENV) else EXPORT_TIMEOUT_S
-    # gRPC forbids upper case in metadata.
-    headers = {name.lower(): value for name, value in config.headers.items()} or None
-    if config.protocol == "http":
-        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
-
-        return HttpExporter(endpoint=endpoint, headers=headers, timeout=timeout)
-    from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
-
-    return GrpcExporter(
-        endpoint=endpoint, headers=headers, timeout=timeout, max_export_batch_size=_MAX_POINTS_PER_REQUEST
-    )
-
-
 class OtelSink:
     """Sends families from a thread of its own, so that a collector that is away delays nothing.
 
     Only the newest families wait; those that a slow collector had no time for are dropped, which loses
     nothing because all numbers are cumulative. Failures are counted as stage `otel`.
 
+    Attributes:
+        last_success_s: Unix time at which the collector last accepted an export; 0 if it hasn't yet.
+
+    Args:
+        config: export.otel.
+        run_dir: of the server.
+        errors: told of failures.
+        environ: OTEL_*; by default the process's.
+
     Raises:
-        Exception: as `make_exporter`.
+        ValueError: as `resolve`, or a variable switches metrics off.
+        Exception: as `metric_exporter`.
     """
 
     def __init__(
@@ -183,10 +147,14 @@ class OtelSink:
     ) -> None:
         # The SDK logs every failed export; here it is logged once, by ErrorCounter.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        self.last_success_s = 0.0
         self._errors = errors
         self._resource = make_resource(run_dir)
-        self._exporter = make_exporter(config, environ)
-        self._target = config.endpoint or "the endpoint of the OTEL_* variables"
+        target = resolve(config, "metrics", environ)
+        if target is None:
+            raise ValueError("metrics are switched off by the OTEL_* variables; unset them to send any")
+        self._exporter = metric_exporter(target)
+        self._target = str(target)
         self._condition = threading.Condition()
         self._next: list[Family] | None = None
         self._closing = False
@@ -217,6 +185,7 @@ class OtelSink:
             return
         if result is MetricExportResult.SUCCESS:
             self._errors.worked("otel")
+            self.last_success_s = time.time()
         else:
             self._errors.count("otel", f"{self._target} did not accept the metrics")
 

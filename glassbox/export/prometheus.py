@@ -3,8 +3,10 @@
 Owns the translation into `prometheus_client` metrics. What there is to show comes from `source.FamilySource`.
 """
 
+import logging
+import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from prometheus_client.core import Metric
@@ -13,10 +15,11 @@ from prometheus_client.samples import Exemplar as PrometheusExemplar
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
-from glassbox.core.logs import get_logger
+from glassbox.core.logs import get_logger, log_once
 from glassbox.export.exemplars import NONE, Exemplar, Exemplars, TraceExemplars
 from glassbox.export.family import Family
 from glassbox.export.family_source import FamilySource, View
+from glassbox.export.liveness import Liveness
 
 logger = get_logger(__name__)
 
@@ -31,15 +34,16 @@ def bucket_names(bounds: Iterable[float]) -> list[str]:
 def to_metric(family: Family, exemplars: Exemplars = NONE) -> Metric:
     """A family as a `prometheus_client` metric, with the exemplars of its buckets (which only OpenMetrics shows).
 
-    A histogram whose values may be negative has `_bucket` and `_count` but no `_sum`, which would not be a
-    counter (`HistogramMetricFamily` leaves out `_count` as well, the multiprocess collector never does).
+    A histogram whose values may be negative has `_bucket` alone: its `_sum` would not be a counter, and OpenMetrics has
+    `_count` only beside it; the bucket +Inf says the same. A counter or sum that is not a number is left out.
     """
     name = family.name.removesuffix("_total") if family.kind == "counter" else family.name
     metric = Metric(name, family.help, family.kind)
     add = metric.samples.append
     if family.kind != "histogram":
         for series in family.series:
-            add(Sample(family.name, dict(zip(family.label_names, series.labels, strict=True)), series.value))
+            if family.kind == "gauge" or not math.isnan(series.value):
+                add(Sample(family.name, dict(zip(family.label_names, series.labels, strict=True)), series.value))
         return metric
     names = bucket_names(family.bounds)
     for series in family.series:
@@ -49,8 +53,8 @@ def to_metric(family: Family, exemplars: Exemplars = NONE) -> Metric:
         for le, count, exemplar in zip(names, series.buckets, shown, strict=True):
             below += count
             add(Sample(f"{name}_bucket", {**labels, "le": le}, below, None, _exemplar(exemplar)))
-        add(Sample(f"{name}_count", labels, below))
-        if series.sum is not None:
+        if series.sum is not None and not math.isnan(series.sum):
+            add(Sample(f"{name}_count", labels, below))
             add(Sample(f"{name}_sum", labels, series.sum))
     return metric
 
@@ -59,6 +63,37 @@ def _exemplar(exemplar: Exemplar | None) -> PrometheusExemplar | None:
     if exemplar is None:
         return None
     return PrometheusExemplar(dict(exemplar.labels), exemplar.value, round(exemplar.time_s, 3))
+
+
+class LivenessCollector(Collector):
+    """Shows in a registry whether what else is shown there is alive; never raises into it.
+
+    Args:
+        liveness: of the server.
+        shown: whether glassbox's metrics are shown at the moment.
+    """
+
+    def __init__(self, liveness: Liveness, shown: Callable[[], bool]) -> None:
+        self._liveness, self._shown = liveness, shown
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not read files."""
+        return []
+
+    def collect(self) -> list[Metric]:
+        """The metrics of this moment."""
+        try:
+            return [to_metric(family) for family in self._liveness.families()] if self._shown() else []
+        except Exception as error:  # a scrape also carries vLLM's own metrics: never break it
+            log_once(
+                logger,
+                logging.WARNING,
+                "liveness",
+                "glassbox can't tell how old its metrics are: %s: %s",
+                type(error).__name__,
+                error,
+            )
+            return []
 
 
 class PrometheusCollector(Collector):

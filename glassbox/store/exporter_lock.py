@@ -1,4 +1,7 @@
-"""The lock that makes one process the exporter of a server, a file of its run directory."""
+"""The lock that makes one process the exporter of a server, a file of its run directory.
+
+The file's time of change is the exporter's last sign of life: touching it takes no room, whatever else fills the disk.
+"""
 
 import contextlib
 import fcntl
@@ -37,7 +40,9 @@ class ExporterLock:
                 time.sleep(_LOCK_PAUSE_S)
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return cls(path, handle)
+                lock = cls(path, handle)
+                lock.beat()
+                return lock
         os.close(handle)
         return None
 
@@ -59,6 +64,33 @@ class ExporterLock:
         finally:
             os.close(handle)  # gives the lock back
         return False
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        with contextlib.suppress(OSError):  # a disk that went read-only: then it is silence that is seen
+            os.utime(self._handle)
+
+    @staticmethod
+    def last_beat_s(run_dir: Path) -> float | None:
+        """Unix time of the exporter's last sign of life; None if there has never been one."""
+        try:
+            return os.stat(Path(run_dir) / LOCK_NAME, follow_symlinks=False).st_mtime
+        except OSError:
+            return None
+
+    @staticmethod
+    def holder(run_dir: Path) -> int | None:
+        """Process id of who holds the lock, as the kernel tells; None if it is nobody, or nobody that is seen here."""
+        try:
+            inode = os.stat(Path(run_dir) / LOCK_NAME, follow_symlinks=False).st_ino
+            locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+        except OSError:
+            return None
+        for line in locks:  # "7: FLOCK  ADVISORY  WRITE 4711 00:2d:1234 0 EOF"
+            fields = line.split()
+            if fields[1:4] == ["FLOCK", "ADVISORY", "WRITE"] and fields[5].rpartition(":")[2] == str(inode):
+                return int(fields[4]) or None
+        return None
 
     def renew(self) -> bool:
         """Keep the lock although a cleaner of temporary files removed it.

@@ -31,12 +31,14 @@ class LiveWorker:
         rank, host: of the worker.
         layers: global indices of its observed layers, ascending.
         heads: global indices of its heads.
+        time_s: Unix time of its snapshot.
     """
 
     rank: int
     host: str
     layers: tuple[int, ...]
     heads: range
+    time_s: float
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -162,7 +164,7 @@ def _live_worker(snapshot: Snapshot) -> LiveWorker:
     local = int(np.argmax(snapshot.layer_heads)) if snapshot.layers else None
     first = snapshot.head_offsets[local] if local is not None else 0
     heads = range(first, first + (snapshot.layer_heads[local] if local is not None else 0))
-    return LiveWorker(snapshot.rank, snapshot.host, tuple(sorted(snapshot.layers)), heads)
+    return LiveWorker(snapshot.rank, snapshot.host, tuple(sorted(snapshot.layers)), heads, snapshot.time_s)
 
 
 def _of(workers: Iterable[Snapshot], name: str) -> list[Any]:

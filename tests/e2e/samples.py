@@ -6,13 +6,19 @@ from typing import Final
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from glassbox.export.liveness import LIVENESS_METRICS
+
 PREFIX: Final = "glassbox_"
 # Name of the sample and its labels.
 Key = tuple[str, frozenset[tuple[str, str]]]
 
 
+# What the answering process tells of age and exporter: of the moment, so no two answers have the same.
+OF_THE_MOMENT: Final = frozenset(family.name for family in LIVENESS_METRICS)
+
+
 def glassbox_samples(exposition: str | Iterable[Metric]) -> dict[Key, float]:
-    """Value of each of glassbox's samples in `/metrics`, given as text or as families.
+    """Value of each of glassbox's samples in `/metrics` but for those of the moment, given as text or as families.
 
     Raises:
         ValueError: if a sample is there twice.
@@ -23,6 +29,8 @@ def glassbox_samples(exposition: str | Iterable[Metric]) -> dict[Key, float]:
         if not family.name.startswith(PREFIX):
             continue
         for sample in family.samples:
+            if sample.name in OF_THE_MOMENT:
+                continue
             key = (sample.name, frozenset(sample.labels.items()))
             if key in found:
                 raise ValueError(f"a sample must be there once, got {key} twice")

@@ -11,13 +11,14 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from glassbox.export.families import build_families
 from glassbox.export.prometheus import to_metric
 from glassbox.store.merge import merge
 from glassbox.store.snapshot import read_snapshots
 from tests.e2e.samples import Key, counts_against_rows, glassbox_samples
-from tests.serving import GlassboxServer
+from tests.serving import GlassboxServer, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -128,6 +129,41 @@ class TestTwoApiServers:
         """There is one exporter process, not one per API server."""
         exporters = [process for process in pair.processes() if "glassbox.processes.exporter" in process.cmdline()]
         assert len(exporters) == 1
+
+    def test_a_stopped_exporter_is_seen_at_both(self, pair: GlassboxServer) -> None:
+        """What it wrote stands still; that it gives no sign of life is told by whoever answers, as is its return."""
+        (exporter,) = [process for process in pair.processes() if "glassbox.processes.exporter" in process.cmdline()]
+        processes = pair.processes()
+
+        def silences() -> dict[int, float]:
+            """Of each process that answered."""
+            found: dict[int, float] = {}
+            deadline = time.monotonic() + 60.0
+            while len(found) < 2:
+                assert time.monotonic() < deadline, f"only {list(found)} answered"
+                pid, text = scrape(pair, processes)
+                lines = [line for line in text.splitlines() if line.startswith("glassbox_exporter_silence_seconds")]
+                assert len(lines) == 1
+                found[pid] = float(lines[0].split()[1])
+            return found
+
+        # It gives a sign of life every 10 seconds at least.
+        exporter.suspend()
+        try:
+            wait_for(silences, lambda found: min(found.values()) > 12, 60.0, "both to tell of the silence")
+        finally:
+            exporter.resume()
+        wait_for(silences, lambda found: max(found.values()) < 10, 60.0, "both to tell of the return")
+
+    def test_openmetrics_is_strict(self, pair: GlassboxServer) -> None:
+        """glassbox's part of the page that a scraper which asks for OpenMetrics gets."""
+        accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
+        text = httpx.get(f"{pair.url}/metrics/", headers=accept, timeout=60.0).raise_for_status().text
+        ours = [
+            line for line in text.splitlines() if line.startswith(("glassbox_", "# HELP glassbox_", "# TYPE glassbox_"))
+        ]
+        families = list(text_string_to_metric_families("\n".join([*ours, "# EOF"]) + "\n"))
+        assert {"glassbox_attention_max_logit", "glassbox_exporter_up"} <= {family.name for family in families}
 
     def test_vllms_own_metrics_are_still_there(self, pair: GlassboxServer) -> None:
         """And count the requests: glassbox's files don't disturb their merging."""

@@ -8,6 +8,7 @@ from typing import Final
 
 import pytest
 
+from glassbox.cli.dashboards import promql
 from glassbox.core.statistics import STATISTICS
 from tests.e2e.mixed_traffic import MixedTraffic
 from tests.e2e.samples import PREFIX, Key, counts_against_rows, glassbox_samples
@@ -136,7 +137,10 @@ class TestNumbers:
         """The same, asked in PromQL as an alert would; the comparison itself has all series."""
         for statistic in STATISTICS:
             if statistic.exported:
-                count = f"{statistic.metric}_count"
+                series, matchers = promql.rows_of(statistic.name)
+                count = f"{series}{{{', '.join(matchers)}}}"
+                if matchers:  # its last bucket, which has a label more
+                    count = f"sum without (le) ({count})"
                 assert scraped.prometheus.query(f"{count} != glassbox_attention_rows_total") == {}
                 equal = scraped.prometheus.query(f"{count} == glassbox_attention_rows_total")
                 assert len(equal) == NUM_LAYERS * (1 if statistic.decode_only else 2)

@@ -1,7 +1,7 @@
 """The alerts: conditions in PromQL, and the words in which they are told.
 
-Those of the output checks are in `output_alerts.py`. What an alert means and what to do stands in
-`docs/runbooks/<alert>.md`.
+Those of the output checks are in `output_alerts.py`, those of silence in `liveness_alerts.py`. What an alert means and
+what to do stands in `docs/runbooks/<alert>.md`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -152,11 +152,14 @@ def own_alerts(s: RuleSettings) -> Iterator[Alert]:
     yield Alert(
         "NothingObserved",
         "warning",
-        f"max by ({engine}) (glassbox_layers_observed) == 0\nand\nmax by ({engine}) (glassbox_sample_rate) > 0",
+        f"max by ({engine}) (glassbox_layers_observed) == 0\nand\nmax by ({engine}) (glassbox_sample_rate) > 0\nand\n"
+        # Encoders keep no keys: of such a model nothing could be observed, for ever.
+        f'sum by ({engine}) (glassbox_layers_bypassed{{reason!="encoder"}}) > 0',
         summary=f"glassbox observes no layer of {WHERE}",
         found="",
         when="The sample rate is above 0, but no attention layer of the model is observed; `glassbox_layers_bypassed` "
-        "says why. The alerts about attention can't see this engine.",
+        "says why. The alerts about attention can't see this engine. Of a model with encoder layers alone, or without "
+        "attention, there is nothing to observe, and it is silent.",
     )
     yield Alert(
         "OverheadAboveBudget",

@@ -53,8 +53,8 @@ def known_series(groups: tuple[Group, ...]) -> dict[str, frozenset[str]]:
 def _series_names(family: Family) -> list[str]:
     if family.kind != "histogram":
         return [family.name]
-    # A histogram with negative bounds has negative values, thus no sum.
-    parts = ("bucket", "count") if family.bounds[0] < 0 else ("bucket", "count", "sum")
+    # A histogram with negative bounds has negative values, thus no sum, thus no count.
+    parts = ("bucket",) if family.bounds[0] < 0 else ("bucket", "count", "sum")
     return [f"{family.name}_{part}" for part in parts]
 
 

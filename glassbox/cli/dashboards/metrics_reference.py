@@ -14,10 +14,10 @@ _INTRODUCTION = """\
 # Metrics
 
 The names are those of Prometheus; in OpenTelemetry dots stand for the first underscores and units are in the unit field
-(`glassbox.attention.entropy_ratio`). All have the labels `model_name` and `engine`, the same as vLLM's own metrics, so
-that joins work. Those with `phase` (`prefill` or `decode`) also have `layer` at `export.prometheus.detail: layer`, and
-`layer` and `head` at `detail: head`, if nothing else is said; both are global indices. A **row** is one query token of
-one request in one layer and one head.
+(`glassbox.attention.entropy_ratio`). All but those of the exporter and its sinks, which are a server's, have the labels
+`model_name` and `engine`, the same as vLLM's own metrics, so that joins work. Those with `phase` (`prefill` or
+`decode`) also have `layer` at `export.prometheus.detail: layer`, and `layer` and `head` at `detail: head`, if nothing
+else is said; both are global indices. A **row** is one query token of one request in one layer and one head.
 """
 
 _ROWS = """\
@@ -90,6 +90,16 @@ What `reason` of `glassbox_layers_bypassed` says of a layer:
 """
 
 
+_LIVENESS = """\
+`glassbox_snapshot_age_seconds`, `glassbox_export_interval_seconds` and all that begin with `glassbox_exporter_` or
+`glassbox_sink_` are made by the process that answers the scrape, when it does: vLLM's API server (each of several), or
+the exporter on its own port. So a full disk and an exporter that was killed, stopped or hangs can't hide themselves.
+They don't count for `export.prometheus.max_series`. Those of the exporter exist where the configuration needs one, and
+on the exporter's own port always; if that port is all that is scraped, `up == 0` is what tells that it is gone.
+
+A sink succeeds when it did all that was asked, if that was nothing, too. One that has failed or hangs doesn't until it
+works again; of `otel_traces` it is known only whether spans were lost since the last export.
+"""
 _NODES = """\
 Each node of an engine exports what its own ranks measured; `glassbox_worker_info` says which. Rows, histograms and
 counters of rows add up over the nodes, because a head of a layer is on one rank. What all ranks see alike does not;
@@ -154,8 +164,8 @@ def render(groups: tuple[Group, ...]) -> str:
             _INTRODUCTION,
             "## Statistics of the attention\n",
             "Histograms over the measured rows. The symbols of the formulas are explained in "
-            f"`glassbox/core/statistics.py`. {signed} has `_bucket` and `_count` but no `_sum`: its values may be "
-            "negative.\n",
+            f"`glassbox/core/statistics.py`. {signed} has `_bucket` but neither `_sum` nor `_count`: its values may be "
+            "negative, and OpenMetrics forbids both then; the bucket `+Inf` is the number of rows.\n",
             _table(
                 ("Metric", "Meaning", "Formula", "Range", "Phases", "Buckets (`le`)"),
                 [_statistic(row) for row in STATISTICS],
@@ -173,6 +183,8 @@ def render(groups: tuple[Group, ...]) -> str:
             _table(("`reason`", "Why"), [(f"`{reason}`", why) for reason, why in BYPASS_REASONS.items()]),
             "## Drift from a baseline\n",
             _DRIFT,
+            "## Age, exporter and sinks\n",
+            _LIVENESS,
             "## An engine over several nodes\n",
             _NODES,
             _table(("Over nodes", "Metrics of the engine"), _over_nodes()),

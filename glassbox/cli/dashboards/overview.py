@@ -13,6 +13,7 @@ from glassbox.cli.dashboards.common import (
     statistic_line,
 )
 from glassbox.cli.dashboards.layout import Page, Section
+from glassbox.cli.dashboards.liveness_panels import liveness
 from glassbox.cli.dashboards.output_panels import output_checks
 from glassbox.cli.dashboards.panels import GREEN, RED, YELLOW, Levels, Query, lines, listing, tile
 
@@ -349,6 +350,6 @@ def page() -> Page:
                 ],
                 folded=True,
             ),
-            Section("glassbox itself", [*_work(), *_setup()]),
+            Section("glassbox itself", [*_work(), *liveness(), *_setup()]),
         ],
     )

@@ -10,7 +10,8 @@ from glassbox.core.statistics import INDEX, STATISTICS, Statistic
 from glassbox.export.prometheus import bucket_names
 
 # Regular expressions throughout: a variable may hold several values, or ".+" for all.
-MATCHERS: Final = 'job=~"$job", instance=~"$instance", model_name=~"$model_name", engine=~"$engine"'
+SERVER_MATCHERS: Final = 'job=~"$job", instance=~"$instance"'
+MATCHERS: Final = f'{SERVER_MATCHERS}, model_name=~"$model_name", engine=~"$engine"'
 QUANTILES: Final = (0.5, 0.95, 0.99)
 # Bands of ten layers: the same expression fits a model of any depth. The greedy group is all digits but the last.
 BAND_LABEL: Final = "layers"
@@ -25,6 +26,11 @@ def statistic(name: str) -> Statistic:
 def select(metric: str, *matchers: str) -> str:
     """An instant selector with the dashboard's matchers and `matchers`, e.g. `phase="decode"`."""
     return f"{metric}{{{', '.join((MATCHERS, *matchers))}}}"
+
+
+def of_server(metric: str) -> str:
+    """An instant selector of a metric that is a server's, not an engine's."""
+    return f"{metric}{{{SERVER_MATCHERS}}}"
 
 
 def rate(metric: str, *matchers: str, offset: str = "") -> str:
@@ -71,6 +77,15 @@ def mean(name: str, *matchers: str, by: tuple[str, ...] = (), offset: str = "") 
     return f"{numerator} / {total(f'{row.metric}_count', *matchers, by=by, offset=offset)}"
 
 
+def rows_of(name: str) -> tuple[str, tuple[str, ...]]:
+    """The series that counts the rows of a statistic, and its own matchers.
+
+    A histogram with negative values has no `_count`, because OpenMetrics has none without `_sum`: its last bucket.
+    """
+    row = statistic(name)
+    return (f"{row.metric}_bucket", ('le="+Inf"',)) if row.signed else (f"{row.metric}_count", ())
+
+
 def bucket_name(name: str, bound: float) -> str:
     """The value of `le` of a bound of a statistic's histogram.
 
@@ -86,7 +101,8 @@ def share_up_to(name: str, bound: float, *matchers: str, by: tuple[str, ...] = (
     """Share of the rows whose value is at most `bound`, one of the histogram's bounds."""
     metric = statistic(name).metric
     below = total(f"{metric}_bucket", *matchers, f'le="{bucket_name(name, bound)}"', by=by)
-    return f"{below} / {total(f'{metric}_count', *matchers, by=by)}"
+    rows, last = rows_of(name)
+    return f"{below} / {total(rows, *matchers, *last, by=by)}"
 
 
 def share_above(name: str, bound: float, *matchers: str, by: tuple[str, ...] = ()) -> str:

@@ -7,6 +7,8 @@ Severity = Literal["critical", "warning"]
 ENGINE_LABELS: Final = ("job", "instance", "model_name", "engine")
 PHASE_LABELS: Final = (*ENGINE_LABELS, "phase")
 LAYER_LABELS: Final = (*PHASE_LABELS, "layer")
+# Of what a server shows of itself, which is no engine's.
+SERVER_LABELS: Final = ("job", "instance")
 # Of a history: not the instance, because a rollout brings new ones, and that is when a comparison matters most.
 MODEL_LABELS: Final = ("job", "model_name", "phase")
 RUNBOOKS: Final = "docs/runbooks"
@@ -47,6 +49,8 @@ class RuleSettings:
         overhead_budget: share of time that measuring may take, as `sampling.overhead_budget`.
         sampling_window: in which a busy server must have measured something.
         min_expected_samples: sampled steps that were to be expected in it, else its silence says nothing.
+        stale_intervals, stale_s: a snapshot or a sink's last success is old after so many intervals of the exports and
+            so many seconds more: an idle worker writes every 15 seconds, a busy machine may be late.
         hold: the `for` of each alert, by its name without the prefix.
     """
 
@@ -75,6 +79,8 @@ class RuleSettings:
     overhead_budget: float = 0.01
     sampling_window: str = "30m"
     min_expected_samples: int = 20
+    stale_intervals: int = 3
+    stale_s: float = 60.0
     hold: dict[str, str] = field(
         default_factory=lambda: {
             "OutputWrong": "1m",
@@ -93,6 +99,9 @@ class RuleSettings:
             "NotCertified": "15m",
             "OverheadAboveBudget": "15m",
             "Errors": "5m",
+            "SnapshotStale": "2m",
+            "ExporterDown": "2m",
+            "SinkFailing": "5m",
         }
     )
 

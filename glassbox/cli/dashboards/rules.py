@@ -1,6 +1,7 @@
 """Recording and alerting rules for Prometheus.
 
-Owns which series are recorded and how the rules are grouped. The alerts are in `alerts.py` and `output_alerts.py`;
+Owns which series are recorded and how the rules are grouped. The alerts are in `alerts.py`, `output_alerts.py` and
+`liveness_alerts.py`;
 every number stands in `rule_model.RuleSettings`, and the dashboards colour their tiles with the same ones.
 
 Two levels: the rules of the group `glassbox-windows` keep, per engine, layer and phase, a window's mean (or share, or
@@ -11,6 +12,7 @@ two. At detail `model` the whole model counts as one layer; at detail `head` the
 
 from glassbox.cli.dashboards import promql
 from glassbox.cli.dashboards.alerts import attention_alerts, logit_alerts, own_alerts
+from glassbox.cli.dashboards.liveness_alerts import liveness_alerts
 from glassbox.cli.dashboards.output_alerts import certification_alerts, output_alerts
 from glassbox.cli.dashboards.rule_model import (
     LAYER_LABELS,
@@ -37,15 +39,15 @@ class _Recorder:
         metric = promql.statistic(name).metric
         top, bottom = (self._sum(f"rate({metric}_{part}[{self.s.window}])", labels) for part in ("sum", "count"))
         comment = f"Mean of {name}, where there are enough rows."
-        expr = f"{top}\n  /\n{bottom}\nand\n{self._enough(metric, labels)}"
+        expr = f"{top}\n  /\n{bottom}\nand\n{self._enough(name, labels)}"
         return self.window(metric, "mean", expr, comment, labels)
 
     def share_above(self, name: str, bound: float, subject: str, comment: str) -> Recording:
         metric = promql.statistic(name).metric
         le = promql.bucket_name(name, bound)
         below = self._sum(f'rate({metric}_bucket{{le="{le}"}}[{self.s.window}])', LAYER_LABELS)
-        every = self._sum(f"rate({metric}_count[{self.s.window}])", LAYER_LABELS)
-        expr = f"1 - {below}\n  /\n{every}\nand\n{self._enough(metric, LAYER_LABELS)}"
+        every = self._sum(f"rate({self._rows(name)}[{self.s.window}])", LAYER_LABELS)
+        expr = f"1 - {below}\n  /\n{every}\nand\n{self._enough(name, LAYER_LABELS)}"
         return self.window(subject, "ratio", expr, comment, LAYER_LABELS)
 
     def window_max(self) -> Recording:
@@ -71,8 +73,13 @@ class _Recorder:
     def _sum(expr: str, labels: tuple[str, ...]) -> str:
         return f"sum by ({', '.join(labels)}) ({expr})"
 
-    def _enough(self, metric: str, labels: tuple[str, ...]) -> str:
-        return f"{self._sum(f'increase({metric}_count[{self.s.window}])', labels)} >= {self.s.min_rows}"
+    @staticmethod
+    def _rows(name: str) -> str:
+        metric, matchers = promql.rows_of(name)
+        return f"{metric}{{{', '.join(matchers)}}}" if matchers else metric
+
+    def _enough(self, name: str, labels: tuple[str, ...]) -> str:
+        return f"{self._sum(f'increase({self._rows(name)}[{self.s.window}])', labels)} >= {self.s.min_rows}"
 
 
 def build_groups(settings: RuleSettings | None = None) -> tuple[Group, ...]:
@@ -106,7 +113,7 @@ def build_groups(settings: RuleSettings | None = None) -> tuple[Group, ...]:
         Group("glassbox-history", s.history_interval, tuple(history.values())),
         Group("glassbox-output", None, tuple(output_alerts(s))),
         Group("glassbox-attention", None, (*attention_alerts(s, now, then), *logit_alerts(s, now, then))),
-        Group("glassbox-self", None, (*own_alerts(s), *certification_alerts(s))),
+        Group("glassbox-self", None, (*own_alerts(s), *certification_alerts(s), *liveness_alerts(s))),
     )
 
 

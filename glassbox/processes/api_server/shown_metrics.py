@@ -1,6 +1,7 @@
 """What a process shows of its server to whoever scrapes it or asks its routes, made when somebody does.
 
-Owns the collector in prometheus_client's registry, behind vLLM's own /metrics. Every process of a server registers it,
+Owns the collector in prometheus_client's registry, behind vLLM's own /metrics, and with several API servers what is
+shown beside the files of the exporter. Every process of a server registers it,
 for none can know whether it will be asked, and most never are: what reads and translates is imported at the first
 scrape, and prometheus_client is waited for, not imported.
 
@@ -20,7 +21,7 @@ from glassbox.config.load import GlassboxConfig
 
 if TYPE_CHECKING:
     from glassbox.export.family_source import FamilySource
-    from glassbox.export.prometheus import PrometheusCollector
+    from glassbox.export.prometheus import LivenessCollector, PrometheusCollector
 
 
 class ShownMetrics:
@@ -37,6 +38,7 @@ class ShownMetrics:
         self._lock = threading.Lock()
         self._source: FamilySource | None = None
         self._collector: PrometheusCollector | None = None
+        self._liveness: LivenessCollector | None = None
 
     def limit_to(self, engines: EngineLabels) -> None:
         """Show these engines (their labels; None is all) and no others."""
@@ -68,7 +70,47 @@ class ShownMetrics:
 
                 self._collector = PrometheusCollector(source)
             collector = self._collector
+        return [*collector.collect(), *self.collect_liveness()]
+
+    def collect_liveness(self) -> Iterable[Any]:
+        """Of these the metrics that only the process which answers can make (`export/liveness.py`)."""
+        source = self.source
+        with self._lock:
+            if self._liveness is None:
+                from glassbox.export.liveness import Liveness
+                from glassbox.export.prometheus import LivenessCollector
+                from glassbox.processes.exporter.launch import is_needed
+
+                liveness = Liveness(self._run_dir, self._config, lambda: source.merged().engines, is_needed)
+                self._liveness = LivenessCollector(liveness, self._is_shown)
+            collector = self._liveness
         return collector.collect()
+
+    def _is_shown(self) -> bool:
+        config = self._config()
+        return config.enabled and config.export.prometheus.enabled
+
+    def show_beside(self, collector: Any) -> Callable[[], None]:
+        """Have a class of collectors show the liveness as well, and nothing that OpenMetrics hasn't; returns the undo.
+
+        Args:
+            collector: prometheus_client's MultiProcessCollector: what it shows lies in files, which stay as they are
+                when whoever writes them has stopped.
+        """
+        original = collector.collect
+
+        def collect(of_files: Any) -> list[Any]:
+            from glassbox.export.multiprocess import without_lone_counts
+
+            return [*without_lone_counts(original(of_files)), *self.collect_liveness()]
+
+        collector.collect = collect
+
+        def undo() -> None:
+            if collector.collect is collect:
+                collector.collect = original
+
+        return undo
 
     def show_in(self, registry: Any) -> Callable[[], None]:
         """Register in a registry; returns the undo, which may come twice."""
@@ -94,4 +136,5 @@ def install(shown: ShownMetrics) -> Callable[[], None]:
 
     patches = LatePatches()
     patches.add("prometheus_client", apply)
+    patches.add("prometheus_client.multiprocess", lambda module: shown.show_beside(module.MultiProcessCollector))
     return patches.remove

@@ -90,6 +90,11 @@ class HttpServer:
                 raise RuntimeError(f"the HTTP server did not start within {_START_TIMEOUT_S:g} s")
             time.sleep(0.005)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread still runs."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Stop listening and end the thread; requests in progress have a second to end."""
         self._server.should_exit = True

@@ -17,11 +17,20 @@ from typing import Final
 import glassbox
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.affinity import leave_workers_cores
+from glassbox.core.logs import get_logger
+from glassbox.processes.exporter.log_relay import open_relay
+from glassbox.processes.exporter.silence import SilenceWatch, kill_exporter
 from glassbox.store import multiprocess_files, rundir
 from glassbox.store.exporter_lock import ExporterLock
 
+logger = get_logger(__name__)
+
 _LONGEST_BACKOFF_S: Final = 60.0
 _STOP_TIMEOUT_S: Final = 3.0
+# Without a sign of life, of which there is one every few seconds: then it was stopped, or hangs. Whoever has started it
+# comes first.
+REPLACE_AFTER_S: Final = 120.0
+_REPLACE_ANOTHERS_AFTER_S: Final = 240.0
 _BINDING_VARIABLES: Final = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
 
 
@@ -93,6 +102,8 @@ class ExporterProcess:
         self._started = 0.0
         self._not_before = 0.0
         self._failures = 0
+        self._silence = SilenceWatch(clock)
+        self._is_killed = False
         self.deaths = 0
 
     @property
@@ -104,10 +115,11 @@ class ExporterProcess:
         """Make sure that an exporter runs if `config` asks for one, and none of this worker's if not; never
         waits.
 
-        An exporter that died is started again after 1, 2, 4, ... at most 60 seconds.
+        An exporter that died is started again after 1, 2, 4, ... at most 60 seconds. One that gives no sign of life for
+        two minutes is killed and replaced, also one whose worker is gone.
 
         Raises:
-            RuntimeError: once for each exporter that died.
+            RuntimeError: once for each exporter that died or was killed, and for one that can't be killed.
             OSError: if it cannot be started.
         """
         self._reap()
@@ -117,8 +129,26 @@ class ExporterProcess:
                 self._process.terminate()  # reaped by a later call
             return
         run_dir = rundir.run_dir() if self._run_dir is None else self._run_dir
-        if self._process is None and self._clock() >= self._not_before and not ExporterLock.is_held(run_dir):
+        if ExporterLock.is_held(run_dir):
+            self._replace_silent(run_dir)
+        elif self._process is None and self._clock() >= self._not_before:
             self._start(run_dir, environ, config)
+
+    def _replace_silent(self, run_dir: Path) -> None:
+        silent_s = self._silence.look(run_dir)
+        if silent_s < (_REPLACE_ANOTHERS_AFTER_S if self._process is None else REPLACE_AFTER_S):
+            return
+        self._silence.forget()
+        if self._process is not None:
+            pid: int | None = self._process.pid
+            self._process.kill()
+            self._is_killed = True
+        else:
+            pid = kill_exporter(run_dir)
+        told = f"the exporter gives no sign of life for {silent_s:.0f} s: it was stopped, or hangs"
+        told += f"; process {pid} is killed and replaced" if pid else "; it can't be killed from here: end it by hand"
+        logger.warning("%s", told)  # each time; of errors only the first is logged
+        raise RuntimeError(told)
 
     def _start(self, run_dir: Path, environ: Mapping[str, str], config: GlassboxConfig) -> None:
         # -P: a file of the working directory must not shadow a module.
@@ -126,14 +156,15 @@ class ExporterProcess:
         command += ["--config", str(self._config_path), "--parent-pid", str(os.getpid()), "--in-force"]
         self._started = self._clock()
         # Not as an argument, which anybody on the machine may read: there may be a collector's token in it.
-        with tempfile.TemporaryFile() as in_force:
+        with tempfile.TemporaryFile() as in_force, open_relay() as log:
             in_force.write(config.model_dump_json().encode())
             in_force.seek(0)
             self._process = subprocess.Popen(
-                command,
+                [*command, "--log-to", str(log.fileno())],
                 env=_child_environ(environ),
                 stdin=in_force,
                 start_new_session=True,
+                pass_fds=(log.fileno(),),
             )
         leave_workers_cores(self._process.pid)
 
@@ -147,6 +178,9 @@ class ExporterProcess:
             self._not_before = now + 1.0
             return
         self.deaths += 1
+        killed, self._is_killed = self._is_killed, False
+        if killed and code == -signal.SIGKILL:
+            return  # told when it was; the next call starts another
         self._failures = 0 if now - self._started > _LONGEST_BACKOFF_S else self._failures
         backoff = min(2.0**self._failures, _LONGEST_BACKOFF_S)
         self._failures += 1

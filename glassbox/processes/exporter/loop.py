@@ -18,6 +18,7 @@ from typing import Final
 from glassbox.config.load import ConfigError, GlassboxConfig, load_config
 from glassbox.config.watch import ConfigWatcher
 from glassbox.core.logs import get_logger, set_level
+from glassbox.processes.exporter.log_relay import send_logs
 from glassbox.processes.exporter.sinks import Sinks
 from glassbox.store.exporter_lock import ExporterLock
 
@@ -26,6 +27,8 @@ logger = get_logger(__name__)
 # Only where the kernel has no pidfd (before Linux 5.3, some sandboxes).
 _PARENT_POLL_S: Final = 0.5
 _NICENESS: Final = 10
+# Between two signs of life, however long the interval.
+_BEAT_S: Final = 10.0
 
 
 class _Wakeups:
@@ -106,7 +109,7 @@ def _run(run_dir: Path, config_path: Path, config: GlassboxConfig, parent_pid: i
     # The workers report a bad edit; here it only must not be taken.
     watcher = ConfigWatcher(config_path, on_change, lambda error: logger.debug("%s", error), initial=config)
     watcher.start()
-    sinks = Sinks(run_dir, lambda: current)
+    sinks = Sinks(run_dir, lambda: current, beat=lock.beat)
     try:
         while not stop and not wakeups.parent_gone():
             if not lock.renew():
@@ -115,7 +118,8 @@ def _run(run_dir: Path, config_path: Path, config: GlassboxConfig, parent_pid: i
             seen, next_round = current, time.monotonic() + current.export.interval_s
             sinks.round()
             while not stop and not wakeups.parent_gone() and current is seen and time.monotonic() < next_round:
-                wakeups.sleep(next_round - time.monotonic())
+                wakeups.sleep(min(next_round - time.monotonic(), _BEAT_S))
+                lock.beat()
         sinks.round(last=True)
     finally:
         watcher.stop()
@@ -131,14 +135,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the exporter of a server until its parent ends or SIGTERM arrives.
 
     Returns:
-        0, also if the server has an exporter already; 2 if the configuration cannot be loaded.
+        0, also if the server has an exporter already; 1 if it came to a bad end, which the log tells; 2 if the
+        configuration cannot be loaded and no other one was given.
     """
     parser = argparse.ArgumentParser(prog="python -m glassbox.processes.exporter", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="where the workers leave their snapshots")
     parser.add_argument("--config", type=Path, required=True, help="the YAML file")
     parser.add_argument("--parent-pid", type=int, required=True, help="process with whose end this one ends")
     parser.add_argument("--in-force", action="store_true", help="begin with the settings on standard input, as JSON")
+    parser.add_argument("--log-to", type=int, help="open socket to who logs for this one; default: stderr")
     options = parser.parse_args(argv)
+    if options.log_to is not None:
+        send_logs(options.log_to)
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = ExporterLock.acquire(options.run_dir)
     if lock is None:
@@ -153,7 +161,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_level(config.log_level)
         with contextlib.suppress(OSError):
             os.nice(_NICENESS)
-        _run(options.run_dir, options.config, config, options.parent_pid, lock)
+        try:
+            _run(options.run_dir, options.config, config, options.parent_pid, lock)
+        except Exception:
+            logger.exception("glassbox's exporter ends because of an error")
+            return 1
         return 0
     finally:
         lock.release()

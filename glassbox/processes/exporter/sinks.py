@@ -1,15 +1,15 @@
 """Everything the exporter process writes to, kept in line with the configuration.
 
-Owns which sinks are open: own port, multiprocess files, OTLP, JSONL; those of traced requests are
-`trace_sinks.py`. A sink that fails is counted and does not keep the others from working. When to do a round is
-the process's business (`loop.py`).
+Owns which sinks there are: own port, multiprocess files, OTLP, JSONL; those of traced requests are
+`trace_sinks.py`. That one which fails or hangs doesn't keep the others from working is `sink.py`'s. When to do a round
+is the process's business (`loop.py`).
 """
 
 import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry
 
@@ -19,10 +19,12 @@ from glassbox.core.logs import get_logger
 from glassbox.export.exemplars import TraceExemplars
 from glassbox.export.family_source import FamilySource, View
 from glassbox.export.jsonl import JsonlSink
+from glassbox.export.liveness import Liveness
 from glassbox.export.multiprocess import MultiprocessWriter
-from glassbox.export.prometheus import PrometheusCollector
+from glassbox.export.prometheus import LivenessCollector, PrometheusCollector
 from glassbox.processes.exporter.http import HttpServer, bind_address
-from glassbox.processes.exporter.trace_sinks import TraceSinks
+from glassbox.processes.exporter.sink import Sink
+from glassbox.processes.exporter.trace_sinks import TraceSinks, otlp_target
 from glassbox.store import multiprocess_files
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
 
@@ -32,6 +34,15 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 FLUSH_TIMEOUT_S: Final = 1.0
+# Of a sink that fails: where it is configured, and what to do there.
+_ADVICE: Final = {
+    "http": ("export.prometheus.port", "free the port, or choose another"),
+    "multiprocess": (multiprocess_files.DIRECTORY_ENV, "it must be a directory with room that this user may write to"),
+    "otel": ("export.otel.endpoint", "the collector must listen there, by that protocol"),
+    "otel_traces": ("export.otel.endpoint", "the collector must listen there, by that protocol"),
+    "jsonl": ("export.jsonl.path", "name a file, in a folder with room that this user may write to"),
+    "records": ("requests.records.path", "name a place with room that this user may write to"),
+}
 
 
 class Sinks:
@@ -46,6 +57,8 @@ class Sinks:
         config: returns the configuration of the moment.
         environ: PROMETHEUS_MULTIPROC_DIR, GLASSBOX_HTTP_ADDR, OTEL_*; by default the process's.
         clock: Unix time in seconds.
+        monotonic: seconds, for the time between attempts to open a sink.
+        beat: is called between sinks: each may take some seconds, and whoever watches must not take that for silence.
     """
 
     def __init__(
@@ -54,76 +67,122 @@ class Sinks:
         config: Callable[[], GlassboxConfig],
         environ: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
+        self._beat = beat
         self._run_dir = Path(run_dir)
         self._config = config
         self._environ = os.environ if environ is None else environ
         self._clock = clock
         before = read_status(self._run_dir)
-        self.errors = export_errors(logger, before.errors if before else None)
+        self.errors = export_errors(logger, before.errors if before else None, self._advice)
         self._takes_over = before is not None
+        self._restarts = before.restarts + (not before.ended) if before is not None else 0
         self._source = FamilySource(self._run_dir, config)
         self._registry = CollectorRegistry()
         self._registry.register(PrometheusCollector(self._source, TraceExemplars(self._run_dir)))
-        self._http: tuple[object, HttpServer] | None = None
-        self._multiprocess: tuple[object, MultiprocessWriter] | None = None
-        self._otel: tuple[object, OtelSink] | None = None
-        self._jsonl: tuple[object, JsonlSink] | None = None
-        self._traces = TraceSinks(self._run_dir, config, self.errors, self._environ, clock)
+        self._liveness = Liveness(self._run_dir, config, lambda: self._source.merged().engines, clock=clock)
+        self._registry.register(LivenessCollector(self._liveness, lambda: True))
+        succeeded = before.sinks if before is not None else {}
+
+        def sink(name: str, **how: Any) -> Sink[Any]:
+            last = succeeded.get(name, 0.0)
+            return Sink(name, self.errors, last_success_s=last, clock=monotonic, unix=clock, **how)
+
+        self._http: Sink[HttpServer] = sink(
+            "http", wants=self._wants_http, opens=self._open_http, closes=_close_http, works=lambda http: http.is_alive
+        )
+        self._multiprocess: Sink[MultiprocessWriter] = sink(
+            "multiprocess",
+            wants=self._wants_multiprocess,
+            opens=self._open_multiprocess,
+            closes=lambda writer, _: writer.close(),
+        )
+        self._otel: Sink[OtelSink] = sink(
+            "otel",
+            wants=self._wants_otel,
+            opens=self._open_otel,
+            closes=lambda otel, _: otel.close(FLUSH_TIMEOUT_S),
+            sends_later=lambda otel: otel.last_success_s,
+        )
+        self._jsonl: Sink[JsonlSink] = sink("jsonl", wants=_wants_jsonl, opens=self._open_jsonl)
+        self._traces = TraceSinks(self._run_dir, config, self.errors, self._environ, clock, succeeded)
+        self._all: tuple[Sink[Any], ...] = (
+            self._http,
+            self._multiprocess,
+            self._otel,
+            self._jsonl,
+            self._traces.records,
+            self._traces.spans,
+        )
 
     @property
     def http_port(self) -> int | None:
         """The port that is served, None if none is."""
-        return self._http[1].port if self._http else None
+        return self._http.value.port if self._http.value else None
 
     def apply(self) -> None:
         """Open, change and close sinks so that they are what the configuration of the moment says."""
         config = self._config()
-        self._apply_http(config)
-        self._apply_otel(config)
-        jsonl = config.export.jsonl
-        wanted = (jsonl.expanded_path, jsonl.max_mb) if config.enabled and jsonl.expanded_path is not None else None
-        if wanted is None:
-            self._jsonl = None
-        elif self._jsonl is None or self._jsonl[0] != wanted:
-            # A sink opened by an edit reports from now on, like one that takes over from a dead exporter.
-            self._jsonl = (wanted, JsonlSink(*wanted, skip_first=self._takes_over))
+        for sink in (self._http, self._multiprocess, self._otel, self._jsonl):
+            sink.apply(config)
+            self._beat()
         self._traces.apply(skip_present=self._takes_over)
+        # A sink opened by an edit reports from now on, like one that takes over from a dead exporter.
         self._takes_over = True
 
-    def _apply_http(self, config: GlassboxConfig) -> None:
+    def _wants_http(self, config: GlassboxConfig) -> object:
         prometheus = config.export.prometheus
-        wanted = None
-        if config.enabled and prometheus.enabled and prometheus.port is not None:
-            wanted = (bind_address(self._environ), prometheus.port)
-        if self._http is not None and self._http[0] != wanted:
-            self._http[1].close()
-            self._http = None
-        if wanted is not None and self._http is None:
-            with self.errors.guard("http"):  # tried again each round: whoever holds the port may let go of it
-                self._http = (wanted, self._serve(*wanted))
+        if not config.enabled or not prometheus.enabled or prometheus.port is None:
+            return None
+        return (bind_address(self._environ), prometheus.port)
 
-    def _serve(self, address: str, port: int) -> HttpServer:
+    def _open_http(self, config: GlassboxConfig) -> HttpServer:
         # Not at the top: an exporter without a port of its own needs no web framework in its memory.
         from glassbox.web.app import make_app
 
-        return HttpServer(port, make_app(self._source, metrics=self._registry), address)
+        port = config.export.prometheus.port
+        assert port is not None
+        return HttpServer(port, make_app(self._source, metrics=self._registry), bind_address(self._environ))
 
-    def _apply_otel(self, config: GlassboxConfig) -> None:
+    def _shows_multiprocess(self, config: GlassboxConfig) -> bool:
+        return config.enabled and config.export.prometheus.enabled
+
+    def _wants_multiprocess(self, config: GlassboxConfig) -> object:
+        # Switched off it goes on with empty files: removing one under a scrape would fail that scrape.
+        is_there = self._shows_multiprocess(config) or self._multiprocess.value is not None
+        return multiprocess_files.directory(self._environ) if is_there else None
+
+    def _open_multiprocess(self, config: GlassboxConfig) -> MultiprocessWriter:
+        directory = multiprocess_files.directory(self._environ)
+        assert directory is not None
+        return MultiprocessWriter(directory, multiprocess_files.owner_of(self._run_dir))
+
+    def _wants_otel(self, config: GlassboxConfig) -> object:
         otel = config.export.otel
-        wanted = None
-        if config.enabled and otel.enabled and otel.metrics:
-            wanted = (otel.endpoint, otel.protocol, tuple(sorted(otel.headers.items())))
-        if self._otel is not None and self._otel[0] != wanted:
-            self._otel[1].close(FLUSH_TIMEOUT_S)
-            self._otel = None
-        if wanted is not None and self._otel is None:
-            try:
-                from glassbox.export.otel import OtelSink
+        asked = config.enabled and otel.enabled and otel.metrics
+        return otlp_target(config, "metrics", self._environ) if asked else None
 
-                self._otel = (wanted, OtelSink(otel, self._run_dir, self.errors, self._environ))
-            except Exception as error:  # the SDK raises what it likes about bad certificates and variables
-                self.errors.count("otel", error)
+    def _open_otel(self, config: GlassboxConfig) -> "OtelSink":
+        from glassbox.export.otel import OtelSink
+
+        return OtelSink(config.export.otel, self._run_dir, self.errors, self._environ)
+
+    def _open_jsonl(self, config: GlassboxConfig) -> JsonlSink:
+        jsonl = config.export.jsonl
+        assert jsonl.expanded_path is not None
+        return JsonlSink(jsonl.expanded_path, jsonl.max_mb, skip_first=self._takes_over)
+
+    def _advice(self, stage: str) -> str:
+        """What to look at when a sink fails: the key, what it says, and what to do."""
+        if stage not in _ADVICE:
+            return ""
+        key, remedy = _ADVICE[stage]
+        value: Any = self._config()
+        for part in key.split("."):
+            value = getattr(value, part, None)
+        return f"look at {key}{'' if value is None else f' ({value})'}: {remedy}; the other sinks go on"
 
     def round(self, last: bool = False) -> None:
         """Read the snapshots and hand them to every sink; then note in the status file what failed.
@@ -131,42 +190,43 @@ class Sinks:
         Args:
             last: there will be no later round.
         """
+        self._beat()
         self.apply()
         view: View | None = None
         with self.errors.guard("read"):
             view = self._source.view()
         if view is not None:
-            self._write_multiprocess(view)
-            if self._otel is not None:
-                self._otel[1].send(view.families)
-            if self._jsonl is not None:
-                with self.errors.guard("jsonl"):
-                    self._jsonl[1].write(view.engines, view.detail)
-        with self.errors.guard("traces"):
-            self._traces.round(last)
+            self._give(view)
+        self._beat()
+        self._traces.round(last)
         with self.errors.guard("status"):
-            write_status(self._run_dir, ExporterStatus(os.getpid(), self._clock(), self.errors.counts()))
+            sinks = {sink.name: sink.last_success_s for sink in self._all if sink.is_wanted}
+            errors = self.errors.counts()
+            write_status(
+                self._run_dir, ExporterStatus(os.getpid(), self._clock(), errors, sinks, self._restarts, ended=last)
+            )
 
-    def _write_multiprocess(self, view: View) -> None:
-        directory = multiprocess_files.directory(self._environ)
+    def _give(self, view: View) -> None:
         config = self._config()
-        shown = config.enabled and config.export.prometheus.enabled
-        if directory is None or (not shown and self._multiprocess is None):
-            return
-        if self._multiprocess is None or self._multiprocess[0] != directory:
-            owner = multiprocess_files.owner_of(self._run_dir)
-            self._multiprocess = (directory, MultiprocessWriter(directory, owner))
-        with self.errors.guard("multiprocess"):
-            # Switched off: empty files, because removing one under a scrape would fail that scrape.
-            self._multiprocess[1].write(view.families if shown else (), self._clock())
+        self._http.give()
+        shown = view.families if self._shows_multiprocess(config) else ()
+        self._multiprocess.give(lambda writer: writer.write(shown, self._clock()))
+        # Not into the files: their readers make it themselves.
+        self._otel.give(lambda otel: otel.send([*view.families, *self._liveness.families()]))
+        self._jsonl.give(lambda jsonl: jsonl.write(view.engines, view.detail))
 
     def close(self) -> None:
         """Close all sinks; OTLP gets `FLUSH_TIMEOUT_S` seconds for what it still has to send."""
-        if self._http is not None:
-            self._http[1].close()
-        if self._otel is not None:
-            self._otel[1].close(FLUSH_TIMEOUT_S)
-        if self._multiprocess is not None:
-            self._multiprocess[1].close()
+        for sink in (self._http, self._otel, self._multiprocess, self._jsonl):
+            sink.close()
         self._traces.close()
-        self._http = self._otel = self._multiprocess = self._jsonl = None
+
+
+def _close_http(http: HttpServer, _still_wanted: bool) -> None:
+    http.close()
+
+
+def _wants_jsonl(config: GlassboxConfig) -> object:
+    jsonl = config.export.jsonl
+    path = jsonl.expanded_path if config.enabled else None
+    return None if path is None else (path, jsonl.max_mb)

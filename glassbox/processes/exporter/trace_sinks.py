@@ -4,16 +4,21 @@ Owns which of the two are open and that each ended trace reaches each of them on
 `export/records.py` and `export/attention_spans.py`.
 """
 
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
+from glassbox.core.logs import get_logger, log_once
+from glassbox.export.otlp import Signal, Target, resolve, switched_off_by
 from glassbox.export.records import Records, open_records
 from glassbox.export.token_text import TokenTexts
 from glassbox.export.trace_document import document
 from glassbox.processes.exporter.launch import wants_records, wants_spans
+from glassbox.processes.exporter.sink import Sink
 from glassbox.store.delivered import Delivered
 from glassbox.store.llm_spans import LlmSpan, LlmSpanReader
 from glassbox.store.trace_directory import TraceDirectory, TraceSummary
@@ -22,8 +27,43 @@ from glassbox.store.trace_record import RequestTrace
 if TYPE_CHECKING:
     from glassbox.export.attention_spans import AttentionSpans
 
+logger = get_logger(__name__)
+
 # vLLM ends its span before the worker hears of the request's end; this is for a busy API server.
 WAIT_FOR_LLM_SPAN_S: Final = 3.0
+
+
+def otlp_target(
+    config: GlassboxConfig, signal: Signal, environ: Mapping[str, str], vllm_endpoint: str | None = None
+) -> Target | None:
+    """Where a signal that the configuration asks for goes; None, said once, if a variable switches it off.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    if (variable := switched_off_by(signal, environ)) is not None:
+        told = "export.otel is enabled, but no %s are sent because of %s; unset it, or say `enabled: false`"
+        log_once(logger, logging.WARNING, f"{signal} off", told, signal, variable)
+    return resolve(config.export.otel, signal, environ, vllm_endpoint)
+
+
+@dataclass(frozen=True)
+class _Records:
+    """What is written to, what it has had, and where that is read: a directory of its own, because sinks work in
+    threads of their own."""
+
+    sink: Records
+    delivered: Delivered
+    directory: TraceDirectory
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """As _Records."""
+
+    sink: "AttentionSpans"
+    delivered: Delivered
+    directory: TraceDirectory
 
 
 class TraceSinks:
@@ -35,6 +75,7 @@ class TraceSinks:
         errors: told of errors, as stages `records` and `otel_traces`.
         environ: OTEL_*.
         clock: Unix time in seconds.
+        last_success_s: of the sinks of an exporter before, Unix time by name.
     """
 
     def __init__(
@@ -44,18 +85,40 @@ class TraceSinks:
         errors: ErrorCounter,
         environ: Mapping[str, str],
         clock: Callable[[], float],
+        last_success_s: Mapping[str, float] | None = None,
     ) -> None:
         self._run_dir = Path(run_dir)
         self._config = config
         self._errors = errors
         self._environ = environ
         self._clock = clock
-        self._directory = TraceDirectory(self._run_dir)
         self._texts = TokenTexts(self._run_dir)
         self._llm_spans = LlmSpanReader(self._run_dir)
+        self._vllm_endpoint: str | None = None
         self._used: set[str] = set()
-        self._records: tuple[object, Records, Delivered] | None = None
-        self._spans: tuple[object, AttentionSpans, Delivered] | None = None
+        self._skip_present = False
+        # By sink, and kept while one is closed for another: that goes on where the first one ended.
+        self._delivered: dict[str, Delivered] = {}
+        succeeded = last_success_s or {}
+        self.records: Sink[_Records] = Sink(
+            "records",
+            errors,
+            wants=self._wanted_records,
+            opens=self._open_records,
+            closes=self._close_records,
+            last_success_s=succeeded.get("records", 0.0),
+            unix=clock,
+        )
+        self.spans: Sink[_Spans] = Sink(
+            "otel_traces",
+            errors,
+            wants=self._wanted_spans,
+            opens=self._open_spans,
+            closes=self._close_spans,
+            sends_later=lambda _: None,
+            last_success_s=succeeded.get("otel_traces", 0.0),
+            unix=clock,
+        )
 
     def apply(self, skip_present: bool) -> None:
         """Open, change and close the sinks so that they are what the configuration of the moment says.
@@ -63,53 +126,54 @@ class TraceSinks:
         Args:
             skip_present: a sink that opens now gets only what ends from now on.
         """
+        self._skip_present = skip_present
         config = self._config()
-        self._apply_records(config, skip_present)
-        self._apply_spans(config, skip_present)
+        self.records.apply(config)
+        self.spans.apply(config)
 
-    def _apply_records(self, config: GlassboxConfig, skip_present: bool) -> None:
+    def _noted(self, name: str) -> Delivered:
+        if name not in self._delivered:
+            self._delivered[name] = Delivered(self._run_dir, name, self._skip_present)
+        return self._delivered[name]
+
+    def _let_go(self, name: str, still_wanted: bool) -> None:
+        if not still_wanted:
+            self._delivered.pop(name).forget()
+
+    def _wanted_records(self, config: GlassboxConfig) -> object:
         records = config.requests.records
-        path = records.expanded_path
-        wanted = (path, records.format, records.max_mb) if wants_records(config) else None
-        delivered: Delivered | None = None
-        if self._records is not None and self._records[0] != wanted:
-            delivered = self._records[2]  # another file goes on where this one ends
-            with self._errors.guard("records"):
-                self._records[1].flush(force=True)
-            if wanted is None:
-                delivered.forget()
-            self._records = None
-        if wanted is not None and self._records is None and path is not None:
-            with self._errors.guard("records"):
-                sink = open_records(path, records.format, records.max_mb)
-                delivered = delivered or Delivered(self._run_dir, "records", skip_present)
-                self._records = (wanted, sink, delivered)
+        return (records.expanded_path, records.format, records.max_mb) if wants_records(config) else None
 
-    def _apply_spans(self, config: GlassboxConfig, skip_present: bool) -> None:
-        otel = config.export.otel
-        wanted: object = None
-        if wants_spans(config):
+    def _open_records(self, config: GlassboxConfig) -> "_Records":
+        records = config.requests.records
+        assert records.expanded_path is not None
+        sink = open_records(records.expanded_path, records.format, records.max_mb)
+        return _Records(sink, self._noted("records"), TraceDirectory(self._run_dir))
+
+    def _close_records(self, opened: "_Records", still_wanted: bool) -> None:
+        try:
+            opened.sink.flush(force=True)
+        finally:
+            self._let_go("records", still_wanted)
+
+    def _wanted_spans(self, config: GlassboxConfig) -> object:
+        if not wants_spans(config):
+            return None
+        if not self.spans.busy:
             self._llm_spans.refresh(self._clock())
-            vllm_endpoint = self._llm_spans.endpoint if otel.endpoint is None else None
-            wanted = (otel.endpoint, otel.protocol, tuple(sorted(otel.headers.items())), vllm_endpoint)
-            if vllm_endpoint is None and otel.endpoint is None and self._spans is not None:
-                wanted = self._spans[0]  # the files that told it were fetched and removed since
-        delivered: Delivered | None = None
-        if self._spans is not None and self._spans[0] != wanted:
-            delivered = self._spans[2]
-            self._spans[1].close()
-            if wanted is None:
-                delivered.forget()
-            self._spans = None
-        if wanted is not None and self._spans is None:
-            try:
-                from glassbox.export.attention_spans import AttentionSpans
+        # The files that told it are removed once they were fetched.
+        self._vllm_endpoint = self._llm_spans.endpoint or self._vllm_endpoint
+        return otlp_target(config, "traces", self._environ, self._vllm_endpoint)
 
-                sink = AttentionSpans(otel, self._run_dir, self._errors, self._llm_spans.endpoint, self._environ)
-                delivered = delivered or Delivered(self._run_dir, "spans", skip_present)
-                self._spans = (wanted, sink, delivered)
-            except Exception as error:  # the SDK raises what it likes about bad certificates and variables
-                self._errors.count("otel_traces", error)
+    def _open_spans(self, config: GlassboxConfig) -> "_Spans":
+        from glassbox.export.attention_spans import AttentionSpans
+
+        sink = AttentionSpans(config.export.otel, self._run_dir, self._errors, self._vllm_endpoint, self._environ)
+        return _Spans(sink, self._noted("spans"), TraceDirectory(self._run_dir))
+
+    def _close_spans(self, opened: "_Spans", still_wanted: bool) -> None:
+        opened.sink.close()
+        self._let_go("spans", still_wanted)
 
     def round(self, last: bool = False) -> None:
         """Give every sink the traces that have ended since.
@@ -117,49 +181,40 @@ class TraceSinks:
         Args:
             last: nothing will come later: don't wait for anything.
         """
-        if self._records is None and self._spans is None:
-            return
-        summaries = self._directory.summaries()
-        if self._records is not None:
-            with self._errors.guard("records"):
-                self._write_records(self._records[1], self._records[2], summaries, last)
-        if self._spans is not None:
-            self._llm_spans.refresh(self._clock())
-            try:
-                self._send_spans(self._spans[1], self._spans[2], summaries, last)
-            except Exception as error:
-                self._errors.count("otel_traces", error)
-
-    def _write_records(self, sink: Records, delivered: Delivered, present: list[TraceSummary], last: bool) -> None:
         texts = self._texts if self._config().requests.include_text else None
+        self.records.give(lambda opened: self._write_records(opened, texts, last))
+        self.spans.give(lambda opened: self._send_spans(opened, last))
+
+    def _write_records(self, opened: "_Records", texts: TokenTexts | None, last: bool) -> None:
+        present = opened.directory.summaries()
 
         def write(summary: TraceSummary, trace: RequestTrace) -> None:
-            sink.write([document(trace, texts)])
+            opened.sink.write([document(trace, texts)])
 
-        self._deliver(delivered.fresh(present), present, delivered, "records", write)
-        sink.flush(force=last)
+        self._deliver(opened, opened.delivered.fresh(present), present, "records", write)
+        opened.sink.flush(force=last)
 
-    def _send_spans(
-        self, sink: "AttentionSpans", delivered: Delivered, present: list[TraceSummary], last: bool
-    ) -> None:
+    def _send_spans(self, opened: "_Spans", last: bool) -> None:
+        self._llm_spans.refresh(self._clock())
+        present = opened.directory.summaries()
         ready: dict[str, LlmSpan | None] = {}
-        for summary in delivered.fresh(present):
+        for summary in opened.delivered.fresh(present):
             llm_span = self._llm_span(summary)
             young = self._clock() - (summary.end_time_s or 0.0) < WAIT_FOR_LLM_SPAN_S
             if llm_span is not None or last or not young or summary.status != "finished":
                 ready[summary.internal_id] = llm_span
 
         def send(summary: TraceSummary, trace: RequestTrace) -> None:
-            sink.send(trace, ready[summary.internal_id])
+            opened.sink.send(trace, ready[summary.internal_id])
 
-        fresh = [summary for summary in delivered.fresh(present) if summary.internal_id in ready]
-        self._deliver(fresh, present, delivered, "otel_traces", send)
+        fresh = [summary for summary in opened.delivered.fresh(present) if summary.internal_id in ready]
+        self._deliver(opened, fresh, present, "otel_traces", send)
 
     def _deliver(
         self,
+        opened: "_Records | _Spans",
         fresh: list[TraceSummary],
         present: list[TraceSummary],
-        delivered: Delivered,
         stage: str,
         give: Callable[[TraceSummary, RequestTrace], None],
     ) -> None:
@@ -167,7 +222,7 @@ class TraceSinks:
         had = []
         try:
             for summary in fresh:
-                trace = self._directory.get(summary.internal_id)
+                trace = opened.directory.get(summary.internal_id)
                 if trace is not None:
                     try:
                         give(summary, trace)
@@ -178,7 +233,7 @@ class TraceSinks:
                 had.append(summary)
         finally:
             if had:
-                delivered.note(had, present)
+                opened.delivered.note(had, present)
 
     def _llm_span(self, summary: TraceSummary) -> LlmSpan | None:
         """The request's `llm_request` span; the samples of one request take different ones."""
@@ -192,9 +247,5 @@ class TraceSinks:
 
     def close(self) -> None:
         """Write and send what waits, and close the sinks."""
-        if self._records is not None:
-            with self._errors.guard("records"):
-                self._records[1].flush(force=True)
-        if self._spans is not None:
-            self._spans[1].close()
-        self._records = self._spans = None
+        self.records.close()
+        self.spans.close()

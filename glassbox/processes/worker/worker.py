@@ -45,6 +45,9 @@ from glassbox.store.snapshot import Snapshot, write_snapshot
 
 logger = get_logger(__name__)
 
+# Between two looks at the exporter, however long the interval of the snapshots.
+_LOOK_S = 30.0
+
 
 class Worker:
     """Observation of one vLLM worker.
@@ -179,13 +182,25 @@ class Worker:
                 self._deferred.finish()
                 self._traces.write(self._settings.config.requests)
             self._say_selection()
-            with self._errors.guard("exporter"):
-                self._exporter.ensure(self._settings.config)
-                self._unread.look(self._settings.config)
+            self._look_at_exporter()
             if self._closing:
                 return
-            self._wake.wait(self._settings.config.export.interval_s)
+            self._wait()
             self._wake.clear()
+
+    def _look_at_exporter(self) -> None:
+        with self._errors.guard("exporter"):
+            self._exporter.ensure(self._settings.config)
+            self._unread.look(self._settings.config)
+
+    def _wait(self) -> None:
+        """Until the next snapshot, an edit or the end; an exporter that died or hangs isn't left until then."""
+        end_s = time.monotonic() + self._settings.config.export.interval_s
+        while (left_s := end_s - time.monotonic()) > 0:
+            if self._wake.wait(min(left_s, _LOOK_S)):
+                return
+            if left_s > _LOOK_S:
+                self._look_at_exporter()
 
     def write_if_changed(self) -> None:
         """Write a snapshot unless the last one says the same."""

@@ -52,9 +52,14 @@ class Traffic:
     failed: float = 0.0
     kv_error: float = 0.026
     kv_saturated: float = 0.001
+    age: float = 9.0
+    exporter: float = 1.0
+    encoders: float = 0.0
+    others: float = 2.0
 
 
 HEALTHY = Traffic()
+INTERVAL = Traffic(age=5.0)  # of the exports, seconds
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def engine_series(spans: list[Span], *, instance: str = "a:8000", start_min: int
             add(f"{a}_top1_ratio_bucket", f'{labels}, le="0.99"', _counter(mine, "not_saturated"))
             add(f"{a}_top1_ratio_count", labels, _counter(mine, "rows"))
             add(f"{a}_max_logit_bucket", f'{labels}, le="100.0"', _counter(mine, "within_limit"))
-            add(f"{a}_max_logit_count", labels, _counter(mine, "rows"))
+            add(f"{a}_max_logit_bucket", f'{labels}, le="+Inf"', _counter(mine, "rows"))
             add(f"{a}_max_logit_window_max", labels, _gauge(mine, "max_logit"))
             for statistic, name in (("sink_ratio", "drift"), ("distance_tokens", "drift_by_length")):
                 add(f"{a}_drift_psi", f'{labels}, statistic="{statistic}"', _gauge(mine, name))
@@ -137,13 +142,16 @@ def engine_series(spans: list[Span], *, instance: str = "a:8000", start_min: int
     add("glassbox_overhead_seconds_total", engine, _counter(spans, "overhead"))
     add("glassbox_sample_rate", engine, _gauge(spans, "sample_rate"))
     add("glassbox_layers_observed", engine, _gauge(spans, "layers"))
-    add(
-        "glassbox_layers_bypassed", f'{engine}, reason="cache_type"', _gauge([Span(s.minutes) for s in spans], "layers")
-    )
+    add("glassbox_layers_bypassed", f'{engine}, reason="cache_type"', _gauge(spans, "others"))
+    add("glassbox_layers_bypassed", f'{engine}, reason="encoder"', _gauge(spans, "encoders"))
     add("glassbox_layers_bypassed", f'{engine}, reason="not_reproduced"', _gauge(spans, "unproved"))
     add("glassbox_canary_rows_total", f'{engine}, result="reproduced"', _counter(spans, "canary"))
     add("glassbox_canary_rows_total", f'{engine}, result="failed"', _counter(spans, "failed"))
     add("glassbox_config_last_reload_successful", engine, _gauge(spans, "reload_ok"))
+    add("glassbox_snapshot_age_seconds", f'{engine}, rank="0", host="gpu-0", layers="0-1"', _gauge(spans, "age"))
+    server = f'job="vllm", instance="{instance}"'
+    add("glassbox_export_interval_seconds", server, _gauge([Span(s.minutes, INTERVAL) for s in spans], "age"))
+    add("glassbox_exporter_up", server, _gauge(spans, "exporter"))
     return series
 
 
@@ -196,6 +204,10 @@ class TestFires:
             ({"layers": 0.0}, ["NothingObserved"]),
             ({"layers": 0.0, "rows": 0.0, "sampled": 0.0}, ["NothingObserved"]),
             ({"layers": 0.0, "sample_rate": 0.0}, []),
+            ({"layers": 0.0, "rows": 0.0, "sampled": 0.0, "others": 0.0, "encoders": 12.0}, []),
+            ({"age": 80.0}, ["SnapshotStale"]),
+            ({"age": 74.0}, []),
+            ({"exporter": 0.0}, ["ExporterDown"]),
             ({"overhead_s": 1.2}, ["OverheadAboveBudget"]),
             ({"failed": 4.0}, ["OutputWrong"]),
             ({"unproved": 1.0}, ["NotCertified"]),
@@ -409,6 +421,54 @@ class TestNamesTheWorker:
         self.fires(tmp_path, "NotCertified", series, 50)
 
 
+class TestSilence:
+    """Of the exporter's sinks, whose last success is a point in time: promtool's clock begins at 0."""
+
+    SERVER = 'job="vllm", instance="a:8000"'
+
+    def series(self, *, interval_s: int, up: int, otel: str) -> list[dict[str, str]]:
+        """A server whose sink `jsonl` works, and `otel` as told."""
+        return [
+            {"series": f"glassbox_export_interval_seconds{{{self.SERVER}}}", "values": f"{interval_s}x60"},
+            {"series": f"glassbox_exporter_up{{{self.SERVER}}}", "values": f"{up}x60"},
+            {
+                "series": f'glassbox_sink_last_success_timestamp_seconds{{{self.SERVER}, sink="jsonl"}}',
+                "values": "0+60x60",
+            },
+            {"series": f'glassbox_sink_last_success_timestamp_seconds{{{self.SERVER}, sink="otel"}}', "values": otel},
+        ]
+
+    @pytest.mark.parametrize(
+        ("interval_s", "up", "otel", "firing"),
+        [
+            (5, 1, "0+60x60", {}),
+            (5, 1, "0+60x20 1200x40", {20: [], 26: [], 28: ["SinkFailing"]}),
+            (5, 1, "0x60", {6: [], 8: ["SinkFailing"]}),
+            (600, 1, "0x60", {30: [], 38: ["SinkFailing"]}),
+            (5, 0, "0+60x20 1200x40", {40: ["ExporterDown"]}),
+        ],
+        ids=["works", "stops", "never", "long interval", "dead exporter"],
+    )
+    def test_a_sink(self, tmp_path: Path, interval_s: int, up: int, otel: str, firing: dict[int, list[str]]) -> None:
+        """Beyond three intervals and a minute; of a dead exporter only that is told."""
+        promtool_test(tmp_path, self.series(interval_s=interval_s, up=up, otel=otel), firing or {55: []})
+
+    def test_the_text_names_the_sink(self, tmp_path: Path) -> None:
+        """It has no engine: a server's exporter speaks for all of them."""
+        rule = next(alert for alert in ALERTS if alert.name == "SinkFailing")
+        expected = {
+            "exp_labels": {"job": "vllm", "instance": "a:8000", "sink": "otel", "severity": "warning"},
+            "exp_annotations": {
+                "summary": "glassbox can't export to otel at a:8000",
+                "description": rule.when,
+                "runbook_url": rule.runbook,
+            },
+        }
+        check_at = {"eval_time": "20m", "alertname": rule.title, "exp_alerts": [expected]}
+        series = self.series(interval_s=5, up=1, otel="0x60")
+        run_promtool(tmp_path, {"interval": "1m", "input_series": series, "alert_rule_test": [check_at]})
+
+
 class TestStaysSilent:
     """What looks like a fault and is none."""
 
@@ -486,11 +546,12 @@ class TestRules:
 
     @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
     def test_alert_has_everything_that_the_called_one_needs(self, alert: Any) -> None:
-        """Severity, patience, a summary that names model, engine and instance, and a runbook that exists."""
+        """Severity, patience, a summary that names the instance and what it serves, and a runbook that exists."""
         rule = next(r for g in to_data(GROUPS)["groups"] for r in g["rules"] if r.get("alert") == alert.title)  # type: ignore[attr-defined]
         assert rule["labels"]["severity"] in {"critical", "warning"}
         assert re.fullmatch(r"[1-9]\d*m", rule["for"])
-        for label in ("model_name", "engine", "instance"):
+        of_a_server = {"ExporterDown", "SinkFailing"}
+        for label in ("instance",) if alert.name in of_a_server else ("model_name", "engine", "instance"):
             assert f"$labels.{label}" in rule["annotations"]["summary"]
         assert rule["annotations"]["description"].removesuffix("{{ end }}").endswith(".")
         assert (ROOT / rule["annotations"]["runbook_url"]).is_file()

@@ -257,6 +257,13 @@ class TestFamilies:
             "glassbox_config_last_reload_successful": ("gauge", engine),
             "glassbox_config_last_reload_timestamp_seconds": ("gauge", engine),
             "glassbox_worker_info": ("gauge", (*engine, "rank", "host", "layers", "heads")),
+            "glassbox_snapshot_age_seconds": ("gauge", (*engine, "rank", "host", "layers")),
+            "glassbox_export_interval_seconds": ("gauge", ()),
+            "glassbox_exporter_up": ("gauge", ()),
+            "glassbox_exporter_silence_seconds": ("gauge", ()),
+            "glassbox_exporter_restarts_total": ("counter", ()),
+            "glassbox_sink_last_success_timestamp_seconds": ("gauge", ("sink",)),
+            "glassbox_sink_failures_total": ("counter", ("sink",)),
         }
         assert {family.name: (family.kind, family.label_names) for family in METRICS} == expected
         assert all(family.help.endswith(".") and len(family.bounds) <= 11 for family in METRICS)
@@ -354,8 +361,8 @@ class TestSeries:
         assert series_count(detail, (4, 4, 4)) == exposed  # type: ignore[arg-type]
 
     def test_samples_per_place(self) -> None:
-        """7 histograms of 14 samples in two phases, less two sums of logits, one in one phase, and three plain ones."""
-        assert samples_per_place() == 7 * 14 * 2 - 2 + 14 + 3 * 2
+        """7 histograms of 14 samples in two phases, less sums and counts of logits; one in one phase; three plain."""
+        assert samples_per_place() == 7 * 14 * 2 - 4 + 14 + 3 * 2
 
     def test_too_fine_falls_back_with_a_warning(self) -> None:
         """The warning names setting, need, what is used instead, and the remedy."""

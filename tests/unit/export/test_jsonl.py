@@ -175,6 +175,19 @@ class TestFile:
 
 
 class TestSink:
+    def test_a_window_that_could_not_be_written_is_in_the_next_one(self, tmp_path: Path) -> None:
+        """So a disk that was full for an hour costs resolution, not rows, and an idle server doesn't hide it."""
+        (tmp_path / "no").write_text("a file where a folder should be")
+        sink = JsonlSink(tmp_path / "no" / "a.jsonl", max_mb=1)
+        for _ in range(2):
+            with pytest.raises(OSError, match="no"):
+                sink.write(merge([make_snapshot()]), "layer")
+        (tmp_path / "no").unlink()
+        sink.write(merge([make_snapshot()]), "layer")
+        sink.write(merge([make_snapshot()]), "layer")
+        (line,) = (tmp_path / "no" / "a.jsonl").read_text().splitlines()
+        assert sum(place["rows"] for place in json.loads(line)["places"]) == make_snapshot().rows.sum()
+
     def test_every_line_is_json(self, tmp_path: Path) -> None:
         """Also where a window has no finite logit or a sum is infinite."""
         snapshot = make_snapshot()

@@ -16,7 +16,7 @@ from glassbox.core.errors import ErrorCounter, export_errors
 from glassbox.core.logs import get_logger
 from glassbox.export.families import build_families
 from glassbox.export.family import Family
-from glassbox.export.otel import OtelSink, make_resource, metrics_endpoint, to_metrics_data, to_otel
+from glassbox.export.otel import OtelSink, make_resource, to_metrics_data, to_otel
 from glassbox.export.prometheus import to_metric
 from glassbox.store.merge import merge
 from tests.export_samples import logged, make_snapshot
@@ -75,8 +75,8 @@ def as_prometheus(metric: Metric, family: Family) -> dict[tuple[str, frozenset[t
             below += count
             le = "+Inf" if bound == float("inf") else repr(bound)
             found[f"{family.name}_bucket", frozenset({**labels, "le": le}.items())] = below
-        found[f"{family.name}_count", frozenset(labels.items())] = point.count
-        if point.HasField("sum"):
+        if point.HasField("sum"):  # Prometheus has the one only with the other
+            found[f"{family.name}_count", frozenset(labels.items())] = point.count
             found[f"{family.name}_sum", frozenset(labels.items())] = point.sum
     return found
 
@@ -177,24 +177,6 @@ class TestNumbers:
 
 
 class TestEndpoint:
-    @pytest.mark.parametrize(
-        ("endpoint", "protocol", "environ", "expected"),
-        [
-            (None, "grpc", {}, None),
-            ("http://c:4318", "http", {}, "http://c:4318/v1/metrics"),
-            ("http://c:4318/", "http", {}, "http://c:4318/v1/metrics"),
-            ("https://c/otlp/v1/metrics?x=1", "http", {}, "https://c/otlp/v1/metrics?x=1"),
-            ("http://c:4317", "grpc", {}, "http://c:4317"),
-            ("c:4317", "grpc", {}, "http://c:4317"),
-            ("c:4317", "grpc", {"OTEL_EXPORTER_OTLP_INSECURE": "false"}, "c:4317"),
-        ],
-    )
-    def test_the_endpoint_as_the_sdk_wants_it(
-        self, endpoint: str | None, protocol: str, environ: dict[str, str], expected: str | None
-    ) -> None:
-        """HTTP without a path gets one; host:port is without TLS unless the environment says so."""
-        assert metrics_endpoint(endpoint, protocol, environ) == expected
-
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     def test_without_endpoint_the_variables_decide(
         self, receiver: OtlpReceiver, tmp_path: Path, protocol: str, monkeypatch: pytest.MonkeyPatch

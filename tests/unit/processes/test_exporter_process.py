@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +21,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from glassbox.config.load import GlassboxConfig, load_config
+from glassbox.export.liveness import Liveness
+from glassbox.processes.exporter import loop
 from glassbox.processes.exporter.launch import ExporterProcess, is_needed
 from glassbox.processes.exporter.loop import main
 from glassbox.processes.exporter.sinks import Sinks
@@ -156,8 +159,14 @@ class TestSinks:
         return {"config": config()}
 
     @pytest.fixture
-    def sinks(self, run_dir: Path, current: dict[str, GlassboxConfig]) -> Iterator[Sinks]:
-        sinks = Sinks(run_dir, lambda: current["config"], {"GLASSBOX_HTTP_ADDR": "127.0.0.1"})
+    def clock(self) -> list[float]:
+        """Seconds, of which the time between attempts is taken."""
+        return [0.0]
+
+    @pytest.fixture
+    def sinks(self, run_dir: Path, current: dict[str, GlassboxConfig], clock: list[float]) -> Iterator[Sinks]:
+        environ = {"GLASSBOX_HTTP_ADDR": "127.0.0.1"}
+        sinks = Sinks(run_dir, lambda: current["config"], environ, monotonic=lambda: clock[0])
         yield sinks
         sinks.close()
 
@@ -168,17 +177,18 @@ class TestSinks:
         assert sinks.errors.counts() == {}
 
     def test_a_taken_port_is_counted_and_tried_again(
-        self, sinks: Sinks, current: dict[str, GlassboxConfig], tmp_path: Path
+        self, sinks: Sinks, current: dict[str, GlassboxConfig], clock: list[float], tmp_path: Path
     ) -> None:
         """As soon as the port is free it is opened; the other sinks work meanwhile."""
         with socket.create_server(("127.0.0.1", 0)) as holder:
             port = holder.getsockname()[1]
             current["config"] = config(prometheus={"port": port}, jsonl={"path": str(tmp_path / "a.jsonl")})
-            sinks.round()
-            sinks.round()
+            for clock[0] in (0.0, 0.9, 1.0, 2.9):  # after 1 s, then after 2 s more
+                sinks.round()
             assert sinks.errors.counts() == {"http": 2}
             assert sinks.http_port is None
             assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 1
+        clock[0] = 3.0
         sinks.round()
         assert "glassbox_steps_total" in (scrape(port) or "")
         text = scrape(port) or ""
@@ -252,6 +262,34 @@ class TestSinks:
 
 class TestProcess:
     """As a process of its own."""
+
+    def test_it_gives_signs_of_life_between_its_rounds(
+        self, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However long the interval is."""
+        monkeypatch.setattr(loop, "_BEAT_S", 0.05)
+        path = write_config(tmp_path / "glassbox.yaml", interval_s=3600, jsonl={"path": str(tmp_path / "a")})
+        parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        beats = set()
+
+        def watch() -> None:
+            wait_for(lambda: beats.add(ExporterLock.last_beat_s(run_dir)) or len(beats) > 4)
+            parent.kill()
+
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            lock = ExporterLock.acquire(run_dir)
+            assert lock is not None
+            loop._run(run_dir, path, load_config(path), parent.pid, lock)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            lock.release()
+            watcher.join()
+            parent.wait()
+        assert len(beats) > 4
 
     def test_all_sinks_at_once(
         self, start: Any, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -457,6 +495,88 @@ class TestWorkerSide:
         wait_for(exported_there)
         assert pid == exporter.pid is not None
 
+    def test_one_that_was_stopped_is_seen_told_and_replaced(
+        self,
+        exporter: ExporterProcess,
+        tmp_path: Path,
+        run_dir: Path,
+        clock: list[float],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """SIGSTOP: it has its process and its lock, but gives no sign of life; what shows it says so meanwhile."""
+        settings = load_config(tmp_path / "glassbox.yaml")
+        exporter.ensure(settings)
+        pid = exporter.pid
+        assert pid is not None
+        wait_for(lambda: read_status(run_dir))
+        os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().split()[2] == "T")
+        later = Liveness(run_dir, lambda: settings, tuple, clock=lambda: time.time() + 100)
+        told = {family.name: family.series for family in later.families()}
+        assert told["glassbox_exporter_up"][0].value == 0
+        assert told["glassbox_exporter_silence_seconds"][0].value >= 100
+        for clock[0] in (0.0, 60.0, 119.0):
+            exporter.ensure(settings)
+        assert exporter.pid == pid
+        clock[0] = 121.0
+        with pytest.raises(RuntimeError, match=rf"no sign of life for 121 s.*process {pid} is killed"):
+            exporter.ensure(settings)
+        assert "it was stopped, or hangs" in caplog.text
+        wait_for(lambda: exporter.pid is None)
+        wait_for(lambda: exporter.ensure(settings) or exporter.pid)
+        assert exporter.deaths == 1
+        wait_for(lambda: (status := read_status(run_dir)) and status.pid == exporter.pid)
+        status = read_status(run_dir)
+        assert status is not None
+        assert status.restarts == 1
+
+    def test_one_that_lives_is_left_alone_after_a_pause_of_everything(
+        self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path, clock: list[float]
+    ) -> None:
+        """A frozen container: the worker may run first, and finds an old sign of life."""
+        settings = load_config(tmp_path / "glassbox.yaml")
+        for clock[0] in (0.0, 5.0, 3600.0):
+            exporter.ensure(settings)
+        pid = exporter.pid
+        wait_for(lambda: read_status(run_dir))
+        exporter.ensure(settings)
+        clock[0] += 5
+        exporter.ensure(settings)
+        assert exporter.pid == pid is not None
+
+    def test_one_whose_worker_is_gone_is_replaced_by_another_worker(
+        self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path, start: Any, clock: list[float]
+    ) -> None:
+        """Later than its own worker would; nothing but an exporter is killed for a lock."""
+        settings = load_config(tmp_path / "glassbox.yaml")
+        orphan = start()
+        wait_for(lambda: read_status(run_dir))
+        orphan.send_signal(signal.SIGSTOP)
+        wait_for(lambda: Path(f"/proc/{orphan.pid}/stat").read_text().split()[2] == "T")
+        for clock[0] in (0.0, 100.0, 200.0, 239.0):
+            exporter.ensure(settings)
+        assert orphan.poll() is None
+        clock[0] = 241.0
+        with pytest.raises(RuntimeError, match=f"process {orphan.pid} is killed and replaced"):
+            exporter.ensure(settings)
+        assert orphan.wait(10) == -signal.SIGKILL
+        exporter.ensure(settings)
+        assert exporter.pid is not None
+
+    def test_a_lock_that_is_no_exporters_is_left_to_people(
+        self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path, clock: list[float]
+    ) -> None:
+        """This very process holds it: it is told, not killed."""
+        settings = load_config(tmp_path / "glassbox.yaml")
+        lock = ExporterLock.acquire(run_dir)
+        assert lock is not None
+        for clock[0] in (0.0, 100.0, 200.0):
+            exporter.ensure(settings)
+        clock[0] = 250.0
+        with pytest.raises(RuntimeError, match="can't be killed from here: end it by hand"):
+            exporter.ensure(settings)
+        lock.release()
+
     def test_stopping_exports_once_more(self, exporter: ExporterProcess, tmp_path: Path, run_dir: Path) -> None:
         """What the worker wrote last is exported before the end."""
         exporter.ensure(load_config(tmp_path / "glassbox.yaml"))
@@ -471,6 +591,94 @@ class TestWorkerSide:
             for place in json.loads(line)["places"]
         )
         assert rows == make_snapshot().rows.sum() + make_snapshot(seed=9).rows.sum()
+
+
+LOGGING = """
+import logging.config, sys
+logging.config.dictConfig({
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"bars": {"format": "%(name)s|%(processName)s|%(vllm_process_name)s|%(process)d|%(message)s"}},
+    "handlers": {"vllm": {"class": "logging.FileHandler", "formatter": "bars", "filename": sys.argv[1]}},
+    "loggers": {"vllm": {"handlers": ["vllm"], "level": "INFO", "propagate": False}},
+})
+from pathlib import Path
+from glassbox.config.load import load_config
+from glassbox.processes.exporter.launch import ExporterProcess
+config = Path(sys.argv[2])
+exporter = ExporterProcess(config, Path(sys.argv[3]))
+exporter.ensure(load_config(config))
+print(exporter.pid, flush=True)
+sys.stdin.readline()
+exporter.stop()
+"""
+
+
+class TestLog:
+    def test_it_is_told_as_vllm_was_told_to(self, run_dir: Path, tmp_path: Path) -> None:
+        """By the worker, whatever its logging is: a format, a file, a filter of the user's. Nothing goes elsewhere."""
+        path = write_config(tmp_path / "glassbox.yaml", jsonl={"path": "/proc/no/a.jsonl"})
+        log = tmp_path / "log.txt"
+        worker = subprocess.Popen(
+            [sys.executable, "-c", LOGGING, str(log), str(path), str(run_dir)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert worker.stdout is not None
+        pid = int(worker.stdout.readline())
+        try:
+            wait_for(lambda: log.exists() and "export to jsonl failed" in log.read_text())
+        finally:
+            _, stderr = worker.communicate(b"\n", timeout=20)
+        (line,) = log.read_text().splitlines()
+        *where, message = line.split("|")
+        assert where == ["glassbox.processes.exporter.sinks", "glassbox-exporter", "glassbox-exporter", str(pid)]
+        assert "export.jsonl.path (/proc/no/a.jsonl)" in message
+        assert stderr == b""
+
+    def test_without_its_worker_it_tells_by_itself(self, run_dir: Path, tmp_path: Path) -> None:
+        """To stderr: the other end of the socket is closed, or never read."""
+        (tmp_path / "glassbox.yaml").write_text("export: {interval_s: soon}")
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        mine.close()
+        command = [sys.executable, "-P", "-m", "glassbox.processes.exporter", "--run-dir", str(run_dir)]
+        command += ["--config", str(tmp_path / "glassbox.yaml"), "--parent-pid", str(os.getpid())]
+        done = subprocess.run(
+            [*command, "--log-to", str(theirs.fileno())],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            pass_fds=(theirs.fileno(),),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        theirs.close()
+        assert done.returncode == 2
+        assert "interval_s" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+    def test_a_worker_that_does_not_read_holds_nothing_up(self) -> None:
+        """More than the socket takes: the rest goes to stderr, at once."""
+        code = (
+            "import socket, logging;"
+            "from glassbox.processes.exporter.log_relay import send_logs;"
+            "from glassbox.core.logs import get_logger;"
+            "mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
+            "send_logs(theirs.detach());"
+            "[get_logger().warning('%s %s', number, 'x' * 3000) for number in range(500)]"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        lines = done.stderr.splitlines()
+        assert 0 < len(lines) < 500
+        assert " 499 xxx" in lines[-1]
 
 
 def test_main_names_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
