@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final, Protocol, TypeGuard
 
+from glassbox.adapter import http_request
 from glassbox.adapter.front_end import RUST, FrontEnd, front_end_of_process
+from glassbox.adapter.http_request import HttpRequest
 from glassbox.adapter.internals import feature_of, lacks, line
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import VllmConfig
 from glassbox.adapter.release import vllm_version
 from glassbox.core.logs import get_logger, log_once
-from glassbox.core.trace_options import BEAM_PROMPT_KEY, MODEL_KEY, OptionError
+from glassbox.core.trace_options import BEAM_PROMPT_KEY, CHOICE_KEY, MODEL_KEY, OptionError
 
 logger = get_logger(__name__)
 
@@ -214,6 +216,14 @@ class Intake(Protocol):
     def begin(self, request_id: str, traceparent: str | None) -> ExtraArgs:
         """A request that `admit` let in has an id; returns what its worker gets besides its options."""
 
+    def asked_by(self, request: HttpRequest | None, traced: bool) -> ExtraArgs:
+        """What the worker gets to know of who asked for a request; empty if it needn't.
+
+        Args:
+            request: over HTTP by which it came, None if by none.
+            traced: whether `admit` said so.
+        """
+
     def begin_beam(self, prompt_len: int) -> ExtraArgs:
         """What the worker gets with a request of a beam search, whose client sent a prompt of that length."""
 
@@ -349,6 +359,8 @@ class Wrappers:
                 added = self._intake.begin_beam(beam_prompt)
             elif traced:
                 added = self._intake.begin(request_id, _traceparent(kwargs))
+            if beam_prompt is None and request.sampling_params is not None and not _says_off(extra_args):
+                added = {**added, **self._intake.asked_by(http_request.current(), traced)}
             if added and request.sampling_params is not None:
                 request.sampling_params.extra_args = {**(extra_args or {}), **added}
             return request
@@ -401,6 +413,10 @@ def without_model(extra_args: ExtraArgs, model: object) -> ExtraArgs:
     """A client's keys: without the model's name, if it was added when an API looked at the request before."""
     added = extra_args.get(MODEL_KEY)
     return extra_args if added is None or added != model else {k: v for k, v in extra_args.items() if k != MODEL_KEY}
+
+
+def _says_off(extra_args: object) -> bool:
+    return isinstance(extra_args, Mapping) and extra_args.get(CHOICE_KEY) == "off"
 
 
 def _traceparent(kwargs: Mapping[str, Any]) -> str | None:

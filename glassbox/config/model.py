@@ -40,6 +40,7 @@ CPU_BACKENDS: Final = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
 # once, for the largest value that a live edit may set: 4096 rows x 5 int32 are 80 KiB.
 MAX_ROWS_PER_STEP: Final = 4096
 MAX_TRACED_REQUESTS: Final = 1024
+_HEADER_NAME: Final = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
 
 
 class _Section(BaseModel):
@@ -218,6 +219,37 @@ class RecordsConfig(_Section):
         return None if self.path is None else Path(self.path).expanduser()
 
 
+class PerClientConfig(_Section):
+    """What one client may have of the traces; clients that can't be told apart are one."""
+
+    max_active: int = _field(
+        32,
+        f"Requests of one client traced at the same time, 1 to {MAX_TRACED_REQUESTS}; more are refused.",
+        f"must be between 1 and {MAX_TRACED_REQUESTS}",
+        "use 32, or as many as requests.max_active for no limit of its own",
+        ge=1,
+        le=MAX_TRACED_REQUESTS,
+    )
+    keep: int = _field(
+        100,
+        "Traces of one client kept in the run directory, 1 to 100000; its own oldest go first.",
+        "must be between 1 and 100000",
+        "use 100, or as many as requests.keep for no limit of its own",
+        ge=1,
+        le=100_000,
+    )
+    rows_per_second: int | None = _field(
+        # A row of 32 layers and 32 heads is 40 KB: 200 MB/s.
+        5000,
+        "Rows (tokens) of traces that one client may have measured, 1 to 1000000 a second; ten seconds' worth at once. "
+        "Beyond it traces are truncated and further ones refused. null: no limit.",
+        "must be between 1 and 1000000, or null",
+        "use 5000, or null for no limit",
+        ge=1,
+        le=1_000_000,
+    )
+
+
 class RequestsConfig(_Section):
     """Traced requests: those of which every measured row is kept."""
 
@@ -274,6 +306,19 @@ class RequestsConfig(_Section):
         ge=1,
         le=65_536,
     )
+    isolate: bool = _switch(
+        False,
+        "Whether each client sees its own traces only, told by its API key of vLLM's or by `client_header`.",
+    )
+    client_header: str | None = _field(
+        None,
+        "Header that tells the client, such as X-Tenant; a gateway must set or remove it in every request. null: the "
+        "API key tells it, if vLLM asks for one.",
+        "must be the name of a header or null",
+        "use null for vLLM's API keys",
+        pattern=_HEADER_NAME,
+    )
+    per_client: PerClientConfig = _section(PerClientConfig)
     records: RecordsConfig = _section(RecordsConfig)
 
 

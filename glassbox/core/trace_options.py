@@ -29,9 +29,11 @@ TOP_K_KEY: Final = "glassbox_top_k"
 SPANS_KEY: Final = "glassbox_spans"
 ROWS_KEY: Final = "glassbox_rows"
 # Set by glassbox itself in the API server, never by a client: its trace context, the name by which it asked for the
-# model, and of a request of a beam search how many tokens of its prompt are the client's.
+# model, who it is (store/client_names.py), and of a request of a beam search how many tokens of its prompt are the
+# client's.
 TRACEPARENT_KEY: Final = "glassbox_traceparent"
 MODEL_KEY: Final = "glassbox_model"
+CLIENT_KEY: Final = "glassbox_client"
 BEAM_PROMPT_KEY: Final = "glassbox_beam_prompt"
 _DETAIL_KEYS: Final = (LAYERS_KEY, HEADS_KEY, TOP_K_KEY, SPANS_KEY, ROWS_KEY)
 CLIENT_KEYS: Final = (CHOICE_KEY, *_DETAIL_KEYS)
@@ -42,6 +44,10 @@ _MESSAGE: Final = "message"
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,18}")
 # W3C trace context, version 00: neither id may be all zeros.
 _TRACEPARENT: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+# Everybody who didn't say who it is.
+ANONYMOUS: Final = "anonymous"
+CLIENT_DIGITS: Final = 24
+_CLIENT: Final = re.compile(rf"{ANONYMOUS}|[0-9a-f]{{{CLIENT_DIGITS}}}")
 _SHOWN: Final = 80  # characters of a value that an error repeats
 
 
@@ -106,6 +112,7 @@ class ClientChoice:
         message_spans: spans that the API server has to turn into token ranges.
         traceparent: W3C trace context of the request, None if there is none.
         model: by the name that the client asked for; None if it isn't known.
+        client: who asked, as store/client_names.py names it; None if it isn't known.
     """
 
     choice: Literal["trace", "off"] | None = None
@@ -113,6 +120,7 @@ class ClientChoice:
     message_spans: tuple[MessageSpan, ...] = ()
     traceparent: str | None = None
     model: str | None = None
+    client: str | None = None
 
 
 _NOTHING: Final = ClientChoice()
@@ -124,8 +132,8 @@ def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = F
     Args:
         extra_args: a client's `vllm_xargs`, in the worker the `extra_args` of the sampling parameters; other keys are
             not looked at. Values are str, int, float, bool or lists of them.
-        from_client: True in the API server, before spans by message are resolved: these are allowed, and
-            `glassbox_traceparent`, which glassbox sets itself, is not.
+        from_client: True in the API server, before spans by message are resolved: these are allowed, and what glassbox
+            sets itself (`glassbox_traceparent`, `glassbox_client`) is not.
 
     Raises:
         OptionError: a key is unknown or breaks its rule.
@@ -138,7 +146,9 @@ def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = F
         raise OptionError(
             f"{TRACEPARENT_KEY} must not be given, got {_shown(traceparent)}; send a traceparent header instead"
         )
-    model = None if from_client else given.pop(MODEL_KEY, None)
+    if from_client and CLIENT_KEY in given:
+        raise OptionError(f"{CLIENT_KEY} must not be given, got {_shown(given[CLIENT_KEY])}; remove it")
+    model, client = (None, None) if from_client else (given.pop(MODEL_KEY, None), given.pop(CLIENT_KEY, None))
     for key in given:
         if key not in CLIENT_KEYS:
             raise OptionError(f"{_shown(key)} must be one of {', '.join(CLIENT_KEYS)}; correct or remove it")
@@ -162,6 +172,7 @@ def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = F
         message_spans=message_spans,
         traceparent=traceparent if isinstance(traceparent, str) and _TRACEPARENT.fullmatch(traceparent) else None,
         model=model if isinstance(model, str) else None,
+        client=client if isinstance(client, str) and _CLIENT.fullmatch(client) else None,
     )
 
 

@@ -139,7 +139,7 @@ class TraceExemplars:
             newest = self._directory.summaries()[:MAX_TRACES]
             labelled = []
             for one in newest:
-                trace = self._directory.get(one.internal_id)
+                trace = self._directory.load(one)
                 labels = labels_of(trace, self._ids(trace)) if trace is not None else None
                 if trace is not None and labels is not None:
                     labelled.append((trace, labels))

@@ -12,7 +12,7 @@ _PREFIX: Final = "delivered-"
 
 
 def _key(trace: TraceSummary) -> str:
-    return f"{trace.engine}/{trace.internal_id}"
+    return f"{trace.engine}/{trace.client or ''}/{trace.internal_id}"
 
 
 class Delivered:

@@ -5,7 +5,7 @@ Owns which path leads where. What is answered there is `live_snapshot.py`, `stre
 API server).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry
@@ -25,6 +25,7 @@ from glassbox.web.live_snapshot import snapshot_answer
 from glassbox.web.request_routes import request_routes
 from glassbox.web.selection import parse_snapshot
 from glassbox.web.stream import Feed, stream_answer
+from glassbox.web.viewers import Viewers, operators
 
 PAGE_PATH: Final = "/glassbox/"
 SNAPSHOT_PATH: Final = "/glassbox/v1/snapshot"
@@ -33,12 +34,13 @@ STREAM_PATH: Final = "/glassbox/v1/stream"
 _COMPRESSED: Final = Middleware(GZipMiddleware, minimum_size=1024, compresslevel=4)
 
 
-def make_routes(source: FamilySource, feed: Feed | None = None) -> list[BaseRoute]:
+def make_routes(source: FamilySource, feed: Feed | None = None, *, viewers: Viewers | None = None) -> list[BaseRoute]:
     """Everything below /glassbox: what vLLM's API server gets, too. GET only.
 
     Args:
         source: what there is to show; errors are counted in it, as `http`.
         feed: of the stream. Default: a new one.
+        viewers: tells who asks for traced requests. Default: clients of vLLM's.
     """
     shown = Feed(source) if feed is None else feed
 
@@ -63,24 +65,30 @@ def make_routes(source: FamilySource, feed: Feed | None = None) -> list[BaseRout
         route(f"{PAGE_PATH}page/{{path:path}}", page),
         route(SNAPSHOT_PATH, snapshot),
         route(STREAM_PATH, stream, compressed=False),
-        *request_routes(source.run_dir, lambda: source.config, source.count_error),
+        *request_routes(source.run_dir, lambda: source.config, source.count_error, viewers),
     ]
 
 
 def make_app(
-    source: FamilySource, *, routes: Sequence[BaseRoute] = (), metrics: CollectorRegistry | None = None
+    source: FamilySource,
+    *,
+    routes: Sequence[BaseRoute] = (),
+    metrics: CollectorRegistry | None = None,
+    is_guarded: Callable[[], bool] = lambda: False,
 ) -> Starlette:
-    """The application of glassbox's own port.
+    """The application of glassbox's own port, where operators ask.
 
     Args:
         source: what there is to show.
         routes: further ones, which come before glassbox's.
         metrics: shown at /metrics; None: there is no /metrics.
+        is_guarded: whether the port lets only operators in (see `viewers.operators`).
     """
+    shown = make_routes(source, viewers=operators(lambda: source.config, is_guarded))
     own: list[BaseRoute] = [Route("/", _redirect("glassbox/"))]
     if metrics is not None:
         own.append(_metrics_route(metrics))
-    return Starlette(routes=[*routes, *make_routes(source), *own])
+    return Starlette(routes=[*routes, *shown, *own])
 
 
 def _redirect(url: str) -> Endpoint:

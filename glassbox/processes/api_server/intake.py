@@ -14,12 +14,15 @@ from typing import Any, Final, TypeGuard
 
 from glassbox.adapter import server
 from glassbox.adapter.front_end import FrontEnd
+from glassbox.adapter.http_request import HttpRequest, note_requests
 from glassbox.adapter.server import EngineLabels, ExtraArgs
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.trace_options import (
+    ANONYMOUS,
     BEAM_PROMPT_KEY,
     CHOICE_KEY,
+    CLIENT_KEY,
     HEADS_KEY,
     LAYERS_KEY,
     MODEL_KEY,
@@ -34,6 +37,7 @@ from glassbox.core.trace_options import (
 from glassbox.measure.sampling import is_sampled_request
 from glassbox.processes.api_server import message_spans
 from glassbox.processes.api_server.llm_span_watcher import LlmSpanWatcher, watch
+from glassbox.store.client_names import ClientNames
 
 logger = get_logger(__name__)
 
@@ -86,6 +90,7 @@ class Intake:
         self._config = config
         self.starts, self.serves = starts, serves
         self._run_dir = run_dir
+        self._clients = ClientNames(run_dir)
         self._unwatch: list[Callable[[], None]] = []
         self.traced = TracedRequests()
 
@@ -143,8 +148,8 @@ class Intake:
 
     def admit(self, extra_args: ExtraArgs, shape: tuple[int, int] | None) -> bool:
         """See server.Intake."""
-        if TRACEPARENT_KEY in extra_args:
-            parse_options(extra_args, from_client=True)  # says that it must not be given
+        if TRACEPARENT_KEY in extra_args or CLIENT_KEY in extra_args:
+            parse_options(extra_args, from_client=True)  # says that they must not be given
         choice = parse_options(extra_args)
         check_model_has(choice, shape)
         return choice.choice == "trace"
@@ -154,6 +159,34 @@ class Intake:
         self.traced.add(request_id)
         traceparent = traceparent or _traceparent.get()
         return {TRACEPARENT_KEY: str(traceparent)} if traceparent else {}
+
+    def asked_by(self, request: HttpRequest | None, traced: bool) -> ExtraArgs:
+        """See server.Intake."""
+        config = self._config()
+        # Which requests the rate chooses is known to the worker.
+        if request is None or not config.enabled or not (traced or config.requests.trace_rate > 0):
+            return {}
+        try:
+            client = self._clients.of(request.values, config.requests.client_header, request.api_keys)
+        except OSError as error:
+            log_once(
+                logger,
+                logging.ERROR,
+                "clients",
+                "Clients can't be told apart, so none is shown its traces if requests.isolate is on: %s",
+                error,
+            )
+            return {}
+        if client == ANONYMOUS and config.requests.isolate:
+            log_once(
+                logger,
+                logging.WARNING,
+                "anonymous",
+                "requests.isolate: true, but a traced request came without %s: its trace is shown to no client. "
+                "Start vLLM with --api-key, or set requests.client_header to a header that your gateway sets",
+                config.requests.client_header or "a key that vLLM checks",
+            )
+        return {CLIENT_KEY: client}
 
     def begin_beam(self, prompt_len: int) -> ExtraArgs:
         """See server.Intake."""
@@ -235,8 +268,10 @@ def install(
     """
     intake = Intake(config, run_dir, starts, serves)
     unwrap = server.wrap_intake(intake)
+    forget_requests = note_requests()
 
     def undo() -> None:
+        forget_requests()
         unwrap()
         intake.close()
 

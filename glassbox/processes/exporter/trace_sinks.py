@@ -167,7 +167,7 @@ class TraceSinks:
         had = []
         try:
             for summary in fresh:
-                trace = self._directory.get(summary.internal_id)
+                trace = self._directory.load(summary)
                 if trace is not None:
                     try:
                         give(summary, trace)

@@ -96,7 +96,7 @@ class TestNames:
     def test_what_a_client_chose_is_no_path(self, tmp_path: Path) -> None:
         """An id with separators, of any length, or not of ASCII stays within the directory; names stay apart."""
         ids = ["../../etc/passwd", "a/b", "a_b", "x" * 5000, "x" * 5001, "ä\ud800", ""]
-        names = {trace_name("0", 0, "i", internal) for internal in ids}
+        names = {trace_name("0", 0, "i", None, internal) for internal in ids}
         assert len(names) == len(ids)
         assert all(len(name) < 200 and "/" not in name and name.isascii() for name in names)
 
@@ -274,7 +274,7 @@ class TestPrune:
 
     def test_by_number(self, folder: Path) -> None:
         """The newest remain; another worker's files are its own."""
-        assert len(TraceFiles(folder, "trace-0-0-").prune(keep=2, keep_mb=64)) == 4
+        assert len(TraceFiles(folder, "trace-0-0-").prune(keep=2, keep_mb=64, per_client=200)) == 4
         assert self.left(folder) == [4, 5]
         assert len(list(folder.glob("trace-0-1-*"))) == 1
 
@@ -284,30 +284,30 @@ class TestPrune:
             number = int(read_header(path)["internal_id"][-1])
             os.truncate(path, 600_000 if number != 0 else 10)
             os.utime(path, (number + 1, number + 1))
-        removed = TraceFiles(folder, "trace-0-0-").prune(keep=200, keep_mb=2)
+        removed = TraceFiles(folder, "trace-0-0-").prune(keep=200, keep_mb=2, per_client=200)
         assert [path.stat().st_size for path in folder.glob("trace-0-0-*")] == [600_000] * 3
         assert len(removed) == 3
 
     def test_active_ones_stay(self, folder: Path) -> None:
         """A request that still runs keeps its file, whatever the limits."""
         oldest = make_trace(seed=0)
-        name = trace_name(oldest.engine, oldest.rank, oldest.instance, oldest.internal_id)
-        TraceFiles(folder, "trace-0-0-").prune(keep=1, keep_mb=64, active={name})
+        name = trace_name(oldest.engine, oldest.rank, oldest.instance, None, oldest.internal_id)
+        TraceFiles(folder, "trace-0-0-").prune(keep=1, keep_mb=64, per_client=200, active={name})
         assert self.left(folder) == [0, 5]
 
     def test_what_was_written_since(self, folder: Path) -> None:
         """A file written again is the newest, a new one counts, and one that somebody else removed is no error."""
         files = TraceFiles(folder, "trace-0-0-")
-        assert files.prune(keep=6, keep_mb=64) == []
+        assert files.prune(keep=6, keep_mb=64, per_client=200) == []
         for seed in (0, 6):
             path = write_trace(folder, make_trace(seed=seed))
             files.wrote(path.name, path.stat().st_size)
         gone = make_trace(seed=1)
-        (folder / trace_name(gone.engine, gone.rank, gone.instance, gone.internal_id)).unlink()
-        assert len(files.prune(keep=3, keep_mb=64)) == 4
+        (folder / trace_name(gone.engine, gone.rank, gone.instance, None, gone.internal_id)).unlink()
+        assert len(files.prune(keep=3, keep_mb=64, per_client=200)) == 4
         assert self.left(folder) == [0, 5, 6]
-        assert files.prune(keep=3, keep_mb=64) == []
+        assert files.prune(keep=3, keep_mb=64, per_client=200) == []
 
     def test_no_directory(self, tmp_path: Path) -> None:
         """Nothing was ever traced."""
-        assert TraceFiles(tmp_path / "none", "trace-").prune(keep=1, keep_mb=1) == []
+        assert TraceFiles(tmp_path / "none", "trace-").prune(keep=1, keep_mb=1, per_client=200) == []
