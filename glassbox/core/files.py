@@ -36,7 +36,7 @@ def _version(found: os.stat_result) -> FileVersion:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file by a temporary one beside it.
+    """Replace a file by a temporary one beside it, which only this user may read.
 
     Raises:
         OSError: if it cannot be written; the temporary file is removed.
@@ -44,7 +44,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     # A fixed name: a worker killed while writing leaves at most one, which its next write would replace.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb", buffering=0) as file:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "wb", buffering=0) as file:
             view = memoryview(data)
             while view:  # one write may be short when the disk is about to be full
                 view = view[file.write(view) :]

@@ -64,7 +64,9 @@ class Sinks:
         self._takes_over = before is not None
         self._source = FamilySource(self._run_dir, config)
         self._registry = CollectorRegistry()
-        self._registry.register(PrometheusCollector(self._source, TraceExemplars(self._run_dir)))
+        # The id of another client's request is nothing that a client should learn, and /metrics may be open.
+        exemplars = TraceExemplars(self._run_dir, names_requests=lambda: not config().requests.isolate)
+        self._registry.register(PrometheusCollector(self._source, exemplars))
         self._http: tuple[object, HttpServer] | None = None
         self._multiprocess: tuple[object, MultiprocessWriter] | None = None
         self._otel: tuple[object, OtelSink] | None = None
