@@ -16,6 +16,7 @@ from glassbox.core.files import FileVersion, file_versions
 from glassbox.core.logs import get_logger
 from glassbox.store.trace_ranks import merge_ranks
 from glassbox.store.trace_record import (
+    UNKNOWN,
     RequestTrace,
     call_and_sample,
     client_of_name,
@@ -279,7 +280,7 @@ class TraceFiles:
         So a client that has many traces made loses its own first, before anybody who has fewer.
 
         Args:
-            keep: most files; keep_mb: most MB of them together; per_client: most files of each client.
+            keep: most files; keep_mb: most MB of them together; per_client: most files of each client that is known.
             active: names that are kept whatever the limits, and don't count: requests that still run.
 
         Returns:
@@ -328,7 +329,7 @@ class _Shares:
         self._removable: dict[str, deque[str]] = {}
         for name, size in sizes.items():
             if name not in active:
-                client = client_of_name(name) or ""
+                client = client_of_name(name) or UNKNOWN
                 self._files[client] += 1
                 self._bytes[client] += size
                 self._removable.setdefault(client, deque()).append(name)
@@ -340,7 +341,8 @@ class _Shares:
         elif self._bytes.total() > keep_bytes:
             share = self._bytes
         else:
-            over = next((client for client in self._removable if self._files[client] > per_client), None)
+            known = self._removable.keys() - {UNKNOWN}
+            over = next((client for client in sorted(known) if self._files[client] > per_client), None)
             return None if over is None else self._take(over)
         # Of equal ones the one with the oldest file.
         return self._take(max(self._removable, key=lambda client: (share[client], -self._oldest(client))))

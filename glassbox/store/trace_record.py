@@ -39,6 +39,7 @@ __all__ = [
     "MAX_ATTENTION_KEYS",
     "MAX_SPANS",
     "MAX_TOP_K",
+    "UNKNOWN",
     "ClientChoice",
     "MessageSpan",
     "OptionError",
@@ -66,6 +67,8 @@ Status = Literal["active", "finished", "aborted", "lost"]
 
 _INTERNAL: Final = re.compile(r"(?:\d+_)?(?P<external>.+)-[0-9a-f]{8}", re.DOTALL)
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
+# In names, of a client that isn't known.
+UNKNOWN: Final = "unknown"
 _NAME_CHARS: Final = 80
 # Of a name, apart at its dashes: trace, engine, rank, instance, client, id, digest.
 _NAME_PARTS: Final = 7
@@ -271,7 +274,7 @@ def _clean_id(request_id: str) -> str:
 
 
 def _client_part(client: str | None) -> str:
-    return _clean(client or "unknown")
+    return _clean(client or UNKNOWN)
 
 
 def _parts(name: str) -> list[str] | None:
