@@ -216,10 +216,12 @@ class Intake(Protocol):
     def begin(self, request_id: str, traceparent: str | None) -> ExtraArgs:
         """A request that `admit` let in has an id; returns what its worker gets besides its options."""
 
-    def asked_by(self, request: HttpRequest | None, traced: bool) -> ExtraArgs:
-        """What the worker gets to know of who asked for a request; empty if it needn't.
+    def asked_by(self, request_id: str, request: HttpRequest | None, traced: bool) -> ExtraArgs:
+        """What the worker gets to know of who asked for a request, and whether the trace rate chose it; empty if it
+        needn't know.
 
         Args:
+            request_id: the external one.
             request: over HTTP by which it came, None if by none.
             traced: whether `admit` said so.
         """
@@ -360,7 +362,7 @@ class Wrappers:
             elif traced:
                 added = self._intake.begin(request_id, _traceparent(kwargs))
             if beam_prompt is None and request.sampling_params is not None and not _says_off(extra_args):
-                added = {**added, **self._intake.asked_by(http_request.current(), traced)}
+                added = {**added, **self._intake.asked_by(request_id, http_request.current(), traced)}
             if added and request.sampling_params is not None:
                 request.sampling_params.extra_args = {**(extra_args or {}), **added}
             return request

@@ -6,6 +6,7 @@ which methods of vLLM are wrapped, `adapter/server.py`'s. A request without such
 """
 
 import logging
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ from glassbox.adapter.server import EngineLabels, ExtraArgs
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.trace_options import (
+    ADDED_KEYS,
     ANONYMOUS,
     BEAM_PROMPT_KEY,
     CHOICE_KEY,
@@ -27,6 +29,7 @@ from glassbox.core.trace_options import (
     LAYERS_KEY,
     MODEL_KEY,
     PREFIX,
+    SAMPLED_KEY,
     SPANS_KEY,
     TRACEPARENT_KEY,
     ClientChoice,
@@ -53,7 +56,7 @@ def has_keys(extra_args: object) -> bool:
 
 
 class TracedRequests:
-    """External ids of the requests that asked for a trace, the newest `MAX_REMEMBERED`; not thread-safe."""
+    """External ids of the requests that are to be traced, the newest `MAX_REMEMBERED`; not thread-safe."""
 
     def __init__(self) -> None:
         self._ids: OrderedDict[str, None] = OrderedDict()
@@ -71,7 +74,7 @@ class Intake:
     """What becomes of requests; see `adapter/server.py` for the methods that wrappers of vLLM's call.
 
     Attributes:
-        traced: requests that asked for a trace.
+        traced: requests that asked for a trace, or were chosen for one.
 
     Args:
         config: returns the configuration of the moment; nothing is done while it says `enabled: false`.
@@ -148,7 +151,7 @@ class Intake:
 
     def admit(self, extra_args: ExtraArgs, shape: tuple[int, int] | None) -> bool:
         """See server.Intake."""
-        if TRACEPARENT_KEY in extra_args or CLIENT_KEY in extra_args:
+        if any(key in extra_args for key in ADDED_KEYS):
             parse_options(extra_args, from_client=True)  # says that they must not be given
         choice = parse_options(extra_args)
         check_model_has(choice, shape)
@@ -160,12 +163,21 @@ class Intake:
         traceparent = traceparent or _traceparent.get()
         return {TRACEPARENT_KEY: str(traceparent)} if traceparent else {}
 
-    def asked_by(self, request: HttpRequest | None, traced: bool) -> ExtraArgs:
+    def asked_by(self, request_id: str, request: HttpRequest | None, traced: bool) -> ExtraArgs:
         """See server.Intake."""
         config = self._config()
-        # Which requests the rate chooses is known to the worker.
-        if request is None or not config.enabled or not (traced or config.requests.trace_rate > 0):
+        rate = config.requests.trace_rate
+        if request is None or not config.enabled or not (traced or rate > 0):
             return {}
+        if traced:
+            return self._client(request, config)
+        # By chance, not by its id: a client could choose one that is always traced, though it may not ask for it.
+        if not is_sampled_request(secrets.token_hex(8), rate):
+            return {SAMPLED_KEY: False}
+        self.traced.add(request_id)
+        return {SAMPLED_KEY: True, **self._client(request, config)}
+
+    def _client(self, request: HttpRequest, config: GlassboxConfig) -> ExtraArgs:
         try:
             client = self._clients.of(request.values, config.requests.client_header, request.api_keys)
         except OSError as error:

@@ -79,6 +79,15 @@ class TestTraceRate:
             assert set(traced) == {f"cmpl-{i}-0" for i in range(40) if is_sampled_request(f"cmpl-{i}-0", 0.5)}
             assert requests.counts()[1] == {"opt_in": 0, "sampled": len(traced)}
 
+    def test_the_api_server_chooses(self) -> None:
+        """Where it has, the id says nothing; an edit to 0 holds at once."""
+        for rate, traced in ((1.0, ["yes"]), (1e-9, ["yes"]), (0.0, [])):
+            requests = tracker()
+            for name, sampled in (("yes", True), ("no", False)):
+                added = {"glassbox_sampled": sampled}
+                arrive(requests, name, extra_args=added, settings_=config(trace_rate=rate))
+            assert [trace.internal_id for trace in requests.active()] == traced
+
     def test_options_of_others_are_not_read(self) -> None:
         """A request that is sampled keeps no more than statistics."""
         requests = tracker()

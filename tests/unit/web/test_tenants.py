@@ -25,6 +25,7 @@ from glassbox.core.trace_arrays import without_values
 from glassbox.export.family_source import FamilySource
 from glassbox.export.prometheus import PrometheusCollector
 from glassbox.measure.deferred import DeferredActions
+from glassbox.measure.sampling import is_sampled_request
 from glassbox.processes.api_server.intake import Intake
 from glassbox.processes.worker.traces.active import Chunk
 from glassbox.processes.worker.traces.tracker import RequestTracker
@@ -376,3 +377,15 @@ class TestQuotas:
         assert {f"{one}-0" for one in kept} < set(stored)
         assert f"{latest}-0" == stored[0]
         assert 4 + 15 == len(stored)
+
+    def test_ids_that_the_rate_would_choose(self, tmp_path: Path) -> None:
+        """Where clients may not ask, none gets itself traced by the id that it sends: chance chooses."""
+        server = Server(tmp_path, KEYS, opt_in=False, trace_rate=0.25, keep=1000, per_client={"keep": 1000})
+        chosen = next(one for one in map(str, range(1000)) if is_sampled_request(f"cmpl-{one}-0", 0.25))
+        for _ in range(100):
+            server.ask(BY_KEY["bob"], chosen, glassbox=None)
+        traced = TraceDirectory(server.run_dir).summaries()
+        assert 5 < len(traced) < 50
+        assert {("sampled", True)} == {(one.why, one.client not in (None, "anonymous")) for one in traced}
+        with pytest.raises(Exception, match="glassbox_sampled must not be given"):
+            server.ask(BY_KEY["bob"], glassbox=None, glassbox_sampled=True)

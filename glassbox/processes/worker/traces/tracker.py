@@ -227,8 +227,13 @@ class RequestTracker:
             self._start(new, "opt_in", choice, config, local_layers)
         elif choice.choice == "trace":
             self._refuse(req_id, "opt_in_off")
-        elif is_sampled_request(external_id(req_id), config.requests.trace_rate) and config.enabled:
+        elif config.enabled and self._is_sampled(req_id, choice, config.requests.trace_rate):
             self._start(new, "sampled", choice, config, local_layers)
+
+    def _is_sampled(self, req_id: str, choice: ClientChoice, rate: float) -> bool:
+        if choice.sampled is None or rate <= 0:  # no API server has chosen; by the id, so that all ranks agree
+            return is_sampled_request(external_id(req_id), rate)
+        return choice.sampled
 
     def _start(
         self, new: Arrival, why: Why, choice: ClientChoice, config: GlassboxConfig, local_layers: frozenset[int]
