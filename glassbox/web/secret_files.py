@@ -45,12 +45,17 @@ def read_trusted(key: str, path: Path, *, secret: bool) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise AccessError(key, path, f"must be a file that can be read: {error.strerror}; correct it") from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise AccessError(key, path, "must be a regular file, got a directory, pipe or device; name a file")
         _check_owner_and_mode(key, path, found, secret)
-        content = file.read(MAX_BYTES + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise AccessError(key, path, f"can't be read: {error.strerror}; check the file system") from None
+    finally:
+        os.close(descriptor)
     if len(content) > MAX_BYTES:
         raise AccessError(key, path, f"must be at most {MAX_BYTES} bytes, got more; is it the right file?")
     return content
