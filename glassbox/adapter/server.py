@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,28 @@ INTAKE_PATCHES: Final = (
     Patch("vllm.v1.utils", "RustFrontendProcessManager", "__init__", "rust_front_end"),
     Patch("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", "process_inputs"),
 )
+
+
+@dataclass(frozen=True)
+class ServedTo:
+    """Who reaches vLLM's API server.
+
+    Attributes:
+        api_keys: any of which lets in; empty: everybody gets in.
+        host: it listens on.
+    """
+
+    api_keys: tuple[str, ...]
+    host: str
+
+
+def served_to(args: Any) -> ServedTo:
+    """What the arguments of `vllm serve` say, as vLLM reads them (`init_entrypoints_middleware`)."""
+    named = args.api_key or [os.environ.get("VLLM_API_KEY")]
+    keys = [named] if isinstance(named, str) else named
+    # A socket in the file system is guarded by its mode.
+    host = "localhost" if getattr(args, "uds", None) else args.host or "0.0.0.0"
+    return ServedTo(tuple(key for key in keys if key), host)
 
 
 @contextlib.contextmanager

@@ -46,7 +46,8 @@ def check(
     """
     import yaml
 
-    from glassbox.config.load import ConfigError, find_config, load_config
+    from glassbox.config.load import ConfigError, find_config, load_config, replaced_keys
+    from glassbox.web.doors import unusable
 
     if model is not None and (layers, heads) != (None, None):
         raise fail("--model tells layers and heads; leave out --layers and --heads")
@@ -57,11 +58,13 @@ def check(
         config = load_config(path)
     except ConfigError as error:
         raise fail(str(error)) from None
+    if (problem := unusable(config)) is not None:
+        raise fail(f"{path}: {problem}")
     with one_line_errors():
         shape = _shape(path, model, layers, heads)
     typer.echo(f"# {path}: valid. With the defaults filled in:")
     typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    for line in (*shape.lines(config), *_series_lines(config, shape, engines)):
+    for line in (*replaced_keys(config), *shape.lines(config), *_series_lines(config, shape, engines)):
         typer.echo(f"# {line}".rstrip())
     typer.echo(f"# {_vllm_line(config)}")
 

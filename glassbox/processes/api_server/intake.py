@@ -209,12 +209,12 @@ class Intake:
         config = self._config()
         export = config.export
         pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
-        if config.enabled and not pushed and (export.prometheus.port is None or not export.prometheus.enabled):
+        if config.enabled and not pushed and export.own_port is None:
             log_once(
                 logger,
                 logging.WARNING,
                 front_end.name,
-                "%s %s: what glassbox measures shows nowhere. Set export.prometheus.port in glassbox.yaml, for a port "
+                "%s %s: what glassbox measures shows nowhere. Set export.http.port in glassbox.yaml, for a port "
                 "of glassbox's own, or export.otel.enabled",
                 front_end.name,
                 front_end.shows,

@@ -21,13 +21,16 @@ from glassbox.export.family_source import FamilySource, View
 from glassbox.export.jsonl import JsonlSink
 from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import PrometheusCollector
-from glassbox.processes.exporter.http import HttpServer, bind_address
 from glassbox.processes.exporter.launch import multiprocess_directory
 from glassbox.processes.exporter.trace_sinks import TraceSinks
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from glassbox.export.otel import OtelSink
+    from glassbox.processes.exporter.own_port import OwnPort
+    from glassbox.web.doors import Door
 
 logger = get_logger(__name__)
 
@@ -38,8 +41,8 @@ class Sinks:
     """The open sinks of one server.
 
     Attributes:
-        errors: errors by stage: http, multiprocess, otel, jsonl, records and otel_traces (of traced requests), read
-            (of the run directory), status (its file).
+        errors: errors by stage: http, access and connections (of the own port), multiprocess, otel, jsonl, records and
+            otel_traces (of traced requests), read (of the run directory), status (its file).
 
     Args:
         run_dir: of the server.
@@ -67,7 +70,7 @@ class Sinks:
         # The id of another client's request is nothing that a client should learn, and /metrics may be open.
         exemplars = TraceExemplars(self._run_dir, names_requests=lambda: not config().requests.isolate)
         self._registry.register(PrometheusCollector(self._source, exemplars))
-        self._http: tuple[object, HttpServer] | None = None
+        self._own_port: OwnPort | None = None
         self._multiprocess: tuple[object, MultiprocessWriter] | None = None
         self._otel: tuple[object, OtelSink] | None = None
         self._jsonl: tuple[object, JsonlSink] | None = None
@@ -76,12 +79,12 @@ class Sinks:
     @property
     def http_port(self) -> int | None:
         """The port that is served, None if none is."""
-        return self._http[1].port if self._http else None
+        return None if self._own_port is None else self._own_port.port
 
     def apply(self) -> None:
         """Open, change and close sinks so that they are what the configuration of the moment says."""
         config = self._config()
-        self._apply_http(config)
+        self._apply_own_port(config)
         self._apply_otel(config)
         jsonl = config.export.jsonl
         wanted = (jsonl.expanded_path, jsonl.max_mb) if config.enabled and jsonl.expanded_path is not None else None
@@ -93,23 +96,25 @@ class Sinks:
         self._traces.apply(skip_present=self._takes_over)
         self._takes_over = True
 
-    def _apply_http(self, config: GlassboxConfig) -> None:
-        prometheus = config.export.prometheus
-        wanted = None
-        if config.enabled and prometheus.enabled and prometheus.port is not None:
-            wanted = (bind_address(self._environ), prometheus.port)
-        if self._http is not None and self._http[0] != wanted:
-            self._http[1].close()
-            self._http = None
-        if wanted is not None and self._http is None:
-            with self.errors.guard("http"):  # tried again each round: whoever holds the port may let go of it
-                self._http = (wanted, self._serve(*wanted))
+    def _apply_own_port(self, config: GlassboxConfig) -> None:
+        if self._own_port is None and config.export.own_port is not None:
+            # Not at the top: an exporter without a port of its own needs no web framework in its memory.
+            from glassbox.processes.exporter.own_port import OwnPort
 
-    def _serve(self, address: str, port: int) -> HttpServer:
-        # Not at the top: an exporter without a port of its own needs no web framework in its memory.
+            self._own_port = OwnPort(self._app, self._config, self.errors, self._environ)
+        if self._own_port is not None:
+            self._own_port.apply()
+
+    def _app(self, door: "Door", shows_text: Callable[[], bool]) -> "Starlette":
         from glassbox.web.app import make_app
 
-        return HttpServer(port, make_app(self._source, metrics=self._registry), address)
+        return make_app(
+            self._source,
+            metrics=self._registry,
+            rules=lambda: door.rules,
+            shows_text=shows_text,
+            is_guarded=lambda: door.authenticates,
+        )
 
     def _apply_otel(self, config: GlassboxConfig) -> None:
         otel = config.export.otel
@@ -163,11 +168,11 @@ class Sinks:
 
     def close(self) -> None:
         """Close all sinks; OTLP gets `FLUSH_TIMEOUT_S` seconds for what it still has to send."""
-        if self._http is not None:
-            self._http[1].close()
+        if self._own_port is not None:
+            self._own_port.close()
         if self._otel is not None:
             self._otel[1].close(FLUSH_TIMEOUT_S)
         if self._multiprocess is not None:
             self._multiprocess[1].close()
         self._traces.close()
-        self._http = self._otel = self._multiprocess = self._jsonl = None
+        self._otel = self._multiprocess = self._jsonl = None

@@ -10,6 +10,7 @@ import { Grid } from "./grid.js";
 import { Heatmap } from "./heatmap.js";
 import { History } from "./history.js";
 import { showLegend } from "./legend.js";
+import { Login } from "./login.js";
 import { difference, KINDS, Matrix } from "./matrix.js";
 import { Panel } from "./panel.js";
 import { emptyReason, sampledText, windowText } from "./sampled.js";
@@ -70,7 +71,9 @@ export class LiveView {
       (name, data) => this.#onEvent(name, data),
       (state, message, pauseS) => this.#onState(state, message, pauseS),
       (message) => this.#onRefused(message),
+      () => this.#onLocked(),
     );
+    this.login = new Login(root, () => this.#connect());
     this.#watchThePage();
     this.controls.sync();
     this.#connect();
@@ -142,7 +145,14 @@ export class LiveView {
     else if (name === "fault") this.#notify(data.error);
   }
 
+  #onLocked() {
+    this.status.turn("locked", "", 0);
+    this.#showStatus();
+    this.login.show();
+  }
+
   #onAbout(about) {
+    this.login.hide();
     this.#about = about;
     this.#clockAheadS = Date.now() / 1000 - about.now_s;
     this.#element("version").textContent = `glassbox ${about.version}`;

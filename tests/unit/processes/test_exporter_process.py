@@ -92,6 +92,8 @@ class TestIsNeeded:
         ("export", "environ", "expected"),
         [
             ({}, {}, False),
+            ({"http": {"port": 9464}}, {}, True),
+            ({"http": {"port": 9464}, "prometheus": {"enabled": False}}, {}, True),
             ({"prometheus": {"port": 9464}}, {}, True),
             ({"prometheus": {"port": 9464, "enabled": False}}, {}, False),
             ({}, {"PROMETHEUS_MULTIPROC_DIR": "/x"}, True),
@@ -172,7 +174,7 @@ class TestSinks:
         """As soon as the port is free it is opened; the other sinks work meanwhile."""
         with socket.create_server(("127.0.0.1", 0)) as holder:
             port = holder.getsockname()[1]
-            current["config"] = config(prometheus={"port": port}, jsonl={"path": str(tmp_path / "a.jsonl")})
+            current["config"] = config(http={"port": port}, jsonl={"path": str(tmp_path / "a.jsonl")})
             sinks.round()
             sinks.round()
             assert sinks.errors.counts() == {"http": 2}
@@ -186,7 +188,7 @@ class TestSinks:
     def test_the_own_port_has_page_and_snapshot(self, sinks: Sinks, current: dict[str, GlassboxConfig]) -> None:
         """Besides /metrics; they go with it when the port is taken out of the configuration."""
         port = free_port()
-        current["config"] = config(prometheus={"port": port})
+        current["config"] = config(http={"port": port})
         sinks.round()
         for path, expected in (("", b"<!doctype html>"), ("v1/snapshot?phase=decode", b'"model":"tiny/model"')):
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/glassbox/{path}", timeout=5) as answer:
@@ -262,7 +264,7 @@ class TestProcess:
         port = free_port()
         with OtlpReceiver() as receiver:
             process = start(
-                prometheus={"port": port},
+                http={"port": port},
                 otel={"enabled": True, "endpoint": receiver.grpc_endpoint},
                 jsonl={"path": str(tmp_path / "out.jsonl")},
             )
@@ -308,18 +310,18 @@ class TestProcess:
     def test_edits_take_effect_within_two_seconds(self, start: Any, tmp_path: Path) -> None:
         """The port opens, moves and closes, the detail changes, OTLP is switched to another collector: no restart."""
         path, first, second = tmp_path / "glassbox.yaml", free_port(), free_port()
-        start(interval_s=60, prometheus={"port": first, "detail": "model"})
+        start(interval_s=60, http={"port": first}, prometheus={"detail": "model"})
         rows_of_layer = 'glassbox_attention_rows_total{engine="0",layer="1"'
         assert rows_of_layer not in wait_for(lambda: scrape(first))
         edited = time.monotonic()
         with OtlpReceiver() as receiver:
             otel = {"enabled": True, "endpoint": receiver.http_endpoint, "protocol": "http"}
-            write_config(path, interval_s=60, prometheus={"port": second}, otel=otel)
+            write_config(path, interval_s=60, http={"port": second}, otel=otel)
             assert rows_of_layer in wait_for(lambda: scrape(second))
             receiver.wait_for_metrics(timeout_s=2)
         assert time.monotonic() - edited < 2.5
         assert scrape(first) is None
-        write_config(path, interval_s=60, prometheus={"port": None})
+        write_config(path, interval_s=60, http={"port": None})
         wait_for(lambda: scrape(second) is None, timeout_s=2.5)
 
     def test_a_bad_configuration_is_one_line(self, start: Any, tmp_path: Path) -> None:
@@ -335,7 +337,7 @@ class TestProcess:
     def test_a_bad_edit_keeps_it_going(self, start: Any, tmp_path: Path) -> None:
         """The last good configuration stays in use."""
         port = free_port()
-        process = start(prometheus={"port": port})
+        process = start(http={"port": port})
         wait_for(lambda: scrape(port))
         (tmp_path / "glassbox.yaml").write_text("export: {interval_s: soon}")
         time.sleep(1.0)
@@ -347,7 +349,7 @@ class TestProcess:
         (run_dir / "worker-0-9-bad.npz").write_bytes(b"garbage")
         port = free_port()
         endpoint = f"http://127.0.0.1:{free_port()}"
-        process = start(prometheus={"port": port}, otel={"enabled": True, "endpoint": endpoint, "protocol": "http"})
+        process = start(http={"port": port}, otel={"enabled": True, "endpoint": endpoint, "protocol": "http"})
         wait_for(lambda: 'stage="otel"' in (scrape(port) or ""), timeout_s=20)
         assert 'stage="snapshot"} 1.0' in (scrape(port) or "")
         assert process.poll() is None
