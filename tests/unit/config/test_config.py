@@ -216,6 +216,20 @@ class TestBadValues:
             ("statistics: {sink_tokens: 0}", "statistics.sink_tokens must be between 1 and 1024, got 0;"),
             ("requests: {trace_rate: 1.5}", "requests.trace_rate must be between 0 and 1, got 1.5;"),
             (
+                "requests: {client_header: 'X Tenant'}",
+                "requests.client_header must be the name of a header or null, got",
+            ),
+            (
+                "requests: {client_header: ''}",
+                "requests.client_header must be the name of a header or null, got the string '';",
+            ),
+            ("requests: {isolate: 1}", "requests.isolate must be true or false, got 1;"),
+            ("requests: {per_client: {keep: 0}}", "requests.per_client.keep must be between 1 and 100000, got 0;"),
+            (
+                "requests: {per_client: {rows_per_second: 0}}",
+                "requests.per_client.rows_per_second must be between",
+            ),
+            (
                 "export: {interval_s: 0}",
                 "export.interval_s must be between 0.1 and 3600 seconds, got 0; use 5",
             ),
