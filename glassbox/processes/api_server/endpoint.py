@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from glassbox.config.load import GlassboxConfig
+    from glassbox.export.family_source import FamilySource
     from glassbox.web.guard import Rules
 
 _NEEDS: Final = "send Authorization: Bearer with vLLM's API key"
@@ -57,7 +57,7 @@ class GlassboxEndpoint:
         source = registered.shown.source
 
         def shows_text() -> bool:
-            return self._may_show_text(source.config)
+            return self._may_show_text(source)
 
         app.router.routes.extend(make_routes(source, rules=lambda: self._rules, shows_text=shows_text))
         self._learn(getattr(getattr(app, "state", None), "args", None))
@@ -77,14 +77,14 @@ class GlassboxEndpoint:
         self._loopback = is_loopback(served.host)
         self._rules = Rules([Tokens(served.api_keys)] if served.api_keys else [], _NEEDS, open_metrics=True)
 
-    def _may_show_text(self, config: "GlassboxConfig") -> bool:
+    def _may_show_text(self, source: "FamilySource") -> bool:
         from glassbox.core.logs import get_logger, log_once
         from glassbox.web.doors import text_refusal
 
         keyed = self._rules is not None and bool(self._rules.proofs)
-        refused = text_refusal(config, loopback=self._loopback, authenticates=keyed, remedy=_TEXT_REMEDY)
-        if refused is not None:
-            log_once(get_logger(__name__), logging.WARNING, refused, "%s", refused)
+        refused = text_refusal(source.config, loopback=self._loopback, authenticates=keyed, remedy=_TEXT_REMEDY)
+        if refused is not None and log_once(get_logger(__name__), logging.WARNING, refused, "%s", refused):
+            source.count_error("access")
         return refused is None
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:

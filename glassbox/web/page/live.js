@@ -2,6 +2,7 @@
 //
 // Each view owns all of its state and touches only the elements of its root, so that two of them can share a page.
 
+import { Access } from "./access.js";
 import { Baselines } from "./baseline.js";
 import { diverging, sequential } from "./colours.js";
 import { Controls } from "./controls.js";
@@ -67,13 +68,15 @@ export class LiveView {
       unpin: () => this.#unpin(),
     });
     this.status = new Status(this.#element("status"), this.#element("status-text"));
+    const access = new Access();
     this.stream = new Stream(
+      access,
       (name, data) => this.#onEvent(name, data),
       (state, message, pauseS) => this.#onState(state, message, pauseS),
       (message) => this.#onRefused(message),
       () => this.#onLocked(),
     );
-    this.login = new Login(root, () => this.#connect());
+    this.login = new Login(root, access, () => this.#connect());
     this.#watchThePage();
     this.controls.sync();
     this.#connect();

@@ -2,8 +2,6 @@
 //
 // fetch instead of EventSource, which hides the answer's status: "too many pages look" could not be shown.
 
-import { authorised } from "./access.js";
-
 const LONGEST_PAUSE_S = 10;
 // The server sends something every 15 s.
 const SILENCE_S = 40;
@@ -16,14 +14,15 @@ export class Stream {
   #url = "";
 
   /**
+   * @param {Access} access has the server's key
    * @param {(name: string, data: object) => void} onEvent
    * @param {(state: "connecting" | "open" | "waiting", message: string, pauseS: number) => void} onState
    * @param {(message: string) => boolean} onRefused the address asks for something that the server does not have; true
    *     if another one has been opened
    * @param {() => void} onLocked the server wants another key than the one that is kept
    */
-  constructor(onEvent, onState, onRefused, onLocked) {
-    Object.assign(this, { onEvent, onState, onRefused, onLocked });
+  constructor(access, onEvent, onState, onRefused, onLocked) {
+    Object.assign(this, { access, onEvent, onState, onRefused, onLocked });
     addEventListener("online", () => this.#abort === null && this.#url && this.open(this.#url));
   }
 
@@ -59,7 +58,7 @@ export class Stream {
   }
 
   async #read(url, abort) {
-    const headers = authorised({ Accept: "text/event-stream" });
+    const headers = this.access.authorised({ Accept: "text/event-stream" });
     const answer = await fetch(url, { signal: abort.signal, headers, cache: "no-store" });
     if (answer.status === 401 && abort === this.#abort) {
       this.close();
