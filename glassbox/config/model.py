@@ -239,7 +239,7 @@ class RecordsConfig(_Section):
 
 
 class PerClientConfig(_Section):
-    """What one client may have of the traces; clients that can't be told apart are one."""
+    """What one client may have of the traces; clients that say nothing are one (`anonymous`)."""
 
     max_active: int = _field(
         32,

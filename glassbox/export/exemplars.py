@@ -165,8 +165,10 @@ class TraceExemplars:
     def _ids(self, trace: RequestTrace) -> tuple[str, str] | None:
         """Trace and span of the request: vLLM's own if it has one, else the client's."""
         spans = self._spans.of(trace.request_id)
-        if spans:
-            return spans[-1].trace_id, spans[-1].span_id
+        if spans:  # several, if another request came with the same id
+            end_s = time.time() if trace.end_time_s is None else trace.end_time_s
+            nearest = min(spans, key=lambda span: abs(span.end_time_s - end_s))
+            return nearest.trace_id, nearest.span_id
         if trace.traceparent is not None:
             _, trace_id, span_id, _ = trace.traceparent.split("-")
             return trace_id, span_id

@@ -178,8 +178,9 @@ class Intake:
         return {SAMPLED_KEY: True, **self._client(request, config)}
 
     def _client(self, request: HttpRequest, config: GlassboxConfig) -> ExtraArgs:
+        header, keys = config.requests.client_header, request.api_keys
         try:
-            client = self._clients.of(request.values, config.requests.client_header, request.api_keys)
+            client = self._clients.of(request.values, header, keys)
         except OSError as error:
             log_once(
                 logger,
@@ -196,9 +197,10 @@ class Intake:
                 "anonymous",
                 "requests.isolate: true, but a traced request came without %s: its trace is shown to no client. "
                 "Start vLLM with --api-key, or set requests.client_header to a header that your gateway sets",
-                config.requests.client_header or "a key that vLLM checks",
+                header or "a key that vLLM checks",
             )
-        return {CLIENT_KEY: client}
+        # Where nobody says who it is, what one client may have is not meant for all of them together.
+        return {} if header is None and keys == () else {CLIENT_KEY: client}
 
     def begin_beam(self, prompt_len: int) -> ExtraArgs:
         """See server.Intake."""

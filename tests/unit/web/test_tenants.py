@@ -274,8 +274,16 @@ class TestWhoSomebodyIs:
         server.settings = {"requests": {"client_header": "Authorization"}}
         server.ask(BY_KEY["alice"])
         clients = [one.client for one in TraceDirectory(server.run_dir).summaries()]
-        assert "anonymous" == clients[1]
-        assert "anonymous" != clients[0]
+        assert clients[1] is None
+        assert clients[0] not in (None, "anonymous")
+
+    def test_where_nobody_is_anybody(self, tmp_path: Path) -> None:
+        """A server without keys and header has the limits of all: one client's are not for all together."""
+        server = Server(tmp_path, [], keep=20, per_client={"keep": 2, "max_active": 1, "rows_per_second": 1})
+        for _ in range(30):
+            server.ask({})
+        assert 20 == len(server.listed({}))
+        assert 0 == sum(server.worker.tracker.counts()[0].values())
 
     def test_a_header_twice(self, tmp_path: Path) -> None:
         """A gateway that adds its own to the client's makes it neither of the two."""
