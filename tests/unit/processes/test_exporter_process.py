@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -292,6 +293,23 @@ class TestProcess:
         assert second.wait(5) == 0
         assert second.stderr.read() == b""
         assert first.poll() is None
+
+    def test_connections_that_say_nothing_stop_no_export(self, start: Any, run_dir: Path) -> None:
+        """More of them than the process may have files: rounds go on, and a scrape is answered."""
+        port = free_port()
+        process = start(http={"port": port})
+        wait_for(lambda: scrape(port))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (192, 192))
+        held = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(400)]
+        try:
+            write_snapshot(run_dir, make_snapshot(steps=1001))
+            began = time.time()
+            wait_for(lambda: (status := read_status(run_dir)) is not None and status.time_s > began)
+            wait_for(lambda: "glassbox_steps_total{" in (text := scrape(port) or "") and "1001.0" in text)
+        finally:
+            for client in held:
+                client.close()
+        assert len(os.listdir(f"/proc/{process.pid}/fd")) < 128
 
     def test_it_ends_with_its_parent(self, start: Any, run_dir: Path, tmp_path: Path) -> None:
         """Within two seconds of the parent's end, after one last export."""
