@@ -123,6 +123,7 @@ def make_trace(
         "instance": "i0",
         "requested_model": "tiny",
         "adapter": "poet",
+        "client": None,
         "why": "opt_in",
         "status": "finished",
         "start_time_s": 1_700_000_000.5 + seed,

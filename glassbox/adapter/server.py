@@ -8,20 +8,23 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final, Protocol, TypeGuard
 
+from glassbox.adapter import http_request
 from glassbox.adapter.front_end import RUST, FrontEnd, front_end_of_process
+from glassbox.adapter.http_request import HttpRequest
 from glassbox.adapter.internals import feature_of, lacks, line
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import VllmConfig
 from glassbox.adapter.release import vllm_version
 from glassbox.core.logs import get_logger, log_once
-from glassbox.core.trace_options import BEAM_PROMPT_KEY, MODEL_KEY, OptionError
+from glassbox.core.trace_options import BEAM_PROMPT_KEY, CHOICE_KEY, MODEL_KEY, OptionError
 
 logger = get_logger(__name__)
 
@@ -56,6 +59,28 @@ INTAKE_PATCHES: Final = (
     Patch("vllm.v1.utils", "RustFrontendProcessManager", "__init__", "rust_front_end"),
     Patch("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", "process_inputs"),
 )
+
+
+@dataclass(frozen=True)
+class ServedTo:
+    """Who reaches vLLM's API server.
+
+    Attributes:
+        api_keys: any of which lets in; empty: everybody gets in.
+        host: it listens on.
+    """
+
+    api_keys: tuple[str, ...]
+    host: str
+
+
+def served_to(args: Any) -> ServedTo:
+    """What the arguments of `vllm serve` say, as vLLM reads them (`init_entrypoints_middleware`)."""
+    named = args.api_key or [os.environ.get("VLLM_API_KEY")]
+    keys = [named] if isinstance(named, str) else named
+    # A socket in the file system is guarded by its mode.
+    host = "localhost" if getattr(args, "uds", None) else args.host or "0.0.0.0"
+    return ServedTo(tuple(key for key in keys if key), host)
 
 
 @contextlib.contextmanager
@@ -214,6 +239,16 @@ class Intake(Protocol):
     def begin(self, request_id: str, traceparent: str | None) -> ExtraArgs:
         """A request that `admit` let in has an id; returns what its worker gets besides its options."""
 
+    def asked_by(self, request_id: str, request: HttpRequest | None, traced: bool) -> ExtraArgs:
+        """What the worker gets to know of who asked for a request, and whether the trace rate chose it; empty if it
+        needn't know.
+
+        Args:
+            request_id: the external one.
+            request: over HTTP by which it came, None if by none.
+            traced: whether `admit` said so.
+        """
+
     def begin_beam(self, prompt_len: int) -> ExtraArgs:
         """What the worker gets with a request of a beam search, whose client sent a prompt of that length."""
 
@@ -349,6 +384,8 @@ class Wrappers:
                 added = self._intake.begin_beam(beam_prompt)
             elif traced:
                 added = self._intake.begin(request_id, _traceparent(kwargs))
+            if beam_prompt is None and request.sampling_params is not None and not _says_off(extra_args):
+                added = {**added, **self._intake.asked_by(request_id, http_request.current(), traced)}
             if added and request.sampling_params is not None:
                 request.sampling_params.extra_args = {**(extra_args or {}), **added}
             return request
@@ -401,6 +438,10 @@ def without_model(extra_args: ExtraArgs, model: object) -> ExtraArgs:
     """A client's keys: without the model's name, if it was added when an API looked at the request before."""
     added = extra_args.get(MODEL_KEY)
     return extra_args if added is None or added != model else {k: v for k, v in extra_args.items() if k != MODEL_KEY}
+
+
+def _says_off(extra_args: object) -> bool:
+    return isinstance(extra_args, Mapping) and extra_args.get(CHOICE_KEY) == "off"
 
 
 def _traceparent(kwargs: Mapping[str, Any]) -> str | None:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 import glassbox
 from glassbox.config.model import (
     CPU_BACKENDS,
+    LOOPBACK,
     MAX_ROWS_PER_STEP,
     MAX_TRACED_REQUESTS,
     MLA_BACKENDS,
@@ -24,9 +25,11 @@ from glassbox.config.model import (
     BaselineConfig,
     ExportConfig,
     GlassboxConfig,
+    HttpConfig,
     JsonlConfig,
     LayerSelection,
     OtelConfig,
+    PerClientConfig,
     PrometheusConfig,
     RecordsConfig,
     RequestsConfig,
@@ -49,9 +52,11 @@ __all__ = [
     "ConfigError",
     "ExportConfig",
     "GlassboxConfig",
+    "HttpConfig",
     "JsonlConfig",
     "LayerSelection",
     "OtelConfig",
+    "PerClientConfig",
     "PrometheusConfig",
     "RecordsConfig",
     "RequestsConfig",
@@ -64,6 +69,7 @@ __all__ = [
     "packaged_config",
     "parse_config",
     "read_bytes",
+    "replaced_keys",
     "restart_needed",
 ]
 
@@ -187,6 +193,21 @@ def restart_needed(old: GlassboxConfig, new: GlassboxConfig) -> list[str]:
             f"until then {before} stays in use"
         )
     return messages
+
+
+def replaced_keys(config: GlassboxConfig) -> list[str]:
+    """One message for each key of the file that still works and has been replaced."""
+    old = config.export.prometheus.port
+    if old is None:
+        return []
+    message = "export.prometheus.port is replaced by export.http.port"
+    if config.export.http.host == LOOPBACK:
+        opened = f"{{port: {old}, host: 0.0.0.0, token_file: PATH}}"
+        message += (
+            f"; it listens on {LOOPBACK} alone, no longer on every interface: to be reached from elsewhere, write "
+            f"export.http: {opened} (docs/http.md)"
+        )
+    return [message]
 
 
 def _get(config: GlassboxConfig, key: str) -> object:

@@ -7,6 +7,7 @@ Owns what may stand in the YAML file. Where the file is found, how it is loaded 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
@@ -42,6 +43,25 @@ CPU_BACKENDS: Final = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
 MAX_ROWS_PER_STEP: Final = 4096
 MAX_TRACED_REQUESTS: Final = 1024
 MAX_SERIES: Final = 10_000_000
+_HEADER_NAME: Final = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
+
+
+# A name of DNS, or nearly: underscores occur in names of containers.
+_HOST_NAME: Final = re.compile(
+    r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+    r"(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)*\.?\Z"
+)
+LOOPBACK: Final = "127.0.0.1"
+
+
+def is_host(text: str) -> bool:
+    """True for a host name, an IPv4 address, or an IPv6 address with or without brackets."""
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    try:
+        return ip_address(bare.partition("%")[0]).version == 6 or bare == text
+    except ValueError:
+        # What looks like an address and is none (256.1.1.1, 127.1) is no name: resolvers guess what it means.
+        return bool(_HOST_NAME.match(text)) and not re.fullmatch(r"[\d.]+", text)
 
 
 class _Section(BaseModel):
@@ -240,6 +260,37 @@ class RecordsConfig(_Section):
         return None if self.path is None else Path(self.path).expanduser()
 
 
+class PerClientConfig(_Section):
+    """What one client may have of the traces; clients that say nothing are one (`anonymous`)."""
+
+    max_active: int = _field(
+        32,
+        f"Requests of one client traced at the same time, 1 to {MAX_TRACED_REQUESTS}; more are refused.",
+        f"must be between 1 and {MAX_TRACED_REQUESTS}",
+        "use 32, or as many as requests.max_active for no limit of its own",
+        ge=1,
+        le=MAX_TRACED_REQUESTS,
+    )
+    keep: int = _field(
+        100,
+        "Traces of one client kept in the run directory, 1 to 100000; its own oldest go first.",
+        "must be between 1 and 100000",
+        "use 100, or as many as requests.keep for no limit of its own",
+        ge=1,
+        le=100_000,
+    )
+    rows_per_second: int | None = _field(
+        # A row of 32 layers and 32 heads is 40 KB: 200 MB/s.
+        5000,
+        "Rows (tokens) of traces that one client may have measured, 1 to 1000000 a second; ten seconds' worth at once. "
+        "Beyond it traces are truncated and further ones refused. null: no limit.",
+        "must be between 1 and 1000000, or null",
+        "use 5000, or null for no limit",
+        ge=1,
+        le=1_000_000,
+    )
+
+
 class RequestsConfig(_Section):
     """Traced requests: those of which every measured row is kept."""
 
@@ -296,16 +347,99 @@ class RequestsConfig(_Section):
         ge=1,
         le=65_536,
     )
+    isolate: bool = _switch(
+        False,
+        "Whether each client sees its own traces only, told by its API key of vLLM's or by `client_header`.",
+    )
+    client_header: str | None = _field(
+        None,
+        "Header that tells the client, such as X-Tenant; a gateway must set or remove it in every request. null: the "
+        "API key tells it, if vLLM asks for one.",
+        "must be the name of a header or null",
+        "use null for vLLM's API keys",
+        pattern=_HEADER_NAME,
+    )
+    per_client: PerClientConfig = _section(PerClientConfig)
     records: RecordsConfig = _section(RecordsConfig)
+
+
+def _file(description: str) -> Any:
+    return _field(None, f"{description} A leading ~ is the home directory.", "must be a path or null", "use `null`")
+
+
+class HttpConfig(_Section):
+    """glassbox's own port: where it listens, and who gets in."""
+
+    port: int | None = _field(
+        None,
+        "TCP port of glassbox's own /metrics, live page and traced requests, 1 to 65535; null: only vLLM's port.",
+        "must be between 1 and 65535, or null",
+        "use null to serve only at vLLM's own port",
+        ge=1,
+        le=65535,
+    )
+    host: str = _field(
+        LOOPBACK,
+        "Address or name of this host to listen on: 127.0.0.1 or ::1 for this host alone, 0.0.0.0 or :: for every "
+        "interface.",
+        "must be an address or a host name, without port",
+        "use 127.0.0.1, or 0.0.0.0 for every interface",
+    )
+    allowed_hosts: tuple[StrictStr, ...] = _field(
+        (),
+        "Names that the Host header of a request may have, beside localhost and addresses; with some named, others are "
+        "refused on every address, without on loopback alone.",
+        "must be a list of host names, without ports",
+        "write [glassbox.example.org], or [] for none",
+        strict=False,
+        max_length=64,
+    )
+    token_file: _Path | None = _file("File of bearer tokens, one a line; each of them lets in. null: none does.")
+    users_file: _Path | None = _file(
+        "File of users for basic authentication, lines name:bcrypt as htpasswd -B makes them."
+    )
+    cert_file: _Path | None = _file("TLS certificate and its chain, PEM; with key_file the port speaks HTTPS alone.")
+    key_file: _Path | None = _file("TLS key of the certificate, PEM.")
+    client_ca_file: _Path | None = _file(
+        "PEM certificates of who signs clients' certificates: without one nobody connects."
+    )
+    open_metrics: bool = _switch(False, "Whether /metrics is served without token or password.")
+    max_connections: int = _field(
+        64,
+        "Connections at the same time, 4 to 1024; beyond it the one that has waited longest for a request is closed.",
+        "must be between 4 and 1024",
+        "use 64",
+        ge=4,
+        le=1024,
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, value: str) -> str:
+        if not is_host(value):
+            raise ValueError("must be an address or a host name, without port; use 127.0.0.1, or 0.0.0.0 for all")
+        return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_allowed_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(is_host(name) for name in value):
+            raise ValueError("must be a list of host names, without ports; write [glassbox.example.org]")
+        return value
+
+    @property
+    def authenticates(self) -> bool:
+        """True if only those get in who prove who they are."""
+        return any((self.token_file, self.users_file, self.client_ca_file))
 
 
 class PrometheusConfig(_Section):
     """Metrics to be scraped."""
 
-    enabled: bool = _switch(True, "Whether metrics are shown at vLLM's /metrics (and at `port`).")
+    enabled: bool = _switch(True, "Whether metrics are shown at vLLM's /metrics (and at glassbox's own port).")
     port: int | None = _field(
         None,
-        "TCP port of glassbox's own /metrics and live page, 1 to 65535; null: only vLLM's.",
+        "Replaced by export.http.port: TCP port of glassbox's own, 1 to 65535.",
         "must be between 1 and 65535, or null",
         "use `null` to serve only at vLLM's own /metrics",
         ge=1,
@@ -494,8 +628,36 @@ class ExportConfig(_Section):
         le=3600,
     )
     prometheus: PrometheusConfig = _section(PrometheusConfig)
+    http: HttpConfig = _section(HttpConfig)
     otel: OtelConfig = _section(OtelConfig)
     jsonl: JsonlConfig = _section(JsonlConfig)
+
+    @field_validator("http")
+    @classmethod
+    def _check_tls(cls, value: HttpConfig) -> HttpConfig:
+        tls = {name: getattr(value, name) for name in ("cert_file", "key_file", "client_ca_file")}
+        missing = [name for name in ("cert_file", "key_file") if tls[name] is None]
+        if missing and any(tls.values()):
+            raise ValueError(f"must have cert_file and key_file for TLS; set {' and '.join(missing)}")
+        return value
+
+    @field_validator("http")
+    @classmethod
+    def _check_one_port(cls, value: HttpConfig, info: ValidationInfo) -> HttpConfig:
+        old = getattr(info.data.get("prometheus"), "port", None)
+        if old is not None and value.port not in {None, old}:
+            raise ValueError(
+                f"must have the port of export.prometheus.port, {old}, which its own replaces; "
+                "delete export.prometheus.port"
+            )
+        return value
+
+    @property
+    def own_port(self) -> int | None:
+        """TCP port of glassbox's own; None: there is none."""
+        if self.http.port is not None:
+            return self.http.port
+        return self.prometheus.port if self.prometheus.enabled else None
 
 
 class GlassboxConfig(_Section):

@@ -22,7 +22,7 @@ def version_of(found: os.stat_result) -> FileVersion:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file by a temporary one beside it.
+    """Replace a file by a temporary one beside it, which only this user may read.
 
     Raises:
         OSError: if it cannot be written; the temporary file is removed.

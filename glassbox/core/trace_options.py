@@ -29,11 +29,16 @@ TOP_K_KEY: Final = "glassbox_top_k"
 SPANS_KEY: Final = "glassbox_spans"
 ROWS_KEY: Final = "glassbox_rows"
 # Set by glassbox itself in the API server, never by a client: its trace context, the name by which it asked for the
-# model, and of a request of a beam search how many tokens of its prompt are the client's.
+# model, who it is (store/client_names.py), whether the trace rate has chosen its request, and of a request of a beam
+# search how many tokens of its prompt are the client's.
 TRACEPARENT_KEY: Final = "glassbox_traceparent"
 MODEL_KEY: Final = "glassbox_model"
+CLIENT_KEY: Final = "glassbox_client"
+SAMPLED_KEY: Final = "glassbox_sampled"
 BEAM_PROMPT_KEY: Final = "glassbox_beam_prompt"
 _DETAIL_KEYS: Final = (LAYERS_KEY, HEADS_KEY, TOP_K_KEY, SPANS_KEY, ROWS_KEY)
+# Of these the ones that are added when a request is handed to the engine, after every check of what its client gave.
+ADDED_KEYS: Final = (TRACEPARENT_KEY, CLIENT_KEY, SAMPLED_KEY)
 CLIENT_KEYS: Final = (CHOICE_KEY, *_DETAIL_KEYS)
 
 _SPAN: Final = re.compile(r"(?P<name>[^=]*)=(?P<start>[^:]*):(?P<end>.*)", re.DOTALL)
@@ -42,6 +47,10 @@ _MESSAGE: Final = "message"
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,18}")
 # W3C trace context, version 00: neither id may be all zeros.
 _TRACEPARENT: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+# Everybody who didn't say who it is.
+ANONYMOUS: Final = "anonymous"
+CLIENT_DIGITS: Final = 24
+_CLIENT: Final = re.compile(rf"{ANONYMOUS}|[0-9a-f]{{{CLIENT_DIGITS}}}")
 _SHOWN: Final = 80  # characters of a value that an error repeats
 
 
@@ -106,6 +115,8 @@ class ClientChoice:
         message_spans: spans that the API server has to turn into token ranges.
         traceparent: W3C trace context of the request, None if there is none.
         model: by the name that the client asked for; None if it isn't known.
+        client: who asked, as store/client_names.py names it; None if it isn't known.
+        sampled: whether the API server has chosen it by the trace rate; None if it left that to the worker.
     """
 
     choice: Literal["trace", "off"] | None = None
@@ -113,6 +124,8 @@ class ClientChoice:
     message_spans: tuple[MessageSpan, ...] = ()
     traceparent: str | None = None
     model: str | None = None
+    client: str | None = None
+    sampled: bool | None = None
 
 
 _NOTHING: Final = ClientChoice()
@@ -124,8 +137,8 @@ def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = F
     Args:
         extra_args: a client's `vllm_xargs`, in the worker the `extra_args` of the sampling parameters; other keys are
             not looked at. Values are str, int, float, bool or lists of them.
-        from_client: True in the API server, before spans by message are resolved: these are allowed, and
-            `glassbox_traceparent`, which glassbox sets itself, is not.
+        from_client: True in the API server, before spans by message are resolved: these are allowed, and what glassbox
+            sets itself (`ADDED_KEYS`) is not.
 
     Raises:
         OptionError: a key is unknown or breaks its rule.
@@ -133,11 +146,11 @@ def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = F
     given = {key: value for key, value in (extra_args or {}).items() if str(key).startswith(PREFIX)}
     if not given:
         return _NOTHING
-    traceparent = given.pop(TRACEPARENT_KEY, None)
-    if traceparent is not None and from_client:
-        raise OptionError(
-            f"{TRACEPARENT_KEY} must not be given, got {_shown(traceparent)}; send a traceparent header instead"
-        )
+    forbidden = next((key for key in ADDED_KEYS if from_client and key in given), None)
+    if forbidden is not None:
+        remedy = "send a traceparent header instead" if forbidden == TRACEPARENT_KEY else "remove it"
+        raise OptionError(f"{forbidden} must not be given, got {_shown(given[forbidden])}; {remedy}")
+    traceparent, client, sampled = (given.pop(key, None) for key in ADDED_KEYS)
     model = None if from_client else given.pop(MODEL_KEY, None)
     for key in given:
         if key not in CLIENT_KEYS:
@@ -162,6 +175,8 @@ def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = F
         message_spans=message_spans,
         traceparent=traceparent if isinstance(traceparent, str) and _TRACEPARENT.fullmatch(traceparent) else None,
         model=model if isinstance(model, str) else None,
+        client=client if isinstance(client, str) and _CLIENT.fullmatch(client) else None,
+        sampled=sampled if isinstance(sampled, bool) else None,
     )
 
 

@@ -52,12 +52,15 @@ Exemplars = Mapping[tuple[str, tuple[str, ...]], Sequence[Exemplar | None]]
 NONE: Final[Exemplars] = {}
 
 
-def labels_of(trace: RequestTrace, ids: tuple[str, str] | None) -> dict[str, str] | None:
+def labels_of(trace: RequestTrace, ids: tuple[str, str] | None, names_request: bool = True) -> dict[str, str] | None:
     """The labels, as many as there is room for; None if there is none for the request's id.
 
     Args:
         ids: trace id and span id.
+        names_request: whether its id may be told; if not, those of `ids` are, and None is returned without any.
     """
+    if not names_request:
+        return None if ids is None else {"trace_id": ids[0], "span_id": ids[1]}
     if not _SHOWN.fullmatch(trace.request_id):
         return None  # a client chooses it, and one that a parser stumbles over would spoil the whole answer
     wanted = {"request_id": trace.request_id}
@@ -116,14 +119,22 @@ class TraceExemplars:
     Args:
         run_dir: of the server.
         clock: seconds.
+        names_requests: whether ids of requests may be told to whoever scrapes.
     """
 
-    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        clock: Callable[[], float] = time.monotonic,
+        names_requests: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._clock = clock
+        self._names_requests = names_requests
         self._not_before = -math.inf
         self._directory = TraceDirectory(run_dir)
         self._spans = LlmSpanReader(run_dir)
         self._key: object = None
+        self._named = False
         self._exemplars: Exemplars = NONE
 
     def current(self, detail: Detail) -> Exemplars:
@@ -132,26 +143,32 @@ class TraceExemplars:
         Raises:
             OSError: the run directory may not be read.
         """
-        key = (self._directory.versions(), detail)
+        named = self._names_requests()
+        key = (self._directory.versions(), detail, named)
+        if not named and self._named:
+            self._exemplars = NONE  # of before the edit; not even for a moment
         if key != self._key and self._clock() >= self._not_before:
             self._not_before = self._clock() + _REFRESH_S
             self._spans.refresh()
             newest = self._directory.summaries()[:MAX_TRACES]
             labelled = []
             for one in newest:
-                trace = self._directory.get(one.internal_id)
-                labels = labels_of(trace, self._ids(trace)) if trace is not None else None
+                trace = self._directory.load(one)
+                labels = labels_of(trace, self._ids(trace), named) if trace is not None else None
                 if trace is not None and labels is not None:
                     labelled.append((trace, labels))
             self._exemplars = collect(labelled, detail, time.time())
             self._key = key
+            self._named = named
         return self._exemplars
 
     def _ids(self, trace: RequestTrace) -> tuple[str, str] | None:
         """Trace and span of the request: vLLM's own if it has one, else the client's."""
         spans = self._spans.of(trace.request_id)
-        if spans:
-            return spans[-1].trace_id, spans[-1].span_id
+        if spans:  # several, if another request came with the same id
+            end_s = time.time() if trace.end_time_s is None else trace.end_time_s
+            nearest = min(spans, key=lambda span: abs(span.end_time_s - end_s))
+            return nearest.trace_id, nearest.span_id
         if trace.traceparent is not None:
             _, trace_id, span_id, _ = trace.traceparent.split("-")
             return trace_id, span_id

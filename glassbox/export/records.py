@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from glassbox.core.statistics import PHASES, STATISTICS
 from glassbox.core.trace_arrays import TraceArray, shown_along_tokens
+from glassbox.export.private_files import make_folder, narrow, open_private
 from glassbox.export.rotation import BYTES_PER_MB, KEPT_FILES, RotatingFile
 from glassbox.export.trace_document import flat_signals
 
@@ -104,13 +105,17 @@ class ParquetRecords:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._path.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path)
+        if not self._number:
+            for part in self._parts():
+                narrow(part)
         self._number += 1
         name = f"{_PART}{time.time_ns() // 1_000_000}-{os.getpid()}-{self._number:06d}{_SUFFIX}"
         temporary = self._path / f".{name}.tmp"
         try:
             table = pa.Table.from_pylist([_flat(one) for one in self._waiting], schema=schema())
-            pq.write_table(table, temporary, compression="zstd")
+            with os.fdopen(open_private(temporary, os.O_WRONLY | os.O_EXCL), "wb") as file:
+                pq.write_table(table, file, compression="zstd")
             temporary.replace(self._path / name)
         except OSError:
             temporary.unlink(missing_ok=True)
@@ -119,8 +124,11 @@ class ParquetRecords:
         self._waiting.clear()
         self._remove_oldest()
 
+    def _parts(self) -> list[Path]:
+        return list(self._path.glob(f"{_PART}*{_SUFFIX}"))
+
     def _remove_oldest(self) -> None:
-        parts = sorted(self._path.glob(f"{_PART}*{_SUFFIX}"), key=lambda part: part.stat().st_mtime_ns, reverse=True)
+        parts = sorted(self._parts(), key=lambda part: part.stat().st_mtime_ns, reverse=True)
         total = 0
         for number, part in enumerate(parts):
             total += part.stat().st_size
@@ -133,7 +141,7 @@ def schema() -> "pa.Schema":
     import pyarrow as pa
 
     reals, wholes = pa.list_(pa.float64()), pa.list_(pa.int32())
-    texts = ["request_id", "internal_id", "engine", "model_name", "requested_model", "adapter"]
+    texts = ["request_id", "internal_id", "engine", "model_name", "requested_model", "adapter", "client"]
     texts += ["why", "status", "traceparent", "options"]
     columns = [(name, pa.string()) for name in texts]
     columns += [("start_time_s", pa.float64()), ("end_time_s", pa.float64()), ("truncated", pa.bool_())]

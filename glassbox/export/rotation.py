@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from glassbox.export.private_files import make_folder, narrow, open_private
+
 KEPT_FILES: Final = 3
 BYTES_PER_MB: Final = 1_000_000
 
@@ -18,12 +20,14 @@ class RotatingFile:
     to `path.3`.
 
     Opened for each write, so it may be removed or moved by others (logrotate) at any time. A line is written
-    whole or not at all; the rest of a line that somebody was killed in is ended by a line break.
+    whole or not at all; the rest of a line that somebody was killed in is ended by a line break. Only this user may
+    read it, and what it becomes (`private_files.py`).
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._path = Path(path)
         self._max_bytes = max_bytes
+        self._looked_at_older = False
 
     def append(self, lines: Sequence[str]) -> None:
         """Append lines (without their line breaks).
@@ -34,9 +38,13 @@ class RotatingFile:
         data = "".join(f"{line}\n" for line in lines).encode()
         if not data:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
+        if not self._looked_at_older:
+            for number in range(1, KEPT_FILES + 1):
+                narrow(self._older(number))
+            self._looked_at_older = True
         self._rotate_for(len(data))
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        handle = open_private(self._path, os.O_RDWR | os.O_APPEND)
         try:
             status = os.fstat(handle)
             regular = stat.S_ISREG(status.st_mode)
@@ -61,7 +69,9 @@ class RotatingFile:
         if not stat.S_ISREG(status.st_mode) or not status.st_size or status.st_size + size <= self._max_bytes:
             return
         for number in range(KEPT_FILES, 0, -1):
-            older = self._path.with_name(f"{self._path.name}.{number}")
-            newer = self._path.with_name(f"{self._path.name}.{number - 1}") if number > 1 else self._path
+            newer = self._older(number - 1) if number > 1 else self._path
             if newer.exists():
-                newer.replace(older)
+                newer.replace(self._older(number))
+
+    def _older(self, number: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.{number}")

@@ -106,6 +106,7 @@ def document(trace: RequestTrace, texts: Texts | None = None) -> dict[str, Any]:
         "model_name": trace.model_name,
         "requested_model": trace.requested_model,
         "adapter": trace.adapter,
+        "client": trace.client,
         "why": trace.why,
         "status": trace.status,
         "start_time_s": trace.start_time_s,

@@ -194,7 +194,7 @@ def _wait(
         time.sleep(_POLL_S)
     found = {s.internal_id for s in ended}
     return [
-        sorted((t for t in directory.find(one.request_id) if t.internal_id in found), key=_sample) for one in answered
+        sorted((t for t in directory.traces(one.request_id) if t.internal_id in found), key=_sample) for one in answered
     ]
 
 

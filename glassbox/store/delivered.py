@@ -13,7 +13,7 @@ _MAX_BYTES: Final = 1 << 26  # of 100,000 kept traces the ids, a client's may be
 
 
 def _key(trace: TraceSummary) -> str:
-    return f"{trace.engine}/{trace.internal_id}"
+    return f"{trace.engine}/{trace.client or ''}/{trace.internal_id}"
 
 
 class Delivered:

@@ -6,7 +6,8 @@ reads. A file that can't be read is skipped and counted, as snapshots are.
 
 import errno
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -14,7 +15,16 @@ from typing import Any, Final, TypeVar
 from glassbox.core.files import FileVersion
 from glassbox.core.logs import get_logger, log_once
 from glassbox.store.trace_ranks import merge_ranks
-from glassbox.store.trace_record import RequestTrace, read_header, read_trace
+from glassbox.store.trace_record import (
+    UNKNOWN,
+    RequestTrace,
+    call_and_sample,
+    client_of_name,
+    is_of_client,
+    may_be_of,
+    read_header,
+    read_trace,
+)
 from glassbox.store.trusted_file import list_files
 
 logger = get_logger(__name__)
@@ -27,6 +37,8 @@ _SUFFIX: Final = ".npz"
 # Of the disk, and of what its owner may have of it.
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _MB: Final = 1_000_000
+# Files of one id that are looked at: whoever sends the same id again and again makes nobody read more.
+MAX_OF_AN_ID: Final = 256
 
 
 def traces_path(run_dir: Path) -> Path:
@@ -48,6 +60,7 @@ class TraceSummary:
     model_name: str
     requested_model: str
     adapter: str | None
+    client: str | None
     why: str
     status: str
     start_time_s: float
@@ -57,9 +70,14 @@ class TraceSummary:
     num_rows: int
     truncated: bool
 
+    @property
+    def key(self) -> "TraceKey":
+        """What tells it from all others."""
+        return self.engine, self.internal_id, self.client
 
-# Of one request: (engine, internal id).
-TraceKey = tuple[str, str]
+
+# Of one request: (engine, internal id, client). vLLM can be told not to make its ids unique.
+TraceKey = tuple[str, str, str | None]
 
 
 class TraceDirectory:
@@ -82,60 +100,91 @@ class TraceDirectory:
         """Name and version of every trace file; empty if there is no directory."""
         return list_files(self.path, _PREFIX, _SUFFIX)
 
-    def summaries(self) -> list[TraceSummary]:
-        """All traced requests, newest first."""
-        return [_summarise(headers) for headers in self._requests(self.versions()).values()]
+    def summaries(self, client: str | None = None) -> list[TraceSummary]:
+        """All traced requests, or those of a client, newest first."""
+        versions = self.versions()
+        names = versions if client is None else [name for name in versions if is_of_client(name, client)]
+        return [_summarise(headers) for headers in self._requests(versions, names).values()]
 
     def unfinished(self) -> list[str]:
         """Names of the files of requests that run, and of those that can't be read."""
-        self._requests(self.versions())
+        versions = self.versions()
+        self._requests(versions, versions)
         return [name for name, (_, header) in self._cache.items() if header is None or header["status"] == "active"]
 
     def read(self) -> list[RequestTrace]:
         """All traces, merged over workers, newest first. Reads every file: `summaries` is cheaper."""
-        return self._load(self._requests(self.versions()))
+        versions = self.versions()
+        return self._load(self._requests(versions, versions))
 
     def changed(self) -> list[RequestTrace]:
         """Traces of which a file was written since the last call (at first: all), newest first."""
         versions = self.versions()
         changed = {name for name, version in versions.items() if self._seen.get(name) != version}
         self._seen = versions
-        requests = self._requests(versions)
+        requests = self._requests(versions, versions)
         return self._load({key: files for key, files in requests.items() if changed & files.keys()})
 
     def get(self, request_id: str) -> RequestTrace | None:
-        """The trace of an internal id, or the newest of an external one; None if there is none.
-
-        Completions have external ids of the form `cmpl-...-0`, one per prompt, and their clients know `cmpl-...`: that
-        finds the first prompt's. `find` returns those of all prompts and samples.
-        """
+        """The trace of an internal id, or the newest of an external one; None if there is none."""
         found = self.find(request_id)
+        return self.load(found[0]) if found else None
+
+    def traces(self, request_id: str) -> list[RequestTrace]:
+        """Those of `find` with their arrays."""
+        loaded = (self.load(found) for found in self.find(request_id))
+        return [trace for trace in loaded if trace is not None]
+
+    def load(self, summary: TraceSummary) -> RequestTrace | None:
+        """A trace with its arrays; None if it was removed meanwhile."""
+        versions = self.versions()
+        names = [name for name in versions if may_be_of(name, summary.internal_id)]
+        files = self._requests(versions, names).get(summary.key)
+        found = self._load({summary.key: files}) if files else []
         return found[0] if found else None
 
-    def find(self, request_id: str) -> list[RequestTrace]:
-        """All traces that `request_id` may mean: those of an internal id, else of an external one, else of a
-        completion's prompts; in the order of their internal ids within a request, newest request first."""
-        requests = self._requests(self.versions())
+    def find(self, request_id: str, client: str | None = None) -> list[TraceSummary]:
+        """All traces that `request_id` may mean: that of an internal id, else those of an external one, else of a
+        completion's prompts.
 
-        def chosen(fits: Any) -> dict[TraceKey, dict[str, dict[str, Any]]]:
-            return {key: files for key, files in requests.items() if fits(next(iter(files.values())))}
+        Completions have external ids of the form `cmpl-...-0`, one per prompt, and their clients know `cmpl-...`. A
+        client may send an id again: its newest request comes first, of this the first prompt's first sample. Only
+        headers are read, of the newest `MAX_OF_AN_ID` files that by their names may be meant.
 
-        found = chosen(lambda header: header["internal_id"] == request_id)
-        found = found or chosen(lambda header: header["request_id"] == request_id)
-        found = found or chosen(lambda header: _is_prompt_of(header["request_id"], request_id))
-        return sorted(self._load(found), key=lambda trace: (trace.request_id, trace.internal_id))
+        Args:
+            client: only this one's are found; None: all are.
+        """
+        versions = self.versions()
+        names = [
+            name for name in versions if may_be_of(name, request_id) and (client is None or is_of_client(name, client))
+        ]
+        if len(names) > MAX_OF_AN_ID:
+            names = sorted(names, key=lambda name: versions[name][1], reverse=True)[:MAX_OF_AN_ID]
+        requests = [_summarise(headers) for headers in self._requests(versions, names).values()]
+        # As the files say it, whatever their names do.
+        requests = [one for one in requests if client is None or one.client == client]
+        found = [one for one in requests if one.internal_id == request_id]
+        found = found or [one for one in requests if one.request_id == request_id]
+        found = found or [one for one in requests if _is_prompt_of(one.request_id, request_id)]
+        return _newest_first(found)
 
-    def _requests(self, versions: Mapping[str, FileVersion]) -> dict[TraceKey, dict[str, dict[str, Any]]]:
-        """Headers by file, by request, newest request first."""
+    def _requests(
+        self, versions: Mapping[str, FileVersion], names: Iterable[str]
+    ) -> dict[TraceKey, dict[str, dict[str, Any]]]:
+        """Headers of the files of these names, by file, by request, newest request first.
+
+        Args:
+            versions: of all files; what is known of others is forgotten.
+        """
         self._cache = {name: entry for name, entry in self._cache.items() if name in versions}
-        for name, version in versions.items():
-            if name not in self._cache or self._cache[name][0] != version:
-                self._cache[name] = (version, self._try(read_header, name))
         requests: dict[TraceKey, dict[str, dict[str, Any]]] = {}
-        for name, (_, header) in sorted(self._cache.items()):
-            if header is not None:
-                requests.setdefault((header["engine"], header["internal_id"]), {})[name] = header
-        newest_first = sorted(requests, key=lambda key: (-_start(requests[key]), key))
+        for name in sorted(names):
+            if name not in self._cache or self._cache[name][0] != versions[name]:
+                self._cache[name] = (versions[name], self._try(read_header, name))
+            if (header := self._cache[name][1]) is not None:
+                key = header["engine"], header["internal_id"], header["client"]
+                requests.setdefault(key, {})[name] = header
+        newest_first = sorted(requests, key=lambda key: (-_start(requests[key]), key[:2], key[2] or ""))
         return {key: requests[key] for key in newest_first}
 
     def _load(self, requests: Mapping[TraceKey, Mapping[str, Any]]) -> list[RequestTrace]:
@@ -156,6 +205,32 @@ class TraceDirectory:
             log = logger.warning if self.unreadable == 1 else logger.debug
             log("glassbox skips an unreadable trace file: %s", error)
             return None
+
+
+def _newest_first(found: list[TraceSummary]) -> list[TraceSummary]:
+    """The newest request of an id first; prompts and samples of one request in their order."""
+    started: dict[str, dict[str, float]] = {}
+    for one in found:
+        calls = started.setdefault(one.request_id, {})
+        call, _ = call_and_sample(one.internal_id)
+        calls[call] = min(one.start_time_s, calls.get(call, one.start_time_s))
+    # How many requests of this very id are newer.
+    newer = {
+        call: number
+        for calls in started.values()
+        for number, call in enumerate(sorted(calls, key=lambda call: (-calls[call], call)))
+    }
+
+    def place(one: TraceSummary) -> tuple[int, int, str, int, str]:
+        call, sample = call_and_sample(one.internal_id)
+        return newer[call], _prompt_number(one.request_id), one.request_id, sample, one.client or ""
+
+    return sorted(found, key=place)
+
+
+def _prompt_number(external: str) -> int:
+    number = external.rpartition("-")[2]
+    return int(number) if number.isdecimal() and len(number) < 9 else 0
 
 
 def _is_prompt_of(external: str, request_id: str) -> bool:
@@ -179,6 +254,7 @@ def _summarise(headers: Mapping[str, Mapping[str, Any]]) -> TraceSummary:
         model_name=first["model_name"],
         requested_model=first["requested_model"],
         adapter=first["adapter"],
+        client=first["client"],
         why=first["why"],
         status="active" if active else first["status"],
         start_time_s=_start(headers),
@@ -215,33 +291,32 @@ class TraceFiles:
         sizes.pop(name, None)
         sizes[name] = size
 
-    def prune(self, *, keep: int, keep_mb: int, active: Collection[str] = ()) -> list[Path]:
-        """Remove the oldest files until what remains is within the limits.
+    def prune(self, *, keep: int, keep_mb: int, per_client: int, active: Collection[str] = ()) -> list[Path]:
+        """Remove files until what remains is within the limits: each time the oldest of the client that has most.
+
+        So a client that has many traces made loses its own first, before anybody who has fewer.
 
         Args:
-            keep: most files; keep_mb: most MB of them together.
-            active: names that are kept whatever the limits: requests that still run.
+            keep: most files; keep_mb: most MB of them together; per_client: most files of each client that is known.
+            active: names that are kept whatever the limits, and don't count: requests that still run.
 
         Returns:
-            The removed ones, oldest first.
+            The removed ones.
 
         Raises:
             OSError: the directory can't be listed, or a file not removed.
         """
         sizes = self._listed()
-        if len(sizes) <= keep and sum(sizes.values()) <= keep_mb * _MB:
+        if len(sizes) <= min(keep, per_client) and sum(sizes.values()) <= keep_mb * _MB:
             return []
-        removed, kept, total = [], 0, 0
-        for name in reversed(list(sizes)):
-            if name in active or (kept < keep and total + sizes[name] <= keep_mb * _MB):
-                kept, total = kept + 1, total + sizes[name]
-            else:
-                kept = keep  # what is older than a removed one goes, too
-                path = self._directory / name
-                path.unlink(missing_ok=True)
-                del sizes[name]
-                removed.append(path)
-        return removed[::-1]
+        shares = _Shares(sizes, active)
+        removed = []
+        while (name := shares.next_to_go(keep, keep_mb * _MB, per_client)) is not None:
+            path = self._directory / name
+            path.unlink(missing_ok=True)
+            del sizes[name]
+            removed.append(path)
+        return removed
 
     def with_room(self, write: Callable[[], _Written], needed: int = 1) -> _Written:
         """Write something; while the file system is full, the oldest traces go, one, two, four, ... of them.
@@ -288,3 +363,49 @@ class TraceFiles:
             found = sorted((time_ns, name, size) for name, (_, time_ns, size) in files.items())
             self._sizes = {name: size for _, name, size in found}
         return self._sizes
+
+
+class _Shares:
+    """What each client has of a worker's files that may be removed.
+
+    Args:
+        sizes: bytes by name, the latest last.
+        active: names that stay, and don't count.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], active: Collection[str]) -> None:
+        self._sizes = dict(sizes)
+        self._ages = {name: number for number, name in enumerate(sizes)}
+        self._files, self._bytes = Counter[str](), Counter[str]()
+        self._removable: dict[str, deque[str]] = {}
+        for name, size in sizes.items():
+            if name not in active:
+                client = client_of_name(name) or UNKNOWN
+                self._files[client] += 1
+                self._bytes[client] += size
+                self._removable.setdefault(client, deque()).append(name)
+
+    def next_to_go(self, keep: int, keep_bytes: int, per_client: int) -> str | None:
+        """The name of a file to remove, which counts no longer; None if there is no need, or nothing to remove."""
+        if self._files.total() > keep:
+            share = self._files
+        elif self._bytes.total() > keep_bytes:
+            share = self._bytes
+        else:
+            known = self._removable.keys() - {UNKNOWN}
+            over = next((client for client in sorted(known) if self._files[client] > per_client), None)
+            return None if over is None else self._take(over)
+        # Of equal ones the one with the oldest file.
+        return self._take(max(self._removable, key=lambda client: (share[client], -self._oldest(client))))
+
+    def _oldest(self, client: str) -> int:
+        return self._ages[self._removable[client][0]]
+
+    def _take(self, client: str) -> str:
+        names = self._removable[client]
+        name = names.popleft()
+        if not names:
+            del self._removable[client]
+        self._files[client] -= 1
+        self._bytes[client] -= self._sizes[name]
+        return name

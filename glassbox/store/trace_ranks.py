@@ -28,7 +28,7 @@ def merge_ranks(traces: Sequence[RequestTrace]) -> RequestTrace:
     """
     if not traces:
         raise ValueError("traces must have at least one element, got none")
-    if len({(trace.engine, trace.internal_id) for trace in traces}) > 1:
+    if len({(trace.engine, trace.internal_id, trace.client) for trace in traces}) > 1:
         raise ValueError("traces must be of one request; merge each request by itself")
     if len(traces) == 1:
         return traces[0]

@@ -40,14 +40,19 @@ __all__ = [
     "MAX_ATTENTION_KEYS",
     "MAX_SPANS",
     "MAX_TOP_K",
+    "UNKNOWN",
     "ClientChoice",
     "MessageSpan",
     "OptionError",
     "RequestTrace",
     "Span",
     "TraceOptions",
+    "call_and_sample",
+    "client_of_name",
     "external_id",
+    "is_of_client",
     "joined_attention",
+    "may_be_of",
     "no_attention",
     "parse_options",
     "read_header",
@@ -57,15 +62,22 @@ __all__ = [
     "write_trace",
 ]
 
-FORMAT_VERSION: Final = 4
+FORMAT_VERSION: Final = 5
 Why = Literal["opt_in", "sampled"]
 Status = Literal["active", "finished", "aborted", "lost"]
 
 _INTERNAL: Final = re.compile(r"(?:\d+_)?(?P<external>.+)-[0-9a-f]{8}", re.DOTALL)
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
+# In names, of a client that isn't known.
+UNKNOWN: Final = "unknown"
 _NAME_CHARS: Final = 80
 # The most that requests.max_trace_mb allows, and what is around it.
 MAX_BYTES: Final = 4096 * 1_000_000 + (1 << 24)
+# Of a name, apart at its dashes: trace, engine, rank, instance, client, id, digest.
+_NAME_PARTS: Final = 7
+_CLIENT_AT: Final = 4
+_ID_AT: Final = 5
+_SAMPLE: Final = re.compile(r"^\d+_(?=.)")
 
 
 def external_id(internal_id: str) -> str:
@@ -76,6 +88,12 @@ def external_id(internal_id: str) -> str:
     """
     match = _INTERNAL.fullmatch(internal_id)
     return match["external"] if match else internal_id
+
+
+def call_and_sample(internal_id: str) -> tuple[str, int]:
+    """What the samples of one request share of their internal ids, and the number of this one (-1: there is one)."""
+    match = _SAMPLE.match(internal_id)
+    return (internal_id[match.end() :], int(match[0][:-1][:9])) if match else (internal_id, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +109,7 @@ class RequestTrace:
         requested_model: the name by which the client asked for the model, as far as it is known; else that of the
             adapter or of the model.
         adapter: name of its LoRA adapter, None if it has none.
+        client: who asked, as store/client_names.py names it; None if it isn't known.
         why: opt_in if the client asked, sampled if trace_rate chose it.
         status: finished also if it can't be told from aborted; lost if the worker ended first.
         start_time_s, end_time_s: Unix seconds of its first step and of the step in which the worker heard of its end;
@@ -115,6 +134,7 @@ class RequestTrace:
     instance: str
     requested_model: str
     adapter: str | None
+    client: str | None
     why: Why
     status: Status
     start_time_s: float
@@ -214,14 +234,55 @@ def no_attention() -> dict[str, npt.NDArray[Any]]:
     return {name: trace_array(name).filled({}) for name in names}
 
 
-def trace_name(engine: str, rank: int, instance: str, internal_id: str) -> str:
+def trace_name(engine: str, rank: int, instance: str, client: str | None, internal_id: str) -> str:
     """File name of a request's trace on one worker.
 
-    A client chooses a part of the id: it is cut and cleaned, and a digest keeps names apart.
+    A client chooses a part of the id: it is cut and cleaned, and a digest keeps names apart. The client's own name is
+    part of it, so that whose a file is can be told without reading it, and no client's file replaces another's.
     """
-    digest = hashlib.sha256(internal_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    clean = [_UNSAFE.sub("_", part) for part in (instance, internal_id[:_NAME_CHARS])]
-    return f"{trace_prefix(engine, rank)}{clean[0]}-{clean[1]}-{digest}.npz"
+    whole = f"{client or ''}/{internal_id}".encode("utf-8", "surrogatepass")
+    parts = (_clean(instance), _client_part(client), _clean_id(internal_id), hashlib.sha256(whole).hexdigest()[:12])
+    return f"{trace_prefix(engine, rank)}{'-'.join(parts)}.npz"
+
+
+def client_of_name(name: str) -> str | None:
+    """The client's part of a name that `trace_name` made; None of another name."""
+    parts = _parts(name)
+    return None if parts is None else parts[_CLIENT_AT]
+
+
+def is_of_client(name: str, client: str) -> bool:
+    """Whether a file of that name holds a trace of a client."""
+    return client_of_name(name) == _client_part(client)
+
+
+def may_be_of(name: str, request_id: str) -> bool:
+    """Whether the id of the trace in a file of that name may begin with `request_id`: without reading it."""
+    parts = _parts(name)
+    if parts is None:
+        return False
+    found, wanted = parts[_ID_AT], _clean_id(request_id)
+    return any(
+        rest.startswith(wanted) or (len(found) == _NAME_CHARS and wanted.startswith(rest))
+        for rest in (found, _SAMPLE.sub("", found))
+    )
+
+
+def _clean(text: str) -> str:
+    return _UNSAFE.sub("_", text)
+
+
+def _clean_id(request_id: str) -> str:
+    return _clean(request_id[:_NAME_CHARS])
+
+
+def _client_part(client: str | None) -> str:
+    return _clean(client or UNKNOWN)
+
+
+def _parts(name: str) -> list[str] | None:
+    parts = name.split("-")
+    return parts if len(parts) == _NAME_PARTS else None
 
 
 def trace_prefix(engine: str, rank: int) -> str:
@@ -238,7 +299,7 @@ def write_trace(directory: Path, trace: RequestTrace) -> Path:
     Raises:
         OSError: it cannot be written. No temporary file is left behind, and an older one of the request stays.
     """
-    path = Path(directory) / trace_name(trace.engine, trace.rank, trace.instance, trace.internal_id)
+    path = Path(directory) / trace_name(trace.engine, trace.rank, trace.instance, trace.client, trace.internal_id)
     make_folder(path.parent)
     write_file(path, _encode(trace))
     return path

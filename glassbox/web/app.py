@@ -5,7 +5,7 @@ Owns which path leads where. What is answered there is `live_snapshot.py`, `stre
 API server).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry
@@ -18,13 +18,16 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from glassbox.config.load import GlassboxConfig
 from glassbox.export.family_source import FamilySource
 from glassbox.web.answers import Endpoint, guarded, json_answer
 from glassbox.web.assets import INDEX, asset_answer
+from glassbox.web.guard import METRICS_PATH, Rules, guard_routes
 from glassbox.web.live_snapshot import snapshot_answer
 from glassbox.web.request_routes import request_routes
 from glassbox.web.selection import parse_snapshot
 from glassbox.web.stream import Feed, stream_answer
+from glassbox.web.viewers import Viewers, operators
 
 PAGE_PATH: Final = "/glassbox/"
 SNAPSHOT_PATH: Final = "/glassbox/v1/snapshot"
@@ -33,12 +36,22 @@ STREAM_PATH: Final = "/glassbox/v1/stream"
 _COMPRESSED: Final = Middleware(GZipMiddleware, minimum_size=1024, compresslevel=4)
 
 
-def make_routes(source: FamilySource, feed: Feed | None = None) -> list[BaseRoute]:
+def make_routes(
+    source: FamilySource,
+    feed: Feed | None = None,
+    *,
+    rules: Callable[[], Rules | None] = Rules,
+    shows_text: Callable[[], bool] = lambda: True,
+    viewers: Viewers | None = None,
+) -> list[BaseRoute]:
     """Everything below /glassbox: what vLLM's API server gets, too. GET only.
 
     Args:
         source: what there is to show; errors are counted in it, as `http`.
         feed: of the stream. Default: a new one.
+        viewers: tells who asks for traced requests. Default: clients of vLLM's.
+        rules: returns who gets in at the moment; None: nobody, until it is known. Default: everybody.
+        shows_text: whether traces may show what was said, if `requests.include_text` says so.
     """
     shown = Feed(source) if feed is None else feed
 
@@ -56,31 +69,53 @@ def make_routes(source: FamilySource, feed: Feed | None = None) -> list[BaseRout
         guard = guarded(endpoint, source.count_error)
         return Route(path, guard, middleware=[_COMPRESSED] if compressed else None)
 
-    return [
+    def requests_config() -> GlassboxConfig:
+        return source.config if shows_text() else _without_text(source.config)
+
+    routes: list[BaseRoute] = [
         # Relative: right behind a proxy that adds a prefix, too.
         Route(PAGE_PATH.rstrip("/"), _redirect("glassbox/")),
         route(PAGE_PATH, page),
         route(f"{PAGE_PATH}page/{{path:path}}", page),
         route(SNAPSHOT_PATH, snapshot),
         route(STREAM_PATH, stream, compressed=False),
-        *request_routes(source.run_dir, lambda: source.config, source.count_error),
+        *request_routes(source.run_dir, requests_config, source.count_error, viewers),
     ]
+    guard_routes(routes, rules)
+    return routes
 
 
 def make_app(
-    source: FamilySource, *, routes: Sequence[BaseRoute] = (), metrics: CollectorRegistry | None = None
+    source: FamilySource,
+    *,
+    routes: Sequence[BaseRoute] = (),
+    metrics: CollectorRegistry | None = None,
+    is_guarded: Callable[[], bool] = lambda: False,
+    rules: Callable[[], Rules | None] = Rules,
+    shows_text: Callable[[], bool] = lambda: True,
 ) -> Starlette:
-    """The application of glassbox's own port.
+    """The application of glassbox's own port, where operators ask.
 
     Args:
         source: what there is to show.
         routes: further ones, which come before glassbox's.
         metrics: shown at /metrics; None: there is no /metrics.
+        is_guarded: whether the port lets only operators in (see `viewers.operators`).
+        rules: see `make_routes`.
+        shows_text: see `make_routes`.
     """
+    viewers = operators(lambda: source.config, is_guarded)
+    shown = make_routes(source, rules=rules, shows_text=shows_text, viewers=viewers)
     own: list[BaseRoute] = [Route("/", _redirect("glassbox/"))]
     if metrics is not None:
         own.append(_metrics_route(metrics))
-    return Starlette(routes=[*routes, *make_routes(source), *own])
+    guard_routes([*routes, *own], rules)
+    return Starlette(routes=[*routes, *shown, *own])
+
+
+def _without_text(config: GlassboxConfig) -> GlassboxConfig:
+    requests = config.requests.model_copy(update={"include_text": False})
+    return config.model_copy(update={"requests": requests})
 
 
 def _redirect(url: str) -> Endpoint:
@@ -102,4 +137,4 @@ def _metrics_route(registry: CollectorRegistry) -> Route:
     async def endpoint(request: Request) -> Response:
         return await run_in_threadpool(metrics, request)
 
-    return Route("/metrics", guarded(endpoint), middleware=[_COMPRESSED])
+    return Route(METRICS_PATH, guarded(endpoint), middleware=[_COMPRESSED])

@@ -23,6 +23,7 @@ from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace
 from glassbox.web.answers import RequestError, guarded, json_answer
 from glassbox.web.request_page import page
+from glassbox.web.viewers import Viewer, Viewers, clients
 
 LIST_PATH: Final = "/glassbox/v1/requests"
 MAX_LISTED: Final = 1000
@@ -32,11 +33,15 @@ _WHYS: Final = ("opt_in", "sampled")
 _LIST_PARAMETERS: Final = ("limit", "status", "why", "model_name", "requested_model", "adapter", "engine")
 _ONE_PARAMETERS: Final = ("layers", "heads", "tokens", "format")
 _INDICES: Final = re.compile(r"\d{1,6}(,\d{1,6}){0,1023}")
+_OTHERS: Final = ("internal_id", "status", "start_time_s", "end_time_s")
 _RANGE: Final = re.compile(r"(\d{1,10}):(\d{1,10})")
 
 
 def request_routes(
-    run_dir: Path, config: Callable[[], GlassboxConfig], count_error: Callable[[str], None] = lambda _: None
+    run_dir: Path,
+    config: Callable[[], GlassboxConfig],
+    count_error: Callable[[str], None] = lambda _: None,
+    viewers: Viewers | None = None,
 ) -> list[Route]:
     """GET /glassbox/v1/requests and /glassbox/v1/requests/{id}.
 
@@ -44,14 +49,22 @@ def request_routes(
         run_dir: of the server.
         config: returns the configuration of the moment.
         count_error: called with a stage for errors that are not the client's.
+        viewers: tells who asks. Default: clients of vLLM's.
     """
     traces = _Traces(run_dir, config)
+    viewer = clients(run_dir, config) if viewers is None else viewers
 
     async def listed(request: Request) -> Response:
-        return json_answer(await run_in_threadpool(traces.listed, request.query_params))
+        def answer() -> Response:
+            return json_answer(traces.listed(viewer(request), request.query_params))
+
+        return await run_in_threadpool(answer)
 
     async def one(request: Request) -> Response:
-        return await run_in_threadpool(traces.one, request.path_params["request_id"], request.query_params)
+        def answer() -> Response:
+            return traces.one(viewer(request), request.path_params["request_id"], request.query_params)
+
+        return await run_in_threadpool(answer)
 
     compressed = Middleware(GZipMiddleware, minimum_size=1024, compresslevel=4)
     return [
@@ -70,37 +83,41 @@ class _Traces:
         self._config = config
         self._lock = threading.Lock()
 
-    def listed(self, parameters: Mapping[str, str]) -> dict[str, Any]:
+    def listed(self, viewer: Viewer, parameters: Mapping[str, str]) -> dict[str, Any]:
         _check_names(parameters, _LIST_PARAMETERS)
         limit = _limit(parameters.get("limit"))
         wanted = {name: parameters[name] for name in _LIST_PARAMETERS[1:] if name in parameters}
         _check_one_of("status", wanted.get("status"), _STATUSES)
         _check_one_of("why", wanted.get("why"), _WHYS)
         with self._lock:
-            summaries = self._directory.summaries()
+            summaries = self._directory.summaries(viewer.client)
         found = [one for one in summaries if all(getattr(one, name) == value for name, value in wanted.items())]
         return {"total": len(found), "requests": [summary(one) for one in found[:limit]]}
 
-    def one(self, request_id: str, parameters: Mapping[str, str]) -> Response:
+    def one(self, viewer: Viewer, request_id: str, parameters: Mapping[str, str]) -> Response:
         _check_names(parameters, _ONE_PARAMETERS)
         _check_one_of("format", parameters.get("format"), ("json", "html"))
         chosen, is_chosen = _selection(parameters)
         with self._lock:
             # vLLM numbers the turns of a response: its client knows resp_..., the engine resp_..._0.
-            found = self._directory.find(request_id) or self._directory.find(f"{request_id}_0")
-        if not found:
+            found = self._directory.find(request_id, viewer.client) or self._directory.find(
+                f"{request_id}_0", viewer.client
+            )
+            trace = self._directory.load(found[0]) if found else None
+        # The same of another client's: not even that it is there is told.
+        if trace is None:
             raise RequestError(
                 f"request_id must be of a traced request that is still kept, got {request_id[:200]!r}; see {LIST_PATH}",
                 404,
             )
-        trace = found[0]
-        texts = self._texts if self._config().requests.include_text and len(trace.token_ids) else None
+        shows_text = self._config().requests.include_text and viewer.reads_text and len(trace.token_ids)
+        texts = self._texts if shows_text else None
         try:
             if parameters.get("format") == "html":
                 return _html(trace, chosen, texts)
             shown = document(trace, texts)
-            # Further samples (n > 1) or prompts that the id may mean.
-            shown["others"] = [other.internal_id for other in found[1:]]
+            # Further samples (n > 1) or prompts that the id may mean, and older requests that came with the same one.
+            shown["others"] = [{name: getattr(other, name) for name in _OTHERS} for other in found[1:]]
             if is_chosen:
                 shown["detail"] = detail(trace, chosen)
         except SelectionError as error:

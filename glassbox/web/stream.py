@@ -14,7 +14,7 @@ from typing import Any, Final
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from glassbox.export.family_source import FamilySource, Merged
 from glassbox.store.merge import MergedEngine
@@ -28,6 +28,8 @@ MAX_LISTENERS: Final = 16
 POLL_S: Final = 0.2
 # Proxies close connections on which nothing has come for a minute or less.
 KEEP_ALIVE_S: Final = 15.0
+# Longest wait for a listener that takes nothing: its place is another one's.
+SEND_S: Final = 30.0
 # Seen longer ago than so many intervals, because nobody asked, a snapshot is no beginning of "the last interval".
 _STALE_INTERVALS: Final = 3.0
 
@@ -216,16 +218,25 @@ class EventResponse(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(self, feed: Feed, selection: Selection, closing: Callable[[], bool]) -> None:
+        self._given_up = False
         super().__init__(
-            feed.events(selection, closing),
+            feed.events(selection, lambda: self._given_up or closing()),
             # nginx would collect events otherwise.
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Content-Type-Options": "nosniff"},
         )
         self._feed = feed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            if self._given_up:  # the end of the answer would wait as long
+                return
+            try:
+                await asyncio.wait_for(send(message), SEND_S)
+            except TimeoutError:
+                self._given_up = True
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
         finally:
             self._feed.leave()
 

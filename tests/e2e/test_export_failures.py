@@ -171,7 +171,7 @@ class TestOwnPort:
         with socket.create_server(("127.0.0.1", 0)) as holder:
             port = holder.getsockname()[1]
             begin = errors(server, "http")
-            server.edit_config(export=export(prometheus={"port": port}))
+            server.edit_config(export=export(http={"port": port}))
             server.wait_metric(ERRORS, lambda count: (count or 0) >= begin + 2, timeout_s=90.0, stage="http")
             assert_serves(server)
             assert logged(server, "export to http failed") == 1

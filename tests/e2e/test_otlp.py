@@ -123,10 +123,10 @@ class TestOtlp:
 
 class TestOwnPort:
     def test_the_own_port_shows_the_numbers_of_metrics(self, server: GlassboxServer) -> None:
-        """`export.prometheus.port` opens a port with glassbox's samples and nothing else; without it, it closes."""
+        """`export.http.port` opens a port with glassbox's samples and nothing else; without it, it closes."""
         port = free_port()
         url = f"http://127.0.0.1:{port}/metrics"
-        server.edit_config(export={"interval_s": 1, "prometheus": {"port": port}})
+        server.edit_config(export={"interval_s": 1, "http": {"port": port}})
         serve_some(server)
 
         def text() -> str:

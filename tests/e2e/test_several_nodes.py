@@ -76,7 +76,7 @@ class Nodes:
         **export: Any,
     ) -> None:
         self.port = free_port()
-        own: dict[str, Any] = {**BASE_CONFIG["export"], "prometheus": {"port": self.port}, **export}
+        own: dict[str, Any] = {**BASE_CONFIG["export"], "http": {"port": self.port}, **export}
         for name in ("headless", "leader"):
             (folder / name).mkdir()
         self.headless = HeadlessNode(
@@ -252,7 +252,7 @@ def test_supervisor(demo_model_path: Path, tmp_path: Path) -> None:
     server = GlassboxServer(
         tiny_moe(tmp_path / "model", demo_model_path),
         tmp_path / "server",
-        config={**BASE_CONFIG, "export": {"interval_s": 1, "prometheus": {"port": ports["glassbox"]}}},
+        config={**BASE_CONFIG, "export": {"interval_s": 1, "http": {"port": ports["glassbox"]}}},
         args=parallel,
         # As an operator runs it: the supervisor, in which the plugin is loaded first, names the directory.
         env={"GLASSBOX_RUN_DIR": None, "XDG_RUNTIME_DIR": str(tmp_path)},

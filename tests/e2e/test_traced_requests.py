@@ -47,7 +47,7 @@ class Shown:
         self.server = server
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/glassbox/v1/requests"
-        server.edit_config(export={"interval_s": 1, "prometheus": {"port": self.port}}, **changes)
+        server.edit_config(export={"interval_s": 1, "http": {"port": self.port}}, **changes)
         time.sleep(EFFECT_S)
 
     def get(self, path: str = "", **parameters: Any) -> Any:

@@ -48,7 +48,7 @@ class Traced(EngineResult):
     def traces(self) -> list[list[RequestTrace]]:
         """Of each request."""
         directory = TraceDirectory(self.spec.run_dir)
-        return [directory.find(request_id) for request_id in self.report["ids"]]
+        return [directory.traces(request_id) for request_id in self.report["ids"]]
 
     def of(self, kind: dict[str, Any]) -> list[tuple[RequestTrace, list[int]]]:
         """Traces of the requests that asked for `kind`, each with all tokens of the request."""

@@ -87,7 +87,7 @@ class Engine:
             if not any(s.status == "active" for s in summaries) and not self.tracker.ended():
                 break
             time.sleep(0.05)
-        return {output.request_id: directory.find(output.request_id) for output in outputs}
+        return {output.request_id: directory.traces(output.request_id) for output in outputs}
 
     @property
     def tracker(self) -> Any:

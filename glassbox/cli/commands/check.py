@@ -49,8 +49,9 @@ def check(
     """
     import yaml
 
-    from glassbox.config.load import ConfigError, find_config
+    from glassbox.config.load import ConfigError, find_config, replaced_keys
     from glassbox.config.usable import load_usable
+    from glassbox.web.doors import unusable
 
     if model is not None and (layers, heads) != (None, None):
         raise fail("--model tells layers and heads; leave out --layers and --heads")
@@ -61,12 +62,14 @@ def check(
         config = load_usable(path)
     except ConfigError as error:
         raise fail(str(error)) from None
+    if (problem := unusable(config)) is not None:
+        raise fail(f"{path}: {problem}")
     with one_line_errors():
         _check_baseline(config)
         shape = _shape(path, config, model, layers, heads)
     typer.echo(f"# {printable(str(path))}: valid. With the defaults filled in:")
     typer.echo(yaml.safe_dump(_without_secrets(config), sort_keys=False, allow_unicode=True))
-    for line in (*shape.lines(), *_series_lines(config, shape, engines)):
+    for line in (*replaced_keys(config), *shape.lines(), *_series_lines(config, shape, engines)):
         typer.echo(f"# {line}".rstrip())
     typer.echo(f"# {_vllm_line(config)}")
 

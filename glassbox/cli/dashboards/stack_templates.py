@@ -121,7 +121,10 @@ export:
   interval_s: %{export_interval_s}
   prometheus:
     detail: layer          # head: a series for each head, for the dashboard Heads
-    port: %{glassbox_port}             # its own: live page, pages of traced requests, /metrics with exemplars
+  http:                    # its own port: live page, pages of traced requests, /metrics with exemplars
+    port: %{glassbox_port}
+    host: 0.0.0.0          # Prometheus comes from another container; without, 127.0.0.1
+    token_file: null       # a mounted secret: whoever reaches the port has to know it; Prometheus by `authorization`
   otel:
     enabled: %{otel_enabled}
     endpoint: http://otel-collector:%{otlp_grpc_port}
@@ -132,7 +135,7 @@ export:
 requests:
   opt_in: true             # a client may ask for a trace of its own request
   trace_rate: 0            # share of all others that are traced; to find out who it was, 0.001 or so
-  include_text: false      # prompts are private; true: the pages show the tokens' texts
+  include_text: false      # prompts are private; true, with http.token_file: the pages show the tokens' texts
 """
 
 PROMETHEUS: Final = """\

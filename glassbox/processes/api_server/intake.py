@@ -6,6 +6,7 @@ which methods of vLLM are wrapped, `adapter/server.py`'s. A request without such
 """
 
 import logging
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -14,16 +15,21 @@ from typing import Any, Final, TypeGuard
 
 from glassbox.adapter import server
 from glassbox.adapter.front_end import FrontEnd
+from glassbox.adapter.http_request import HttpRequest, note_requests
 from glassbox.adapter.server import EngineLabels, ExtraArgs
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.trace_options import (
+    ADDED_KEYS,
+    ANONYMOUS,
     BEAM_PROMPT_KEY,
     CHOICE_KEY,
+    CLIENT_KEY,
     HEADS_KEY,
     LAYERS_KEY,
     MODEL_KEY,
     PREFIX,
+    SAMPLED_KEY,
     SPANS_KEY,
     TRACEPARENT_KEY,
     ClientChoice,
@@ -34,6 +40,7 @@ from glassbox.core.trace_options import (
 from glassbox.measure.sampling import is_sampled_request
 from glassbox.processes.api_server import message_spans
 from glassbox.processes.api_server.llm_span_watcher import LlmSpanWatcher, watch
+from glassbox.store.client_names import ClientNames
 
 logger = get_logger(__name__)
 
@@ -49,7 +56,7 @@ def has_keys(extra_args: object) -> bool:
 
 
 class TracedRequests:
-    """External ids of the requests that asked for a trace, the newest `MAX_REMEMBERED`; not thread-safe."""
+    """External ids of the requests that are to be traced, the newest `MAX_REMEMBERED`; not thread-safe."""
 
     def __init__(self) -> None:
         self._ids: OrderedDict[str, None] = OrderedDict()
@@ -67,7 +74,7 @@ class Intake:
     """What becomes of requests; see `adapter/server.py` for the methods that wrappers of vLLM's call.
 
     Attributes:
-        traced: requests that asked for a trace.
+        traced: requests that asked for a trace, or were chosen for one.
 
     Args:
         config: returns the configuration of the moment; nothing is done while it says `enabled: false`.
@@ -86,6 +93,7 @@ class Intake:
         self._config = config
         self.starts, self.serves = starts, serves
         self._run_dir = run_dir
+        self._clients = ClientNames(run_dir)
         self._unwatch: list[Callable[[], None]] = []
         self.traced = TracedRequests()
 
@@ -143,8 +151,8 @@ class Intake:
 
     def admit(self, extra_args: ExtraArgs, shape: tuple[int, int] | None) -> bool:
         """See server.Intake."""
-        if TRACEPARENT_KEY in extra_args:
-            parse_options(extra_args, from_client=True)  # says that it must not be given
+        if any(key in extra_args for key in ADDED_KEYS):
+            parse_options(extra_args, from_client=True)  # says that they must not be given
         choice = parse_options(extra_args)
         check_model_has(choice, shape)
         return choice.choice == "trace"
@@ -155,6 +163,45 @@ class Intake:
         traceparent = traceparent or _traceparent.get()
         return {TRACEPARENT_KEY: str(traceparent)} if traceparent else {}
 
+    def asked_by(self, request_id: str, request: HttpRequest | None, traced: bool) -> ExtraArgs:
+        """See server.Intake."""
+        config = self._config()
+        rate = config.requests.trace_rate
+        if request is None or not config.enabled or not (traced or rate > 0):
+            return {}
+        if traced:
+            return self._client(request, config)
+        # By chance, not by its id: a client could choose one that is always traced, though it may not ask for it.
+        if not is_sampled_request(secrets.token_hex(8), rate):
+            return {SAMPLED_KEY: False}
+        self.traced.add(request_id)
+        return {SAMPLED_KEY: True, **self._client(request, config)}
+
+    def _client(self, request: HttpRequest, config: GlassboxConfig) -> ExtraArgs:
+        header, keys = config.requests.client_header, request.api_keys
+        try:
+            client = self._clients.of(request.values, header, keys)
+        except OSError as error:
+            log_once(
+                logger,
+                logging.ERROR,
+                "clients",
+                "Clients can't be told apart, so none is shown its traces if requests.isolate is on: %s",
+                error,
+            )
+            return {}
+        if client == ANONYMOUS and config.requests.isolate:
+            log_once(
+                logger,
+                logging.WARNING,
+                "anonymous",
+                "requests.isolate: true, but a traced request came without %s: its trace is shown to no client. "
+                "Start vLLM with --api-key, or set requests.client_header to a header that your gateway sets",
+                header or "a key that vLLM checks",
+            )
+        # Where nobody says who it is, what one client may have is not meant for all of them together.
+        return {} if header is None and keys == () else {CLIENT_KEY: client}
+
     def begin_beam(self, prompt_len: int) -> ExtraArgs:
         """See server.Intake."""
         return {BEAM_PROMPT_KEY: prompt_len} if self._config().enabled else {}
@@ -164,12 +211,12 @@ class Intake:
         config = self._config()
         export = config.export
         pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
-        if config.enabled and not pushed and (export.prometheus.port is None or not export.prometheus.enabled):
+        if config.enabled and not pushed and export.own_port is None:
             log_once(
                 logger,
                 logging.WARNING,
                 front_end.name,
-                "%s %s: what glassbox measures shows nowhere. Set export.prometheus.port in glassbox.yaml, for a port "
+                "%s %s: what glassbox measures shows nowhere. Set export.http.port in glassbox.yaml, for a port "
                 "of glassbox's own, or export.otel.enabled",
                 front_end.name,
                 front_end.shows,
@@ -235,8 +282,10 @@ def install(
     """
     intake = Intake(config, run_dir, starts, serves)
     unwrap = server.wrap_intake(intake)
+    forget_requests = note_requests()
 
     def undo() -> None:
+        forget_requests()
         unwrap()
         intake.close()
 

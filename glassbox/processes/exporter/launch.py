@@ -56,10 +56,8 @@ def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) 
         return False
     pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
     pushed = pushed or wants_records(config) or wants_spans(config)
-    shown = export.prometheus.enabled and (
-        export.prometheus.port is not None or multiprocess_files.directory(environ) is not None
-    )
-    return pushed or shown
+    collected = export.prometheus.enabled and multiprocess_files.directory(environ) is not None
+    return pushed or collected or export.own_port is not None
 
 
 def _child_environ(environ: Mapping[str, str]) -> dict[str, str]:

@@ -53,6 +53,7 @@ class Sink(Generic[T]):
         opens: makes it.
         closes: ends it; is told whether the sink is still wanted, in another form.
         works: whether one that was opened still does.
+        adapts: when something else is wanted, an open one isn't closed: it follows at the next `give`.
         sends_later: it hands over to a thread, which itself tells `errors` of what came of it; returns the Unix time
             at which that last succeeded, None if all that it was given is as good as sent.
         last_success_s: of an exporter before this one.
@@ -68,6 +69,7 @@ class Sink(Generic[T]):
         opens: Callable[[GlassboxConfig], T],
         closes: Callable[[T, bool], None] = lambda _value, _wanted: None,
         works: Callable[[T], bool] = lambda _: True,
+        adapts: bool = False,
         sends_later: Callable[[T], float | None] | None = None,
         last_success_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
@@ -77,7 +79,7 @@ class Sink(Generic[T]):
         self.last_success_s = last_success_s
         self._errors = errors
         self._wants, self._opens, self._closes, self._works = wants, opens, closes, works
-        self._sends_later = sends_later
+        self._adapts, self._sends_later = adapts, sends_later
         self._clock, self._unix = clock, unix
         self._life: _Life[T] = _Life()
         self._wanted: object = None
@@ -115,6 +117,8 @@ class Sink(Generic[T]):
         life = self._life
         if life.busy:
             return  # `give` tells how long
+        if life.value is not None and self._adapts and wanted is not None:
+            life.wanted = wanted
         if life.value is not None and (life.wanted != wanted or not self._works(life.value)):
             self._step(life, PATIENCE_S, partial(self._close, life, life.value))
         if wanted is not None and life.value is None and not life.busy and self._clock() >= self._not_before:

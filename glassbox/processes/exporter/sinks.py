@@ -22,21 +22,24 @@ from glassbox.export.jsonl import JsonlSink
 from glassbox.export.liveness import Liveness
 from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import LivenessCollector, PrometheusCollector
-from glassbox.processes.exporter.http import HttpServer, bind_address
 from glassbox.processes.exporter.sink import Sink
 from glassbox.processes.exporter.trace_sinks import TraceSinks, otlp_target
 from glassbox.store import multiprocess_files
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from glassbox.export.otel import OtelSink
+    from glassbox.processes.exporter.own_port import OwnPort
+    from glassbox.web.doors import Door
 
 logger = get_logger(__name__)
 
 FLUSH_TIMEOUT_S: Final = 1.0
 # Of a sink that fails: where it is configured, and what to do there.
 _ADVICE: Final = {
-    "http": ("export.prometheus.port", "free the port, or choose another"),
+    "http": ("export.http.port", "free the port, or choose another"),
     "multiprocess": (multiprocess_files.DIRECTORY_ENV, "it must be a directory with room that this user may write to"),
     "otel": ("export.otel.endpoint", "the collector must listen there, by that protocol"),
     "otel_traces": ("export.otel.endpoint", "the collector must listen there, by that protocol"),
@@ -49,8 +52,8 @@ class Sinks:
     """The open sinks of one server.
 
     Attributes:
-        errors: errors by stage: http, multiprocess, otel, jsonl, records and otel_traces (of traced requests), read
-            (of the run directory), status (its file).
+        errors: errors by stage: http, access and connections (of the own port), multiprocess, otel, jsonl, records and
+            otel_traces (of traced requests), read (of the run directory), status (its file).
 
     Args:
         run_dir: of the server.
@@ -81,7 +84,9 @@ class Sinks:
         self._restarts = before.restarts + (not before.ended) if before is not None else 0
         self._source = FamilySource(self._run_dir, config)
         self._registry = CollectorRegistry()
-        self._registry.register(PrometheusCollector(self._source, TraceExemplars(self._run_dir)))
+        # The id of another client's request is nothing that a client should learn, and /metrics may be open.
+        exemplars = TraceExemplars(self._run_dir, names_requests=lambda: not config().requests.isolate)
+        self._registry.register(PrometheusCollector(self._source, exemplars))
         self._liveness = Liveness(self._run_dir, config, lambda: self._source.merged().engines, clock=clock)
         self._registry.register(LivenessCollector(self._liveness, lambda: True))
         succeeded = before.sinks if before is not None else {}
@@ -90,8 +95,13 @@ class Sinks:
             last = succeeded.get(name, 0.0)
             return Sink(name, self.errors, last_success_s=last, clock=monotonic, unix=clock, **how)
 
-        self._http: Sink[HttpServer] = sink(
-            "http", wants=self._wants_http, opens=self._open_http, closes=_close_http, works=lambda http: http.is_alive
+        self._http: Sink[OwnPort] = sink(
+            "http",
+            wants=_wants_http,
+            opens=self._open_http,
+            closes=lambda own_port, _: own_port.close(),
+            works=lambda own_port: own_port.is_alive,
+            adapts=True,
         )
         self._multiprocess: Sink[MultiprocessWriter] = sink(
             "multiprocess",
@@ -132,19 +142,24 @@ class Sinks:
         # A sink opened by an edit reports from now on, like one that takes over from a dead exporter.
         self._takes_over = True
 
-    def _wants_http(self, config: GlassboxConfig) -> object:
-        prometheus = config.export.prometheus
-        if not config.enabled or not prometheus.enabled or prometheus.port is None:
-            return None
-        return (bind_address(self._environ), prometheus.port)
-
-    def _open_http(self, config: GlassboxConfig) -> HttpServer:
+    def _open_http(self, config: GlassboxConfig) -> "OwnPort":
         # Not at the top: an exporter without a port of its own needs no web framework in its memory.
+        from glassbox.processes.exporter.own_port import OwnPort
+
+        own_port = OwnPort(self._app, self._config, self.errors, self._environ)
+        own_port.apply()
+        return own_port
+
+    def _app(self, door: "Door", shows_text: Callable[[], bool]) -> "Starlette":
         from glassbox.web.app import make_app
 
-        port = config.export.prometheus.port
-        assert port is not None
-        return HttpServer(port, make_app(self._source, metrics=self._registry), bind_address(self._environ))
+        return make_app(
+            self._source,
+            metrics=self._registry,
+            rules=lambda: door.rules,
+            shows_text=shows_text,
+            is_guarded=lambda: door.authenticates,
+        )
 
     def _shows_multiprocess(self, config: GlassboxConfig) -> bool:
         return config.enabled and config.export.prometheus.enabled
@@ -208,7 +223,7 @@ class Sinks:
 
     def _give(self, view: View) -> None:
         config = self._config()
-        self._http.give()
+        self._http.give(lambda own_port: own_port.apply())
         shown = view.families if self._shows_multiprocess(config) else ()
         self._multiprocess.give(lambda writer: writer.write(shown, self._clock()))
         # Not into the files: their readers make it themselves.
@@ -222,8 +237,9 @@ class Sinks:
         self._traces.close()
 
 
-def _close_http(http: HttpServer, _still_wanted: bool) -> None:
-    http.close()
+def _wants_http(config: GlassboxConfig) -> object:
+    port = config.export.own_port if config.enabled else None
+    return None if port is None else (port, config.export.http, config.requests.include_text)
 
 
 def _wants_jsonl(config: GlassboxConfig) -> object:

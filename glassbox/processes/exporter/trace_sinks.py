@@ -222,7 +222,7 @@ class TraceSinks:
         had = []
         try:
             for summary in fresh:
-                trace = opened.directory.get(summary.internal_id)
+                trace = opened.directory.load(summary)
                 if trace is not None:
                     try:
                         give(summary, trace)
@@ -236,9 +236,12 @@ class TraceSinks:
                 opened.delivered.note(had, present)
 
     def _llm_span(self, summary: TraceSummary) -> LlmSpan | None:
-        """The request's `llm_request` span; the samples of one request take different ones."""
+        """The request's `llm_request` span: of those with its id, which another client may send too, the one that ended
+        nearest to it. The samples of one request take different ones."""
         spans = self._llm_spans.of(summary.request_id)
-        chosen = next((span for span in spans if span.span_id not in self._used), spans[-1] if spans else None)
+        free = [span for span in spans if span.span_id not in self._used]
+        end_s = summary.end_time_s or 0.0
+        chosen = min(free or spans, key=lambda span: abs(span.end_time_s - end_s), default=None)
         if chosen is not None:
             self._used.add(chosen.span_id)
             if len(self._used) > 2 * len(self._llm_spans):

@@ -48,7 +48,7 @@ class UnreadWatch:
         if not is_noted(self._run_dir) and self._first_to_say():
             logger.warning(
                 "What this node measures reaches nobody: no API server of vLLM runs here whose /metrics would show it. "
-                "Set export.prometheus.port or export.otel in glassbox.yaml (docs/distributed.md)"
+                "Set export.http.port or export.otel in glassbox.yaml (docs/distributed.md)"
             )
 
     def _first_to_say(self) -> bool:

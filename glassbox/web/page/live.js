@@ -2,6 +2,7 @@
 //
 // Each view owns all of its state and touches only the elements of its root, so that two of them can share a page.
 
+import { Access } from "./access.js";
 import { Baselines } from "./baseline.js";
 import { diverging, sequential } from "./colours.js";
 import { Controls } from "./controls.js";
@@ -10,6 +11,7 @@ import { Grid } from "./grid.js";
 import { Heatmap } from "./heatmap.js";
 import { History } from "./history.js";
 import { showLegend } from "./legend.js";
+import { Login } from "./login.js";
 import { difference, KINDS, Matrix } from "./matrix.js";
 import { Panel } from "./panel.js";
 import { emptyReason, sampledText, windowText } from "./sampled.js";
@@ -66,11 +68,15 @@ export class LiveView {
       unpin: () => this.#unpin(),
     });
     this.status = new Status(this.#element("status"), this.#element("status-text"));
+    const access = new Access();
     this.stream = new Stream(
+      access,
       (name, data) => this.#onEvent(name, data),
       (state, message, pauseS) => this.#onState(state, message, pauseS),
       (message) => this.#onRefused(message),
+      () => this.#onLocked(),
     );
+    this.login = new Login(root, access, () => this.#connect());
     this.#watchThePage();
     this.controls.sync();
     this.#connect();
@@ -142,7 +148,14 @@ export class LiveView {
     else if (name === "fault") this.#notify(data.error);
   }
 
+  #onLocked() {
+    this.status.turn("locked", "", 0);
+    this.#showStatus();
+    this.login.show();
+  }
+
   #onAbout(about) {
+    this.login.hide();
     this.#about = about;
     this.#clockAheadS = Date.now() / 1000 - about.now_s;
     this.#element("version").textContent = `glassbox ${about.version}`;

@@ -20,7 +20,7 @@ export class Status {
   /**
    * The stream's state is another one.
    *
-   * @param {"connecting" | "open" | "waiting"} state
+   * @param {"connecting" | "open" | "waiting" | "locked"} state
    * @param {string} message why it waits
    * @param {number} pauseS until it connects again
    * @returns {string} what is news to somebody who does not see the line; "" if nothing
@@ -46,7 +46,9 @@ export class Status {
   show(frame, hasData, clockAheadS) {
     const { state, message, until } = this.#connection;
     let [kind, words] = ["connecting", "Connecting"];
-    if (state === "waiting") {
+    if (state === "locked") {
+      [kind, words] = ["gone", "Locked"];
+    } else if (state === "waiting") {
       kind = "gone";
       const left = Math.max(0, Math.ceil((until - performance.now()) / 1000));
       words = `No connection: ${message}. Trying again${left ? ` in ${left} s` : ""}`;

@@ -14,13 +14,15 @@ export class Stream {
   #url = "";
 
   /**
+   * @param {Access} access has the server's key
    * @param {(name: string, data: object) => void} onEvent
    * @param {(state: "connecting" | "open" | "waiting", message: string, pauseS: number) => void} onState
    * @param {(message: string) => boolean} onRefused the address asks for something that the server does not have; true
    *     if another one has been opened
+   * @param {() => void} onLocked the server wants another key than the one that is kept
    */
-  constructor(onEvent, onState, onRefused) {
-    Object.assign(this, { onEvent, onState, onRefused });
+  constructor(access, onEvent, onState, onRefused, onLocked) {
+    Object.assign(this, { access, onEvent, onState, onRefused, onLocked });
     addEventListener("online", () => this.#abort === null && this.#url && this.open(this.#url));
   }
 
@@ -56,7 +58,13 @@ export class Stream {
   }
 
   async #read(url, abort) {
-    const answer = await fetch(url, { signal: abort.signal, headers: { Accept: "text/event-stream" }, cache: "no-store" });
+    const headers = this.access.authorised({ Accept: "text/event-stream" });
+    const answer = await fetch(url, { signal: abort.signal, headers, cache: "no-store" });
+    if (answer.status === 401 && abort === this.#abort) {
+      this.close();
+      this.onLocked();
+      return;
+    }
     if (!answer.ok) {
       const text = await answer.text();
       let message = `the server answered ${answer.status}`;

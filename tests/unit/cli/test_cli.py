@@ -42,6 +42,37 @@ class TestCheck:
         assert load_config(path) == load_config(printed)
         assert 0.5 == yaml.safe_load(result.stdout)["sample_rate"]
 
+    @pytest.mark.parametrize(
+        ("http", "said"),
+        [
+            ("host: no-such-host.invalid", "export.http.host must be an address or a name of this host"),
+            ("host: 192.0.2.1", "export.http.host must be an address of this host, got '192.0.2.1'"),
+            ("token_file: /absent", "export.http.token_file (/absent) must be a file that can be read"),
+            (
+                "cert_file: /absent, key_file: /absent",
+                "export.http.cert_file (/absent) must be a file that can be read",
+            ),
+            ("host: 0.0.0.0", "requests.include_text must not show prompts to everybody on the network"),
+        ],
+    )
+    def test_a_port_of_its_own_has_to_work(self, runner: CliRunner, tmp_path: Path, http: str, said: str) -> None:
+        """Its address and files are tried, and text is not for everybody; without a port nothing of it counts."""
+        path = tmp_path / "glassbox.yaml"
+        path.write_text(f"requests: {{include_text: true}}\nexport: {{http: {{port: 9464, {http}}}}}\n")
+        result = runner.invoke(main, ["check", str(path)])
+        assert (1, "") == (result.exit_code, result.stdout)
+        assert said in result.stderr
+        path.write_text(f"requests: {{include_text: true}}\nexport: {{http: {{{http}}}}}\n")
+        assert 0 == runner.invoke(main, ["check", str(path)]).exit_code
+
+    def test_a_replaced_key_is_said(self, runner: CliRunner, tmp_path: Path) -> None:
+        """It works, and what takes its place is a comment of the output."""
+        path = tmp_path / "glassbox.yaml"
+        path.write_text("export: {prometheus: {port: 9464}}\n")
+        result = runner.invoke(main, ["check", str(path)])
+        assert 0 == result.exit_code
+        assert "# export.prometheus.port is replaced by export.http.port; it listens on 127.0.0.1" in result.stdout
+
     def test_without_a_file_checks_the_one_that_vllm_would_find(
         self, runner: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

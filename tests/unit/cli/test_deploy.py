@@ -91,7 +91,9 @@ class TestGlassboxConfig:
         assert RuleSettings().overhead_budget == config.sampling.overhead_budget
         assert otel == config.export.otel.enabled
         assert f"http://otel-collector:{STACK.otlp_grpc_port}" == config.export.otel.endpoint
-        assert STACK.glassbox_port == config.export.prometheus.port
+        assert STACK.glassbox_port == config.export.own_port
+        # Prometheus is not in the server's container.
+        assert "0.0.0.0" == config.export.http.host
         assert not config.export.otel.metrics
 
 

@@ -21,6 +21,7 @@ from glassbox.config.load import (
     load_config,
     packaged_config,
     parse_config,
+    replaced_keys,
     restart_needed,
 )
 from glassbox.config.wording import all_keys
@@ -167,6 +168,37 @@ class TestGoodFiles:
         assert "s3cret" not in repr(config)
 
 
+class TestOwnPort:
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            ("{}", None),
+            ("{http: {port: 1}}", 1),
+            ("{prometheus: {port: 2}}", 2),
+            ("{http: {port: 2}, prometheus: {port: 2}}", 2),
+            ("{prometheus: {port: 2, enabled: false}}", None),
+            ("{http: {port: 1}, prometheus: {enabled: false}}", 1),
+        ],
+    )
+    def test_either_key_opens_it(self, tmp_path: Path, content: str, expected: int | None) -> None:
+        """The old one only with Prometheus's metrics, as ever; both may say the same."""
+        config = parse_config(tmp_path, f"export: {content}".encode())
+        assert expected == config.export.own_port
+
+    @pytest.mark.parametrize("host", ["localhost", "0.0.0.0", "::", "[::]", "::1", "[::1]", "fe80::1%eth0", "a_b.c-d"])
+    def test_hosts_of_all_kinds(self, tmp_path: Path, host: str) -> None:
+        """Names, IPv4, IPv6 with and without brackets."""
+        assert host == parse_config(tmp_path, f"export: {{http: {{host: '{host}'}}}}".encode()).export.http.host
+
+    def test_the_old_key_says_what_replaces_it(self, tmp_path: Path) -> None:
+        """And how to open it, as it is no longer open to everybody; not if the new one says where it listens."""
+        (line,) = replaced_keys(parse_config(tmp_path, b"export: {prometheus: {port: 2}}"))
+        assert line.startswith("export.prometheus.port is replaced by export.http.port; it listens on 127.0.0.1 alone")
+        (line,) = replaced_keys(parse_config(tmp_path, b"export: {prometheus: {port: 2}, http: {host: 0.0.0.0}}"))
+        assert "export.prometheus.port is replaced by export.http.port" == line
+        assert [] == replaced_keys(parse_config(tmp_path, b"export: {http: {port: 2}}"))
+
+
 class TestLayers:
     @pytest.mark.parametrize(
         ("text", "selected"),
@@ -280,12 +312,59 @@ class TestBadValues:
             ("statistics: {sink_tokens: 0}", "statistics.sink_tokens must be between 1 and 1024, got 0;"),
             ("requests: {trace_rate: 1.5}", "requests.trace_rate must be between 0 and 1, got 1.5;"),
             (
+                "requests: {client_header: 'X Tenant'}",
+                "requests.client_header must be the name of a header or null, got",
+            ),
+            (
+                "requests: {client_header: ''}",
+                "requests.client_header must be the name of a header or null, got the string '';",
+            ),
+            ("requests: {isolate: 1}", "requests.isolate must be true or false, got 1;"),
+            ("requests: {per_client: {keep: 0}}", "requests.per_client.keep must be between 1 and 100000, got 0;"),
+            (
+                "requests: {per_client: {rows_per_second: 0}}",
+                "requests.per_client.rows_per_second must be between",
+            ),
+            (
                 "export: {interval_s: 0}",
                 "export.interval_s must be between 0.1 and 3600 seconds, got 0; use 5",
             ),
             (
                 "export: {prometheus: {port: 0}}",
                 "export.prometheus.port must be between 1 and 65535, or null, got 0;",
+            ),
+            ("export: {http: {port: 65536}}", "export.http.port must be between 1 and 65535, or null, got 65536;"),
+            *(
+                (f"export: {{http: {{host: '{host}'}}}}", "export.http.host must be an address or a host name, without")
+                for host in (
+                    "",
+                    "a b",
+                    "127.0.0.1:9464",
+                    "http://x",
+                    "256.1.1.1",
+                    "127.1",
+                    "[127.0.0.1]",
+                    "[::1",
+                    "-a",
+                    "é",
+                )
+            ),
+            (
+                "export: {http: {allowed_hosts: ['a:1']}}",
+                "export.http.allowed_hosts must be a list of host names, without ports,",
+            ),
+            (
+                "export: {http: {cert_file: a}}",
+                "export.http must have cert_file and key_file for TLS, got a mapping; set key_file",
+            ),
+            (
+                "export: {http: {client_ca_file: a}}",
+                "export.http must have cert_file and key_file for TLS, got a mapping; set cert_file and key_file",
+            ),
+            (
+                "export: {http: {port: 1}, prometheus: {port: 2}}",
+                "export.http must have the port of export.prometheus.port, 2, which its own replaces, got a mapping; "
+                "delete export.prometheus.port",
             ),
             (
                 "export: {prometheus: {detail: rank}}",

@@ -137,6 +137,22 @@ class TestExposition:
         (_, _, exemplar), *_ = self.exemplars(run_dir)
         assert (f"{7:032x}", f"{7:016x}") == (exemplar.labels["trace_id"], exemplar.labels["span_id"])
 
+    def test_ids_that_must_not_be_told(self, run_dir: Path) -> None:
+        """Then there is a trace's id alone, and nothing of a request without one; an edit takes them away at once."""
+        named = True
+        exemplars = TraceExemplars(run_dir, lambda: 100.0, names_requests=lambda: named)
+
+        def labels() -> set[frozenset[str]]:
+            shown = [one for buckets in exemplars.current("layer").values() for one in buckets if one is not None]
+            return {frozenset(one.labels) for one in shown}
+
+        assert {frozenset({"request_id", "trace_id", "span_id"})} == labels()
+        named = False
+        assert set() == labels()
+        write_trace(traces_path(run_dir), make_trace(seed=2, request_id="theirs", traceparent=None))
+        exemplars = TraceExemplars(run_dir, lambda: 100.0, names_requests=lambda: named)
+        assert {frozenset({"trace_id", "span_id"})} == labels()
+
     def test_the_text_format_has_none(self, run_dir: Path) -> None:
         """What Prometheus's text format shows is the same with and without."""
         with_exemplars = generate_latest(self.registry(run_dir))

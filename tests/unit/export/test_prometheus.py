@@ -24,7 +24,7 @@ from glassbox.export.family_source import FamilySource
 from glassbox.export.multiprocess import MultiprocessWriter, without_lone_counts
 from glassbox.export.prometheus import PrometheusCollector
 from glassbox.processes.api_server.shown_metrics import ShownMetrics, install
-from glassbox.processes.exporter.http import ADDRESS_ENV, HttpServer, bind_address
+from glassbox.processes.exporter.http import HttpServer
 from glassbox.store.exporter_status import ExporterStatus, write_status
 from glassbox.store.merge import merge
 from glassbox.store.snapshot import write_snapshot
@@ -460,11 +460,6 @@ class TestOwnPort:
             socket.create_connection(("127.0.0.1", first.port), timeout=5)
         second = HttpServer(first.port, make_app(FamilySource(run_dir, config)), "127.0.0.1")
         second.close()
-
-    def test_the_address_is_that_of_the_environment(self) -> None:
-        """$GLASSBOX_HTTP_ADDR, else all interfaces as vLLM does."""
-        assert bind_address({}) == "0.0.0.0"
-        assert bind_address({ADDRESS_ENV: "127.0.0.1"}) == "127.0.0.1"
 
     @pytest.mark.e2e
     def test_a_real_prometheus_reads_the_same_numbers(self, run_dir: Path, server: HttpServer, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from glassbox.store.exporter_status import ExporterStatus, write_status
 from glassbox.store.snapshot import Snapshot, write_snapshot
 from glassbox.store.trace_directory import traces_path
 from glassbox.store.trace_record import write_trace
-from tests.export_samples import make_snapshot
+from tests.export_samples import OWNER, make_snapshot
 from tests.prometheus_server import PROMTOOL
 from tests.trace_samples import make_trace
 
@@ -68,7 +68,7 @@ def vllms_port(run_dir: Path, config: GlassboxConfig, _: Path) -> CollectorRegis
 def several_api_servers(run_dir: Path, config: GlassboxConfig, scratch: Path) -> CollectorRegistry:
     """As the exporter writes it and vLLM's API servers read it."""
     scratch.mkdir()
-    writer = MultiprocessWriter(scratch)
+    writer = MultiprocessWriter(scratch, OWNER)
     writer.write(FamilySource(run_dir, lambda: config).view().families, 1.0)
     writer.close()
 

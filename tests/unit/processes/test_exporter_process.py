@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -96,6 +97,8 @@ class TestIsNeeded:
         ("export", "environ", "expected"),
         [
             ({}, {}, False),
+            ({"http": {"port": 9464}}, {}, True),
+            ({"http": {"port": 9464}, "prometheus": {"enabled": False}}, {}, True),
             ({"prometheus": {"port": 9464}}, {}, True),
             ({"prometheus": {"port": 9464, "enabled": False}}, {}, False),
             ({}, {"PROMETHEUS_MULTIPROC_DIR": "/x"}, True),
@@ -182,7 +185,7 @@ class TestSinks:
         """As soon as the port is free it is opened; the other sinks work meanwhile."""
         with socket.create_server(("127.0.0.1", 0)) as holder:
             port = holder.getsockname()[1]
-            current["config"] = config(prometheus={"port": port}, jsonl={"path": str(tmp_path / "a.jsonl")})
+            current["config"] = config(http={"port": port}, jsonl={"path": str(tmp_path / "a.jsonl")})
             for clock[0] in (0.0, 0.9, 1.0, 2.9):  # after 1 s, then after 2 s more
                 sinks.round()
             assert sinks.errors.counts() == {"http": 2}
@@ -197,7 +200,7 @@ class TestSinks:
     def test_the_own_port_has_page_and_snapshot(self, sinks: Sinks, current: dict[str, GlassboxConfig]) -> None:
         """Besides /metrics; they go with it when the port is taken out of the configuration."""
         port = free_port()
-        current["config"] = config(prometheus={"port": port})
+        current["config"] = config(http={"port": port})
         sinks.round()
         for path, expected in (("", b"<!doctype html>"), ("v1/snapshot?phase=decode", b'"model":"tiny/model"')):
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/glassbox/{path}", timeout=5) as answer:
@@ -301,7 +304,7 @@ class TestProcess:
         port = free_port()
         with OtlpReceiver() as receiver:
             process = start(
-                prometheus={"port": port},
+                http={"port": port},
                 otel={"enabled": True, "endpoint": receiver.grpc_endpoint},
                 jsonl={"path": str(tmp_path / "out.jsonl")},
             )
@@ -330,6 +333,23 @@ class TestProcess:
         assert second.stderr.read() == b""
         assert first.poll() is None
 
+    def test_connections_that_say_nothing_stop_no_export(self, start: Any, run_dir: Path) -> None:
+        """More of them than the process may have files: rounds go on, and a scrape is answered."""
+        port = free_port()
+        process = start(http={"port": port})
+        wait_for(lambda: scrape(port))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (192, 192))
+        held = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(400)]
+        try:
+            write_snapshot(run_dir, make_snapshot(steps=1001))
+            began = time.time()
+            wait_for(lambda: (status := read_status(run_dir)) is not None and status.time_s > began)
+            wait_for(lambda: "glassbox_steps_total{" in (text := scrape(port) or "") and "1001.0" in text)
+        finally:
+            for client in held:
+                client.close()
+        assert len(os.listdir(f"/proc/{process.pid}/fd")) < 128
+
     def test_it_ends_with_its_parent(self, start: Any, run_dir: Path, tmp_path: Path) -> None:
         """Within two seconds of the parent's end, after one last export."""
         parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -347,18 +367,18 @@ class TestProcess:
     def test_edits_take_effect_within_two_seconds(self, start: Any, tmp_path: Path) -> None:
         """The port opens, moves and closes, the detail changes, OTLP is switched to another collector: no restart."""
         path, first, second = tmp_path / "glassbox.yaml", free_port(), free_port()
-        start(interval_s=60, prometheus={"port": first, "detail": "model"})
+        start(interval_s=60, http={"port": first}, prometheus={"detail": "model"})
         rows_of_layer = 'glassbox_attention_rows_total{engine="0",layer="1"'
         assert rows_of_layer not in wait_for(lambda: scrape(first))
         edited = time.monotonic()
         with OtlpReceiver() as receiver:
             otel = {"enabled": True, "endpoint": receiver.http_endpoint, "protocol": "http"}
-            write_config(path, interval_s=60, prometheus={"port": second}, otel=otel)
+            write_config(path, interval_s=60, http={"port": second}, otel=otel)
             assert rows_of_layer in wait_for(lambda: scrape(second))
             receiver.wait_for_metrics(timeout_s=2)
         assert time.monotonic() - edited < 2.5
         assert scrape(first) is None
-        write_config(path, interval_s=60, prometheus={"port": None})
+        write_config(path, interval_s=60, http={"port": None})
         wait_for(lambda: scrape(second) is None, timeout_s=2.5)
 
     def test_a_bad_configuration_is_one_line(self, start: Any, tmp_path: Path) -> None:
@@ -374,7 +394,7 @@ class TestProcess:
     def test_a_bad_edit_keeps_it_going(self, start: Any, tmp_path: Path) -> None:
         """The last good configuration stays in use."""
         port = free_port()
-        process = start(prometheus={"port": port})
+        process = start(http={"port": port})
         wait_for(lambda: scrape(port))
         (tmp_path / "glassbox.yaml").write_text("export: {interval_s: soon}")
         time.sleep(1.0)
@@ -386,7 +406,7 @@ class TestProcess:
         (run_dir / "worker-0-9-bad.npz").write_bytes(b"garbage")
         port = free_port()
         endpoint = f"http://127.0.0.1:{free_port()}"
-        process = start(prometheus={"port": port}, otel={"enabled": True, "endpoint": endpoint, "protocol": "http"})
+        process = start(http={"port": port}, otel={"enabled": True, "endpoint": endpoint, "protocol": "http"})
         wait_for(lambda: 'stage="otel"' in (scrape(port) or ""), timeout_s=20)
         assert 'stage="snapshot"} 1.0' in (scrape(port) or "")
         assert process.poll() is None

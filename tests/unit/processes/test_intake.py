@@ -386,7 +386,7 @@ class Client:
 class TestFrontEnds:
     """Those behind which nothing shows at /metrics."""
 
-    WARNING = "shows nowhere. Set export.prometheus.port in glassbox.yaml"
+    WARNING = "shows nowhere. Set export.http.port in glassbox.yaml"
 
     def warnings(self, server: Server, caplog: pytest.LogCaptureFixture, rust: bool = False) -> list[str]:
         """What is said when the client of an engine is made twice in this process."""

@@ -226,6 +226,16 @@ class TestSpans:
         exporter.round()
         assert [f"{n:016x}" for n in (1, 2)] == sorted(self.arrived(exporter, receiver, 2))
 
+    def test_another_request_with_the_same_id(self, exporter: Exporter, receiver: OtlpReceiver) -> None:
+        """Its spans are not taken for this one's: the one that ended with the request is."""
+        trace = make_trace(seed=1, request_id="cmpl-5-0")
+        assert trace.end_time_s is not None
+        for number, late_s in ((1, -30.0), (2, -0.02), (3, 20.0)):
+            write(exporter.run_dir, make_span(number, "cmpl-5-0", end_time_s=trace.end_time_s + late_s))
+        write_trace(traces_path(exporter.run_dir), trace)
+        exporter.round()
+        assert [f"{2:016x}"] == self.arrived(exporter, receiver, 1)
+
     def test_vllms_endpoint_is_told_late(self, exporter: Exporter, receiver: OtlpReceiver) -> None:
         """By the first request's span, when its trace is there already: nothing is lost by going over to it."""
         exporter.settings["export"]["otel"]["endpoint"] = None

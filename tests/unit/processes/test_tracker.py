@@ -79,6 +79,15 @@ class TestTraceRate:
             assert set(traced) == {f"cmpl-{i}-0" for i in range(40) if is_sampled_request(f"cmpl-{i}-0", 0.5)}
             assert requests.counts()[1] == {"opt_in": 0, "sampled": len(traced)}
 
+    def test_the_api_server_chooses(self) -> None:
+        """Where it has, the id says nothing; an edit to 0 holds at once."""
+        for rate, traced in ((1.0, ["yes"]), (1e-9, ["yes"]), (0.0, [])):
+            requests = tracker()
+            for name, sampled in (("yes", True), ("no", False)):
+                added = {"glassbox_sampled": sampled}
+                arrive(requests, name, extra_args=added, settings_=config(trace_rate=rate))
+            assert [trace.internal_id for trace in requests.active()] == traced
+
     def test_options_of_others_are_not_read(self) -> None:
         """A request that is sampled keeps no more than statistics."""
         requests = tracker()
@@ -184,6 +193,50 @@ class TestRefusals:
         assert [trace.internal_id for trace in requests.active()] == ["b", "d"]
         assert refused(requests) == {"max_active": 1}
         assert requests.counts()[1] == {"opt_in": 3, "sampled": 0}
+
+    def test_each_client_has_its_places(self) -> None:
+        """One that has all of its own keeps nobody else from being traced; who isn't known has no limit of its own."""
+        requests, limited = tracker(), config(per_client={"max_active": 2})
+        for client, ids in (("a" * 24, "abc"), ("anonymous", "def"), (None, "ghi")):
+            named = TRACE if client is None else {**TRACE, "glassbox_client": client}
+            arrive(requests, *ids, extra_args=named, settings_=limited)
+        assert [trace.internal_id for trace in requests.active()] == list("abdeghi")
+        assert [trace.client for trace in requests.active()][::2] == ["a" * 24, "anonymous", None, None]
+        assert refused(requests) == {"client_max_active": 2}
+        requests.begin_step(NO_RUNNER, scheduled_step(finished_req_ids={"a"}), limited, LOCAL_LAYERS)
+        arrive(requests, "j", extra_args={**TRACE, "glassbox_client": "a" * 24}, settings_=limited)
+        assert [trace.internal_id for trace in requests.active()][-1] == "j"
+
+    def test_rows_of_a_client(self) -> None:
+        """Beyond its rate its traces are truncated and further ones refused; another client's go on."""
+        now_s, limited = 0.0, config(per_client={"rows_per_second": 1})
+        requests = RequestTracker(
+            make_host(), DeferredActions(ErrorCounter(logging.getLogger("test.requests"))), clock=lambda: now_s
+        )
+        greedy, other = ({**TRACE, "glassbox_client": name * 24} for name in "ab")
+        arrive(requests, "a", extra_args=greedy, settings_=limited)
+        arrive(requests, "b", extra_args=other, settings_=limited)
+        rows = np.zeros((12, 5), dtype=np.int32)
+        rows[:, ROW_QUERY], rows[:, ROW_SLOT] = np.arange(12), np.arange(12)
+        rows[8:, ROW_BATCH] = 1
+        step = SimpleNamespace(
+            req_ids=("a", "b"),
+            num_computed=np.array([0, 0]),
+            query_start=np.array([0, 8]),
+            prompt_len=np.array([8, 4]),
+            num_scheduled=np.array([8, 4]),
+        )
+        for number, traced in ((1, {"a", "b"}), (2, {"b"})):
+            assert requests.trace_rows(NO_RUNNER, step, rows, np.array([0, 0])) is not None
+            assert {trace.internal_id for trace in requests.active() if not trace.truncated} == traced, number
+        # Two rows are left of the ten: one more trace may begin, and with these it is over.
+        for name, rows_left in (("c", 2), ("d", 0), ("e", 0)):
+            arrive(requests, name, extra_args=greedy, settings_=limited)
+            assert requests._quota.take("a" * 24, rows_left, 1)
+        assert refused(requests) == {"client_rows": 2}
+        now_s = 5.0
+        arrive(requests, "f", extra_args=greedy, settings_=limited)
+        assert [trace.internal_id for trace in requests.active()] == ["a", "b", "c", "f"]
 
     def test_switched_off(self) -> None:
         """With `enabled: false` nobody is traced, and who is traced has no more rows."""

@@ -43,7 +43,7 @@ def test_a_headless_node_says_what_helps(tmp_path: Path, caplog: pytest.LogCaptu
     node.look(config(), 1000)
     (line,) = logged(caplog.records)
     assert "reaches nobody" in line
-    assert "Set export.prometheus.port or export.otel in glassbox.yaml" in line
+    assert "Set export.http.port or export.otel in glassbox.yaml" in line
 
 
 def test_with_an_api_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from glassbox.store import trace_directory
 from glassbox.store.trace_directory import TraceDirectory, TraceFiles, traces_path
 from glassbox.store.trace_ranks import merge_ranks
 from glassbox.store.trace_record import (
@@ -96,7 +97,7 @@ class TestNames:
     def test_what_a_client_chose_is_no_path(self, tmp_path: Path) -> None:
         """An id with separators, of any length, or not of ASCII stays within the directory; names stay apart."""
         ids = ["../../etc/passwd", "a/b", "a_b", "x" * 5000, "x" * 5001, "ä\ud800", ""]
-        names = {trace_name("0", 0, "i", internal) for internal in ids}
+        names = {trace_name("0", 0, "i", None, internal) for internal in ids}
         assert len(names) == len(ids)
         assert all(len(name) < 200 and "/" not in name and name.isascii() for name in names)
 
@@ -257,6 +258,69 @@ class TestDirectory:
         assert found.request_id == "cmpl-a-0"
         assert directory.find("cmpl") == directory.find("") == []
 
+    def test_an_id_that_comes_again(self, tmp_path: Path) -> None:
+        """The newest request first, whatever vLLM has appended to its id; its prompts and samples in their order."""
+        folder = traces_path(tmp_path)
+        for call, suffix in enumerate(("cccccccc", "aaaaaaaa", "bbbbbbbb")):
+            for prompt in range(2):
+                # The second sample starts in a later step than the first, the first prompt later than the second.
+                for sample in range(2):
+                    external, at = f"cmpl-x-{prompt}", 100.0 * call + 10 * (1 - prompt) + sample
+                    internal = f"{sample}_{external}-{suffix}"
+                    write_trace(folder, make_trace(request_id=external, internal_id=internal, start_time_s=at))
+        directory = TraceDirectory(tmp_path)
+        order = [(one.request_id[-1], one.internal_id[0], one.internal_id[-1]) for one in directory.find("cmpl-x")]
+        assert order == [(p, s, call) for call in "bac" for p in "01" for s in "01"]
+        order = [(one.internal_id[0], one.internal_id[-1]) for one in directory.find("cmpl-x-1")]
+        assert order == [(s, call) for call in "bac" for s in "01"]
+
+    def test_one_sample_after_many(self, tmp_path: Path) -> None:
+        """The newest request comes first though it has fewer samples, or more."""
+        folder = traces_path(tmp_path)
+        calls = ([""], ["0_", "1_"], [""])
+        for call, samples in enumerate(calls):
+            for sample in samples:
+                internal = f"{sample}chatcmpl-x-{call:08x}"
+                write_trace(folder, make_trace(request_id="chatcmpl-x", internal_id=internal, start_time_s=float(call)))
+            found = [one.internal_id for one in TraceDirectory(tmp_path).find("chatcmpl-x")]
+            assert found[: len(samples)] == [f"{sample}chatcmpl-x-{call:08x}" for sample in samples]
+
+    def test_others_files_are_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of files whose names say that they are meant, the header, once; and of many the newest only."""
+        folder = traces_path(tmp_path)
+        for seed in range(30):
+            client = "a" * 24 if seed % 3 else "b" * 24
+            path = write_trace(
+                folder, make_trace(seed=seed, request_id="same" if seed < 20 else "other", client=client)
+            )
+            os.utime(path, (seed, seed))
+        read: list[str] = []
+        monkeypatch.setattr(trace_directory, "read_header", lambda path: (read.append(path.name), read_header(path))[1])
+        directory = TraceDirectory(tmp_path)
+        for _ in range(2):
+            assert len(directory.find("same", "b" * 24)) == 7
+        assert len(read) == 7
+        assert [one.client for one in directory.summaries("b" * 24)] == ["b" * 24] * 10
+        assert len(read) == 10
+        assert directory.find("same", "c" * 24) == directory.find("missing", "b" * 24) == []
+        assert len(read) == 10
+        monkeypatch.setattr(trace_directory, "MAX_OF_AN_ID", 4)
+        assert [one.start_time_s for one in TraceDirectory(tmp_path).find("same")] == [
+            make_trace(seed=seed).start_time_s for seed in (19, 18, 17, 16)
+        ]
+
+    def test_names_that_are_cut(self, tmp_path: Path) -> None:
+        """Ids that are longer than a name, or hold what no name does, are found all the same."""
+        folder = traces_path(tmp_path)
+        ids = ["x" * 300, "x" * 300 + "y", "chat-é/" + "z" * 78, "a b", "7_seven"]
+        for seed, request_id in enumerate(ids):
+            sample = "0_" if seed % 2 else ""
+            internal = f"{sample}{request_id}-0000000{seed}"
+            write_trace(folder, make_trace(request_id=request_id, internal_id=internal))
+        for seed, request_id in enumerate(ids):
+            for asked in (request_id, f"{'0_' if seed % 2 else ''}{request_id}-0000000{seed}"):
+                assert [one.request_id for one in TraceDirectory(tmp_path).find(asked)] == [request_id]
+
 
 class TestPrune:
     @pytest.fixture
@@ -272,9 +336,13 @@ class TestPrune:
         """Seeds of the first worker's traces that remain."""
         return sorted(int(read_header(path)["internal_id"][-1]) for path in folder.glob("trace-0-0-*"))
 
+    def seeds(self, paths: list[Path]) -> list[int]:
+        """Of files that are gone, by their names."""
+        return [int(path.name.split("-")[5][-8:], 16) for path in paths]
+
     def test_by_number(self, folder: Path) -> None:
         """The newest remain; another worker's files are its own."""
-        assert len(TraceFiles(folder, "trace-0-0-").prune(keep=2, keep_mb=64)) == 4
+        assert len(TraceFiles(folder, "trace-0-0-").prune(keep=2, keep_mb=64, per_client=200)) == 4
         assert self.left(folder) == [4, 5]
         assert len(list(folder.glob("trace-0-1-*"))) == 1
 
@@ -284,30 +352,45 @@ class TestPrune:
             number = int(read_header(path)["internal_id"][-1])
             os.truncate(path, 600_000 if number != 0 else 10)
             os.utime(path, (number + 1, number + 1))
-        removed = TraceFiles(folder, "trace-0-0-").prune(keep=200, keep_mb=2)
+        removed = TraceFiles(folder, "trace-0-0-").prune(keep=200, keep_mb=2, per_client=200)
         assert [path.stat().st_size for path in folder.glob("trace-0-0-*")] == [600_000] * 3
         assert len(removed) == 3
+
+    def test_who_has_most_loses_most(self, folder: Path) -> None:
+        """Each time the oldest of the client with most files: whoever has fewer loses none."""
+        for seed in range(6, 12):
+            path = write_trace(folder, make_trace(seed=seed, client="a" * 24))
+            os.utime(path, (100 + seed, 100 + seed))
+        few = write_trace(folder, make_trace(seed=12, client="b" * 24))
+        os.utime(few, (0, 0))  # older than any
+        files = TraceFiles(folder, "trace-0-0-")
+        assert self.seeds(files.prune(keep=9, keep_mb=64, per_client=200)) == [0, 6, 1, 7]
+        assert few.exists()
+        assert self.seeds(files.prune(keep=9, keep_mb=64, per_client=2)) == [8, 9]  # of known ones
+        os.truncate(few, 5_000_000)
+        files = TraceFiles(folder, "trace-0-0-")
+        assert files.prune(keep=9, keep_mb=4, per_client=200) == [few]
 
     def test_active_ones_stay(self, folder: Path) -> None:
         """A request that still runs keeps its file, whatever the limits."""
         oldest = make_trace(seed=0)
-        name = trace_name(oldest.engine, oldest.rank, oldest.instance, oldest.internal_id)
-        TraceFiles(folder, "trace-0-0-").prune(keep=1, keep_mb=64, active={name})
+        name = trace_name(oldest.engine, oldest.rank, oldest.instance, None, oldest.internal_id)
+        TraceFiles(folder, "trace-0-0-").prune(keep=1, keep_mb=64, per_client=200, active={name})
         assert self.left(folder) == [0, 5]
 
     def test_what_was_written_since(self, folder: Path) -> None:
         """A file written again is the newest, a new one counts, and one that somebody else removed is no error."""
         files = TraceFiles(folder, "trace-0-0-")
-        assert files.prune(keep=6, keep_mb=64) == []
+        assert files.prune(keep=6, keep_mb=64, per_client=200) == []
         for seed in (0, 6):
             path = write_trace(folder, make_trace(seed=seed))
             files.wrote(path.name, path.stat().st_size)
         gone = make_trace(seed=1)
-        (folder / trace_name(gone.engine, gone.rank, gone.instance, gone.internal_id)).unlink()
-        assert len(files.prune(keep=3, keep_mb=64)) == 4
+        (folder / trace_name(gone.engine, gone.rank, gone.instance, None, gone.internal_id)).unlink()
+        assert len(files.prune(keep=3, keep_mb=64, per_client=200)) == 4
         assert self.left(folder) == [0, 5, 6]
-        assert files.prune(keep=3, keep_mb=64) == []
+        assert files.prune(keep=3, keep_mb=64, per_client=200) == []
 
     def test_no_directory(self, tmp_path: Path) -> None:
         """Nothing was ever traced."""
-        assert TraceFiles(tmp_path / "none", "trace-").prune(keep=1, keep_mb=1) == []
+        assert TraceFiles(tmp_path / "none", "trace-").prune(keep=1, keep_mb=1, per_client=200) == []

@@ -14,6 +14,7 @@ from glassbox.config.load import GlassboxConfig
 from glassbox.core.accumulator_arrays import CUMULATIVE_ARRAYS
 from glassbox.export.family_source import FamilySource
 from glassbox.store.snapshot import Snapshot, write_snapshot
+from glassbox.web import stream
 from glassbox.web.answers import RequestError
 from glassbox.web.selection import parse_stream
 from glassbox.web.stream import KEEP_ALIVE_S, MAX_LISTENERS, Feed, Moment
@@ -287,3 +288,28 @@ class TestSelection:
             select("engine=1&model=tiny/model").of(engines)
         assert engines[0].model_name == "other"
         assert (engines[0],) == select("model=other").of(engines)
+
+
+class TestSlowListeners:
+    def test_who_takes_nothing_loses_its_place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On either port: the server's send waits for ever, the answer doesn't."""
+        monkeypatch.setattr(stream, "SEND_S", 0.05)
+        write_snapshot(tmp_path, make_snapshot())
+        feed = Feed(FamilySource(tmp_path, lambda: CONFIG), poll_s=0.01)
+        sent: list[str] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+            if len(sent) > 2:  # the start and `about`; then nobody takes anything
+                await asyncio.Event().wait()
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def listen() -> None:
+            feed.enter()
+            answer = stream.EventResponse(feed, parse_stream(QueryParams()), lambda: False)
+            await asyncio.wait_for(answer({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send), 20)
+
+        asyncio.run(listen())
+        assert (0, 3) == (feed.listening, len(sent))

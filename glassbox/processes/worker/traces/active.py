@@ -102,12 +102,14 @@ class ActiveTrace:
         traceparent: that came with it.
         requested_model: its model by the name that the client asked for, None if that isn't known.
         adapter: name of its LoRA adapter, None if it has none.
+        client: who asked, None if it isn't known.
         sampling_params: vLLM's.
         prompt_len: tokens.
         local_layers: which of the worker's observed layers are kept, ascending.
         head_columns: which of its heads are kept, ascending.
 
     Attributes:
+        internal_id, why, options, prompt_len, client, sampling_params: as given.
         nbytes: of what is kept so far.
         truncated: nothing more is kept.
         status: see RequestTrace.
@@ -126,13 +128,14 @@ class ActiveTrace:
         traceparent: str | None,
         requested_model: str | None = None,
         adapter: str | None = None,
+        client: str | None = None,
         sampling_params: Any = None,
         prompt_len: int,
         local_layers: tuple[int, ...],
         head_columns: tuple[int, ...],
     ) -> None:
         self.internal_id, self.request_id = internal_id, external_id(internal_id)
-        self.why, self.options, self.prompt_len = why, options, prompt_len
+        self.why, self.options, self.prompt_len, self.client = why, options, prompt_len, client
         self.sampling_params = sampling_params
         self.local_layers, self.head_columns = local_layers, head_columns
         self.nbytes = self.num_generated = self.version = 0
@@ -168,11 +171,15 @@ class ActiveTrace:
         """Whether rows at `positions` may be kept within `limit` bytes; if not, nothing is kept from now on."""
         needed = sum(self.row_nbytes(position) for position in positions) + _CHUNK_BYTES
         if self.nbytes + needed > limit:
-            self.truncated = True
-            self.version += 1
+            self.truncate()
             return False
         self.nbytes += needed
         return True
+
+    def truncate(self) -> None:
+        """Keep nothing more."""
+        self.truncated = True
+        self.version += 1
 
     def append(self, chunk: Chunk) -> None:
         """Keep a chunk for which `reserve` had room."""
@@ -242,6 +249,7 @@ class ActiveTrace:
             model_name=host.model_name,
             requested_model=self._requested_model,
             adapter=self._adapter,
+            client=self.client,
             instance=host.instance,
             why=self.why,
             status=self.status if ended is not None else "active",

@@ -7,7 +7,9 @@ nothing is traced, and never fails a request: one that can't be traced is counte
 """
 
 import logging
+import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Final, Literal
 
@@ -17,21 +19,34 @@ import numpy.typing as npt
 from glassbox.adapter.protocols import Runner
 from glassbox.adapter.runner import Batch, RequestTokens, copy_tokens, request_tokens, until_end, was_aborted
 from glassbox.adapter.scheduler import Arrival, ScheduledStep
-from glassbox.config.load import GlassboxConfig
+from glassbox.config.load import GlassboxConfig, PerClientConfig
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.core.trace_options import BEAM_PROMPT_KEY, CHOICE_KEY, ClientChoice, OptionError, parse_options
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import is_sampled_request
 from glassbox.processes.worker.traces.active import ActiveTrace, TraceHost
+from glassbox.processes.worker.traces.quota import RowQuota
 from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
 from glassbox.store.trace_record import Why, external_id
 
 logger = get_logger(__name__)
 
-Reason = Literal["bad_options", "disabled", "max_active", "memory", "not_observed", "opt_in_off", "positions"]
+Reason = Literal[
+    "bad_options",
+    "client_max_active",
+    "client_rows",
+    "disabled",
+    "max_active",
+    "memory",
+    "not_observed",
+    "opt_in_off",
+    "positions",
+]
 REFUSAL_REASONS: Final[dict[Reason, str]] = {
     "bad_options": "its options are not understood, or name no layer or head that is measured",
+    "client_max_active": "requests.per_client.max_active requests of its client are traced already",
+    "client_rows": "its client has used up requests.per_client.rows_per_second",
     "disabled": "glassbox is switched off (enabled: false)",
     "max_active": "requests.max_active requests are traced already",
     "memory": "traced requests have used up requests.max_active_mb",
@@ -59,9 +74,10 @@ class RequestTracker:
     Args:
         host: the worker.
         deferred: where what was measured waits for the device, and so the end of a trace, too.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, host: TraceHost, deferred: DeferredActions) -> None:
+    def __init__(self, host: TraceHost, deferred: DeferredActions, clock: Callable[[], float] = time.monotonic) -> None:
         self._host, self._deferred = host, deferred
         self._active: dict[str, ActiveTrace] = {}
         self._ended: list[ActiveTrace] = []
@@ -71,6 +87,7 @@ class RequestTracker:
         self._refusals: Counter[Reason] = Counter()
         self._traced: Counter[Why] = Counter()
         self._config: GlassboxConfig | None = None
+        self._quota = RowQuota(clock)
 
     def begin_step(
         self, runner: Runner, step: ScheduledStep, config: GlassboxConfig, local_layers: frozenset[int]
@@ -135,6 +152,9 @@ class RequestTracker:
         for start, end in _runs(of):
             req_id = batch.req_ids[of[start]]
             trace = self._active[req_id]
+            if not self._quota.take(trace.client, end - start, self._config.requests.per_client.rows_per_second):
+                trace.truncate()
+                continue
             before = trace.nbytes
             limit = min(self._config.requests.max_trace_mb * _MB, trace.nbytes + room)
             if not trace.reserve(positions[start:end].tolist(), limit):
@@ -207,8 +227,13 @@ class RequestTracker:
             self._start(new, "opt_in", choice, config, local_layers)
         elif choice.choice == "trace":
             self._refuse(req_id, "opt_in_off")
-        elif is_sampled_request(external_id(req_id), config.requests.trace_rate) and config.enabled:
+        elif config.enabled and self._is_sampled(req_id, choice, config.requests.trace_rate):
             self._start(new, "sampled", choice, config, local_layers)
+
+    def _is_sampled(self, req_id: str, choice: ClientChoice, rate: float) -> bool:
+        if choice.sampled is None or rate <= 0:  # no API server has chosen; by the id, so that all ranks agree
+            return is_sampled_request(external_id(req_id), rate)
+        return choice.sampled
 
     def _start(
         self, new: Arrival, why: Why, choice: ClientChoice, config: GlassboxConfig, local_layers: frozenset[int]
@@ -227,6 +252,8 @@ class RequestTracker:
             self._refuse(new.req_id, "positions")
         elif len(self._active) >= config.requests.max_active:
             self._refuse(new.req_id, "max_active")
+        elif (reason := self._over_quota(choice.client, config.requests.per_client)) is not None:
+            self._refuse(new.req_id, reason)
         elif self._room() <= 0:
             self._refuse(new.req_id, "memory")
         else:
@@ -239,6 +266,7 @@ class RequestTracker:
                 traceparent=choice.traceparent,
                 requested_model=choice.model,
                 adapter=new.adapter,
+                client=choice.client,
                 sampling_params=new.sampling_params,
                 prompt_len=new.prompt_len,
                 local_layers=kept,
@@ -248,6 +276,14 @@ class RequestTracker:
                     if options.heads is None or host.head_offset + column in set(options.heads)
                 ),
             )
+
+    def _over_quota(self, client: str | None, limits: PerClientConfig) -> Reason | None:
+        """Which of its limits keeps a client from another trace. Clients that can't be told apart have none."""
+        if client is None:
+            return None
+        if sum(trace.client == client for trace in self._active.values()) >= limits.max_active:
+            return "client_max_active"
+        return "client_rows" if self._quota.is_used_up(client, limits.rows_per_second) else None
 
     def _room(self) -> int:
         """Bytes that traces may still take, those that wait to be written counted."""

@@ -5,7 +5,7 @@ memory `active.py`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -93,7 +93,7 @@ class TraceWriter:
         running = {trace.internal_id for trace in active}
         self._written = {internal_id: v for internal_id, v in self._written.items() if internal_id in running}
         if written:
-            self._prune(config, running)
+            self._prune(config, active)
         if failure is not None:
             raise failure
         return written
@@ -125,9 +125,11 @@ class TraceWriter:
         self._written[trace.internal_id] = version
         logger.debug("Trace written: %s", path.name)
 
-    def _prune(self, config: RequestsConfig, running: set[str]) -> None:
+    def _prune(self, config: RequestsConfig, active: Sequence[ActiveTrace]) -> None:
         host = self._host
-        names = {trace_name(host.engine, host.rank, host.instance, internal_id) for internal_id in running}
-        removed = self._files.prune(keep=config.keep, keep_mb=config.keep_mb, active=names)
+        names = {trace_name(host.engine, host.rank, host.instance, one.client, one.internal_id) for one in active}
+        removed = self._files.prune(
+            keep=config.keep, keep_mb=config.keep_mb, per_client=config.per_client.keep, active=names
+        )
         if removed:
             logger.debug("Removed %d old traces", len(removed))
