@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import bcrypt
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, expect
 
 from glassbox.config.load import GlassboxConfig, HttpConfig
@@ -157,6 +158,18 @@ class TestPageOfARequest:
         log_in(visitor, TOKEN)
         expect(page.locator("pre")).to_contain_text("request_id must be of a traced request")
         visitor.complaints.clear()  # of the 404
+
+
+class TestAccessibility:
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("path", ["/", "/v1/requests/none"])
+    def test_axe_finds_nothing(self, visitor: Watched, site: Site, path: str, scheme: Literal["light", "dark"]) -> None:
+        """Both forms, in both schemes."""
+        visitor.page.emulate_media(color_scheme=scheme)
+        visitor.page.goto(f"{site.url}{path}")
+        expect(visitor.page.locator("#key")).to_be_visible()
+        found = Axe().run(visitor.page).response["violations"]
+        assert [] == [(violation["id"], violation["nodes"][0]["html"][:80]) for violation in found]
 
 
 class TestPassword:

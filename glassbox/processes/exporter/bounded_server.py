@@ -28,6 +28,9 @@ MAX_HEAD_BYTES: Final = 16 * 1024
 RESERVED_DESCRIPTORS: Final = 128
 _SWEEP_S: Final = 0.5
 _ACCEPT_PAUSE_S: Final = 0.5
+# When all places are taken: whoever has asked nothing for so long makes room, a quarter of them at a time.
+_ASKS_WITHIN_S: Final = 0.05
+_ROOM_PAUSE_S: Final = 0.005
 _FULL: Final = b'{"error":"as many connections are served as may be (export.http.max_connections); try again later"}'
 _FULL_ANSWER: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
@@ -170,25 +173,33 @@ class BoundedServer(uvicorn.Server):
             except OSError:  # no descriptors: somebody else's, for those of this port are counted
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
-            if len(self._open) >= self._limit() and not self._make_room():
+            if len(self._open) >= self._limit() and not await self._make_room():
                 self._refuse(client)
                 continue
             connection = _Connection()
             self._open[connection] = None
             connection.task = asyncio.create_task(self._serve_client(connection, client))
 
-    def _make_room(self) -> bool:
-        """End the connection that has waited longest for a request; False if all are being answered.
+    async def _make_room(self) -> bool:
+        """End the connections that have waited longest for a request; False if all are being answered.
 
-        Whoever has something to ask asks at once, so it is a client that holds connections for their own sake.
+        Whoever has something to ask asks at once, so they are a client's that holds connections for their own sake. In
+        between the loop reads: who has asked by then isn't waiting.
         """
         self._report(None)
-        waiting = [(since, connection) for connection in self._open if (since := connection.waits_since) is not None]
-        if not waiting:
-            return False
-        _, longest = min(waiting, key=lambda pair: pair[0])
-        longest.abort()
-        self._open.pop(longest, None)
+        while len(self._open) >= self._limit():
+            waiting = [
+                (since, connection) for connection in self._open if (since := connection.waits_since) is not None
+            ]
+            if not waiting:
+                return False
+            await asyncio.sleep(_ROOM_PAUSE_S)
+            waiting.sort(key=lambda pair: pair[0])
+            oldest_allowed = time.monotonic() - _ASKS_WITHIN_S
+            for since, connection in waiting[: max(len(waiting) // 4, 1)]:
+                if connection.waits_since == since <= oldest_allowed:
+                    connection.abort()
+                    self._open.pop(connection, None)
         return True
 
     def _refuse(self, client: socket.socket) -> None:

@@ -4,6 +4,7 @@ Owns the listening socket and the thread that serves it; what is served is `glas
 `glassbox.web.doors`.
 """
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -82,13 +83,14 @@ class HttpServer:
         app.state.server = self._server  # by which streams know that they have to end
         self._thread = threading.Thread(target=self._server.run, name="glassbox-http", daemon=True)
         self._thread.start()
-        self._wait_until_started()
+        self._wait_until_started(listener)
 
-    def _wait_until_started(self) -> None:
+    def _wait_until_started(self, listener: socket.socket) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 self._server.should_exit = True
+                listener.close()
                 raise RuntimeError(f"the HTTP server did not start within {_START_TIMEOUT_S:g} s")
             time.sleep(0.005)
 
