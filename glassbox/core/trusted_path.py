@@ -3,6 +3,9 @@
 As OpenSSH does with the files of its keys: the file and every folder above it belong to this user or to root, and
 nobody else may write to them. One thing more is allowed: a folder of root's or this user's with the sticky bit (/tmp),
 in which others may make files, but neither rename nor remove what isn't theirs.
+
+In a user namespace that doesn't know root (Apptainer, rootless containers) what is root's seems to belong to the
+overflow user. Folders above glassbox's own may; it can't be told from root there.
 """
 
 import os
@@ -10,6 +13,8 @@ import stat
 from pathlib import Path
 from typing import Final
 
+_UID_MAP: Final = Path("/proc/self/uid_map")
+_OVERFLOW_UID: Final = Path("/proc/sys/kernel/overflowuid")
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -22,6 +27,7 @@ def distrusted_folder(path: Path, *, shared: bool = False) -> str | None:
     Args:
         shared: the folder itself may have the sticky bit, as those above it may: what is looked at is only a way.
     """
+    owners = frozenset({os.geteuid(), 0})
     for way in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):
         for part in (*reversed(way.parents), way):
             try:
@@ -30,7 +36,8 @@ def distrusted_folder(path: Path, *, shared: bool = False) -> str | None:
                 break
             except OSError as error:
                 return f"{part} can't be looked at ({error.strerror})"
-            if (reason := _distrusted(part, found, sticky=shared or part != way)) is not None:
+            above = shared or part != way
+            if (reason := _distrusted(part, found, owners | _unmapped_root() if above else owners, above)) is not None:
                 return reason
     return None
 
@@ -40,11 +47,21 @@ def distrusted_file(path: Path) -> str | None:
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode):
         return f"{path} is no regular file"
-    return _distrusted(path, found, sticky=False)
+    return _distrusted(path, found, frozenset({os.geteuid(), 0}), sticky=False)
 
 
-def _distrusted(path: Path, found: os.stat_result, sticky: bool) -> str | None:
-    if found.st_uid not in {os.geteuid(), 0}:
+def _unmapped_root() -> frozenset[int]:
+    """The user as whom root is seen if this process's user namespace has no root; none if it has."""
+    try:
+        if any(line.split()[0] == "0" for line in _UID_MAP.read_text(encoding="ascii").splitlines()):
+            return frozenset()
+        return frozenset({int(_OVERFLOW_UID.read_text(encoding="ascii"))})
+    except (OSError, ValueError, IndexError):
+        return frozenset()
+
+
+def _distrusted(path: Path, found: os.stat_result, owners: frozenset[int], sticky: bool) -> str | None:
+    if found.st_uid not in owners:
         return f"{path} belongs to user {found.st_uid}"
     if stat.S_ISLNK(found.st_mode):  # its mode says nothing
         return None

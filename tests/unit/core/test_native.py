@@ -5,6 +5,7 @@ import ctypes
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -249,6 +250,25 @@ class TestWhoCouldHavePutItThere:
         assert load_cpp(source).answer() == 666
         os.chown(tmp_path / "link", FOREIGN, -1, follow_symlinks=False)
         assert load_cpp(source).answer() == 42
+
+    def test_a_namespace_without_root(self) -> None:
+        """As in Apptainer: the folders above belong to nobody there, who is root; nobody's own is not trusted."""
+        program = (
+            "import codecs, ctypes, os, sys; from pathlib import Path\n"
+            "from glassbox.core.trusted_path import distrusted_folder\n"
+            "codecs.lookup('ascii')\n"  # later it may not be readable
+            "libc, user = ctypes.CDLL(None), os.geteuid() or 12345\n"
+            "os.setresuid(user, user, user)\n"
+            "libc.prctl(4, 1, 0, 0, 0)\n"  # PR_SET_DUMPABLE, which a change of user takes away
+            "if libc.unshare(0x10000000): sys.exit('no')\n"  # CLONE_NEWUSER
+            "Path('/proc/self/uid_map').write_text(f'{user} {user} 1')\n"
+            "print(os.stat('/usr').st_uid, distrusted_folder(Path('/usr/none')), distrusted_folder(Path('/usr')))"
+        )
+        run = [sys.executable, "-c", program]
+        done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
+        if done.returncode:
+            pytest.skip(f"this machine allows no user namespaces: {done.stderr[-200:]}")
+        assert done.stdout.strip() == "65534 None /usr belongs to user 65534"
 
 
 class TestNoexec:
