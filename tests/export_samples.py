@@ -50,6 +50,7 @@ def make_snapshot(
         "dropped_rows": {"max_rows": 3},
         "errors": {"sampler": 1},
         "trace_refused": {"max_active": 2},
+        "trace_skipped_steps": 0,
         "traced_requests": {"opt_in": 3, "sampled": 0},
         "traced_requests_active": 1,
         "overhead_seconds": 0.125,

@@ -158,8 +158,8 @@ class SamplingConfig(_Section):
     )
     overhead_budget: float | None = _field(
         None,
-        "Largest share of step time that measuring may cost, above 0 and up to 1; the sample rate is "
-        "lowered to keep it. null: no limit.",
+        "Largest share of step time that measuring may cost, above 0 and up to 1; to keep it the sample rate is "
+        "lowered, traced requests lose rows, and further ones are refused. null: no limit.",
         "must be above 0 and at most 1, or null",
         "use null for no budget",
         gt=0,

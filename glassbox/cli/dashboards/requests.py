@@ -105,8 +105,12 @@ def _traced() -> list[dashboard.Panel]:
         ),
         lines(
             "Traces refused by reason",
-            "Requests per second that should have been traced but were not. They were served as any other.",
-            [Query(promql.total("glassbox_trace_refused_total", by=("reason",)), "{{reason}}")],
+            "Requests per second that should have been traced but were not, and steps per second that traced ones lost "
+            "to sampling.overhead_budget. They were served as any other.",
+            [
+                Query(promql.total("glassbox_trace_refused_total", by=("reason",)), "{{reason}}"),
+                Query(promql.total("glassbox_trace_skipped_steps_total"), "steps lost to the budget"),
+            ],
             RATE_UNIT,
             bounds=(0.0, None),
         ),

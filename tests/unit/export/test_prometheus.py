@@ -123,6 +123,7 @@ class TestExposition:
             "glassbox_overhead_seconds_total",
             "glassbox_traced_requests_total",
             "glassbox_trace_refused_total",
+            "glassbox_trace_skipped_steps_total",
             "glassbox_canary_rows_total",
         }
         assert {name for name, kind in types.items() if kind == "gauge"} == {
@@ -140,7 +141,7 @@ class TestExposition:
             "glassbox_config_last_reload_successful",
             "glassbox_config_last_reload_timestamp_seconds",
         }
-        assert len(types) == len(histograms) + 23
+        assert len(types) == len(histograms) + 24
 
     def test_signed_histograms_have_buckets_and_count_only(self, run_dir: Path) -> None:
         """max_logit has no _sum, the others do."""

@@ -29,9 +29,10 @@ from glassbox.store.trace_record import Why, external_id
 
 logger = get_logger(__name__)
 
-Reason = Literal["bad_options", "disabled", "max_active", "memory", "not_observed", "opt_in_off", "positions"]
+Reason = Literal["bad_options", "budget", "disabled", "max_active", "memory", "not_observed", "opt_in_off", "positions"]
 REFUSAL_REASONS: Final[dict[Reason, str]] = {
     "bad_options": "its options are not understood, or name no layer or head that is measured",
+    "budget": "traced requests have spent sampling.overhead_budget",
     "disabled": "glassbox is switched off (enabled: false)",
     "max_active": "requests.max_active requests are traced already",
     "memory": "traced requests have used up requests.max_active_mb",
@@ -71,9 +72,16 @@ class RequestTracker:
         self._refusals: Counter[Reason] = Counter()
         self._traced: Counter[Why] = Counter()
         self._config: GlassboxConfig | None = None
+        self._spent = False
 
     def begin_step(
-        self, runner: Runner, step: ScheduledStep, config: GlassboxConfig, local_layers: frozenset[int]
+        self,
+        runner: Runner,
+        step: ScheduledStep,
+        config: GlassboxConfig,
+        local_layers: frozenset[int],
+        *,
+        spent: bool = False,
     ) -> bool:
         """Hear of a step: who is gone, who is new.
 
@@ -82,11 +90,12 @@ class RequestTracker:
             step: as the scheduler wants it; one without tokens tells who is gone, too.
             config: in force.
             local_layers: observed layers that are measured now.
+            spent: no further trace may begin, since those there are have spent the budget.
 
         Returns:
             Whether the step has rows of traced requests.
         """
-        self._config = config
+        self._config, self._spent = config, spent
         self._deferred.run()
         # Before the new ones: an id may be gone and come again in the same step.
         if self._active or self._off or self._refused:
@@ -101,6 +110,12 @@ class RequestTracker:
             return False
         scheduled = step.scheduled
         return any(req_id in scheduled for req_id, trace in self._active.items() if not trace.truncated)
+
+    def skip(self, step: ScheduledStep) -> None:
+        """The rows of traced requests in this step are not measured."""
+        for req_id, trace in self._active.items():
+            if req_id in step.scheduled:
+                trace.skip()
 
     def marks(self, req_ids: tuple[str, ...]) -> tuple[npt.NDArray[np.bool_] | None, npt.NDArray[np.bool_] | None]:
         """Which requests of a batch are traced and which have no statistics, bool [B] each; None is none."""
@@ -225,6 +240,8 @@ class RequestTracker:
             self._refuse(new.req_id, "bad_options", f"glassbox_heads must be below {host.num_heads_total}")
         elif not host.knows_positions:
             self._refuse(new.req_id, "positions")
+        elif self._spent:
+            self._refuse(new.req_id, "budget")
         elif len(self._active) >= config.requests.max_active:
             self._refuse(new.req_id, "max_active")
         elif self._room() <= 0:
