@@ -281,6 +281,9 @@ class PrometheusConfig(_Section):
     """Metrics to be scraped."""
 
     enabled: bool = _switch(True, "Whether metrics are shown at vLLM's /metrics (and at `port`).")
+    on_vllm_port: bool = _switch(
+        True, "Whether metrics are shown at vLLM's /metrics; false: at glassbox's own port only."
+    )
     port: int | None = _field(
         None,
         "TCP port of glassbox's own /metrics and live page, 1 to 65535; null: only vLLM's.",

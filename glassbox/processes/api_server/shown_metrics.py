@@ -1,8 +1,9 @@
 """What a process shows of its server to whoever scrapes it or asks its routes, made when somebody does.
 
-Owns the collector in prometheus_client's registry, behind vLLM's own /metrics. Every process of a server registers it,
-for none can know whether it will be asked, and most never are: what reads and translates is imported at the first
-scrape, and prometheus_client is waited for, not imported.
+Owns the collector in prometheus_client's registry, behind vLLM's own /metrics, and the page in front of that in an API
+server, where the collector shows nothing since bytes are added (`metrics_front.py`). Every process of a server
+registers it, for none can know whether it will be asked, and most never are: what reads and translates is imported at
+the first scrape, and prometheus_client is waited for, not imported.
 
 API servers may share a run directory: vLLM's data-parallel supervisor starts one for each engine of a node. Each shows
 the engines that it serves, as vLLM's own metrics do; else every engine would count as often as there are servers.
@@ -10,21 +11,30 @@ the engines that it serves, as vLLM's own metrics do; else every engine would co
 
 import threading
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.server import EngineLabels
 from glassbox.config.load import GlassboxConfig
 
 if TYPE_CHECKING:
+    from glassbox.export.family import Family
     from glassbox.export.family_source import FamilySource
     from glassbox.export.prometheus import PrometheusCollector
+
+# True in a request whose answer gets glassbox's part as bytes.
+HANDED_OUT: Final[ContextVar[bool]] = ContextVar("glassbox_metrics_handed_out", default=False)
 
 
 class ShownMetrics:
     """The families of this process's server, and a collector of them (it has the methods of prometheus_client's).
+
+    Attributes:
+        fresh: returns the families that tell of the moment and of this process; they are rendered when they are shown,
+            never taken from a page.
 
     Args:
         config: returns the configuration of the moment; edits are noticed at the next scrape.
@@ -33,6 +43,7 @@ class ShownMetrics:
 
     def __init__(self, config: Callable[[], GlassboxConfig], run_dir: Path) -> None:
         self._config, self._run_dir = config, run_dir
+        self.fresh: Callable[[], Iterable[Family]] = tuple
         self._engines: EngineLabels = lambda: None
         self._lock = threading.Lock()
         self._source: FamilySource | None = None
@@ -60,7 +71,9 @@ class ShownMetrics:
         return []
 
     def collect(self) -> Iterable[Any]:
-        """The metrics of this moment."""
+        """The metrics of this moment; none where they are handed out otherwise, or not wanted at vLLM's port."""
+        if HANDED_OUT.get() or not self._config().export.prometheus.on_vllm_port:
+            return []
         source = self.source
         with self._lock:
             if self._collector is None:
@@ -69,6 +82,20 @@ class ShownMetrics:
                 self._collector = PrometheusCollector(source)
             collector = self._collector
         return collector.collect()
+
+    def _fresh_families(self) -> "Iterable[Family]":
+        return self.fresh()
+
+    def show_at(self, app: Any) -> None:
+        """Add the page of metrics to what an application of vLLM's answers at /metrics."""
+        from glassbox.processes.api_server.metrics_front import MetricsFront
+        from glassbox.processes.api_server.served_page import ServedPage
+        from glassbox.store import api_server_note, metrics_page
+
+        page = ServedPage(self.source, self._run_dir, self._fresh_families)
+        app.add_middleware(MetricsFront, page=page, engines=self._served)
+        if api_server_note.is_noted(self._run_dir):  # else this server has no engine
+            metrics_page.note_front(self._run_dir)
 
     def show_in(self, registry: Any) -> Callable[[], None]:
         """Register in a registry; returns the undo, which may come twice."""

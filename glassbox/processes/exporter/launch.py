@@ -18,6 +18,7 @@ from glassbox.config.load import GlassboxConfig
 from glassbox.core.affinity import leave_workers_cores
 from glassbox.store import rundir
 from glassbox.store.exporter_lock import ExporterLock
+from glassbox.store.metrics_page import has_front
 
 # prometheus_client's: set, the server has several processes whose metrics are files of this directory.
 MULTIPROCESS_ENV: Final = "PROMETHEUS_MULTIPROC_DIR"
@@ -45,10 +46,13 @@ def multiprocess_directory(environ: Mapping[str, str]) -> str | None:
     return None if rundir.is_elsewhere(environ) else environ.get(MULTIPROCESS_ENV) or None
 
 
-def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) -> bool:
+def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None, run_dir: Path | None = None) -> bool:
     """True if the configuration asks for anything that only an exporter process does.
 
-    vLLM's own /metrics with one API server needs none: it reads the snapshots itself.
+    Args:
+        config: of the moment.
+        environ: of the worker; by default this process's.
+        run_dir: of the server; None leaves out the page that an API server of this node hands out.
     """
     environ = os.environ if environ is None else environ
     export = config.export
@@ -56,10 +60,11 @@ def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) 
         return False
     pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
     pushed = pushed or wants_records(config) or wants_spans(config)
-    shown = export.prometheus.enabled and (
-        export.prometheus.port is not None or multiprocess_directory(environ) is not None
+    prometheus = export.prometheus
+    at_vllm = prometheus.on_vllm_port and (
+        multiprocess_directory(environ) is not None or (run_dir is not None and has_front(run_dir))
     )
-    return pushed or shown
+    return pushed or (prometheus.enabled and (prometheus.port is not None or at_vllm))
 
 
 def _child_environ(environ: Mapping[str, str]) -> dict[str, str]:
@@ -121,11 +126,11 @@ class ExporterProcess:
         """
         self._reap()
         environ = os.environ if self._environ is None else self._environ
-        if not is_needed(config, environ):
+        run_dir = rundir.run_dir() if self._run_dir is None else self._run_dir
+        if not is_needed(config, environ, run_dir):
             if self._process is not None:
                 self._process.terminate()  # reaped by a later call
             return
-        run_dir = rundir.run_dir() if self._run_dir is None else self._run_dir
         if self._process is None and self._clock() >= self._not_before and not ExporterLock.is_held(run_dir):
             self._start(run_dir, environ)
 

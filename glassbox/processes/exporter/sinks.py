@@ -1,8 +1,8 @@
 """Everything the exporter process writes to, kept in line with the configuration.
 
-Owns which sinks are open: own port, multiprocess files, OTLP, JSONL; those of traced requests are
-`trace_sinks.py`. A sink that fails is counted and does not keep the others from working. When to do a round is
-the process's business (`loop.py`).
+Owns which sinks are open: own port, vLLM's port (`page_writer.py`), multiprocess files, OTLP, JSONL; those of traced
+requests are `trace_sinks.py`. A sink that fails is counted and does not keep the others from working. When to do a
+round is the process's business (`loop.py`).
 """
 
 import os
@@ -23,8 +23,10 @@ from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import PrometheusCollector
 from glassbox.processes.exporter.http import HttpServer, bind_address
 from glassbox.processes.exporter.launch import multiprocess_directory
+from glassbox.processes.exporter.page_writer import PageWriter, is_wanted
 from glassbox.processes.exporter.trace_sinks import TraceSinks
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
+from glassbox.store.metrics_page import has_front
 
 if TYPE_CHECKING:
     from glassbox.export.otel import OtelSink
@@ -38,8 +40,8 @@ class Sinks:
     """The open sinks of one server.
 
     Attributes:
-        errors: errors by stage: http, multiprocess, otel, jsonl, records and otel_traces (of traced requests), read
-            (of the run directory), status (its file).
+        errors: errors by stage: http, page, multiprocess, otel, jsonl, records and otel_traces (of traced requests),
+            read (of the run directory), status (its file).
 
     Args:
         run_dir: of the server.
@@ -66,6 +68,7 @@ class Sinks:
         self._registry = CollectorRegistry()
         self._registry.register(PrometheusCollector(self._source, TraceExemplars(self._run_dir)))
         self._http: tuple[object, HttpServer] | None = None
+        self._page: PageWriter | None = None
         self._multiprocess: tuple[object, MultiprocessWriter] | None = None
         self._otel: tuple[object, OtelSink] | None = None
         self._jsonl: tuple[object, JsonlSink] | None = None
@@ -133,9 +136,11 @@ class Sinks:
         """
         self.apply()
         view: View | None = None
+        looked_s = self._clock()
         with self.errors.guard("read"):
             view = self._source.view()
         if view is not None:
+            self._write_page(view, looked_s)
             self._write_multiprocess(view)
             if self._otel is not None:
                 self._otel[1].send(view.families)
@@ -147,10 +152,26 @@ class Sinks:
         with self.errors.guard("status"):
             write_status(self._run_dir, ExporterStatus(os.getpid(), self._clock(), self.errors.counts()))
 
+    def _write_page(self, view: View, looked_s: float) -> None:
+        if not is_wanted(self._config(), self._run_dir):
+            self._close_page()
+            return
+        self._page = self._page or PageWriter(self._run_dir)
+        with self.errors.guard("page"):
+            self._page.write(view, looked_s)
+
+    def _close_page(self) -> None:
+        if self._page is not None:
+            with self.errors.guard("page"):
+                self._page.close()
+        self._page = None
+
     def _write_multiprocess(self, view: View) -> None:
         directory = multiprocess_directory(self._environ)
         config = self._config()
-        shown = config.enabled and config.export.prometheus.enabled
+        prometheus = config.export.prometheus
+        # Where an API server hands out the page, vLLM would merge these files in its own process only to show it twice.
+        shown = config.enabled and prometheus.enabled and prometheus.on_vllm_port and not has_front(self._run_dir)
         if not directory or (not shown and self._multiprocess is None):
             return
         if self._multiprocess is None or self._multiprocess[0] != directory:
@@ -165,6 +186,7 @@ class Sinks:
             self._http[1].close()
         if self._otel is not None:
             self._otel[1].close(FLUSH_TIMEOUT_S)
+        self._close_page()
         if self._multiprocess is not None:
             self._multiprocess[1].close()
         self._traces.close()
