@@ -69,7 +69,7 @@ class MetricsFront:
             return
         try:
             theirs = _Answer(send)
-            await self._app(scope, receive, theirs.send)
+            await self._app({**scope, "headers": _without_dots(scope["headers"])}, receive, theirs.send)
             if theirs.is_whole:
                 await self._send_both(scope, theirs, pages, send)
         finally:
@@ -136,9 +136,15 @@ class MetricsFront:
 def _is_metrics(scope: Scope) -> bool:
     """Whether vLLM answers with metrics: it does for every path that begins so."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    if "escaping=dots" in str(_header(scope["headers"], b"accept")):
-        return False  # other names of metrics than the page's: the collector has them
     return path.removeprefix(root).startswith(_PATH)
+
+
+def _without_dots(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Asks for no names with dots, which the page hasn't: a server may choose another way of escaping names."""
+    return [
+        (name, value.replace(b"escaping=dots", b"escaping=underscores") if name.lower() == b"accept" else value)
+        for name, value in headers
+    ]
 
 
 def _header(headers: list[tuple[bytes, bytes]], wanted: bytes) -> bytes:

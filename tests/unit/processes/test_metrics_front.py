@@ -171,10 +171,13 @@ class TestAnswer:
         assert server.client.get("/other").status_code == 404
 
     def test_dots(self, server: Server) -> None:
-        """Who wants dots in names gets the collector's, whose names are those."""
+        """Who wants dots in names gets the underscores of the page in both parts, and is told so."""
         server.write_page()
         accept = "application/openmetrics-text; version=1.0.0; escaping=dots"
-        assert "glassbox__steps" in server.client.get(NEGOTIATED, headers={"Accept": accept}).text
+        answer = server.client.get(NEGOTIATED, headers={"Accept": accept})
+        assert answer.headers["content-type"].endswith("escaping=underscores")
+        assert "\nglassbox_steps_total{" in answer.text
+        assert "\npython_info{" in answer.text
 
 
 class TestChoice:
