@@ -95,8 +95,8 @@ class Asked:
         return {
             "requests": len(delays),
             **quantiles,
-            "scrape_ms": round(1000 * scrape_s, 1),
-            "mb": round(size / 1e6, 2),
+            "scrape_ms": round(float(1000 * scrape_s), 1),
+            "mb": round(float(size) / 1e6, 2),
         }
 
 
@@ -131,7 +131,7 @@ def keep_changing(server: GlassboxServer, layers: int, heads: int, stop: threadi
                 layers=tuple(range(layers)),
                 heads=heads,
                 num_layers_total=layers,
-                engine="large",
+                engine="0",
                 instance="large",
                 steps=steps,
                 time_s=time.time(),

@@ -20,6 +20,8 @@ logger = get_logger(__name__)
 
 # The exporter starts some seconds after the first snapshot, and may be started again.
 _GRACE_S: Final = 30.0
+# A page of a million samples takes the exporter some seconds, on a busy machine more; then it counts from its beginning.
+_LATEST_S: Final = 30.0
 
 
 class ServedPage:
@@ -63,7 +65,7 @@ class ServedPage:
             interval_s = self._source.config.export.interval_s
             age_s = self._clock() - page.time_s
             # Older than what was shown before it, counters would fall.
-            if age_s <= max(3 * interval_s, interval_s + 10) and page.time_s >= self._rendered_s:
+            if age_s <= max(3 * interval_s, interval_s + _LATEST_S) and page.time_s >= self._rendered_s:
                 self._say_better()
                 return page
             page.close()
