@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 
 # The exporter starts some seconds after the first snapshot, and may be started again.
 _GRACE_S: Final = 30.0
-# A page of a million samples takes the exporter some seconds, on a busy machine more; then it counts from its beginning.
+# Of a million samples a page takes some seconds, on a busy machine more, and its age counts from their beginning.
 _LATEST_S: Final = 30.0
 
 
