@@ -4,6 +4,7 @@ Owns the choice between the two, and saying so when it is the second one: render
 milliseconds to seconds, in which no other request gets on. All methods may be called from any thread, and block.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from glassbox.core.logs import get_logger
 from glassbox.export.family import Family
 from glassbox.export.family_source import FamilySource, View
 from glassbox.export.page import render
-from glassbox.store.metrics_page import MetricsPage, open_page
+from glassbox.store.metrics_page import MetricsPage, note_front, open_page
 
 logger = get_logger(__name__)
 
@@ -58,7 +59,10 @@ class ServedPage:
         try:
             page = open_page(self._run_dir)
         except FileNotFoundError:
-            pass
+            with contextlib.suppress(
+                OSError
+            ):  # the note may have gone with the run directory, which workers make again
+                note_front(self._run_dir)
         except (OSError, ValueError) as error:
             problem = str(error)
         else:
