@@ -16,7 +16,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,7 +36,7 @@ EVERYTHING: Final[dict[str, Any]] = {
 }
 
 
-async def load(url: str, seconds: float, *, asks: bool, hostile: int = HOSTILE, others: int = OTHERS) -> int:
+async def load(url: str, seconds: float, *, asks: bool, stopped: Callable[[], bool] = lambda: False) -> int:
     """Tokens that the others got within so many seconds, while hostile ones ask for everything or for nothing."""
     end, tokens = time.monotonic() + seconds, 0
 
@@ -54,10 +54,11 @@ async def load(url: str, seconds: float, *, asks: bool, hostile: int = HOSTILE, 
                     tokens += counted and line.startswith("data: {") and time.monotonic() < end
 
     async with httpx.AsyncClient(base_url=url, timeout=300.0) as http:
-        asking = [client(http, n, 1500, 48, counted=False) for n in range(hostile)]
-        asking += [client(http, 100 + n, 64, 32, counted=True) for n in range(others)]
+        asking = [client(http, n, 1500, 48, counted=False) for n in range(HOSTILE)]
+        asking += [client(http, 100 + n, 64, 32, counted=True) for n in range(OTHERS)]
         tasks = [asyncio.create_task(one) for one in asking]
-        await asyncio.sleep(seconds)
+        while time.monotonic() < end and not stopped():
+            await asyncio.sleep(0.1)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

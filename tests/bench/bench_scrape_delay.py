@@ -11,12 +11,12 @@ they took beyond the median of those without any scrape.
 
 import argparse
 import csv
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,10 +28,9 @@ import numpy as np
 
 from glassbox.cli.demo.demo_model import demo_model
 from glassbox.store.metrics_page import NAME
-from glassbox.store.snapshot import write_snapshot
-from tests.export_samples import make_snapshot
 from tests.serving import GlassboxServer, wait_for
 
+ROOT: Final = Path(__file__).resolve().parents[2]
 EVERY_S: Final = 0.004
 _PROMETHEUS: Final = {"detail": "head", "max_series": 10_000_000}
 
@@ -49,6 +48,17 @@ while time.monotonic() < deadline:
     ended = time.monotonic()
     print(started, ended, size)
     time.sleep(max(0.0, 1.0 - (ended - started)))
+"""
+_WORKER: Final = """
+import sys, time
+from pathlib import Path
+from glassbox.store.snapshot import write_snapshot
+from tests.export_samples import changed, make_snapshot
+run_dir, layers, heads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+one = make_snapshot(layers=tuple(range(layers)), heads=heads, num_layers_total=layers, start_time_s=time.time())
+for number in range(10**9):
+    write_snapshot(run_dir, changed(one, steps=1000 + number, time_s=time.time()))
+    time.sleep(5)
 """
 _ASKER: Final = """
 import http.client, sys, time
@@ -120,24 +130,16 @@ def _table(text: str, columns: int) -> np.ndarray:
     return np.array([float(word) for word in text.split()]).reshape(-1, columns)
 
 
-def keep_changing(server: GlassboxServer, layers: int, heads: int, stop: threading.Event) -> None:
-    """Snapshots of the model that isn't there, each interval a new one, as its worker would leave them."""
-    steps = 1000
-    while not stop.wait(5.0):
-        steps += 100
-        write_snapshot(
-            server.run_dir,
-            make_snapshot(
-                layers=tuple(range(layers)),
-                heads=heads,
-                num_layers_total=layers,
-                engine="0",
-                instance="large",
-                steps=steps,
-                time_s=time.time(),
-                start_time_s=time.time() - steps,
-            ),
-        )
+@contextmanager
+def changing_snapshots(run_dir: Path, layers: int, heads: int, path: Sequence[str]) -> Iterator[None]:
+    """Snapshots of the model that isn't there, each interval a new one, in the format of the server's checkout."""
+    command = [sys.executable, "-c", _WORKER, str(run_dir), str(layers), str(heads)]
+    worker = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(path)})
+    try:
+        yield
+    finally:
+        worker.terminate()
+        worker.wait()
 
 
 Found = dict[str, list[Asked]]
@@ -146,21 +148,15 @@ Found = dict[str, list[Asked]]
 @contextmanager
 def large_server(layers: int, heads: int, checkout: Path | None) -> Iterator[GlassboxServer]:
     """A server in whose run directory there is a large model, too; of this checkout or of another one."""
-    stop = threading.Event()
-    env = {} if checkout is None else {"PYTHONPATH": str(checkout)}
+    checkout = ROOT if checkout is None else checkout.resolve()
     with tempfile.TemporaryDirectory() as folder:
         config = {"sample_rate": 0.01, "export": {"interval_s": 5, "prometheus": _PROMETHEUS}}
-        server = GlassboxServer(demo_model(), Path(folder), config=config, env=env)
-        changing = threading.Thread(target=keep_changing, args=(server, layers, heads, stop))
+        server = GlassboxServer(demo_model(), Path(folder), config=config, env={"PYTHONPATH": str(checkout)})
         with server:
-            changing.start()
-            try:
-                server.complete("Hello", max_tokens=4)
-                time.sleep(20)
+            server.complete("Hello", max_tokens=4)
+            with changing_snapshots(server.run_dir, layers, heads, [str(checkout)]):
+                time.sleep(25)
                 yield server
-            finally:
-                stop.set()
-                changing.join()
 
 
 def measure(server: GlassboxServer, seconds: float, rounds: int) -> Found:
