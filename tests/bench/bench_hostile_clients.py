@@ -36,15 +36,17 @@ EVERYTHING: Final[dict[str, Any]] = {
 }
 
 
-async def load(url: str, seconds: float, *, asks: bool, stopped: Callable[[], bool] = lambda: False) -> int:
+async def load(
+    url: str, seconds: float, *, asks: bool, prompt: int = 1500, stopped: Callable[[], bool] = lambda: False
+) -> int:
     """Tokens that the others got within so many seconds, while hostile ones ask for everything or for nothing."""
     end, tokens = time.monotonic() + seconds, 0
 
-    async def client(http: httpx.AsyncClient, number: int, prompt: int, answer: int, *, counted: bool) -> None:
+    async def client(http: httpx.AsyncClient, number: int, length: int, answer: int, *, counted: bool) -> None:
         nonlocal tokens
         rng = random.Random(number)
         while time.monotonic() < end:
-            ids = [rng.randrange(1000, 40_000) for _ in range(prompt)]
+            ids = [rng.randrange(1000, 40_000) for _ in range(length)]
             body: dict[str, Any] = {"model": MODEL_NAME, "prompt": ids, "max_tokens": answer, "ignore_eos": True}
             if asks and not counted:
                 body["vllm_xargs"] = EVERYTHING
@@ -54,7 +56,7 @@ async def load(url: str, seconds: float, *, asks: bool, stopped: Callable[[], bo
                     tokens += counted and line.startswith("data: {") and time.monotonic() < end
 
     async with httpx.AsyncClient(base_url=url, timeout=300.0) as http:
-        asking = [client(http, n, 1500, 48, counted=False) for n in range(HOSTILE)]
+        asking = [client(http, n, prompt, 48, counted=False) for n in range(HOSTILE)]
         asking += [client(http, 100 + n, 64, 32, counted=True) for n in range(OTHERS)]
         tasks = [asyncio.create_task(one) for one in asking]
         while time.monotonic() < end and not stopped():

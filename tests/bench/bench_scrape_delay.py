@@ -132,10 +132,10 @@ def _table(text: str, columns: int) -> np.ndarray:
 
 
 @contextmanager
-def changing_snapshots(run_dir: Path, layers: int, heads: int, path: Sequence[str]) -> Iterator[None]:
+def changing_snapshots(run_dir: Path, layers: int, heads: int, checkout: Path) -> Iterator[None]:
     """Snapshots of the model that isn't there, each interval a new one, in the format of the server's checkout."""
     command = [sys.executable, "-c", _WORKER, str(run_dir), str(layers), str(heads)]
-    worker = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(path)})
+    worker = subprocess.Popen(command, cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)})
     try:
         yield
     finally:
@@ -161,7 +161,7 @@ def large_server(layers: int, heads: int, checkout: Path | None, *, realtime: bo
         server = GlassboxServer(demo_model(), Path(folder), config=config, env={"PYTHONPATH": str(checkout)})
         with server:
             server.complete("Hello", max_tokens=4)
-            with changing_snapshots(server.run_dir, layers, heads, [str(checkout)]):
+            with changing_snapshots(server.run_dir, layers, heads, checkout):
                 time.sleep(25)
                 if realtime:
                     run_first(server.pid)
