@@ -54,6 +54,7 @@ def make_snapshot(
         "errors": {"sampler": 1},
         "trace_refused": {"max_active": 2},
         "traces_dropped": 0,
+        "trace_skipped_steps": 0,
         "traced_requests": {"opt_in": 3, "sampled": 0},
         "traced_requests_active": 1,
         "overhead_seconds": 0.125,

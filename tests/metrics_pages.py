@@ -24,7 +24,9 @@ VLLM_LINES = (
 )
 
 
-class _Families(Collector):
+class Families(Collector):
+    """Shows these metrics in a registry."""
+
     def __init__(self, metrics: Sequence[Metric]) -> None:
         self._metrics = metrics
 
@@ -35,7 +37,7 @@ class _Families(Collector):
 def metrics_page(snapshots: Sequence[Snapshot], detail: Detail) -> str:
     """Text of `/metrics`, vLLM's own metrics included."""
     registry = CollectorRegistry()
-    registry.register(_Families([to_metric(family) for family in build_families(merge(snapshots), detail)]))
+    registry.register(Families([to_metric(family) for family in build_families(merge(snapshots), detail)]))
     return VLLM_LINES + generate_latest(registry).decode()
 
 

@@ -200,8 +200,8 @@ class SamplingConfig(_Section):
     )
     overhead_budget: float | None = _field(
         None,
-        "Largest share of step time that measuring may cost, above 0 and up to 1; the sample rate is "
-        "lowered to keep it. null: no limit.",
+        "Largest share of step time that measuring may cost, above 0 and up to 1; to keep it the sample rate is "
+        "lowered, traced requests lose rows, and further ones are refused. null: no limit.",
         "must be above 0 and at most 1, or null",
         "use `null` for no budget",
         gt=0,
@@ -437,6 +437,9 @@ class PrometheusConfig(_Section):
     """Metrics to be scraped."""
 
     enabled: bool = _switch(True, "Whether metrics are shown at vLLM's /metrics (and at glassbox's own port).")
+    on_vllm_port: bool = _switch(
+        True, "Whether metrics are shown at vLLM's /metrics; false: at glassbox's own port only."
+    )
     port: int | None = _field(
         None,
         "Replaced by export.http.port: TCP port of glassbox's own, 1 to 65535.",

@@ -246,6 +246,15 @@ ENGINE_NUMBERS: Final[tuple[EngineNumber, ...]] = (
         merge=MergeRule.SUM,
     ),
     EngineNumber(
+        name="trace_skipped_steps",
+        metric="trace_skipped_steps_total",
+        otel_name="trace_skipped_steps",
+        kind="counter",
+        unit="{step}",
+        help="Steps whose rows traced requests lost, because overhead_budget was spent; their traces say truncated.",
+        merge=MergeRule.LARGEST_PLACE,
+    ),
+    EngineNumber(
         name="build",
         metric="build_info",
         otel_name="build_info",

@@ -82,8 +82,12 @@ class LivenessCollector(Collector):
 
     def collect(self) -> list[Metric]:
         """The metrics of this moment."""
+        return [to_metric(family) for family in self.families()]
+
+    def families(self) -> list[Family]:
+        """The same as families."""
         try:
-            return [to_metric(family) for family in self._liveness.families()] if self._shown() else []
+            return self._liveness.families() if self._shown() else []
         except Exception as error:  # a scrape also carries vLLM's own metrics: never break it
             log_once(
                 logger,

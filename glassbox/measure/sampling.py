@@ -38,7 +38,13 @@ _REPAY_AT: Final = 0.5
 # What a step costs though it is not measured may exceed the budget; this share of it stays for measuring, so
 # that the budget never blinds glassbox.
 _MIN_SHARE: Final = 0.1
+# The sample and the traces have this share of the budget for sure, and what the other one leaves of its half.
+_OWN_SHARE: Final = 0.5
 _MAX_LEVEL: Final = 32
+# Of a step that measures traces: what it costs beyond so many seconds of step time is forgiven (kernels are compiled).
+_TRACE_REPAY_S: Final = 600.0
+# A trace that would keep fewer than one step of 2^3 tells too little to begin it.
+_REFUSED_FROM_LEVEL: Final = 4
 
 
 def is_sampled_request(external: str, rate: float) -> bool:
@@ -77,9 +83,10 @@ def _fixed_point(sample_rate: float) -> int:
 class StepSampler:
     """Counts engine steps, says which are measured, and keeps the cost of measuring within a budget.
 
-    The budget is a share of step time. From what steps cost (moving averages over some seconds of step time)
-    follows the level, the number of halvings of the sample rate: the smallest whose predicted cost is within
-    the budget. A running account of overdrafts corrects what the prediction misses.
+    The budget is a share of step time, less what rows of traced requests take of it (`TraceBudget`). From what steps
+    cost (moving averages over some seconds of step time) follows the level, the number of halvings of the sample rate:
+    the smallest whose predicted cost is within the budget. A running account of overdrafts corrects what the prediction
+    misses.
 
     Args:
         sample_rate: share of steps to measure, 0 to 1.
@@ -95,6 +102,7 @@ class StepSampler:
         self._step_time = _MovingMean()
         self._sampled_cost = _MovingMean()
         self._idle_cost = _MovingMean()
+        self._traced_cost = _MovingMean()
         self._debt_s = 0.0  # spent beyond the budget
         self._repaying = False
         self._measured_at_level = False
@@ -137,13 +145,23 @@ class StepSampler:
         self._step += 1
         return sampled
 
-    def record(self, overhead_s: float, step_s: float, sampled: bool) -> None:
+    def own_cost(self, overhead_s: float, sampled: bool, counted_share: float) -> float:
+        """Seconds that a step with rows of traced requests would have taken without them.
+
+        As many as such steps take on average: what traces ask besides (top positions, spans) costs more than any row.
+        As long as none is known, the share of the rows that the sample counts.
+        """
+        mean = self._sampled_cost if sampled else self._idle_cost
+        return min(overhead_s, mean.mean) if mean.known else overhead_s * counted_share * sampled
+
+    def record(self, overhead_s: float, step_s: float, sampled: bool, traced_s: float = 0.0) -> None:
         """Tell what a step took.
 
         Args:
-            overhead_s: seconds glassbox spent in it.
+            overhead_s: seconds glassbox spent in it, without those for traces.
             step_s: seconds of the whole step, glassbox's included. A step without a duration is left out.
             sampled: what `next_step` said.
+            traced_s: seconds that glassbox spent on rows of traced requests.
         """
         if not (step_s > 0 and overhead_s >= 0):
             return
@@ -151,13 +169,19 @@ class StepSampler:
             return  # measured steps tell enough for a budget to begin with, and this is called in every step
         self._time_s += step_s
         self._step_time.add(step_s, self._time_s)
-        (self._sampled_cost if sampled else self._idle_cost).add(overhead_s, self._time_s)
+        self._traced_cost.add(traced_s, self._time_s)
+        if not traced_s:  # else the rest is only estimated, and from these means
+            (self._sampled_cost if sampled else self._idle_cost).add(overhead_s, self._time_s)
         self._measured_at_level |= sampled
         if self._budget is None:
             return
         most_s = self._budget * _REPAY_S
-        self._debt_s = min(max(self._debt_s + overhead_s - self._budget * step_s, -most_s), most_s)
+        self._debt_s = min(max(self._debt_s + overhead_s - self._own_budget(self._budget) * step_s, -most_s), most_s)
         self._adjust()
+
+    def _own_budget(self, budget: float) -> float:
+        """What traces leave of the budget, at least its half."""
+        return budget - min(self._traced_cost.mean / self._step_time.mean, (1 - _OWN_SHARE) * budget)
 
     def _adjust(self) -> None:
         if self._budget is None or not self._step_time.known or not self._sampled_cost.known:
@@ -165,7 +189,8 @@ class StepSampler:
         # One dear sample must not silence measuring for longer than it takes to pay it back.
         cost_s = min(self._sampled_cost.mean, self._budget * _REPAY_S)
         share = self._rate * cost_s / self._step_time.mean
-        allowed = max(self._budget - self._idle_cost.mean / self._step_time.mean, _MIN_SHARE * self._budget)
+        idle_share = self._idle_cost.mean / self._step_time.mean
+        allowed = max(self._own_budget(self._budget) - idle_share, _MIN_SHARE * self._budget)
         # A sample is paid at once and earned until the next, so a debt of two of them means nothing yet.
         if self._debt_s > 2 * cost_s + self._budget:
             self._repaying = True
@@ -186,6 +211,95 @@ class StepSampler:
         if level != self._level:
             self._level = level
             self._measured_at_level = False
+
+
+class TraceBudget:
+    """Keeps what rows of traced requests cost within the budget: which steps measure them, and who may begin a trace.
+
+    They take what the sample leaves of the budget, at least its half. Traces that come now and then are paid from an
+    account, up to what a minute earns, and lose nothing. Once it is overdrawn they keep to what is earned while they
+    run: at level k every 2^k-th of the steps with traced requests measures them, so what one rank keeps at a higher
+    level the others keep at a lower one. A pause fills the account again.
+
+    Args:
+        overhead_budget: largest share of step time that measuring may cost, traces and sample together; None is no
+            limit.
+    """
+
+    def __init__(self, overhead_budget: float | None = None) -> None:
+        self._budget: float | None = None
+        self._steps_with_traces = 0
+        self._level = 0
+        self._time_s = 0.0
+        self._step_time = _MovingMean()
+        self._traced_cost = _MovingMean()  # of a step that measures them
+        self._sample_cost = _MovingMean()  # of any step
+        self._account_s = 0.0
+        self._overdrawn = False
+        self.set_budget(overhead_budget)
+
+    @property
+    def level(self) -> int:
+        """Halvings of the steps that measure traced requests."""
+        return self._level
+
+    @property
+    def refuses(self) -> bool:
+        """Whether so little is left that no further trace may begin."""
+        return self._level >= _REFUSED_FROM_LEVEL
+
+    def set_budget(self, overhead_budget: float | None) -> None:
+        """Change the budget; the account starts anew. None lifts it at once."""
+        if overhead_budget == self._budget:
+            return
+        self._budget = overhead_budget
+        self._account_s = 0.0 if overhead_budget is None else overhead_budget * _REPAY_S
+        self._overdrawn, self._level = False, 0
+
+    def next_step(self) -> bool:
+        """Count a step with traced requests; True if their rows are to be measured."""
+        number = self._steps_with_traces
+        self._steps_with_traces += 1
+        if self._budget is None:
+            return True
+        # The last of 2^level, where `is_sampled_step` takes the first: the sample's cost is known from steps without
+        # traces. However dear a step is: nothing more before most of it is paid back.
+        return (number + 1) % (1 << self._level) == 0 and self._account_s > -_REPAY_AT * self._budget * _REPAY_S
+
+    def record(self, traced_s: float, sample_s: float, step_s: float, *, wanted: bool) -> None:
+        """Tell what a step took.
+
+        Args:
+            traced_s: seconds that glassbox spent on rows of traced requests.
+            sample_s: seconds that it spent besides.
+            step_s: seconds of the whole step, glassbox's included. A step without a duration is left out.
+            wanted: whether the step had traced requests, measured or not.
+        """
+        if self._budget is None or not (step_s > 0 and traced_s >= 0 and sample_s >= 0):
+            return
+        self._time_s += step_s
+        self._step_time.add(step_s, self._time_s)
+        self._sample_cost.add(sample_s, self._time_s)
+        if traced_s:
+            self._traced_cost.add(traced_s, self._time_s)
+        mean_s, most_s = self._step_time.mean, self._budget * _REPAY_S
+        allowed = self._budget - min(self._sample_cost.mean / mean_s, (1 - _OWN_SHARE) * self._budget)
+        account_s = self._account_s + allowed * step_s - traced_s
+        if self._overdrawn and wanted:
+            account_s = min(account_s, 0.0)  # saved is what a pause earns, so that traces come evenly in between
+        self._account_s = min(max(account_s, -self._budget * _TRACE_REPAY_S), most_s)
+        if self._account_s < 0:
+            self._overdrawn = True
+        elif self._account_s >= most_s / 2:
+            self._overdrawn = False
+        self._level = self._level_for(allowed) if self._overdrawn else 0
+
+    def _level_for(self, allowed: float) -> int:
+        share = min(self._traced_cost.mean, allowed * _REPAY_S) / self._step_time.mean
+        # A sample is paid at once and earned until the next, as in StepSampler.
+        if self._account_s < -2 * self._traced_cost.mean:
+            allowed *= _REPAY_AT
+        return 0 if share <= allowed else min(math.ceil(math.log2(share / allowed)), _MAX_LEVEL)
 
 
 class _MovingMean:

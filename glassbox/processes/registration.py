@@ -39,7 +39,7 @@ class Registration:
 
     def attach(self, path: Path, config: "GlassboxConfig") -> None:
         """Change this process as the configuration at `path` says."""
-        from glassbox.adapter import overrides, publish, ray_environment, registry, worker_start
+        from glassbox.adapter import metrics_route, overrides, publish, ray_environment, registry, worker_start
         from glassbox.config.follow import ConfigFile
         from glassbox.config.load import CONFIG_ENV, packaged_config, restart_needed
         from glassbox.config.settings import Settings
@@ -82,6 +82,7 @@ class Registration:
         self.shown = shown_metrics.ShownMetrics(live, rundir.run_dir())
         attached.callback(shown_metrics.install(self.shown))
         if config.enabled:
+            attached.callback(metrics_route.install(self.shown.show_at))
             attached.callback(intake.install(live, rundir.run_dir(), _note_api_server, self.shown.limit_to))
 
 

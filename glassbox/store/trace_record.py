@@ -118,7 +118,8 @@ class RequestTrace:
         traceparent: W3C trace context that came with the request, or None.
         layers, heads: global index of each along the axes L and H.
         options: that the request gave.
-        truncated: True if a limit ended the collecting; what is there is right, later rows are missing.
+        truncated: True if a limit left rows out: of memory (all later ones are missing) or of overhead_budget (those of
+            some steps are); what is there is right.
         span_names: of the S spans.
         arrays: by name, all of the table; T kept rows, L layers, H heads, k = top_k, S spans.
 

@@ -115,9 +115,10 @@ class TestOtlp:
             return [process.pid for process in server.processes() if "glassbox.processes.exporter" in process.cmdline()]
 
         otel: dict[str, Any] = {"enabled": True, "endpoint": receiver.grpc_endpoint}
-        server.edit_config(export={"interval_s": 1, "otel": otel})
+        alone = {"on_vllm_port": False}  # else the exporter writes the page of vLLM's port
+        server.edit_config(export={"interval_s": 1, "otel": otel, "prometheus": alone})
         wait_for(exporters, lambda pids: len(pids) == 1, what="an exporter process")
-        server.restore_config()
+        server.edit_config(export={"interval_s": 1, "prometheus": alone})
         wait_for(exporters, lambda pids: pids == [], what="the exporter process to end")
 
 

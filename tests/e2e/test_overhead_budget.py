@@ -1,5 +1,6 @@
 """The overhead budget on a running server: a closed loop, not a setting that is hoped to fit."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -7,7 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.serving import GlassboxServer
+from tests.bench.bench_hostile_clients import load
+from tests.serving import GlassboxServer, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -61,3 +63,43 @@ class TestOverheadBudget:
         assert 0 < rate < 0.5
         # Snapshots come each second, so either end of the window may be off by one.
         assert BUDGET / 4 <= limited <= BUDGET * 1.15
+
+
+class TestHostileClients:
+    def test_traces_keep_to_the_budget(self, server: GlassboxServer) -> None:
+        """Eight clients that ask for all there is take a multiple of the budget; with it, they are held to it."""
+        production = {"sample_rate": 0.01, "requests": {"opt_in": True}}
+
+        def asked() -> float:
+            refused = server.metric("glassbox_trace_refused_total", reason="budget") or 0.0
+            return refused + (server.metric("glassbox_traced_requests_total", why="opt_in") or 0.0)
+
+        def share(seconds: float) -> float:
+            before = asked()
+            with steady_load(server):
+                # Prompts of all of them are a few steps; on a busy machine these take seconds.
+                wait_for(asked, lambda number: number > before + 8, 90, "requests that ask for traces")
+                return overhead_share(server, seconds)
+
+        server.edit_config(**production)
+        assert share(6) > 2 * BUDGET, "the budget would not bind: the test would prove nothing"
+        refused = server.metric("glassbox_trace_refused_total", reason="budget") or 0.0
+        server.edit_config(**production, sampling={"overhead_budget": BUDGET})
+        share(10)  # spends what the first minute may cost at once
+        assert share(15) <= BUDGET * 1.25
+        assert (server.metric("glassbox_trace_refused_total", reason="budget") or 0.0) > refused
+
+
+@contextmanager
+def steady_load(server: GlassboxServer) -> Iterator[None]:
+    """Hostile clients and others, until the block ends."""
+    stopped = threading.Event()
+    thread = threading.Thread(
+        target=lambda: asyncio.run(load(server.url, 300, asks=True, prompt=200, stopped=stopped.is_set))
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()

@@ -105,10 +105,12 @@ def _traced() -> list[dashboard.Panel]:
         ),
         lines(
             "Traces refused by reason",
-            "Requests per second that should have been traced but were not, and files of traces per second that were "
-            "removed because the disk is full. They were served as any other.",
+            "Requests per second that should have been traced but were not, steps per second that traced ones lost to "
+            "sampling.overhead_budget, and files of traces per second that were removed because the disk is full. They "
+            "were served as any other.",
             [
                 Query(promql.total("glassbox_trace_refused_total", by=("reason",)), "{{reason}}"),
+                Query(promql.total("glassbox_trace_skipped_steps_total"), "steps lost to the budget"),
                 Query(promql.total("glassbox_traces_dropped_total"), "removed: disk full"),
             ],
             RATE_UNIT,

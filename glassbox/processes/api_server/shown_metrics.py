@@ -1,9 +1,10 @@
 """What a process shows of its server to whoever scrapes it or asks its routes, made when somebody does.
 
-Owns the collector in prometheus_client's registry, behind vLLM's own /metrics, and with several API servers what is
-shown beside the files of the exporter. Every process of a server registers it,
-for none can know whether it will be asked, and most never are: what reads and translates is imported at the first
-scrape, and prometheus_client is waited for, not imported.
+Owns the collector in prometheus_client's registry, behind vLLM's own /metrics, the page in front of that in an API
+server, where the collector shows nothing since bytes are added (`metrics_front.py`), and with several API servers what
+is shown beside the files of the exporter. Every process of a server registers it, for none can know whether it will be
+asked, and most never are: what reads and translates is imported at the first scrape, and prometheus_client is waited
+for, not imported.
 
 API servers may share a run directory: vLLM's data-parallel supervisor starts one for each engine of a node. Each shows
 the engines that it serves, as vLLM's own metrics do; else every engine would count as often as there are servers.
@@ -11,9 +12,10 @@ the engines that it serves, as vLLM's own metrics do; else every engine would co
 
 import threading
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.server import EngineLabels
@@ -22,6 +24,9 @@ from glassbox.config.load import GlassboxConfig
 if TYPE_CHECKING:
     from glassbox.export.family_source import FamilySource
     from glassbox.export.prometheus import LivenessCollector, PrometheusCollector
+
+# True in a request whose answer gets glassbox's part as bytes.
+HANDED_OUT: Final[ContextVar[bool]] = ContextVar("glassbox_metrics_handed_out", default=False)
 
 
 class ShownMetrics:
@@ -62,7 +67,9 @@ class ShownMetrics:
         return []
 
     def collect(self) -> Iterable[Any]:
-        """The metrics of this moment."""
+        """The metrics of this moment; none where they are handed out otherwise, or not wanted at vLLM's port."""
+        if HANDED_OUT.get() or not self._config().export.prometheus.on_vllm_port:
+            return []
         source = self.source
         with self._lock:
             if self._collector is None:
@@ -74,6 +81,9 @@ class ShownMetrics:
 
     def collect_liveness(self) -> Iterable[Any]:
         """Of these the metrics that only the process which answers can make (`export/liveness.py`)."""
+        return self._liveness_collector().collect()
+
+    def _liveness_collector(self) -> "LivenessCollector":
         source = self.source
         with self._lock:
             if self._liveness is None:
@@ -81,14 +91,19 @@ class ShownMetrics:
                 from glassbox.export.prometheus import LivenessCollector
                 from glassbox.processes.exporter.launch import is_needed
 
-                liveness = Liveness(self._run_dir, self._config, lambda: source.merged().engines, is_needed)
+                run_dir = self._run_dir
+                liveness = Liveness(
+                    run_dir,
+                    self._config,
+                    lambda: source.merged().engines,
+                    lambda config: is_needed(config, run_dir=run_dir),
+                )
                 self._liveness = LivenessCollector(liveness, self._is_shown)
-            collector = self._liveness
-        return collector.collect()
+            return self._liveness
 
     def _is_shown(self) -> bool:
         config = self._config()
-        return config.enabled and config.export.prometheus.enabled
+        return config.enabled and config.export.prometheus.enabled and config.export.prometheus.on_vllm_port
 
     def show_beside(self, collector: Any) -> Callable[[], None]:
         """Have a class of collectors show the liveness as well, and nothing that OpenMetrics hasn't; returns the undo.
@@ -102,7 +117,8 @@ class ShownMetrics:
         def collect(of_files: Any) -> list[Any]:
             from glassbox.export.multiprocess import without_lone_counts
 
-            return [*without_lone_counts(original(of_files)), *self.collect_liveness()]
+            beside = () if HANDED_OUT.get() else self.collect_liveness()
+            return [*without_lone_counts(original(of_files)), *beside]
 
         collector.collect = collect
 
@@ -111,6 +127,17 @@ class ShownMetrics:
                 collector.collect = original
 
         return undo
+
+    def show_at(self, app: Any) -> None:
+        """Add the page of metrics to what an application of vLLM's answers at /metrics."""
+        from glassbox.processes.api_server.metrics_front import MetricsFront
+        from glassbox.processes.api_server.served_page import ServedPage
+        from glassbox.store import api_server_note, metrics_page
+
+        page = ServedPage(self.source, self._run_dir, lambda: self._liveness_collector().families())
+        app.add_middleware(MetricsFront, page=page, engines=self._served)
+        if api_server_note.is_noted(self._run_dir):  # else this server has no engine
+            metrics_page.note_front(self._run_dir)
 
     def show_in(self, registry: Any) -> Callable[[], None]:
         """Register in a registry; returns the undo, which may come twice."""

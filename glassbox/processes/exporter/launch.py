@@ -22,6 +22,7 @@ from glassbox.processes.exporter.log_relay import open_relay
 from glassbox.processes.exporter.silence import SilenceWatch, kill_exporter
 from glassbox.store import multiprocess_files, rundir
 from glassbox.store.exporter_lock import ExporterLock
+from glassbox.store.metrics_page import has_front
 
 logger = get_logger(__name__)
 
@@ -45,10 +46,13 @@ def wants_spans(config: GlassboxConfig) -> bool:
     return config.enabled and otel.enabled and otel.traces and (requests.opt_in or requests.trace_rate > 0)
 
 
-def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) -> bool:
+def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None, run_dir: Path | None = None) -> bool:
     """True if the configuration asks for anything that only an exporter process does.
 
-    vLLM's own /metrics with one API server needs none: it reads the snapshots itself.
+    Args:
+        config: of the moment.
+        environ: of the worker; by default this process's.
+        run_dir: of the server; None leaves out the page that an API server of this node hands out.
     """
     environ = os.environ if environ is None else environ
     export = config.export
@@ -56,8 +60,11 @@ def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None) 
         return False
     pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
     pushed = pushed or wants_records(config) or wants_spans(config)
-    collected = export.prometheus.enabled and multiprocess_files.directory(environ) is not None
-    return pushed or collected or export.own_port is not None
+    prometheus = export.prometheus
+    is_handed_out = run_dir is not None and has_front(run_dir)
+    at_vllm = prometheus.enabled and prometheus.on_vllm_port
+    at_vllm = at_vllm and (is_handed_out or multiprocess_files.directory(environ) is not None)
+    return pushed or at_vllm or export.own_port is not None
 
 
 def _child_environ(environ: Mapping[str, str]) -> dict[str, str]:
@@ -122,11 +129,11 @@ class ExporterProcess:
         """
         self._reap()
         environ = os.environ if self._environ is None else self._environ
-        if not is_needed(config, environ):
+        run_dir = rundir.run_dir() if self._run_dir is None else self._run_dir
+        if not is_needed(config, environ, run_dir):
             if self._process is not None:
                 self._process.terminate()  # reaped by a later call
             return
-        run_dir = rundir.run_dir() if self._run_dir is None else self._run_dir
         if ExporterLock.is_held(run_dir):
             self._replace_silent(run_dir)
         elif self._process is None and self._clock() >= self._not_before:

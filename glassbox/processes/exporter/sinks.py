@@ -1,8 +1,8 @@
 """Everything the exporter process writes to, kept in line with the configuration.
 
-Owns which sinks there are: own port, multiprocess files, OTLP, JSONL; those of traced requests are
-`trace_sinks.py`. That one which fails or hangs doesn't keep the others from working is `sink.py`'s. When to do a round
-is the process's business (`loop.py`).
+Owns which sinks there are: own port, vLLM's port (`page_writer.py`), multiprocess files, OTLP, JSONL; those of traced
+requests are `trace_sinks.py`. That one which fails or hangs doesn't keep the others from working is `sink.py`'s. When
+to do a round is the process's business (`loop.py`).
 """
 
 import os
@@ -22,10 +22,13 @@ from glassbox.export.jsonl import JsonlSink
 from glassbox.export.liveness import Liveness
 from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import LivenessCollector, PrometheusCollector
+from glassbox.processes.exporter import page_writer
+from glassbox.processes.exporter.page_writer import PageWriter
 from glassbox.processes.exporter.sink import Sink
 from glassbox.processes.exporter.trace_sinks import TraceSinks, otlp_target
 from glassbox.store import multiprocess_files
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
+from glassbox.store.metrics_page import has_front
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -52,8 +55,8 @@ class Sinks:
     """The open sinks of one server.
 
     Attributes:
-        errors: errors by stage: http, access and connections (of the own port), multiprocess, otel, jsonl, records and
-            otel_traces (of traced requests), read (of the run directory), status (its file).
+        errors: errors by stage: http, access and connections (of the own port), page, multiprocess, otel, jsonl,
+            records and otel_traces (of traced requests), read (of the run directory), status (its file).
 
     Args:
         run_dir: of the server.
@@ -103,6 +106,12 @@ class Sinks:
             works=lambda own_port: own_port.is_alive,
             adapts=True,
         )
+        self._page: Sink[PageWriter] = sink(
+            "page",
+            wants=lambda config: page_writer.is_wanted(config, self._run_dir) or None,
+            opens=lambda _: PageWriter(self._run_dir),
+            closes=lambda page, _: page.close(),
+        )
         self._multiprocess: Sink[MultiprocessWriter] = sink(
             "multiprocess",
             wants=self._wants_multiprocess,
@@ -120,6 +129,7 @@ class Sinks:
         self._traces = TraceSinks(self._run_dir, config, self.errors, self._environ, clock, succeeded)
         self._all: tuple[Sink[Any], ...] = (
             self._http,
+            self._page,
             self._multiprocess,
             self._otel,
             self._jsonl,
@@ -135,7 +145,7 @@ class Sinks:
     def apply(self) -> None:
         """Open, change and close sinks so that they are what the configuration of the moment says."""
         config = self._config()
-        for sink in (self._http, self._multiprocess, self._otel, self._jsonl):
+        for sink in (self._http, self._page, self._multiprocess, self._otel, self._jsonl):
             sink.apply(config)
             self._beat()
         self._traces.apply(skip_present=self._takes_over)
@@ -162,7 +172,10 @@ class Sinks:
         )
 
     def _shows_multiprocess(self, config: GlassboxConfig) -> bool:
-        return config.enabled and config.export.prometheus.enabled
+        prometheus = config.export.prometheus
+        # Where an API server hands out the page, vLLM would merge these files in its own process only to show it twice.
+        shown = config.enabled and prometheus.enabled and prometheus.on_vllm_port
+        return shown and not has_front(self._run_dir)
 
     def _wants_multiprocess(self, config: GlassboxConfig) -> object:
         # Switched off it goes on with empty files: removing one under a scrape would fail that scrape.
@@ -208,10 +221,11 @@ class Sinks:
         self._beat()
         self.apply()
         view: View | None = None
+        looked_s = self._clock()
         with self.errors.guard("read"):
             view = self._source.view()
         if view is not None:
-            self._give(view)
+            self._give(view, looked_s)
         self._beat()
         self._traces.round(last)
         with self.errors.guard("status"):
@@ -221,9 +235,10 @@ class Sinks:
                 self._run_dir, ExporterStatus(os.getpid(), self._clock(), errors, sinks, self._restarts, ended=last)
             )
 
-    def _give(self, view: View) -> None:
+    def _give(self, view: View, looked_s: float) -> None:
         config = self._config()
         self._http.give(lambda own_port: own_port.apply())
+        self._page.give(lambda page: page.write(view, looked_s))
         shown = view.families if self._shows_multiprocess(config) else ()
         self._multiprocess.give(lambda writer: writer.write(shown, self._clock()))
         # Not into the files: their readers make it themselves.
@@ -232,7 +247,7 @@ class Sinks:
 
     def close(self) -> None:
         """Close all sinks; OTLP gets `FLUSH_TIMEOUT_S` seconds for what it still has to send."""
-        for sink in (self._http, self._otel, self._multiprocess, self._jsonl):
+        for sink in (self._http, self._otel, self._page, self._multiprocess, self._jsonl):
             sink.close()
         self._traces.close()
 

@@ -38,7 +38,7 @@ from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.measure.contract import BatchTables, Measurer
-from glassbox.measure.sampling import RowSampler, StepSampler
+from glassbox.measure.sampling import RowSampler, StepSampler, TraceBudget
 from glassbox.processes.worker.canary import Canary, StepCheck
 from glassbox.processes.worker.progress import RequestProgress
 from glassbox.processes.worker.step import Step
@@ -115,6 +115,7 @@ class Observer:
         self._tables: BatchTables | None = None  # of the metadata that was built last
         self._config = config()
         self._steps = StepSampler(self._rate(self._config), self._config.sampling.overhead_budget)
+        self._trace_budget = TraceBudget(self._config.sampling.overhead_budget)
         self._apply(self._config)
 
     def arm(self) -> None:
@@ -153,6 +154,7 @@ class Observer:
         sampling = config.sampling
         self._steps.set_rate(self._rate(config))
         self._steps.set_budget(sampling.overhead_budget)
+        self._trace_budget.set_budget(sampling.overhead_budget)
         self._rows = RowSampler(
             min(sampling.max_rows_per_step, self.measurer.max_rows),
             sampling.prefill_rows_per_request,
@@ -167,7 +169,7 @@ class Observer:
         if lacks(Feature.TRACES):
             return
         try:
-            self.requests.begin_step(runner, scheduled, self._config, self._layers)
+            self.requests.begin_step(runner, scheduled, self._config, self._layers, spent=self._trace_budget.refuses)
         except Exception as error:
             self._errors.count("requests", error)
 
@@ -184,9 +186,13 @@ class Observer:
             sampled = bool(self._all_layers) and self._steps.next_step()
             if sampled:
                 self.counters.sampled_steps += 1
+            step.has_traced = self._has_traced(runner, scheduled, config)
+            step.skips_traced = step.has_traced and not self._trace_budget.next_step()
+            if step.skips_traced:
+                self._skip_traced(scheduled)
             step.start(
                 sampled=sampled,
-                traced=self._has_traced(runner, scheduled, config),
+                traced=step.has_traced and not step.skips_traced,
                 checked=config.enabled and self._canary.is_due(config.canary.interval_s, self._layers),
             )
         except Exception as error:
@@ -205,10 +211,22 @@ class Observer:
         if lacks(Feature.TRACES):
             return False
         try:
-            return self.requests.begin_step(runner, scheduled, config, self._layers)
+            spent = self._trace_budget.refuses
+            return self.requests.begin_step(runner, scheduled, config, self._layers, spent=spent)
         except Exception as error:  # the step may be sampled all the same
             self._errors.count("requests", error)
             return False
+
+    def _skip_traced(self, scheduled: ScheduledStep) -> None:
+        """The budget is spent: traces get nothing of this step, and say so."""
+        self.counters.trace_skipped_steps += 1
+        self.requests.skip(scheduled)
+        if self.counters.trace_skipped_steps == 1:
+            logger.warning(
+                "sampling.overhead_budget is spent: traced requests lose rows (their traces say truncated) and further "
+                "ones may be refused. Raise it, or let fewer requests be traced (requests.max_active, trace_rate, "
+                "opt_in). Further ones are only counted (glassbox_trace_skipped_steps_total)."
+            )
 
     def on_prepare(self, prepared: PreparedBatch) -> None:
         """The V2 runner has chosen and ordered the batch of the step that is under way; of a dummy there is none."""
@@ -255,6 +273,8 @@ class Observer:
         batch = self._progress.of_client(batch)
         num_drafts = self._num_drafts(step.scheduled, batch)
         traced, excluded = self.requests.marks(batch.req_ids)
+        if step.skips_traced:
+            traced = None
         rows, dropped = self._rows.select(
             batch.num_scheduled,
             batch.num_computed,
@@ -282,6 +302,7 @@ class Observer:
             traces = None
             if traced is not None:
                 traces = self.requests.trace_rows(step.runner, batch, rows, num_drafts)
+                step.traced = traces is not None
                 step.counted_share = 1 - np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED) / len(rows)
             if check is not None:
                 # After those of the traced rows, which are told from others by having one.
@@ -435,10 +456,17 @@ class Observer:
         self.counters.finished_steps += 1
         self.counters.overhead_seconds += step.overhead_s
         try:
-            # The budget is that of the sample: what traced requests cost besides is bounded by their number.
-            # A check is not repeated in the next sampled steps.
-            overhead_s = step.overhead_s * step.counted_share
-            if not step.checked:
-                self._steps.record(overhead_s, self._clock() - step.started_s, step.sampled)
+            self._spend(step, self._clock() - step.started_s)
         except Exception as error:
             self._errors.count("end_step", error)
+
+    def _spend(self, step: Step, step_s: float) -> None:
+        """Tell the samplers what a step took, the sample and the traces apart."""
+        if step.checked:  # a check is not repeated in the next sampled steps
+            return
+        own_s = step.overhead_s
+        if step.traced:
+            own_s = self._steps.own_cost(own_s, step.sampled, step.counted_share)
+        traced_s = step.overhead_s - own_s
+        self._steps.record(own_s, step_s, step.sampled, traced_s)
+        self._trace_budget.record(traced_s, own_s, step_s, wanted=step.has_traced)

@@ -33,6 +33,9 @@ class Step:
         prepared: what the V2 runner's `prepare_inputs` has returned in this step.
         sampled: the step sampler chose it, so all its rows are candidates.
         checked: some of its rows' outputs are to be reproduced.
+        has_traced: it has rows of traced requests.
+        skips_traced: which the budget leaves out.
+        traced: some of them are measured.
         measured: rows are to be measured: it is sampled, checked, or has rows of traced requests; False once it has
             failed.
         rows_chosen: the batch was seen, and rows were chosen of it.
@@ -58,6 +61,7 @@ class Step:
         self.prepared: PreparedBatch | None = None
         self.started_s: Final = clock()
         self.sampled = self.checked = self.measured = self.rows_chosen = False
+        self.has_traced = self.skips_traced = self.traced = False
         self.ran: set[str] = set()
         self.batch: Batch | None = None
         self.rows: np.ndarray | None = None

@@ -45,10 +45,16 @@ class UnreadWatch:
         if self._done or not config.enabled or is_needed(config) or self._clock() - self._since_s < GRACE_S:
             return
         self._done = True
-        if not is_noted(self._run_dir) and self._first_to_say():
+        why = "no API server of vLLM runs here whose /metrics would show it"
+        if is_noted(self._run_dir):
+            if config.export.prometheus.on_vllm_port or not config.export.prometheus.enabled:
+                return
+            why = "export.prometheus.on_vllm_port is false, and there is no port of glassbox's own"
+        if self._first_to_say():
             logger.warning(
-                "What this node measures reaches nobody: no API server of vLLM runs here whose /metrics would show it. "
-                "Set export.http.port or export.otel in glassbox.yaml (docs/distributed.md)"
+                "What this node measures reaches nobody: %s. Set export.http.port or export.otel in glassbox.yaml "
+                "(docs/distributed.md)",
+                why,
             )
 
     def _first_to_say(self) -> bool:

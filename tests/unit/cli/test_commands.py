@@ -65,6 +65,10 @@ class TestSeries:
         """The count says so."""
         path = write(tmp_path / "a.yaml", "export: {prometheus: {enabled: false}}\n")
         assert "# None of them is shown" in invoke("check", path).stdout
+        path = write(tmp_path / "b.yaml", "export: {prometheus: {on_vllm_port: false}}\n")
+        assert "# None of them is shown: export.prometheus.on_vllm_port is false" in invoke("check", path).stdout
+        path = write(tmp_path / "c.yaml", "export: {prometheus: {on_vllm_port: false, port: 9464}}\n")
+        assert "# None of them is shown" not in invoke("check", path).stdout
 
     @pytest.mark.parametrize(
         ("args", "message"),

@@ -253,6 +253,7 @@ class TestFamilies:
             "glassbox_traced_requests_total": ("counter", (*engine, "why")),
             "glassbox_trace_refused_total": ("counter", (*engine, "reason")),
             "glassbox_traces_dropped_total": ("counter", engine),
+            "glassbox_trace_skipped_steps_total": ("counter", engine),
             "glassbox_build_info": ("gauge", (*engine, "version", "vllm_version", "backend")),
             "glassbox_config_last_reload_successful": ("gauge", engine),
             "glassbox_config_last_reload_timestamp_seconds": ("gauge", engine),
@@ -285,6 +286,7 @@ class TestFamilies:
             "glassbox_layers_observed": 2,
             "glassbox_layers_certified": 2,
             "glassbox_traced_requests_active": 1,
+            "glassbox_trace_skipped_steps_total": 0,
             "glassbox_config_last_reload_successful": 1,
             "glassbox_config_last_reload_timestamp_seconds": 1_700_000_000.5,
         }

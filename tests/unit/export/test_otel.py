@@ -131,6 +131,7 @@ class TestNumbers:
             ("glassbox.traced_requests", "{request}", "sum"),
             ("glassbox.trace_refused", "{request}", "sum"),
             ("glassbox.traces_dropped", "{file}", "sum"),
+            ("glassbox.trace_skipped_steps", "{step}", "sum"),
             ("glassbox.build_info", "1", "gauge"),
             ("glassbox.config.last_reload_successful", "1", "gauge"),
             ("glassbox.config.last_reload_timestamp", "s", "gauge"),

@@ -123,6 +123,7 @@ class TestExposition:
             "glassbox_traced_requests_total",
             "glassbox_trace_refused_total",
             "glassbox_traces_dropped_total",
+            "glassbox_trace_skipped_steps_total",
             "glassbox_canary_rows_total",
         }
         assert {name for name, kind in types.items() if kind == "gauge"} == {

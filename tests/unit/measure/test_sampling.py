@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
-from glassbox.measure.sampling import RowSampler, StepSampler, is_sampled_step
+from glassbox.measure.sampling import RowSampler, StepSampler, TraceBudget, is_sampled_step
 
 
 def sampled_steps(rate: float, level: int = 0, steps: int = 10_000) -> list[int]:
@@ -95,6 +95,80 @@ class Server:
             self.steps += 1
             self.level_changes += self.sampler.level != level
         return overhead_s / time_s
+
+
+class TracedServer:
+    """Drives both samplers, as the observer does, with a constant base of 10 ms a step."""
+
+    def __init__(self, budget: float, *, rate: float, sample_s: float, traced_s: float) -> None:
+        self.sampler, self.traces = StepSampler(rate, budget), TraceBudget(budget)
+        self.sample_s, self.traced_s = sample_s, traced_s
+
+    def run(self, steps: int, *, traced: bool = True) -> tuple[float, float]:
+        """Shares of the time of these steps that the sample and the traces took."""
+        sample_s = traced_s = time_s = 0.0
+        for _ in range(steps):
+            sampled = self.sampler.next_step()
+            measured = traced and self.traces.next_step()
+            cost_s = self.sample_s * sampled + self.traced_s * measured
+            own_s = self.sampler.own_cost(cost_s, sampled, 1.0) if measured else cost_s
+            step_s = 0.01 + cost_s
+            self.sampler.record(own_s, step_s, sampled, cost_s - own_s)
+            self.traces.record(cost_s - own_s, own_s, step_s, wanted=traced)
+            sample_s += self.sample_s * sampled
+            traced_s += self.traced_s * measured
+            time_s += step_s
+        return sample_s / time_s, traced_s / time_s
+
+
+class TestTraceBudget:
+    @pytest.mark.parametrize("budget", [0.001, 0.01, 0.05])
+    @pytest.mark.parametrize("traced_s", [0.0001, 0.003, 0.1])
+    def test_long_run(self, budget: float, traced_s: float) -> None:
+        """Traces in every step: both together stay within the budget, and each has a part of its half."""
+        server = TracedServer(budget, rate=1.0, sample_s=0.002, traced_s=traced_s)
+        server.run(20_000)
+        sample, traces = server.run(40_000)
+        assert sample + traces <= budget * 1.1
+        assert sample >= budget / 8
+        assert traces >= min(traced_s / 0.01, budget) / 8
+
+    def test_leaves_what_the_other_does_not_use(self) -> None:
+        """Without a sample traces have nearly all of the budget, without traces the sample has."""
+        server = TracedServer(0.01, rate=0.0, sample_s=0.002, traced_s=0.002)
+        server.run(20_000)
+        assert 0.005 < server.run(40_000)[1] <= 0.0105
+        server = TracedServer(0.01, rate=1.0, sample_s=0.002, traced_s=0.002)
+        assert 0.004 < server.run(40_000, traced=False)[0] <= 0.0105
+
+    def test_a_trace_now_and_then(self) -> None:
+        """What comes rarely is paid from what was saved, and loses no step."""
+        server = TracedServer(0.01, rate=0.01, sample_s=0.002, traced_s=0.01)
+        for _ in range(20):
+            server.run(5000, traced=False)
+            assert server.run(20)[1] == pytest.approx(0.5, rel=0.05)
+
+    def test_ranks(self) -> None:
+        """What a rank on a higher level keeps, a rank on a lower one keeps too."""
+        cheap, dear = TraceBudget(0.01), TraceBudget(0.01)
+        kept: tuple[set[int], set[int]] = (set(), set())
+        for step in range(30_000):
+            for traces, cost_s, steps in ((cheap, 0.002, kept[0]), (dear, 0.008, kept[1])):
+                measured = traces.next_step()
+                if measured:
+                    steps.add(step)
+                traces.record(cost_s * measured, 0.0, 0.01 + cost_s * measured, wanted=True)
+        late = {step for step in kept[1] if step > 5000}
+        assert 0 < len(late) < len(kept[0])
+        assert late <= kept[0]
+
+    def test_edit(self) -> None:
+        """Lifted, every step measures traces at once; a new budget begins with an account of its own."""
+        server = TracedServer(0.001, rate=0.0, sample_s=0.0, traced_s=0.01)
+        server.run(5000)
+        assert server.traces.refuses
+        server.traces.set_budget(None)
+        assert (server.traces.refuses, [server.traces.next_step() for _ in range(8)]) == (False, [True] * 8)
 
 
 class TestStepSampler:

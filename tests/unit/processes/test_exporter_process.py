@@ -29,6 +29,7 @@ from glassbox.processes.exporter.loop import main
 from glassbox.processes.exporter.sinks import Sinks
 from glassbox.store.exporter_lock import ExporterLock
 from glassbox.store.exporter_status import read_status
+from glassbox.store.metrics_page import NAME, note_front, open_page
 from glassbox.store.snapshot import write_snapshot
 from tests.export_samples import limited_file_size, make_snapshot, write_config
 from tests.otlp_receiver import OtlpReceiver
@@ -121,6 +122,19 @@ class TestIsNeeded:
         environ = {"PROMETHEUS_MULTIPROC_DIR": "/x", "GLASSBOX_RUN_DIR": elsewhere}
         assert is_needed(config(), environ) is False
         assert is_needed(config(prometheus={"port": 9464}), environ) is True
+
+    def test_the_page_of_vllms_port(self, tmp_path: Path) -> None:
+        """Once an API server of this node hands it out, and unless it is not wanted there."""
+        assert is_needed(config(), {}, tmp_path) is False
+        note_front(tmp_path)
+        assert is_needed(config(), {}, tmp_path) is True
+        assert is_needed(config(prometheus={"on_vllm_port": False}), {}, tmp_path) is False
+
+    def test_own_port_only(self) -> None:
+        """Without vLLM's port multiprocess files are wanted by nobody."""
+        environ = {"PROMETHEUS_MULTIPROC_DIR": "/x"}
+        assert is_needed(config(prometheus={"on_vllm_port": False}), environ) is False
+        assert is_needed(config(prometheus={"on_vllm_port": False, "port": 9464}), environ) is True
 
     def test_never_if_switched_off(self) -> None:
         """`enabled: false` means nothing runs."""
@@ -260,6 +274,48 @@ class TestSinks:
         current[0] = config(prometheus={"enabled": False})
         sinks.round()
         assert generate_latest(registry) == b""
+        sinks.close()
+
+    def test_the_page_of_vllms_port(self, sinks: Sinks, current: dict[str, GlassboxConfig], run_dir: Path) -> None:
+        """Written while an API server hands it out and the configuration wants it there; its time is the last look."""
+        sinks.round()
+        with pytest.raises(FileNotFoundError):
+            open_page(run_dir)
+        note_front(run_dir)
+        before = time.time()
+        sinks.round()
+        page = open_page(run_dir)
+        assert page.time_s == pytest.approx(before, abs=5)
+        text = b"".join(page.read(at, length) for at, length in page.ranges("text")).decode()
+        page.close()
+        assert "glassbox_steps_total{" in text
+        os.utime(run_dir / NAME, (1.0, 1.0))
+        sinks.round()
+        page = open_page(run_dir)
+        page.close()
+        assert page.time_s >= before - 1
+        current["config"] = config(prometheus={"on_vllm_port": False})
+        sinks.round()
+        with pytest.raises(FileNotFoundError):
+            open_page(run_dir)
+        assert "page" not in sinks.errors.counts()
+
+    def test_multiprocess_files_are_empty_where_a_page_is_handed_out(self, run_dir: Path, tmp_path: Path) -> None:
+        """vLLM would merge them in its own process, to show the same twice."""
+        directory = tmp_path / "multiprocess"
+        directory.mkdir()
+        sinks = Sinks(run_dir, config, {"PROMETHEUS_MULTIPROC_DIR": str(directory)})
+
+        def shown() -> bytes:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, str(directory))
+            return generate_latest(registry)
+
+        sinks.round()
+        assert b"glassbox_steps_total" in shown()
+        note_front(run_dir)
+        sinks.round()
+        assert shown() == b""
         sinks.close()
 
 

@@ -463,13 +463,63 @@ class TestTracedRequests:
         assert trace.record().positions.tolist() == [10]
 
     def test_budget(self) -> None:
-        """The sample's budget is not charged with what traced requests cost."""
+        """Traces of one request after another keep to the budget too, and those that lost rows say so."""
         setup = Setup(sample_rate=0.01, sampling={"overhead_budget": 0.01})
         setup.measurer.seconds = {"begin": 0.02}
-        for step in range(400):
+        setup.step([DECODE], step_s=0.05, new={0: {"glassbox": "trace"}})
+        for _ in range(100):  # what the first minute may cost at once is spent
+            setup.step([DECODE], step_s=0.05)
+        start, before = setup.clock.now, setup.observer.counters.overhead_seconds
+        for _ in range(20_000):
+            setup.step([DECODE], step_s=0.05)
+        share = (setup.observer.counters.overhead_seconds - before) / (setup.clock.now - start)
+        assert 0.004 < share <= 0.0105
+        (trace,) = setup.requests.active()
+        assert trace.record().truncated
+        assert 19_000 < setup.observer.counters.trace_skipped_steps < 20_100
+
+    def test_budget_is_shared(self) -> None:
+        """Neither the sample nor the traces starve the other: each has rows in the long run."""
+        setup = Setup(sample_rate=0.2, sampling={"overhead_budget": 0.02})
+        setup.measurer.seconds = {"begin": 0.02}
+        setup.step([DECODE, DECODE], step_s=0.05, new={0: {"glassbox": "trace"}})
+        for _ in range(10_000):
+            setup.step([DECODE, DECODE], step_s=0.05)
+        setup.measurer.rows.clear()
+        start, before = setup.clock.now, setup.observer.counters.overhead_seconds
+        for _ in range(20_000):
+            setup.step([DECODE, DECODE], step_s=0.05)
+        share = (setup.observer.counters.overhead_seconds - before) / (setup.clock.now - start)
+        assert share <= 0.021
+        counted = sum(1 for rows in setup.measurer.rows if (rows[:, ROW_PHASE] & ROW_UNCOUNTED == 0).any())
+        traced = sum(1 for rows in setup.measurer.rows if (rows[:, ROW_SLOT] >= 0).any())
+        # Half of the budget is one step in a hundred at 20 ms on 50.
+        assert min(counted, traced) > 20_000 / 400, (counted, traced)
+
+    def test_a_trace_that_comes_when_the_budget_is_spent(self) -> None:
+        """It is refused, by a reason of its own; after a pause the next one is traced again."""
+        setup = Setup(sample_rate=0.0, sampling={"overhead_budget": 0.01})
+        setup.measurer.seconds = {"begin": 0.05}
+        setup.step([DECODE], step_s=0.05, new={0: {"glassbox": "trace"}})
+        for _ in range(200):
+            setup.step([DECODE], step_s=0.05)
+        setup.step([DECODE, DECODE], step_s=0.05, new={1: {"glassbox": "trace"}})
+        assert setup.requests.counts()[0]["budget"] == 1
+        gone = {"finished_req_ids": {"request-0", "request-1"}}
+        setup.observer.idle_step(SimpleNamespace(), scheduled_step(**gone))
+        for _ in range(2000):
+            setup.step([DECODE], step_s=0.05)
+        setup.step([DECODE], step_s=0.05, new={0: {"glassbox": "trace"}})
+        assert setup.requests.counts()[0]["budget"] == 1
+        assert not setup.requests.active()[0].record().truncated
+
+    def test_without_a_budget(self) -> None:
+        """Traces are measured in every step, whatever they cost."""
+        setup = Setup(sample_rate=0.0)
+        setup.measurer.seconds = {"begin": 1.0}
+        for step in range(100):
             setup.step([DECODE], step_s=0.05, new={} if step else {0: {"glassbox": "trace"}})
-        assert setup.observer.counters.overhead_seconds == pytest.approx(400 * 0.02)
-        assert setup.observer.effective_sample_rate == 0.01
+        assert (len(setup.measurer.rows), setup.observer.counters.trace_skipped_steps) == (100, 0)
 
     def test_gone_with_a_step_without_tokens(self) -> None:
         """The last request's end comes with an output that schedules nothing."""

@@ -70,3 +70,12 @@ def test_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Where nothing is measured, nobody misses anything."""
     Node(tmp_path).look(GlassboxConfig(enabled=False), GRACE_S + 1)
     assert logged(caplog.records) == []
+
+
+def test_own_port_only_without_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With an API server that shows nothing, and no port of glassbox's own, it is said which key is to blame."""
+    node = Node(tmp_path)
+    write_note(tmp_path)
+    node.look(config(prometheus={"on_vllm_port": False}), GRACE_S + 1)
+    (line,) = logged(caplog.records)
+    assert "export.prometheus.on_vllm_port is false" in line

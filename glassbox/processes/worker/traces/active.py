@@ -112,6 +112,7 @@ class ActiveTrace:
         internal_id, why, options, prompt_len, client, sampling_params: as given.
         nbytes: of what is kept so far.
         truncated: nothing more is kept.
+        thinned: rows of some steps were left out.
         status: see RequestTrace.
         num_generated: tokens so far, as far as the computed positions tell.
         tokens: of prompt and answer, if they are to be kept and the runner knows them.
@@ -139,7 +140,7 @@ class ActiveTrace:
         self.sampling_params = sampling_params
         self.local_layers, self.head_columns = local_layers, head_columns
         self.nbytes = self.num_generated = self.version = 0
-        self.truncated = False
+        self.truncated = self.thinned = False
         self.status: Status = "active"
         self.tokens: RequestTokens | None = None
         self._host, self._traceparent = host, traceparent
@@ -179,6 +180,11 @@ class ActiveTrace:
     def truncate(self) -> None:
         """Keep nothing more."""
         self.truncated = True
+        self.version += 1
+
+    def skip(self) -> None:
+        """A step's rows of this request are not measured."""
+        self.thinned = True
         self.version += 1
 
     def append(self, chunk: Chunk) -> None:
@@ -261,7 +267,7 @@ class ActiveTrace:
             layers=tuple(host.layers[local] for local in self.local_layers),
             heads=tuple(host.head_offset + column for column in self.head_columns),
             options=self.options,
-            truncated=self.truncated,
+            truncated=self.truncated or self.thinned,
             span_names=tuple(span.name for span in spans),
             arrays=arrays
             | {

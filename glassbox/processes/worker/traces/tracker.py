@@ -34,6 +34,7 @@ logger = get_logger(__name__)
 
 Reason = Literal[
     "bad_options",
+    "budget",
     "client_max_active",
     "client_rows",
     "disabled",
@@ -45,6 +46,7 @@ Reason = Literal[
 ]
 REFUSAL_REASONS: Final[dict[Reason, str]] = {
     "bad_options": "its options are not understood, or name no layer or head that is measured",
+    "budget": "traced requests have spent sampling.overhead_budget",
     "client_max_active": "requests.per_client.max_active requests of its client are traced already",
     "client_rows": "its client has used up requests.per_client.rows_per_second",
     "disabled": "glassbox is switched off (enabled: false)",
@@ -88,9 +90,16 @@ class RequestTracker:
         self._traced: Counter[Why] = Counter()
         self._config: GlassboxConfig | None = None
         self._quota = RowQuota(clock)
+        self._spent = False
 
     def begin_step(
-        self, runner: Runner, step: ScheduledStep, config: GlassboxConfig, local_layers: frozenset[int]
+        self,
+        runner: Runner,
+        step: ScheduledStep,
+        config: GlassboxConfig,
+        local_layers: frozenset[int],
+        *,
+        spent: bool = False,
     ) -> bool:
         """Hear of a step: who is gone, who is new.
 
@@ -99,11 +108,12 @@ class RequestTracker:
             step: as the scheduler wants it; one without tokens tells who is gone, too.
             config: in force.
             local_layers: observed layers that are measured now.
+            spent: no further trace may begin, since those there are have spent the budget.
 
         Returns:
             Whether the step has rows of traced requests.
         """
-        self._config = config
+        self._config, self._spent = config, spent
         self._deferred.run()
         # Before the new ones: an id may be gone and come again in the same step.
         if self._active or self._off or self._refused:
@@ -118,6 +128,12 @@ class RequestTracker:
             return False
         scheduled = step.scheduled
         return any(req_id in scheduled for req_id, trace in self._active.items() if not trace.truncated)
+
+    def skip(self, step: ScheduledStep) -> None:
+        """The rows of traced requests in this step are not measured."""
+        for req_id, trace in self._active.items():
+            if req_id in step.scheduled:
+                trace.skip()
 
     def marks(self, req_ids: tuple[str, ...]) -> tuple[npt.NDArray[np.bool_] | None, npt.NDArray[np.bool_] | None]:
         """Which requests of a batch are traced and which have no statistics, bool [B] each; None is none."""
@@ -250,6 +266,8 @@ class RequestTracker:
             self._refuse(new.req_id, "bad_options", f"glassbox_heads must be below {host.num_heads_total}")
         elif not host.knows_positions:
             self._refuse(new.req_id, "positions")
+        elif self._spent:
+            self._refuse(new.req_id, "budget")
         elif len(self._active) >= config.requests.max_active:
             self._refuse(new.req_id, "max_active")
         elif (reason := self._over_quota(choice.client, config.requests.per_client)) is not None:

@@ -1,0 +1,194 @@
+"""The page of metrics that the exporter leaves for the API servers, who hand out its bytes as they are.
+
+Owns the file: made by the exporter at each interval, replaced whole, and read in parts, so that nobody who serves it
+holds it in memory or parses it. What stands in it is text of `export/page.py`'s; of that this module knows only which
+family, engine and format a block of bytes belongs to.
+
+    glassbox-page-1 <place of the index> <its length>
+    blocks of bytes
+    the index: JSON, a list of families with the names of their samples and their blocks
+
+Its time (mtime) is that of the snapshots it was made of, also if they have not changed since.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+from glassbox.core.files import write_atomically
+
+NAME: Final = "metrics.page"
+Format = Literal["text", "openmetrics"]
+Range = tuple[int, int]  # place in the file, and length
+
+_MAGIC: Final = b"glassbox-page-1"
+_HEADER_BYTES: Final = len(_MAGIC) + 1 + 20 + 1 + 12 + 1
+_MAX_INDEX_BYTES: Final = 16_000_000
+_FRONT_NOTE: Final = "metrics.front"
+
+
+class Block(NamedTuple):
+    """Some lines of a family.
+
+    Attributes:
+        engine: label of the engine that they are of; None belongs to all, as the family's HELP and TYPE.
+        format: that they are for; None is both.
+        at, length: where they stand.
+    """
+
+    engine: str | None
+    format: Format | None
+    at: int
+    length: int
+
+
+class PageBuilder:
+    """Puts blocks together, family by family."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._at = _HEADER_BYTES
+        self._families: list[dict[str, Any]] = []
+
+    def begin_family(self, names: Iterable[str]) -> None:
+        """What is added from now on is of a family whose samples have these names."""
+        self._families.append({"names": list(names), "blocks": []})
+
+    def add(self, content: bytes, engine: str | None = None, format: Format | None = None) -> None:
+        """Add a block of the family that was begun last; see Block."""
+        self._families[-1]["blocks"].append(Block(engine, format, self._at, len(content)))
+        self._chunks.append(content)
+        self._at += len(content)
+
+    def finish(self) -> bytes:
+        """The file."""
+        index = json.dumps(self._families, separators=(",", ":")).encode()
+        header = b"%s %020d %012d\n" % (_MAGIC, self._at, len(index))
+        return b"".join([header, *self._chunks, index])
+
+
+class MetricsPage:
+    """A page, open for reading until it is closed.
+
+    Attributes:
+        time_s: Unix time of what it shows.
+
+    Args:
+        read: returns `length` bytes from a place on, fewer at the end; from any thread.
+        time_s: see above.
+        close: lets go of what `read` reads from.
+
+    Raises:
+        ValueError: it is no page of this format.
+    """
+
+    def __init__(
+        self, read: Callable[[int, int], bytes], time_s: float, close: Callable[[], None] = lambda: None
+    ) -> None:
+        self.read, self.time_s, self.close = read, time_s, close
+        try:
+            magic, at, length = read(0, _HEADER_BYTES).split()
+            index_at, index_length = int(at), int(length)
+            if magic != _MAGIC or index_at < _HEADER_BYTES or not 0 < index_length <= _MAX_INDEX_BYTES:
+                raise ValueError("another header")
+            self._families = [
+                (frozenset(family["names"]), [Block(*block) for block in family["blocks"]])
+                for family in json.loads(read(index_at, index_length))
+            ]
+            for _, blocks in self._families:
+                for block in blocks:
+                    if not _HEADER_BYTES <= block.at <= block.at + block.length <= index_at:
+                        raise ValueError("a block outside of the file")
+        except Exception as error:  # garbage can fail anywhere
+            raise ValueError(f"{NAME} must be a page of metrics: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def of_bytes(cls, data: bytes, time_s: float) -> "MetricsPage":
+        """What PageBuilder has made, without a file."""
+        return cls(lambda at, length: data[at : at + length], time_s)
+
+    def ranges(
+        self, format: Format, engines: Collection[str] | None = None, names: Collection[str] = ()
+    ) -> list[Range]:
+        """Where to read what is to be shown, in this order.
+
+        Args:
+            format: of the answer.
+            engines: labels of those that are shown; None is all.
+            names: of samples whose families are shown; none is all of them.
+        """
+        found: list[Range] = []
+        for of_family, blocks in self._families:
+            if names and of_family.isdisjoint(names):
+                continue
+            fitting = [block for block in blocks if block.format in (None, format)]
+            shown = [block for block in fitting if block.engine is None or engines is None or block.engine in engines]
+            if all(block.engine is None for block in shown) and any(block.engine is not None for block in fitting):
+                continue  # a header without samples
+            for block in shown:
+                if found and sum(found[-1]) == block.at:
+                    found[-1] = (found[-1][0], found[-1][1] + block.length)
+                else:
+                    found.append((block.at, block.length))
+        return found
+
+
+def write_page(run_dir: Path, data: bytes, time_s: float) -> None:
+    """Replace the page.
+
+    Raises:
+        OSError: it can't be written; the older one stays.
+    """
+    write_atomically(Path(run_dir) / NAME, data)
+    confirm_page(run_dir, time_s)
+
+
+def confirm_page(run_dir: Path, time_s: float) -> None:
+    """The page still is what there is to show at this time.
+
+    Raises:
+        OSError: there is none.
+    """
+    os.utime(Path(run_dir) / NAME, (time_s, time_s))
+
+
+def remove_page(run_dir: Path) -> None:
+    """Nobody keeps it up to date any more."""
+    (Path(run_dir) / NAME).unlink(missing_ok=True)
+
+
+def open_page(run_dir: Path) -> MetricsPage:
+    """The page as it is now; it may be replaced while it is read.
+
+    Raises:
+        OSError: there is none, or it can't be read.
+        ValueError: it is none, or not this user's.
+    """
+    # Never blocks, whatever somebody has put there.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = os.open(Path(run_dir) / NAME, flags)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            raise ValueError(f"{NAME} must be a file of user {os.geteuid()}")
+        return MetricsPage(lambda at, length: os.pread(handle, length, at), found.st_mtime, lambda: os.close(handle))
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def note_front(run_dir: Path) -> None:
+    """Tell the exporter and the workers of this node that an API server hands out the page.
+
+    Raises:
+        OSError: it can't be written, or there is no run directory.
+    """
+    (Path(run_dir) / _FRONT_NOTE).touch(mode=0o600)
+
+
+def has_front(run_dir: Path) -> bool:
+    """Whether an API server has told it."""
+    return (Path(run_dir) / _FRONT_NOTE).exists()

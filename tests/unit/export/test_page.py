@@ -1,0 +1,143 @@
+"""The page of metrics: byte for byte what prometheus_client would write, and readable in parts."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+
+from glassbox.export.families import build_families
+from glassbox.export.family import Family, Series
+from glassbox.export.page import EOF_LINE, render
+from glassbox.export.prometheus import to_metric
+from glassbox.store.merge import Detail, merge
+from glassbox.store.metrics_page import (
+    NAME,
+    Format,
+    MetricsPage,
+    PageBuilder,
+    confirm_page,
+    open_page,
+    remove_page,
+    write_page,
+)
+from tests.export_samples import make_snapshot
+from tests.metrics_pages import Families
+
+ODD = 'a "model"\\with\nlines and ünïcode'
+
+
+def families(detail: Detail, *engines: str, model: str = "tiny/model") -> list[Family]:
+    return build_families(merge([make_snapshot(engine=engine, model_name=model) for engine in engines]), detail)
+
+
+def shown(
+    page: MetricsPage, format: Format = "text", engines: Sequence[str] | None = None, names: Sequence[str] = ()
+) -> bytes:
+    return b"".join(page.read(at, length) for at, length in page.ranges(format, engines, names))
+
+
+def registry(found: Sequence[Family]) -> CollectorRegistry:
+    made = CollectorRegistry()
+    made.register(Families([to_metric(family) for family in found]))
+    return made
+
+
+class TestText:
+    @pytest.mark.parametrize("detail", ["model", "layer", "head"])
+    def test_the_same_bytes(self, detail: Detail) -> None:
+        """Of two engines at every detail, and with a name that has to be escaped."""
+        found = families(detail, "0", "1", model=ODD)
+        assert shown(MetricsPage.of_bytes(render(found), 0.0)) == generate_latest(registry(found))
+
+    def test_numbers_that_are_none(self) -> None:
+        """NaN, infinities, exponents and large counts are written alike."""
+        values = (math.nan, math.inf, -math.inf, 1e-300, 0.1, -2.5, 1234567, 12345678.25, 1e22, 3)
+        series = tuple(Series(("m", str(i)), value, 0.0) for i, value in enumerate(values))
+        gauge = Family("glassbox_x", "glassbox.x", "gauge", 'Help "quoted" \\ and\nbroken.', "1", ("model_name", "n"))
+        found = [replace(gauge, series=series), replace(gauge, name="glassbox_y", series=series[:1])]
+        assert shown(MetricsPage.of_bytes(render(found), 0.0)) == generate_latest(registry(found))
+
+    @pytest.mark.parametrize("detail", ["model", "layer", "head"])
+    def test_open_metrics(self, detail: Detail) -> None:
+        """A strict parser reads it, and finds what prometheus_client writes, but no count where there is no sum."""
+        found = families(detail, "0", "1", model=ODD)
+        text = shown(MetricsPage.of_bytes(render(found), 0.0), "openmetrics") + EOF_LINE
+        list(parse_openmetrics(text.decode()))
+        lines = generate_openmetrics(registry(found)).decode().split("\n")
+        assert text.decode().split("\n") == [
+            one for one in lines if not one.startswith("glassbox_attention_max_logit_count")
+        ]
+
+
+class TestParts:
+    def test_engines(self) -> None:
+        """A server that shows one engine of two shows what it would if there were no other."""
+        page = MetricsPage.of_bytes(render(families("layer", "0", "1")), 0.0)
+        assert shown(page, engines=["1"]) == generate_latest(registry(families("layer", "1")))
+        assert shown(page, engines=["7"]) == b""
+
+    def test_names(self) -> None:
+        """Of `name[]` the whole family of a sample's name."""
+        found = families("layer", "0")
+        page = MetricsPage.of_bytes(render(found), 0.0)
+        wanted = [
+            family for family in found if family.name in {"glassbox_steps_total", "glassbox_attention_sink_ratio"}
+        ]
+        names = ["glassbox_steps_total", "glassbox_attention_sink_ratio_bucket"]
+        assert shown(page, names=names) == generate_latest(registry(wanted))
+        assert shown(page, names=["vllm:num_requests_running"]) == b""
+
+    def test_no_families(self) -> None:
+        """A page without anything is one."""
+        assert shown(MetricsPage.of_bytes(render([]), 0.0)) == b""
+
+
+class TestFile:
+    def test_comes_back(self, tmp_path: Path) -> None:
+        """With its time, which may be confirmed without writing it again; open, it outlives what replaces it."""
+        data = render(families("layer", "0"))
+        write_page(tmp_path, data, 1000.0)
+        page = open_page(tmp_path)
+        assert (page.time_s, shown(page)) == (1000.0, shown(MetricsPage.of_bytes(data, 0.0)))
+        confirm_page(tmp_path, 1005.0)
+        write_page(tmp_path, render([]), 1010.0)
+        assert shown(page) == shown(MetricsPage.of_bytes(data, 0.0))
+        page.close()
+        remove_page(tmp_path)
+        remove_page(tmp_path)
+        with pytest.raises(FileNotFoundError):
+            open_page(tmp_path)
+
+    @pytest.mark.parametrize("cut", [0, 1, 40, 60, -1])
+    def test_damaged(self, tmp_path: Path, cut: int) -> None:
+        """A part of a page is none."""
+        (tmp_path / NAME).write_bytes(render(families("model", "0"))[:cut])
+        with pytest.raises(ValueError, match=r"metrics\.page must be a page of metrics"):
+            open_page(tmp_path)
+
+    def test_blocks_outside(self) -> None:
+        """An index that names bytes beyond the page is refused."""
+        builder = PageBuilder()
+        builder.begin_family(["x"])
+        builder.add(b"x 1\n")
+        data = builder.finish()
+        assert shown(MetricsPage.of_bytes(data, 0.0)) == b"x 1\n"
+        with pytest.raises(ValueError, match="a block outside"):
+            MetricsPage.of_bytes(data.replace(b",4]", b",9]"), 0.0)
+
+    def test_not_a_file(self, tmp_path: Path) -> None:
+        """Neither a link nor a pipe is followed or waited for."""
+        os.mkfifo(tmp_path / NAME)
+        with pytest.raises(ValueError, match="must be a file"):
+            open_page(tmp_path)
+        (tmp_path / NAME).unlink()
+        (tmp_path / "elsewhere").write_bytes(render([]))
+        (tmp_path / NAME).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(OSError, match="symbolic links"):
+            open_page(tmp_path)
