@@ -27,7 +27,7 @@ help:  ## Show the targets
 setup: $(STAMP)  ## Create the virtual environment (the others do it by themselves)
 
 # Runs once, and again after a change of what is to be installed. The stamp comes last: a broken set-up leaves none.
-$(STAMP): pyproject.toml tools/setup_venv.sh tools/vllm_metadata.py tools/vllm_releases.py tools/releases.toml
+$(STAMP): pyproject.toml tools/setup_venv.sh tools/install_cpu.sh tools/vllm_metadata.py tools/vllm_releases.py tools/releases.toml
 	tools/setup_venv.sh $(VENV)
 	@touch $@
 
