@@ -10,7 +10,10 @@ from glassbox.cli.commands.common import fail
 
 def doctor(
     url: Annotated[
-        str | None, typer.Option(help="Of the server, e.g. http://localhost:8000.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Of the server, such as http://localhost:8000; without it your only one here.", show_default=False
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -57,7 +60,7 @@ def doctor(
             run_dir=run_dir,
             prometheus=None if prometheus is None else _base(prometheus),
             api_key=api_key or None,
-        )
+        ).or_only_server()
     except ViewError as error:
         raise fail(str(error), 2) from None
     findings = []

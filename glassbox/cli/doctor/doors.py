@@ -21,7 +21,8 @@ _SECURITY: Final = "docs/security.md"
 def vllm_port(question: Question) -> Iterator[Finding]:
     """What the server's port shows to somebody without its key."""
     if question.url is not None:
-        yield from _port("door.vllm", question.url, question)
+        is_own = question.page.own and not question.page.vllm
+        yield from _port("door.own_port" if is_own else "door.vllm", question.url, question)
 
 
 def own_port(question: Question) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from glassbox.config.load import CONFIG_ENV, packaged_config
+from glassbox.config.load import CONFIG_ENV, ConfigError, GlassboxConfig, load_config, packaged_config
 from glassbox.store.rundir import RUN_DIR_ENV
 
 _PROC: Final = Path("/proc")
@@ -44,6 +44,14 @@ class LocalServer:
         text = self.option("--port")
         return int(text) if text is not None and text.isdecimal() else _DEFAULT_PORT
 
+    @property
+    def url(self) -> str:
+        """By which this machine reaches it."""
+        host = self.option("--host") or "127.0.0.1"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        scheme = "http" if self.option("--ssl-certfile") is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
     def option(self, name: str) -> str | None:
         """Value of an option of its command line."""
         for word, after in zip(self.words, [*self.words[1:], ""], strict=True):
@@ -65,6 +73,11 @@ class LocalServer:
         return local if os.path.lexists(local) and not local.is_dir() else packaged_config()
 
     @property
+    def own_port(self) -> int | None:
+        """That its YAML gives to glassbox."""
+        return None if self.config_path is None else own_port(loaded(self.config_path))
+
+    @property
     def front_end(self) -> str | None:
         """That hides what Python's processes measure; None if it is vLLM's own API server."""
         if self.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in {"", "0"}:
@@ -72,6 +85,19 @@ class LocalServer:
         if "--grpc" in self.words:
             return "vLLM's gRPC server (--grpc)"
         return "Dynamo (dynamo.vllm)" if "dynamo.vllm" in self.words else None
+
+
+def loaded(path: Path) -> GlassboxConfig | ConfigError:
+    """What a file says, or why it can't be used."""
+    try:
+        return load_config(path)
+    except ConfigError as bad:
+        return bad
+
+
+def own_port(config: GlassboxConfig | ConfigError) -> int | None:
+    """The port that a configuration gives to glassbox, None if none."""
+    return None if isinstance(config, ConfigError) else config.export.prometheus.port
 
 
 def local_servers() -> list[LocalServer]:

@@ -1,16 +1,16 @@
 """What doctor was asked, and what several checks need to know of it."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from glassbox.cli.doctor.local_servers import LocalServer, local_servers
+from glassbox.cli.doctor.local_servers import LocalServer, loaded, local_servers, own_port
 from glassbox.cli.doctor.page import MetricsPage
 from glassbox.cli.doctor.reading import get
-from glassbox.config.load import ConfigError, GlassboxConfig, find_config, load_config
+from glassbox.config.load import ConfigError, GlassboxConfig, find_config
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Question:
         prometheus: URL of a Prometheus.
         api_key: of the server, and of glassbox's port.
         environ: of this process.
+        servers: vLLM's servers of this user, on this machine.
     """
 
     url: str | None = None
@@ -34,17 +35,19 @@ class Question:
     prometheus: str | None = None
     api_key: str | None = None
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    servers: Sequence[LocalServer] = field(default_factory=local_servers)
+
+    def or_only_server(self) -> "Question":
+        """With the URL of this user's only server here, if none was named."""
+        if self.url is not None or len(self.servers) != 1:
+            return self
+        return replace(self, url=self.servers[0].url)
 
     @cached_property
     def page(self) -> MetricsPage:
         """The server's /metrics, with the key if there is one."""
         assert self.url is not None
         return MetricsPage(get(f"{self.url}/metrics", self.api_key))
-
-    @cached_property
-    def servers(self) -> list[LocalServer]:
-        """vLLM's servers of this user, on this machine."""
-        return local_servers()
 
     @cached_property
     def server(self) -> LocalServer | None:
@@ -55,7 +58,7 @@ class Question:
         if not is_local(parts.hostname or ""):
             return None
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        return next((server for server in self.servers if server.port == port), None)
+        return next((server for server in self.servers if port in (server.port, server.own_port)), None)
 
     @cached_property
     def config_path(self) -> Path:
@@ -69,10 +72,7 @@ class Question:
     @cached_property
     def loaded(self) -> "GlassboxConfig | ConfigError":
         """What the file says, or why it can't be used."""
-        try:
-            return load_config(self.config_path)
-        except ConfigError as bad:
-            return bad
+        return loaded(self.config_path)
 
     @property
     def valid_config(self) -> "GlassboxConfig | None":
@@ -82,11 +82,11 @@ class Question:
     @property
     def own_url(self) -> str | None:
         """Of glassbox's own port, on the server's machine; None if the configuration has none."""
-        config = self.valid_config
-        if config is None or config.export.prometheus.port is None:
+        port = own_port(self.loaded)
+        if port is None:
             return None
         host = "127.0.0.1" if self.url is None else urlsplit(self.url).hostname or "127.0.0.1"
-        return f"http://{f'[{host}]' if ':' in host else host}:{config.export.prometheus.port}"
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def is_local(host: str) -> bool:

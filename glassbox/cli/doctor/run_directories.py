@@ -9,7 +9,7 @@ from typing import Final
 
 from glassbox.cli.doctor.error_stages import stage_findings
 from glassbox.cli.doctor.finding import Finding, error, ok, unknown, warning
-from glassbox.cli.doctor.local_servers import LocalServer
+from glassbox.cli.doctor.local_servers import LocalServer, own_port
 from glassbox.cli.doctor.question import Question
 from glassbox.core.kill_switch import is_disabled
 from glassbox.store import api_server_note
@@ -54,7 +54,7 @@ def _hidden(server: LocalServer, question: Question) -> Iterator[Finding]:
     seen = f"process {server.pid} is behind {server.front_end}, which shows nothing of glassbox at its /metrics"
     if config is None:
         yield warning("run.front_end", seen, PORT_OR_PUSH)
-    elif config.export.prometheus.port is None and not config.export.otel.enabled:
+    elif own_port(config) is None and not config.export.otel.enabled:
         yield error("run.front_end", f"{seen}: measured, but nobody can see it", PORT_OR_PUSH)
     else:
         yield ok("run.front_end", f"{seen}; glassbox's own port or OTLP does")

@@ -13,7 +13,9 @@ from glassbox.cli.doctor.run_directories import PORT_OR_PUSH
 from glassbox.core.counters import BYPASS_REASONS
 from glassbox.view.text import format_seconds
 
+# Of a worker's numbers: an idle one writes every 15 s.
 _OLD_S: Final = 60.0
+_INTERVALS: Final = 6
 # Of the file sinks and of OTLP: some push once a minute.
 _SINK_OLD_S: Final = 300.0
 _UNCERTIFIED: Final = ("not_certified", "not_reproduced")
@@ -163,30 +165,39 @@ def sampling(question: Question) -> Iterator[Finding]:
 
 
 def _age(page: MetricsPage) -> Iterator[Finding]:
+    name = "server.age"
     ages = [value for _, value in page.samples("snapshot_age_seconds")]
     if not ages:
-        yield unknown(
-            "server.age", "this server has no glassbox_snapshot_age_seconds", "run.snapshots tells it on its host"
-        )
-    elif max(ages) > _OLD_S:
-        seen = f"{len(ages)} workers; the oldest numbers are {format_seconds(max(ages))} old"
-        yield error("server.age", seen, "is the disk of the run directory full? docs/runbooks/GlassboxNotSampling.md")
+        yield unknown(name, "this server has no glassbox_snapshot_age_seconds", "run.snapshots tells it on its host")
+        return
+    oldest = max(ages)
+    seen = f"{len(ages)} workers; the oldest numbers are {format_seconds(oldest)} old"
+    if oldest > _limit_s(page, _OLD_S):
+        yield error(name, seen, "is the disk of the run directory full? docs/runbooks/GlassboxNotSampling.md")
     else:
-        yield ok("server.age", f"{len(ages)} workers; the oldest numbers are {format_seconds(max(ages))} old")
+        yield ok(name, seen)
+
+
+def _limit_s(page: MetricsPage, least_s: float) -> float:
+    """What is older than some intervals of the server isn't only waiting for the next."""
+    return max(least_s, _INTERVALS * (page.total("export_interval_seconds") or 0.0))
 
 
 def errors(question: Question) -> Iterator[Finding]:
-    """Stages of glassbox that failed, and sinks that have not taken anything for long."""
+    """Stages of glassbox that failed, an exporter that is gone, and sinks that took nothing for long."""
     page = _page(question)
     if page is None:
         return
     yield from stage_findings("server.errors", page.by("errors_total", "stage"))
+    if page.total("exporter_up") == 0:
+        seen = f"the exporter gave no sign of life for {format_seconds(page.total('exporter_silence_seconds') or 0.0)}"
+        yield error("server.exporter", seen, "see run.exporter on its host, and the server's log")
     for labels, value in page.samples("sink_last_success_timestamp_seconds"):
-        sink, age = labels.get("sink", "?"), time.time() - value
-        if value > 0 and age <= _SINK_OLD_S:
-            yield ok("server.sinks", f"{sink}: last success {format_seconds(max(0.0, age))} ago")
+        sink, age_s = labels.get("sink", ""), time.time() - value
+        if value > 0 and age_s <= _limit_s(page, _SINK_OLD_S):
+            yield ok("server.sinks", f"{sink}: last success {format_seconds(max(0.0, age_s))} ago")
         else:
-            seen = f"{sink}: " + (f"last success {format_seconds(age)} ago" if value > 0 else "no success yet")
+            seen = f"{sink}: " + (f"last success {format_seconds(age_s)} ago" if value > 0 else "no success yet")
             yield error("server.sinks", seen, "see server.errors and the server's log for why")
 
 
