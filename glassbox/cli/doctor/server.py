@@ -16,6 +16,8 @@ from glassbox.view.text import format_seconds
 # Of a worker's numbers: an idle one writes every 15 s.
 _OLD_S: Final = 60.0
 _INTERVALS: Final = 6
+# Measured ones, of which some must have had rows.
+_ENOUGH_STEPS: Final = 10
 # Of the file sinks and of OTLP: some push once a minute.
 _SINK_OLD_S: Final = 300.0
 _UNCERTIFIED: Final = ("not_certified", "not_reproduced")
@@ -155,7 +157,7 @@ def sampling(question: Question) -> Iterator[Finding]:
         yield warning("server.sampling", f"{seen}: nothing is measured", "set sample_rate above 0 in the server's YAML")
     elif steps == 0:
         yield unknown("server.sampling", "the engine has done no step yet", "send a request")
-    elif rows == 0 and steps * (rate or 0.0) > 10:
+    elif rows == 0 and max(sampled, steps * (rate or 0.0)) >= _ENOUGH_STEPS:
         yield error("server.sampling", f"{seen}: no row", "docs/runbooks/GlassboxNotSampling.md")
     elif rows == 0:
         yield unknown("server.sampling", f"{seen}: too few to tell", "send more requests, or raise sample_rate")
