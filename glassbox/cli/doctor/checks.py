@@ -8,10 +8,10 @@ from glassbox.cli.doctor import (
     doors,
     kernel,
     packages,
-    plugin,
-    prometheus,
+    plugin_loading,
+    prometheus_targets,
     run_directories,
-    server,
+    served_metrics,
 )
 from glassbox.cli.doctor.finding import Finding, unknown
 from glassbox.cli.doctor.question import Question
@@ -25,9 +25,9 @@ INSTALLATION: Final[tuple[Check, ...]] = (
     packages.vllm_metadata,
     packages.torch_fits,
     packages.vllm_imports,
-    plugin.entry_point,
-    plugin.named,
-    plugin.switched_off,
+    plugin_loading.entry_point,
+    plugin_loading.named,
+    plugin_loading.switched_off,
     configuration.found,
     configuration.valid,
     configuration.suits_model,
@@ -38,16 +38,16 @@ INSTALLATION: Final[tuple[Check, ...]] = (
 RUNNING: Final[tuple[Check, ...]] = (
     run_directories.servers,
     run_directories.directories,
-    server.reachable,
-    server.shown,
-    server.versions,
-    server.configuration,
-    server.layers,
-    server.sampling,
-    server.errors,
+    served_metrics.reachable,
+    served_metrics.shown,
+    served_metrics.versions,
+    served_metrics.configuration,
+    served_metrics.layers,
+    served_metrics.sampling,
+    served_metrics.errors,
     doors.vllm_port,
     doors.own_port,
-    prometheus.scraping,
+    prometheus_targets.scraping,
 )
 
 

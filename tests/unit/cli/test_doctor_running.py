@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from glassbox.cli.doctor import doors, plugin, prometheus, run_directories, server
+from glassbox.cli.doctor import doors, plugin_loading, prometheus_targets, run_directories, served_metrics
 from glassbox.cli.doctor.checks import RUNNING, examine
 from glassbox.cli.doctor.finding import Finding, Status
 from glassbox.cli.doctor.local_servers import LocalServer, listening_addresses, local_servers
@@ -118,7 +118,7 @@ def sending(*parts: bytes, pause_s: float = 0.0) -> Iterator[str]:
 
 def page_findings(page: str, headers: Mapping[str, str] | None = None, status: int = 200) -> list[Finding]:
     """What is told of a server with such a /metrics."""
-    checks = [check for check in RUNNING if check.__module__ == server.__name__]
+    checks = [check for check in RUNNING if check.__module__ == served_metrics.__name__]
     with answering(lambda *_: (status, page), headers) as url:
         return list(examine(asked(url=url), checks))
 
@@ -173,9 +173,9 @@ class TestPage:
         """Its port is closed; nothing else is told of it."""
         (found,) = page_findings("", status=500)
         assert ("server.reachable", Status.ERROR) == (found.id, found.status)
-        (found,) = server.reachable(asked(url=f"http://127.0.0.1:{free_port()}"))
+        (found,) = served_metrics.reachable(asked(url=f"http://127.0.0.1:{free_port()}"))
         assert Status.ERROR is found.status
-        assert {"server.reachable": "unknown"} == statuses(server.reachable(asked()))
+        assert {"server.reachable": "unknown"} == statuses(served_metrics.reachable(asked()))
 
     def test_a_page_that_asks_for_a_key(self) -> None:
         """The remedy is to give it, and it is sent."""
@@ -184,9 +184,9 @@ class TestPage:
             return (200, good_page()) if given == f"Bearer {KEY}" else (401, "")
 
         with answering(answers) as url:
-            (found,) = server.reachable(asked(url=url))
+            (found,) = served_metrics.reachable(asked(url=url))
             assert (Status.ERROR, True) == (found.status, "GLASSBOX_API_KEY" in (found.remedy or ""))
-            assert {"server.reachable": "ok"} == statuses(server.reachable(asked(url=url, api_key=KEY)))
+            assert {"server.reachable": "ok"} == statuses(served_metrics.reachable(asked(url=url, api_key=KEY)))
 
     @pytest.mark.parametrize(
         ("page", "headers", "seen"),
@@ -478,8 +478,8 @@ class TestLocalServers:
         variables = {"VLLM_PLUGINS": "other", "GLASSBOX_DISABLE": "1"}
         with self.serving(tmp_path, **variables) as found:
             question = asked(servers=[found])
-            named = [one.status.value for one in plugin.named(question)]
-            disabled = [one.status.value for one in plugin.switched_off(question)]
+            named = [one.status.value for one in plugin_loading.named(question)]
+            disabled = [one.status.value for one in plugin_loading.switched_off(question)]
         assert (["ok", "error"], ["ok", "warning"]) == (named, disabled)
 
     @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ class TestLocalServers:
 
 class TestPrometheus:
     def look(self, prometheus_url: str, **changes: Any) -> dict[str, str]:
-        return statuses(prometheus.scraping(asked(prometheus=prometheus_url, **changes)))
+        return statuses(prometheus_targets.scraping(asked(prometheus=prometheus_url, **changes)))
 
     def test_a_real_one(self, tmp_path: Path) -> None:
         """It scrapes the server, has its series and alerts, one of which fires; another server is no target of it."""
@@ -544,4 +544,4 @@ class TestPrometheus:
 
     def test_none_was_named(self) -> None:
         """Says how to."""
-        assert {"prometheus.reachable": "unknown"} == statuses(prometheus.scraping(asked()))
+        assert {"prometheus.reachable": "unknown"} == statuses(prometheus_targets.scraping(asked()))

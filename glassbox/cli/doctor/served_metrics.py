@@ -32,7 +32,11 @@ def reachable(question: Question) -> Iterator[Finding]:
     answer = question.page.answer
     if answer.status is None:
         seen = f"{question.url}/metrics: {answer.why}"
-        yield error(name, seen, "does the server run, is this its address, does a firewall or proxy stand between?")
+        yield error(
+            name,
+            seen,
+            "does the server run, or is it starting still? Is this its address, does a firewall stand between?",
+        )
     elif answer.status in {401, 403}:
         remedy = "give the key: --api-key or GLASSBOX_API_KEY"
         yield error(name, f"{question.url}/metrics asks for a key (HTTP {answer.status})", remedy)
