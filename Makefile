@@ -1,6 +1,12 @@
 # Everything starts here: `make demo` and `make test` each work alone on a fresh clone (Python 3.11 to 3.13).
 
-VENV ?= .venv
+# .venv, or elsewhere if this clone's path has a blank; the reason stands in the script. Asked once.
+ifndef VENV
+VENV := $(shell tools/venv_place.sh)
+endif
+ifeq ($(VENV),)
+$(error no place for the virtual environment)
+endif
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # Found by tools/setup_venv.sh if it isn't named: make PYTHON=/usr/bin/python3.12 ...
