@@ -24,6 +24,7 @@ INSTALLATION: Final[tuple[Check, ...]] = (
     packages.vllm_release,
     packages.vllm_metadata,
     packages.torch_fits,
+    packages.torch_place,
     packages.vllm_imports,
     plugin_loading.entry_point,
     plugin_loading.named,

@@ -14,6 +14,7 @@ from glassbox.cli.doctor.reading import Answer, get
 _ROUTES: Final = ("/glassbox/v1/requests", "/glassbox/v1/snapshot", "/glassbox/v1/stream")
 # Of vLLM, behind its --api-key.
 _GUARDED: Final = "/v1/models"
+_OWN_PORT: Final = "door.own_port"
 _TIMEOUT_S: Final = 5.0
 _SECURITY: Final = "docs/security.md"
 
@@ -23,7 +24,7 @@ def vllm_port(question: Question) -> Iterator[Finding]:
     # One that does not answer at all is told by server.reachable.
     if question.url is not None and question.page.answer.status is not None:
         is_own = question.page.own and not question.page.vllm
-        yield from _port("door.own_port" if is_own else "door.vllm", question.url, question)
+        yield from _port(_OWN_PORT if is_own else "door.vllm", question.url, question)
 
 
 def own_port(question: Question) -> Iterator[Finding]:
@@ -31,7 +32,7 @@ def own_port(question: Question) -> Iterator[Finding]:
     url = question.own_url
     if url is None or (question.url is None and question.server is None) or url == question.url:
         return
-    yield from _port("door.own_port", url, question)
+    yield from _port(_OWN_PORT, url, question)
 
 
 def _port(name: str, url: str, question: Question) -> Iterator[Finding]:
@@ -78,11 +79,15 @@ def _with_key(name: str, url: str, question: Question) -> Iterator[Finding]:
     if question.api_key is None:
         return
     answer = _try(url + _ROUTES[0], question.api_key)
-    if answer.status != 200:
-        seen = f"{url}{_ROUTES[0]} answers HTTP {answer.status} with the given key"
-        yield error(f"{name}_key", seen, "give the key of the server (--api-key, GLASSBOX_API_KEY)")
-    else:
+    seen = f"{url}{_ROUTES[0]} answers HTTP {answer.status} with the given key"
+    if answer.status == 200:
         yield ok(f"{name}_key", f"{url} takes the given key")
+    elif name == _OWN_PORT:
+        yield unknown(
+            f"{name}_key", f"{seen}; it may have another than vLLM's", "ask it alone: --url, and its own token"
+        )
+    else:
+        yield error(f"{name}_key", seen, "give the key of the server (--api-key, GLASSBOX_API_KEY)")
 
 
 def _reached_from(url: str) -> str | None:

@@ -120,6 +120,20 @@ def torch_fits(question: Question) -> Iterator[Finding]:
         yield warning("vllm.torchvision", seen, _WITHOUT_VISION)
 
 
+def torch_place(question: Question) -> Iterator[Finding]:
+    """No blank in the path of torch, which hands it to compiler and linker as it is."""
+    name = "vllm.path"
+    try:
+        folder = str(importlib.metadata.distribution("torch").locate_file(""))
+    except PackageNotFoundError:
+        return
+    if re.search(r"\s", folder):
+        seen = f"torch lies in {folder}: with a blank in its path torch.compile fails (cannot find -ltorch)"
+        yield error(name, seen, "make the environment in a path without blanks, or serve with --enforce-eager")
+    else:
+        yield ok(name, folder)
+
+
 def vllm_imports(question: Question) -> Iterator[Finding]:
     """What `vllm serve` imports can be imported, tried in another process."""
     name = "vllm.import"

@@ -173,6 +173,16 @@ class TestPackages:
         environment.add("torchvision", "0.29.0", requires)
         assert {"vllm.torch": "ok", "vllm.torchvision": "warning"} == statuses(packages.torch_fits(QUESTION))
 
+    def test_a_path_with_a_blank(self, environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+        """torch.compile hands it on without quotes; other letters than ASCII's do no harm."""
+        assert [] == list(packages.torch_place(QUESTION))
+        for name, status in (("wéb", "ok"), ("wé b", "error")):
+            folder = environment.folder / name
+            folder.mkdir()
+            monkeypatch.setattr(sys, "path", [str(folder)])
+            Environment(folder).add("torch", "2.13.0+cpu")
+            assert {"vllm.path": status} == statuses(packages.torch_place(QUESTION))
+
 
 class TestImports:
     def test_a_torchvision_that_breaks_vllm(self, tmp_path: Path) -> None:

@@ -346,6 +346,13 @@ class TestDoors:
         with answering(lambda _, given: (200 if given == f"Bearer {KEY}" else 401, "")) as url:
             assert expected == statuses(doors.vllm_port(asked(url=url, api_key=key)))
 
+    def test_an_own_port_with_another_token(self, tmp_path: Path) -> None:
+        """It may have one; that the key isn't taken there is no fault."""
+        with answering(lambda *_: (401, "")) as url:
+            path = write_yaml(tmp_path / "a.yaml", export={"prometheus": {"port": int(url.rpartition(":")[2])}})
+            found = statuses(doors.own_port(asked(url="http://127.0.0.1:1", config=path, api_key=KEY)))
+        assert {"door.own_port": "ok", "door.own_port_key": "unknown"} == found
+
     def test_who_listens_where(self) -> None:
         """As the kernel has it, for both families."""
         with socket.create_server(("127.0.0.5", 0)) as four:
