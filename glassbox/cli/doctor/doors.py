@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from glassbox.cli.doctor.finding import Finding, error, ok, unknown, warning
 from glassbox.cli.doctor.local_servers import listening_addresses
-from glassbox.cli.doctor.question import Question, is_local
+from glassbox.cli.doctor.question import Question, is_local, port_of
 from glassbox.cli.doctor.reading import Answer, get
 
 # The page alone has no data; what it shows comes from these.
@@ -92,11 +92,9 @@ def _with_key(name: str, url: str, question: Question) -> Iterator[Finding]:
 
 def _reached_from(url: str) -> str | None:
     """Who can reach a port, in words; None if only this machine can."""
-    parts = urlsplit(url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    if not is_local(host):
+    if not is_local(urlsplit(url).hostname or ""):
         return "to whoever reaches that address"
-    wide = [address for address in listening_addresses(port) if not ipaddress.ip_address(address).is_loopback]
+    wide = [address for address in listening_addresses(port_of(url)) if not ipaddress.ip_address(address).is_loopback]
     return f"on {', '.join(wide)}" if wide else None
 
 

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from glassbox.cli.doctor.finding import Finding, error, ok, unknown, warning
-from glassbox.cli.doctor.question import Question
+from glassbox.cli.doctor.question import Question, port_of
 from glassbox.cli.doctor.reading import get
 
 _PREFIX: Final = "Glassbox"
@@ -83,7 +83,7 @@ def _alerts(base: str) -> Iterator[Finding]:
 def _same_place(target: Mapping[str, Any], url: str) -> bool:
     """By port: Prometheus may know the host by another name."""
     try:
-        return urlsplit(str(target.get("scrapeUrl"))).port == urlsplit(url).port
+        return port_of(str(target.get("scrapeUrl"))) == port_of(url)
     except ValueError:
         return False
 

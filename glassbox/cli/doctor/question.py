@@ -57,7 +57,7 @@ class Question:
         parts = urlsplit(self.url)
         if not is_local(parts.hostname or ""):
             return None
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        port = port_of(self.url)
         return next((server for server in self.servers if port in (server.port, server.own_port)), None)
 
     @cached_property
@@ -87,6 +87,16 @@ class Question:
             return None
         host = "127.0.0.1" if self.url is None else urlsplit(self.url).hostname or "127.0.0.1"
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def port_of(url: str) -> int:
+    """Also where it isn't written.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    parts = urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def is_local(host: str) -> bool:
