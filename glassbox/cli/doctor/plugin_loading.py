@@ -42,14 +42,14 @@ def entry_point(question: Question) -> Iterator[Finding]:
 def named(question: Question) -> Iterator[Finding]:
     """VLLM_PLUGINS, if it is set, names glassbox and leaves nobody else's out."""
     yield _named("plugin.named", "this shell", question.environ)
-    for server in question.servers:
+    for server in question.examined:
         yield _named("plugin.named", f"the server {server.pid}", server.environ)
 
 
 def switched_off(question: Question) -> Iterator[Finding]:
     """GLASSBOX_DISABLE isn't set."""
     places = [("this shell", question.environ)]
-    places += [(f"the server {server.pid}", server.environ) for server in question.servers]
+    places += [(f"the server {server.pid}", server.environ) for server in question.examined]
     for where, environ in places:
         if is_disabled(environ):
             seen = f"GLASSBOX_DISABLE={environ['GLASSBOX_DISABLE']} in the environment of {where}: nothing is observed"

@@ -61,6 +61,13 @@ class Question:
         return next((server for server in self.servers if port in (server.port, server.own_port)), None)
 
     @cached_property
+    def examined(self) -> Sequence[LocalServer]:
+        """Those of the servers here that are looked at: the one that `url` names; without a url all."""
+        if self.url is None:
+            return self.servers
+        return [] if self.server is None else [self.server]
+
+    @cached_property
     def config_path(self) -> Path:
         """The file that was named, else that of the server, else the one that a server started here would find."""
         if self.config is not None:

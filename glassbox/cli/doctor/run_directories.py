@@ -29,9 +29,11 @@ def servers(question: Question) -> Iterator[Finding]:
     if not Path("/proc/self/stat").exists():
         yield unknown("run.servers", "this system has no /proc, by which servers are found", "name one: --run-dir")
         return
-    if not question.servers:
-        yield unknown("run.servers", f"user {os.geteuid()} runs no vLLM server in sight of this process")
-    for server in question.servers:
+    if not question.examined:
+        which = "vLLM server" if question.url is None else f"server at {question.url}"
+        remedy = "run doctor on its host, or in its container, as its user"
+        yield unknown("run.servers", f"user {os.geteuid()} runs no {which} in sight of this process", remedy)
+    for server in question.examined:
         seen = f"vllm serve, process {server.pid}, port {server.port}"
         if is_disabled(server.environ):
             yield ok("run.servers", f"{seen}, with GLASSBOX_DISABLE")
@@ -63,7 +65,7 @@ def _hidden(server: LocalServer, question: Question) -> Iterator[Finding]:
 def directories(question: Question) -> Iterator[Finding]:
     """Each run directory's workers, exporter and errors."""
     named = [] if question.run_dir is None else [question.run_dir]
-    found = named or [server.run_dir for server in question.servers if server.run_dir is not None]
+    found = named or [server.run_dir for server in question.examined if server.run_dir is not None]
     if not found:
         yield unknown("run.snapshots", "there is no run directory to look at", "glassbox doctor --run-dir DIRECTORY")
     for folder in dict.fromkeys(found):
