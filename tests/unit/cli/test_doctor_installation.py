@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,26 +24,16 @@ from glassbox.cli.doctor.finding import Finding, Status, error, exit_status, ok,
 from glassbox.cli.doctor.question import Question
 from glassbox.cli.doctor.report import document, lines
 from glassbox.cli.main import main
+from tests import doctor_findings
+from tests.doctor_findings import statuses, told
 
-QUESTION = Question(environ={}, servers=())
+QUESTION = doctor_findings.asked()
 _ROOT = Path(__file__).parents[3]
 
 
-def told(findings: Iterable[Finding]) -> dict[str, Finding]:
-    """By id; each at most once."""
-    found = list(findings)
-    by_id = {finding.id: finding for finding in found}
-    assert len(found) == len(by_id)
-    return by_id
-
-
-def statuses(findings: Iterable[Finding]) -> dict[str, str]:
-    return {name: finding.status.value for name, finding in told(findings).items()}
-
-
 def asked(**variables: str) -> Question:
-    """A question from a shell with these variables, and without servers of this user."""
-    return Question(environ=variables, servers=())
+    """By a shell with these variables."""
+    return doctor_findings.asked(environ=variables)
 
 
 class Environment:
