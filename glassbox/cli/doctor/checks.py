@@ -38,6 +38,7 @@ INSTALLATION: Final[tuple[Check, ...]] = (
 )
 RUNNING: Final[tuple[Check, ...]] = (
     run_directories.servers,
+    run_directories.shared,
     run_directories.directories,
     served_metrics.reachable,
     served_metrics.shown,

@@ -15,12 +15,15 @@ from glassbox.core.kill_switch import is_disabled
 from glassbox.store import api_server_note
 from glassbox.store.exporter_lock import LOCK_NAME, ExporterLock
 from glassbox.store.exporter_status import read_status
+from glassbox.store.rundir import RUN_DIR_ENV
 from glassbox.store.snapshot import SnapshotReader
 from glassbox.view.text import format_seconds
 
 # An idle engine writes its snapshot every so often as well; a worker that hangs does not.
 _INTERVALS: Final = 6
 _LEAST_S: Final = 30.0
+# prometheus_client's; vLLM chooses one of its own unless an operator names one.
+_MULTIPROCESS_ENV: Final = "PROMETHEUS_MULTIPROC_DIR"
 PORT_OR_PUSH: Final = "set export.prometheus.port (a port of glassbox's own), or push with export.otel.enabled"
 
 
@@ -60,6 +63,20 @@ def _hidden(server: LocalServer, question: Question) -> Iterator[Finding]:
         yield error("run.front_end", f"{seen}: measured, but nobody can see it", PORT_OR_PUSH)
     else:
         yield ok("run.front_end", f"{seen}; glassbox's own port or OTLP does")
+
+
+def shared(question: Question) -> Iterator[Finding]:
+    """No two servers in one run directory, nor in one directory of prometheus_client's files."""
+    places: dict[str, list[tuple[LocalServer, object]]] = {
+        RUN_DIR_ENV: [(server, server.run_dir) for server in question.servers],
+        _MULTIPROCESS_ENV: [(server, server.environ.get(_MULTIPROCESS_ENV)) for server in question.servers],
+    }
+    for variable, named in places.items():
+        for place in sorted({str(place) for _, place in named if place}):
+            pids = [str(server.pid) for server, theirs in named if theirs and str(theirs) == place]
+            if len(pids) > 1:
+                seen = f"the servers {' and '.join(pids)} share {place}: each shows the other's numbers"
+                yield error("run.shared", seen, f"give each server a {variable} of its own, or leave it to choose one")
 
 
 def directories(question: Question) -> Iterator[Finding]:

@@ -251,6 +251,19 @@ class TestLocalServers:
         assert (Status.ERROR, True) == (hidden["run.front_end"].status, front_end in hidden["run.front_end"].seen)
         assert {"run.servers": "ok", "run.front_end": "ok"} == shown
 
+    def test_two_in_one_directory(self) -> None:
+        """An error, of the run directory and of prometheus_client's."""
+        files = {"PROMETHEUS_MULTIPROC_DIR": "/run/files"}
+        servers = [LocalServer(pid, (), environ, None, Path(run_dir)) for pid, environ, run_dir in (
+            (1, files, "/run/a"), (2, {}, "/run/a"), (3, files, "/run/b"),
+        )]  # fmt: skip
+        found = [(one.status, one.seen.partition(":")[0]) for one in run_directories.shared(asked(servers=servers))]
+        assert [
+            (Status.ERROR, "the servers 1 and 2 share /run/a"),
+            (Status.ERROR, "the servers 1 and 3 share /run/files"),
+        ] == found
+        assert [] == list(run_directories.shared(asked(servers=servers[1:])))
+
 
 class TestPrometheus:
     def look(self, prometheus_url: str, **changes: Any) -> dict[str, str]:
