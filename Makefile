@@ -1,6 +1,12 @@
 # Everything starts here: `make demo` and `make test` each work alone on a fresh clone (Python 3.11 to 3.13).
 
-VENV ?= .venv
+# .venv, or elsewhere if this clone's path has a blank; the reason stands in the script. Asked once.
+ifndef VENV
+VENV := $(shell tools/venv_place.sh)
+endif
+ifeq ($(VENV),)
+$(error no place for the virtual environment)
+endif
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # Found by tools/setup_venv.sh if it isn't named: make PYTHON=/usr/bin/python3.12 ...
@@ -27,7 +33,7 @@ help:  ## Show the targets
 setup: $(STAMP)  ## Create the virtual environment (the others do it by themselves)
 
 # Runs once, and again after a change of what is to be installed. The stamp comes last: a broken set-up leaves none.
-$(STAMP): pyproject.toml tools/setup_venv.sh tools/vllm_metadata.py tools/vllm_releases.py tools/releases.toml
+$(STAMP): pyproject.toml tools/setup_venv.sh tools/install_cpu.sh tools/vllm_metadata.py tools/vllm_releases.py tools/releases.toml
 	tools/setup_venv.sh $(VENV)
 	@touch $@
 

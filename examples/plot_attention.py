@@ -1,6 +1,6 @@
 """Plot the attention of one answer: which tokens each generated token looked at.
 
-    pip install 'vllm-glassbox[cpu,tables]'
+    tools/install_cpu.sh python '.[cpu,tables]'      # from a clone; with a GPU: pip install '.[cuda,tables]'
     python examples/plot_attention.py MODEL "The capital of France is" --out attention.png
 
 Left: attention of every generated token to every token before it, averaged over the chosen layers and heads. Right: how

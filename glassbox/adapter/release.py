@@ -48,7 +48,7 @@ class Release:
             compat: of the configuration.
         """
         if self.standing is Standing.ABSENT:
-            return "vLLM is not installed; install vllm-glassbox[cpu] or vllm-glassbox[cuda]"
+            return "vLLM is not installed; install vllm-glassbox[cuda], or for CPUs run tools/install_cpu.sh of a clone"
         if self.standing is Standing.OLDER:
             return (
                 f"vLLM {self.version} is not supported, this glassbox observes vLLM {TESTED_RANGE}; the server runs "

@@ -15,6 +15,7 @@ from glassbox.cli.commands.bench import CONTEXT_SETTINGS, bench
 from glassbox.cli.commands.check import check
 from glassbox.cli.commands.common import fail
 from glassbox.cli.commands.diff import diff
+from glassbox.cli.commands.doctor import doctor
 from glassbox.cli.commands.heatmap import heatmap
 from glassbox.cli.commands.report import report
 from glassbox.cli.commands.top import top
@@ -44,6 +45,7 @@ def version() -> None:
 
 
 main.command()(check)
+main.command()(doctor)
 
 
 @main.command()
@@ -80,8 +82,8 @@ def demo(
     missing = [name for name in ("vllm", "httpx_sse", "psutil") if importlib.util.find_spec(name) is None]
     if missing:
         raise fail(
-            f"the demo needs {' and '.join(missing)}; install the extras `cpu` (or `cuda`) and `demo`: "
-            "pip install '.[cpu,demo]'"
+            f"the demo needs {' and '.join(missing)}; from a clone of glassbox, on a CPU: "
+            "tools/install_cpu.sh python '.[cpu,demo]', else: pip install '.[cuda,demo]'"
         )
     from glassbox.cli.demo.run import DemoError, DemoOptions, make_console, run_demo
 

@@ -151,3 +151,26 @@ class TestGone:
             done = glassbox(*command, "127.0.0.1:1")
             assert (status, "", 1) == (done.returncode, done.stdout, len(done.stderr.splitlines())), command
             assert done.stderr.startswith("glassbox: can't read http://127.0.0.1:1/metrics")
+
+
+class TestDoctor:
+    def test_finds_this_server_and_nothing_wrong_with_it(self, server: GlassboxServer, demo_model_path: Path) -> None:
+        """From its process, its run directory, its page, its door and its model; then what an edit does to it."""
+        server.complete(PROMPT, max_tokens=16)
+        server.settled_rows()
+        done = glassbox("doctor", "--url", server.url, "--model", demo_model_path, "--json", cwd=server.folder)
+        findings = json.loads(done.stdout)["findings"]
+        wrong = [finding for finding in findings if finding["status"] in {"warning", "error"}]
+        assert (0, []) == (done.returncode, wrong)
+        seen = {finding["id"]: finding["seen"] for finding in findings if finding["status"] == "ok"}
+        assert f"port {server.port}, run directory {server.run_dir}" in seen["run.servers"]
+        assert seen["config.found"].startswith(str(server.config_path))
+        assert f"all {NUM_LAYERS} attention layers would be observed" == seen["config.model"]
+        assert f"{NUM_LAYERS} layers are observed, none is left out" == seen["server.layers"]
+        told = {"vllm.import", "kernel.compiled", "run.snapshots", "server.certified", "server.sampling", "door.vllm"}
+        assert told <= seen.keys()
+        server.edit_config(sample_rate=0.0)
+        server.wait_metric("glassbox_sample_rate", lambda rate: rate == 0)
+        done = glassbox("doctor", "--url", server.url, cwd=server.folder)
+        assert 1 == done.returncode
+        assert "nothing is measured" in done.stdout

@@ -15,8 +15,8 @@ def bench(context: typer.Context) -> None:
     missing = [name for name in ("vllm", "psutil") if importlib.util.find_spec(name) is None]
     if missing:
         raise fail(
-            f"the benchmark needs {' and '.join(missing)}; install the extras `cpu` and `demo`: "
-            "pip install 'vllm-glassbox[cpu,demo]'"
+            f"the benchmark needs {' and '.join(missing)}; from a clone of glassbox: "
+            "tools/install_cpu.sh python '.[cpu,demo]'"
         )
     from glassbox.cli.bench.serving import main
 

@@ -213,7 +213,10 @@ class TestRefusal:
                 "vLLM 0.25.1 is not supported, this glassbox observes vLLM 0.26 to 0.33; the server runs unobserved. "
                 "Install vLLM 0.33",
             ),
-            (None, "vLLM is not installed; install vllm-glassbox[cpu] or vllm-glassbox[cuda]"),
+            (
+                None,
+                "vLLM is not installed; install vllm-glassbox[cuda], or for CPUs run tools/install_cpu.sh of a clone",
+            ),
         ],
     )
     def test_unsupported_vllm(
