@@ -267,7 +267,7 @@ class PerClientConfig(_Section):
         32,
         f"Requests of one client traced at the same time, 1 to {MAX_TRACED_REQUESTS}; more are refused.",
         f"must be between 1 and {MAX_TRACED_REQUESTS}",
-        "use 32, or as many as requests.max_active for no limit of its own",
+        "use `32`, or as many as requests.max_active for no limit of its own",
         ge=1,
         le=MAX_TRACED_REQUESTS,
     )
@@ -356,7 +356,7 @@ class RequestsConfig(_Section):
         "Header that tells the client, such as X-Tenant; a gateway must set or remove it in every request. null: the "
         "API key tells it, if vLLM asks for one.",
         "must be the name of a header or null",
-        "use null for vLLM's API keys",
+        "use `null` for vLLM's API keys",
         pattern=_HEADER_NAME,
     )
     per_client: PerClientConfig = _section(PerClientConfig)
@@ -374,7 +374,7 @@ class HttpConfig(_Section):
         None,
         "TCP port of glassbox's own /metrics, live page and traced requests, 1 to 65535; null: only vLLM's port.",
         "must be between 1 and 65535, or null",
-        "use null to serve only at vLLM's own port",
+        "use `null` to serve only at vLLM's own port",
         ge=1,
         le=65535,
     )
@@ -383,14 +383,14 @@ class HttpConfig(_Section):
         "Address or name of this host to listen on: 127.0.0.1 or ::1 for this host alone, 0.0.0.0 or :: for every "
         "interface.",
         "must be an address or a host name, without port",
-        "use 127.0.0.1, or 0.0.0.0 for every interface",
+        "use `127.0.0.1`, or `0.0.0.0` for every interface",
     )
     allowed_hosts: tuple[StrictStr, ...] = _field(
         (),
         "Names that the Host header of a request may have, beside localhost and addresses; with some named, others are "
         "refused on every address, without on loopback alone.",
         "must be a list of host names, without ports",
-        "write [glassbox.example.org], or [] for none",
+        "write `[glassbox.example.org]`, or `[]` for none",
         strict=False,
         max_length=64,
     )
@@ -408,7 +408,7 @@ class HttpConfig(_Section):
         64,
         "Connections at the same time, 4 to 1024; beyond it the one that has waited longest for a request is closed.",
         "must be between 4 and 1024",
-        "use 64",
+        "use `64`",
         ge=4,
         le=1024,
     )
@@ -417,14 +417,14 @@ class HttpConfig(_Section):
     @classmethod
     def _check_host(cls, value: str) -> str:
         if not is_host(value):
-            raise ValueError("must be an address or a host name, without port; use 127.0.0.1, or 0.0.0.0 for all")
+            raise ValueError("must be an address or a host name, without port; use `127.0.0.1`, or `0.0.0.0` for all")
         return value
 
     @field_validator("allowed_hosts")
     @classmethod
     def _check_allowed_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not all(is_host(name) for name in value):
-            raise ValueError("must be a list of host names, without ports; write [glassbox.example.org]")
+            raise ValueError("must be a list of host names, without ports; write `[glassbox.example.org]`")
         return value
 
     @property

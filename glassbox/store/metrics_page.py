@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from glassbox.core.files import write_atomically
+from glassbox.store.trusted_file import write_file
 
 NAME: Final = "metrics.page"
 Format = Literal["text", "openmetrics"]
@@ -28,6 +28,8 @@ _MAGIC: Final = b"glassbox-page-1"
 _HEADER_BYTES: Final = len(_MAGIC) + 1 + 20 + 1 + 12 + 1
 _MAX_INDEX_BYTES: Final = 16_000_000
 _FRONT_NOTE: Final = "metrics.front"
+# Of all that is left in a run directory.
+NAMES: Final = (NAME, _FRONT_NOTE)
 
 
 class Block(NamedTuple):
@@ -142,7 +144,7 @@ def write_page(run_dir: Path, data: bytes, time_s: float) -> None:
     Raises:
         OSError: it can't be written; the older one stays.
     """
-    write_atomically(Path(run_dir) / NAME, data)
+    write_file(Path(run_dir) / NAME, data)
     confirm_page(run_dir, time_s)
 
 

@@ -141,7 +141,7 @@ def _clear(path: Path) -> None:
 
 
 def _leftovers(path: Path) -> Iterator[Path]:
-    names = (exporter_status.STATUS_NAME, api_server_note.NAME, tokenizer_note.NAME, UNREAD_NAME)
+    names = (exporter_status.STATUS_NAME, api_server_note.NAME, tokenizer_note.NAME, UNREAD_NAME, *metrics_page.NAMES)
     yield from (path / name for name in names)
     yield from (path / name for name in list_files(path, "worker-", ".npz"))
     spans = path / llm_spans.FOLDER

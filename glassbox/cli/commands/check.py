@@ -202,9 +202,9 @@ def _series_lines(config: "GlassboxConfig", shape: _Shape, engines: int) -> list
         lines.append(f"Falls back: {warning}")
     if not (config.enabled and prometheus.enabled):
         lines.append("None of them is shown: enabled or export.prometheus.enabled is false.")
-    elif not prometheus.on_vllm_port and prometheus.port is None:
+    elif not prometheus.on_vllm_port and config.export.own_port is None:
         lines.append(
             "None of them is shown: export.prometheus.on_vllm_port is false, and there is no port of glassbox's own; "
-            "set export.prometheus.port."
+            "set export.http.port."
         )
     return lines

@@ -5,7 +5,7 @@ from typing import Final
 
 from glassbox.cli.doctor import (
     configuration,
-    doors,
+    protection,
     kernel,
     packages,
     plugin_loading,
@@ -47,8 +47,8 @@ RUNNING: Final[tuple[Check, ...]] = (
     served_metrics.layers,
     served_metrics.sampling,
     served_metrics.errors,
-    doors.vllm_port,
-    doors.own_port,
+    protection.vllm_port,
+    protection.own_port,
     prometheus_targets.scraping,
 )
 

@@ -97,7 +97,7 @@ def loaded(path: Path) -> GlassboxConfig | ConfigError:
 
 def own_port(config: GlassboxConfig | ConfigError) -> int | None:
     """The port that a configuration gives to glassbox, None if none."""
-    return None if isinstance(config, ConfigError) else config.export.prometheus.port
+    return None if isinstance(config, ConfigError) else config.export.own_port
 
 
 def local_servers() -> list[LocalServer]:

@@ -24,7 +24,7 @@ _INTERVALS: Final = 6
 _LEAST_S: Final = 30.0
 # prometheus_client's; vLLM chooses one of its own unless an operator names one.
 _MULTIPROCESS_ENV: Final = "PROMETHEUS_MULTIPROC_DIR"
-PORT_OR_PUSH: Final = "set export.prometheus.port (a port of glassbox's own), or push with export.otel.enabled"
+PORT_OR_PUSH: Final = "set export.http.port (a port of glassbox's own), or push with export.otel.enabled"
 
 
 def servers(question: Question) -> Iterator[Finding]:

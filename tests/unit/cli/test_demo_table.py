@@ -44,8 +44,8 @@ def full_scrape() -> str:
                 continue
             for layer in (0, 11):
                 labels = f'{LABELS},phase="{phase}",layer="{layer}"'
-                le = str(statistic.buckets[0])
-                parts.append(histogram(statistic.metric, labels, {le: 1, "+Inf": 4}, None if statistic.signed else 2.0))
+                buckets = {**{str(bound): 1 for bound in statistic.buckets}, "+Inf": 4}
+                parts.append(histogram(statistic.metric, labels, buckets, None if statistic.signed else 2.0))
     for layer in (0, 11):
         for phase in Phase:
             parts.append(f'glassbox_attention_rows_total{{{LABELS},phase="{phase}",layer="{layer}"}} 4')

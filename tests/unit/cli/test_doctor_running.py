@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from glassbox.cli.doctor import doors, plugin_loading, prometheus_targets, run_directories
+from glassbox.cli.doctor import protection, plugin_loading, prometheus_targets, run_directories
 from glassbox.cli.doctor.checks import examine
 from glassbox.cli.doctor.finding import Status
 from glassbox.cli.doctor.local_servers import LocalServer, listening_addresses, local_servers
@@ -49,33 +49,33 @@ class TestDoors:
         """Is no fault; glassbox's own port is known by its page, and by the YAML beside vLLM's."""
         url, path = own_port
         assert {"door.own_port": "ok"} == statuses(
-            examine(asked(url=url, config=path), [doors.vllm_port, doors.own_port])
+            examine(asked(url=url, config=path), [protection.vllm_port, protection.own_port])
         )
         with answering(lambda *_: (404, "")) as vllm:
             question = asked(url=vllm, config=path)
-            found = statuses(examine(question, [doors.vllm_port, doors.own_port]))
+            found = statuses(examine(question, [protection.vllm_port, protection.own_port]))
         assert {"door.vllm": "ok", "door.own_port": "ok"} == found
 
     def test_open_beyond_this_machine(self, own_port: tuple[str, Path]) -> None:
         """Whoever reaches the address sees it; with texts of requests that is an error."""
         url, path = own_port
         url = url.replace("127.0.0.1", "[::ffff:127.0.0.1]")  # an address that doctor doesn't know as this machine's
-        (found,) = doors.vllm_port(asked(url=url, config=path))
+        (found,) = protection.vllm_port(asked(url=url, config=path))
         assert ("door.own_port", Status.WARNING) == (found.id, found.status)
         write_yaml(path, requests={"include_text": True})
-        found_text = statuses(doors.vllm_port(asked(url=url, config=path)))
+        found_text = statuses(protection.vllm_port(asked(url=url, config=path)))
         assert {"door.text": "error", "door.own_port": "warning"} == found_text
 
     def test_an_own_port_that_nobody_serves(self, tmp_path: Path) -> None:
         """Though the YAML asks for it."""
         path = write_yaml(tmp_path / "a.yaml", export={"prometheus": {"port": free_port()}})
-        found = statuses(doors.own_port(asked(url="http://127.0.0.1:1", config=path)))
+        found = statuses(protection.own_port(asked(url="http://127.0.0.1:1", config=path)))
         assert {"door.own_port": "error"} == found
 
     def test_routes_beside_vllms_key(self) -> None:
         """vLLM asks for a key, glassbox's routes don't."""
         with answering(lambda path, _: (401 if path == "/v1/models" else 200, "")) as url:
-            (found,) = doors.vllm_port(asked(url=url))
+            (found,) = protection.vllm_port(asked(url=url))
         assert (Status.ERROR, "door.vllm") == (found.status, found.id)
         assert "/glassbox/v1/requests, /glassbox/v1/snapshot, /glassbox/v1/stream" in found.seen
 
@@ -90,13 +90,13 @@ class TestDoors:
     def test_behind_a_key(self, key: str | None, expected: dict[str, str]) -> None:
         """It is well, and the given key is tried."""
         with answering(lambda _, given: (200 if given == f"Bearer {KEY}" else 401, "")) as url:
-            assert expected == statuses(doors.vllm_port(asked(url=url, api_key=key)))
+            assert expected == statuses(protection.vllm_port(asked(url=url, api_key=key)))
 
     def test_an_own_port_with_another_token(self, tmp_path: Path) -> None:
         """It may have one; that the key isn't taken there is no fault."""
         with answering(lambda *_: (401, "")) as url:
             path = write_yaml(tmp_path / "a.yaml", export={"prometheus": {"port": int(url.rpartition(":")[2])}})
-            found = statuses(doors.own_port(asked(url="http://127.0.0.1:1", config=path, api_key=KEY)))
+            found = statuses(protection.own_port(asked(url="http://127.0.0.1:1", config=path, api_key=KEY)))
         assert {"door.own_port": "ok", "door.own_port_key": "unknown"} == found
 
     def test_who_listens_where(self) -> None:

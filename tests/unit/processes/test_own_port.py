@@ -81,7 +81,8 @@ class Port:
         self.config = GlassboxConfig.model_validate(
             {"export": {"http": http}, "requests": {"include_text": include_text}}
         )
-        self.own.apply()
+        with self.errors.guard("http"):
+            self.own.apply()
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return httpx.get(f"http://127.0.0.1:{self.number}{path}", timeout=20, **options)

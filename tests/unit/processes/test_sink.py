@@ -227,7 +227,7 @@ class TestTheOthers:
             ("records", "requests.records", {"path": "~nobody-of-that-name/run"}, {}),
             ("otel", "export.otel", {}, {"OTEL_EXPORTER_OTLP_METRICS_TIMEOUT": "soon"}),
             ("otel_traces", "export.otel", {}, {"OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "soon"}),
-            ("http", "export.prometheus", {"port": 1}, {"GLASSBOX_HTTP_ADDR": "no.such.host.invalid"}),
+            ("http", "export.http", {"port": 1}, {"GLASSBOX_HTTP_ADDR": "no.such.host.invalid"}),
             ("multiprocess", "PROMETHEUS_MULTIPROC_DIR", {}, {"PROMETHEUS_MULTIPROC_DIR": "/no/such/directory"}),
         ],
     )
