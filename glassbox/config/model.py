@@ -23,6 +23,8 @@ from pydantic import (
     field_validator,
 )
 
+from glassbox.core.adapters import MAX_ADAPTERS
+
 # Of multi-head latent attention, and the first release that has each of those that older ones lack.
 MLA_BACKENDS: Final = {
     "CPU_MLA": "0.28",
@@ -450,6 +452,20 @@ class CanaryConfig(_Section):
         return value
 
 
+class AdaptersConfig(_Section):
+    """Statistics by LoRA adapter."""
+
+    max: int = _field(
+        0,
+        f"LoRA adapters, 0 to {MAX_ADAPTERS}, whose statistics are shown apart: the first ones that a worker serves. "
+        "The others share one place; 0 tells none apart. Needs a restart.",
+        f"must be between 0 and {MAX_ADAPTERS}",
+        "use 0 to tell none apart",
+        ge=0,
+        le=MAX_ADAPTERS,
+    )
+
+
 class ExportConfig(_Section):
     """Where the numbers go."""
 
@@ -505,6 +521,7 @@ class GlassboxConfig(_Section):
     )
     sampling: SamplingConfig = _section(SamplingConfig)
     statistics: StatisticsConfig = _section(StatisticsConfig)
+    adapters: AdaptersConfig = _section(AdaptersConfig)
     requests: RequestsConfig = _section(RequestsConfig)
     canary: CanaryConfig = _section(CanaryConfig)
     baseline: BaselineConfig = _section(BaselineConfig)

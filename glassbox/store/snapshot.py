@@ -15,7 +15,15 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from glassbox.core.accumulator_arrays import ARRAY, AccumulatorArrays, check_shapes, narrowed
+from glassbox.core.accumulator_arrays import (
+    ARRAY,
+    CUMULATIVE_ARRAYS,
+    AccumulatorArrays,
+    AdapterArrays,
+    check_shapes,
+    narrowed,
+)
+from glassbox.core.adapters import num_slots
 from glassbox.core.counters import ENGINE_NUMBER, EngineValue
 from glassbox.core.files import FileVersion, file_versions, write_atomically
 from glassbox.core.logs import get_logger
@@ -23,8 +31,9 @@ from glassbox.core.output_checks import LAYER_CHECK_DTYPES, LayerChecks
 
 logger = get_logger(__name__)
 
-FORMAT_VERSION: Final = 5
+FORMAT_VERSION: Final = 6
 _CHECKS: Final = "checks_"  # before the names of the arrays of LayerChecks in a file
+_ADAPTERS: Final = "adapters_"  # likewise of AdapterArrays, if it has those
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
 
 
@@ -77,6 +86,8 @@ class Snapshot(Totals):
         first_nonfinite_layer: global index of the first layer, in the model's order, that had non-finite rows lately;
             None if none had.
         checks: what the checks of the layers' outputs found.
+        by_adapter: the same rows by slot of their LoRA adapters; None if they are not told apart.
+        adapters: names of the slots after the first, as far as they have any.
 
     Raises:
         ValueError: if an array does not have that shape, the layers are not distinct, or the numbers are not those of
@@ -93,6 +104,8 @@ class Snapshot(Totals):
     host: str
     first_nonfinite_layer: int | None
     checks: LayerChecks
+    by_adapter: AdapterArrays | None = None
+    adapters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         heads = self.rows.shape[1] if self.rows.ndim == 3 else -1
@@ -109,7 +122,19 @@ class Snapshot(Totals):
                     f"heads {offset}..{offset + of_layer - 1} of layer {layer} must be among the model's "
                     f"{self.num_heads_total} heads and the arrays' {heads}"
                 )
+        _check_adapters(self.by_adapter, self.adapters)
         _check_numbers(self.numbers)
+
+
+def _check_adapters(arrays: AdapterArrays | None, names: tuple[str, ...]) -> None:
+    slots = 0
+    if arrays is not None:
+        slots = len(arrays.rows)
+        check_shapes(arrays, CUMULATIVE_ARRAYS, slots)
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"adapters must be distinct names, got {list(names)}")
+    if names and num_slots(len(names)) > slots:
+        raise ValueError(f"adapters must be of at most {max(slots - 2, 0)} slots of their own, got {len(names)}")
 
 
 def _check_numbers(numbers: Mapping[str, object]) -> None:
@@ -129,7 +154,7 @@ def _check_numbers(numbers: Mapping[str, object]) -> None:
             raise ValueError(f"{name} must be of the kind that the table of engine numbers says, got {value!r}")
 
 
-_META: Final = tuple(field.name for field in fields(Snapshot) if field.name not in ARRAY and field.name != "checks")
+_META: Final = tuple(field.name for field in fields(Snapshot) if field.name not in {*ARRAY, "checks", "by_adapter"})
 
 
 def snapshot_name(snapshot: Snapshot) -> str:
@@ -143,6 +168,8 @@ def _encode(snapshot: Snapshot) -> bytes:
     text = json.dumps({"format": FORMAT_VERSION, **meta}, default=_plain)
     arrays: dict[str, Any] = {name: narrowed(getattr(snapshot, name)) for name in ARRAY}
     arrays |= {_CHECKS + name: narrowed(array) for name, array in vars(snapshot.checks).items()}
+    if snapshot.by_adapter is not None:
+        arrays |= {_ADAPTERS + name: narrowed(array) for name, array in vars(snapshot.by_adapter).items()}
     buffer = io.BytesIO()
     np.savez(buffer, meta=np.frombuffer(text.encode(), dtype=np.uint8), **arrays)
     return buffer.getvalue()
@@ -183,9 +210,20 @@ def _decode(data: bytes) -> Snapshot:
             name: archive[_CHECKS + name].astype(dtype, casting="same_kind", copy=False)
             for name, dtype in LAYER_CHECK_DTYPES.items()
         }
+        by_adapter: dict[str, Any] = {
+            name: archive[_ADAPTERS + name].astype(ARRAY[name].dtype, copy=False)
+            for name in CUMULATIVE_ARRAYS
+            if _ADAPTERS + name in archive
+        }
+    meta["adapters"] = tuple(meta["adapters"])
     for name in ("layers", "layer_heads", "head_offsets", "sampled_layers"):
         meta[name] = tuple(int(number) for number in meta[name])
-    return Snapshot(**meta, **arrays, checks=LayerChecks(**checks))
+    return Snapshot(
+        **meta,
+        **arrays,
+        checks=LayerChecks(**checks),
+        by_adapter=AdapterArrays(**by_adapter) if by_adapter else None,
+    )
 
 
 class SnapshotReader:
