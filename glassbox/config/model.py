@@ -23,7 +23,7 @@ from pydantic import (
     field_validator,
 )
 
-from glassbox.core.adapters import MAX_ADAPTERS
+from glassbox.core.adapter_slots import MAX_ADAPTERS
 
 # Of multi-head latent attention, and the first release that has each of those that older ones lack.
 MLA_BACKENDS: Final = {

@@ -90,7 +90,7 @@ class AccumulatorArrays:
 
 @dataclass(frozen=True, eq=False)
 class AdapterArrays:
-    """The cumulative arrays over all layers and heads, by slot of LoRA adapters (`core/adapters.py`); A slots.
+    """The cumulative arrays over all layers and heads, by slot of LoRA adapters (`core/adapter_slots.py`); A slots.
 
     Attributes:
         counts: int64 [A, 2, S, B].

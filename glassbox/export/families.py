@@ -99,7 +99,8 @@ def _histogram(statistic: Statistic) -> Family:
     )
 
 
-def _histogram_by_adapter(statistic: Statistic) -> Family:
+def by_adapter(statistic: Statistic) -> Family:
+    """The histogram of a statistic by LoRA adapter."""
     return define(
         f"adapter_attention_{statistic.name}",
         f"adapter.attention.{statistic.name}",
@@ -130,7 +131,7 @@ _ADAPTER_NONFINITE: Final = define(
 )
 _EXPORTED: Final = tuple(statistic for statistic in STATISTICS if statistic.exported)
 _HISTOGRAMS: Final = tuple(_histogram(statistic) for statistic in _EXPORTED)
-_ADAPTER_HISTOGRAMS: Final = tuple(map(_histogram_by_adapter, _EXPORTED))
+_ADAPTER_HISTOGRAMS: Final = tuple(map(by_adapter, _EXPORTED))
 _BY_ADAPTER: Final = (*_ADAPTER_HISTOGRAMS, _ADAPTER_ROWS, _ADAPTER_NONFINITE)
 _BY_DETAIL: Final = (*_HISTOGRAMS, _WINDOW_MAX, _ROWS, _NONFINITE, _DRIFT_PSI, _DRIFT_SHIFT)
 _OF_ENGINE: Final = {entry.name: _of_engine(entry) for entry in ENGINE_NUMBERS}
@@ -292,7 +293,7 @@ def series_count(detail: Detail, layer_heads: Sequence[int], with_drift: bool = 
 
 
 def adapter_series_count(slots: int) -> int:
-    """Prometheus samples of one engine by LoRA adapter, once every slot of `core/adapters.py` has been used."""
+    """Prometheus samples of one engine by LoRA adapter, once every slot of `core/adapter_slots.py` has been used."""
     return slots * (samples_per_place() - len(PHASES)) if slots > 1 else 0  # no window_max
 
 
@@ -300,8 +301,8 @@ def effective_detail(
     detail: Detail, max_series: int, engines: Sequence[MergedEngine], with_drift: bool = False
 ) -> tuple[Detail, str | None]:
     """`fitting_detail` for the engines of a server."""
-    by_adapter = sum(adapter_series_count(engine.adapter_slots) for engine in engines)
-    return fitting_detail(detail, max_series, [engine.layer_heads for engine in engines], with_drift, by_adapter)
+    besides = sum(adapter_series_count(engine.adapter_slots) for engine in engines)
+    return fitting_detail(detail, max_series, [engine.layer_heads for engine in engines], with_drift, besides)
 
 
 def fitting_detail(

@@ -35,7 +35,7 @@ class Accumulators:
     """Cumulative statistics of `num_layers` x `num_heads` (both local to the worker).
 
     Rows of several LoRA adapters are told apart by the axis of the heads: first all heads of the first slot of
-    `core/adapters.py`, then all of the next one. Not so the window maxima.
+    `core/adapter_slots.py`, then all of the next one. Not so the window maxima.
 
     `lock` is held while rows are added and while a copy is taken, so that a copy never shows half a step's layer.
 

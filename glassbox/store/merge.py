@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.core.accumulator_arrays import ACCUMULATOR_ARRAYS, ARRAY, CUMULATIVE_ARRAYS, AccumulatorArrays
-from glassbox.core.adapters import BASE_MODEL, OTHER_ADAPTERS
+from glassbox.core.adapter_slots import BASE_MODEL, OTHER_ADAPTERS
 from glassbox.core.counters import ENGINE_NUMBERS, EngineValue, MergeRule
 from glassbox.core.output_checks import LayerChecks
 from glassbox.store.merged_checks import NonfiniteOrigin, WrongLayer, merge_checks, nonfinite_origins, wrong_layers

@@ -23,7 +23,7 @@ from glassbox.core.accumulator_arrays import (
     check_shapes,
     narrowed,
 )
-from glassbox.core.adapters import num_slots
+from glassbox.core.adapter_slots import num_slots
 from glassbox.core.counters import ENGINE_NUMBER, EngineValue
 from glassbox.core.files import FileVersion, file_versions, write_atomically
 from glassbox.core.logs import get_logger

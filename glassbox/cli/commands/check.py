@@ -134,7 +134,7 @@ def _vllm_line(config: "GlassboxConfig") -> str:
 
 
 def _series_lines(config: "GlassboxConfig", shape: _Shape, engines: int) -> list[str]:
-    from glassbox.core.adapters import num_slots
+    from glassbox.core.adapter_slots import num_slots
     from glassbox.export.families import adapter_series_count, fitting_detail, series_count
     from glassbox.store.merge import DETAILS
 

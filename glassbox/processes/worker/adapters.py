@@ -4,7 +4,6 @@ Owns the slots: they go to the first adapters that come, for as long as the work
 taken out again. A model that is loaded again under the name of another one goes on in its slot.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Final
 
@@ -12,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.adapter.scheduler import ScheduledStep
-from glassbox.core.adapters import MAX_NAME, OTHER_ADAPTERS, is_reserved
-from glassbox.core.logs import get_logger, log_once
+from glassbox.core.adapter_slots import MAX_NAME, OTHER_ADAPTERS, is_reserved
+from glassbox.core.logs import get_logger
 from glassbox.core.rows import ROW_ADAPTER_SHIFT
 
 logger = get_logger(__name__)
@@ -31,6 +30,8 @@ class AdapterSlots:
         self._slots: dict[str, int] = {}
         # Of requests with an adapter, by vLLM's internal id, until they are gone.
         self._of_request: dict[str, int] = {}
+        # Why adapters have no slot, as the log has it; of each reason the first adapter.
+        self._said: set[str] = set()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,15 +68,14 @@ class AdapterSlots:
         slot = self._slots.get(name)
         if slot is not None:
             return slot
-        log_once(
-            logger,
-            logging.WARNING,
-            "adapters",
-            'The statistics of LoRA adapter %r are counted under adapter="%s": %s',
-            name,
-            OTHER_ADAPTERS,
+        why = (
             "the name is glassbox's own; load it under another one"
             if is_reserved(name)
-            else f"adapters.max is {self.limit} and so many came before; raise it and restart",
+            else f"adapters.max is {self.limit} and so many came before; raise it and restart"
         )
+        if why not in self._said:
+            self._said.add(why)
+            logger.warning(
+                'The statistics of LoRA adapter %r are counted under adapter="%s": %s', name, OTHER_ADAPTERS, why
+            )
         return self.limit + 1

@@ -24,7 +24,7 @@ from glassbox.adapter.seat import SEAT
 from glassbox.adapter.vllm_worker import read_worker
 from glassbox.config.model import LayerSelection
 from glassbox.config.settings import Settings
-from glassbox.core.adapters import num_slots
+from glassbox.core.adapter_slots import num_slots
 from glassbox.core.affinity import leave_workers_cores
 from glassbox.core.counters import EngineValue
 from glassbox.core.errors import ErrorCounter
