@@ -24,6 +24,6 @@ ROW_DECODE: Final = 1
 # Of a row that is measured only because its request is traced. It must not enter the accumulators: traced requests are
 # measured in every step and would outweigh the sample.
 ROW_UNCOUNTED: Final = 2
-# From this bit on the slot of the request's LoRA adapter (`core/adapter_slots.py`); 0 is the base model, and all if they
-# are not told apart.
+# From this bit on the slot of the request's LoRA adapter (`core/adapter_slots.py`). 0 is the base model's, and that of
+# all rows if adapters are not told apart.
 ROW_ADAPTER_SHIFT: Final = 2

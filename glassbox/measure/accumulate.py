@@ -75,8 +75,8 @@ class Accumulators:
                 )
                 for name in CUMULATIVE_ARRAYS
             }
-        shown = [layer in adapter_layers for layer in range(num_layers)] if adapter_layers is not None else None
-        self._shown = None if shown is None or all(shown) else torch.tensor(shown, device=device)
+        hidden = [adapter_layers is not None and layer not in adapter_layers for layer in range(num_layers)]
+        self._hidden = torch.tensor(hidden, device=device) if any(hidden) else None
         # [S, B - 1], the finite upper bounds (`le`).
         self.bounds = torch.tensor([s.buckets for s in STATISTICS], dtype=torch.float32, device=device)
         # The slot of `window_max` in use, where a kernel can read it.
@@ -177,8 +177,8 @@ class Accumulators:
             apart = array.view(self.num_layers, self.num_adapters, self.num_heads, *array.shape[2:])
             totals.append(torch.sum(apart, 1, out=total))
             torch.sum(apart, 2, out=of_layers)
-            if self._shown is not None:
-                of_layers[~self._shown] = 0
+            if self._hidden is not None:
+                of_layers.masked_fill_(self._hidden.view(-1, *[1] * (of_layers.dim() - 1)), 0)
             by_adapter.append(torch.sum(of_layers, 0, out=of_adapters))
         return *totals, self.window_max, *by_adapter
 
