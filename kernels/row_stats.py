@@ -43,6 +43,7 @@ _ROW_PROMPT_LEN = tl.constexpr(row_list.ROW_PROMPT_LEN)
 _ROW_SLOT = tl.constexpr(row_list.ROW_SLOT)
 _ROW_DECODE = tl.constexpr(row_list.ROW_DECODE)
 _ROW_UNCOUNTED = tl.constexpr(row_list.ROW_UNCOUNTED)
+_ROW_ADAPTER_SHIFT = tl.constexpr(row_list.ROW_ADAPTER_SHIFT)
 
 _ENTROPY_RATIO = tl.constexpr(INDEX["entropy_ratio"])
 _EFFECTIVE_KEYS = tl.constexpr(INDEX["effective_keys"])
@@ -170,10 +171,10 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     k_scale_ptr,  # [1] or [Hkv] float32
     alibi_slopes_ptr,  # [H]
     sinks_ptr,  # [H]
-    counts_ptr,  # [H, 2, S, B] int64
-    sums_ptr,  # [H, 2, S] float64
-    row_counts_ptr,  # [H, 2] int64
-    nonfinite_ptr,  # [H, 2] int64
+    counts_ptr,  # [A, ADAPTER_HEADS, 2, S, B] int64; [H, 2, S, B] without adapters, and so below
+    sums_ptr,  # [A, ADAPTER_HEADS, 2, S] float64
+    row_counts_ptr,  # [A, ADAPTER_HEADS, 2] int64
+    nonfinite_ptr,  # [A, ADAPTER_HEADS, 2] int64
     window_max_ptr,  # [W, H, 2] float32
     window_slot_ptr,  # [1] int32
     bounds_ptr,  # [S, B - 1] float32
@@ -248,6 +249,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     COPIED: tl.constexpr,
+    ADAPTER_HEADS: tl.constexpr,
 ):
     num_rows = tl.load(num_rows_ptr)
     if num_rows == 0:
@@ -559,9 +561,12 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                         tl.store(kept_kv + stride_kept_tensor, tl.load(own_value, mask=is_element), mask=is_element)
 
             cell = heads * 2 + phase  # into [H, 2]
+            place = cell  # likewise, of the row's adapter
+            if ADAPTER_HEADS > 0:
+                place = ((marks >> _ROW_ADAPTER_SHIFT) * ADAPTER_HEADS + heads) * 2 + phase
             ones = tl.full([BLOCK_H], 1, tl.int64)
-            tl.atomic_add(row_counts_ptr + cell, ones, mask=in_sample, sem="relaxed")
-            tl.atomic_add(nonfinite_ptr + cell, ones, mask=in_sample & (row_bad > 0.0), sem="relaxed")
+            tl.atomic_add(row_counts_ptr + place, ones, mask=in_sample, sem="relaxed")
+            tl.atomic_add(nonfinite_ptr + place, ones, mask=in_sample & (row_bad > 0.0), sem="relaxed")
             # + 0.0 turns -0.0 into 0.0, which the integer ordering of float atomics needs.
             tl.atomic_max(
                 window_max_ptr + tl.load(window_slot_ptr).to(tl.int64) * stride_window + cell,
@@ -574,7 +579,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             for i in tl.static_range(_NUM_BUCKETS - 1):
                 bound = tl.load(bounds_ptr + offs_s * (_NUM_BUCKETS - 1) + i, mask=offs_s < _NUM_STATISTICS, other=0.0)
                 bucket += (value > bound[:, None]).to(tl.int32)
-            flat = cell[None, :] * _NUM_STATISTICS + column  # into [H, 2, S]
+            flat = place[None, :] * _NUM_STATISTICS + column  # into [A, ADAPTER_HEADS, 2, S]
             tl.atomic_add(
                 counts_ptr + flat * _NUM_BUCKETS + bucket,
                 tl.full([_BLOCK_STATISTICS, BLOCK_H], 1, tl.int64),
@@ -608,6 +613,8 @@ class LayerAccumulators:
         window_max: [W, H, 2] float32, [H, 2] contiguous.
         window_slot: [1] int32, the slot of `window_max` in use.
         bounds: [S, B - 1] float32, contiguous.
+        adapter_heads: with adapters, how many heads the rows of each have, at least H: instead of [H], the first four
+            begin with [A * adapter_heads], A slots as the row list names them. 0 is without.
     """
 
     counts: torch.Tensor
@@ -617,6 +624,7 @@ class LayerAccumulators:
     window_max: torch.Tensor
     window_slot: torch.Tensor
     bounds: torch.Tensor
+    adapter_heads: int = 0
 
 
 class RowStatsWorkspace:
@@ -793,6 +801,7 @@ def row_stats(
         None if output is None else (output.dtype, output.shape[2]),
         None if key is None else key.dtype,
         out is None,
+        accumulators.adapter_heads,
     )
     q_scale, k_scale = params.q_scale, params.k_scale
     arguments = (
@@ -862,6 +871,7 @@ def row_stats(
         constants = _constants(
             q, k_cache, max_rows, params, candidate,
             ring=ring, queries=queries, output=output, kept_kv=kept_kv, out=out, by_row=first_row is not None,
+            adapter_heads=accumulators.adapter_heads,
         )  # fmt: skip
         try:
             compiled = _row_stats_kernel[(workspace.num_programs,)](
@@ -940,6 +950,7 @@ def _constants(
     kept_kv: torch.Tensor | None,
     out: torch.Tensor | None,
     by_row: bool,
+    adapter_heads: int,
 ) -> tuple[Any, ...]:
     """The kernel's constexpr arguments, in order."""
     num_heads = q.shape[1]
@@ -976,4 +987,5 @@ def _constants(
         tiling.keys,
         tiling.stages,
         _COPIED,
+        adapter_heads,
     )

@@ -35,6 +35,7 @@ class Feature(Enum):
     PIECEWISE = "telling pieces of CUDA graphs from whole ones"
     PROGRESS = "telling draft tokens, and tokens that are computed again, from others"
     TRACES = "traced requests"
+    ADAPTERS = "telling the LoRA adapters of requests"
     TOKENS = "the tokens of traced requests"
     OPTIONS = "options of requests"
     BEAMS = "telling what a beam search has generated from its prompt"
@@ -59,6 +60,7 @@ _OF_WORKERS: Final = (
     Feature.PIECEWISE,
     Feature.PROGRESS,
     Feature.TRACES,
+    Feature.ADAPTERS,
     Feature.TOKENS,
 )
 
@@ -244,9 +246,9 @@ INTERNALS: Final[tuple[Internal, ...]] = (
         "NewRequestData",
         protocols.NewRequest,
         Feature.TRACES,
-        {"num_computed_tokens": Feature.PROGRESS},
+        {"num_computed_tokens": Feature.PROGRESS, "lora_request": Feature.ADAPTERS},
     ),
-    *_members("vllm.lora.request", "LoRARequest", protocols.LoRARequest, Feature.TRACES),
+    *_members("vllm.lora.request", "LoRARequest", protocols.LoRARequest, Feature.ADAPTERS),
     *_members("vllm", "SamplingParams", protocols.SamplingParams, Feature.TRACES),
     # Configuration.
     *_members("vllm.config", "VllmConfig", protocols.VllmConfig, Feature.OBSERVATION),

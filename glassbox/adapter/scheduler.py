@@ -6,6 +6,7 @@ It is read on demand: most steps bring nothing new, and this is asked in every o
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
+from glassbox.adapter.internals import Feature, lacks
 from glassbox.adapter.protocols import NewRequest, SamplingParams, SchedulerOutput
 
 
@@ -39,8 +40,8 @@ class Arrival:
 
     @property
     def adapter(self) -> str | None:
-        """Name of its LoRA adapter."""
-        lora = self._new.lora_request
+        """Name of its LoRA adapter; None without one, and where it can't be told."""
+        lora = None if lacks(Feature.ADAPTERS) else self._new.lora_request
         return None if lora is None else lora.lora_name
 
     @property

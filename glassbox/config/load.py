@@ -84,6 +84,7 @@ RESTART_FIELDS: Final = (
     "compat",
     "statistics.sink_tokens",
     "statistics.local_window",
+    "adapters.max",
     "enabled",
 )
 

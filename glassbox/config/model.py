@@ -25,6 +25,8 @@ from pydantic import (
     field_validator,
 )
 
+from glassbox.core.adapter_slots import MAX_ADAPTERS
+
 # Of multi-head latent attention, and the first release that has each of those that older ones lack.
 MLA_BACKENDS: Final = {
     "CPU_MLA": "0.28",
@@ -275,7 +277,7 @@ class PerClientConfig(_Section):
         100,
         "Traces of one client kept in the run directory, 1 to 100000; its own oldest go first.",
         "must be between 1 and 100000",
-        "use 100, or as many as requests.keep for no limit of its own",
+        "use `100`, or as many as requests.keep for no limit of its own",
         ge=1,
         le=100_000,
     )
@@ -285,7 +287,7 @@ class PerClientConfig(_Section):
         "Rows (tokens) of traces that one client may have measured, 1 to 1000000 a second; ten seconds' worth at once. "
         "Beyond it traces are truncated and further ones refused. null: no limit.",
         "must be between 1 and 1000000, or null",
-        "use 5000, or null for no limit",
+        "use `5000`, or `null` for no limit",
         ge=1,
         le=1_000_000,
     )
@@ -455,7 +457,7 @@ class PrometheusConfig(_Section):
         "use `layer` if in doubt",
     )
     max_series: int = _field(
-        # 80 layers at detail layer are 19,760 series, with a baseline 22,160.
+        # 80 layers at detail layer are 19,600 series, with a baseline 22,000.
         25_000,
         f"Time series of a server, 1 to {MAX_SERIES}; a detail that would make more falls back one level, "
         "because series are what Prometheus pays for.",
@@ -619,6 +621,20 @@ class CanaryConfig(_Section):
         return value
 
 
+class AdaptersConfig(_Section):
+    """Statistics by LoRA adapter."""
+
+    max: int = _field(
+        0,
+        f"LoRA adapters, 0 to {MAX_ADAPTERS}, whose statistics are shown apart: the first ones that a worker serves. "
+        "The others share one place; 0 tells none apart. Needs a restart.",
+        f"must be between 0 and {MAX_ADAPTERS}",
+        "use 0 to tell none apart",
+        ge=0,
+        le=MAX_ADAPTERS,
+    )
+
+
 class ExportConfig(_Section):
     """Where the numbers go."""
 
@@ -702,6 +718,7 @@ class GlassboxConfig(_Section):
     )
     sampling: SamplingConfig = _section(SamplingConfig)
     statistics: StatisticsConfig = _section(StatisticsConfig)
+    adapters: AdaptersConfig = _section(AdaptersConfig)
     requests: RequestsConfig = _section(RequestsConfig)
     canary: CanaryConfig = _section(CanaryConfig)
     baseline: BaselineConfig = _section(BaselineConfig)

@@ -88,6 +88,33 @@ class AccumulatorArrays:
     window_max: npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True, eq=False)
+class AdapterArrays:
+    """The cumulative arrays over all layers and heads, by slot of LoRA adapters (`core/adapter_slots.py`); A slots.
+
+    Attributes:
+        counts: int64 [A, 2, S, B].
+        sums: float64 [A, 2, S].
+        rows, nonfinite: int64 [A, 2].
+    """
+
+    counts: npt.NDArray[np.int64]
+    sums: npt.NDArray[np.float64]
+    rows: npt.NDArray[np.int64]
+    nonfinite: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredArrays(AccumulatorArrays):
+    """All that a worker's accumulators hold.
+
+    Attributes:
+        by_adapter: of the rows by adapter; None if they are not told apart.
+    """
+
+    by_adapter: AdapterArrays | None
+
+
 def check_shapes(owner: object, names: Iterable[str], *places: int) -> None:
     """See that the owner's arrays of these names have the shapes of the table.
 

@@ -42,6 +42,10 @@ class ArrayFile:
             raise ValueError("must not be compressed")
         self._names = {member.filename for member in members}
 
+    def __contains__(self, name: str) -> bool:
+        """Whether it has an array of this name."""
+        return name + _SUFFIX in self._names
+
     def read(self, names: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
         """These arrays, by name.
 
@@ -53,7 +57,7 @@ class ArrayFile:
         return {name: self._read(name) for name in names}
 
     def _read(self, name: str) -> npt.NDArray[Any]:
-        if name + _SUFFIX not in self._names:
+        if name not in self:
             raise ValueError(f"must have an array {name}")
         data = io.BytesIO(self._archive.read(name + _SUFFIX))
         version = np.lib.format.read_magic(data)

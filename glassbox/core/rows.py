@@ -14,7 +14,7 @@ NUM_ROW_COLUMNS: Final = len(ROW_COLUMNS)
 
 ROW_QUERY: Final = ROW_COLUMNS.index("query")  # index into the step's flattened tokens
 ROW_BATCH: Final = ROW_COLUMNS.index("batch")  # batch row
-ROW_PHASE: Final = ROW_COLUMNS.index("phase")  # ROW_DECODE and ROW_UNCOUNTED, or neither
+ROW_PHASE: Final = ROW_COLUMNS.index("phase")  # ROW_DECODE and ROW_UNCOUNTED, or neither; above them an adapter
 ROW_PROMPT_LEN: Final = ROW_COLUMNS.index("prompt_len")  # tokens of the request's prompt
 # Trace ring slot: number among the step's traced rows, -1 if the request is not traced.
 ROW_SLOT: Final = ROW_COLUMNS.index("slot")
@@ -24,3 +24,6 @@ ROW_DECODE: Final = 1
 # Of a row that is measured only because its request is traced. It must not enter the accumulators: traced requests are
 # measured in every step and would outweigh the sample.
 ROW_UNCOUNTED: Final = 2
+# From this bit on the slot of the request's LoRA adapter (`core/adapter_slots.py`). 0 is the base model's, and that of
+# all rows if adapters are not told apart.
+ROW_ADAPTER_SHIFT: Final = 2

@@ -102,12 +102,44 @@ def _histogram(statistic: Statistic) -> Family:
     )
 
 
+def by_adapter(statistic: Statistic) -> Family:
+    """The histogram of a statistic by LoRA adapter."""
+    return define(
+        f"adapter_attention_{statistic.name}",
+        f"adapter.attention.{statistic.name}",
+        "histogram",
+        statistic.unit,
+        f"By LoRA adapter, over all layers and heads: {statistic.meaning}",
+        ("phase", "adapter"),
+        bounds=statistic.buckets,
+    )
+
+
+# Per engine, phase and LoRA adapter; only with `adapters.max`.
+_ADAPTER_ROWS: Final = define(
+    "adapter_attention_rows_total",
+    "adapter.attention.rows",
+    "counter",
+    "{row}",
+    "Attention rows measured, by LoRA adapter, over all layers and heads.",
+    ("phase", "adapter"),
+)
+_ADAPTER_NONFINITE: Final = define(
+    "adapter_attention_nonfinite_rows_total",
+    "adapter.attention.nonfinite_rows",
+    "counter",
+    "{row}",
+    "Measured attention rows with a NaN or infinite score, by LoRA adapter, over all layers and heads.",
+    ("phase", "adapter"),
+)
 _EXPORTED: Final = tuple(statistic for statistic in STATISTICS if statistic.exported)
 _HISTOGRAMS: Final = tuple(_histogram(statistic) for statistic in _EXPORTED)
+_ADAPTER_HISTOGRAMS: Final = tuple(map(by_adapter, _EXPORTED))
+_BY_ADAPTER: Final = (*_ADAPTER_HISTOGRAMS, _ADAPTER_ROWS, _ADAPTER_NONFINITE)
 _BY_DETAIL: Final = (*_HISTOGRAMS, _WINDOW_MAX, _ROWS, _NONFINITE, _DRIFT_PSI, _DRIFT_SHIFT)
 _OF_ENGINE: Final = {entry.name: _of_engine(entry) for entry in ENGINE_NUMBERS}
 # Every metric, without series; labels as at detail `model`. Docs and dashboards are checked against it.
-METRICS: Final = (*_BY_DETAIL, *CHECK_METRICS, *_OF_ENGINE.values(), _WORKER, *LIVENESS_METRICS)
+METRICS: Final = (*_BY_DETAIL, *_BY_ADAPTER, *CHECK_METRICS, *_OF_ENGINE.values(), _WORKER, *LIVENESS_METRICS)
 
 
 def build_families(
@@ -133,6 +165,8 @@ def build_families(
         part = aggregate(engine, detail)
         for statistic in _EXPORTED:
             series[statistic.metric] += _histogram_series(engine, part, statistic, detail)
+        for family, found in _adapter_series(engine):
+            series[family.name] += found
         numbers = ((_WINDOW_MAX, part.window_max), (_ROWS, part.rows), (_NONFINITE, part.nonfinite))
         for family, values in numbers:
             series[family.name] += _number_series(engine, part, values, detail)
@@ -175,6 +209,17 @@ def _number_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[An
     for k, p, labels in _places(engine, part, PHASES, detail):
         if numbers[k][p] != -math.inf:  # no row in the window: nothing to show
             yield Series(labels, numbers[k][p], engine.start_time_s)
+
+
+def _adapter_series(engine: MergedEngine) -> Iterator[tuple[Family, Iterator[Series]]]:
+    part = engine.by_adapter
+    if part is None:
+        return
+    # Zeros are shown, as at the details model and layer.
+    for family, statistic in zip(_ADAPTER_HISTOGRAMS, _EXPORTED, strict=True):
+        yield family, _histogram_series(engine, part, statistic, "model")
+    yield _ADAPTER_ROWS, _number_series(engine, part, part.rows, "model")
+    yield _ADAPTER_NONFINITE, _number_series(engine, part, part.nonfinite, "model")
 
 
 def _drift_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any], detail: Detail) -> Iterator[Series]:
@@ -245,11 +290,17 @@ def series_count(detail: Detail, layer_heads: Sequence[int], with_drift: bool = 
     return places * samples_per_place(with_drift) + checked * CHECK_SAMPLES
 
 
+def adapter_series_count(slots: int) -> int:
+    """Prometheus samples of one engine by LoRA adapter, once every slot of `core/adapter_slots.py` has been used."""
+    return slots * (samples_per_place() - len(PHASES)) if slots > 1 else 0  # no window_max
+
+
 def effective_detail(
     detail: Detail, max_series: int, engines: Sequence[MergedEngine], with_drift: bool = False
 ) -> tuple[Detail, str | None]:
     """`fitting_detail` for the engines of a server."""
-    return fitting_detail(detail, max_series, [engine.layer_heads for engine in engines], with_drift)
+    besides = sum(adapter_series_count(engine.adapter_slots) for engine in engines)
+    return fitting_detail(detail, max_series, [engine.layer_heads for engine in engines], with_drift, besides)
 
 
 def _fitting_settings(detail: Detail, used: Detail, max_series: int, needed: Callable[[Detail], int]) -> Iterator[str]:
@@ -263,19 +314,20 @@ def _fitting_settings(detail: Detail, used: Detail, max_series: int, needed: Cal
 
 
 def fitting_detail(
-    detail: Detail, max_series: int, shapes: Sequence[Sequence[int]], with_drift: bool = False
+    detail: Detail, max_series: int, shapes: Sequence[Sequence[int]], with_drift: bool = False, besides: int = 0
 ) -> tuple[Detail, str | None]:
     """The finest detail, at most the wanted one, that keeps a server within `max_series`.
 
     Args:
         shapes: query heads of each observed layer, for each engine.
+        besides: series that the server has at every detail.
 
     Returns:
         The detail, and a warning for the log if it is not the wanted one (or if even `model` is too many).
     """
 
     def needed(at: Detail) -> int:
-        return sum(series_count(at, layer_heads, with_drift) for layer_heads in shapes)
+        return besides + sum(series_count(at, layer_heads, with_drift) for layer_heads in shapes)
 
     used = detail
     while needed(used) > max_series and used in _COARSER:

@@ -6,7 +6,7 @@ quantile is interpolated in its bucket, never exact. How the file is rotated is 
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ class WindowSummaries:
 
         Keys: time, window_s (seconds), model_name, engine, detail, sample_rate, steps, sampled_steps, and
         places: one object per layer (and head) and phase with rows, nonfinite, max_logit_max, and per
-        statistic count, mean, p50, p95, and the rows in each of its buckets.
+        statistic count, mean, p50, p95, and the rows in each of its buckets. If LoRA adapters are told apart, also
+        adapters: the like for each of them (`adapter`) and phase; their max_logit_max is not known.
         """
         lines = []
         for engine in engines:
@@ -68,7 +69,7 @@ def _summary(engine: MergedEngine, last: MergedEngine | None, detail: Detail) ->
     part = aggregate(engine, detail)
     window = _difference(part, aggregate(last, detail)) if last is not None else part
     since = last.time_s if last is not None else engine.start_time_s
-    return {
+    line = {
         "time": round(engine.time_s, 3),
         "window_s": round(engine.time_s - since, 3),
         "model_name": engine.model_name,
@@ -77,8 +78,17 @@ def _summary(engine: MergedEngine, last: MergedEngine | None, detail: Detail) ->
         "sample_rate": engine.numbers["sample_rate"],
         "steps": engine.steps - (last.steps if last else 0),
         "sampled_steps": engine.sampled_steps - (last.sampled_steps if last else 0),
-        "places": list(_places(window, detail)),
+        "places": list(_places(window, lambda labels: _indices(detail, labels))),
     }
+    if (apart := engine.by_adapter) is not None:
+        before = last.by_adapter if last is not None else None
+        came = apart if before is None else _difference(apart, before)
+        line["adapters"] = list(_places(came, lambda labels: {"adapter": labels[0]}))
+    return line
+
+
+def _indices(detail: Detail, labels: tuple[str, ...]) -> dict[str, int]:
+    return {name: int(label) for name, label in zip(DETAIL_LABELS[detail], labels, strict=True)}
 
 
 def _difference(part: Aggregate, last: Aggregate) -> Aggregate:
@@ -99,7 +109,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _places(window: Aggregate, detail: Detail) -> Iterator[dict[str, Any]]:
+def _places(window: Aggregate, named: Callable[[tuple[str, ...]], Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     median, high = (
         [quantiles(statistic, window.counts[:, :, s], q) for s, statistic in enumerate(STATISTICS)] for q in (0.5, 0.95)
     )
@@ -108,9 +118,7 @@ def _places(window: Aggregate, detail: Detail) -> Iterator[dict[str, Any]]:
             if window.rows[k, p] <= 0:
                 continue
             place: dict[str, Any] = {
-                name: int(label) for name, label in zip(DETAIL_LABELS[detail], labels, strict=True)
-            }
-            place |= {
+                **named(labels),
                 "phase": phase.value,
                 "rows": int(window.rows[k, p]),
                 "nonfinite": int(window.nonfinite[k, p]),

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from glassbox.core.accumulator_arrays import AccumulatorArrays
+from glassbox.core.accumulator_arrays import MeasuredArrays
 from glassbox.core.rows import ROW_BATCH, ROW_QUERY
 from glassbox.core.trace_options import MAX_ATTENTION_KEYS
 from glassbox.kernels.layer_params import LayerParams
@@ -389,5 +389,5 @@ class Measurer(Protocol[View_contra]):
     def discard(self) -> None:
         """Measure nothing more of this step and keep nothing of it; what was added already stays."""
 
-    def copy(self, now_s: float) -> AccumulatorArrays:
+    def copy(self, now_s: float) -> MeasuredArrays:
         """The cumulative numbers; called from another thread."""

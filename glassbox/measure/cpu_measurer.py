@@ -16,11 +16,11 @@ from typing import Final
 import numpy as np
 import torch
 
-from glassbox.core.accumulator_arrays import AccumulatorArrays
+from glassbox.core.accumulator_arrays import MeasuredArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.native import NativeError
-from glassbox.core.rows import ROW_PHASE, ROW_QUERY, ROW_UNCOUNTED
+from glassbox.core.rows import ROW_ADAPTER_SHIFT, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_UNCOUNTED
 from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerRows, row_stats_cpu
@@ -212,7 +212,7 @@ class CpuMeasurer:
         self._groups.clear()
         self._rows = self._traced = self._asked = self._counted = self._check = None
 
-    def copy(self, now_s: float) -> AccumulatorArrays:
+    def copy(self, now_s: float) -> MeasuredArrays:
         """See contract.Measurer."""
         self._accumulators.rotate(now_s)
         return self._accumulators.copy()
@@ -330,15 +330,17 @@ class CpuMeasurer:
         if not pending or self._rows is None or (self._counted is not None and not len(self._counted)):
             return
         self._accumulators.rotate(time.monotonic())
-        phases = torch.from_numpy(self._rows[:, ROW_PHASE].astype(np.int64))
+        marks = torch.from_numpy(self._rows[:, ROW_PHASE].astype(np.int64))
         if self._counted is not None:
-            phases = phases[self._counted]
+            marks = marks[self._counted]
+        phases = marks & ROW_DECODE
+        adapters = marks >> ROW_ADAPTER_SHIFT if self._accumulators.num_adapters > 1 else None
         by_heads: dict[int, list[tuple[list[int], torch.Tensor]]] = {}
         for local_layers, stats in pending:
             by_heads.setdefault(stats.shape[2], []).append((local_layers, stats))
         for group in by_heads.values():
             layers = torch.tensor([local for local_layers, _ in group for local in local_layers])
-            self._accumulators.add(layers, torch.cat([stats for _, stats in group]), phases)
+            self._accumulators.add(layers, torch.cat([stats for _, stats in group]), phases, adapters)
 
 
 def _has_kernel() -> bool:

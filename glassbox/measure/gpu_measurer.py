@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from glassbox.core.accumulator_arrays import AccumulatorArrays
+from glassbox.core.accumulator_arrays import MeasuredArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_QUERY, ROW_SLOT
 from glassbox.core.statistics import NUM_STATISTICS
@@ -81,12 +81,12 @@ class GpuMeasurer:
         self._sink_tokens, self._local_window = layers.sink_tokens, layers.local_window
         self.max_rows = max_rows
         device = self._accumulators.counts.device
-        num_layers, num_heads = self._accumulators.rows.shape[:2]
+        num_layers, num_heads = self._accumulators.num_layers, self._accumulators.num_heads
         self._row_list = torch.zeros(max_rows, NUM_ROW_COLUMNS, dtype=torch.int32, device=device)
         # Rows of this step in each layer; 0 lets a launch return at once.
         self._num_rows = torch.zeros(num_layers, dtype=torch.int32, device=device)
         self._workspace = RowStatsWorkspace(device, max_rows, num_heads)
-        self._host = [t.new_empty(t.shape, device="cpu").pin_memory() for t in self._exported()]
+        self._host = [t.new_empty(t.shape, device="cpu").pin_memory() for t in self._accumulators.exported()]
         # What is measured of traced rows, by slot; NaN is nothing.
         slot_bytes = num_layers * num_heads * (4 * (NUM_STATISTICS + 1) + head_size * query_dtype.itemsize)
         self.max_traced_rows = min(max(_RING_BYTES // max(slot_bytes, 1), _LEAST_SLOTS), max_rows)
@@ -352,21 +352,16 @@ class GpuMeasurer:
         )
         return local_layers, answers
 
-    def copy(self, now_s: float) -> AccumulatorArrays:
+    def copy(self, now_s: float) -> MeasuredArrays:
         """See contract.Measurer. Waits for the copy, on the calling thread only."""
         with self._lock, torch.cuda.stream(self._copy_stream):
             self._copy_stream.wait_event(self._step_done)
             self._accumulators.rotate(now_s)
-            for host, device in zip(self._host, self._exported(), strict=True):
+            for host, device in zip(self._host, self._accumulators.exported(), strict=True):
                 host.copy_(device, non_blocking=True)
             self._copy_done.record()
         self._copy_done.synchronize()
-        counts, sums, rows, nonfinite, window_max = (host.numpy().copy() for host in self._host)
-        return AccumulatorArrays(counts, sums, rows, nonfinite, window_max.max(axis=0))
-
-    def _exported(self) -> tuple[torch.Tensor, ...]:
-        a = self._accumulators
-        return a.counts, a.sums, a.rows, a.nonfinite, a.window_max
+        return self._accumulators.to_arrays([host.numpy().copy() for host in self._host])
 
     def _launch(
         self, local: int, layer: StridedLayer, forward: Forward, kv_cache: torch.Tensor, tables: BatchTables
@@ -456,14 +451,17 @@ class GpuMeasurer:
 
     def _layer_accumulators(self, local: int, num_heads: int) -> LayerAccumulators:
         a = self._accumulators
+        apart = a.num_adapters > 1
+        heads = slice(None if apart else num_heads)
         return LayerAccumulators(
-            counts=a.counts[local, :num_heads],
-            sums=a.sums[local, :num_heads],
-            rows=a.rows[local, :num_heads],
-            nonfinite=a.nonfinite[local, :num_heads],
+            counts=a.counts[local, heads],
+            sums=a.sums[local, heads],
+            rows=a.rows[local, heads],
+            nonfinite=a.nonfinite[local, heads],
             window_max=a.window_max[:, local, :num_heads],
             window_slot=a.window_slot,
             bounds=a.bounds,
+            adapter_heads=a.num_heads if apart else 0,
         )
 
 

@@ -13,7 +13,8 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from glassbox.core.accumulator_arrays import ACCUMULATOR_ARRAYS, ARRAY, AccumulatorArrays
+from glassbox.core.accumulator_arrays import ACCUMULATOR_ARRAYS, ARRAY, CUMULATIVE_ARRAYS, AccumulatorArrays
+from glassbox.core.adapter_slots import BASE_MODEL, OTHER_ADAPTERS
 from glassbox.core.counters import ENGINE_NUMBERS, EngineValue, MergeRule
 from glassbox.core.output_checks import LayerChecks
 from glassbox.store.merged_checks import NonfiniteOrigin, WrongLayer, merge_checks, nonfinite_origins, wrong_layers
@@ -56,6 +57,8 @@ class MergedEngine(Totals):
             is on every live worker that has it, FAILED if it is on one.
         wrong: layers whose output was not reproduced, for each live worker.
         nonfinite_origins: where non-finite rows begin, for each rank and host that had some lately.
+        by_adapter: the rows by LoRA adapter, over all layers and heads; None if they are not told apart.
+        adapter_slots: how many there may come to be in `by_adapter`.
     """
 
     num_heads: int
@@ -66,6 +69,8 @@ class MergedEngine(Totals):
     checks: LayerChecks
     wrong: tuple[WrongLayer, ...] = ()
     nonfinite_origins: tuple[NonfiniteOrigin, ...] = ()
+    by_adapter: "Aggregate | None" = None
+    adapter_slots: int = 0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -73,7 +78,8 @@ class Aggregate(AccumulatorArrays):
     """The arrays of an engine at one detail: instead of [L, H] they begin with [K], K = 1, layers, or layers x heads.
 
     Attributes:
-        labels: K tuples: (), (layer,), or (layer, head), global indices as text.
+        labels: K tuples: (), (layer,), or (layer, head), global indices as text. Of `MergedEngine.by_adapter`, which
+            has no window maxima, (adapter,).
     """
 
     labels: tuple[tuple[str, ...], ...]
@@ -147,6 +153,8 @@ def _merge_engine(snapshots: Iterable[Snapshot]) -> MergedEngine:
         checks=merge_checks(layers, workers.all, workers.live.values()),
         wrong=wrong_layers(workers.live.values()),
         nonfinite_origins=nonfinite_origins(workers.live.values()),
+        by_adapter=_merge_adapters(workers.all),
+        adapter_slots=_adapter_slots(workers.all),
         **_merge_arrays(workers, layers, heads),
     )
 
@@ -223,6 +231,36 @@ def _merge_arrays(workers: _Workers, layers: tuple[int, ...], heads: int) -> dic
                     its = np.where(where, getattr(snapshot, entry.name)[local, :of_layer], entry.nothing)
                     arrays[entry.name][at] = entry.combine(arrays[entry.name][at], its)
     return arrays
+
+
+def _adapter_slots(workers: Iterable[Snapshot]) -> int:
+    return max((len(worker.by_adapter.rows) for worker in workers if worker.by_adapter is not None), default=0)
+
+
+def _merge_adapters(workers: Sequence[Snapshot]) -> Aggregate | None:
+    """Add up the rows of each adapter, by its name: workers may have met them in different orders.
+
+    There are no more names than a worker has slots, those of the oldest workers first, so that a name which had a
+    series keeps it.
+    """
+    slots = _adapter_slots(workers)
+    if not slots:
+        return None
+    by_age = sorted(workers, key=lambda worker: worker.start_time_s)
+    names = dict.fromkeys(name for worker in by_age for name in worker.adapters)
+    labels = [BASE_MODEL, *list(names)[: slots - 2], OTHER_ADAPTERS]
+    arrays = {name: entry.empty(len(labels)) for name, entry in ARRAY.items()}
+    for worker in workers:
+        if worker.by_adapter is None:
+            continue
+        places = {label: at for at, label in enumerate(labels)}
+        own = (BASE_MODEL, *worker.adapters, OTHER_ADAPTERS)
+        # The slots that have no name yet hold nothing, and the last one is the others'.
+        used = [*range(len(own) - 1), len(worker.by_adapter.rows) - 1]
+        at = [places.get(label, len(labels) - 1) for label in own]
+        for name in CUMULATIVE_ARRAYS:
+            np.add.at(arrays[name], at, getattr(worker.by_adapter, name)[used])
+    return Aggregate(labels=tuple((label,) for label in labels), **arrays)
 
 
 def _alike(snapshot: Snapshot) -> Iterator[tuple[list[int], int, int]]:

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Final
 
 from glassbox.core.logs import get_logger
-from glassbox.store import api_server_note, exporter_status, llm_spans, process_name, rundir, tokenizer_note
+from glassbox.store import (
+    api_server_note,
+    exporter_status,
+    llm_spans,
+    metrics_page,
+    process_name,
+    rundir,
+    tokenizer_note,
+)
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trusted_file import list_files, open_lock
 

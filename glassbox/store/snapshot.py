@@ -16,7 +16,15 @@ from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
 
-from glassbox.core.accumulator_arrays import ARRAY, AccumulatorArrays, check_shapes, narrowed
+from glassbox.core.accumulator_arrays import (
+    ARRAY,
+    CUMULATIVE_ARRAYS,
+    AccumulatorArrays,
+    AdapterArrays,
+    check_shapes,
+    narrowed,
+)
+from glassbox.core.adapter_slots import num_slots
 from glassbox.core.array_file import ArrayFile
 from glassbox.core.counters import ENGINE_NUMBER, EngineValue
 from glassbox.core.files import FileVersion
@@ -27,8 +35,9 @@ from glassbox.store.trusted_file import list_files, make_folder, open_file, writ
 
 logger = get_logger(__name__)
 
-FORMAT_VERSION: Final = 5
+FORMAT_VERSION: Final = 6
 _CHECKS: Final = "checks_"  # before the names of the arrays of LayerChecks in a file
+_ADAPTERS: Final = "adapters_"  # likewise of AdapterArrays, if it has those
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
 # 80 layers of 64 heads take 2 to 20 MB, by how large their counts are.
 MAX_BYTES: Final = 1 << 28
@@ -87,6 +96,8 @@ class Snapshot(Totals):
         first_nonfinite_layer: global index of the first layer, in the model's order, that had non-finite rows lately;
             None if none had.
         checks: what the checks of the layers' outputs found.
+        by_adapter: the same rows by slot of their LoRA adapters; None if they are not told apart.
+        adapters: names of the slots after the first, as far as they have any.
 
     Raises:
         ValueError: if an array does not have that shape, the layers are not distinct, or the numbers are not those of
@@ -103,6 +114,8 @@ class Snapshot(Totals):
     host: str
     first_nonfinite_layer: int | None
     checks: LayerChecks
+    by_adapter: AdapterArrays | None = None
+    adapters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         heads = self.rows.shape[1] if self.rows.ndim == 3 else -1
@@ -123,7 +136,19 @@ class Snapshot(Totals):
             raise ValueError(
                 f"{len(self.layers)} layers of {self.num_heads_total} heads must be at most {_MOST_PLACES} heads"
             )
+        _check_adapters(self.by_adapter, self.adapters)
         _check_numbers(self.numbers)
+
+
+def _check_adapters(arrays: AdapterArrays | None, names: tuple[str, ...]) -> None:
+    slots = 0
+    if arrays is not None:
+        slots = len(arrays.rows)
+        check_shapes(arrays, CUMULATIVE_ARRAYS, slots)
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"adapters must be distinct names, got {list(names)}")
+    if names and num_slots(len(names)) > slots:
+        raise ValueError(f"adapters must be of at most {max(slots - 2, 0)} slots of their own, got {len(names)}")
 
 
 def _check_numbers(numbers: Mapping[str, object]) -> None:
@@ -143,7 +168,7 @@ def _check_numbers(numbers: Mapping[str, object]) -> None:
             raise ValueError(f"{name} must be of the kind that the table of engine numbers says, got {value!r}")
 
 
-_META: Final = tuple(field.name for field in fields(Snapshot) if field.name not in ARRAY and field.name != "checks")
+_META: Final = tuple(field.name for field in fields(Snapshot) if field.name not in {*ARRAY, "checks", "by_adapter"})
 
 
 def snapshot_name(snapshot: Snapshot) -> str:
@@ -157,6 +182,8 @@ def _encode(snapshot: Snapshot) -> bytes:
     text = json.dumps({"format": FORMAT_VERSION, **meta}, default=_plain)
     arrays: dict[str, Any] = {name: narrowed(getattr(snapshot, name)) for name in ARRAY}
     arrays |= {_CHECKS + name: narrowed(array) for name, array in vars(snapshot.checks).items()}
+    if snapshot.by_adapter is not None:
+        arrays |= {_ADAPTERS + name: narrowed(array) for name, array in vars(snapshot.by_adapter).items()}
     buffer = io.BytesIO()
     np.savez(buffer, meta=np.frombuffer(text.encode(), dtype=np.uint8), **arrays)
     return buffer.getvalue()
@@ -199,9 +226,20 @@ def _decode(file: BinaryIO) -> Snapshot:
         name: of_checks[_CHECKS + name].astype(dtype, casting="same_kind", copy=False)
         for name, dtype in LAYER_CHECK_DTYPES.items()
     }
+    kept = [name for name in CUMULATIVE_ARRAYS if _ADAPTERS + name in archive]
+    of_adapters = archive.read(_ADAPTERS + name for name in kept)
+    by_adapter: dict[str, Any] = {
+        name: of_adapters[_ADAPTERS + name].astype(ARRAY[name].dtype, copy=False) for name in kept
+    }
+    meta["adapters"] = tuple(meta["adapters"])
     for name in ("layers", "layer_heads", "head_offsets", "sampled_layers"):
         meta[name] = tuple(int(number) for number in meta[name])
-    return Snapshot(**meta, **arrays, checks=LayerChecks(**checks))
+    return Snapshot(
+        **meta,
+        **arrays,
+        checks=LayerChecks(**checks),
+        by_adapter=AdapterArrays(**by_adapter) if by_adapter else None,
+    )
 
 
 class SnapshotReader:

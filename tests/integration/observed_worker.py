@@ -15,6 +15,7 @@ from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.contract import DeviceNeeds, MeasuredLayers
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.for_device import make_measurer
+from glassbox.processes.worker.adapters import AdapterSlots
 from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.tracker import RequestTracker
 from tests.canaries import QuietCanary
@@ -91,6 +92,7 @@ class ObservedWorker:
             config=GlassboxConfig.model_validate({"sample_rate": 1.0}).model_copy,
             requests=self.requests,
             canary=QuietCanary(LAYERS),
+            adapters=AdapterSlots(0),
             listen=self.listening.append,
             errors=self.errors,
         )

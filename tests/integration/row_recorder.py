@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_UNCOUNTED
+from glassbox.core.rows import ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_UNCOUNTED
 from tests.attached import running_observer
 
 
@@ -47,17 +47,17 @@ class RowRecorder:
                 (
                     batch.req_ids[row[ROW_BATCH]],
                     int(computed[row[ROW_BATCH]] + row[ROW_QUERY] - starts[row[ROW_BATCH]]),
-                    int(row[ROW_PHASE]),
+                    int(row[ROW_PHASE] & ROW_DECODE),
                 )
                 for row in rows
                 if not row[ROW_PHASE] & ROW_UNCOUNTED
             ]
             begin(rows, layers, traced, check)
 
-        def recording_add(layers, stats, phases):  # type: ignore[no-untyped-def]
+        def recording_add(layers, stats, phases, adapters):  # type: ignore[no-untyped-def]
             for layer, values in zip(layers.tolist(), stats.numpy(), strict=True):
                 self._layers[layer] = values.copy()
-            add(layers, stats, phases)
+            add(layers, stats, phases, adapters)
 
         def recording_finish():  # type: ignore[no-untyped-def]
             finish()

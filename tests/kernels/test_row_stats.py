@@ -10,7 +10,16 @@ from torch import Tensor
 from tests.kernels.interpreter import DEVICE, ON_GPU
 
 # isort: split
-from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_PROMPT_LEN, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
+from glassbox.core.rows import (
+    ROW_ADAPTER_SHIFT,
+    ROW_BATCH,
+    ROW_DECODE,
+    ROW_PHASE,
+    ROW_PROMPT_LEN,
+    ROW_QUERY,
+    ROW_SLOT,
+    ROW_UNCOUNTED,
+)
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_stats import row_stats_ref
@@ -37,10 +46,11 @@ class Run:
         inputs: Inputs | None = None,
         tiling: Tiling | None = None,
         ring: Tensor | None = None,
+        accumulators: LayerAccumulators | None = None,
         **kept: Any,
     ) -> None:
         self.inputs = inputs or make_inputs(case, DEVICE)
-        self.accumulators = make_accumulators(case.heads, DEVICE)
+        self.accumulators = accumulators or make_accumulators(case.heads, DEVICE)
         self.workspace = RowStatsWorkspace(DEVICE, case.max_rows, case.heads, case.num_programs)
         self.dense = torch.full((case.max_rows, case.heads, NUM_STATISTICS + 1), UNWRITTEN, device=DEVICE)
         self.ring, self.kept, self.tiling = ring, kept, tiling
@@ -60,7 +70,7 @@ class Run:
 
     @property
     def phases(self) -> Tensor:
-        return self.inputs.rows.cpu()[: int(self.inputs.num_rows), ROW_PHASE].long()
+        return self.inputs.rows.cpu()[: int(self.inputs.num_rows), ROW_PHASE].long() & ROW_DECODE
 
 
 def oracle(inputs: Inputs, dtype: torch.dtype) -> Tensor:
@@ -80,7 +90,7 @@ def oracle(inputs: Inputs, dtype: torch.dtype) -> Tensor:
         keys,
         [lengths[b] - starts[b + 1] + token for token, b in zip(rows[:, ROW_QUERY].tolist(), batch, strict=True)],
         request=batch,
-        phase=rows[:, ROW_PHASE].tolist(),
+        phase=(rows[:, ROW_PHASE] & ROW_DECODE).tolist(),
         prompt_len=rows[:, ROW_PROMPT_LEN].tolist(),
         scale=p.scale,
         sliding_window=p.sliding_window,
@@ -301,6 +311,51 @@ class TestAccumulators:
         """q = 0 scores 0 or -0 everywhere: the window maximum is 0, not -inf."""
         run = Run(replace(BASE, q_magnitude=-0.0))
         assert (run.accumulators.window_max.cpu()[1, :, 1] == 0).all()
+
+
+class TestAdapters:
+    """Rows with the slot of an adapter in their phase, in a worker that has a layer with one head more."""
+
+    SLOTS = 3
+    STRIDE = MIXED.heads + 1
+
+    def run(self, *marks: int) -> tuple[Run, dict[str, Tensor]]:
+        """A launch with the rows' slots, and its accumulators as [A, heads and one more, ...]."""
+        inputs = make_inputs(MIXED, DEVICE)
+        inputs.rows[: int(inputs.num_rows), ROW_PHASE] |= torch.tensor(marks, dtype=torch.int32, device=DEVICE)
+        many = make_accumulators(self.SLOTS * self.STRIDE, DEVICE)
+        window_max = make_accumulators(MIXED.heads, DEVICE).window_max
+        run = Run(MIXED, inputs, accumulators=replace(many, window_max=window_max, adapter_heads=self.STRIDE))
+        names = ("counts", "sums", "rows", "nonfinite")
+        return run, {
+            name: array.view(self.SLOTS, self.STRIDE, *array.shape[1:])
+            for name, array in ((name, getattr(run.accumulators, name).cpu()) for name in names)
+        }
+
+    def test_each_row_counts_in_its_slot_alone(self) -> None:
+        """Slots add up to what there is without; each holds its own rows; what is uncounted stays so."""
+        plain = Run(MIXED)
+        slots = torch.arange(len(plain.out)) * 2 % self.SLOTS
+        run, apart = self.run(*(slots << ROW_ADAPTER_SHIFT).tolist())
+        assert torch.equal(run.out.nan_to_num(-1), plain.out.nan_to_num(-1))
+        for name in ("counts", "rows", "nonfinite"):
+            assert torch.equal(apart[name].sum(0)[: MIXED.heads], getattr(plain.accumulators, name).cpu())
+        sums = plain.accumulators.sums.cpu()
+        torch.testing.assert_close(apart["sums"].sum(0)[: MIXED.heads], sums, rtol=1e-12, atol=1e-9)
+        assert torch.equal(run.accumulators.window_max, plain.accumulators.window_max)
+        for slot in range(self.SLOTS):
+            its = slots == slot
+            counts = bucketed(run.out[its], run.phases[its], run.accumulators)
+            assert counts.any()
+            assert torch.equal(apart["counts"][slot, : MIXED.heads], counts)
+            assert not apart["rows"][slot, MIXED.heads :].any()
+
+    def test_rows_that_are_no_sample_count_in_no_slot(self) -> None:
+        """ROW_UNCOUNTED beside a slot."""
+        mark = ROW_UNCOUNTED | 2 << ROW_ADAPTER_SHIFT
+        run, apart = self.run(*[mark] * len(Run(MIXED).out))
+        assert not apart["rows"].any()
+        assert (run.accumulators.window_max == -torch.inf).all()
 
 
 class TestRowList:

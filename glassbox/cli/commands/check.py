@@ -180,24 +180,31 @@ def _vllm_line(config: "GlassboxConfig") -> str:
 
 
 def _series_lines(config: "GlassboxConfig", shape: _Shape, engines: int) -> list[str]:
-    from glassbox.export.families import fitting_detail, series_count
+    from glassbox.core.adapter_slots import num_slots
+    from glassbox.export.families import adapter_series_count, fitting_detail, series_count
     from glassbox.store.merge import DETAILS
 
     prometheus = config.export.prometheus
     drift = config.baseline.path is not None
     shapes = [shape.layer_heads] * engines
-    used, warning = fitting_detail(prometheus.detail, prometheus.max_series, shapes, with_drift=drift)
+    by_adapter = engines * adapter_series_count(num_slots(config.adapters.max))
+    used, warning = fitting_detail(
+        prometheus.detail, prometheus.max_series, shapes, with_drift=drift, besides=by_adapter
+    )
     many = "1 engine" if engines == 1 else f"{engines} engines"
     heads = sorted(set(shape.layer_heads)) or [0]
     many_heads = f"{heads[0]}" if len(heads) == 1 else f"{heads[0]} to {heads[-1]}"
     whose = "" if shape.found else shape.whose
     lines = [f"Time series of attention, {len(shape.layer_heads)} layers x {many_heads} heads, {many}{whose}:"]
     for detail in DETAILS:
-        number = engines * series_count(detail, shape.layer_heads, with_drift=drift)
+        number = by_adapter + engines * series_count(detail, shape.layer_heads, with_drift=drift)
         notes = ["in effect"] if detail == used else []
         if number > prometheus.max_series:
             notes.append(f"more than max_series {prometheus.max_series}")
         lines.append(f"  detail {detail:5} {number:>12,}   {', '.join(notes)}")
+    if by_adapter:
+        adapters = f"{config.adapters.max} LoRA adapters, the base model and other"
+        lines.append(f"Of each, {by_adapter:,} by adapter ({adapters}).")
     if warning is not None:
         lines.append(f"Falls back: {warning}")
     if not (config.enabled and prometheus.enabled):

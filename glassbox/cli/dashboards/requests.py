@@ -3,6 +3,7 @@
 from grafana_foundation_sdk.models import dashboard
 
 from glassbox.cli.dashboards import promql
+from glassbox.cli.dashboards.adapter_panels import adapters
 from glassbox.cli.dashboards.common import RATE_UNIT, config_tile, rows_tile, sample_rate_tile, statistic_line
 from glassbox.cli.dashboards.layout import Page, Section
 from glassbox.cli.dashboards.panels import Query, lines, note, tile
@@ -152,6 +153,7 @@ def page() -> Page:
                     *statistic_line("effective_keys", _DECODE, exemplars=True),
                 ],
             ),
+            Section("By LoRA adapter", adapters(), folded=True),
             Section("What was measured", _measured()),
             Section("Traced requests", [*_traced(), _one_request()]),
         ],

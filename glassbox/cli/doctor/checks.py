@@ -5,11 +5,11 @@ from typing import Final
 
 from glassbox.cli.doctor import (
     configuration,
-    protection,
     kernel,
     packages,
     plugin_loading,
     prometheus_targets,
+    protection,
     run_directories,
     served_metrics,
 )

@@ -14,7 +14,7 @@ _REMEDIES: Final[Mapping[str, str]] = {
     "prometheus": _RUN_DIRECTORY,
     "multiprocess": "make room on the disk of PROMETHEUS_MULTIPROC_DIR, and let this user write there",
     "page": _RUN_DIRECTORY,
-    "access": "mend the file of export.http that the log names, or whom it lets in; include_text needs a port that asks",
+    "access": "mend the file of export.http that the log names; include_text needs a port that asks who comes",
     "connections": "find out who holds the connections to glassbox's own port, or raise export.http.max_connections",
     "http": "let glassbox have the port that the YAML names, or choose another: someone else listens there",
     "otel": "see that the collector of export.otel.endpoint is there and takes this protocol and these headers",

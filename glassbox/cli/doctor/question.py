@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Final
 from urllib.parse import urlsplit
 
 from glassbox.cli.doctor.local_servers import LocalServer, loaded, local_servers, own_port
 from glassbox.cli.doctor.page import MetricsPage
 from glassbox.cli.doctor.reading import get
 from glassbox.config.load import ConfigError, GlassboxConfig, find_config
+
+_EVERY_INTERFACE: Final = frozenset({"0.0.0.0", "::"})
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,14 @@ class Question:
     @property
     def own_url(self) -> str | None:
         """Of glassbox's own port, on the server's machine; None if the configuration has none."""
-        port = own_port(self.loaded)
-        if port is None:
+        config = self.valid_config
+        if config is None or (port := own_port(config)) is None:
             return None
-        host = "127.0.0.1" if self.url is None else urlsplit(self.url).hostname or "127.0.0.1"
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        http = config.export.http
+        host = http.host.strip("[]")
+        if host in _EVERY_INTERFACE:
+            host = "127.0.0.1" if self.url is None else urlsplit(self.url).hostname or "127.0.0.1"
+        return f"{'https' if http.cert_file else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def port_of(url: str) -> int:

@@ -40,6 +40,7 @@ from glassbox.core.trace_options import (
 from glassbox.measure.sampling import is_sampled_request
 from glassbox.processes.api_server import message_spans
 from glassbox.processes.api_server.llm_span_watcher import LlmSpanWatcher, watch
+from glassbox.processes.api_server.measured_shape import MeasuredShape
 from glassbox.store.client_names import ClientNames
 
 logger = get_logger(__name__)
@@ -96,6 +97,7 @@ class Intake:
         self._clients = ClientNames(run_dir)
         self._unwatch: list[Callable[[], None]] = []
         self.traced = TracedRequests()
+        self._measured = MeasuredShape(run_dir)
 
     def is_for_us(self, extra_args: object) -> TypeGuard[ExtraArgs]:
         """See server.Intake."""
@@ -104,7 +106,7 @@ class Intake:
     def check(self, extra_args: ExtraArgs, shape: tuple[int, int] | None, *, is_chat: bool) -> None:
         """See server.Intake."""
         choice = parse_options(extra_args, from_client=True)
-        check_model_has(choice, shape)
+        check_model_has(choice, shape, self._measured)
         if choice.message_spans and not is_chat:
             raise OptionError(
                 f"{SPANS_KEY} by message are for chat completions, got "
@@ -154,7 +156,7 @@ class Intake:
         if any(key in extra_args for key in ADDED_KEYS):
             parse_options(extra_args, from_client=True)  # says that they must not be given
         choice = parse_options(extra_args)
-        check_model_has(choice, shape)
+        check_model_has(choice, shape, self._measured)
         return choice.choice == "trace"
 
     def begin(self, request_id: str, traceparent: str | None) -> ExtraArgs:
@@ -242,22 +244,25 @@ class Intake:
             self._unwatch.pop()()
 
 
-def check_model_has(choice: ClientChoice, shape: tuple[int, int] | None) -> None:
+def check_model_has(
+    choice: ClientChoice, shape: tuple[int, int] | None, measured: Callable[[], tuple[int, int]]
+) -> None:
     """Raise if a request names layers or heads that the model lacks.
 
     Args:
-        shape: numbers of layers and of heads, None if they are not known.
+        shape: numbers of layers and of heads by the model's configuration, None if they are not known.
+        measured: returns what the workers have found; it is asked if the configuration says too few.
 
     Raises:
         OptionError: it does.
     """
     if shape is None:
         return
-    for key, named, count in (
-        (LAYERS_KEY, choice.options.layers, shape[0]),
-        (HEADS_KEY, choice.options.heads, shape[1]),
-    ):
-        if named and named[-1] >= count:
+    for at, (key, named) in enumerate(((LAYERS_KEY, choice.options.layers), (HEADS_KEY, choice.options.heads))):
+        if not named or named[-1] < shape[at]:
+            continue
+        count = max(shape[at], measured()[at])
+        if named[-1] >= count:
             raise OptionError(
                 f"{key} must be from 0 to {count - 1}, because this model has {count}, got {named[-1]}; leave it out "
                 "for all"

@@ -39,6 +39,7 @@ from glassbox.core.logs import get_logger
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.measure.contract import BatchTables, Measurer
 from glassbox.measure.sampling import RowSampler, StepSampler, TraceBudget
+from glassbox.processes.worker.adapters import AdapterSlots
 from glassbox.processes.worker.canary import Canary, StepCheck
 from glassbox.processes.worker.progress import RequestProgress
 from glassbox.processes.worker.step import Step
@@ -81,6 +82,7 @@ class Observer:
         config: returns the configuration in force; called at every step.
         requests: which requests are traced.
         canary: which rows are checked, and which layers may be observed.
+        adapters: in which slots of the accumulators the rows of LoRA adapters are counted.
         listen: told whether layers are to call `after_attention`: in warm-up, since graphs are captured there, and
             then in measured steps.
         exact: the runner computes all scheduled tokens; one that leaves out drafts computes fewer.
@@ -97,6 +99,7 @@ class Observer:
         config: Callable[[], GlassboxConfig],
         requests: RequestTracker,
         canary: Canary,
+        adapters: AdapterSlots,
         listen: Callable[[bool], None],
         errors: ErrorCounter,
         exact: bool = True,
@@ -106,7 +109,7 @@ class Observer:
         self._listen = listen
         listen(True)
         self.counters = Counters()
-        self.measurer, self.requests, self._canary = measurer, requests, canary
+        self.measurer, self.requests, self._canary, self.adapters = measurer, requests, canary, adapters
         self._all_layers, self._layer_heads = layers, layer_heads
         self._locals = {name: local for local, name in enumerate(layer_names)}
         self._read_config, self._errors, self._clock = config, errors, clock
@@ -200,6 +203,10 @@ class Observer:
         step.overhead_s += self._clock() - step.started_s
 
     def _follow(self, scheduled: ScheduledStep) -> None:
+        try:
+            self.adapters.begin_step(scheduled)
+        except Exception as error:
+            self._errors.count("adapters", error)
         if lacks(Feature.PROGRESS) or lacks(Feature.TRACES):
             return
         try:
@@ -286,6 +293,9 @@ class Observer:
             excluded=excluded,
             sampled=step.sampled,
         )
+        bits = self.adapters.bits(batch.req_ids)
+        if bits is not None:
+            rows[:, ROW_PHASE] |= bits[rows[:, ROW_BATCH]]
         mask = read_mask(batch, common_attn_metadata)
         if mask is not None:
             rows = self._without_others(batch, rows, mask)

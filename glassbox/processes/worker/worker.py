@@ -15,7 +15,7 @@ from typing import Any
 
 from glassbox import __version__
 from glassbox.adapter.coverage import coverage_lines, other_stages, selection_lines, untraceable
-from glassbox.adapter.internals import switched_off
+from glassbox.adapter.internals import Feature, lacks, switched_off
 from glassbox.adapter.layers import global_heads
 from glassbox.adapter.protocols import VllmWorker
 from glassbox.adapter.release import Standing, installed
@@ -24,6 +24,7 @@ from glassbox.adapter.seat import SEAT
 from glassbox.adapter.vllm_worker import read_worker
 from glassbox.config.model import LayerSelection
 from glassbox.config.settings import Settings
+from glassbox.core.adapter_slots import num_slots
 from glassbox.core.affinity import leave_workers_cores
 from glassbox.core.counters import EngineValue
 from glassbox.core.errors import ErrorCounter
@@ -33,6 +34,7 @@ from glassbox.measure.contract import DeviceNeeds, MeasuredLayers
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.for_device import make_measurer
 from glassbox.processes.exporter.launch import ExporterProcess
+from glassbox.processes.worker.adapters import AdapterSlots
 from glassbox.processes.worker.canary import Canary, WorkerPlace
 from glassbox.processes.worker.nonfinite import NonfiniteWatch
 from glassbox.processes.worker.observer import Observer
@@ -69,9 +71,17 @@ class Worker:
         server, layers = facts.server, facts.layers
         config = settings.config
         self._deferred = DeferredActions(errors)
+        heads = self._heads = global_heads(server, layers.heads)
+        adapters = AdapterSlots(_adapter_limit(config.adapters.max))
         measured = MeasuredLayers(
-            # Where nothing is observed no kernel has to be made.
-            accumulators=Accumulators(len(layers.names), layers.num_heads, facts.device if layers.names else "cpu"),
+            accumulators=Accumulators(
+                len(layers.names),
+                layers.num_heads,
+                # Where nothing is observed no kernel has to be made.
+                facts.device if layers.names else "cpu",
+                num_adapters=num_slots(adapters.limit),
+                adapter_layers=[n for n, offset in enumerate(heads.offsets) if offset or not server.rank],
+            ),
             local_layers={name: local for local, name in enumerate(layers.names)},
             sink_tokens=config.statistics.sink_tokens,
             local_window=config.statistics.local_window,
@@ -85,7 +95,6 @@ class Worker:
             is_piecewise=is_piecewise_forward,
         )
         measurer = make_measurer(measured, needs, errors)
-        heads = self._heads = global_heads(server, layers.heads)
         host = TraceHost(
             engine=server.engine,
             rank=server.rank,
@@ -127,6 +136,7 @@ class Worker:
             config=lambda: settings.config,
             requests=self._requests,
             canary=self._canary,
+            adapters=adapters,
             listen=SEAT.listening.listen,
             errors=errors,
             exact=not facts.drafts,
@@ -240,6 +250,8 @@ class Worker:
             host=self._place.host,
             first_nonfinite_layer=self._nonfinite.first(arrays.nonfinite, now_s),
             checks=self._canary.checks(),
+            # After the arrays: rows have come of no other adapter.
+            adapters=self.observer.adapters.names,
             **vars(arrays),
         )
 
@@ -271,3 +283,11 @@ class Worker:
             self._said = selection
             for level, text in selection_lines(self._facts.layers, selection, other_stages(self._facts)):
                 logger.log(level, "%s", text)
+
+
+def _adapter_limit(wanted: int) -> int:
+    """How many LoRA adapters are told apart; says so if it is none because vLLM lacks what that needs."""
+    if wanted and (lacks(Feature.ADAPTERS) or lacks(Feature.TRACES)):
+        logger.warning("adapters.max is %d, but this vLLM does not tell: there are no statistics by adapter", wanted)
+        return 0
+    return wanted

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from glassbox.cli.commands.model_shape import ModelShape, read_shape
 from glassbox.cli.main import main
-from glassbox.export.families import effective_detail, series_count
+from glassbox.export.families import adapter_series_count, effective_detail, series_count
 from glassbox.store.merge import merge
 from glassbox.view.measured import ViewError
 from tests.export_samples import make_snapshot
@@ -52,6 +52,22 @@ class TestSeries:
         assert f"# Falls back: {warning}" in text
         (line,) = [line for line in text.splitlines() if "in effect" in line]
         assert "detail layer" in line
+
+    def test_those_of_adapters_are_told(self, tmp_path: Path) -> None:
+        """At every detail, and that they are among them."""
+        plain, apart = (
+            invoke("check", write(tmp_path / "a.yaml", f"adapters: {{max: {limit}}}\n"), "--engines", 2).stdout
+            for limit in (0, 8)
+        )
+        besides = 2 * adapter_series_count(10)
+        assert f"Of each, {besides:,} by adapter (8 LoRA adapters, the base model and other)." in apart
+        assert "by adapter" not in plain
+        for detail in ("model", "layer", "head"):
+            without, with_them = (
+                int(next(line.split()[3] for line in text.splitlines() if f"detail {detail}" in line).replace(",", ""))
+                for text in (plain, apart)
+            )
+            assert with_them == without + besides
 
     def test_without_a_model_says_for_which(self) -> None:
         """An assumption is named, with the options that replace it."""

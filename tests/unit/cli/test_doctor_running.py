@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from glassbox.cli.doctor import protection, plugin_loading, prometheus_targets, run_directories
+from glassbox.cli.doctor import plugin_loading, prometheus_targets, protection, run_directories
 from glassbox.cli.doctor.checks import examine
 from glassbox.cli.doctor.finding import Status
 from glassbox.cli.doctor.local_servers import LocalServer, listening_addresses, local_servers
@@ -32,13 +32,13 @@ from tests.serving import require_tool, wait_for
 class TestDoors:
     @pytest.fixture
     def own_port(self, tmp_path: Path) -> Iterator[tuple[str, Path]]:
-        """URL and YAML of a real port of glassbox's own, on loopback."""
+        """URL and YAML of a real port of glassbox's own, which loopback reaches as well."""
         run_dir = tmp_path / "run"
         write_snapshot(run_dir, make_snapshot(time_s=time.time()))
         port = free_port()
-        path = write_yaml(tmp_path / "a.yaml", export={"prometheus": {"port": port}})
+        path = write_yaml(tmp_path / "a.yaml", export={"http": {"port": port, "host": "0.0.0.0"}})
         config = load_config(path)
-        sinks = Sinks(run_dir, lambda: config, {"GLASSBOX_HTTP_ADDR": "127.0.0.1"})
+        sinks = Sinks(run_dir, lambda: config, {})
         try:
             sinks.round()
             yield f"http://127.0.0.1:{port}", path

@@ -233,6 +233,13 @@ class TestFamilies:
             "glassbox_attention_nonfinite_rows_total": ("counter", phase),
             "glassbox_attention_drift_psi": ("gauge", (*phase, "statistic")),
             "glassbox_attention_drift_mean_shift": ("gauge", (*phase, "statistic")),
+            **{
+                f"glassbox_adapter_attention_{name}": ("histogram", (*phase, "adapter"))
+                for name in INDEX
+                if name != "self_logprob"
+            },
+            "glassbox_adapter_attention_rows_total": ("counter", (*phase, "adapter")),
+            "glassbox_adapter_attention_nonfinite_rows_total": ("counter", (*phase, "adapter")),
             "glassbox_steps_total": ("counter", engine),
             "glassbox_sampled_steps_total": ("counter", engine),
             "glassbox_dropped_rows_total": ("counter", (*engine, "reason")),

@@ -44,10 +44,12 @@ ODD_NAMES = {
     "empty": "",
 }
 
-Page = Callable[[Path, GlassboxConfig, Path], CollectorRegistry]
+# Takes what is to be done at the end of the test.
+Later = Callable[[Callable[[], None]], None]
+Page = Callable[[Path, GlassboxConfig, Path, Later], CollectorRegistry]
 
 
-def own_port(run_dir: Path, config: GlassboxConfig, _: Path) -> CollectorRegistry:
+def own_port(run_dir: Path, config: GlassboxConfig, _: Path, __: Later) -> CollectorRegistry:
     """As the exporter registers it."""
     registry = CollectorRegistry()
     source = FamilySource(run_dir, lambda: config)
@@ -58,19 +60,19 @@ def own_port(run_dir: Path, config: GlassboxConfig, _: Path) -> CollectorRegistr
     return registry
 
 
-def vllms_port(run_dir: Path, config: GlassboxConfig, _: Path) -> CollectorRegistry:
+def vllms_port(run_dir: Path, config: GlassboxConfig, _: Path, __: Later) -> CollectorRegistry:
     """As an API server registers it."""
     registry = CollectorRegistry()
     ShownMetrics(lambda: config, run_dir).show_in(registry)
     return registry
 
 
-def several_api_servers(run_dir: Path, config: GlassboxConfig, scratch: Path) -> CollectorRegistry:
+def several_api_servers(run_dir: Path, config: GlassboxConfig, scratch: Path, later: Later) -> CollectorRegistry:
     """As the exporter writes it and vLLM's API servers read it."""
     scratch.mkdir()
     writer = MultiprocessWriter(scratch, OWNER)
     writer.write(FamilySource(run_dir, lambda: config).view().families, 1.0)
-    writer.close()
+    later(writer.close)
 
     class Collector(MultiProcessCollector):  # a class of the test's own: what is changed in it stays there
         pass
@@ -93,7 +95,7 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Collec
         write_status(run_dir, ExporterStatus(1, 1.0, {"otel": 3}, {"otel": 0.0, "jsonl": 5.5}, restarts=1))
         settings = {"prometheus": {"detail": detail, "max_series": 100_000, "port": 9}}
         registry: CollectorRegistry = request.param(
-            run_dir, GlassboxConfig.model_validate({"export": settings}), tmp_path / "multiproc"
+            run_dir, GlassboxConfig.model_validate({"export": settings}), tmp_path / "multiproc", request.addfinalizer
         )
         return registry
 

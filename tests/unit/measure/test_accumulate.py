@@ -71,6 +71,52 @@ class TestAdd:
         assert accumulators.copy().rows[0, :, 0].tolist() == [3, 3, 0, 0]
 
 
+class TestAdapters:
+    """Rows of adapters are told apart beside the totals, which stay what they are."""
+
+    def test_totals_and_slots(self) -> None:
+        """Totals as without slots; each slot as an accumulator that got its rows alone, over layers and heads."""
+        stats, adapters = random_stats(2, 40, 3, seed=5), torch.arange(40) * 3 % 4
+        adapters[adapters == 2] = 0
+        phases, local = torch.arange(40) // 3 % 2, torch.tensor([0, 2])
+        without, apart = Accumulators(3, 5), Accumulators(3, 5, num_adapters=4)
+        without.add(local, stats, phases)
+        apart.add(local, stats, phases, adapters)
+        total, got = without.copy(), apart.copy()
+        assert total.by_adapter is None
+        assert got.by_adapter is not None
+        for name in ("counts", "rows", "nonfinite", "window_max"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(total, name))
+        np.testing.assert_allclose(got.sums, total.sums, rtol=1e-12, atol=1e-12)
+        for slot in range(4):
+            alone = Accumulators(3, 5)
+            its = adapters == slot
+            alone.add(local, stats[:, its], phases[its])
+            expected = alone.copy()
+            for name in ("counts", "rows", "nonfinite"):
+                np.testing.assert_array_equal(getattr(got.by_adapter, name)[slot], getattr(expected, name).sum((0, 1)))
+            np.testing.assert_allclose(got.by_adapter.sums[slot], expected.sums.sum((0, 1)), rtol=1e-12, atol=1e-12)
+        assert got.by_adapter.rows.sum(1).tolist()[2] == 0
+        assert (got.by_adapter.rows.sum(1)[[0, 1, 3]] > 0).all()
+
+    def test_a_layer_of_another_rank_is_not_shown_twice(self) -> None:
+        """A layer that all ranks have whole is in the totals, and by adapter one rank's alone."""
+        stats, slots = random_stats(2, 6, 2, seed=1), torch.arange(6) % 3
+        accumulators = Accumulators(2, 2, num_adapters=3, adapter_layers=[1])
+        accumulators.add(torch.tensor([0, 1]), stats, torch.zeros(6, dtype=torch.int64), slots)
+        for _ in range(2):  # nothing is left of the call before
+            got = accumulators.copy()
+            assert got.by_adapter is not None
+            assert got.rows[:, :, 0].tolist() == [[6, 6], [6, 6]]
+            assert got.by_adapter.rows[:, 0].tolist() == [4, 4, 4]
+
+    def test_without_adapters_nothing_is_kept_besides(self) -> None:
+        """No bytes more, and what is copied are the accumulators themselves."""
+        one = Accumulators(2, 3)
+        assert one.rows.shape == (2, 3, 2)
+        assert one.exported()[0] is one.counts
+
+
 class TestWindow:
     """Window maxima fade, everything else stays."""
 

@@ -16,6 +16,7 @@ from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_PROMPT_LEN, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.measure.contract import CheckLimits
 from glassbox.measure.deferred import DeferredActions
+from glassbox.processes.worker.adapters import AdapterSlots
 from glassbox.processes.worker.canary import Canary
 from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.traced_step import TracedStep
@@ -142,6 +143,7 @@ class Setup:
             config=lambda: self.config,
             requests=self.requests,
             canary=canary or QuietCanary(LAYERS),
+            adapters=AdapterSlots(0),
             listen=self.listen,
             errors=self.errors,
             clock=self.clock,

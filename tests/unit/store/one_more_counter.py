@@ -38,6 +38,7 @@ from glassbox.core.logs import get_logger  # noqa: E402
 from glassbox.core.statistics import STATISTICS, Phase  # noqa: E402
 from glassbox.export.family_source import FamilySource  # noqa: E402
 from glassbox.export.prometheus import PrometheusCollector  # noqa: E402
+from glassbox.processes.worker.adapters import AdapterSlots  # noqa: E402
 from glassbox.processes.worker.nonfinite import NonfiniteWatch  # noqa: E402
 from glassbox.processes.worker.observer import Counters  # noqa: E402
 from glassbox.processes.worker.worker import Worker  # noqa: E402
@@ -74,6 +75,7 @@ def worker(rank: int) -> Any:
         _build={"version": "1", "vllm_version": "2", "backend": "CPU_ATTN"},
         observer=SimpleNamespace(
             counters=Counters(),
+            adapters=AdapterSlots(0),
             effective_sample_rate=1.0,
             sampled_layers=(0,),
             measurer=SimpleNamespace(copy=lambda now_s: arrays),

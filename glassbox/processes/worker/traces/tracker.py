@@ -21,7 +21,7 @@ from glassbox.adapter.runner import Batch, RequestTokens, copy_tokens, request_t
 from glassbox.adapter.scheduler import Arrival, ScheduledStep
 from glassbox.config.load import GlassboxConfig, PerClientConfig
 from glassbox.core.logs import get_logger, log_once
-from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
+from glassbox.core.rows import ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_SLOT
 from glassbox.core.trace_options import BEAM_PROMPT_KEY, CHOICE_KEY, ClientChoice, OptionError, parse_options
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import is_sampled_request
@@ -161,7 +161,7 @@ class RequestTracker:
             return None
         of = rows[indices, ROW_BATCH]
         positions = row_positions(batch, rows[indices])
-        phases = (rows[indices, ROW_PHASE] & ~ROW_UNCOUNTED).astype(np.uint8)
+        phases = (rows[indices, ROW_PHASE] & ROW_DECODE).astype(np.uint8)
         members, kept, first = [], [], 0
         room = self._room()
         # Rows are ascending in their queries, so those of a request stand together.
