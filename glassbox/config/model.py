@@ -629,7 +629,7 @@ class AdaptersConfig(_Section):
         f"LoRA adapters, 0 to {MAX_ADAPTERS}, whose statistics are shown apart: the first ones that a worker serves. "
         "The others share one place; 0 tells none apart. Needs a restart.",
         f"must be between 0 and {MAX_ADAPTERS}",
-        "use 0 to tell none apart",
+        "use `0` to tell none apart",
         ge=0,
         le=MAX_ADAPTERS,
     )

@@ -45,7 +45,7 @@ MAX_MORE_FILES: Final = 16
 # Prometheus, vLLM and all clients share two cores: a scrape or an evaluation may come so late.
 SLACK_S: Final = 45.0
 # Those that say that something fell silent, and no other may fire.
-TELLING: Final = {"GlassboxSnapshotStale", "GlassboxExporterDown", "GlassboxSinkFailing"}
+TELLING: Final = {"GlassboxSnapshotStale", "GlassboxExporterDown", "GlassboxSinkFailing", "GlassboxErrors"}
 EDITS: Final[tuple[dict[str, Any], ...]] = (
     {"sample_rate": 0.05},
     {"sample_rate": 0.2, "sampling": {"layers": {"every": 4}, "max_rows_per_step": 16}},

@@ -44,7 +44,9 @@ def liveness_alerts(s: RuleSettings) -> Iterator[Alert]:
     yield Alert(
         "SinkFailing",
         "warning",
-        f"(\n{_old(f'time() - {last}', s)}\n)\nunless on ({_SERVER})\n  {_DOWN}",
+        # Of an exporter that is down that alone is told; of one that comes and goes, this.
+        f"(\n{_old(f'time() - {last}', s)}\n)\nunless on ({_SERVER})\n"
+        f"  max by ({_SERVER}) (max_over_time(glassbox_exporter_up[{s.hold['SinkFailing']}])) == 0",
         summary="glassbox can't export to {{ $labels.sink }} at {{ $labels.instance }}",
         found="",
         when=f"A sink of the exporter last succeeded {too_old} ago, or never has. The other sinks go on.",

@@ -25,6 +25,7 @@ _REMEDIES: Final[Mapping[str, str]] = {
     "exporter": "see the log for why its process can't be started: memory, limit of processes",
     "probe": "the GPU's memory is full: lower --gpu-memory-utilization",
     "canary": "the GPU's memory is full: lower --gpu-memory-utilization",
+    "adapters": "this vLLM tells of LoRA adapters otherwise: look for a newer glassbox, or set adapters: {max: 0}",
     "batch": "this vLLM orders batches otherwise: look for a newer glassbox",
 }
 _BUG: Final = "a bug: report it with the line of the server's log; sample_rate: 0 ends it until then"

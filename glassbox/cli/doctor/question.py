@@ -9,8 +9,8 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from glassbox.cli.doctor.local_servers import LocalServer, loaded, local_servers, own_port
-from glassbox.cli.doctor.page import MetricsPage
 from glassbox.cli.doctor.reading import get
+from glassbox.cli.doctor.scraped_page import MetricsPage
 from glassbox.config.load import ConfigError, GlassboxConfig, find_config
 
 _EVERY_INTERFACE: Final = frozenset({"0.0.0.0", "::"})

@@ -7,9 +7,9 @@ from typing import Final
 from glassbox import __version__
 from glassbox.cli.doctor.error_stages import stage_findings
 from glassbox.cli.doctor.finding import Finding, error, ok, unknown, warning
-from glassbox.cli.doctor.page import MetricsPage
 from glassbox.cli.doctor.question import Question
 from glassbox.cli.doctor.run_directories import PORT_OR_PUSH
+from glassbox.cli.doctor.scraped_page import MetricsPage
 from glassbox.core.counters import BYPASS_REASONS
 from glassbox.view.text import format_seconds
 

@@ -75,9 +75,9 @@ class OwnPort:
         try:
             self._apply(config, port)
         except AccessError as error:
-            self._errors.count(ACCESS_STAGE, error)
             if self._server is None:
                 raise
+            self._errors.count(ACCESS_STAGE, error)
             return
         self._tell_text(config)
 

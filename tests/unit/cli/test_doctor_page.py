@@ -10,8 +10,8 @@ import pytest
 from glassbox.cli.doctor import served_metrics
 from glassbox.cli.doctor.checks import RUNNING, examine
 from glassbox.cli.doctor.finding import Finding, Status
-from glassbox.cli.doctor.page import MetricsPage
 from glassbox.cli.doctor.reading import get
+from glassbox.cli.doctor.scraped_page import MetricsPage
 from tests.doctor_findings import KEY, answering, asked, good_page, sending, statuses, told
 from tests.metrics_pages import VLLM_LINES
 from tests.prometheus_server import free_port
@@ -98,7 +98,7 @@ class TestPage:
         assert ["server.reachable", "server.metrics"] == list(found)
         assert (Status.ERROR, True) == (found["server.metrics"].status, seen in found["server.metrics"].seen)
         if seen in {"Dynamo", "vLLM's Rust front end"}:
-            assert "set export.prometheus.port" in (found["server.metrics"].remedy or "")
+            assert "set export.http.port" in (found["server.metrics"].remedy or "")
 
     def test_a_hostile_page(self) -> None:
         """Metrics that are none, labels with escape sequences: a finding, and nothing of it reaches the terminal."""

@@ -30,13 +30,13 @@ from tests.serving import require_tool, wait_for
 
 
 class TestDoors:
-    @pytest.fixture
-    def own_port(self, tmp_path: Path) -> Iterator[tuple[str, Path]]:
-        """URL and YAML of a real port of glassbox's own, which loopback reaches as well."""
+    @pytest.fixture(params=["127.0.0.1"])
+    def own_port(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+        """URL and YAML of a real port of glassbox's own; by default loopback alone reaches it."""
         run_dir = tmp_path / "run"
         write_snapshot(run_dir, make_snapshot(time_s=time.time()))
         port = free_port()
-        path = write_yaml(tmp_path / "a.yaml", export={"http": {"port": port, "host": "0.0.0.0"}})
+        path = write_yaml(tmp_path / "a.yaml", export={"http": {"port": port, "host": request.param}})
         config = load_config(path)
         sinks = Sinks(run_dir, lambda: config, {})
         try:
@@ -56,6 +56,7 @@ class TestDoors:
             found = statuses(examine(question, [protection.vllm_port, protection.own_port]))
         assert {"door.vllm": "ok", "door.own_port": "ok"} == found
 
+    @pytest.mark.parametrize("own_port", ["0.0.0.0"], indirect=True)
     def test_open_beyond_this_machine(self, own_port: tuple[str, Path]) -> None:
         """Whoever reaches the address sees it; with texts of requests that is an error."""
         url, path = own_port

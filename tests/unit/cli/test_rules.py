@@ -426,11 +426,11 @@ class TestSilence:
 
     SERVER = 'job="vllm", instance="a:8000"'
 
-    def series(self, *, interval_s: int, up: int, otel: str) -> list[dict[str, str]]:
+    def series(self, *, interval_s: int, up: int | str, otel: str) -> list[dict[str, str]]:
         """A server whose sink `jsonl` works, and `otel` as told."""
         return [
             {"series": f"glassbox_export_interval_seconds{{{self.SERVER}}}", "values": f"{interval_s}x60"},
-            {"series": f"glassbox_exporter_up{{{self.SERVER}}}", "values": f"{up}x60"},
+            {"series": f"glassbox_exporter_up{{{self.SERVER}}}", "values": up if isinstance(up, str) else f"{up}x60"},
             {
                 "series": f'glassbox_sink_last_success_timestamp_seconds{{{self.SERVER}, sink="jsonl"}}',
                 "values": "0+60x60",
@@ -446,10 +446,13 @@ class TestSilence:
             (5, 1, "0x60", {6: [], 8: ["SinkFailing"]}),
             (600, 1, "0x60", {30: [], 38: ["SinkFailing"]}),
             (5, 0, "0+60x20 1200x40", {40: ["ExporterDown"]}),
+            (5, "1x20" + " 0 1" * 20, "0+60x20 1200x40", {20: [], 28: ["SinkFailing"], 40: ["SinkFailing"]}),
         ],
-        ids=["works", "stops", "never", "long interval", "dead exporter"],
+        ids=["works", "stops", "never", "long interval", "dead exporter", "one that comes and goes"],
     )
-    def test_a_sink(self, tmp_path: Path, interval_s: int, up: int, otel: str, firing: dict[int, list[str]]) -> None:
+    def test_a_sink(
+        self, tmp_path: Path, interval_s: int, up: int | str, otel: str, firing: dict[int, list[str]]
+    ) -> None:
         """Beyond three intervals and a minute; of a dead exporter only that is told."""
         promtool_test(tmp_path, self.series(interval_s=interval_s, up=up, otel=otel), firing or {55: []})
 

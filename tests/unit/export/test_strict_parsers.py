@@ -156,10 +156,10 @@ def test_odd_numbers(page: Callable[..., CollectorRegistry], value: float) -> No
     assert bool(totals) != math.isnan(value)
 
 
-def test_exemplars_are_read(tmp_path: Path) -> None:
+def test_exemplars_are_read(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The own port's page has them, and the strict parser finds them where they were put."""
     write_snapshot(tmp_path, make_snapshot())
     write_trace(traces_path(tmp_path), make_trace(request_id="mine [1]"))
-    text = generate_openmetrics(own_port(tmp_path, GlassboxConfig(), tmp_path)).decode()
+    text = generate_openmetrics(own_port(tmp_path, GlassboxConfig(), tmp_path, request.addfinalizer)).decode()
     found = [sample.exemplar for family in parse_openmetrics(text) for sample in family.samples if sample.exemplar]
     assert {exemplar.labels["request_id"] for exemplar in found} == {"mine [1]"}

@@ -209,7 +209,7 @@ class TestTokens:
         file = secret(tmp_path / "tokens", TOKEN, mode)
         port.configure(token_file=file)
         if rule:
-            assert [f"access: export.http.token_file ({file}) {rule}"] == port.errors.said
+            assert [f"http: export.http.token_file ({file}) {rule}"] == port.errors.said
             assert port.own.port is None
         else:
             assert [] == port.errors.said
