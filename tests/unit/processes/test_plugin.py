@@ -18,6 +18,8 @@ from glassbox.plugin import register
 from glassbox.processes.api_server import shown_metrics
 from glassbox.processes.registration import unregister
 from glassbox.store import rundir
+from glassbox.store.ownership import OWNER_ENV
+from tests.other_process import OtherProcess
 
 registry = pytest.importorskip("vllm.v1.attention.backends.registry", reason="needs vLLM")
 Backend = registry.AttentionBackendEnum
@@ -362,3 +364,20 @@ class TestUnregister:
         unregister()
         assert (tmp_path / "named").is_dir()
         assert os.environ[rundir.RUN_DIR_ENV] == str(tmp_path / "named")
+
+    def test_another_servers_run_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """This process and its children have one of their own instead; afterwards the variables are as they were."""
+        named = {rundir.RUN_DIR_ENV: str(tmp_path / "named")}
+        other = OtherProcess(named)
+        monkeypatch.setenv(rundir.RUN_DIR_ENV, str(tmp_path / "named"))
+        try:
+            register()
+            own = rundir.create()
+            assert own not in {other.run_dir, Path(named[rundir.RUN_DIR_ENV])}
+            assert os.environ[rundir.RUN_DIR_ENV] == str(own)
+            unregister()
+        finally:
+            other.kill()
+        assert not own.exists()
+        assert os.environ[rundir.RUN_DIR_ENV] == str(tmp_path / "named")
+        assert OWNER_ENV not in os.environ

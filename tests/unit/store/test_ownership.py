@@ -3,8 +3,6 @@
 import logging
 import os
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,13 +16,8 @@ from glassbox.store.snapshot import read_snapshots, write_snapshot
 from glassbox.store.trace_directory import TraceDirectory, traces_path
 from glassbox.store.trace_record import write_trace
 from tests.export_samples import logged, make_snapshot
+from tests.other_process import OtherProcess
 from tests.trace_samples import make_trace
-
-ROOT = Path(__file__).parents[3]
-# Says where its run directory is, then ends when its standard input does.
-PROGRAM = (
-    "from glassbox.store import ownership, rundir; ownership.settle(); print(rundir.run_dir(), flush=True); input()"
-)
 
 
 @pytest.fixture
@@ -37,29 +30,6 @@ def environ(tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def named(tmp_path: Path) -> Path:
     return tmp_path / "named"
-
-
-class OtherProcess:
-    """One that has settled in a run directory."""
-
-    def __init__(self, environ: dict[str, str], program: str = PROGRAM) -> None:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("GLASSBOX_")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program],
-            env={**clean, **environ},
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self.run_dir = Path(self.process.stdout.readline().strip())
-
-    def kill(self) -> str:
-        """What it had logged."""
-        self.process.kill()
-        return self.process.communicate()[1]
 
 
 @pytest.fixture
