@@ -84,7 +84,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sample_rate 1.0": {"sample_rate": 1.0},
     "1 % traced": {"sample_rate": 0.01, "requests": {"trace_rate": 0.01}},
 }
-KV_CACHE_BYTES = 17 << 30  # room for 16 x 8,256 tokens
+# Room for 16 x 8,256 tokens; three engines share a GPU.
+KV_CACHE_BYTES = {"llama": 17 << 30, "deepseek": 6 << 30}
 CONFIG_EFFECT_S = 1.5  # an edit is in force within two seconds of saving; observed: well under one
 
 
@@ -96,14 +97,15 @@ def serve(folder: Path, arm: str) -> None:
     os.environ["GLASSBOX_RUN_DIR"] = str(folder / "run")
     from vllm import LLM, SamplingParams
 
-    ranks = json.loads((folder / "bench.json").read_text())["tensor_parallel"]
+    bench = json.loads((folder / "bench.json").read_text())
+    ranks = bench["tensor_parallel"]
     llm = LLM(
         str(folder / "model"),
         load_format="dummy",
         skip_tokenizer_init=True,
         max_model_len=32768,
         gpu_memory_utilization=0.25,
-        kv_cache_memory_bytes=KV_CACHE_BYTES // ranks,
+        kv_cache_memory_bytes=KV_CACHE_BYTES[bench["model"]] // ranks,
         enable_prefix_caching=False,
         attention_backend=os.environ.get("BACKEND") or None,
         tensor_parallel_size=ranks,

@@ -43,7 +43,7 @@ _KINDS: Final[dict[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], ParallelResult]:
-    """One GPU, TP 2 and PP 2, by type of numbers; the three of a type side by side."""
+    """One GPU, TP 2 and PP 2, by type of numbers; all side by side."""
     import torch
 
     if torch.cuda.device_count() < _GPUS:
@@ -51,19 +51,17 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
     folder: Path = tmp_path_factory.mktemp("gpu-ranks")
     model = random_llama(folder / "model", layers=LAYERS, head_size=64)
     whole = ParallelSpec(str(model), prompts(), 6, out="")
-    results = {}
-    for kind, kind_args in _KINDS.items():
-        specs = {
-            over: replace(whole, out=str(folder / f"{kind}-{over}"), llm_args={**_ARGS, **kind_args, **over_args})
-            for over, over_args in _OVER.items()
+    specs = {
+        (kind, over): replace(whole, out=str(folder / f"{kind}-{over}"), llm_args={**_ARGS, **kind_args, **over_args})
+        for kind, kind_args in _KINDS.items()
+        for over, over_args in _OVER.items()
+    }
+    with ThreadPoolExecutor(len(specs)) as pool:
+        running = {
+            (kind, over): pool.submit(run_engine, spec, folder / f"{kind}-{over}-run", timeout_s=500)
+            for (kind, over), spec in specs.items()
         }
-        with ThreadPoolExecutor() as pool:
-            running = {
-                over: pool.submit(run_engine, spec, folder / f"{kind}-{over}-run", timeout_s=500)
-                for over, spec in specs.items()
-            }
-            results |= {(kind, over): future.result() for over, future in running.items()}
-    return results
+        return {key: future.result() for key, future in running.items()}
 
 
 @pytest.mark.parametrize("kind", _KINDS)
