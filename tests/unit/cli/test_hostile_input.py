@@ -358,7 +358,9 @@ class TestBaselines:
 
 
 def start(*args: str, **options: Any) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-m", "glassbox.cli", *args], stderr=subprocess.PIPE, text=True, **options)
+    # A shell's background job ignores SIGINT, and so does whatever it starts; nobody's terminal is like that.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "glassbox.cli", *args]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
 
 
 class TestProcesses:
