@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Final
 
+from glassbox.core.printable import printable
+
 # Longer texts are somebody else's, as a rule: an error's whole page, a label of a hostile server.
 _LONGEST: Final = 600
 
@@ -39,7 +41,7 @@ class Finding:
     @classmethod
     def of(cls, name: str, status: Status, seen: str, remedy: str | None = None) -> "Finding":
         """Whatever the texts hold: they are made printable."""
-        return cls(name, status, printable(seen), None if remedy is None else printable(remedy))
+        return cls(name, status, one_line(seen), None if remedy is None else one_line(remedy))
 
     def as_json(self) -> dict[str, str | None]:
         """The attributes."""
@@ -71,8 +73,7 @@ def exit_status(findings: list[Finding]) -> int:
     return max((EXIT_STATUS[finding.status] for finding in findings), default=0)
 
 
-def printable(text: str) -> str:
-    """One line without control, bidirectional and other characters that change how a terminal shows the rest."""
-    line = " ".join(text.split())
-    shown = "".join(letter if letter.isprintable() else "?" for letter in line)
+def one_line(text: str) -> str:
+    """A line of bounded length that a terminal may show."""
+    shown = printable(" ".join(text.split()))
     return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."

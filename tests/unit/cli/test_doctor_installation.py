@@ -20,7 +20,7 @@ from glassbox.adapter import release
 from glassbox.cli.doctor import configuration, error_stages, kernel, packages, plugin_loading
 from glassbox.cli.doctor.checks import examine
 from glassbox.cli.doctor.child import try_imports
-from glassbox.cli.doctor.finding import Finding, Status, error, exit_status, ok, printable, unknown, warning
+from glassbox.cli.doctor.finding import Finding, Status, error, exit_status, ok, one_line, unknown, warning
 from glassbox.cli.doctor.question import Question
 from glassbox.cli.doctor.report import document, lines
 from glassbox.cli.main import main
@@ -72,8 +72,8 @@ class TestFindings:
         """Whatever a server, file or package says: escape sequences, several lines, text that runs backwards."""
         hostile = "a\x1b]0;owned\x07\nb\u202ec\x9bd"
         finding = warning("x.y", hostile, hostile)
-        assert ("a?]0;owned? b?c?d",) * 2 == (finding.seen, finding.remedy)
-        assert len(printable("a" * 10_000)) == 600
+        assert (r"a\x1b]0;owned\x07 b\u202ec\x9bd",) * 2 == (finding.seen, finding.remedy)
+        assert len(one_line("a" * 10_000)) == 600
 
     def test_words_and_json_have_the_same(self) -> None:
         """A line each for finding and remedy; all of it for programs."""
