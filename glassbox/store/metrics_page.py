@@ -14,6 +14,7 @@ Its time (mtime) is that of the snapshots it was made of, also if they have not 
 import json
 import os
 import stat
+import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -28,6 +29,8 @@ _MAGIC: Final = b"glassbox-page-1"
 _HEADER_BYTES: Final = len(_MAGIC) + 1 + 20 + 1 + 12 + 1
 _MAX_INDEX_BYTES: Final = 16_000_000
 _FRONT_NOTE: Final = "metrics.front"
+# Where nobody has scraped for so long, no page is made, and no exporter started for it.
+FRONT_S: Final = 600.0
 # Of all that is left in a run directory.
 NAMES: Final = (NAME, _FRONT_NOTE)
 
@@ -183,7 +186,7 @@ def open_page(run_dir: Path) -> MetricsPage:
 
 
 def note_front(run_dir: Path) -> None:
-    """Tell the exporter and the workers of this node that an API server hands out the page.
+    """Tell the exporter and the workers of this node that an API server hands out the page, and was just asked for it.
 
     Raises:
         OSError: it can't be written, or there is no run directory.
@@ -192,5 +195,8 @@ def note_front(run_dir: Path) -> None:
 
 
 def has_front(run_dir: Path) -> bool:
-    """Whether an API server has told it."""
-    return (Path(run_dir) / _FRONT_NOTE).exists()
+    """Whether an API server has told it of late."""
+    try:
+        return time.time() - (Path(run_dir) / _FRONT_NOTE).stat().st_mtime < FRONT_S
+    except OSError:
+        return False

@@ -19,8 +19,8 @@ from glassbox.store.metrics_page import MetricsPage, note_front, open_page
 
 logger = get_logger(__name__)
 
-# The exporter starts some seconds after the first snapshot, and may be started again.
-_GRACE_S: Final = 30.0
+# The exporter is started after the first scrape, when a worker next looks, and may be started again.
+_GRACE_S: Final = 90.0
 # Of a million samples a page takes some seconds, on a busy machine more, and its age counts from their beginning.
 _LATEST_S: Final = 30.0
 
@@ -55,14 +55,13 @@ class ServedPage:
         prometheus = self._source.config.export.prometheus
         if not (prometheus.enabled and prometheus.on_vllm_port):
             return None
+        with contextlib.suppress(OSError):  # there is no run directory yet, or the disk is full
+            note_front(self._run_dir)
         problem = "there is none"
         try:
             page = open_page(self._run_dir)
         except FileNotFoundError:
-            with contextlib.suppress(
-                OSError
-            ):  # the note may have gone with the run directory, which workers make again
-                note_front(self._run_dir)
+            pass
         except (OSError, ValueError) as error:
             problem = str(error)
         else:

@@ -132,12 +132,9 @@ class ShownMetrics:
         """Add the page of metrics to what an application of vLLM's answers at /metrics."""
         from glassbox.processes.api_server.metrics_front import MetricsFront
         from glassbox.processes.api_server.served_page import ServedPage
-        from glassbox.store import api_server_note, metrics_page
 
         page = ServedPage(self.source, self._run_dir, lambda: self._liveness_collector().families())
         app.add_middleware(MetricsFront, page=page, engines=self._served)
-        if api_server_note.is_noted(self._run_dir):  # else this server has no engine
-            metrics_page.note_front(self._run_dir)
 
     def show_in(self, registry: Any) -> Callable[[], None]:
         """Register in a registry; returns the undo, which may come twice."""

@@ -29,7 +29,7 @@ from glassbox.processes.exporter.loop import main
 from glassbox.processes.exporter.sinks import Sinks
 from glassbox.store.exporter_lock import ExporterLock
 from glassbox.store.exporter_status import read_status
-from glassbox.store.metrics_page import NAME, note_front, open_page
+from glassbox.store.metrics_page import FRONT_S, NAME, note_front, open_page
 from glassbox.store.snapshot import write_snapshot
 from tests.export_samples import limited_file_size, make_snapshot, write_config
 from tests.otlp_receiver import OtlpReceiver
@@ -129,6 +129,9 @@ class TestIsNeeded:
         note_front(tmp_path)
         assert is_needed(config(), {}, tmp_path) is True
         assert is_needed(config(prometheus={"on_vllm_port": False}), {}, tmp_path) is False
+        (note,) = tmp_path.iterdir()
+        os.utime(note, (time.time() - FRONT_S - 1,) * 2)  # nobody has scraped since
+        assert is_needed(config(), {}, tmp_path) is False
 
     def test_own_port_only(self) -> None:
         """Without vLLM's port multiprocess files are wanted by nobody."""
