@@ -20,6 +20,8 @@ _VLLM_PATH: Final = re.compile(r"vllm(\.\w+)+")
 _REGISTRY: Final = "vllm.v1.attention.backends.registry"
 # What vLLM's releases don't have and glassbox/adapter/registry.py adds.
 _ADDED: Final = frozenset({f"{_REGISTRY}.get_backend_config"})
+# Ids of findings about vLLM look like its paths.
+_FINDINGS: Final = Path("glassbox/cli/doctor")
 # A table's entry is a module and what is meant of it: a class, a method. What follows is glassbox's.
 _TABLE_NAMES: Final = 3
 
@@ -96,6 +98,8 @@ def used_names(package: Path = ROOT / "glassbox") -> Mapping[str, str]:
     """Dotted paths into vLLM that a package uses, each with the first file and line that do."""
     names: dict[str, str] = {}
     for path, tree in _modules(package):
+        if _FINDINGS in path.relative_to(package.parent).parents:
+            continue
         uses = _Uses()
         uses.visit(tree)
         for name, line in uses.found.items():

@@ -56,7 +56,8 @@ class Registration:
         undo.callback(ray_environment.carry())
         if rundir.RUN_DIR_ENV not in os.environ:
             undo.callback(os.environ.pop, rundir.RUN_DIR_ENV, None)
-        undo.callback(ownership.settle())
+        if config.enabled:  # else nothing is ever written there
+            undo.callback(ownership.settle())
         undo.callback(_remove_files)
         multiprocess_files.purge_dead(multiprocess_files.directory())
         # After those of vLLM's that are made later: an executor ends its workers in one, and they still write there.
