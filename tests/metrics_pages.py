@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from glassbox.core.accumulator_arrays import CUMULATIVE_ARRAYS
 from glassbox.export.families import build_families
 from glassbox.export.jsonl import WindowSummaries
+from glassbox.export.liveness import Life, liveness_families
 from glassbox.export.prometheus import to_metric
 from glassbox.store.merge import Detail, merge
 from glassbox.store.snapshot import Snapshot
@@ -36,8 +37,10 @@ class Families(Collector):
 
 def metrics_page(snapshots: Sequence[Snapshot], detail: Detail) -> str:
     """Text of `/metrics`, vLLM's own metrics included."""
-    registry = CollectorRegistry()
-    registry.register(Families([to_metric(family) for family in build_families(merge(snapshots), detail)]))
+    registry, engines = CollectorRegistry(), merge(snapshots)
+    # Those of the moment, too: some have no engine.
+    families = [*build_families(engines, detail), *liveness_families(Life(engines, 5.0, True), Path("/none"), 5000.0)]
+    registry.register(Families([to_metric(family) for family in families]))
     return VLLM_LINES + generate_latest(registry).decode()
 
 

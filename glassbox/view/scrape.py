@@ -108,7 +108,13 @@ def read_families(families: Iterable[Metric], source: str, time_s: float, engine
         ViewError: several models are in it, the engine isn't, or buckets are those of another version.
         ValueError, KeyError: labels are missing or no numbers, numbers are none that can be.
     """
-    samples = [_checked(sample) for family in families for sample in family.samples if sample.name.startswith(_PREFIX)]
+    # Those without an engine tell of a server's exporter and sinks.
+    samples = [
+        _checked(sample)
+        for family in families
+        for sample in family.samples
+        if sample.name.startswith(_PREFIX) and "engine" in sample.labels
+    ]
     models = sorted({sample.labels["model_name"] for sample in samples})
     engines = sorted({sample.labels["engine"] for sample in samples})
     if len(models) > 1:
