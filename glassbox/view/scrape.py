@@ -17,6 +17,7 @@ from prometheus_client.samples import Sample
 
 from glassbox.core.counters import ENGINE_NUMBER
 from glassbox.core.statistics import INDEX, PHASES, STATISTICS, Phase
+from glassbox.export.liveness import LIVENESS_METRICS
 from glassbox.store.merge import Detail
 from glassbox.view.asking import NO_ACCESS, TIMEOUT_S, Access, get_text, without_user
 from glassbox.view.measured import (
@@ -32,6 +33,8 @@ from glassbox.view.measured import (
 _PREFIX: Final = "glassbox_"
 _COMMENTS: Final = (f"# TYPE {_PREFIX}", f"# HELP {_PREFIX}")
 _ROWS: Final = "glassbox_attention_rows_total"
+# Of a server's exporter and sinks, which no engine has.
+_OF_SERVER: Final = frozenset(family.name for family in LIVENESS_METRICS if "engine" not in family.label_names)
 _NUMBERS: Final = (
     "steps", "sampled_steps", "sample_rate", "overhead_seconds", "layers_observed", "layers_bypassed", "dropped_rows",
     "errors",
@@ -108,12 +111,11 @@ def read_families(families: Iterable[Metric], source: str, time_s: float, engine
         ViewError: several models are in it, the engine isn't, or buckets are those of another version.
         ValueError, KeyError: labels are missing or no numbers, numbers are none that can be.
     """
-    # Those without an engine tell of a server's exporter and sinks.
     samples = [
         _checked(sample)
         for family in families
         for sample in family.samples
-        if sample.name.startswith(_PREFIX) and "engine" in sample.labels
+        if sample.name.startswith(_PREFIX) and sample.name not in _OF_SERVER
     ]
     models = sorted({sample.labels["model_name"] for sample in samples})
     engines = sorted({sample.labels["engine"] for sample in samples})
