@@ -54,10 +54,6 @@ MAY_BE_EMPTY: Final = {
     "Largest saturated share": "the cache is not quantised",
     "KV cache error by layers": "the cache is not quantised",
     "KV cache saturation by layers": "the cache is not quantised",
-    "Exporter": "the configuration needs none",
-    "Silence of the exporter": "the configuration needs no exporter",
-    "Last success of each sink": "the configuration needs no exporter",
-    "Failures of the sinks, restarts of the exporter": "the configuration needs no exporter",
     "Configuration reloads": "the annotation marks a change of the last seconds",
     **{str(panel.title): "LoRA adapters are not told apart" for panel in adapter_panels.adapters()},
 }
@@ -71,6 +67,7 @@ NEEDS_A_FAULT: Final = {
     "OutputWrong": "no layer is wrong",
     "NotCertified": "every layer was reproduced",
     "KvCacheQuantization": "the cache is not quantised",
+    "ExporterDown": "it works",
 }
 SHORT: Final = RuleSettings(
     window=f"{WINDOW_S}s",
@@ -97,6 +94,7 @@ EAGER: Final = replace(
     lookback_factor=1e9,
     drift_psi=-1.0,
     overhead_budget=-1.0,
+    stale_s=-1e9,
 )
 
 
