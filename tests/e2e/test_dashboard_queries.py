@@ -230,7 +230,7 @@ class TestQueries:
             "glassbox_nonfinite_first_layer",
             "glassbox_kv_cache_quantization_error_ratio",
             "glassbox_kv_cache_saturated_ratio",
-        } | {name for name in known if name.startswith(("glassbox_exporter_", "glassbox_sink_"))}
+        } | {name for name in known if name.startswith(("glassbox_adapter_", "glassbox_exporter_", "glassbox_sink_"))}
         expected = {name for name in known if name.startswith("glassbox_")} - needs_an_event
         assert expected <= seen.keys()
 
