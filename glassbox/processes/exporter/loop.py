@@ -6,6 +6,7 @@ Owns its loop and its end (`main`). What it writes is `sinks.py`, how a worker s
 import argparse
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -29,6 +30,9 @@ _PARENT_POLL_S: Final = 0.5
 _NICENESS: Final = 10
 # Between two signs of life, however long the interval.
 _BEAT_S: Final = 10.0
+# After an edit of the YAML, good or bad, workers write what follows of it at once: then vLLM's page is looked after.
+_EDITED_S: Final = 4.0
+_LOOK_S: Final = 0.25
 
 
 class _Wakeups:
@@ -98,16 +102,21 @@ def _run(run_dir: Path, config_path: Path, config: GlassboxConfig, parent_pid: i
     # Ctrl-C reaches the whole group; the parent's end tells when it is over.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wakeups = _Wakeups(parent_pid)
-    current = config
+    current, edited_s = config, -math.inf
 
     def on_change(new: GlassboxConfig) -> None:
-        nonlocal current
-        current = new
+        nonlocal current, edited_s
+        current, edited_s = new, time.monotonic()
         set_level(new.log_level)
         wakeups.wake()
 
-    # The workers report a bad edit; here it only must not be taken.
-    watcher = ConfigWatcher(config_path, on_change, lambda error: logger.debug("%s", error), initial=config)
+    def on_error(error: ConfigError) -> None:
+        nonlocal edited_s
+        edited_s = time.monotonic()
+        logger.debug("%s", error)  # the workers report a bad edit; here it only must not be taken
+        wakeups.wake()
+
+    watcher = ConfigWatcher(config_path, on_change, on_error, initial=config)
     watcher.start()
     sinks = Sinks(run_dir, lambda: current, beat=lock.beat)
     try:
@@ -118,8 +127,11 @@ def _run(run_dir: Path, config_path: Path, config: GlassboxConfig, parent_pid: i
             seen, next_round = current, time.monotonic() + current.export.interval_s
             sinks.round()
             while not stop and not wakeups.parent_gone() and current is seen and time.monotonic() < next_round:
-                wakeups.sleep(min(next_round - time.monotonic(), _BEAT_S))
+                edited = time.monotonic() - edited_s < _EDITED_S
+                wakeups.sleep(min(next_round - time.monotonic(), _LOOK_S if edited else _BEAT_S))
                 lock.beat()
+                if edited:
+                    sinks.look()
         sinks.round(last=True)
     finally:
         watcher.stop()

@@ -235,6 +235,13 @@ class Sinks:
                 self._run_dir, ExporterStatus(os.getpid(), self._clock(), errors, sinks, self._restarts, ended=last)
             )
 
+    def look(self) -> None:
+        """Between two rounds: vLLM's page follows what the workers have written meanwhile."""
+        looked_s = self._clock()
+        with self.errors.guard("read"):
+            view = self._source.view()
+            self._page.give(lambda page: page.write(view, looked_s))
+
     def _give(self, view: View, looked_s: float) -> None:
         config = self._config()
         self._http.give(lambda own_port: own_port.apply())

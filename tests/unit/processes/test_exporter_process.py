@@ -440,6 +440,28 @@ class TestProcess:
         write_config(path, interval_s=60, http={"port": None})
         wait_for(lambda: scrape(second) is None, timeout_s=2.5)
 
+    @pytest.mark.parametrize("edit", ["sample_rate: 0.5\nexport: {interval_s: 60}\n", "sample_rate: 7\n"])
+    def test_vllms_page_follows_an_edit(self, start: Any, tmp_path: Path, run_dir: Path, edit: str) -> None:
+        """Workers write what follows of it, good or bad; the page has that long before the next interval."""
+        note_front(run_dir)
+        start(interval_s=60)
+
+        def steps(number: int) -> bool:
+            try:
+                page = open_page(run_dir)
+            except FileNotFoundError:
+                return False
+            text = b"".join(page.read(at, length) for at, length in page.ranges("text")).decode()
+            page.close()
+            return f'glassbox_steps_total{{engine="0",model_name="tiny/model"}} {number}.0' in text
+
+        wait_for(lambda: steps(1000))
+        (tmp_path / "glassbox.new").write_text(edit)
+        (tmp_path / "glassbox.new").replace(tmp_path / "glassbox.yaml")
+        time.sleep(0.5)
+        write_snapshot(run_dir, make_snapshot(steps=1234))
+        wait_for(lambda: steps(1234), timeout_s=2)
+
     def test_a_bad_configuration_is_one_line(self, start: Any, tmp_path: Path) -> None:
         """Exit status 2 and the message, no traceback."""
         (tmp_path / "glassbox.yaml").write_text("export: {interval_s: soon}")
