@@ -101,4 +101,4 @@ def sending(*parts: bytes, pause_s: float = 0.0) -> Iterator[str]:
 def good_page(**numbers: Any) -> str:
     """Of a server that is well but for the changes to its engine's numbers."""
     well = {"layers_bypassed": {}, "errors": {}, **numbers}
-    return metrics_page([changed(make_snapshot(), **well)], "layer")
+    return metrics_page([changed(make_snapshot(), **well)], "layer", of_the_moment=False)

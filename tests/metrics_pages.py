@@ -35,11 +35,16 @@ class Families(Collector):
         return self._metrics
 
 
-def metrics_page(snapshots: Sequence[Snapshot], detail: Detail) -> str:
-    """Text of `/metrics`, vLLM's own metrics included."""
+def metrics_page(snapshots: Sequence[Snapshot], detail: Detail, *, of_the_moment: bool = True) -> str:
+    """Text of `/metrics`, vLLM's own metrics included.
+
+    Args:
+        of_the_moment: with ages, exporter and sinks, of which some have no engine.
+    """
     registry, engines = CollectorRegistry(), merge(snapshots)
-    # Those of the moment, too: some have no engine.
-    families = [*build_families(engines, detail), *liveness_families(Life(engines, 5.0, True), Path("/none"), 5000.0)]
+    families = build_families(engines, detail)
+    if of_the_moment:
+        families = [*families, *liveness_families(Life(engines, 5.0, True), Path("/none"), 5000.0)]
     registry.register(Families([to_metric(family) for family in families]))
     return VLLM_LINES + generate_latest(registry).decode()
 
