@@ -467,6 +467,11 @@ class PrometheusConfig(_Section):
         le=MAX_SERIES,
     )
 
+    @property
+    def shown_at_vllm(self) -> bool:
+        """Whether metrics are shown at vLLM's own /metrics."""
+        return self.enabled and self.on_vllm_port
+
 
 class OtelConfig(_Section):
     """Metrics and spans sent by OTLP. Unset values follow the OTEL_* environment variables."""

@@ -52,8 +52,7 @@ class ServedPage:
 
     def current(self) -> MetricsPage | None:
         """The page to hand out, which is to be closed; None if nothing is to be shown at vLLM's port."""
-        prometheus = self._source.config.export.prometheus
-        if not (prometheus.enabled and prometheus.on_vllm_port):
+        if not self._source.config.export.prometheus.shown_at_vllm:
             return None
         with contextlib.suppress(OSError):  # there is no run directory yet, or the disk is full
             note_front(self._run_dir)

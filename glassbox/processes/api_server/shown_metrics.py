@@ -103,7 +103,7 @@ class ShownMetrics:
 
     def _is_shown(self) -> bool:
         config = self._config()
-        return config.enabled and config.export.prometheus.enabled and config.export.prometheus.on_vllm_port
+        return config.enabled and config.export.prometheus.shown_at_vllm
 
     def show_beside(self, collector: Any) -> Callable[[], None]:
         """Have a class of collectors show the liveness as well, and nothing that OpenMetrics hasn't; returns the undo.

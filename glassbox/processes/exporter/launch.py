@@ -60,10 +60,9 @@ def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None, 
         return False
     pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
     pushed = pushed or wants_records(config) or wants_spans(config)
-    prometheus = export.prometheus
     is_handed_out = run_dir is not None and has_front(run_dir)
-    at_vllm = prometheus.enabled and prometheus.on_vllm_port
-    at_vllm = at_vllm and (is_handed_out or multiprocess_files.directory(environ) is not None)
+    by_exporter = is_handed_out or multiprocess_files.directory(environ) is not None
+    at_vllm = export.prometheus.shown_at_vllm and by_exporter
     return pushed or at_vllm or export.own_port is not None
 
 

@@ -14,8 +14,7 @@ from glassbox.store.metrics_page import confirm_page, has_front, remove_page, wr
 
 def is_wanted(config: GlassboxConfig, run_dir: Path) -> bool:
     """True if vLLM's port shows metrics, and an API server of this node hands out a page."""
-    prometheus = config.export.prometheus
-    return config.enabled and prometheus.enabled and prometheus.on_vllm_port and has_front(run_dir)
+    return config.enabled and config.export.prometheus.shown_at_vllm and has_front(run_dir)
 
 
 class PageWriter:

@@ -172,10 +172,8 @@ class Sinks:
         )
 
     def _shows_multiprocess(self, config: GlassboxConfig) -> bool:
-        prometheus = config.export.prometheus
         # Where an API server hands out the page, vLLM would merge these files in its own process only to show it twice.
-        shown = config.enabled and prometheus.enabled and prometheus.on_vllm_port
-        return shown and not has_front(self._run_dir)
+        return config.enabled and config.export.prometheus.shown_at_vllm and not has_front(self._run_dir)
 
     def _wants_multiprocess(self, config: GlassboxConfig) -> object:
         # Switched off it goes on with empty files: removing one under a scrape would fail that scrape.
