@@ -37,7 +37,7 @@ class EngineSpec:
         v2_runner: VLLM_USE_V2_MODEL_RUNNER; None leaves it to vLLM.
         llm_args: further arguments of vllm.LLM, or others than those of `run`.
         fault: what is broken in layer FAULTY_LAYER, by name; see `_break`.
-        adapter: folder of a LoRA adapter that all prompts ask for.
+        adapter: folder of a LoRA adapter that prompts ask for; `adapted` says which of them do, None is all.
     """
 
     model: str
@@ -54,6 +54,7 @@ class EngineSpec:
     llm_args: dict[str, Any] = field(default_factory=dict)
     fault: str | None = None
     adapter: str | None = None
+    adapted: list[bool] | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -115,18 +116,19 @@ def run(spec: EngineSpec) -> None:
     if spec.fault is not None:
         _break(spec.fault)
     llm = LLM(spec.model, **{**llm_args, **spec.llm_args})
-    adapter = None
+    adapters = None
     if spec.adapter is not None:
         from vllm.lora.request import LoRARequest
 
-        adapter = LoRARequest("adapter", 1, spec.adapter)
+        asks = spec.adapted or [True] * len(spec.prompts)
+        adapters = [LoRARequest("adapter", 1, spec.adapter) if adapted else None for adapted in asks]
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in spec.prompts],
         [
             SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False, extra_args=extra)
             for n, extra in zip(spec.max_tokens, spec.extra_args or [None] * len(spec.max_tokens), strict=True)
         ],
-        lora_request=adapter,
+        lora_request=adapters,
         use_tqdm=False,
     )
     torch.cuda.synchronize()
@@ -164,8 +166,10 @@ def run(spec: EngineSpec) -> None:
                 "glassbox_bytes": worker.observer.measurer.nbytes,
                 "runner": type(llm.llm_engine.model_executor.driver_worker.worker.model_runner).__module__,
             }
+            apart = {} if snapshot.by_adapter is None else vars(snapshot.by_adapter)
             np.savez(
                 f"{spec.out}.npz",
+                **{f"adapter_{name}": array for name, array in apart.items()},
                 counts=snapshot.counts,
                 sums=snapshot.sums,
                 rows=snapshot.rows,

@@ -1,21 +1,22 @@
 """Ways of serving on a GPU with CUDA graphs: speculation, LoRA and FlashInfer are measured, certified and unchanged."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 
 from glassbox.core.output_checks import LayerState
 from tests.integration.gpu_engine import EngineSpec, measured_positions, model_path, run_engines, tokenized_text
-from tests.integration.test_gpu_vllm import CONFIG, Result, assert_as_near_as_transformers
+from tests.integration.test_gpu_vllm import CONFIG, Result, assert_as_near_as_transformers, truth_sums
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration, pytest.mark.timeout(1200)]
 
 LAYERS: Final = 30
 _ADAPTER: Final = {"r": 8, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"]}
-WAYS: Final = ("ngram", "draft", "lora", "flashinfer")
+WAYS: Final = ("ngram", "draft", "lora", "adapters", "flashinfer")
 
 
 def _draft_model(model: Path, folder: Path) -> str:
@@ -82,6 +83,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
         "lora": replace(base, adapter=adapter, llm_args={"enable_lora": True, "max_lora_rank": 8}),
         "flashinfer": replace(base, backend="FLASHINFER"),
     }
+    # Every second one in the same batch; their rows are told apart.
+    ways["adapters"] = replace(
+        ways["lora"], adapted=[i % 2 == 1 for i in range(len(prompts))], config={**CONFIG, "adapters": {"max": 1}}
+    )
     specs = {}
     for name, spec in ways.items():
         specs[name] = replace(spec, out=str(folder / name))
@@ -127,6 +132,52 @@ class TestEachWay:
 def test_values(results: dict[str, Result], way: str) -> None:
     """As near to float32 transformers as transformers in bfloat16 is, within a factor of two."""
     assert_as_near_as_transformers(results[way])
+
+
+class TestAdapters:
+    """Statistics by LoRA adapter: the kernel adds to the slots of a batch's requests."""
+
+    def test_slots_are_the_whole(self, results: dict[str, Result]) -> None:
+        """Base model, adapter and others add up to the totals; the others have nothing."""
+        arrays = results["adapters"].arrays
+        for name in ("counts", "rows", "nonfinite"):
+            np.testing.assert_array_equal(arrays[f"adapter_{name}"].sum(0), arrays[name].sum((0, 1)))
+        np.testing.assert_allclose(arrays["adapter_sums"].sum(0), arrays["sums"].sum((0, 1)), rtol=1e-9, atol=1e-6)
+        assert arrays["adapter_rows"].shape == (3, 2)
+        assert arrays["adapter_rows"][2].sum() == 0
+
+    @pytest.mark.parametrize("adapted", [False, True])
+    def test_each_slot_is_its_models(self, results: dict[str, Result], adapted: bool) -> None:
+        """Its rows exactly, and its means as near to float32 transformers of its model as bfloat16 is, twice over."""
+        import torch
+
+        whole = results["adapters"]
+        assert whole.spec.adapted is not None
+        model = results["lora-truth"].spec.model if adapted else whole.spec.model
+        part = _Part(replace(whole.spec, model=model), whole, adapted)
+        exact = truth_sums(part, torch.float32)
+        places = exact.shape[0] * exact.shape[1]
+        positions = [measured_positions(prompt_len, len(tokens)) for tokens, prompt_len in part.sequences]
+        rows = np.array([sum(len(of[phase]) for of in positions) for phase in (0, 1)])
+        np.testing.assert_array_equal(whole.arrays["adapter_rows"][int(adapted)], rows * places)
+        near = (truth_sums(part, torch.bfloat16) - exact) / rows[:, None]
+        ours = (whole.arrays["adapter_sums"][int(adapted)] - exact.sum((0, 1))) / (rows[:, None] * places)
+        theirs = np.sqrt(np.square(near).mean((0, 1)))  # of a place: that of the mean over all is smaller still
+        print("adapted" if adapted else "base", np.abs(ours).round(6).tolist(), theirs.round(6).tolist())
+        assert (np.abs(ours) <= 2 * theirs).all()
+
+
+@dataclass(frozen=True)
+class _Part(Result):
+    """Those requests of an engine that asked for its adapter, or those that did not."""
+
+    whole: Result
+    adapted: bool
+
+    @property
+    def sequences(self) -> list[tuple[list[int], int]]:
+        asked = self.whole.spec.adapted or []
+        return [one for one, adapted in zip(self.whole.sequences, asked, strict=True) if adapted is self.adapted]
 
 
 def test_flashinfer_is_what_ran(results: dict[str, Result]) -> None:
