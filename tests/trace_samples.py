@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from glassbox.adapter.scheduler import ScheduledStep
+from glassbox.core.signal_table import NUM_SINGULAR_VALUES, ON_REQUEST
 from glassbox.core.statistics import NUM_STATISTICS
-from glassbox.core.trace_arrays import without_values
+from glassbox.core.trace_arrays import SCORE_PARAMS, not_asked_for, trace_array, without_values
 from glassbox.processes.worker.traces.active import TraceHost
 from glassbox.store.trace_record import RequestTrace, Span, TraceOptions, joined_attention, no_attention
 
@@ -140,6 +141,7 @@ def make_trace(
     sizes = {"token": len(positions), "layer": len(layers), "head": len(heads), "top_k": k, "span": len(spans)}
     arrays: dict[str, Any] = {
         **without_values(sizes),
+        **not_asked_for(sizes),
         **kept,
         "positions": np.array(positions, dtype=np.int32),
         "phases": (np.array(positions) >= prompt_len).astype(np.uint8),
@@ -159,3 +161,13 @@ def make_trace(
 def with_arrays(trace: RequestTrace, **arrays: Any) -> RequestTrace:
     """The trace with other arrays of these names."""
     return replace(trace, arrays={**trace.arrays, **arrays})
+
+
+def with_arrays_of_signals(trace: RequestTrace, *, dim: int = 4, seed: int = 0) -> RequestTrace:
+    """The trace with random numbers in the arrays that are kept on request alone, heads of size `dim`."""
+    rng = np.random.default_rng(seed)
+    sizes = {**trace.sizes, "position": int(trace.positions[-1]) + 1, "singular": NUM_SINGULAR_VALUES, "dim": dim}
+    sizes |= {"param": len(SCORE_PARAMS), "generated": trace.num_generated}
+    arrays = {name: trace_array(name).filled(sizes) for name in ON_REQUEST}
+    arrays["logprobs"] = np.zeros(trace.num_generated, dtype=np.float32)
+    return with_arrays(trace, **{name: rng.random(values.shape, np.float32) for name, values in arrays.items()})

@@ -6,7 +6,9 @@ module lists these arrays. How the numbers are made is known in `kernels/`, what
 
 Axes are named, and sized by whoever knows the request: token (kept rows, T), layer (L), head (H), top_k (k), span (S),
 key (positions that a kept row attends to), kept_token and offset (T and T + 1 if whole attention vectors are kept, else
-0), id (tokens whose ids are known). The axes in `FIXED` are of one size always.
+0), id (tokens whose ids are known), generated (generated tokens). 0 unless asked for (`core/signal_table.py`): position
+(of the sequence, to the last measured row's), singular, dim (of a head) and param. The axes in `FIXED` are of one size
+always.
 """
 
 import math
@@ -17,13 +19,33 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.core.signal_table import ON_REQUEST
 from glassbox.core.statistics import NUM_STATISTICS, PHASES
 
-Axis = Literal["token", "layer", "head", "statistic", "top_k", "span", "bound", "key", "kept_token", "offset", "id"]
+Axis = Literal[
+    "token",
+    "layer",
+    "head",
+    "statistic",
+    "top_k",
+    "span",
+    "bound",
+    "key",
+    "kept_token",
+    "offset",
+    "id",
+    "position",
+    "singular",
+    "dim",
+    "param",
+    "generated",
+]
 Sizes = Mapping[str, int]
 FIXED: Final[Sizes] = {"statistic": NUM_STATISTICS + 1, "bound": 2}
 # Of an array with numbers of each kept row, layer and head.
 PLACE: Final[tuple[Axis, ...]] = ("token", "layer", "head")
+# Along the axis `param`, where it is not 0.
+SCORE_PARAMS: Final = ("scale", "soft_cap", "window", "sink")
 # Fills up where there are fewer positions than asked for.
 NO_POSITION: Final = -1
 
@@ -121,6 +143,16 @@ TRACE_ARRAYS: Final[tuple[TraceArray, ...]] = (
         meaning="Columns as in statistics.py; the last is 1 where a score was not finite.",
     ),
     TraceArray(
+        name="previous_mass",
+        axes=PLACE,
+        dtype="float32",
+        merge="places",
+        fill=math.nan,
+        field="previous_mass",
+        averaged=True,
+        meaning="Attention to the position before the row's own; the first position has none.",
+    ),
+    TraceArray(
         name="span_mass",
         axes=(*PLACE, "span"),
         dtype="float32",
@@ -192,6 +224,57 @@ TRACE_ARRAYS: Final[tuple[TraceArray, ...]] = (
         meaning="Position of the first key kept of each row.",
     ),
     TraceArray(
+        name="received",
+        axes=("layer", "head", "position"),
+        dtype="float32",
+        merge="places",
+        fill=math.nan,
+        meaning="Attention to each position, summed over the measured rows. Drafts that were not kept don't count.",
+    ),
+    TraceArray(
+        name="singular_values",
+        axes=("layer", "head", "singular"),
+        dtype="float32",
+        merge="places",
+        fill=math.nan,
+        meaning="Largest singular values, falling, of Q K^T (neither scaled nor masked) of the measured rows and all "
+        "keys; 0 where there are fewer.",
+    ),
+    TraceArray(
+        name="queries",
+        axes=(*PLACE, "dim"),
+        dtype="float32",
+        merge="places",
+        fill=math.nan,
+        meaning="Query of each kept row after RoPE.",
+    ),
+    TraceArray(
+        name="keys",
+        axes=("position", "layer", "head", "dim"),
+        dtype="float32",
+        merge="places",
+        fill=math.nan,
+        meaning="Key of each position after RoPE, repeated for the query heads that share it.",
+    ),
+    TraceArray(
+        name="score_params",
+        axes=("layer", "head", "param"),
+        dtype="float32",
+        merge="places",
+        fill=math.nan,
+        meaning="What makes attention of queries and keys: scale, soft cap (0 is none), window in keys (0 is none) and "
+        "the logit of a learned sink (NaN is none).",
+    ),
+    TraceArray(
+        name="logprobs",
+        axes=("generated",),
+        dtype="float32",
+        merge="first",
+        fill=math.nan,
+        meaning="Log-probability of each generated token as the engine gave it, before any change by sampling "
+        "parameters.",
+    ),
+    TraceArray(
         name="span_ranges",
         axes=("span", "bound"),
         dtype="int32",
@@ -233,15 +316,25 @@ def without_values(sizes: Sizes) -> dict[str, npt.NDArray[Any]]:
     """The collected arrays of some rows of which nothing is known yet, by name.
 
     Args:
-        sizes: of token, layer, head, top_k and span.
+        sizes: of token, layer, head, top_k, span and dim.
     """
     return {array.name: array.filled(sizes) for array in collected()}
+
+
+def not_asked_for(sizes: Sizes) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a whole request that are kept on request alone, empty, by name.
+
+    Args:
+        sizes: of layer and head.
+    """
+    arrays = (array for array in TRACE_ARRAYS if array.name in ON_REQUEST and not array.by_token)
+    return {array.name: array.filled({axis: sizes[axis] for axis in ("layer", "head")}) for array in arrays}
 
 
 def row_nbytes(sizes: Sizes) -> int:
     """Bytes that a row takes while its request runs.
 
     Args:
-        sizes: of layer, head, top_k, span and key; key is 0 if whole attention vectors are not kept.
+        sizes: of layer, head, top_k, span, dim and key; key is 0 if whole attention vectors are not kept.
     """
     return sum(array.row_nbytes(sizes) for array in TRACE_ARRAYS if array.by_token)

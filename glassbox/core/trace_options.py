@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from glassbox.core.signal_table import ON_REQUEST, SIGNAL_NAMES, signal_row
+
 # Every limit bounds what one request can cost: memory of a row is at most
 # layers x heads x (statistics + 2 top_k + spans) numbers, and MAX_ATTENTION_KEYS half-precision ones with its whole
 # attention.
@@ -28,6 +30,9 @@ HEADS_KEY: Final = "glassbox_heads"
 TOP_K_KEY: Final = "glassbox_top_k"
 SPANS_KEY: Final = "glassbox_spans"
 ROWS_KEY: Final = "glassbox_rows"
+PROMPT_KEY: Final = "glassbox_prompt"
+SIGNALS_KEY: Final = "glassbox_signals"
+RESPOND_KEY: Final = "glassbox_respond"
 # Set by glassbox itself in the API server, never by a client: its trace context, the name by which it asked for the
 # model, who it is (store/client_names.py), whether the trace rate has chosen its request, and of a request of a beam
 # search how many tokens of its prompt are the client's.
@@ -36,10 +41,23 @@ MODEL_KEY: Final = "glassbox_model"
 CLIENT_KEY: Final = "glassbox_client"
 SAMPLED_KEY: Final = "glassbox_sampled"
 BEAM_PROMPT_KEY: Final = "glassbox_beam_prompt"
-_DETAIL_KEYS: Final = (LAYERS_KEY, HEADS_KEY, TOP_K_KEY, SPANS_KEY, ROWS_KEY)
+_DETAIL_KEYS: Final = (
+    LAYERS_KEY,
+    HEADS_KEY,
+    TOP_K_KEY,
+    SPANS_KEY,
+    ROWS_KEY,
+    PROMPT_KEY,
+    SIGNALS_KEY,
+    RESPOND_KEY,
+)
 # Of these the ones that are added when a request is handed to the engine, after every check of what its client gave.
 ADDED_KEYS: Final = (TRACEPARENT_KEY, CLIENT_KEY, SAMPLED_KEY)
 CLIENT_KEYS: Final = (CHOICE_KEY, *_DETAIL_KEYS)
+
+# Which rows of a prompt are measured: those that the sampler takes of each, all of them (none comes from the prefix
+# cache), or all that are computed.
+PromptRows = Literal["sampled", "all", "new"]
 
 _SPAN: Final = re.compile(r"(?P<name>[^=]*)=(?P<start>[^:]*):(?P<end>.*)", re.DOTALL)
 _SPAN_NAME: Final = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_SPAN_NAME}}}")
@@ -91,6 +109,9 @@ class TraceOptions:
         top_k: most attended positions per layer and head, and of their mean; 0 is none, at most MAX_TOP_K.
         spans: token ranges whose attention mass is wanted, at most MAX_SPANS, names distinct.
         attention: whether each row's whole attention is kept (to at most its latest MAX_ATTENTION_KEYS keys).
+        prompt: which of the prompt's rows.
+        signals: names in the table of signals, distinct. What they need of the trace is kept.
+        respond: whether the response is to carry a summary.
     """
 
     layers: tuple[int, ...] | None = None
@@ -98,11 +119,21 @@ class TraceOptions:
     top_k: int = 0
     spans: tuple[Span, ...] = ()
     attention: bool = False
+    prompt: PromptRows = "sampled"
+    signals: tuple[str, ...] = ()
+    respond: bool = False
 
     @property
     def probes(self) -> bool:
         """True if the statistics of a row are not enough: its probabilities must be computed."""
         return bool(self.top_k or self.spans or self.attention)
+
+    @property
+    def arrays(self) -> frozenset[str]:
+        """Which of the arrays that are kept on request alone are."""
+        wanted = {name for signal in self.signals for name in signal_row(signal).arrays} & set(ON_REQUEST)
+        # Who has queries and keys has the column sums, too: both are as long.
+        return frozenset(wanted | {"received"} if self.prompt != "sampled" or "keys" in wanted else wanted)
 
 
 @dataclass(frozen=True)
@@ -163,6 +194,7 @@ def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = F
             f"add that, or remove {details[0]}"
         )
     spans, message_spans = _parse_spans(given.get(SPANS_KEY), from_client)
+    signals = parse_signals(SIGNALS_KEY, given.get(SIGNALS_KEY))
     return ClientChoice(
         choice=choice,
         options=TraceOptions(
@@ -170,7 +202,10 @@ def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = F
             heads=_parse_indices(HEADS_KEY, given.get(HEADS_KEY)),
             top_k=_parse_top_k(given.get(TOP_K_KEY)),
             spans=spans,
-            attention=_parse_attention(given.get(ROWS_KEY)),
+            attention=_parse_flag(ROWS_KEY, given.get(ROWS_KEY)),
+            prompt=_parse_prompt(given.get(PROMPT_KEY), signals),
+            signals=signals,
+            respond=_parse_flag(RESPOND_KEY, given.get(RESPOND_KEY)),
         ),
         message_spans=message_spans,
         traceparent=traceparent if isinstance(traceparent, str) and _TRACEPARENT.fullmatch(traceparent) else None,
@@ -222,7 +257,7 @@ def _parse_top_k(value: object) -> int:
     return number
 
 
-def _parse_attention(value: object) -> bool:
+def _parse_flag(key: str, value: object) -> bool:
     if value is None:
         return False
     text = value.lower() if isinstance(value, str) else value
@@ -230,7 +265,39 @@ def _parse_attention(value: object) -> bool:
         return True
     if isinstance(text, str | int | float) and text in {0, "0", "false"}:
         return False
-    raise OptionError(f"{ROWS_KEY} must be true or false, got {_shown(value)}; use 1 or 0")
+    raise OptionError(f"{key} must be true or false, got {_shown(value)}; use 1 or 0")
+
+
+def _parse_prompt(value: object, signals: tuple[str, ...]) -> PromptRows:
+    if value == "all":
+        return "all"
+    if value == "new":
+        return "new"
+    if value is not None:
+        raise OptionError(
+            f"{PROMPT_KEY} must be all or new, got {_shown(value)}; leave it out for the rows that the sampler takes"
+        )
+    return "all" if any(signal_row(signal).prompt for signal in signals) else "sampled"
+
+
+def parse_signals(key: str, value: object) -> tuple[str, ...]:
+    """Names of signals, as a client or the YAML file lists them.
+
+    Raises:
+        OptionError: one is unknown or repeated.
+    """
+    if value is None:
+        return ()
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    names = tuple(item for item in items if isinstance(item, str) and item in SIGNAL_NAMES)
+    if len(names) < len(items):
+        wrong = next(item for item in items if item not in names)
+        raise OptionError(
+            f"{key} must list names of {', '.join(SIGNAL_NAMES)}, got {_shown(wrong)}; correct or remove it"
+        )
+    if len(set(names)) < len(names):
+        raise OptionError(f"{key} must list different names, got {_shown(value)}; delete the repeated one")
+    return names
 
 
 def _parse_spans(value: object, from_client: bool) -> tuple[tuple[Span, ...], tuple[MessageSpan, ...]]:

@@ -145,6 +145,7 @@ def schema() -> "pa.Schema":
     texts += ["why", "status", "traceparent", "options"]
     columns = [(name, pa.string()) for name in texts]
     columns += [("start_time_s", pa.float64()), ("end_time_s", pa.float64()), ("truncated", pa.bool_())]
+    columns += [("notes", pa.list_(pa.string()))]
     columns += [(name, pa.int64()) for name in ("prompt_len", "num_generated", "num_rows", "tokens_left_out")]
     columns += [("layers", wholes), ("heads", wholes), ("signals", pa.map_(pa.string(), pa.float64()))]
     columns += [column for array in shown_along_tokens() for column in _columns(array).items()]

@@ -115,6 +115,7 @@ def document(trace: RequestTrace, texts: Texts | None = None) -> dict[str, Any]:
         "num_generated": trace.num_generated,
         "num_rows": len(trace.positions),
         "truncated": trace.truncated,
+        "notes": list(trace.notes),
         "traceparent": trace.traceparent,
         "options": _options(trace),
         "layers": list(trace.layers),
@@ -135,6 +136,9 @@ def _options(trace: RequestTrace) -> dict[str, Any]:
         "top_k": trace.options.top_k,
         "spans": {name: [int(a), int(b)] for name, (a, b) in zip(trace.span_names, trace.span_ranges, strict=True)},
         "rows": trace.options.attention,
+        "prompt": trace.options.prompt,
+        "signals": list(trace.options.signals),
+        "respond": trace.options.respond,
     }
 
 

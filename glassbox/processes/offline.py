@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import numpy as np
 
@@ -34,7 +34,9 @@ from glassbox.core.trace_options import (
     CHOICE_KEY,
     HEADS_KEY,
     LAYERS_KEY,
+    PROMPT_KEY,
     ROWS_KEY,
+    SIGNALS_KEY,
     SPANS_KEY,
     TOP_K_KEY,
     Span,
@@ -88,6 +90,8 @@ def capture(
     top_k: int = 0,
     spans: Spans | Sequence[Spans] = (),
     rows: bool = False,
+    prompt: Literal["sampled", "all", "new"] = "sampled",
+    signals: Iterable[str] = (),
     timeout_s: float = 60.0,
 ) -> Capture:
     """Generate answers with `vllm.LLM.generate`, and return them with their attention as pyarrow tables.
@@ -100,6 +104,9 @@ def capture(
         top_k: most attended positions per row, layer and head, at most 32; 0 is none.
         spans: names of token ranges (start, exclusive end); one mapping for all prompts, or one per prompt.
         rows: whether the attention to every position is wanted.
+        prompt: rows of the prompt: those that the sampler takes, all (what the prefix cache has is computed again), or
+            all new ones (what it has is missing).
+        signals: names of the table of signals; what they need is kept. Some need, and get, the whole prompt.
         timeout_s: how long to wait for the traces after the answers are there.
 
     Raises:
@@ -113,8 +120,9 @@ def capture(
     prompts = list(prompts)
     params = _params(llm, prompts, sampling_params)
     per_prompt = _per_prompt("spans", spans, len(prompts))
+    more = _signal_options(prompt, signals)
     asked = [
-        with_options(one, _options(layers, heads, top_k, of_prompt, rows))
+        with_options(one, _options(layers, heads, top_k, of_prompt, rows) | more)
         for one, of_prompt in zip(params, per_prompt, strict=True)
     ]
     # More than max_active at once would be refused.
@@ -169,6 +177,14 @@ def _options(
     if spans:
         options[SPANS_KEY] = [str(Span(name, start, end)) for name, (start, end) in spans.items()]
     parse_options(options)
+    return options
+
+
+def _signal_options(prompt: str, signals: Iterable[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {} if prompt == "sampled" else {PROMPT_KEY: prompt}
+    if names := list(signals):
+        options[SIGNALS_KEY] = names
+    parse_options({CHOICE_KEY: "trace", **options})
     return options
 
 

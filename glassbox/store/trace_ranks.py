@@ -6,7 +6,7 @@ itself, and its file, is `trace_record.py`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ import numpy.typing as npt
 from glassbox.core import trace_arrays
 from glassbox.core.trace_arrays import NO_POSITION, Sizes, TraceArray, trace_array
 from glassbox.store.trace_record import RequestTrace, joined_attention, no_attention
+
+# Axes of which ranks may have more and less: a worker's file may be older, and one may have refused what others kept.
+_LONGEST: Final = ("top_k", "position", "singular", "dim", "param")
 
 
 def merge_ranks(traces: Sequence[RequestTrace]) -> RequestTrace:
@@ -41,7 +44,8 @@ def merge_ranks(traces: Sequence[RequestTrace]) -> RequestTrace:
     heads = tuple(sorted({head for part in parts for head in part.heads}))
     first = parts[0]
     sizes = {"token": len(positions), "layer": len(layers), "head": len(heads), "span": len(first.span_names)}
-    sizes["top_k"] = max(part.topk_mass.shape[-1] for part in parts)
+    for axis in _LONGEST:
+        sizes[axis] = max(part.sizes[axis] for part in parts)
     merged = _Merged(parts, [np.searchsorted(part.positions, positions) for part in parts], layers, heads, sizes)
     ends = [part.end_time_s for part in parts]
     active = any(part.status == "active" for part in parts)
@@ -54,6 +58,7 @@ def merge_ranks(traces: Sequence[RequestTrace]) -> RequestTrace:
         layers=layers,
         heads=heads,
         truncated=any(part.truncated for part in parts),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
         arrays=merged.arrays(),
     )
 
@@ -88,8 +93,12 @@ class _Merged:
     def _at_places(self, array: TraceArray) -> npt.NDArray[Any]:
         values = array.filled(self.sizes)
         for part, take in self._lowest_last():
-            places = self._places(part)
-            values[np.ix_(np.arange(len(take)), *places)] = part.arrays[array.name][take]
+            found = part.arrays[array.name]
+            layers, heads = self._places(part)
+            # Along all other axes a part that has less begins with the same.
+            to: dict[str, Any] = {"token": np.arange(len(take)), "layer": layers, "head": heads}
+            places = [to.get(axis, np.arange(n)) for axis, n in zip(array.axes, found.shape, strict=True)]
+            values[np.ix_(*places)] = found[take] if array.by_token else found
         return values
 
     def _lowest_last(self) -> list[tuple[RequestTrace, npt.NDArray[np.intp]]]:

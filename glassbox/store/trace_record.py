@@ -62,7 +62,7 @@ __all__ = [
     "write_trace",
 ]
 
-FORMAT_VERSION: Final = 5
+FORMAT_VERSION: Final = 6
 Why = Literal["opt_in", "sampled"]
 Status = Literal["active", "finished", "aborted", "lost"]
 
@@ -122,6 +122,7 @@ class RequestTrace:
             some steps are); what is there is right.
         span_names: of the S spans.
         arrays: by name, all of the table; T kept rows, L layers, H heads, k = top_k, S spans.
+        notes: what of it is missing or was refused, and why, in words.
 
     Raises:
         ValueError: an array is missing, not of the table, or has another shape or type.
@@ -149,6 +150,7 @@ class RequestTrace:
     truncated: bool
     span_names: tuple[str, ...]
     arrays: Mapping[str, npt.NDArray[Any]]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = {array.name for array in trace_arrays.TRACE_ARRAYS}
@@ -181,6 +183,10 @@ class RequestTrace:
             "span": len(self.span_names),
             "kept_token": rows if self.has_attention else 0,
             "offset": rows + 1 if self.has_attention else 0,
+            "position": self.received.shape[-1],
+            "singular": self.singular_values.shape[-1],
+            "dim": self.queries.shape[-1],
+            "param": self.score_params.shape[-1],
         }
 
     @property
@@ -368,7 +374,7 @@ def _decode_header(archive: ArrayFile) -> dict[str, Any]:
     header: dict[str, Any] = json.loads(archive.read(["header"])["header"].tobytes())
     if header.pop("format", None) != FORMAT_VERSION:
         raise ValueError(f"format must be {FORMAT_VERSION}")
-    for name in ("layers", "heads", "span_names"):
+    for name in ("layers", "heads", "span_names", "notes"):
         header[name] = tuple(header[name])
     options = header["options"]
     header["options"] = TraceOptions(
@@ -377,5 +383,8 @@ def _decode_header(archive: ArrayFile) -> dict[str, Any]:
         top_k=options["top_k"],
         spans=tuple(Span(**span) for span in options["spans"]),
         attention=options["attention"],
+        prompt=options["prompt"],
+        signals=tuple(options["signals"]),
+        respond=options["respond"],
     )
     return header

@@ -19,6 +19,7 @@ from glassbox.adapter.http_request import HttpRequest, note_requests
 from glassbox.adapter.server import EngineLabels, ExtraArgs
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
+from glassbox.core.signal_table import MAX_KEPT_PLACES
 from glassbox.core.trace_options import (
     ADDED_KEYS,
     ANONYMOUS,
@@ -30,6 +31,7 @@ from glassbox.core.trace_options import (
     MODEL_KEY,
     PREFIX,
     SAMPLED_KEY,
+    SIGNALS_KEY,
     SPANS_KEY,
     TRACEPARENT_KEY,
     ClientChoice,
@@ -247,7 +249,7 @@ class Intake:
 def check_model_has(
     choice: ClientChoice, shape: tuple[int, int] | None, measured: Callable[[], tuple[int, int]]
 ) -> None:
-    """Raise if a request names layers or heads that the model lacks.
+    """Raise if a request names layers or heads that the model lacks, or too many of them for what it asks.
 
     Args:
         shape: numbers of layers and of heads by the model's configuration, None if they are not known.
@@ -267,6 +269,13 @@ def check_model_has(
                 f"{key} must be from 0 to {count - 1}, because this model has {count}, got {named[-1]}; leave it out "
                 "for all"
             )
+    layers, heads = choice.options.layers, choice.options.heads
+    places = (shape[0] if layers is None else len(layers)) * (shape[1] if heads is None else len(heads))
+    if "keys" in choice.options.arrays and places > MAX_KEPT_PLACES:
+        raise OptionError(
+            f"{SIGNALS_KEY} must have at most {MAX_KEPT_PLACES} layers x heads for signals on demand, got {places}; "
+            f"choose some with {LAYERS_KEY} and {HEADS_KEY}"
+        )
 
 
 def install(

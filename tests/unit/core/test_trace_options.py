@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glassbox.core.signal_table import ON_REQUEST
 from glassbox.core.trace_options import (
     CLIENT_KEYS,
     MAX_INDICES,
@@ -62,6 +63,22 @@ class TestGood:
     def test_switches(self, value: Any, rows: bool) -> None:
         """JSON's true arrives as 1 or as a string."""
         assert rows == parse_options(trace(rows=value)).options.attention
+
+    @pytest.mark.parametrize("prompt", ["all", "new"])
+    def test_rows_of_the_prompt(self, prompt: str) -> None:
+        """All or new ones, and then the attention that positions receive is kept."""
+        options = parse_options(trace(prompt=prompt)).options
+        assert (prompt, {"received"}) == (options.prompt, options.arrays)
+
+    def test_signals(self) -> None:
+        """In the order they were given; those that need the whole prompt ask for it."""
+        found = parse_options(trace(signals=["spectral", "rauq"], respond=1)).options
+        assert TraceOptions(signals=("spectral", "rauq"), prompt="all", respond=True) == found
+        assert {"received", "singular_values", "logprobs"} == found.arrays
+        assert "new" == parse_options(trace(signals="spectral", prompt="new")).options.prompt
+        assert TraceOptions(signals=("rauq",)) == parse_options(trace(signals="rauq")).options
+        assert set() == TraceOptions().arrays
+        assert {"received", "queries", "keys"} == TraceOptions(signals=("cyclic",), prompt="all").arrays
 
     def test_all(self) -> None:
         """The word for what is the default."""
@@ -128,6 +145,17 @@ MALFORMED = [
     (trace(rows="yes"), "glassbox_rows must be true or false, got 'yes'; use 1 or 0"),
     (trace(rows=2), "got 2"),
     (trace(rows=[1]), "got [1]"),
+    (trace(respond="yes"), "glassbox_respond must be true or false, got 'yes'; use 1 or 0"),
+    ({"glassbox_respond": 1}, 'glassbox_respond must come with "glassbox": "trace"'),
+    ({"glassbox_prompt": "all"}, 'glassbox_prompt must come with "glassbox": "trace"'),
+    ({"glassbox_signals": ["rauq"]}, 'glassbox_signals must come with "glassbox": "trace"'),
+    (trace(prompt="sampled"), "glassbox_prompt must be all or new, got 'sampled'; leave it out for the rows that"),
+    (trace(prompt=["all"]), "got ['all']"),
+    (trace(signals=["spectral", "x"]), "glassbox_signals must list names of spectral, asymmetry, selfattn"),
+    (trace(signals=["spectral", "x"]), "got 'x'; correct or remove it"),
+    (trace(signals=[["spectral"]]), "got ['spectral']"),
+    (trace(signals={"spectral": 1}), "got {'spectral': 1}"),
+    (trace(signals=["rauq", "rauq"]), "must list different names, got ['rauq', 'rauq']; delete the repeated one"),
     (trace(spans=["a"]), "glassbox_spans must be name=start:end, got 'a'; write such as system=0:25"),
     (trace(spans=["a=1"]), "got 'a=1'"),
     (trace(spans=["=0:1"]), "glassbox_spans must have names of 1 to 64 letters, digits, _ . or -, got ''"),
@@ -200,6 +228,7 @@ class TestAnything:
             assert 0 <= options.top_k <= 32
             assert len(options.spans) <= MAX_SPANS
             assert all(0 <= span.start < span.end for span in options.spans)
+            assert options.arrays <= set(ON_REQUEST)
 
 
 class TestAdvice:

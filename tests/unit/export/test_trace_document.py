@@ -142,8 +142,8 @@ class TestDetail:
             detail(make_trace(), chosen)
 
     def test_it_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """5 tokens x 2 layers x 3 heads x (9 statistics + 2 spans + 2 x 2), and the rows: (3+6+7+8+9) x 6."""
-        monkeypatch.setattr(trace_document, "MAX_NUMBERS", 5 * 6 * (len(STATISTICS) + 2 + 4) + 33 * 6)
+        """5 tokens x 2 layers x 3 heads x (9 statistics + 1 + 2 spans + 2 x 2), and the rows: (3+6+7+8+9) x 6."""
+        monkeypatch.setattr(trace_document, "MAX_NUMBERS", 5 * 6 * (len(STATISTICS) + 1 + 2 + 4) + 33 * 6)
         trace = make_trace()
         detail(trace, Selection())
         monkeypatch.setattr(trace_document, "MAX_NUMBERS", trace_document.MAX_NUMBERS - 1)

@@ -180,6 +180,7 @@ class TestProcessInputs:
             {"glassbox": "trace", "glassbox_traceparent": TRACEPARENT},
             {"glassbox": "trace", "glassbox_spans": ["user=message:0"]},
             {"glassbox": "trace", "glassbox_layers": [30]},
+            {"glassbox": "trace", "glassbox_signals": ["cyclic"], "glassbox_layers": [0, 1, 2, 3]},
         ],
     )
     def test_bad_options(self, server: Server, extra_args: Any) -> None:
@@ -188,6 +189,14 @@ class TestProcessInputs:
             server.process("r1", extra_args)
         assert [] == server.seen
         assert "r1" not in server.intake.traced
+
+    def test_too_many_places(self, server: Server) -> None:
+        """Signals on demand are for 32 layers x heads, here 4 x 9; the error says how to choose."""
+        asked = {"glassbox": "trace", "glassbox_signals": ["cyclic"], "glassbox_layers": [0, 1, 2, 3]}
+        with pytest.raises(ClientError, match="at most 32 layers x heads for signals on demand, got 36; choose some"):
+            server.process("r1", asked)
+        chosen = {**asked, "glassbox_heads": [0, 1, 2, 3, 4, 5, 6, 7]}
+        assert chosen == server.process("r1", chosen)
 
     def test_switched_off(self) -> None:
         """With `enabled: false` nothing is checked, added or remembered."""

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from glassbox.core.signal_table import ON_REQUEST
+from glassbox.core.trace_arrays import TRACE_ARRAYS
 from glassbox.store import trace_directory
 from glassbox.store.trace_directory import TraceDirectory, TraceFiles, traces_path
 from glassbox.store.trace_ranks import merge_ranks
@@ -23,7 +25,7 @@ from glassbox.store.trace_record import (
     write_trace,
 )
 from tests.export_samples import limited_file_size
-from tests.trace_samples import make_trace
+from tests.trace_samples import make_trace, with_arrays_of_signals
 
 
 def assert_same(expected: RequestTrace, found: RequestTrace) -> None:
@@ -63,7 +65,8 @@ class TestRoundTrip:
             {"positions": ()},
             {"layers": (7,), "heads": (4,), "positions": (0,)},
             {"status": "active", "end_time_s": None, "traceparent": None, "why": "sampled", "truncated": True},
-            {"options": TraceOptions(layers=(0, 3), heads=(0, 1, 2), top_k=2)},
+            {"options": TraceOptions(layers=(0, 3), heads=(0, 1, 2), top_k=2), "notes": ("a", "b")},
+            {"options": TraceOptions(prompt="new", signals=("spectral", "rauq"), respond=True)},
         ],
     )
     def test_everything_comes_back_with_its_type(self, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -74,6 +77,11 @@ class TestRoundTrip:
         header = read_header(path)
         assert header.pop("num_rows") == len(trace.positions)
         assert header == {name: getattr(trace, name) for name in header}
+
+    def test_arrays_of_signals(self, tmp_path: Path) -> None:
+        """They come back, too."""
+        trace = with_arrays_of_signals(make_trace())
+        assert_same(trace, read_trace(write_trace(tmp_path, trace)))
 
     def test_rows_are_cut_as_they_were(self) -> None:
         """A row has a number for each layer, head and position up to its own."""
@@ -147,10 +155,14 @@ def cut(trace: RequestTrace, *, layers: slice = slice(None), heads: slice = slic
         p = row.astype(np.float64).mean(axis=(0, 1))
         mean_positions[t] = np.argsort(-p)[:2]
         mean[t] = p[mean_positions[t]]
-    by_place = ("stats", "topk_positions", "topk_mass", "span_mass")
+    place: dict[str, slice] = {"layer": layers, "head": heads}
     arrays = {
         **trace.arrays,
-        **{name: trace.arrays[name][:, layers, heads] for name in by_place},
+        **{
+            array.name: trace.arrays[array.name][tuple(place.get(axis, slice(None)) for axis in array.axes)]
+            for array in TRACE_ARRAYS
+            if array.merge == "places"
+        },
         **joined_attention(rows, trace.attention_starts),
         "mean_topk_positions": mean_positions,
         "mean_topk_mass": mean,
@@ -161,7 +173,7 @@ def cut(trace: RequestTrace, *, layers: slice = slice(None), heads: slice = slic
 class TestMerge:
     def test_heads_of_ranks_and_layers_of_stages(self) -> None:
         """Four workers of one engine give what one worker would have given; mean_topk has a lower bound."""
-        whole = make_trace(layers=(0, 1, 2), heads=(0, 1, 2, 3))
+        whole = with_arrays_of_signals(make_trace(layers=(0, 1, 2), heads=(0, 1, 2, 3)))
         parts = [
             cut(whole, layers=layers, heads=heads, rank=rank, instance=f"i{rank}{layers.start}")
             for rank, heads in ((1, slice(2, 4)), (0, slice(0, 2)))
@@ -177,6 +189,7 @@ class TestMerge:
             "topk_positions",
             "span_mass",
             "attention_offsets",
+            *ON_REQUEST,
         ):
             np.testing.assert_array_equal(getattr(whole, name), getattr(merged, name), err_msg=name)
         np.testing.assert_array_equal(whole.attention_values, merged.attention_values)
@@ -195,6 +208,17 @@ class TestMerge:
         assert (merged.status, merged.end_time_s) == ("active", None)
         np.testing.assert_array_equal(ahead.stats[:3, :, 0], merged.stats[:, :, 0])
         np.testing.assert_array_equal(behind.attention(2), merged.attention(2)[:, 1:])
+
+    def test_what_one_worker_refused(self) -> None:
+        """There is no value at its heads, and its note stays."""
+        whole = with_arrays_of_signals(make_trace())
+        bare, note = make_trace(), "keys were not kept: requests.max_trace_mb is too small"
+        refused = cut(bare, heads=slice(1, 3), rank=1, notes=(note,))
+        merged = merge_ranks([cut(whole, heads=slice(0, 1)), refused])
+        assert (note,) == merged.notes
+        np.testing.assert_array_equal(whole.keys[:, :, :1], merged.keys[:, :, :1])
+        assert np.isnan(merged.keys[:, :, 1:]).all()
+        assert np.isnan(merged.received[:, 1:]).all()
 
     def test_replicated_heads(self) -> None:
         """The lowest rank stands for a head that two hold."""

@@ -144,9 +144,9 @@ class TestTable:
         assert not [name for name in names if hasattr(RequestTrace, name)]
 
     def test_bytes_of_a_row(self) -> None:
-        """As docs/requests.md says: by layer and head 40, 8 for each top position, 4 for each span, 2 for each key."""
+        """As docs/requests.md says: by layer and head 44, 8 for each top position, 4 for each span, 2 for each key."""
         trace, places = active_trace(), NUM_LAYERS * NUM_HEADS
-        by_place = 40 + 8 * OPTIONS.top_k + 4 * len(OPTIONS.spans) + 2 * 8
+        by_place = 44 + 8 * OPTIONS.top_k + 4 * len(OPTIONS.spans) + 2 * 8
         assert places * by_place + 8 * OPTIONS.top_k + 4 + 1 == trace.row_nbytes(7)
         longest = trace.row_nbytes(MAX_ATTENTION_KEYS - 1)
         assert trace.row_nbytes(10 * MAX_ATTENTION_KEYS) == longest

@@ -171,7 +171,7 @@ class TestOne:
         monkeypatch.setattr(trace_document, "MAX_NUMBERS", 100)
         web.write(make_trace(top_k=0, spans=(), attention=False))
         error = web.get("/cmpl-1-0", 400, layers="0")["error"]
-        assert "the answer must have at most 100 numbers, got 135; choose fewer layers and heads" in error
+        assert "the answer must have at most 100 numbers, got 150; choose fewer layers and heads" in error
         web.get("/cmpl-1-0", layers="0", tokens="0:6")
 
     def test_a_file_that_is_broken(self, web: Web) -> None:

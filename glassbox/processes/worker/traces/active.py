@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.adapter.runner import RequestTokens
-from glassbox.core.trace_arrays import row_nbytes, without_values
+from glassbox.core.trace_arrays import not_asked_for, row_nbytes, without_values
 from glassbox.store.trace_record import (
     MAX_ATTENTION_KEYS,
     RequestTrace,
@@ -162,6 +162,7 @@ class ActiveTrace:
             "head": len(self.head_columns),
             "top_k": self.options.top_k,
             "span": len(self.options.spans),
+            "dim": 0,
         }
 
     def row_nbytes(self, position: int) -> int:
@@ -270,6 +271,7 @@ class ActiveTrace:
             truncated=self.truncated or self.thinned,
             span_names=tuple(span.name for span in spans),
             arrays=arrays
+            | not_asked_for(self.sizes)
             | {
                 "span_ranges": np.array([(span.start, span.end) for span in spans], dtype=np.int32).reshape(-1, 2),
                 "token_ids": self._token_ids(),
