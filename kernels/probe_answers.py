@@ -6,7 +6,7 @@ names (`core/trace_arrays.py`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -140,9 +140,22 @@ class PromptAnswers(Generic[Values]):
 
     def moved(self, move: Callable[[Values], Moved]) -> "PromptAnswers[Moved]":
         """The same with `move` applied to each."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        group = values.pop("group")
-        return PromptAnswers(group=group, **{name: None if one is None else move(one) for name, one in values.items()})
+
+        def maybe(values: Values | None) -> Moved | None:
+            return None if values is None else move(values)
+
+        return PromptAnswers(
+            move(self.stats),
+            move(self.previous_mass),
+            move(self.span_mass),
+            move(self.received),
+            self.group,
+            maybe(self.query_gram),
+            maybe(self.key_gram),
+            maybe(self.queries),
+            maybe(self.keys),
+            maybe(self.score_params),
+        )
 
 
 def kv_heads(heads: Sequence[int], group: int) -> list[int]:
