@@ -427,7 +427,7 @@ class Wrappers:
                 added = {**added, **self._intake.asked_by(request_id, http_request.current(), traced)}
             if added and request.sampling_params is not None:
                 request.sampling_params.extra_args = {**(extra_args or {}), **added}
-            if traced:
+            if traced and beam_prompt is None:
                 tokens = getattr(request, "prompt_token_ids", None)
                 salt = self._intake.salt(extra_args, None if tokens is None else len(tokens))
                 if salt is not None:
