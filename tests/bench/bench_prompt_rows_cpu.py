@@ -25,7 +25,7 @@ from glassbox.kernels.prompt_rows_cpu import PromptChunk, PromptWishes, prompt_r
 from tests.bench.bench_row_stats_cpu import SHAPES, Shape, milliseconds  # noqa: E402
 from tests.kernels.test_row_stats_cpu import PlainReader  # noqa: E402
 
-LENGTHS = (128, 512, 1500, 4000)
+LENGTHS = (128, 512, 1500)
 BLOCK = 128
 
 

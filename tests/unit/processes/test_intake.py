@@ -295,6 +295,8 @@ class TestLogprobs:
             ({"glassbox": "trace", "glassbox_signals": ["spectral"]}, {}),
             (RAUQ, {"opt_in": False}),
             ({"glassbox_sampled": False}, {}),
+            ({"glassbox": "trace", "glassbox_signals": {"x": "rauq"}}, {}),
+            ({"glassbox": "trace", "glassbox_signals": ["unknown", 3]}, {}),
         ],
     )
     def test_not_wanted(self, extra_args: Any, requests: Any, tmp_path: Path) -> None:
@@ -315,6 +317,20 @@ class TestLogprobs:
         del outputs.request_states["a"]
         outputs.process("b", [[-2.0]])
         assert [-1.0] == self.read(server, "a", 1)
+
+    def test_switched_off(self, tmp_path: Path) -> None:
+        """With `enabled: false` nothing is asked."""
+        server = Server({"enabled": False}, run_dir=tmp_path)
+        assert Outputs(server).add("a", RAUQ).sampling_params.logprobs is None
+
+    def test_a_release_that_gives_something_else(self, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+        """The answer goes on without them."""
+        outputs = Outputs(server)
+        outputs.add("a", RAUQ)
+        strange = SimpleNamespace(request_id="a", new_logprobs=object(), finished=False)
+        outputs._process(outputs, [strange])
+        assert [None] == outputs.seen
+        assert "Log-probabilities of traced requests are lost: AttributeError" in caplog.text
 
     def test_logits(self, server: Server, caplog: pytest.LogCaptureFixture) -> None:
         """They are no log-probabilities: nothing is asked, and the log says so."""
