@@ -315,7 +315,7 @@ class RequestsConfig(_Section):
     )
     opt_in: bool = _switch(True, "Whether a client may ask for a trace of its own request.")
     max_trace_mb: int = _field(
-        # All rows of a prompt of 1,500 tokens in 30 layers of 9 heads, with what singular values need, are 40 MB.
+        # All rows of a prompt of 1,500 tokens in 30 layers of 9 heads, with what singular values need, are 50 MB.
         64,
         "MB, 1 to 4096: memory that one traced request may take in a worker; what would go beyond is left out.",
         "must be between 1 and 4096",
