@@ -182,7 +182,9 @@ class TestMixedBatch:
             (trace,) = found
             assert ((), False) == (trace.notes, trace.truncated)
             assert trace.positions[0] == 0
-            assert_equals_truth(trace, whole_truth(eager, [*prompt, *output.outputs[0].token_ids]))
+            truth = whole_truth(eager, [*prompt, *output.outputs[0].token_ids])
+            assert_equals_truth(trace, truth)
+            assert_signals(trace, truth)
         assert attached_hook().errors.counts() == {}
 
 
@@ -208,6 +210,30 @@ class TestPrefixCache:
         assert 2 == len(traces)
         for trace in traces:
             assert_equals_truth(trace, whole_truth(eager, trace.token_ids.tolist()))
+
+
+def assert_signals(trace: RequestTrace, truth: WholeTruth) -> None:
+    """Those that it can have, at its last place, against the whole matrix of attention; short ones on demand, too."""
+    layer, head = trace.layers[-1], trace.heads[-1]
+    q, k = (x[layer, head].astype(np.float64) for x in (truth.queries, truth.keys))
+    scores = q @ k.T / 8  # a head's size is 64
+    weights = np.tril(np.exp(scores - scores.max(axis=1, keepdims=True)))
+    p = weights / weights.sum(axis=1, keepdims=True)
+    expected = {
+        "asymmetry": signal_truth.asymmetry(p),
+        "selfattn": {"attn_diag_logmean": truth.self_logprob[layer, head].mean()},
+        "laplacian": {"eigval_0": (p.sum(axis=0) - np.diag(p)).max()},
+    }
+    if "singular_values" in trace.options.arrays:
+        expected["spectral"] = {"sv1": truth.singular_values(layer, head)[0]}
+    if "keys" in trace.options.arrays and len(p) < 300:
+        expected |= {"tracker": signal_truth.tracker(p), "magnetic": signal_truth.magnetic(scores)}
+    for name, found in signal_values(trace, expected).items():
+        assert found.refused == ""
+        for value, number in expected[name].items():
+            power = 2 if value in {"G", "Gamma", "C"} else 1  # these are roots of differences
+            here = float(found.by_place[value][-1, -1]) ** power
+            assert here == pytest.approx(number**power, rel=RELATIVE, abs=MASS), f"{name}_{value} of {trace.request_id}"
 
 
 class TestSignals:
