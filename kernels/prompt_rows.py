@@ -127,7 +127,7 @@ def _add_keys(
     factor, soft_cap, slope, unit,
     MASKED: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The state with a tile's keys in it, and their p relative to the new m, their s, and what the old sums decay by."""
+    """The state with a tile's keys in it, their p relative to the new m, their s, and what the old sums decay by."""
     offs_n = tl.arange(0, BLOCK_N)
     ages = (positions - begin)[:, None] - offs_n[None, :]
     s = _scores(dot, ages, factor, soft_cap, slope, HAS_SOFT_CAP, HAS_ALIBI)
@@ -543,12 +543,14 @@ def _span_mass_kernel(  # noqa: PLR0915
 
 
 class PromptTiling(NamedTuple):
-    """How the launches are compiled: rows and keys of a tile, warps of a program, stages of the software pipeline."""
+    """How the launches are compiled: rows and keys of a tile, warps of a program, stages of the software pipeline, the
+    limit of registers per thread (None is the compiler's choice)."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -668,6 +670,7 @@ def prompt_rows(
         "BLOCK_D": head_parts(head_size)[0],
         "STAGES": tiling.stages,
         "num_warps": tiling.warps,
+        "maxnreg": tiling.registers,
     }
     by_rows, by_keys = (row_tiles * num_heads,), (key_tiles * num_heads,)
     _prompt_rows_kernel[by_rows](
