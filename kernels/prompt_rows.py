@@ -14,6 +14,7 @@ spans are a third pass, over the tiles that have some, if any is asked.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -572,17 +573,12 @@ class PromptChunk:
         return self.position + self.num_rows
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PromptAnswers:
-    """Of a chunk's N rows in H chosen heads of a layer.
+class PromptNumbers(NamedTuple):
+    """Of a chunk's rows in H chosen heads of a layer, as `probe_answers.PromptAnswers` has them.
 
     Attributes:
-        stats: float32 [N, H, S + 1], as the columns of core/statistics.py, and whether a score was not finite.
-        previous_mass: float32 [N, H], attention to the position before the row's own; NaN where stats are, and in the
-            row at position 0.
-        span_mass: float32 [N, H, spans], of each span; NaN where stats are.
-        received: float32 [H, num_keys], attention to each position, summed over the rows; NaN at positions that a row
-            whose stats are NaN sees.
+        stats: float32 [N, H, S + 1]; previous_mass: float32 [N, H]; span_mass: float32 [N, H, spans].
+        received: float32 [H, num_keys].
     """
 
     stats: Tensor
@@ -612,7 +608,7 @@ def prompt_rows(
     sink_tokens: int = 4,
     local_window: int = 128,
     tiling: PromptTiling | None = None,
-) -> PromptAnswers:
+) -> PromptNumbers:
     """Measure a chunk in one layer on the current stream; asynchronous.
 
     Args:
@@ -636,12 +632,12 @@ def prompt_rows(
     tiling = tiling or _tiling(q, k_cache)
     row_tiles, key_tiles = triton.cdiv(num_rows, tiling.rows), triton.cdiv(num_keys, tiling.keys)
     of_chunk = q[chunk.token : chunk.token + num_rows]
-    empty = {"dtype": torch.float32, "device": q.device}
-    stats = torch.empty(num_rows, num_heads, NUM_STATISTICS + 1, **empty)
-    previous = torch.empty(num_rows, num_heads, **empty)
-    received = torch.empty(num_heads, num_keys, **empty)
-    reference = torch.empty(num_heads, 2, row_tiles * tiling.rows, **empty)
-    span_mass = torch.empty(num_rows, num_heads, MAX_SPANS if spans is not None else 0, **empty)
+    empty = partial(torch.empty, dtype=torch.float32, device=q.device)
+    stats = empty(num_rows, num_heads, NUM_STATISTICS + 1)
+    previous = empty(num_rows, num_heads)
+    received = empty(num_heads, num_keys)
+    reference = empty(num_heads, 2, row_tiles * tiling.rows)
+    span_mass = empty(num_rows, num_heads, MAX_SPANS if spans is not None else 0)
     q_scale, k_scale = params.q_scale, params.k_scale
     keys = (of_chunk, k_cache, block_table, heads, q_scale, k_scale, params.alibi_slopes)
     strides = (
@@ -684,7 +680,7 @@ def prompt_rows(
         tiles = span_range[0] // tiling.keys, triton.cdiv(min(span_range[1], num_keys), tiling.keys)
         _span_mass_kernel[by_rows](*keys, padded, reference, span_mass, *strides, *scoring, *tiles, **constants)
         span_mass = span_mass[..., : len(spans)]
-    return PromptAnswers(stats, previous, span_mass, received)
+    return PromptNumbers(stats, previous, span_mass, received)
 
 
 def _check(q: Tensor, k_cache: Tensor, block_table: Tensor, chunk: PromptChunk, spans: Tensor | None) -> None:

@@ -12,7 +12,8 @@ from tests.kernels.interpreter import DEVICE, ON_GPU
 
 # isort: split
 from glassbox.core.statistics import INDEX
-from glassbox.kernels.prompt_rows import PromptAnswers, PromptChunk, PromptTiling, prompt_rows
+from glassbox.kernels.key_grams import gram, keys_at, sequence_keys
+from glassbox.kernels.prompt_rows import PromptChunk, PromptNumbers, PromptTiling, prompt_rows
 from glassbox.kernels.reference.prompt_rows import previous_mass_ref, received_ref
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref
 from glassbox.kernels.reference.row_stats import row_stats_ref
@@ -63,7 +64,7 @@ def chunk_of(case: Case, inputs: Inputs, batch: int = BATCH) -> PromptChunk:
     return PromptChunk(int(inputs.query_start_loc[batch]), of.query_len, of.seq_len - of.query_len)
 
 
-def measure(case: Case, inputs: Inputs, heads: list[int], batch: int = BATCH, **options: Any) -> PromptAnswers:
+def measure(case: Case, inputs: Inputs, heads: list[int], batch: int = BATCH, **options: Any) -> PromptNumbers:
     return prompt_rows(
         inputs.q,
         inputs.k_cache,
@@ -181,6 +182,33 @@ def test_chunks_of_a_prompt_are_the_whole_prompt() -> None:
     torch.testing.assert_close(torch.cat(parts), at_once.stats, rtol=1e-5, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(received, at_once.received, rtol=1e-5, atol=1e-5)
     assert float(received.sum(1).sub(40).abs().max()) < 1e-3, "every row gives what it has: 1"
+
+
+@pytest.mark.parametrize("name", ["chunk", "fp32", "fp8-q", "d256-page24"])
+def test_sums_of_queries_and_keys(name: str) -> None:
+    """From a paged cache of any type, from any position on, and their singular values are those of Q K^T."""
+    case = next(case for case in CASES if case.name == name)
+    inputs, chunk = make_inputs(case, DEVICE), chunk_of(case, make_inputs(case, DEVICE))
+    keys = sequence_keys(inputs.k_cache, inputs.block_table[BATCH], 5, chunk.num_keys)
+    assert torch.equal(keys.cpu().float(), inputs.keys[BATCH][5:].float())
+    queries = inputs.q[chunk.token : chunk.token + chunk.num_rows]
+    scale = torch.tensor([0.5], device=DEVICE)
+    of_queries, of_keys = gram(queries), gram(keys, scale)
+    for found, vectors, factor in ((of_queries, queries, 1.0), (of_keys, keys, 0.25)):
+        exact = vectors.cpu().double().permute(1, 2, 0) @ vectors.cpu().double().permute(1, 0, 2) * factor
+        torch.testing.assert_close(found.cpu(), exact, rtol=1e-6, atol=1e-5)
+    scores = queries[:, 0].cpu().double() @ keys[:, 0].cpu().double().T * 0.5
+    squares = torch.linalg.eigvals(of_queries[0] @ of_keys[0]).real.sort(descending=True).values
+    torch.testing.assert_close(squares[:4].sqrt().cpu(), torch.linalg.svdvals(scores)[:4], rtol=1e-5, atol=0)
+
+
+def test_keys_of_single_places() -> None:
+    case = replace(BASE, kv_dtype=FP8[0])
+    inputs = make_inputs(case, DEVICE)
+    positions = torch.tensor([79, 3, 16], device=DEVICE)
+    blocks = inputs.block_table[BATCH][positions // case.page].long()
+    found = keys_at(inputs.k_cache, blocks, positions % case.page)
+    assert torch.equal(found.cpu().float(), inputs.keys[BATCH].float()[positions.cpu()])
 
 
 @pytest.mark.parametrize(

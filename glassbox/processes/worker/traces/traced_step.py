@@ -125,6 +125,11 @@ class TracedStep:
         """See contract.StepTraces."""
         self._of_prompts[number].add(local_layer, answers)
 
+    def assemble_prompts(self) -> None:
+        """See contract.StepTraces."""
+        for prompt in self._of_prompts:
+            prompt.assemble()
+
     def asked(self) -> AskedRows | None:
         """All questions together; None if there are none. Answers go to `add_answers`."""
         if not self._probes:
@@ -186,12 +191,17 @@ class _Prompt:
         self._trace, self._asked = prompt.trace, prompt.asked
         self._place = {local_layer: i for i, local_layer in enumerate(prompt.trace.local_layers)}
         self._found: list[tuple[int, Sequence[int], PromptAnswers[npt.NDArray]]] = []
+        self._chunk: Chunk | None = None
+        self._unanswered = 0
 
     def add(self, local_layer: int, answers: PromptAnswers[npt.NDArray]) -> None:
         heads = self._asked.heads[: answers.stats.shape[1]]
         self._found.append((self._place[local_layer], heads, answers))
 
-    def commit(self) -> None:
+    def assemble(self) -> None:
+        """Make the chunk of the answers, and add them to the request's sums, if that wasn't done yet."""
+        if self._chunk is not None:
+            return
         trace, asked = self._trace, self._asked
         arrays = without_values({"token": asked.num_rows, **trace.sizes})
         arrays["positions"][:] = np.arange(asked.position, asked.num_keys)
@@ -203,10 +213,21 @@ class _Prompt:
             if answers.queries is not None and trace.sizes["dim"]:
                 _put_padded(arrays["queries"][:, layer, columns], answers.queries)
         none = np.zeros((len(trace.local_layers), len(trace.head_columns), 0), dtype=np.float16)
-        trace.append(Chunk(arrays, (none,) * asked.num_rows if trace.options.attention else ()))
-        trace.prompt_to = max(trace.prompt_to, asked.num_keys)
         if trace.sums is not None:
             trace.sums.add_prompt(asked.num_keys, asked.keys_from, self._found)
+        self._unanswered = len(asked.local_layers) - len(self._found)
+        self._found = []
+        self._chunk = Chunk(arrays, (none,) * asked.num_rows if trace.options.attention else ())
+
+    def commit(self) -> None:
+        self.assemble()
+        assert self._chunk is not None
+        self._trace.append(self._chunk)
+        if self._unanswered:
+            self._trace.note(
+                f"{self._asked.num_rows} rows of the prompt are missing in {self._unanswered} layers: they could not "
+                "be measured, see the worker's log"
+            )
 
 
 def _put_padded(to: npt.NDArray[np.float32], vectors: npt.NDArray[np.float32]) -> None:

@@ -252,6 +252,8 @@ class RequestTracker:
                 continue
             if not self._take(runner, req_id, positions.tolist(), whole=True):
                 continue
+            # Now, for on a GPU the next chunk comes before this one's numbers do.
+            trace.prompt_to = end
             sums = trace.sums
             keys_from = sums.keys_to if sums is not None else end
             if sums is not None:
