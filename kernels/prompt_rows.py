@@ -309,11 +309,19 @@ def _prompt_rows_kernel(  # noqa: PLR0915
     tl.store(out + _NUM_STATISTICS, is_bad.to(tl.float32), mask=present)
     to_previous = tl.where(positions > 0, previous * mass, float("nan"))
     tl.store(previous_ptr + rows.to(tl.int64) * num_heads + number, to_previous + nothing, mask=present)
-    # What the later passes subtract: p = 2^((s - m) * unit - log2(Z)). Rows of padding have no attention.
+    # What the later passes subtract: p = 2^((s - m) * unit - log2(Z)).
     row_reference = reference_ptr + number.to(tl.int64) * 2 * stride_reference + rows
-    log_z = (top - score) * LOG2E + tl.log2(total) + nothing
-    tl.store(row_reference, tl.where(present, m, 0.0))
-    tl.store(row_reference + stride_reference, tl.where(present, log_z, float("inf")))
+    tl.store(row_reference, m, mask=present)
+    tl.store(row_reference + stride_reference, (top - score) * LOG2E + tl.log2(total) + nothing, mask=present)
+
+
+@triton.jit
+def _load_reference(reference_ptr, number, rows, num_rows, stride_reference):
+    """m and log2(Z) of rows; those behind the chunk's have no attention."""
+    row_reference = reference_ptr + number.to(tl.int64) * 2 * stride_reference + rows
+    present = rows < num_rows
+    m = tl.load(row_reference, mask=present, other=0.0)
+    return m, tl.load(row_reference + stride_reference, mask=present, other=float("inf"))
 
 
 @triton.jit
@@ -399,7 +407,6 @@ def _received_kernel(
         stride_k_block, stride_k_slot, HEAD_SIZE, PAGE, BLOCK_D, BLOCK_N,
     ).to(DOT_DTYPE)  # fmt: skip
     q_head_ptr = q_ptr + head.to(tl.int64) * stride_q_head
-    row_reference = reference_ptr + number.to(tl.int64) * 2 * stride_reference
 
     # The last row that sees some of these keys, and the last one that sees them all.
     some = last_position
@@ -425,24 +432,26 @@ def _received_kernel(
         # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M] -> [BLOCK_N, BLOCK_M]
         dot = tl.dot(k, tl.trans(q), input_precision="ieee")
         positions = first_position + rows
+        reference, log_z = _load_reference(reference_ptr, number, rows, num_rows, stride_reference)
         received += _received(
-            dot, tl.load(row_reference + rows), tl.load(row_reference + stride_reference + rows), begin, positions,
-            first_visible(positions, reach), factor, soft_cap, slope, unit, True, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_N,
+            dot, reference, log_z, begin, positions, first_visible(positions, reach), factor, soft_cap, slope, unit,
+            True, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_N,
         )  # fmt: skip
     for row_tile in tl.range(plain, plain_end, num_stages=STAGES):
         rows = row_tile * BLOCK_M + offs_m
         q = _load_queries(q_head_ptr, rows, offs_d, num_rows, stride_q_token, HEAD_SIZE, BLOCK_D).to(DOT_DTYPE)
         dot = tl.dot(k, tl.trans(q), input_precision="ieee")
         positions = first_position + rows
+        reference, log_z = _load_reference(reference_ptr, number, rows, num_rows, stride_reference)
         received += _received(
-            dot, tl.load(row_reference + rows), tl.load(row_reference + stride_reference + rows), begin, positions,
-            positions, factor, soft_cap, slope, unit, False, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_N,
+            dot, reference, log_z, begin, positions, positions, factor, soft_cap, slope, unit,
+            False, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_N,
         )  # fmt: skip
     tl.store(received_ptr + number.to(tl.int64) * stride_received + j, received, mask=j <= last_position)
 
 
 @triton.jit(do_not_specialize=_FREE_INTEGERS, do_not_specialize_on_alignment=_FREE_POINTERS)
-def _span_mass_kernel(  # noqa: PLR0915
+def _span_mass_kernel(
     q_ptr,  # [num_rows, H, D]
     k_ptr,  # [num_blocks, Hkv, PAGE, D]
     table_ptr,  # [max_blocks] int32
@@ -506,9 +515,7 @@ def _span_mass_kernel(  # noqa: PLR0915
     q = _load_queries(
         q_ptr + head.to(tl.int64) * stride_q_head, rows, offs_d, num_rows, stride_q_token, HEAD_SIZE, BLOCK_D
     ).to(DOT_DTYPE)
-    row_reference = reference_ptr + number.to(tl.int64) * 2 * stride_reference + rows
-    reference = tl.load(row_reference)
-    log_z = tl.load(row_reference + stride_reference)
+    reference, log_z = _load_reference(reference_ptr, number, rows, num_rows, stride_reference)
 
     starts = tl.load(spans_ptr + 2 * offs_s)
     ends = tl.load(spans_ptr + 2 * offs_s + 1)
@@ -543,15 +550,33 @@ def _span_mass_kernel(  # noqa: PLR0915
     tl.store(out, masses, mask=(rows < num_rows)[:, None])
 
 
-class PromptTiling(NamedTuple):
-    """How the launches are compiled: rows and keys of a tile, warps of a program, stages of the software pipeline, the
-    limit of registers per thread (None is the compiler's choice)."""
+class Tile(NamedTuple):
+    """How a pass is compiled: rows and keys of a tile, warps of a program, stages of the software pipeline, and a limit
+    of registers per thread (None is the compiler's choice)."""
 
     rows: int
     keys: int
     warps: int
     stages: int
     registers: int | None = None
+
+    def options(self, head_size: int) -> dict[str, Any]:
+        """Of a launch."""
+        return {
+            "BLOCK_M": self.rows,
+            "BLOCK_N": self.keys,
+            "BLOCK_D": head_parts(head_size)[0],
+            "STAGES": self.stages,
+            "num_warps": self.warps,
+            "maxnreg": self.registers,
+        }
+
+
+class PromptTiling(NamedTuple):
+    """Tiles of the passes over rows, and of that over keys."""
+
+    by_rows: Tile
+    by_keys: Tile
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -588,11 +613,13 @@ class PromptNumbers(NamedTuple):
 
 
 def _tiling(q: Tensor, k_cache: Tensor) -> PromptTiling:
+    """Tiles of which two programs fit beside each other: while one multiplies, the other adds."""
     if torch.float32 in (q.dtype, k_cache.dtype):
-        return PromptTiling(rows=32, keys=32, warps=4, stages=2)  # not tuned: float32 serves tests
+        tile = Tile(rows=32, keys=32, warps=4, stages=2)  # not tuned: float32 serves tests
+        return PromptTiling(tile, tile)
     if q.shape[2] > 128:
-        return PromptTiling(rows=64, keys=64, warps=4, stages=2)
-    return PromptTiling(rows=128, keys=64, warps=8, stages=3)
+        return PromptTiling(Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
+    return PromptTiling(Tile(64, 64, 4, 3), Tile(128, 64, 8, 2, 128))
 
 
 def prompt_rows(
@@ -629,14 +656,15 @@ def prompt_rows(
     _check(q, k_cache, block_table, chunk, spans)
     num_kv_heads, page, head_size = k_cache.shape[1:]
     num_heads, num_rows, num_keys = len(heads), chunk.num_rows, chunk.num_keys
-    tiling = tiling or _tiling(q, k_cache)
-    row_tiles, key_tiles = triton.cdiv(num_rows, tiling.rows), triton.cdiv(num_keys, tiling.keys)
+    of_rows, of_keys = tiling or _tiling(q, k_cache)
+    by_rows = (triton.cdiv(num_rows, of_rows.rows) * num_heads,)
+    by_keys = (triton.cdiv(num_keys, of_keys.keys) * num_heads,)
     of_chunk = q[chunk.token : chunk.token + num_rows]
     empty = partial(torch.empty, dtype=torch.float32, device=q.device)
     stats = empty(num_rows, num_heads, NUM_STATISTICS + 1)
     previous = empty(num_rows, num_heads)
     received = empty(num_heads, num_keys)
-    reference = empty(num_heads, 2, row_tiles * tiling.rows)
+    reference = empty(num_heads, 2, num_rows)
     span_mass = empty(num_rows, num_heads, MAX_SPANS if spans is not None else 0)
     q_scale, k_scale = params.q_scale, params.k_scale
     keys = (of_chunk, k_cache, block_table, heads, q_scale, k_scale, params.alibi_slopes)
@@ -661,24 +689,21 @@ def prompt_rows(
         "HAS_K_SCALE": k_scale is not None,
         "HAS_SOFT_CAP": params.soft_cap is not None,
         "HAS_ALIBI": params.alibi_slopes is not None,
-        "BLOCK_M": tiling.rows,
-        "BLOCK_N": tiling.keys,
-        "BLOCK_D": head_parts(head_size)[0],
-        "STAGES": tiling.stages,
-        "num_warps": tiling.warps,
-        "maxnreg": tiling.registers,
     }
-    by_rows, by_keys = (row_tiles * num_heads,), (key_tiles * num_heads,)
     _prompt_rows_kernel[by_rows](
         *keys, params.sinks, stats, previous, reference, *strides, *scoring, sink_tokens, local_window,
-        HAS_SINKS=params.sinks is not None, **constants,
+        HAS_SINKS=params.sinks is not None, **constants, **of_rows.options(head_size),
     )  # fmt: skip
-    _received_kernel[by_keys](*keys, reference, received, *strides, num_keys, *scoring, **constants)
+    _received_kernel[by_keys](
+        *keys, reference, received, *strides, num_keys, *scoring, **constants, **of_keys.options(head_size)
+    )
     if spans is not None:
         padded = torch.zeros(MAX_SPANS, 2, dtype=torch.int32, device=q.device)
         padded[: len(spans)] = spans
-        tiles = span_range[0] // tiling.keys, triton.cdiv(min(span_range[1], num_keys), tiling.keys)
-        _span_mass_kernel[by_rows](*keys, padded, reference, span_mass, *strides, *scoring, *tiles, **constants)
+        tiles = span_range[0] // of_rows.keys, triton.cdiv(min(span_range[1], num_keys), of_rows.keys)
+        _span_mass_kernel[by_rows](
+            *keys, padded, reference, span_mass, *strides, *scoring, *tiles, **constants, **of_rows.options(head_size)
+        )
         span_mass = span_mass[..., : len(spans)]
     return PromptNumbers(stats, previous, span_mass, received)
 

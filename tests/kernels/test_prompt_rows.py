@@ -13,7 +13,7 @@ from tests.kernels.interpreter import DEVICE, ON_GPU
 # isort: split
 from glassbox.core.statistics import INDEX
 from glassbox.kernels.key_grams import gram, keys_at, sequence_keys
-from glassbox.kernels.prompt_rows import PromptChunk, PromptNumbers, PromptTiling, prompt_rows
+from glassbox.kernels.prompt_rows import PromptChunk, PromptNumbers, PromptTiling, Tile, prompt_rows
 from glassbox.kernels.reference.prompt_rows import previous_mass_ref, received_ref
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref
 from glassbox.kernels.reference.row_stats import row_stats_ref
@@ -56,7 +56,7 @@ CASES: tuple[Case, ...] = (
 )
 # Of the chunk's sequence in these cases.
 BATCH = 1
-SMALL = PromptTiling(rows=16, keys=16, warps=4, stages=2)
+SMALL = PromptTiling(Tile(16, 16, 4, 2), Tile(32, 16, 4, 2))
 
 
 def chunk_of(case: Case, inputs: Inputs, batch: int = BATCH) -> PromptChunk:
