@@ -21,6 +21,7 @@ from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import RowSampler, is_sampled_request
 from glassbox.processes.worker.traces.active import TOO_LONG_FOR_KEYS
+from glassbox.processes.worker.traces.traced_step import NOT_MEASURED
 from glassbox.processes.worker.traces.tracker import REFUSAL_REASONS, RequestTracker, row_positions, with_signals
 from glassbox.store.trace_record import TraceOptions
 from tests.trace_samples import Continued, make_host, new_request, scheduled_step
@@ -558,7 +559,8 @@ class TestWholePrompts:
             step.prompts, step.asked().positions.tolist(), step.asked().received, step.asked().queries
         )  # fmt: skip
         (trace,) = requests.active()
-        assert ([0, 1, 2, 3, 4], ()) == (trace.record().positions.tolist(), trace.record().notes)
+        record = trace.record()
+        assert ([0, 1, 2, 3, 4], (NOT_MEASURED,)) == (record.positions.tolist(), record.notes), "no layer has answered"
 
     def test_from_the_prefix_cache(self) -> None:
         """The trace says that rows are missing; their keys are read."""
@@ -624,7 +626,7 @@ class TestWholePrompts:
             self.step(requests, position, 1).commit()
         record = trace.record()
         assert (0, 0) == (record.queries.size, record.keys.size)
-        assert (TOO_LONG_FOR_KEYS,) == record.notes
+        assert (NOT_MEASURED, TOO_LONG_FOR_KEYS) == record.notes
 
     def test_sampled_requests(self) -> None:
         """They have the signals of the YAML, and leave the prefix cache alone."""

@@ -6,6 +6,7 @@ trace its part. It neither decides who is traced (`tracker.py`) nor measures (`m
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ from glassbox.measure.contract import AskedPrompt, AskedRows
 from glassbox.processes.worker.traces.active import ActiveTrace, Chunk, Drafts
 from glassbox.processes.worker.traces.sums import SummedRow
 from glassbox.store.trace_record import MAX_ATTENTION_KEYS
+
+# Note of a trace that lacks rows of a whole prompt.
+NOT_MEASURED: Final = "rows of the prompt are missing in some layers: they could not be measured, see the worker's log"
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ class _Prompt:
         self._place = {local_layer: i for i, local_layer in enumerate(prompt.trace.local_layers)}
         self._found: list[tuple[int, Sequence[int], PromptAnswers[npt.NDArray]]] = []
         self._chunk: Chunk | None = None
-        self._unanswered = 0
+        self._unanswered = False
 
     def add(self, local_layer: int, answers: PromptAnswers[npt.NDArray]) -> None:
         heads = self._asked.heads[: answers.stats.shape[1]]
@@ -215,7 +219,7 @@ class _Prompt:
         none = np.zeros((len(trace.local_layers), len(trace.head_columns), 0), dtype=np.float16)
         if trace.sums is not None:
             trace.sums.add_prompt(asked.num_keys, asked.keys_from, self._found)
-        self._unanswered = len(asked.local_layers) - len(self._found)
+        self._unanswered = len(self._found) < len(asked.local_layers)
         self._found = []
         self._chunk = Chunk(arrays, (none,) * asked.num_rows if trace.options.attention else ())
 
@@ -224,10 +228,7 @@ class _Prompt:
         assert self._chunk is not None
         self._trace.append(self._chunk)
         if self._unanswered:
-            self._trace.note(
-                f"{self._asked.num_rows} rows of the prompt are missing in {self._unanswered} layers: they could not "
-                "be measured, see the worker's log"
-            )
+            self._trace.note(NOT_MEASURED)
 
 
 def _put_padded(to: npt.NDArray[np.float32], vectors: npt.NDArray[np.float32]) -> None:
