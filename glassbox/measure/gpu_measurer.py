@@ -157,7 +157,8 @@ class GpuMeasurer:
             torch.cuda.current_stream().wait_event(self._copy_done)
             self._accumulators.rotate(time.monotonic())
             # A fresh pinned tensor for each copy: the GPU may still read the one of the step before.
-            self._row_list[: len(rows)].copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
+            if len(rows):  # a step may have whole prompts alone
+                self._row_list[: len(rows)].copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
             self._num_rows.copy_(torch.from_numpy(counts).pin_memory(), non_blocking=True)
             if num_slots:
                 torch.cuda.current_stream().wait_event(self._ring_read)
@@ -514,7 +515,8 @@ class GpuMeasurer:
 
 def _to_host(source: torch.Tensor) -> torch.Tensor:
     """Queue a copy into pinned memory of its own."""
-    return torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
+    pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.numel() > 0)
+    return pinned.copy_(source, non_blocking=True)
 
 
 def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
