@@ -510,5 +510,7 @@ def with_signals(options: TraceOptions, signals: Sequence[str]) -> TraceOptions:
 
 def _runs(values: npt.NDArray[np.int32]) -> list[tuple[int, int]]:
     """(start, end) of each run of equal values."""
+    if not len(values):
+        return []
     starts = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist()]
     return list(zip(starts, [*starts[1:], len(values)], strict=True))
