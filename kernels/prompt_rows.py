@@ -80,6 +80,7 @@ _FREE_INTEGERS: Final = [
     "stride_received",
     "first_tile",
     "last_tile",
+    "num_spans",
 ]
 
 
@@ -461,7 +462,7 @@ def _span_mass_kernel(
     alibi_slopes_ptr,  # [H]
     spans_ptr,  # [_MAX_SPANS, 2] int32; (0, 0) fills up
     reference_ptr,  # [num_heads, 2, stride_reference] float32
-    span_mass_ptr,  # [num_rows, num_heads, _MAX_SPANS] float32
+    span_mass_ptr,  # [num_rows, num_heads, num_spans] float32
     stride_q_token,
     stride_q_head,
     stride_k_block,
@@ -478,6 +479,7 @@ def _span_mass_kernel(
     reach,
     first_tile,
     last_tile,
+    num_spans,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PAGE: tl.constexpr,
@@ -546,8 +548,8 @@ def _span_mass_kernel(
             masses = tl.dot(middle, of_spans, masses)
             masses = tl.dot(low, of_spans, masses)
     masses += tl.where(log_z == log_z, 0.0, float("nan"))[:, None]  # noqa: PLR0124
-    out = span_mass_ptr + (rows.to(tl.int64)[:, None] * num_heads + number) * _MAX_SPANS + offs_s[None, :]
-    tl.store(out, masses, mask=(rows < num_rows)[:, None])
+    out = span_mass_ptr + (rows.to(tl.int64)[:, None] * num_heads + number) * num_spans + offs_s[None, :]
+    tl.store(out, masses, mask=(rows < num_rows)[:, None] & (offs_s < num_spans)[None, :])
 
 
 class Tile(NamedTuple):
@@ -665,7 +667,7 @@ def prompt_rows(
     previous = empty(num_rows, num_heads)
     received = empty(num_heads, num_keys)
     reference = empty(num_heads, 2, num_rows)
-    span_mass = empty(num_rows, num_heads, MAX_SPANS if spans is not None else 0)
+    span_mass = empty(num_rows, num_heads, 0 if spans is None else len(spans))
     q_scale, k_scale = params.q_scale, params.k_scale
     keys = (of_chunk, k_cache, block_table, heads, q_scale, k_scale, params.alibi_slopes)
     strides = (
@@ -702,9 +704,9 @@ def prompt_rows(
         padded[: len(spans)] = spans
         tiles = span_range[0] // of_rows.keys, triton.cdiv(min(span_range[1], num_keys), of_rows.keys)
         _span_mass_kernel[by_rows](
-            *keys, padded, reference, span_mass, *strides, *scoring, *tiles, **constants, **of_rows.options(head_size)
-        )
-        span_mass = span_mass[..., : len(spans)]
+            *keys, padded, reference, span_mass, *strides, *scoring, *tiles, len(spans), **constants,
+            **of_rows.options(head_size),
+        )  # fmt: skip
     return PromptNumbers(stats, previous, span_mass, received)
 
 

@@ -104,9 +104,10 @@ def test_everything_is_what_the_cpu_measures(prompts: GpuPrompts, errors: ErrorC
     # The CPU's reader knows one factor for all heads.
     factors = torch.ones(2) if params.k_scale is None else params.k_scale.cpu()
     cache = inputs.k_cache.cpu().float() * factors.view(1, -1, 1, 1)
+    slopes, sinks = (None if one is None else one.cpu() for one in (params.alibi_slopes, params.sinks))
     chunk = PromptChunk(
         inputs.q[1:10].cpu(), 21, PagesReader(cache), inputs.block_table[1, :2].cpu().long(), CASE.page,
-        replace(params, k_scale=None),
+        replace(params, k_scale=None, alibi_slopes=slopes, sinks=sinks),
     )  # fmt: skip
     wishes = PromptWishes([1, 2], torch.from_numpy(ASKED.spans), True, True, 5, CASE.sink_tokens, CASE.local_window)
     expected, found = prompt_rows_cpu(chunk, wishes), prompts._found[1].answers
