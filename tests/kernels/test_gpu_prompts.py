@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.interpreter import DEVICE
+from tests.kernels.interpreter import DEVICE, ON_GPU
 
 # isort: split
 from glassbox.core.errors import ErrorCounter
@@ -176,3 +176,56 @@ def test_queries_and_own_keys_of_single_rows() -> None:
     assert torch.equal(found[:, 1].cpu(), q * torch.tensor([1.0, 1.0, 3.0, 3.0])[:, None])
     assert torch.equal(keys[:, 0].cpu(), k * torch.tensor([2.0, 4.0])[:, None])
     assert torch.equal(keys[:, 1].cpu(), k)
+
+
+class Answers:
+    """See contract.StepTraces: what came of prompts."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[int, int], Any] = {}
+        self.assembled = False
+
+    def add_prompt(self, number: int, local_layer: int, answers: Any) -> None:
+        self.found[number, local_layer] = answers
+
+    def assemble_prompts(self) -> None:
+        self.assembled = True
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="there is nothing to copy")
+def test_answers_come_to_the_host(prompts: GpuPrompts, errors: ErrorCounter) -> None:
+    """On another thread, all of them, before anybody hears that they are there; what waits is counted down again."""
+    inputs, traced = make_inputs(replace(CASE, sinks=True), DEVICE), Answers()
+    prompts.begin([ASKED, replace(ASKED, num_rows=3, kept=False)])
+    measure(prompts, 0, inputs)
+    measure(prompts, 2, inputs)
+    on_device = {(one.number, one.local_layer): one.answers for one in prompts._found}
+    done = torch.cuda.Event(blocking=True)
+    done.record()
+    copied = prompts.collect(traced, done)  # type: ignore[arg-type]
+    copied.synchronize()
+    assert copied.query()
+    assert traced.assembled
+    assert set(traced.found) == set(on_device) == {(0, 0), (0, 2), (1, 0), (1, 2)}
+    for key, answers in on_device.items():
+        for name in ("stats", "received", "span_mass", "query_gram"):
+            np.testing.assert_array_equal(getattr(traced.found[key], name), getattr(answers, name).cpu().numpy())
+    assert traced.found[1, 0].queries is None
+    assert prompts._waiting_bytes == 0
+    assert errors.counts() == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="there is nothing to wait for")
+def test_the_driver_is_not_asked_to_wait(prompts: GpuPrompts, errors: ErrorCounter) -> None:
+    """torch's own watch over synchronising calls finds none."""
+    inputs = make_inputs(replace(CASE, sinks=True, kv_dtype=FP8[0], k_scale=(0.5, 2.0)), DEVICE)
+    for mode in ("default", "error"):  # the first call compiles
+        prompts.begin([ASKED])
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            measure(prompts, 0, inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert errors.counts() == {}
