@@ -33,7 +33,7 @@ from glassbox.kernels.paged_keys import (
     soft_capped,
 )
 from glassbox.kernels.row_state import combine, exponent, no_keys
-from glassbox.kernels.wide_rows import copy_heads, wide_sums
+from glassbox.kernels.wide_rows import copy_heads, heads_dot, wide_sums
 
 _NUM_ROW_COLUMNS = tl.constexpr(row_list.NUM_ROW_COLUMNS)
 _ROW_QUERY = tl.constexpr(row_list.ROW_QUERY)
@@ -118,6 +118,7 @@ _FREE_POINTERS: Final = [
     "window_slot_ptr",
     "bounds_ptr",
     "ring_ptr",
+    "previous_ptr",
     "queries_ptr",
     "output_ptr",
     "outputs_ptr",
@@ -134,6 +135,7 @@ _FREE_INTEGERS: Final = [
     "stride_k_scale",
     "stride_window",
     "stride_ring",
+    "stride_previous",
     "stride_queries",
     "stride_queries_head",
     "stride_output_token",
@@ -179,6 +181,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     window_slot_ptr,  # [1] int32
     bounds_ptr,  # [S, B - 1] float32
     ring_ptr,  # [ring, H, S + 1] float32
+    previous_ptr,  # [ring, H] float32
     queries_ptr,  # [ring, H, D]
     output_ptr,  # [T, H, DV]
     outputs_ptr,  # [ring, H, DV]
@@ -200,6 +203,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     stride_k_scale,
     stride_window,
     stride_ring,
+    stride_previous,
     stride_queries,
     stride_queries_head,
     stride_output_token,
@@ -235,6 +239,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     HAS_SINKS: tl.constexpr,
     HAS_CHUNKS: tl.constexpr,
     HAS_RING: tl.constexpr,
+    HAS_PREVIOUS: tl.constexpr,
     HAS_QUERIES: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
     HAS_KV: tl.constexpr,
@@ -529,6 +534,29 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                 ring = ring_ptr + ring_slot.to(tl.int64) * stride_ring + heads * (_NUM_STATISTICS + 1)
                 tl.store(ring[None, :] + column, value, mask=is_value & traced[None, :])
                 tl.store(ring + _NUM_STATISTICS, row_bad, mask=traced)
+            if HAS_PREVIOUS:
+                previous_slot = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_SLOT).to(tl.int64)
+                if previous_slot >= 0:
+                    # Of one key, once more: in the loop over all keys it would cost what the whole row does here.
+                    before = position - 1
+                    seen = before >= lowest
+                    page = tl.load(table_ptr + before // PAGE, mask=seen, other=0).to(tl.int64)
+                    key = k_head_ptr + page * stride_k_block + (before % PAGE) * stride_k_slot
+                    again_q = q_ptr + q_token * stride_q_token + heads * stride_q_head
+                    s = heads_dot(again_q, key, is_head, seen, BLOCK_D if BLOCK_REST > 0 else HEAD_SIZE, COPIED)
+                    if BLOCK_REST > 0:
+                        again_rest = q_rest_ptr + q_token * stride_q_rest_token + heads * stride_q_rest_head
+                        s += heads_dot(again_rest, key + BLOCK_D, is_head, seen, HEAD_SIZE - BLOCK_D, COPIED)
+                    s = s * factor
+                    if HAS_SOFT_CAP:
+                        s = soft_capped(s, soft_cap)
+                    if HAS_ALIBI:
+                        s = s - slopes
+                    # Rounding in another order than before may find it above the maximum.
+                    p = tl.exp2(exponent(tl.minimum(s, m), m)) * mass
+                    p = tl.where(seen, p, tl.where(position > 0, 0.0, float("nan")))
+                    p = tl.where(row_bad > 0.0, float("nan"), p)
+                    tl.store(previous_ptr + previous_slot * stride_previous + heads, p, mask=is_head)
             if HAS_QUERIES or HAS_OUTPUT or HAS_KV:
                 kept_slot = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_SLOT).to(tl.int64)
                 if kept_slot >= 0:
@@ -710,6 +738,7 @@ def row_stats(
     sink_tokens: int = 4,
     local_window: int = 128,
     ring: torch.Tensor | None = None,
+    previous: torch.Tensor | None = None,
     queries: torch.Tensor | None = None,
     output: torch.Tensor | None = None,
     outputs: torch.Tensor | None = None,
@@ -738,6 +767,8 @@ def row_stats(
         workspace: for at least rows.shape[0] rows and H heads.
         sink_tokens, local_window: of the statistics sink_ratio and local_ratio, in tokens.
         ring: [slots, H, S + 1] float32, [H, S + 1] contiguous, or None: traced rows are written to their slot.
+        previous: [slots, H] float32, the last dimension contiguous, or None: the attention of traced rows to the
+            position before their own is written to their slot; NaN where statistics are, and in the row at position 0.
         queries: [slots, H, D] of a type that holds q's numbers, the last dimension contiguous, or None: the
             queries of traced rows are written to their slot.
         output, outputs: [T, H, Dv] as the layer's kernel left it before on this stream, and [slots, H, Dv] of its type,
@@ -797,6 +828,7 @@ def row_stats(
         first_row is None,
         max_rows,
         ring is None,
+        previous is None,
         None if queries is None else queries.dtype,
         None if output is None else (output.dtype, output.shape[2]),
         None if key is None else key.dtype,
@@ -825,6 +857,7 @@ def row_stats(
         accumulators.window_slot,
         accumulators.bounds,
         ring,
+        previous,
         queries,
         output,
         outputs,
@@ -845,6 +878,7 @@ def row_stats(
         0 if k_scale is None or k_scale.numel() == 1 else 1,
         accumulators.window_max.stride(0),
         0 if ring is None else ring.stride(0),
+        0 if previous is None else previous.stride(0),
         0 if queries is None else queries.stride(0),
         0 if queries is None else queries.stride(1),
         *_strides(output, 2),
@@ -870,8 +904,8 @@ def row_stats(
     for last, candidate in enumerate(tilings, 1 - len(tilings)):
         constants = _constants(
             q, k_cache, max_rows, params, candidate,
-            ring=ring, queries=queries, output=output, kept_kv=kept_kv, out=out, by_row=first_row is not None,
-            adapter_heads=accumulators.adapter_heads,
+            ring=ring, previous=previous, queries=queries, output=output, kept_kv=kept_kv, out=out,
+            by_row=first_row is not None, adapter_heads=accumulators.adapter_heads,
         )  # fmt: skip
         try:
             compiled = _row_stats_kernel[(workspace.num_programs,)](
@@ -945,6 +979,7 @@ def _constants(
     tiling: Tiling,
     *,
     ring: torch.Tensor | None,
+    previous: torch.Tensor | None,
     queries: torch.Tensor | None,
     output: torch.Tensor | None,
     kept_kv: torch.Tensor | None,
@@ -973,6 +1008,7 @@ def _constants(
         params.sinks is not None,
         params.chunk_size is not None,
         ring is not None,
+        previous is not None,
         queries is not None,
         output is not None,
         kept_kv is not None,

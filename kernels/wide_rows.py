@@ -96,3 +96,15 @@ def copy_heads(source_ptr, target_ptr, is_head, SIZE: tl.constexpr, CHUNK: tl.co
         wanted = is_head[:, None] & (d < SIZE)[None, :]
         numbers = tl.load(source_ptr[:, None] + d[None, :], mask=wanted, other=0.0)
         tl.store(target_ptr[:, None] + d[None, :], numbers.to(target_ptr.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def heads_dot(q_ptr, key_ptr, is_head, there, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """Products [BLOCK_H] of SIZE elements of each head, from pointers [BLOCK_H], with one key, if it is there."""
+    total = is_head.to(tl.float32) * 0.0
+    for begin in tl.static_range(0, SIZE, CHUNK):
+        d = begin + tl.arange(0, CHUNK)
+        q = tl.load(q_ptr[:, None] + d[None, :], mask=is_head[:, None] & (d < SIZE)[None, :], other=0.0)
+        key = tl.load(key_ptr + d, mask=d < tl.where(there, SIZE, 0), other=0.0)
+        total += tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1)
+    return total
