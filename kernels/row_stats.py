@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glassbox.core import rows as row_list
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS
@@ -162,6 +163,8 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     q_ptr,  # [T, H, D], of wide heads the first BLOCK_D elements; of rows from first_row on with Q_BY_ROW
     q_rest_ptr,  # the other elements of wide heads
     k_ptr,  # [num_blocks, Hkv, PAGE, D]
+    k_desc,
+    k_rest_desc,
     block_table_ptr,  # [num_seqs, max_blocks] int32
     query_start_loc_ptr,  # [num_seqs + 1] int32
     seq_lens_ptr,  # [num_seqs] int32
@@ -250,6 +253,10 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     STAGES: tl.constexpr,
     COPIED: tl.constexpr,
     ADAPTER_HEADS: tl.constexpr,
+    LOADS: tl.constexpr,
+    INNER: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    HOLD: tl.constexpr,
 ):
     num_rows = tl.load(num_rows_ptr)
     if num_rows == 0:
@@ -338,9 +345,10 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             if HAS_ALIBI:
                 of_heads = slopes
             m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = wide_sums(
-                q, q_rest, k_head_ptr, table_ptr, first_tile, last_tile, lowest, n_visible, position, prompt_len,
+                q, q_rest, k_head_ptr, k_desc, k_rest_desc, kv_head, table_ptr, first_tile, last_tile, lowest, n_visible, position, prompt_len,
                 factor, soft_cap, of_heads, sink_tokens, local_window, stride_k_block, stride_k_slot,
                 HEAD_SIZE, PAGE, DOT_DTYPE, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_H, BLOCK_D, BLOCK_REST, BLOCK_N, STAGES,
+                LOADS, INNER, WARP_SPECIALIZE, HOLD,
             )  # fmt: skip
         else:
             # [BLOCK_D, DOT_H]; the dot's further heads and the padding of HEAD_SIZE are 0.
@@ -600,6 +608,9 @@ class Tiling:
     stages: int
     registers: int | None = None
     heads: int = _MAX_BLOCK_HEADS
+    loads: int = 0
+    inner: bool = True
+    hold: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -804,6 +815,19 @@ def row_stats(
         accumulators.adapter_heads,
     )
     q_scale, k_scale = params.q_scale, params.k_scale
+    def arguments_of(tiling: Tiling | None) -> tuple[Any, ...]:
+        k_desc = k_rest_desc = None
+        if tiling is not None and tiling.loads == 2:
+            first, rest = head_parts(head_size)
+            k_desc = TensorDescriptor(
+                k_cache, list(k_cache.shape), list(k_cache.stride()), [1, 1, tiling.keys, first]
+            )
+            if rest:
+                k_rest_desc = TensorDescriptor(
+                    k_cache, list(k_cache.shape), list(k_cache.stride()), [1, 1, tiling.keys, rest]
+                )
+        return (*arguments[:3], k_desc, k_rest_desc, *arguments[3:])
+
     arguments = (
         q,
         q_rest,
@@ -864,7 +888,7 @@ def row_stats(
     known = workspace.compiled.get(variant)
     if known is not None:
         compiled, constants = known
-        compiled[(workspace.num_programs, 1, 1)](*arguments, *constants)
+        compiled[(workspace.num_programs, 1, 1)](*arguments_of(tiling), *constants)
         return
     tilings = (tiling,) if tiling is not None else _tilings(q, k_cache)
     for last, candidate in enumerate(tilings, 1 - len(tilings)):
@@ -875,7 +899,7 @@ def row_stats(
         )  # fmt: skip
         try:
             compiled = _row_stats_kernel[(workspace.num_programs,)](
-                *arguments, *constants, num_warps=candidate.warps, maxnreg=candidate.registers
+                *arguments_of(candidate), *constants, num_warps=candidate.warps, maxnreg=candidate.registers
             )
         except triton.runtime.errors.OutOfResources:
             if last == 0:
@@ -980,7 +1004,7 @@ def _constants(
         by_row,
         wide,
         triton.next_power_of_2(max_rows),
-        max(block_heads, 16) if wide else block_heads,
+        tiling.heads if wide else block_heads,
         block_d,
         block_rest,
         max(triton.next_power_of_2(output_size), 16),
@@ -988,4 +1012,8 @@ def _constants(
         tiling.stages,
         _COPIED,
         adapter_heads,
+        tiling.loads if wide else 0,
+        tiling.inner,
+        False,
+        tiling.hold,
     )
