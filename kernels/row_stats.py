@@ -65,7 +65,6 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _MAX_RISE = tl.constexpr(16.0)
 # Fields of a partial state: m, context sum, generated sum, E, Z2, sink, local, distance, own score, nonfinite.
 _STATE_FIELDS = tl.constexpr(10)
-_MERGE_BLOCK = tl.constexpr(16)
 
 # Query heads of one KV head that share a tile; more of them (wide MQA) are done in groups of this many. Wide heads are
 # those of latent attention, of which all query heads have one KV head, whose keys are to be read once.
@@ -257,6 +256,8 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     INNER: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     HOLD: tl.constexpr,
+    MIN_SHARE: tl.constexpr,
+    MERGE_BLOCK: tl.constexpr,
 ):
     num_rows = tl.load(num_rows_ptr)
     if num_rows == 0:
@@ -284,7 +285,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     ends = tl.cumsum(tiles, 0)
 
     total = tl.max(ends, 0) * HEAD_BLOCKS
-    share = tl.cdiv(total, tl.num_programs(0))
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_SHARE)
     start = tl.program_id(0) * share
     stop = tl.minimum(start + share, total)
 
@@ -458,8 +459,8 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                 m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = no_keys(
                     tl.zeros([BLOCK_H], tl.float32)
                 )
-                for block_start in tl.range(first, last + 1, _MERGE_BLOCK):
-                    program = block_start + tl.arange(0, _MERGE_BLOCK)
+                for block_start in tl.range(first, last + 1, MERGE_BLOCK):
+                    program = block_start + tl.arange(0, MERGE_BLOCK)
                     there = program <= last
                     slots = program * 2 + (program == first).to(tl.int32)
                     part_m = _load_partial(partial_ptr, slots, 0, offs_h, there, float("-inf"), BLOCK_H)
@@ -611,6 +612,8 @@ class Tiling:
     loads: int = 0
     inner: bool = True
     hold: bool = False
+    min_share: int = 1
+    merge: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -1016,4 +1019,6 @@ def _constants(
         tiling.inner,
         False,
         tiling.hold,
+        tiling.min_share,
+        tiling.merge,
     )

@@ -32,8 +32,8 @@ BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 SHAPES = ((64, 4096), (1, 131072), (16, 8192), (1, 1024))
 
 
-def tiling(keys, warps, stages, heads, loads=2, hold=True, inner=True, registers=None):
-    return Tiling(keys, warps, stages, registers, heads, loads, inner, hold)
+def tiling(keys, warps, stages, heads, loads=2, hold=True, inner=True, registers=None, merge=16):
+    return Tiling(keys, warps, stages, registers, heads, loads, inner, hold, merge=merge)
 
 
 # (heads, type, tiling, programs per SM), those that matter most first
@@ -56,6 +56,9 @@ KINDS = [
     (128, BF16, T(32, 8, 2, 128, loads=0, hold=False), 1),
     (128, BF16, T(32, 8, 2, 128, loads=1, hold=False), 1),
     (128, BF16, T(64, 8, 3, 128, inner=False), 1),
+    (128, BF16, T(64, 8, 3, 128, merge=32), 1),
+    (128, BF16, T(64, 8, 3, 128, merge=64), 1),
+    (16, BF16, T(64, 8, 3, 16, hold=False, merge=64), 1),
     (64, BF16, T(32, 4, 6, 64), 1),
     (64, BF16, T(32, 4, 4, 64, hold=False), 1),
     (64, BF16, T(64, 4, 2, 64, hold=False), 1),
@@ -139,6 +142,49 @@ def error_of(chosen, small):
     return ""
 
 
+# Of ordinary heads, few rows: (heads, KV heads, head size), least tiles of a program, largest row list, programs per SM.
+FEW_SHAPES = ((1, 64), (1, 512), (1, 640), (1, 4096), (8, 512), (64, 512), (256, 128))
+FEW = [
+    (model, least, most, per_sm)
+    for model in ((32, 8, 128), (14, 2, 64))
+    for least, most, per_sm in (
+        (1, 256, 2), (2, 256, 2), (4, 256, 2), (8, 256, 2), (16, 256, 2), (1, 256, 1), (4, 256, 1), (1, 16, 2), (4, 16, 2),
+    )
+]  # fmt: skip
+
+
+def few_rows(directory, only_compile=None):
+    """Time of a launch for few rows, and of one for none."""
+    caches, result = {}, []
+    for (model, least, most, per_sm) in FEW[slice(*only_compile)] if only_compile else FEW:
+        chosen = replace(Tiling(128 if model[2] == 64 and model[0] // model[1] <= 4 else 64, 4, 5), min_share=least)
+        if only_compile:
+            made = replace(MIXED, heads=model[0], kv_heads=model[1], head_size=model[2], max_rows=most,
+                           sequences=(Sequence(1, 70, 35),), rows=None)  # fmt: skip
+            launch(make_inputs(made, bench.DEVICE), chosen, 7)
+            continue
+        if model not in caches:
+            caches[model] = bench.Cache(4.0, *model)
+        cells = []
+        for rows, context in ((0, 512), *FEW_SHAPES):
+            if rows > most:
+                continue
+            b = caches[model].batch(max(rows, 1), context, most)
+            b.num_rows.fill_(rows)
+            time_us = bench.kernel_time_us(b, chosen, per_sm)
+            key_bytes = rows * context * model[1] * model[2] * 2
+            result.append({"heads": model[0], "kv_heads": model[1], "head_size": model[2], "least_tiles": least,
+                           "max_rows": most, "per_sm": per_sm, "rows": rows, "context": context,
+                           "time_us": round(time_us, 2), "bytes_us": round(key_bytes / 4.25e6, 2)})  # fmt: skip
+            cells.append(f"{rows}x{context} {time_us:6.2f}")
+        print(f"#9999 few {model} at least {least:2d} of {most} x{per_sm}: {'  '.join(cells)} us", flush=True)
+    if result:
+        with (directory / "few_rows.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(result[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(result)
+
+
 def main():
     directory, share = Path(sys.argv[1]), os.environ.get("W8_COMPILE")
     begin, seconds = time.monotonic(), float(os.environ.get("W8_SECONDS", "inf"))
@@ -154,6 +200,7 @@ def main():
                     launch(inputs, chosen, 7, out)
                 except Exception as error:  # noqa: BLE001
                     print(heads, dtype, chosen, type(error).__name__, str(error)[:200], flush=True)
+        few_rows(directory, (part, None, parts))
         print(f"compiled {share} after {time.monotonic() - begin:.0f} s", flush=True)
         return
     first = os.environ.get("W8_FROM")
@@ -174,7 +221,7 @@ def main():
                 watch.start()
                 print(line, end="", flush=True)
                 if line.startswith("#"):
-                    at = int(line[1:5]) + 1
+                    at = int(line[1:5]) + 1 if line[1:5] != "9999" else len(KINDS)
             watch.cancel()
             if child.wait() == 0:
                 break
@@ -190,10 +237,10 @@ def main():
             break
         name = str(dtype).split(".")[1]
         kind = f"#{index:4d} {heads:4d} {name:13s} {chosen.keys:3d} keys {chosen.warps} warps {chosen.stages} stages " \
-               f"{chosen.heads:3d} heads loads {chosen.loads} hold {chosen.hold:d} inner {chosen.inner:d} x{per_sm}"  # fmt: skip
+               f"{chosen.heads:3d} heads loads {chosen.loads} hold {chosen.hold:d} inner {chosen.inner:d} merge {chosen.merge} x{per_sm}"  # fmt: skip
         row = {"heads": heads, "kv_dtype": name, "keys": chosen.keys, "warps": chosen.warps, "stages": chosen.stages,
                "tile_heads": chosen.heads, "loads": chosen.loads, "hold": chosen.hold, "inner": chosen.inner,
-               "per_sm": per_sm}  # fmt: skip
+               "per_sm": per_sm, "merge": chosen.merge}  # fmt: skip
         result = []
         try:
             if (heads, dtype) not in smalls:
@@ -229,6 +276,7 @@ def main():
                     writer.writeheader()
                 is_new = False
                 writer.writerow(line)
+    few_rows(directory)
 
 
 if __name__ == "__main__":
