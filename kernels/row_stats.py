@@ -32,6 +32,7 @@ from glassbox.kernels.paged_keys import (
     head_parts,
     load_keys,
     soft_capped,
+    widened,
 )
 from glassbox.kernels.row_state import combine, exponent, no_keys
 from glassbox.kernels.wide_rows import copy_heads, wide_sums
@@ -362,8 +363,8 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = wide_sums(
                 q, q_rest, k_head_ptr, k_desc, k_rest_desc, kv_head, table_ptr, first_tile, last_tile, lowest,
                 n_visible, position, prompt_len, factor, soft_cap, of_heads, sink_tokens, local_window, stride_k_block,
-                stride_k_slot, HEAD_SIZE, PAGE, DOT_DTYPE, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_H, BLOCK_D, BLOCK_REST, BLOCK_N,
-                STAGES, BY_PAGE, HELD,
+                stride_k_slot, HEAD_SIZE, PAGE, DOT_DTYPE, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_H, BLOCK_D, BLOCK_REST,
+                BLOCK_N, STAGES, BY_PAGE, HELD,
             )  # fmt: skip
         else:
             # [BLOCK_D, DOT_H]; the dot's further heads and the padding of HEAD_SIZE are 0.
@@ -399,7 +400,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                         stride_k_slot, HEAD_SIZE, PAGE, BLOCK_D, BLOCK_N,
                     )  # fmt: skip
                     # [BLOCK_N, BLOCK_D] @ [BLOCK_D, DOT_H] -> [BLOCK_N, DOT_H]
-                    s = tl.dot(k.to(DOT_DTYPE), q, input_precision="ieee")
+                    s = tl.dot(widened(k, DOT_DTYPE), q, input_precision="ieee")
                     if BLOCK_H < DOT_H:
                         # Heads of padding score 0 (or NaN, where the real ones are not finite either).
                         s = tl.sum(tl.reshape(s, [BLOCK_N, DOT_H // BLOCK_H, BLOCK_H]), 1)

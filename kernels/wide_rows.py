@@ -6,7 +6,7 @@ Owns the functions that are compiled into `row_stats.py` for them. A head of 512
 import triton
 import triton.language as tl
 
-from glassbox.kernels.paged_keys import LOG2E, load_keys, soft_capped
+from glassbox.kernels.paged_keys import LOG2E, load_keys, soft_capped, widened
 from glassbox.kernels.row_state import no_keys
 
 # Score of a key that a row does not see: far below all others, and its product with a weight of 0 is 0.
@@ -17,14 +17,6 @@ _HIDDEN = tl.constexpr(-1e30)
 def _page_of(table_ptr, tile, last_tile, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):
     """Where a tile's page lies in the cache, for tiles of at most a page; behind the last tile, that of the last."""
     return tl.load(table_ptr + tl.minimum(tile, last_tile - 1) * BLOCK_N // PAGE)
-
-
-@triton.jit
-def _converted(k, DOT_DTYPE: tl.constexpr):
-    """Exactly; FP8 to bfloat16 by way of types from which a GPU converts at full speed."""
-    if tl.bfloat16 == DOT_DTYPE and k.dtype.is_fp8():
-        k = k.to(tl.float16).to(tl.float32)
-    return k.to(DOT_DTYPE)
 
 
 @triton.jit
@@ -107,9 +99,9 @@ def wide_sums(  # noqa: PLR0912, PLR0915
                     stride_k_block, stride_k_slot, HEAD_SIZE - BLOCK_D, PAGE, BLOCK_REST, BLOCK_N,
                 )  # fmt: skip
         # [BLOCK_H, BLOCK_D] @ [BLOCK_D, BLOCK_N] -> [BLOCK_H, BLOCK_N]
-        s = tl.dot(q, tl.trans(_converted(k, DOT_DTYPE)), input_precision="ieee")
+        s = tl.dot(q, tl.trans(widened(k, DOT_DTYPE)), input_precision="ieee")
         if BLOCK_REST > 0:
-            s = tl.dot(q_rest, tl.trans(_converted(rest, DOT_DTYPE)), s, input_precision="ieee")
+            s = tl.dot(q_rest, tl.trans(widened(rest, DOT_DTYPE)), s, input_precision="ieee")
 
         end = begin + BLOCK_N
         age = (position - begin).to(tl.float32) - column
