@@ -762,8 +762,14 @@ def _is_hopper(device: torch.device) -> bool:
 def _by_page(k_cache: torch.Tensor, tiling: Tiling) -> bool:
     """Whether tiles lie within a page and can be copied as a whole, by a tensor descriptor."""
     itemsize = k_cache.element_size()
-    aligned = k_cache.data_ptr() % 16 == 0 and not any(stride * itemsize % 16 for stride in k_cache.stride()[:3])
+    aligned = k_cache.data_ptr() % 16 == 0 and not any(stride * itemsize % 16 for stride in _box_strides(k_cache)[:3])
     return k_cache.shape[2] % tiling.keys == 0 and aligned and _is_hopper(k_cache.device)
+
+
+def _box_strides(k_cache: torch.Tensor) -> list[int]:
+    """Strides that a tensor descriptor takes: one KV head is as far from the next as a page is long, not 0."""
+    block, head, slot, element = k_cache.stride()
+    return [block, head if k_cache.shape[1] > 1 else k_cache.shape[2] * slot, slot, element]
 
 
 def _descriptors(k_cache: torch.Tensor, tiling: Tiling) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
@@ -771,7 +777,7 @@ def _descriptors(k_cache: torch.Tensor, tiling: Tiling) -> tuple[TensorDescripto
     if not _by_page(k_cache, tiling):
         return None, None
     first, rest = head_parts(k_cache.shape[3])
-    shape, strides = list(k_cache.shape), list(k_cache.stride())
+    shape, strides = list(k_cache.shape), _box_strides(k_cache)
     return (
         TensorDescriptor(k_cache, shape, strides, [1, 1, tiling.keys, first]),
         TensorDescriptor(k_cache, shape, strides, [1, 1, tiling.keys, rest]) if rest else None,
