@@ -243,6 +243,32 @@ class TestValues:
         """Latent attention: one pass over the keys for all heads, or several."""
         assert_equals_reference(Run(replace(LATENT, heads=40), tiling=tiling))
 
+    @pytest.mark.parametrize("page", [16, 64])
+    @pytest.mark.parametrize("tiling", [None, Tiling(32, 4, 2, heads=64, held=True)], ids=str)
+    def test_tiles_within_a_row(self, page: int, tiling: Tiling | None) -> None:
+        """Latent attention: tiles whose keys are all alike and those of a border, each with a key that is not finite in
+        one request; by pages and, where they are small, by keys; queries in either memory. One head has no stride."""
+        case = replace(
+            LATENT,
+            sequences=(Sequence(1, 500, 300), Sequence(2, 257, 200), Sequence(1, 400, 500)),
+            heads=20,
+            page=page,
+            num_programs=14,
+            local_window=100,
+            keys=((1, 100, 0, made.NAN), (2, 399, 0, made.INF)),
+        )
+        inputs = make_inputs(case, DEVICE)
+        block, _, slot, _ = inputs.k_cache.stride()
+        inputs.k_cache = inputs.k_cache.as_strided(inputs.k_cache.shape, (block, 0, slot, 1))
+        assert_equals_reference(Run(case, inputs, tiling=tiling))
+
+    def test_states_are_merged_in_several_steps(self) -> None:
+        """A row over more programs than are merged at a time; the counters are left as they were."""
+        case = replace(BASE, sequences=(Sequence(1, 1300, 700), Sequence(1, 90, 80)), num_programs=80, local_window=128)
+        run = Run(case)
+        assert_equals_reference(run)
+        assert not run.workspace.arrivals.any()
+
     @pytest.mark.parametrize("num_programs", [1, 2, 7, 40])
     def test_the_split_is_not_seen_in_the_values(self, num_programs: int) -> None:
         """One program or more than there are tiles: the merge changes rounding only, and leaves no arrival behind."""
