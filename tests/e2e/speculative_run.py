@@ -5,7 +5,7 @@
 The draft model is the model itself, so that its layers would be taken for the model's if they were not told apart.
 
 A step computes the newest token and the drafted ones, of which it then keeps some. The first request is counted: the
-newest tokens alone. The second one is traced: all tokens that were kept, drafts or not.
+newest tokens alone. The second one is traced: all tokens that were kept, drafts or not, and what they add up to.
 """
 
 import json
@@ -24,12 +24,13 @@ from glassbox.store import rundir
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace
 from tests.integration.row_recorder import RowRecorder
-from tests.integration.transformers_truth import EagerModel
+from tests.integration.transformers_truth import EagerModel, whole_truth
 
 DRAFT_TOKENS: Final = 3
 NUM_TOKENS: Final = 40
 LOOKUP: Final = {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
 SINK_TOKENS, LOCAL_WINDOW = 4, 128
+OPTIONS: Final = {"glassbox": "trace", "glassbox_prompt": "all", "glassbox_signals": ["spectral", "rauq"]}
 
 
 def main(model: str, method: str) -> None:
@@ -78,7 +79,7 @@ def main(model: str, method: str) -> None:
 
     _, tokens = serve(None)
     rows, steps, dropped = recorder.take(), counters.steps, dict(counters.dropped_rows)
-    request_id, again = serve({"glassbox": "trace"})
+    request_id, again = serve(OPTIONS)
     trace = ended_trace(llm, request_id)
     result = {
         "prompt_len": len(prompt),
@@ -93,9 +94,23 @@ def main(model: str, method: str) -> None:
         "errors": errors_of(tokens, {row.position: row.stats for row in rows}),
         "trace_positions": trace.positions.tolist(),
         "trace_errors": errors_of(tokens, dict(zip(trace.positions.tolist(), trace.stats, strict=True))),
+        "trace_notes": list(trace.notes),
+        "sum_errors": sum_errors(eager, trace, tokens),
     }
     sys.stdout.write(f"RESULT {json.dumps(result)}\n")
     sys.stdout.flush()
+
+
+def sum_errors(eager: EagerModel, trace: RequestTrace, tokens: list[int]) -> dict[str, float]:
+    """Largest deviation of what a trace's rows add up to, of singular values relative to the largest."""
+    truth = whole_truth(eager, tokens)
+    expected = truth.singular_values(7, 3)[:16]
+    return {
+        "received": float(np.abs(trace.received - truth.received).max()),
+        "previous_mass": float(np.abs(trace.previous_mass - truth.previous.transpose(2, 0, 1))[1:].max()),
+        "singular_values": float(np.abs(trace.singular_values[7, 3] - expected).max() / expected[0]),
+        "logprobs": float(np.abs(trace.logprobs - truth.logprobs[trace.prompt_len - 1 :]).max()),
+    }
 
 
 def ended_trace(llm: Any, request_id: str) -> RequestTrace:

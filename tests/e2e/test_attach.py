@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 NUM_LAYERS, NUM_HEADS = 30, 9
 PREFILL_ROWS: Final = 8
 # vLLM and transformers both compute in float32, with their own order of summation.
-ENTROPY_NATS, MASS = 1e-3, 1e-4
+ENTROPY_NATS, MASS, LOGPROB = 1e-3, 1e-4, 2e-3
 INNER: Final = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
 OBSERVED: Final = "glassbox.adapter.attention.observed.ObservedCPU_ATTN"
 # Rows of one layer and head: some positions of each prompt, and every generated token but the last.
@@ -130,8 +130,12 @@ class TestSpeculativeDecoding:
         assert result["tokens_again"]
         answer = [position for position in result["trace_positions"] if position >= prompt_len]
         assert answer == list(range(prompt_len, num_tokens - 1)), "every generated token, once"
+        assert [] == result["trace_notes"]
+        assert result["sum_errors"].pop("logprobs") < LOGPROB
+        assert result["sum_errors"].pop("received") < num_tokens * MASS
         for errors in (result["errors"], result["trace_errors"]):
             assert errors.pop("entropy_ratio") < ENTROPY_NATS
+        for errors in (result["errors"], result["trace_errors"], result["sum_errors"]):
             assert all(error < MASS for error in errors.values()), errors
 
 
