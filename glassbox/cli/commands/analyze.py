@@ -79,13 +79,15 @@ def _print(found: "Analysis", limit: int) -> None:
         f"{printable(str(found.table.path))}: {printable(found.table.model_name)}, {total:,} samples{groups}, "
         f"{found.positives:,} positive{out}",
         markup=False,
+        soft_wrap=True,
     )
     console.print(_table("Most telling heads", found.features[:limit]))
     console.print(_table("Best head of each signal", found.best_of_groups()))
     console.print(_table("The lengths alone", found.lengths))
     console.print(
         f"AUROC with 95 % interval ({found.bootstrap:,} resamplings). p: {found.correction}. at equal length: AUROC "
-        "among samples whose tokens fall into the same fifth."
+        "among samples whose tokens fall into the same fifth.",
+        soft_wrap=True,
     )
 
 

@@ -79,6 +79,7 @@ def _print(found: "Evaluation") -> None:
         f"At the threshold {found.probe.threshold:.3f}: recall {metrics['recall']:.3f}, false alarms "
         f"{metrics['false_alarms']:.3f}, precision {metrics['precision']:.3f}",
         markup=False,
+        soft_wrap=True,
     )
     table = Table(title="Calibration", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name in ("scores", "mean score", "share of positives", "samples"):

@@ -20,6 +20,7 @@ from glassbox.cli.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from glassbox.view.asking import Access
     from glassbox.view.samples.feature_table import SampleRow
     from glassbox.view.samples.parts import Parts
     from glassbox.view.samples.samples_file import Sample
@@ -78,6 +79,7 @@ def extract(
     require("analysis", "extracting", "pyarrow")
     check_output(output, ".parquet")
     with one_line_errors():
+        from glassbox.view.asking import Access
         from glassbox.view.samples.parts import open_parts
         from glassbox.view.samples.samples_file import read_samples
 
@@ -95,10 +97,11 @@ def extract(
         with open_parts(output, settings, _origin(model, data), restart=restart) as parts:
             todo = [sample for sample in found.samples if sample.index not in parts.done]
             if todo:
+                asked = {"max_tokens": max_tokens, **chosen}
                 if url is None:
-                    rows = _offline(model, arguments, config, found.samples, {"max_tokens": max_tokens, **chosen})
+                    rows = _offline(model, arguments, config, found.samples, asked)
                 else:
-                    raise NotImplementedError
+                    rows = _online(url, model, Access.of(api_key, header or ()), asked)
                 _run(rows, todo, len(found.samples), batch, parts)
             problems = parts.merge(output)
     if problems:
@@ -163,6 +166,14 @@ def _offline(
             raise _engine_error(model, error) from None
 
     return rows
+
+
+def _online(url: str, model: str, access: "Access", asked: dict[str, Any]) -> Rows:
+    from glassbox.view.samples.remote import RemoteModel
+
+    if not url.startswith(("http://", "https://")):
+        raise fail(f"--url must be an address of http or https, got {url[:80]!r}; write such as http://localhost:8000")
+    return RemoteModel(url, model, access, **asked).rows
 
 
 def _engine_error(model: str, error: Exception) -> Exception:

@@ -15,6 +15,8 @@ Doubles = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int8]
 # Numbers of a block of permutations x features: 64 MB.
 _BLOCK: Final = 1 << 23
+# Of an interval.
+LEVEL: Final = 0.95
 
 
 def midranks(values: npt.NDArray[np.float32]) -> Doubles:
@@ -87,20 +89,43 @@ def bootstrap_weights(
 
 
 def bootstrap_interval(
-    values: npt.NDArray[np.float32], labels: Labels, weights: npt.NDArray[np.float32], level: float = 0.95
+    values: npt.NDArray[np.float32], labels: Labels, weights: npt.NDArray[np.float32], level: float = LEVEL
 ) -> Doubles:
     """Percentile interval of each column's area, [F, 2]."""
     found = np.full((values.shape[1], 2), np.nan)
-    tails = [(1 - level) / 2, (1 + level) / 2]
     for f in range(values.shape[1]):
-        areas = _weighted(values[:, f], labels, weights)
-        if np.isfinite(areas).any():
-            found[f] = np.nanquantile(areas, tails)
+        found[f] = _interval(*_resampled(values[:, f], labels, weights), level)
     return found
 
 
-def _weighted(values: npt.NDArray[np.float32], labels: Labels, weights: npt.NDArray[np.float32]) -> Doubles:
-    """[B] areas of one feature [n] with weights [B, n] of its samples."""
+def interval_within_strata(
+    values: npt.NDArray[np.float32],
+    labels: Labels,
+    strata: npt.NDArray[np.intp],
+    weights: npt.NDArray[np.float32],
+    level: float = LEVEL,
+) -> Doubles:
+    """The same of one feature [n] over pairs of one stratum only, [2]."""
+    wins, pairs = np.zeros(len(weights)), np.zeros(len(weights))
+    for stratum in np.unique(strata):
+        rows = strata == stratum
+        of_stratum = _resampled(values[rows], labels[rows], weights[:, rows])
+        wins += of_stratum[0]
+        pairs += of_stratum[1]
+    return _interval(wins, pairs, level)
+
+
+def _interval(wins: Doubles, pairs: Doubles, level: float) -> Doubles:
+    areas = wins[pairs > 0] / pairs[pairs > 0]
+    if not len(areas):
+        return np.full(2, np.nan)
+    return np.quantile(areas, [(1 - level) / 2, (1 + level) / 2]).astype(np.float64)
+
+
+def _resampled(
+    values: npt.NDArray[np.float32], labels: Labels, weights: npt.NDArray[np.float32]
+) -> tuple[Doubles, Doubles]:
+    """Won pairs and pairs, [B] each, of one feature [n] with weights [B, n] of its samples."""
     known = np.flatnonzero(np.isfinite(values))
     order = known[np.argsort(values[known], kind="stable")]
     ordered, positive = values[order], labels[order] == 1
@@ -111,8 +136,7 @@ def _weighted(values: npt.NDArray[np.float32], labels: Labels, weights: npt.NDAr
     first = np.searchsorted(ordered, ordered[positive], side="left")
     last = np.searchsorted(ordered, ordered[positive], side="right")
     wins = (drawn[:, positive] * (below[:, first] + below[:, last])).sum(axis=1) / 2
-    pairs = drawn[:, positive].sum(axis=1) * below[:, -1]
-    return np.divide(wins, pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0)
+    return wins, drawn[:, positive].sum(axis=1) * below[:, -1]
 
 
 def permuted_labels(labels: Labels, groups: Sequence[str] | None, count: int, rng: np.random.Generator) -> Doubles:

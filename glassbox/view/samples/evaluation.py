@@ -14,7 +14,7 @@ from glassbox.signals.probe import Probe, ProbeError
 from glassbox.view.measured import ViewError
 from glassbox.view.samples import auroc as areas
 from glassbox.view.samples.feature_table import FeatureTable
-from glassbox.view.samples.training import held_out_metrics
+from glassbox.view.samples.training import threshold_metrics
 
 _BINS: Final = 5
 _SHOWN: Final = 3
@@ -46,7 +46,8 @@ class Evaluation:
         probe: that was evaluated.
         table: the samples with a label that have a score.
         scores: float64 [n].
-        metrics: as `training.held_out_metrics`, and `brier_of_share`: that of always saying the share of positives.
+        metrics: area with its interval, those of `training.threshold_metrics`, and `brier_of_share`: that of always
+            saying the share of positives.
         bins: a calibration table, scores rising.
         without_score: samples that have none of the probe's features.
         same_model: whether the table's model has the name of the probe's.
@@ -96,9 +97,9 @@ def evaluate(probe: Probe, table: FeatureTable, *, bootstrap: int = 2000, seed: 
     """
     _check(probe, table)
     known = table.labelled()
-    column = {feature.name: i for i, feature in enumerate(known.features)}
+    at = {feature.name: i for i, feature in enumerate(known.features)}
     scores = np.full(len(known.labels), np.nan)
-    for i, row in enumerate(known.values[:, [column[feature.name] for feature in probe.features]].tolist()):
+    for i, row in enumerate(known.values[:, [at[feature.name] for feature in probe.features]].tolist()):
         pairs = zip(probe.features, row, strict=True)
         score = probe.score_features({feature.name: value for feature, value in pairs if np.isfinite(value)})
         if score is not None:
@@ -110,12 +111,19 @@ def evaluate(probe: Probe, table: FeatureTable, *, bootstrap: int = 2000, seed: 
     scores = scores[scored]
     weights = areas.bootstrap_weights(left.labels, left.groups, bootstrap, np.random.default_rng(seed))
     share = float((left.labels == 1).mean())
+    column = scores[:, None].astype(np.float32)
+    low, high = areas.bootstrap_interval(column, left.labels, weights)[0]
     return Evaluation(
         probe=probe,
         table=left,
         scores=scores,
-        metrics=held_out_metrics(scores, left.labels, probe.threshold, weights)
-        | {"brier_of_share": share * (1 - share)},
+        metrics={
+            "auroc": float(areas.auroc(column, left.labels)[0]),
+            "auroc_low": float(low),
+            "auroc_high": float(high),
+            **threshold_metrics(scores, left.labels, probe.threshold),
+            "brier_of_share": share * (1 - share),
+        },
         bins=_bins(scores, left.labels),
         without_score=len(known.labels) - len(scored),
         same_model=probe.trained.model_name == table.model_name,

@@ -27,6 +27,8 @@ Rows = npt.NDArray[np.intp]
 Calibration = Literal["platt", "isotonic"]
 
 FOLDS: Final = 5
+# Of each training part, to choose how many features and how strong the regularisation.
+_INNER_FOLDS: Final = 3
 _NUMBERS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 _STRENGTHS: Final = (0.01, 0.1, 1.0)
 # Of the training samples that must have a value of a feature that is chosen.
@@ -113,11 +115,12 @@ def train(table: FeatureTable, wish: Wish, *, bootstrap: int = 2000) -> Training
         known = replace(known, labels=labels)
     folds = _num_folds(known)
     most = min(wish.max_features, MAX_FEATURES)
-    z = np.empty(len(labels))
-    parts = list(_folds(known, np.arange(len(labels)), folds, wish.seed))
-    for fitted, held in parts:
-        z[held] = _chosen(known, fitted, folds, most, wish.seed)[0].scores(known.values[held])
-    final, strength = _chosen(known, np.arange(len(labels)), folds, most, wish.seed)
+    z, part_of = np.empty(len(labels)), np.empty(len(labels), dtype=np.intp)
+    parts = list(divide(known, np.arange(len(labels)), folds, wish.seed))
+    for number, (fitted, held) in enumerate(parts):
+        part_of[held] = number
+        z[held] = _chosen(known, fitted, most, wish.seed)[0].scores(known.values[held])
+    final, strength = _chosen(known, np.arange(len(labels)), most, wish.seed)
     calibrated = np.empty(len(labels))
     for fitted, held in parts:
         calibration = _calibration(z[fitted], labels[fitted], wish.calibration)
@@ -125,6 +128,17 @@ def train(table: FeatureTable, wish: Wish, *, bootstrap: int = 2000) -> Training
     calibration = _calibration(z, labels, wish.calibration)
     threshold = _threshold(calibrated, labels, wish.false_alarms)
     weights = areas.bootstrap_weights(labels, known.groups, bootstrap, rng)
+    # Over pairs of one part: scores of different models are not compared. Not of the calibrated ones, either: where a
+    # probe knows nothing, what the other parts say of it is the opposite of what this one does, and a calibration
+    # that turned the scores round would seem to know something.
+    column = z.astype(np.float32)
+    low, high = areas.interval_within_strata(column, labels, part_of, weights)
+    held_out = {
+        "auroc": float(areas.within_strata(column[:, None], labels, part_of)[0]),
+        "auroc_low": float(low),
+        "auroc_high": float(high),
+        **threshold_metrics(calibrated, labels, threshold),
+    }
     probe = Probe(
         name=wish.name,
         label=wish.label,
@@ -143,23 +157,31 @@ def train(table: FeatureTable, wish: Wish, *, bootstrap: int = 2000) -> Training
             positives=int((labels == 1).sum()),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             data=known.path.name,
-            metrics=held_out_metrics(calibrated, labels, threshold, weights),
+            metrics=held_out,
         ),
     )
     return Training(probe, known, calibrated, strength, folds, bootstrap)
 
 
-def held_out_metrics(
-    scores: Doubles, labels: Labels, threshold: float, weights: npt.NDArray[np.float32]
-) -> dict[str, float]:
-    """Area with its interval at 95 %, Brier score, and what the threshold does."""
-    column = scores[:, None].astype(np.float32)
-    low, high = areas.bootstrap_interval(column, labels, weights)[0]
+def divide(table: FeatureTable, rows: Rows, count: int, seed: int) -> Iterator[tuple[Rows, Rows]]:
+    """`count` times some rows as a part to be fitted and one to be held out; groups are not divided."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    labels = table.labels[rows]
+    if table.groups is None:
+        splits = StratifiedKFold(count, shuffle=True, random_state=seed).split(rows, labels)
+    else:
+        groups = [table.groups[i] for i in rows]
+        splits = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(rows, labels, groups)
+    for fitted, held in splits:
+        if len(set(labels[fitted].tolist())) > 1:
+            yield rows[fitted], rows[held]
+
+
+def threshold_metrics(scores: Doubles, labels: Labels, threshold: float) -> dict[str, float]:
+    """Brier score of probabilities, and what the threshold does."""
     above, positive = scores >= threshold, labels == 1
     return {
-        "auroc": float(areas.auroc(column, labels)[0]),
-        "auroc_low": float(low),
-        "auroc_high": float(high),
         "brier": float(((scores - positive) ** 2).mean()),
         "recall": float(above[positive].mean()),
         "false_alarms": float(above[~positive].mean()),
@@ -174,7 +196,7 @@ def _num_folds(table: FeatureTable) -> int:
         rows = np.flatnonzero(table.labels == label)
         kinds.append(len(rows) if table.groups is None else len({table.groups[i] for i in rows}))
     # Each part is divided again.
-    least = 4
+    least = 2 * _INNER_FOLDS
     if min(kinds) < least:
         what = "samples" if table.groups is None else "groups"
         raise ViewError(
@@ -184,26 +206,11 @@ def _num_folds(table: FeatureTable) -> int:
     return min(FOLDS, min(kinds) // 2)
 
 
-def _folds(table: FeatureTable, rows: Rows, count: int, seed: int) -> Iterator[tuple[Rows, Rows]]:
-    """Parts to be fitted and to be held out of some rows."""
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    labels = table.labels[rows]
-    if table.groups is None:
-        splits = StratifiedKFold(count, shuffle=True, random_state=seed).split(rows, labels)
-    else:
-        groups = [table.groups[i] for i in rows]
-        splits = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(rows, labels, groups)
-    for fitted, held in splits:
-        if len(set(labels[fitted].tolist())) > 1:
-            yield rows[fitted], rows[held]
-
-
-def _chosen(table: FeatureTable, rows: Rows, folds: int, most: int, seed: int) -> tuple[_Fit, float]:
+def _chosen(table: FeatureTable, rows: Rows, most: int, seed: int) -> tuple[_Fit, float]:
     """Fitted to these rows, with the number of features and the strength that do best on parts held out of them."""
     numbers = [number for number in _NUMBERS if number < most] + [most]
     found: dict[tuple[int, float], list[float]] = {}
-    for fitted, held in _folds(table, rows, folds, seed + 1):
+    for fitted, held in divide(table, rows, _INNER_FOLDS, seed + 1):
         if len(set(table.labels[held].tolist())) < 2:
             continue
         order = _ranking(table, fitted)
@@ -263,6 +270,9 @@ def _calibration(z: Doubles, labels: Labels, kind: Calibration) -> Platt | Isoto
     model = LogisticRegression(C=_FREE, max_iter=2000)
     both = np.concatenate([z, z])[:, None]
     model.fit(both, np.repeat([1, 0], len(z)), sample_weight=np.concatenate([target, 1 - target]))
+    if model.coef_[0, 0] <= 0:  # it knows nothing: the share of positives, whatever it says
+        share = (positives + 1) / (positives + negatives + 2)
+        return Platt(0.0, float(np.log(share / (1 - share))))
     return Platt(float(model.coef_[0, 0]), float(model.intercept_[0]))
 
 

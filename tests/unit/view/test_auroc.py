@@ -10,6 +10,7 @@ from glassbox.view.samples.auroc import (
     bootstrap_interval,
     bootstrap_weights,
     corrected_p,
+    interval_within_strata,
     length_strata,
     midranks,
     permuted_labels,
@@ -89,6 +90,16 @@ class TestInterval:
             drawn = drawn[np.isfinite(column[drawn])]
             assert roc_auc_score(labels[drawn], column[drawn]) == pytest.approx(low)
             assert low == high
+
+    def test_within_strata(self) -> None:
+        """One resampling that draws every sample once has the area of these samples; one stratum is no stratum."""
+        values, labels = made()
+        once, strata = np.ones((1, len(labels)), np.float32), np.arange(len(labels)) % 3
+        found = interval_within_strata(values[:, 0], labels, strata, once)
+        assert found.tolist() == pytest.approx([within_strata(values[:, :1], labels, strata)[0]] * 2)
+        weights = bootstrap_weights(labels, None, 50, np.random.default_rng(3))
+        of_one = interval_within_strata(values[:, 0], labels, np.zeros(len(labels), np.intp), weights)
+        assert bootstrap_interval(values, labels, weights)[0].tolist() == of_one.tolist()
 
     def test_groups_are_drawn_whole(self) -> None:
         """Ten copies of each sample don't make the interval shorter."""
