@@ -61,13 +61,34 @@ struct GlassboxAsked {
     double* chosen_sum;       // [A, sum_keys]
     float* const* kept;       // [A]: null, or [L, H, kept_keys[a]] of the row's last keys, filled with 0
     const int64_t* kept_keys;
+    float* const* received;  // [A]: null, or [L, H, position + 1] of the row, filled with 0
+};
+
+// Consecutive rows of one request, not decoded, in heads that share a KV head; scored already.
+struct GlassboxTile {
+    float* scores;         // [heads, rows, columns], raw; they are overwritten
+    const float* slopes;   // [heads] or null
+    const float* sinks;    // [heads] or null
+    const int32_t* spans;  // [num_spans, 2]
+    // Of the first row and head; the next row's stand row_stride heads further.
+    float* stats;      // [NUM_COLUMNS] each
+    float* previous;   // attention to the position before
+    float* span_mass;  // [num_spans] each
+    double* received;  // of the first head and column, added to; the next head's stand received_stride further
+    float* scratch;    // [columns]
+    int64_t heads, rows, columns, row_stride, received_stride, num_spans;
+    int64_t position, base;  // of the first row and of the first column
+    int64_t reach, sink_tokens, local_window;
+    double soft_cap;
 };
 
 int glassbox_sizes(const GlassboxRows*, GlassboxSizes*);
 void glassbox_take(const GlassboxRows*, const GlassboxLayer*, const void* query, int64_t token_stride,
                    int64_t head_stride, float* queries);
 int glassbox_row_stats(const GlassboxRows*, const GlassboxLayer* const* layers, int64_t num_layers,
-                       const float* queries, const GlassboxAsked*, const int64_t* places, float* stats, float* scratch);
+                       const float* queries, const GlassboxAsked*, const int64_t* places, float* stats, float* previous,
+                       float* scratch);
+void glassbox_prompt_tile(const GlassboxTile*);
 }
 
 namespace {
@@ -302,14 +323,29 @@ struct Row {
             return;
         }
         position = of.seq_lens[batch] - of.query_start[batch + 1] + query;
-        first = of.reach == 0  ? 0
-                : of.reach > 0 ? std::max<int64_t>(position - of.reach + 1, 0)
-                               : position / -of.reach * -of.reach;
+        first = first_visible(position, of.reach);
+    }
+
+    // Of a prompt.
+    static Row at(int64_t position, int64_t reach) {
+        Row row;
+        row.position = position;
+        row.first = first_visible(position, reach);
+        row.prompt_len = position + 1;
+        row.decode = false;
+        return row;
     }
 
     // Whether it is a token of its request.
     bool is_sound() const { return position >= 0; }
     int64_t keys() const { return position + 1 - first; }
+
+   private:
+    Row() = default;
+
+    static int64_t first_visible(int64_t position, int64_t reach) {
+        return reach == 0 ? 0 : reach > 0 ? std::max<int64_t>(position - reach + 1, 0) : position / -reach * -reach;
+    }
 };
 
 bool all_finite(const float* scores, int64_t count) {
@@ -400,13 +436,15 @@ struct Answers {
     Answers(const GlassboxAsked& asked, int64_t row, int64_t layer, int64_t head, int64_t heads)
         : asked(asked), row(row), in_row(layer * heads + head), at(row * asked.layers * heads + in_row) {}
 
-    void not_finite() const {
+    void not_finite(const Row& of) const {
+        const int64_t limit = of.position + 1;
         for (int64_t s = 0; s < asked.num_spans; ++s) asked.span_mass[at * asked.num_spans + s] = NAN_F;
         if (asked.chosen[at]) std::fill_n(asked.chosen_sum + row * asked.sum_keys, asked.sum_keys, double(NAN_F));
         if (float* kept = asked.kept[row]) {
             const int64_t keys = asked.kept_keys[row];
             std::fill_n(kept + in_row * keys, keys, NAN_F);
         }
+        if (float* whole = asked.received[row]) std::fill_n(whole + in_row * limit + of.first, of.keys(), NAN_F);
     }
 
     void fill(const float* weights, double inverse_z, const Row& of, const int32_t* top, int64_t num_top) const {
@@ -429,6 +467,10 @@ struct Answers {
             const int64_t keys = asked.kept_keys[row], here = std::min(keys, of.keys());
             float* last = kept + (in_row + 1) * keys - here;
             for (int64_t j = 0; j < here; ++j) last[j] = float(weights[of.keys() - here + j] * inverse_z);
+        }
+        if (float* whole = asked.received[row]) {
+            float* seen = whole + in_row * limit + base;
+            for (int64_t j = 0; j < of.keys(); ++j) seen[j] = float(weights[j] * inverse_z);
         }
     }
 };
@@ -498,8 +540,9 @@ class Item {
             }
     }
 
-    void finish(const GlassboxLayer& layer, float* scores, const GlassboxAsked* asked, int64_t place,
-                float* stats) const {
+    // previous: of the rows with a slot, their attention to the position before their own; null if there are none.
+    void finish(const GlassboxLayer& layer, float* scores, const GlassboxAsked* asked, int64_t place, float* stats,
+                float* previous) const {
         for (int64_t r = begin_; r < end_; ++r) {
             const Row row(rows_, r);
             const int64_t number = asked != nullptr && rows_.asked != nullptr ? rows_.asked[r] : -1;
@@ -509,7 +552,7 @@ class Item {
                 if (!all_finite(seen, row.keys())) {
                     std::fill_n(out, NUM_COLUMNS, NAN_F);
                     out[NONFINITE] = 1.0f;
-                    if (number >= 0) Answers(*asked, number, place, head, layer.heads).not_finite();
+                    if (number >= 0) Answers(*asked, number, place, head, layer.heads).not_finite(row);
                     continue;
                 }
                 cap_and_bias(seen, row.keys(), layer, head);
@@ -518,6 +561,9 @@ class Item {
                 const int64_t num_top = wanted ? top_of(seen, row.keys(), asked->top_k, top) : 0;
                 const bool has_sink = layer.sinks != nullptr;
                 const double inverse_z = finish_row(seen, row, has_sink ? layer.sinks[head] : 0, has_sink, rows_, out);
+                if (previous != nullptr && rows_.rows[r * NUM_ROW_COLUMNS + ROW_SLOT] >= 0 && row.position > 0)
+                    previous[r * layer.heads + head] =
+                        row.keys() > 1 ? float(seen[row.keys() - 2] * inverse_z) : 0.0f;
                 if (wanted)
                     Answers(*asked, number, place, head, layer.heads).fill(seen, inverse_z, row, top, num_top);
             }
@@ -561,11 +607,11 @@ void glassbox_take(const GlassboxRows* rows, const GlassboxLayer* layer, const v
 }
 
 // Layers of one size, whose queries glassbox_take gave one after the other. places: [num_layers], of each in `asked`, or
-// -1; `asked` may be null if all are. stats: [num_layers, rows, heads, NUM_COLUMNS]; scratch: a page, and the scores of an
-// item. The rows must be sound. Returns 0, or 1 for a block that a cache doesn't have.
+// -1; `asked` may be null if all are. stats: [num_layers, rows, heads, NUM_COLUMNS]; previous: [num_layers, rows, heads],
+// filled with NaN, or null; scratch: a page, and the scores of an item. The rows must be sound. Returns 0, or 1 for a block that a cache doesn't have.
 int glassbox_row_stats(const GlassboxRows* rows, const GlassboxLayer* const* layers, int64_t num_layers,
                        const float* queries, const GlassboxAsked* asked, const int64_t* places, float* stats,
-                       float* scratch) {
+                       float* previous, float* scratch) {
     for (int64_t n = 0; n < num_layers; ++n) {
         const GlassboxLayer& layer = *layers[n];
         float* scores = scratch + layer.head_size * rows->block_size;
@@ -573,11 +619,50 @@ int glassbox_row_stats(const GlassboxRows* rows, const GlassboxLayer* const* lay
             const Item item(*rows, begin);
             if (!item.blocks_exist(layer)) return 1;
             item.score(layer, queries, scores, scratch);
-            item.finish(layer, scores, places[n] >= 0 ? asked : nullptr, places[n], stats);
+            item.finish(layer, scores, places[n] >= 0 ? asked : nullptr, places[n], stats, previous);
             begin = item.end();
         }
         queries += rows->num_rows * layer.heads * layer.head_size;
         stats += rows->num_rows * layer.heads * NUM_COLUMNS;
+        if (previous != nullptr) previous += rows->num_rows * layer.heads;
     }
     return 0;
+}
+
+void glassbox_prompt_tile(const GlassboxTile* tile) {
+    GlassboxRows rows{};
+    rows.sink_tokens = tile->sink_tokens, rows.local_window = tile->local_window;
+    GlassboxLayer layer{};
+    layer.slopes = tile->slopes, layer.soft_cap = tile->soft_cap;
+    for (int64_t head = 0; head < tile->heads; ++head) {
+        std::fill_n(tile->scratch, tile->columns, 0.0f);
+        for (int64_t r = 0; r < tile->rows; ++r) {
+            const Row row = Row::at(tile->position + r, tile->reach);
+            const int64_t n = row.keys(), at = r * tile->row_stride + head, column = row.first - tile->base;
+            float* seen = tile->scores + (head * tile->rows + r) * tile->columns + column;
+            float* out = tile->stats + at * NUM_COLUMNS;
+            float* masses = tile->span_mass + at * tile->num_spans;
+            float* sums = tile->scratch + column;
+            if (!all_finite(seen, n)) {
+                std::fill_n(out, NUM_COLUMNS, NAN_F);
+                out[NONFINITE] = 1.0f;
+                tile->previous[at] = NAN_F;
+                std::fill_n(masses, tile->num_spans, NAN_F);
+                std::fill_n(sums, n, NAN_F);
+                continue;
+            }
+            cap_and_bias(seen, n, layer, head);
+            const bool has_sink = tile->sinks != nullptr;
+            const double inverse_z = finish_row(seen, row, has_sink ? tile->sinks[head] : 0, has_sink, rows, out);
+            tile->previous[at] = row.position == 0 ? NAN_F : n > 1 ? float(seen[n - 2] * inverse_z) : 0.0f;
+            for (int64_t s = 0; s < tile->num_spans; ++s)
+                masses[s] = float(sum_between(seen, row.first, row.position + 1, tile->spans[2 * s],
+                                              tile->spans[2 * s + 1]) * inverse_z);
+            const float share = float(inverse_z);
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) sums[j] += seen[j] * share;
+        }
+        double* received = tile->received + head * tile->received_stride;
+        for (int64_t j = 0; j < tile->columns; ++j) received[j] += tile->scratch[j];
+    }
 }

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from glassbox.core.native import load_cpp
-from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_COLUMNS, ROW_DECODE
+from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_COLUMNS, ROW_DECODE, ROW_SLOT
 from glassbox.core.statistics import INDEX, NUM_STATISTICS
 from glassbox.core.trace_arrays import trace_array
 from glassbox.core.trace_options import MAX_TOP_K
@@ -32,7 +32,7 @@ _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m
 # Multiplications of queries and keys in a layer, up to which one core is faster than torch's calls on many; up to so
 # many cores it always is.
 _LIGHT: Final = 1 << 21
-_FEW_CORES: Final = 4
+FEW_CORES: Final = 4
 # Float32 numbers: 16 MB.
 _SCORE_BUDGET: Final = 1 << 22
 # Likewise: the most queries that wait to be measured.
@@ -69,7 +69,17 @@ class _Asked(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("layers", "top_k", "num_spans", "sum_keys")),
         *((name, _POINTER) for name in ("spans", "chosen", "topk_positions", "topk_mass", "span_mass", "chosen_sum")),
-        *((name, _POINTER) for name in ("kept", "kept_keys")),
+        *((name, _POINTER) for name in ("kept", "kept_keys", "received")),
+    )
+
+
+class _Tile(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("scores", "slopes", "sinks", "spans")),
+        *((name, _POINTER) for name in ("stats", "previous", "span_mass", "received", "scratch")),
+        *((name, _INT) for name in ("heads", "rows", "columns", "row_stride", "received_stride", "num_spans")),
+        *((name, _INT) for name in ("position", "base", "reach", "sink_tokens", "local_window")),
+        ("soft_cap", _REAL),
     )
 
 
@@ -78,6 +88,7 @@ _STRUCTS: Final[dict[str, type[ctypes.Structure]]] = {
     "GlassboxSizes": _Sizes,
     "GlassboxLayer": _Layer,
     "GlassboxAsked": _Asked,
+    "GlassboxTile": _Tile,
 }
 
 
@@ -116,6 +127,7 @@ class NativeKernel:
     sizes: Callable[..., int]
     take: Callable[..., None]
     row_stats: Callable[..., int]
+    prompt_tile: Callable[..., None]
 
 
 @functools.cache
@@ -127,11 +139,15 @@ def native_kernel() -> NativeKernel:
         OSError: see `load_cpp`.
     """
     library = load_cpp(_SOURCE, _definitions())
-    kernel = NativeKernel(library.glassbox_sizes, library.glassbox_take, library.glassbox_row_stats)
+    kernel = NativeKernel(
+        library.glassbox_sizes, library.glassbox_take, library.glassbox_row_stats, library.glassbox_prompt_tile
+    )
+    library.glassbox_prompt_tile.restype = None
+    library.glassbox_prompt_tile.argtypes = [_POINTER]
     library.glassbox_sizes.argtypes = [_POINTER] * 2
     library.glassbox_take.restype = None
     library.glassbox_take.argtypes = [_POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER]
-    library.glassbox_row_stats.argtypes = [_POINTER, _POINTER, _INT, *[_POINTER] * 5]
+    library.glassbox_row_stats.argtypes = [_POINTER, _POINTER, _INT, *[_POINTER] * 6]
     return kernel
 
 
@@ -289,6 +305,7 @@ class NativeRows:
             local_window=local_window,
         )
         self.num_rows, self.block_size = len(listed), block_size
+        self.has_slots = bool((listed[:, ROW_SLOT] >= 0).any())
         self.address: Final = ctypes.addressof(self._struct)
         self._sizes = _Sizes()
         if native_kernel().sizes(self.address, ctypes.addressof(self._sizes)):
@@ -298,7 +315,7 @@ class NativeRows:
         """Whether the kernel is the faster way in a layer of that size, on a worker with so many cores."""
         if self._sizes.item_scores * num_heads > _SCORE_BUDGET:
             return False
-        return cores <= _FEW_CORES or self._sizes.scores * num_heads * head_size <= _LIGHT
+        return cores <= FEW_CORES or self._sizes.scores * num_heads * head_size <= _LIGHT
 
     def scratch(self, num_heads: int, head_size: int) -> NDArray[np.float32]:
         """As the kernel needs it for layers of that size."""
@@ -336,6 +353,12 @@ class NativeProbe:
         self._kept = [np.zeros((num_layers, num_heads, self._kept_keys[row]), dtype=np.float32) for row in kept]
         self._kept_at = np.zeros(num_rows, dtype=np.uint64)
         self._kept_at[kept] = [values.ctypes.data for values in self._kept]
+        wanted = list(asked.received)
+        self._received = [
+            np.zeros((num_layers, num_heads, asked.positions[row] + 1), dtype=np.float32) for row in wanted
+        ]
+        self._received_at = np.zeros(num_rows, dtype=np.uint64)
+        self._received_at[wanted] = [values.ctypes.data for values in self._received]
         self._struct = _Asked(
             layers=num_layers,
             top_k=asked.top_k,
@@ -349,6 +372,7 @@ class NativeProbe:
             chosen_sum=self._sum.ctypes.data,
             kept=self._kept_at.ctypes.data,
             kept_keys=self._kept_keys.ctypes.data,
+            received=self._received_at.ctypes.data,
         )
         self.address: Final = ctypes.addressof(self._struct)
 
@@ -361,6 +385,7 @@ class NativeProbe:
             span_mass=self._span_mass[:, chosen],
             chosen_sum=self._sum.astype(np.float32),
             attention=tuple(values[chosen].astype(np.float16) for values in self._kept),
+            received=tuple(values[chosen] for values in self._received),
         )
 
 
@@ -384,6 +409,9 @@ class NativeStep:
         self._take, self._row_stats = kernel.take, kernel.row_stats
         self._rows, self._rows_address, self._probe = rows, rows.address, probe
         self._stats = np.empty((num_layers, rows.num_rows, num_heads, NUM_STATISTICS + 1), dtype=np.float32)
+        # Of rows with a slot alone.
+        shape = self._stats.shape[:3]
+        self._previous = np.full(shape, np.nan, dtype=np.float32) if rows.has_slots else None
         of_layer = rows.num_rows * num_heads * head_size
         self._queries = np.empty((min(num_layers, max(_QUERY_BUDGET // max(of_layer, 1), 1)), of_layer), np.float32)
         self._scratch = rows.scratch(num_heads, head_size)
@@ -433,6 +461,7 @@ class NativeStep:
             None if self._probe is None else self._probe.address,
             places.ctypes.data,
             self._stats[len(self.measured) :].ctypes.data,
+            None if self._previous is None else self._previous[len(self.measured) :].ctypes.data,
             self._scratch.ctypes.data,
         ):
             raise ValueError("a block table must name blocks of its cache, got one beyond; see vLLM's metadata")
@@ -441,6 +470,70 @@ class NativeStep:
     def stats(self) -> NDArray[np.float32]:
         """float32 [measured layers, R, Hq, NUM_STATISTICS + 1] as `row_stats_cpu` returns them."""
         return self._stats[: len(self.measured)]
+
+    def previous(self) -> NDArray[np.float32] | None:
+        """float32 [measured layers, R, Hq], attention to the position before, as `row_stats_cpu` returns it."""
+        return None if self._previous is None else self._previous[: len(self.measured)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredTile:
+    """Consecutive rows of one request's prompt in heads that share a KV head, and where their numbers go.
+
+    Attributes:
+        scores: float32 [G, M, n] contiguous, raw; overwritten.
+        position: of the first row; base: of the first of the n keys, the first that this row sees.
+        slopes, sinks: float32 [G], of ALiBi and learned sinks; None is none.
+        soft_cap, reach: as of `LayerParams`.
+        spans: int32 [S, 2] contiguous.
+        stats, previous, span_mass: float32 [M, G, ...], of larger arrays whose rows have one stride in heads.
+        received: float64 [G, n], likewise; added to.
+        sink_tokens, local_window: in tokens.
+    """
+
+    scores: NDArray[np.float32]
+    position: int
+    base: int
+    slopes: NDArray[np.float32] | None
+    sinks: NDArray[np.float32] | None
+    soft_cap: float | None
+    reach: int | None
+    spans: NDArray[np.int32]
+    stats: NDArray[np.float32]
+    previous: NDArray[np.float32]
+    span_mass: NDArray[np.float32]
+    received: NDArray[np.float64]
+    sink_tokens: int
+    local_window: int
+
+    def measure(self) -> None:
+        """Fill them in, on the calling thread."""
+        heads, rows, columns = self.scores.shape
+        scratch = np.empty(columns, dtype=np.float32)
+        tile = _Tile(
+            scores=self.scores.ctypes.data,
+            slopes=_address(self.slopes),
+            sinks=_address(self.sinks),
+            spans=self.spans.ctypes.data,
+            stats=self.stats.ctypes.data,
+            previous=self.previous.ctypes.data,
+            span_mass=self.span_mass.ctypes.data,
+            received=self.received.ctypes.data,
+            scratch=scratch.ctypes.data,
+            heads=heads,
+            rows=rows,
+            columns=columns,
+            row_stride=self.previous.strides[0] // self.previous.itemsize,
+            received_stride=self.received.strides[0] // self.received.itemsize,
+            num_spans=len(self.spans),
+            position=self.position,
+            base=self.base,
+            reach=self.reach or 0,
+            sink_tokens=self.sink_tokens,
+            local_window=self.local_window,
+            soft_cap=self.soft_cap or 0.0,
+        )
+        native_kernel().prompt_tile(ctypes.addressof(tile))
 
 
 def _address(values: NDArray | None) -> int | None:
