@@ -21,6 +21,7 @@ from glassbox.core.trace_options import (
     CHOICE_KEY,
     HEADS_KEY,
     LAYERS_KEY,
+    SIGNALS_KEY,
     SPANS_KEY,
     MessageSpan,
     OptionError,
@@ -74,6 +75,7 @@ class Extractor:
             alike are missing.
         max_tokens: of an answer that the model gives; it is the most likely one.
         layers, heads: global indices; None is all.
+        signals: names of core/signal_table.py that are computed, too.
         timeout_s: how long to wait for the traces once their answers are there.
     """
 
@@ -84,10 +86,11 @@ class Extractor:
         max_tokens: int = 64,
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
+        signals: Sequence[str] = (),
         timeout_s: float = 120.0,
     ) -> None:
         self._llm, self._max_tokens, self._timeout_s = llm, max_tokens, timeout_s
-        self._layers, self._heads = layers, heads
+        self._layers, self._heads, self._signals = layers, heads, signals
         self._tokenizer = llm.get_tokenizer()
 
     @staticmethod
@@ -134,6 +137,8 @@ class Extractor:
             options[HEADS_KEY] = list(self._heads)
         if spans:
             options[SPANS_KEY] = [str(span) for span in spans]
+        if self._signals:
+            options[SIGNALS_KEY] = list(self._signals)
         return options
 
     def _prepare(self, sample: Sample) -> _Prepared:

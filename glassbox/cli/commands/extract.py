@@ -38,6 +38,12 @@ def extract(
         str | None, typer.Option(help="Only these, such as 0,5,11; without it all.", show_default=False)
     ] = None,
     heads: Annotated[str | None, typer.Option(help="The same of heads.", show_default=False)] = None,
+    signals: Annotated[
+        str | None,
+        typer.Option(
+            help="Signals of whole requests, too, such as spectral,rauq (docs/signals.md).", show_default=False
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, max=1024, help="Samples at once, and between two savings.")] = 16,
     engine_arg: Annotated[
         list[str] | None,
@@ -84,6 +90,9 @@ def extract(
         from glassbox.view.samples.samples_file import read_samples
 
         chosen = {"layers": _indices("--layers", layers), "heads": _indices("--heads", heads)}
+        names = _signals(signals)
+        if names and url is not None:
+            raise fail("--signals are computed from an engine's own traces; leave out --url, or --signals")
         arguments = _engine_arguments(engine_arg or ())
         found = read_samples(data)
         settings = {
@@ -92,6 +101,7 @@ def extract(
             "max_tokens": max_tokens,
             "layers": layers,
             "heads": heads,
+            "signals": list(names),
             "url": url,
         }
         with open_parts(output, settings, _origin(model, data), restart=restart) as parts:
@@ -99,7 +109,7 @@ def extract(
             if todo:
                 asked = {"max_tokens": max_tokens, **chosen}
                 if url is None:
-                    rows = _offline(model, arguments, config, found.samples, asked)
+                    rows = _offline(model, arguments, config, found.samples, {**asked, "signals": names})
                 else:
                     rows = _online(url, model, Access.of(api_key, header or ()), asked)
                 _run(rows, todo, len(found.samples), batch, parts)
@@ -205,6 +215,17 @@ def _indices(option: str, text: str | None) -> tuple[int, ...] | None:
     if not all(part.strip().isdecimal() for part in parts):
         raise fail(f"{option} must be whole numbers with commas, got {text[:80]!r}; write such as 0,5,11")
     return tuple(int(part) for part in parts)
+
+
+def _signals(text: str | None) -> tuple[str, ...]:
+    from glassbox.core.trace_options import OptionError, parse_signals
+
+    if text is None:
+        return ()
+    try:
+        return parse_signals("--signals", [name.strip() for name in text.split(",")])
+    except OptionError as error:
+        raise fail(str(error)) from None
 
 
 def _engine_arguments(given: Sequence[str]) -> dict[str, Any]:

@@ -138,6 +138,8 @@ class TestExtract:
         [
             (("--layers", "0,x"), "--layers must be whole numbers with commas, got '0,x'"),
             (("--engine-arg", "max_model_len"), "--engine-arg must be NAME=VALUE, got 'max_model_len'"),
+            (("--signals", "spectral,rauk"), "--signals must list names of spectral, asymmetry"),
+            (("--signals", "rauq", "--url", "http://a:1"), "--signals are computed from an engine's own traces"),
             (("--url", "localhost:8000"), "--url must be an address of http or https, got 'localhost:8000'"),
             (("--url", "http://127.0.0.1:9"), "http://127.0.0.1:9 can't be asked"),
             (("-o", "a.csv"), "--output must end with .parquet"),
@@ -164,7 +166,7 @@ class TestExtract:
         data = tmp_path / "a.jsonl"
         data.write_text("".join(f'{{"prompt": "a", "id": "s{i}"}}\n' for i in range(4)))
         settings = {"model": "m", "data": read_samples(data).digest, "max_tokens": 64}
-        settings |= {"layers": None, "heads": None, "url": None}
+        settings |= {"layers": None, "heads": None, "signals": [], "url": None}
         output = tmp_path / "a.parquet"
         with open_parts(output, settings, ORIGIN, restart=False) as parts:
             parts.add(make_rows(4))
