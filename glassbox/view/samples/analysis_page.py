@@ -1,6 +1,6 @@
 """An analysis as one HTML page that needs nothing else: tables, and pictures inside of it.
 
-Owns what the page says; how it looks is `analysis.html.j2`, the pictures are `pictures`.
+Owns what the page says; how it looks is `view/analysis.html.j2`, the pictures are `pictures`.
 """
 
 from collections.abc import Sequence
