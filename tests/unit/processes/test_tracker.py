@@ -21,6 +21,7 @@ from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import RowSampler, is_sampled_request
 from glassbox.processes.worker.traces.active import TOO_LONG_FOR_KEYS
+from glassbox.processes.worker.traces.traced_step import NOT_MEASURED
 from glassbox.processes.worker.traces.tracker import REFUSAL_REASONS, RequestTracker, row_positions, with_signals
 from glassbox.store.trace_record import TraceOptions
 from tests.trace_samples import Continued, make_host, new_request, scheduled_step
@@ -525,8 +526,10 @@ class TestWholePrompts:
     WHOLE: ClassVar[dict[str, Any]] = {**TRACE, "glassbox_prompt": "all"}
 
     @staticmethod
-    def step(requests: RequestTracker, computed: int, scheduled: int, prompt_len: int = 5, **more: Any) -> Any:
-        """What is traced of a step of request a alone, whose sampled row is the last one."""
+    def step(
+        requests: RequestTracker, computed: int, scheduled: int, prompt_len: int = 5, num_rows: int = 1, **more: Any
+    ) -> Any:
+        """What is traced of a step of request a alone, whose sampled row is the last one, or of no sampled row."""
         batch = SimpleNamespace(
             req_ids=("a",),
             num_computed=np.array([computed]),
@@ -534,7 +537,7 @@ class TestWholePrompts:
             prompt_len=np.array([prompt_len]),
             num_scheduled=np.array([scheduled]),
         )
-        rows = np.zeros((1, 5), dtype=np.int32)
+        rows = np.zeros((num_rows, 5), dtype=np.int32)
         rows[:, ROW_QUERY], rows[:, ROW_PHASE] = scheduled - 1, computed >= prompt_len
         return requests.trace_rows(NO_RUNNER, batch, rows, np.array([0]), **more)
 
@@ -558,7 +561,16 @@ class TestWholePrompts:
             step.prompts, step.asked().positions.tolist(), step.asked().received, step.asked().queries
         )  # fmt: skip
         (trace,) = requests.active()
-        assert ([0, 1, 2, 3, 4], ()) == (trace.record().positions.tolist(), trace.record().notes)
+        record = trace.record()
+        assert ([0, 1, 2, 3, 4], (NOT_MEASURED,)) == (record.positions.tolist(), record.notes), "no layer has answered"
+
+    def test_in_a_step_without_listed_rows(self) -> None:
+        """A chunk may have none of the sampled rows of its prompt."""
+        requests = self.ask(self.WHOLE)
+        step = self.step(requests, 0, 2, num_rows=0)
+        assert ([2], None) == ([prompt.num_rows for prompt in step.prompts], step.asked())
+        step.commit()
+        assert [0, 1] == requests.active()[0].record().positions.tolist()
 
     def test_from_the_prefix_cache(self) -> None:
         """The trace says that rows are missing; their keys are read."""
@@ -590,7 +602,7 @@ class TestWholePrompts:
             ("max_prompt_rows", WHOLE, {"max_prompt_rows": 4}, {},
              "it has 5 tokens, and requests.max_prompt_rows is 4"),
             ("prompt_memory", {**WHOLE, "glassbox_signals": ["spectral"]}, {"max_trace_mb": 1}, {"head_size": 256},
-             r"all 5 need 4\.2 MB, and requests.max_trace_mb is 1, with .* MB left of max_active_mb; raise them"),
+             r"all 5 need 4\.5 MB, and requests.max_trace_mb is 1, with .* MB left of max_active_mb; raise them"),
             ("signals", {**WHOLE, "glassbox_signals": ["spectral"]}, {}, {"head_size": 576},
              "singular values are for heads of at most 256 numbers, got 576"),
             ("signals", {**WHOLE, "glassbox_signals": ["cyclic"]}, {}, {"num_heads_total": 40},
@@ -624,7 +636,7 @@ class TestWholePrompts:
             self.step(requests, position, 1).commit()
         record = trace.record()
         assert (0, 0) == (record.queries.size, record.keys.size)
-        assert (TOO_LONG_FOR_KEYS,) == record.notes
+        assert (NOT_MEASURED, TOO_LONG_FOR_KEYS) == record.notes
 
     def test_sampled_requests(self) -> None:
         """They have the signals of the YAML, and leave the prefix cache alone."""

@@ -122,7 +122,7 @@ class ActiveTrace:
         truncated: nothing more is kept.
         thinned: rows of some steps were left out.
         prompt: which of the prompt's rows are measured; `sampled` once all are refused.
-        prompt_to: position behind the last row of the prompt that was measured as one of all.
+        prompt_to: position behind the last row of the prompt that was asked for as one of all.
         sums: of all rows, if it has any.
         status: see RequestTrace.
         num_generated: tokens so far, as far as the computed positions tell.
@@ -356,6 +356,13 @@ class ActiveTrace:
         if without_key:
             notes.append(f"the keys of {without_key} positions are missing: their steps were not measured")
         kept = "keys" in found
+        without = np.flatnonzero(np.isnan(found["score_params"][..., 0]).all(1)) if kept and self.head_columns else ()
+        if len(without):
+            layers = ", ".join(str(self._host.layers[self.local_layers[i]]) for i in without)
+            notes.append(
+                f"queries and keys of layers {layers} don't make their attention (ALiBi, chunked attention, or no row "
+                f"was measured), so signals on demand have no value there"
+            )
         sizes = {
             **self.sizes,
             "position": found["received"].shape[-1],
