@@ -3,9 +3,11 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -153,6 +155,8 @@ def _offline(
     require("cpu` or `cuda", "extracting without --url", "vllm")
     from glassbox import Extractor
 
+    # As Ctrl-C does: what was done is told, and nothing stays behind.
+    signal.signal(signal.SIGTERM, _interrupt)
     # Removed at the very end: the engine follows the file as long as it lives.
     folder = Path(tempfile.mkdtemp(prefix="glassbox-extract-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -184,6 +188,10 @@ def _online(url: str, model: str, access: "Access", asked: dict[str, Any]) -> Ro
     if not url.startswith(("http://", "https://")):
         raise fail(f"--url must be an address of http or https, got {url[:80]!r}; write such as http://localhost:8000")
     return RemoteModel(url, model, access, **asked).rows
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _engine_error(model: str, error: Exception) -> Exception:
