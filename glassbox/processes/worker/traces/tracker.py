@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Final, Literal
 
@@ -22,7 +23,14 @@ from glassbox.adapter.scheduler import Arrival, ScheduledStep
 from glassbox.config.load import GlassboxConfig, PerClientConfig
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.rows import ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_SLOT
-from glassbox.core.trace_options import BEAM_PROMPT_KEY, CHOICE_KEY, ClientChoice, OptionError, parse_options
+from glassbox.core.trace_options import (
+    BEAM_PROMPT_KEY,
+    CHOICE_KEY,
+    ClientChoice,
+    OptionError,
+    TraceOptions,
+    parse_options,
+)
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import is_sampled_request
 from glassbox.processes.worker.traces.active import ActiveTrace, TraceHost
@@ -77,9 +85,17 @@ class RequestTracker:
         host: the worker.
         deferred: where what was measured waits for the device, and so the end of a trace, too.
         clock: seconds, monotonic.
+        sampled: returns what is kept of a request that the trace rate chooses.
     """
 
-    def __init__(self, host: TraceHost, deferred: DeferredActions, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        host: TraceHost,
+        deferred: DeferredActions,
+        clock: Callable[[], float] = time.monotonic,
+        sampled: Callable[[], TraceOptions] = TraceOptions,
+    ) -> None:
+        self._sampled = sampled
         self._host, self._deferred = host, deferred
         self._active: dict[str, ActiveTrace] = {}
         self._ended: list[ActiveTrace] = []
@@ -244,7 +260,7 @@ class RequestTracker:
         elif choice.choice == "trace":
             self._refuse(req_id, "opt_in_off")
         elif config.enabled and self._is_sampled(req_id, choice, config.requests.trace_rate):
-            self._start(new, "sampled", choice, config, local_layers)
+            self._start(new, "sampled", replace(choice, options=self._sampled()), config, local_layers)
 
     def _is_sampled(self, req_id: str, choice: ClientChoice, rate: float) -> bool:
         if choice.sampled is None or rate <= 0:  # no API server has chosen; by the id, so that all ranks agree
@@ -260,6 +276,8 @@ class RequestTracker:
             self._refuse(new.req_id, "disabled")
         elif host.unobserved:
             self._refuse(new.req_id, "not_observed", host.unobserved)
+        elif not kept and why == "sampled" and options.layers is not None:
+            return  # probes read other layers, those of other pipeline stages
         elif not kept:
             self._refuse(new.req_id, "bad_options", f"glassbox_layers must name a measured layer of {host.layers}")
         elif options.heads is not None and min(options.heads) >= host.num_heads_total:
