@@ -350,6 +350,15 @@ class RequestsConfig(_Section):
         ge=1,
         le=65_536,
     )
+    max_prompt_rows: int = _field(
+        8192,
+        "Tokens, 1 to 1000000: the longest prompt of which all rows are measured where a request asks for them; of a "
+        "longer one those that the sampler takes are.",
+        "must be between 1 and 1000000",
+        "use `8192`",
+        ge=1,
+        le=1_000_000,
+    )
     include_text: bool = _switch(
         False, "Whether traces hold the tokens of the prompt and the answer; prompts are private."
     )

@@ -12,6 +12,7 @@ from typing import Any, Final
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.signal_table import signal_row
 from glassbox.export.trace_document import plain
+from glassbox.signals.chosen_heads import ChosenHeads
 from glassbox.signals.probe_files import ProbeFiles
 from glassbox.signals.registry import signal_values
 from glassbox.signals.scores import scores_of
@@ -29,17 +30,10 @@ class TraceScores:
     Args:
         run_dir: of the server.
         config: returns the configuration of the moment.
-        focus_heads: returns the heads of the signal `focus`, None for all.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: Callable[[], GlassboxConfig],
-        focus_heads: Callable[[], Collection[tuple[int, int]] | None] = lambda: None,
-    ) -> None:
-        self._files, self._probes = ScoreFiles(run_dir), ProbeFiles(config)
-        self._focus_heads = focus_heads
+    def __init__(self, run_dir: Path, config: Callable[[], GlassboxConfig]) -> None:
+        self._files, self._probes, self._heads = ScoreFiles(run_dir), ProbeFiles(config), ChosenHeads(config)
         self._lock = threading.Lock()
 
     def stored(self, keys: Collection[TraceKey]) -> dict[TraceKey, StoredScores]:
@@ -66,14 +60,13 @@ class TraceScores:
         stored = self.stored([key]).get(key)
         asked = trace.options.signals
         now = [name for name in asked if signal_row(name).cost == "streaming"]
-        heads = self._focus_heads()
+        with self._lock:
+            probes, heads = self._probes.current(), self._heads.current()
         values: Mapping[str, SignalValues]
         if stored is not None:
             values = signal_values(trace, now, heads)
             summary, places, final = stored.summary, dict(stored.places), True
         else:
-            with self._lock:
-                probes = self._probes.current()
             scores = scores_of(trace, probes, now, focus_heads=heads)
             values, summary, places = scores.signals, scores.summary(), {}
             summary["signals"] |= {name: {"values": {}, "refused": _LATER} for name in asked if name not in now}

@@ -106,7 +106,7 @@ def _note_api_server() -> None:
 
 
 def _require_probes(path: Path, config: "GlassboxConfig", before: "GlassboxConfig | None") -> None:
-    if config.probes:
+    if config.probes or config.requests.focus_heads:
         # Only then: most servers have none, and need not import what reads them.
         from glassbox.signals.probe_files import require_probes
 

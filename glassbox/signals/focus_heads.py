@@ -21,7 +21,7 @@ DEVIATIONS: Final = 4.0
 MAX_HEADS: Final = 65_536
 _MAX_BYTES: Final = 16 << 20
 _MAX_PROMPTS: Final = 10**9
-_KIND: Final = {"format": "glassbox focus heads", "format_version": 1}
+_KIND: Final[dict[str, str | int]] = {"format": "glassbox focus heads", "format_version": 1}
 _REMEDY: Final = "make it with glassbox heads"
 
 

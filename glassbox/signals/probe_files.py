@@ -13,6 +13,7 @@ from glassbox.config.model import ProbeConfig
 from glassbox.config.wording import setting_error
 from glassbox.core.files import FileVersion, file_version
 from glassbox.core.printable import printable
+from glassbox.signals.chosen_heads import require_heads
 from glassbox.signals.probe import Probe, ProbeError, read_probe
 
 
@@ -27,11 +28,12 @@ def load_probe(named: ProbeConfig) -> Probe:
 
 
 def require_probes(path: Path, config: GlassboxConfig, before: GlassboxConfig | None) -> None:
-    """Read the probes that a configuration names; a `config.usable.Trial`.
+    """Read the probes that a configuration names, and the heads of `focus`; a `config.usable.Trial`.
 
     Raises:
-        ConfigError: one can't be read or is none, or two have the same name.
+        ConfigError: a file can't be read or is none, or two probes have the same name.
     """
+    require_heads(path, config, before)
     if before is not None and before.probes == config.probes:
         return
     names: dict[str, str] = {}

@@ -21,6 +21,7 @@ from glassbox.export.trace_scores import TraceScores
 from glassbox.processes.exporter.launch import may_trace, wants_records, wants_scores, wants_spans
 from glassbox.processes.exporter.scorer import OnScored, Scorer
 from glassbox.processes.exporter.sink import Sink
+from glassbox.signals.chosen_heads import ChosenHeads
 from glassbox.signals.probe_files import ProbeFiles
 from glassbox.store.delivered import Delivered
 from glassbox.store.llm_spans import LlmSpan, LlmSpanReader
@@ -172,11 +173,15 @@ class TraceSinks:
         return wants_scores(config) or any(summary.signals for summary in self._directory.summaries()) or None
 
     def _open_scores(self, _config: GlassboxConfig) -> Scorer:
-        probes = ProbeFiles(self._config, lambda error: self._errors.count("scores", error))
+
+        def tell(error: str) -> None:
+            self._errors.count("scores", error)
+
         return Scorer(
             self._run_dir,
-            probes,
+            ProbeFiles(self._config, tell),
             self._errors,
+            focus_heads=ChosenHeads(self._config, tell).current,
             skip_present=self._skip_present,
             on_scored=self._on_scored,
             clock=self._clock,

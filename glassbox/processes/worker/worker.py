@@ -106,6 +106,7 @@ class Worker:
             num_heads=layers.num_heads,
             num_heads_total=heads.total,
             max_model_len=facts.max_model_len,
+            head_size=layers.head_size,
             knows_positions=not (facts.drafts and facts.schedules_ahead),
             tokenizer=facts.tokenizer,
             tokenizer_revision=facts.tokenizer_revision,
