@@ -136,7 +136,7 @@ class TestScores:
         exporter.trace(2)
         exporter.round(skip_present=True)
         signals = exporter.summary(trace)["signals"]
-        assert {"system", "user"} == signals["focus"]["values"].keys()
+        assert {"mass", "mass_system", "mass_user"} == signals["focus"]["values"].keys()
         assert "refused" not in signals["focus"]
         assert "rows of 4 of 9 tokens are missing" in signals["spectral"]["refused"]
         totals = read_totals(exporter.run_dir)
