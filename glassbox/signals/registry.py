@@ -6,7 +6,20 @@ Owns asking for signals by name. Computing never raises: what has no value is sa
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
-from glassbox.signals import asymmetry, focus, heavy_hitters, laplacian, lookback, rauq, selfattn, spectral
+from glassbox.signals import (
+    asymmetry,
+    cyclic,
+    focus,
+    heavy_hitters,
+    laplacian,
+    lookback,
+    magnetic,
+    rauq,
+    routing,
+    selfattn,
+    spectral,
+    tracker,
+)
 from glassbox.signals.values import SignalValues
 from glassbox.store.trace_record import RequestTrace
 
@@ -15,6 +28,10 @@ COMPUTE: Final[Mapping[str, Callable[[RequestTrace], SignalValues]]] = {
     "asymmetry": asymmetry.compute,
     "selfattn": selfattn.compute,
     "laplacian": laplacian.compute,
+    "routing": routing.compute,
+    "tracker": tracker.compute,
+    "cyclic": cyclic.compute,
+    "magnetic": magnetic.compute,
     "rauq": rauq.compute,
     "lookback": lookback.compute,
     "focus": focus.compute,
