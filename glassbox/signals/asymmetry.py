@@ -11,10 +11,16 @@ Under a causal mask G is largely that of a triangle: compare requests of about e
 Source: dmaniloff/glassbox, diagnostics/asymmetry.py. Cost: streaming. Needs the rows of all tokens.
 """
 
+from typing import Final
+
 import numpy as np
 
+from glassbox.signals.kept_head import KeptHead
+from glassbox.signals.on_demand import LIMITS, Deadline, Limits, over_heads
 from glassbox.signals.values import Doubles, Floats, SignalValues, not_kept, row_sums, rows_missing, statistic
 from glassbox.store.trace_record import RequestTrace
+
+_TILE: Final = 256
 
 
 def below_diagonal(effective_keys: Doubles, log_diagonal: Doubles, sums: Doubles) -> Doubles:
@@ -45,13 +51,32 @@ def asymmetry_values(
     off_diagonal = below_diagonal(effective_keys, log_diagonal, sums).sum(axis=0)
     whole = off_diagonal + np.exp(2 * log_diagonal).sum(axis=0)
     asymmetric = off_diagonal / 2
-    gradient = 2 * (((sums - received) / 2) ** 2).sum(axis=0) / len(sums)
+    # Two tokens make no circle: all of it is gradient, and the difference would be the root of a rounding error.
+    gradient = 2 * (((sums - received) / 2) ** 2).sum(axis=0) / len(sums) if len(sums) > 2 else asymmetric
     with np.errstate(divide="ignore", invalid="ignore"):
         squares = {"G": asymmetric / whole, "Gamma": gradient / whole, "C": (asymmetric - gradient) / whole}
     return {name: np.sqrt(np.maximum(square, 0)).astype(np.float32) for name, square in squares.items()}
 
 
-def compute(trace: RequestTrace) -> SignalValues:
+def row_norms(head: KeptHead, deadline: Deadline, _: Limits) -> dict[str, Doubles]:
+    """`row_norm` of one head, [L].
+
+    Raises:
+        OutOfTimeError: the deadline has passed.
+    """
+    squares, whole = np.zeros(head.tokens), 0.0
+    for start in range(0, head.tokens, _TILE):
+        deadline.check()
+        stop = min(start + _TILE, head.tokens)
+        rows = head.attention(start, stop) ** 2
+        whole += float(rows.sum())
+        rows[np.arange(stop - start), np.arange(start, stop)] = 0
+        squares[start:stop] += rows.sum(axis=1)
+        squares[:stop] += rows.sum(axis=0)
+    return {"row_norm": np.sqrt(squares / (4 * whole))}
+
+
+def compute(trace: RequestTrace, limits: Limits = LIMITS) -> SignalValues:
     """See the module."""
     if missing := rows_missing(trace):
         return SignalValues(refused=missing)
@@ -61,11 +86,15 @@ def compute(trace: RequestTrace) -> SignalValues:
     sums = row_sums(trace)
     received = np.moveaxis(trace.received[..., :tokens].astype(np.float64), -1, 0)
     values = asymmetry_values(statistic(trace, "effective_keys"), statistic(trace, "self_logprob"), received, sums)
-    unknown = int(np.isnan(sums).any(axis=0).sum())
-    refused = (
-        f"{unknown} heads have a learned sink of unknown strength; name an on-demand signal (routing), too, "
-        "so that it is kept"
-        if unknown
-        else ""
-    )
-    return SignalValues(by_place=values, refused=refused)
+    refused = []
+    if unknown := int(np.isnan(sums).any(axis=0).sum()):
+        refused.append(
+            f"{unknown} heads have a learned sink of unknown strength: name routing in glassbox_signals, too, "
+            "so that it is kept"
+        )
+    by_token = {}
+    if trace.queries.shape[-1]:
+        of_rows = over_heads(trace, "asymmetry", row_norms, limits, attention=True, row_names=("row_norm",))
+        by_token = of_rows.by_token
+        refused += [of_rows.refused] if of_rows.refused else []
+    return SignalValues(by_place=values, by_token=by_token, refused=". ".join(refused))

@@ -57,4 +57,4 @@ def cyclic_values(head: KeptHead, deadline: Deadline, _: Limits) -> dict[str, fl
 
 def compute(trace: RequestTrace, limits: Limits = LIMITS) -> SignalValues:
     """See the module."""
-    return over_heads(trace, "cyclic", ("T_cyc",), cyclic_values, limits, attention=False)
+    return over_heads(trace, "cyclic", cyclic_values, limits, attention=False, names=("T_cyc",))

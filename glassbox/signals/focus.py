@@ -3,8 +3,9 @@
 It is the attention of the last prompt token to the positions of a span, mean over "important heads", which
 `glassbox heads` finds (`focus_heads.py`); it falls where an injected instruction draws attention away.
 
-Values, of each span NAME of the request: `NAME` by place, and `NAME` of the request, the mean over the chosen heads
-(all of the trace unless a file of heads is named). Cost: streaming, from span_mass.
+Values, by place and of the request as the mean over the chosen heads (all of the trace unless a file of heads is
+named): `mass` of the request's first span, which should be the instruction, and `mass_NAME` of each span NAME.
+Cost: streaming, from span_mass.
 """
 
 from collections.abc import Collection
@@ -32,7 +33,7 @@ def compute(trace: RequestTrace, heads: Collection[tuple[int, int]] | None = Non
     mass = trace.span_mass[last[0]]  # [L, H, S]
     chosen = np.array([[heads is None or (layer, head) in heads for head in trace.heads] for layer in trace.layers])
     chosen = chosen.astype(bool).reshape(mass.shape[:2])
-    values = {name: mass[..., s] for s, name in enumerate(trace.span_names)}
+    values = {"mass": mass[..., 0], **{f"mass_{name}": mass[..., s] for s, name in enumerate(trace.span_names)}}
     means = {name: finite_mean(value[chosen]) for name, value in values.items()}
     refused = "" if chosen.any() else "none of the chosen heads was traced; trace them, or run glassbox heads again"
     return SignalValues(by_place=values, of_request=means, refused=refused)

@@ -24,6 +24,7 @@ NAMES: Final = ("frustration", "phase_curl", "phase_curl_w")
 _TILE: Final = 256
 _EPSILON: Final = 1e-10
 _MOST_RESTARTS: Final = 300
+_TOLERANCE: Final = 1e-8
 _SEED: Final = 0
 
 Complexes = npt.NDArray[np.complex128]
@@ -108,8 +109,9 @@ def _smallest_eigenvalue(
     tokens = head.tokens
     operator = LinearOperator((tokens, tokens), matvec=apply, dtype=np.complex128)
     start = np.random.default_rng(_SEED).standard_normal(tokens).astype(np.complex128)
+    options = {"v0": start, "tol": _TOLERANCE, "maxiter": _MOST_RESTARTS, "return_eigenvectors": False}
     try:
-        found = eigsh(operator, k=1, which="SA", v0=start, maxiter=_MOST_RESTARTS, return_eigenvectors=False)
+        found = eigsh(operator, k=1, which="SA", **options)
     except ArpackNoConvergence:
         raise NotSolvedError("frustration") from None
     return float(found[0])
@@ -117,4 +119,4 @@ def _smallest_eigenvalue(
 
 def compute(trace: RequestTrace, limits: Limits = LIMITS) -> SignalValues:
     """See the module."""
-    return over_heads(trace, "magnetic", NAMES, magnetic_values, limits, attention=False)
+    return over_heads(trace, "magnetic", magnetic_values, limits, attention=False, names=NAMES)

@@ -11,8 +11,9 @@ from typing import Final
 
 import numpy as np
 
+from glassbox.core.signal_table import ON_DEMAND_SECONDS
 from glassbox.signals.kept_head import KeptHead, kept_head
-from glassbox.signals.values import Doubles, Floats, SignalValues, rows_missing, statistic
+from glassbox.signals.values import Doubles, Floats, SignalValues, not_kept, rows_missing, statistic
 from glassbox.store.trace_record import RequestTrace
 
 # Of ln p on the diagonal, between the worker's kernel and what queries and keys give again; above the rounding of
@@ -36,9 +37,9 @@ class Limits:
 
     tokens: int = 16_384
     places: int = 256
-    seconds: float = 60.0
+    seconds: float = ON_DEMAND_SECONDS
     stored_bytes: int = 1 << 27
-    dense_tokens: int = 512
+    dense_tokens: int = 256
 
 
 LIMITS: Final = Limits()
@@ -64,35 +65,37 @@ class Deadline:
             raise OutOfTimeError
 
 
-OfHead = Callable[[KeptHead, Deadline, Limits], Mapping[str, float]]
+# Numbers of one head by name, or float64 [L tokens] of its rows; names that it leaves out are NaN.
+OfHead = Callable[[KeptHead, Deadline, Limits], Mapping[str, float | Doubles]]
 
 
 def over_heads(
-    trace: RequestTrace, signal: str, names: tuple[str, ...], of_head: OfHead, limits: Limits, attention: bool
+    trace: RequestTrace,
+    signal: str,
+    of_head: OfHead,
+    limits: Limits,
+    *,
+    attention: bool,
+    names: tuple[str, ...] = (),
+    row_names: tuple[str, ...] = (),
 ) -> SignalValues:
     """Values of each head that the bounds allow.
 
     Args:
         trace: of the request.
         signal: its name, for what a refusal says.
-        names: of the values.
-        of_head: computes them; names that it leaves out are NaN.
+        of_head: computes them.
         limits: the bounds.
         attention: True if it makes attention of queries and keys: heads for which that isn't what was measured (a bias,
             an unknown mask) have no value.
+        names: of the numbers.
+        row_names: of the numbers of each row.
     """
-    if missing := rows_missing(trace):
-        return SignalValues(refused=missing)
-    tokens = len(trace.positions)
-    if not trace.queries.shape[-1]:
-        reason = f" ({'; '.join(trace.notes)})" if trace.notes else ""
-        return SignalValues(
-            refused=f"queries and keys were not kept of this request{reason}; name {signal} in its glassbox_signals"
-        )
-    if tokens > limits.tokens:
-        return SignalValues(refused=f"{signal} is for at most {limits.tokens} tokens, got {tokens}; send a shorter one")
-    shape = trace.stats.shape[1:3]
-    values: dict[str, Floats] = {name: np.full(shape, np.nan, dtype=np.float32) for name in names}
+    if refused := _refused(trace, signal, limits):
+        return SignalValues(refused=refused)
+    tokens, shape = len(trace.positions), trace.stats.shape[1:3]
+    by_place: dict[str, Floats] = {name: np.full(shape, np.nan, dtype=np.float32) for name in names}
+    by_token: dict[str, Floats] = {name: np.full((tokens, *shape), np.nan, dtype=np.float32) for name in row_names}
     deadline, skipped = Deadline(limits.seconds), _Skipped(limits)
     for place in np.ndindex(shape):
         if np.ravel_multi_index(place, shape) >= limits.places:
@@ -107,12 +110,28 @@ def over_heads(
             try:
                 deadline.check()
                 for name, value in of_head(head, deadline, limits).items():
-                    values[name][place] = value
+                    if name in by_place:
+                        by_place[name][place] = value
+                    else:
+                        by_token[name][(slice(None), *place)] = value
             except OutOfTimeError:
                 skipped.out_of_time += 1
             except NotSolvedError as error:
                 skipped.not_solved.append(str(error))
-    return SignalValues(by_place=values, refused=skipped.in_words(int(np.prod(shape))))
+    return SignalValues(by_place=by_place, by_token=by_token, refused=skipped.in_words(int(np.prod(shape))))
+
+
+def _refused(trace: RequestTrace, signal: str, limits: Limits) -> str:
+    """Why nothing is computed; empty if something is."""
+    if missing := rows_missing(trace):
+        return missing
+    if not trace.queries.shape[-1]:
+        reason = f" ({'; '.join(trace.notes)})" if trace.notes else ""
+        return not_kept("queries and keys", signal) + reason
+    tokens = len(trace.positions)
+    if tokens > limits.tokens:
+        return f"{signal} is for at most {limits.tokens} tokens, got {tokens}; send a shorter prompt"
+    return ""
 
 
 @dataclass

@@ -33,6 +33,8 @@ SPECTRAL_NAMES: Final = (
 )
 _SEED: Final = 0
 _MOST_RESTARTS: Final = 300
+# Of the eigenvalues of M^T M, relative; those of M are as exact.
+_TOLERANCE: Final = 1e-8
 
 
 class AttentionOperator:
@@ -176,7 +178,8 @@ def hodge_split(operator: AttentionOperator) -> dict[str, float]:
     """G, Gamma, C and curl_ratio = C / G of M; see asymmetry.py."""
     asymmetric = max(operator.square_sum - float((operator.diagonal**2).sum()), 0) / 2
     imbalance = (operator.row_sums - operator.column_sums) / 2
-    gradient = 2 * float((imbalance**2).sum()) / operator.tokens
+    # Two tokens make no circle: all of it is gradient, and the difference would be the root of a rounding error.
+    gradient = 2 * float((imbalance**2).sum()) / operator.tokens if operator.tokens > 2 else asymmetric
     whole = operator.square_sum
     split = {"G": asymmetric, "Gamma": gradient, "C": max(asymmetric - gradient, 0)}
     values = {name: float(np.sqrt(square / whole)) for name, square in split.items()}
@@ -191,6 +194,6 @@ def _lanczos(
     operator = LinearOperator((tokens, tokens), matvec=apply, rmatvec=transposed, dtype=np.float64)
     start = np.random.default_rng(_SEED).standard_normal(tokens)
     try:
-        return svds(operator, k=count, v0=start, maxiter=_MOST_RESTARTS, solver="arpack")
+        return svds(operator, k=count, v0=start, tol=_TOLERANCE, maxiter=_MOST_RESTARTS, solver="arpack")
     except ArpackNoConvergence:
         raise NotSolvedError("singular values") from None

@@ -92,4 +92,5 @@ def _trend(positions: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) ->
 
 def _focus(trace: RequestTrace, heads: Collection[tuple[int, int]] | None) -> dict[str, float]:
     means = focus.compute(trace, heads).of_request
-    return {name: mean for name, mean in means.items() if not np.isnan(mean)}
+    found = {name: means.get(f"mass_{name}", np.nan) for name in trace.span_names}
+    return {name: mean for name, mean in found.items() if not np.isnan(mean)}

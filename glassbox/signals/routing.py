@@ -49,4 +49,4 @@ def routing_values(head: KeptHead, deadline: Deadline, limits: Limits) -> dict[s
 
 def compute(trace: RequestTrace, limits: Limits = LIMITS) -> SignalValues:
     """See the module."""
-    return over_heads(trace, "routing", NAMES, routing_values, limits, attention=True)
+    return over_heads(trace, "routing", routing_values, limits, attention=True, names=NAMES)

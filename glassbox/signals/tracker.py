@@ -25,4 +25,4 @@ def tracker_values(head: KeptHead, deadline: Deadline, limits: Limits) -> dict[s
 
 def compute(trace: RequestTrace, limits: Limits = LIMITS) -> SignalValues:
     """See the module."""
-    return over_heads(trace, "tracker", SPECTRAL_NAMES, tracker_values, limits, attention=True)
+    return over_heads(trace, "tracker", tracker_values, limits, attention=True, names=SPECTRAL_NAMES)

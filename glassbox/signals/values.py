@@ -56,7 +56,7 @@ def rows_missing(trace: RequestTrace) -> str:
 
 def not_kept(array: str, signal: str) -> str:
     """The refusal where a trace lacks an array that is kept for those that ask."""
-    return f"{array} was not kept of this request; name {signal} in its glassbox_signals"
+    return f"this request was traced without {array}; name {signal} in its glassbox_signals"
 
 
 def statistic(trace: RequestTrace, name: str) -> Doubles:
@@ -67,17 +67,18 @@ def statistic(trace: RequestTrace, name: str) -> Doubles:
 def row_sums(trace: RequestTrace) -> Doubles:
     """Attention of each row to all keys, [T, L, H]: 1, less what a learned sink takes.
 
-    With the sink's logit it is computed. Without, it is 1 where what the positions received adds up to the rows, and
-    NaN elsewhere, for then there is a sink of unknown strength.
+    With the parameters of the scores it is computed. Without, it is 1 where what the positions received adds up to the
+    rows, and NaN elsewhere, for then there is a sink of unknown strength.
     """
-    if trace.score_params.size:
-        sink = trace.score_params[..., SINK].astype(np.float64)
-        taken = statistic(trace, "top1_ratio") * np.exp(sink - statistic(trace, "max_logit"))
-        return 1 - np.where(np.isnan(sink), 0, taken)
     sums = np.ones(trace.stats.shape[:-1])
     received = trace.received.sum(axis=-1, dtype=np.float64)
     sums[:, np.abs(received - len(sums)) > _LOST_MASS * len(sums)] = np.nan
-    return sums
+    if not trace.score_params.size:
+        return sums
+    sink = trace.score_params[..., SINK].astype(np.float64)
+    taken = statistic(trace, "top1_ratio") * np.exp(sink - statistic(trace, "max_logit"))
+    known = ~np.isnan(trace.score_params[..., SCALE])
+    return np.where(known, 1 - np.where(np.isnan(sink), 0, taken), sums)
 
 
 def finite_mean(values: Floats) -> float:
