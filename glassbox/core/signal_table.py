@@ -28,7 +28,7 @@ class Signal:
     """One signal.
 
     Attributes:
-        name: as a client gives it, and the module in `signals/`.
+        name: as a client gives it; `signals/registry.py` has the module of each.
         prompt: it is right only with every row of the prompt.
         arrays: of the trace that it is made of.
         cost: see `Cost`.
@@ -156,7 +156,7 @@ SIGNALS: Final[tuple[Signal, ...]] = (
     Signal(
         name="cyclic",
         prompt=True,
-        arrays=_KEPT,
+        arrays=("queries", "keys"),
         cost="on demand",
         values=("T_cyc",),
         meaning="Cyclic triples of the tournament in which token i beats j if q_i . k_j > q_j . k_i.",

@@ -39,7 +39,7 @@ class Registration:
 
     def attach(self, path: Path, config: "GlassboxConfig") -> None:
         """Change this process as the configuration at `path` says."""
-        from glassbox.adapter import metrics_route, overrides, publish, ray_environment, registry, worker_start
+        from glassbox.adapter import backend_registry, metrics_route, overrides, publish, ray_environment, worker_start
         from glassbox.config.follow import ConfigFile
         from glassbox.config.load import CONFIG_ENV, packaged_config, restart_needed
         from glassbox.config.settings import Settings
@@ -48,7 +48,7 @@ class Registration:
         from glassbox.store import multiprocess_files, ownership, rundir
 
         undo = self._undo
-        undo.callback(registry.install().remove)
+        undo.callback(backend_registry.install().remove)
         if CONFIG_ENV not in os.environ and path != packaged_config():
             # Found in the working directory, which is another one in Ray's workers.
             os.environ[CONFIG_ENV] = str(path)
@@ -129,7 +129,7 @@ def register() -> None:
 
 
 def _register() -> None:
-    from glassbox.adapter import internals, registry, release
+    from glassbox.adapter import backend_registry, internals, release
     from glassbox.adapter.internals import Feature
     from glassbox.config.load import ConfigError, find_config
     from glassbox.config.usable import load_usable
@@ -149,7 +149,7 @@ def _register() -> None:
     if (reason := found.unobserved_reason(config.compat)) is not None:
         logger.error("%s", reason)
         return
-    registry.load()
+    backend_registry.load()
     if internals.lacks(Feature.ATTACHING):
         logger.error("%s", internals.line(Feature.ATTACHING, found.version))
         return

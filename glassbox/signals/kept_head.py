@@ -66,7 +66,7 @@ def kept_head(trace: RequestTrace, layer: int, head: int) -> KeptHead | None:
     keys = trace.keys[: len(queries), layer, head].astype(np.float64)
     if not (np.isfinite(queries).all() and np.isfinite(keys).all()):
         return None
-    params = trace.score_params[layer, head].astype(np.float64)
+    params = trace.score_params[layer, head].astype(np.float64) if trace.score_params.size else np.full(4, np.nan)
     return KeptHead(
         queries=queries,
         keys=keys,

@@ -8,6 +8,7 @@ from typing import Final
 
 from glassbox.signals import (
     asymmetry,
+    attention_tracker,
     cyclic,
     focus,
     heavy_hitters,
@@ -18,7 +19,6 @@ from glassbox.signals import (
     routing,
     selfattn,
     spectral,
-    tracker,
 )
 from glassbox.signals.values import SignalValues
 from glassbox.store.trace_record import RequestTrace
@@ -29,7 +29,7 @@ COMPUTE: Final[Mapping[str, Callable[[RequestTrace], SignalValues]]] = {
     "selfattn": selfattn.compute,
     "laplacian": laplacian.compute,
     "routing": routing.compute,
-    "tracker": tracker.compute,
+    "tracker": attention_tracker.compute,
     "cyclic": cyclic.compute,
     "magnetic": magnetic.compute,
     "rauq": rauq.compute,

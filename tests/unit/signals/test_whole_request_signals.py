@@ -3,6 +3,8 @@
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from glassbox.core.signal_table import SIGNAL_NAMES, SIGNALS
 from glassbox.core.statistics import INDEX
-from glassbox.signals import cyclic, magnetic, routing, tracker
+from glassbox.signals import attention_tracker, cyclic, magnetic, routing
 from glassbox.signals.kept_head import KeptHead
 from glassbox.signals.on_demand import Deadline, Limits, OutOfTimeError
 from glassbox.signals.operators import AttentionOperator, commutator_norm, hodge_split, leading_triples
@@ -256,12 +258,20 @@ class TestMissingRows:
         q, k = make_heads(2)
         assert "signals must be of spectral" in signal_values(measured_trace(q, k), ["x" * 500])["x" * 500].refused
 
-    def test_arrays_of_other_sizes(self) -> None:
-        """Whatever a trace holds, computing says what failed and doesn't raise."""
+    def test_what_is_no_trace(self) -> None:
+        """Computing doesn't raise, whatever it is given: it says what failed."""
+        nothing = cast(RequestTrace, SimpleNamespace(positions=np.arange(3)))
+        for name, values in signal_values(nothing, SIGNAL_NAMES).items():
+            assert values.refused.startswith(f"{name} failed: AttributeError: ")
+
+    def test_unknown_way_of_attention(self) -> None:
+        """Without the parameters of the scores there is no attention to be made of queries and keys."""
         q, k = make_heads(6)
-        trace = measured_trace(q, k)
-        found = signal_values(with_arrays(trace, score_params=np.zeros((2, 4, 0), np.float32)), ["routing"])
-        assert "routing failed: IndexError" in found["routing"].refused
+        found = signal_values(
+            with_arrays(measured_trace(q, k), score_params=np.zeros((2, 4, 0), np.float32)), ON_DEMAND
+        )
+        assert found["tracker"].refused.startswith("8 of 8 heads have other attention than their queries and keys give")
+        assert np.isfinite(found["cyclic"].by_place["T_cyc"]).all()
 
 
 class TestOnDemand:
@@ -305,7 +315,7 @@ class TestOnDemand:
         trace = measured_trace(q, k, layer=LAYERS["all"])
         attention, scores = attention_of(q[0, 0], k[0, 0], LAYERS["all"]), q[0, 0].astype(np.float64) @ k[0, 0].T
         for module, expected in (
-            (tracker, truth.tracker(attention)),
+            (attention_tracker, truth.tracker(attention)),
             (routing, truth.tracker(attention / np.sqrt(attention.sum(axis=0)))),
             (magnetic, truth.magnetic(LAYERS["all"].scale * scores)),
         ):
@@ -329,7 +339,7 @@ class TestOnDemand:
         q = np.eye(40)[None, None].astype(np.float32) * 6
         trace = measured_trace(q, q, layer=Layer(scale=1.0))
         for limits in (Limits(), Limits(dense_tokens=0)):
-            found = tracker.compute(trace, limits)
+            found = attention_tracker.compute(trace, limits)
             assert found.refused == ""
             for i in range(4):
                 assert found.by_place[f"singular_value_{i}"][0, 0] == pytest.approx(1, abs=1e-6)
@@ -372,7 +382,7 @@ class TestBounds:
     def trace(self) -> RequestTrace:
         return measured_trace(*make_heads(30))
 
-    @pytest.mark.parametrize("module", [routing, tracker, cyclic, magnetic])
+    @pytest.mark.parametrize("module", [routing, attention_tracker, cyclic, magnetic])
     def test_each_says_which(self, module: object) -> None:
         """Tokens, places, seconds; heads that were done before keep their values."""
         compute = module.compute  # type: ignore[attr-defined]
@@ -419,7 +429,7 @@ class TestBounds:
         """Is said; the scores of the others are there."""
         monkeypatch.setattr("glassbox.signals.operators._MOST_RESTARTS", 1)
         q, k = make_heads(80, layers=1, heads=1, kv_heads=1, dim=64, size=3)
-        found = tracker.compute(measured_trace(q, k), Limits(dense_tokens=0))
+        found = attention_tracker.compute(measured_trace(q, k), Limits(dense_tokens=0))
         assert found.refused.startswith("1 of 1 heads did not converge (singular values)")
 
 
