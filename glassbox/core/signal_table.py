@@ -62,7 +62,7 @@ _UPSTREAM: Final = "dmaniloff/glassbox"
 _KEPT: Final = ("queries", "keys", "score_params")
 _SPECTRUM: Final = ("sv1", "sv_ratio", "sv_entropy", *(f"singular_value_{i}" for i in range(4)))
 _TEN: Final = range(10)
-_EVERY_ROW: Final = "a token's row is missing: sampled, from the prefix cache (glassbox_prompt: new), or over a limit"
+_EVERY_ROW: Final = "a token's row is missing"
 _ON_DEMAND: Final = f"{MAX_KEPT_TOKENS} tokens, {MAX_KEPT_PLACES} layers x heads, {ON_DEMAND_SECONDS} s to compute"
 
 SIGNALS: Final[tuple[Signal, ...]] = (
@@ -139,7 +139,7 @@ SIGNALS: Final[tuple[Signal, ...]] = (
         "vectors; curl_ratio = C / G",
         source=_UPSTREAM,
         bounds=_ON_DEMAND,
-        refuses=f"{_EVERY_ROW}; over a bound; a head's attention isn't what its queries and keys give (a bias)",
+        refuses=f"{_EVERY_ROW}; over a bound; a head's attention isn't that of its queries and keys",
     ),
     Signal(
         name="tracker",
@@ -151,7 +151,7 @@ SIGNALS: Final[tuple[Signal, ...]] = (
         formula="of A, as routing's",
         source=_UPSTREAM,
         bounds=_ON_DEMAND,
-        refuses=f"{_EVERY_ROW}; over a bound; a head's attention isn't what its queries and keys give (a bias)",
+        refuses=f"{_EVERY_ROW}; over a bound; a head's attention isn't that of its queries and keys",
     ),
     Signal(
         name="cyclic",
@@ -215,7 +215,7 @@ SIGNALS: Final[tuple[Signal, ...]] = (
         values=("mass",),
         by_span=("mass",),
         meaning="Attention of the last prompt token to the first span, the instruction, and to each.",
-        formula="mass of the span; of the request its mean over the heads that `glassbox heads` found",
+        formula="mass of the span; of the request its mean over the heads that glassbox heads found",
         source="Attention Tracker, arXiv 2411.00348",
         bounds="16 spans",
         refuses="no span is named, the last prompt token's row wasn't measured, or none of the heads was traced",
