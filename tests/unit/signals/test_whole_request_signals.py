@@ -193,6 +193,15 @@ class TestStreaming:
         assert 0 < expected["G"] < 1e-12
         assert found.by_place["G"][0, 0] == pytest.approx(expected["G"], rel=0.5)
 
+    def test_one_direction(self) -> None:
+        """Queries and keys that are all alike make one singular value; what the others' roots leave is no ratio."""
+        trace = measured_trace(*make_heads(12))
+        values = np.zeros_like(trace.singular_values)
+        values[..., 0], values[..., 1:] = 50, 4e-7
+        found = signal_values(with_arrays(trace, singular_values=values), ["spectral"])["spectral"].by_place
+        assert [50, 0, 0] == [found[name][1, 1] for name in ("sv1", "singular_value_1", "sv_entropy")]
+        assert np.isnan(found["sv_ratio"]).all()
+
     def test_learned_sink_of_unknown_strength(self) -> None:
         """Without its logit the rows' sums aren't known: no value, and it says so; the others don't need them."""
         q, k = make_heads(12)
