@@ -354,6 +354,16 @@ class TestOnDemand:
                 assert found.by_place[f"singular_value_{i}"][0, 0] == pytest.approx(1, abs=1e-6)
             assert found.by_place["commutator_norm"][0, 0] == pytest.approx(0, abs=1e-6)
 
+    @pytest.mark.parametrize("limits", [Limits(), Limits(dense_tokens=0), Limits(dense_tokens=0, stored_bytes=0)])
+    def test_nothing_to_find(self, limits: Limits) -> None:
+        """An operator that is 0 has no direction for Lanczos to begin with, and its value is 0."""
+        for q in (np.zeros((40, 8)), np.eye(40) * 60):
+            head = KeptHead(q, q, scale=1.0)
+            magnetic_values = magnetic.magnetic_values(head, Deadline(60), limits)
+            assert {"frustration": 0, "phase_curl": 0, "phase_curl_w": 0} == magnetic_values
+        assert 0 == attention_tracker.tracker_values(head, Deadline(60), limits)["sigma2_asym"]
+        assert 0 == routing.routing_values(head, Deadline(60), limits)["phi_hat"]
+
     def test_ties(self) -> None:
         """Tokens that are all alike: of each pair the earlier one wins, so there is no cycle and no frustration."""
         q = np.full((1, 1, 300, 5), 0.1, dtype=np.float32)
