@@ -241,6 +241,15 @@ class TestMissingRows:
             assert "glassbox_prompt: all" in values.refused
             assert (values.by_place, values.by_token) == ({}, {})
 
+    @pytest.mark.parametrize("name", [*STREAMING, *ON_DEMAND])
+    def test_over_a_limit(self, name: str) -> None:
+        """A trace that ends before its request does is not taken for the whole of it; one that lost nothing is."""
+        q, k = make_heads(12)
+        cut = measured_trace(q, k, prompt_len=10, num_generated=8, truncated=True)
+        assert "rows of 5 of 17 tokens are missing" in signal_values(cut, [name])[name].refused
+        whole = measured_trace(q, k, prompt_len=10, num_generated=3, truncated=True)
+        assert signal_values(whole, [name])[name].refused == ""
+
     @pytest.mark.parametrize("name", ["spectral", "asymmetry", "laplacian", "heavy_hitters", "rauq", *ON_DEMAND])
     def test_arrays_that_were_not_asked_for(self, name: str) -> None:
         """Say by which name they are."""
