@@ -271,6 +271,25 @@ class TestMissingRows:
         assert all("failed" not in one.refused for one in values.values())
         assert "no row of the request was measured" in values["spectral"].refused
 
+    @given(seed=st.integers(0, 10_000), share=st.sampled_from([0.002, 0.05, 1.0]), tokens=st.integers(1, 12))
+    @settings(max_examples=50, deadline=None)
+    def test_numbers_of_any_kind(self, seed: int, share: float, tokens: int) -> None:
+        """Whatever stands in a trace: nothing fails, nothing warns, and nothing is infinite."""
+        rng = np.random.default_rng(seed)
+        q, k = make_heads(tokens, layers=1, heads=2, seed=seed, kv_heads=1)
+        trace = measured_trace(q, k, logprobs=np.full(3, -1, dtype=np.float32), layer=Layer(sink=0.3))
+        names = ("stats", "previous_mass", "received", "singular_values", "queries", "keys", "score_params", "logprobs")
+        odd = {}
+        for name in names:
+            values = trace.arrays[name].copy()
+            at = rng.random(values.shape) < share
+            values[at] = rng.choice([np.nan, np.inf, -np.inf, 0, -1, 1e38, -1e38, 1e-38], size=at.sum())
+            odd[name] = values
+        for name, values in signal_values(with_arrays(trace, **odd), SIGNAL_NAMES).items():
+            assert "failed" not in values.refused, name
+            for array in (*values.by_place.values(), *values.by_token.values()):
+                assert not np.isinf(array).any()
+
     def test_unknown_name(self) -> None:
         """Is refused in words."""
         q, k = make_heads(2)
@@ -372,6 +391,9 @@ class TestOnDemand:
             assert {"frustration": 0, "phase_curl": 0, "phase_curl_w": 0} == magnetic_values
         assert 0 == attention_tracker.tracker_values(head, Deadline(60), limits)["sigma2_asym"]
         assert 0 == routing.routing_values(head, Deadline(60), limits)["phi_hat"]
+        drained = KeptHead(q, q, scale=1.0, sink=1e6)
+        assert {} == routing.routing_values(drained, Deadline(60), limits)
+        assert {} == attention_tracker.tracker_values(drained, Deadline(60), limits)
 
     def test_ties(self) -> None:
         """Tokens that are all alike: of each pair the earlier one wins, so there is no cycle and no frustration."""
