@@ -30,7 +30,7 @@ SUFFIXES: Final = (".png", ".svg")
 _DPI: Final = 150
 _PHASE_COLOURS: Final = {Phase.PREFILL: "#2c6fbb", Phase.DECODE: "#c8442e"}
 _NOT_MEASURED: Final = "#d9d9d9"
-_STYLE: Final[Any] = {
+STYLE: Final[Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -61,7 +61,7 @@ def heatmap(measured: Measured, statistic: Statistic, phase: Phase | None, value
     """
     matrix = _matrix(measured, statistic, phase, value)
     layers, heads = len(measured.layers), len(measured.heads)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_inches(layers, 7.5, 16.0), _inches(heads, 2.6, 11.0) + 1.3))
         axes = figure.add_subplot()
         _draw_matrix(figure, axes, measured, matrix)
@@ -88,7 +88,7 @@ def heatmaps(measured: Measured, phase: Phase | None, value: Value = "mean") -> 
     layers, heads = len(measured.layers), len(measured.heads)
     across = 2 if layers >= heads else 4
     down = -(-len(statistics) // across)
-    with matplotlib.rc_context(_STYLE | {"font.size": 8, "axes.titlesize": 9}):
+    with matplotlib.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 9}):
         size = across * _inches(layers, 4.2, 8.0, 0.16), down * (_inches(heads, 1.7, 6.5, 0.16) + 0.75) + 0.6
         figure = Figure(figsize=size)
         grid = figure.subplots(down, across, squeeze=False).ravel()
@@ -109,7 +109,7 @@ def profile(measured: Measured, statistic: Statistic) -> Figure:
     """
     layers = measured.coarser("layer")
     at = np.array([layer if layer is not None else 0 for layer in layers.layers])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.3))
         axes = figure.add_subplot()
         for phase in PHASES:
@@ -126,7 +126,7 @@ def development(windows: Sequence[Measured], statistic: Statistic) -> Figure:
     """Time from left to right, of all layers and heads together; otherwise as `profile`."""
     whole = [window.coarser("model") for window in windows]
     at = np.array([_middle(window) for window in whole], dtype="datetime64[ms]")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.3))
         axes = figure.add_subplot()
         for phase in PHASES:
@@ -152,7 +152,7 @@ def save(figure: Figure, path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ViewError(f"the picture's file must end with {' or '.join(SUFFIXES)}, got {path.name!r}")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=_DPI)
 
 
@@ -163,7 +163,7 @@ def inline_svg(figure: Figure, salt: str) -> str:
         salt: another for each figure of a page, so that no two have the same ids.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', text))
