@@ -16,7 +16,7 @@ from glassbox.core.files import FileVersion
 from glassbox.store.trace_directory import TraceKey
 from glassbox.store.trusted_file import list_files, make_folder, read_json, write_file
 
-_FOLDER: Final = "scores"
+FOLDER: Final = "scores"
 _PREFIX: Final = "score-"
 _SUFFIX: Final = ".json"
 # A summary has 16 probes and a few hundred numbers, and on demand there are 32 layers x heads.
@@ -43,7 +43,7 @@ class ScoreFiles:
     """The scores of a run directory; a file is read again only when it was replaced."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._folder = Path(run_dir) / _FOLDER
+        self._folder = Path(run_dir) / FOLDER
         self._cache: dict[str, tuple[FileVersion, StoredScores | None]] = {}
         self._versions: dict[str, FileVersion] = {}
 
