@@ -224,6 +224,8 @@ class TestQueries:
         }
         assert 30 < len(seen)
         assert {name: known[name] - {"job", "instance"} for name in seen} == seen
+        # Without what there is of adapters, of an exporter or of probes alone.
+        others = ("adapter_", "exporter_", "sink_", "probe_", "signal_", "scoring_")
         needs_an_event = {
             "glassbox_errors_total",
             "glassbox_dropped_rows_total",
@@ -231,7 +233,7 @@ class TestQueries:
             "glassbox_nonfinite_first_layer",
             "glassbox_kv_cache_quantization_error_ratio",
             "glassbox_kv_cache_saturated_ratio",
-        } | {name for name in known if name.startswith(("glassbox_adapter_", "glassbox_exporter_", "glassbox_sink_"))}
+        } | {name for name in known if name.startswith(tuple(f"glassbox_{other}" for other in others))}
         expected = {name for name in known if name.startswith("glassbox_")} - needs_an_event
         assert expected <= seen.keys()
 
