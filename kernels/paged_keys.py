@@ -76,6 +76,14 @@ def load_keys(
 
 
 @triton.jit
+def widened(k, DOT_DTYPE: tl.constexpr):
+    """Keys in the type of the product, exactly; FP8 to bfloat16 over types from which a GPU converts at full speed."""
+    if tl.bfloat16 == DOT_DTYPE and k.dtype.is_fp8():
+        k = k.to(tl.float16).to(tl.float32)
+    return k.to(DOT_DTYPE)
+
+
+@triton.jit
 def soft_capped(s, cap):
     """cap * tanh(s / cap); cap is not 0."""
     # tanh(x) = 1 - 2 / (e^2x + 1), which is +-1 where e^2x overflows or vanishes.

@@ -211,6 +211,9 @@ def row_probe(
                 # One more score without a key, in the column behind the last one.
                 scores[..., longest] = layers.sinks[of_layers]
             attention = torch.softmax(scores, -1)
+            # Of rows that are summed: a head without an answer has none at the keys that its row sees, and 0 elsewhere.
+            summed = [row - of_rows.start for row in asked.received if of_rows.start <= row < of_rows.stop]
+            hidden = [scores[row] == -torch.inf for row in summed]
             del scores
             _fill_top_mass(answers, attention, part, column)
             attention = attention[..., :longest]
@@ -219,6 +222,9 @@ def row_probe(
                 if of_rows.start <= row < of_rows.stop:
                     end = asked.positions[row] + 1
                     out[of_layers] = attention[row - of_rows.start, :, :, end - out.shape[-1] : end]
+            for row, of_row in zip(summed, hidden, strict=True):
+                out = answers.received[asked.received.index(row + of_rows.start)]
+                out[of_layers] = attention[row].masked_fill(of_row[..., :longest], 0.0)[..., : out.shape[-1]]
             # In place, so last. Not a product: NaN * 0 is NaN.
             attention.masked_fill_(~asked.chosen[part].unsqueeze(-1), 0.0)
             answers.chosen_sum[of_rows] += attention.sum((1, 2))

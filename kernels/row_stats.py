@@ -12,12 +12,13 @@ passes, is the same on every launch: row list, lengths and block table are read 
 right on replay, and one with an empty row list reads one word and returns.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glassbox.core import rows as row_list
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS
@@ -31,9 +32,10 @@ from glassbox.kernels.paged_keys import (
     head_parts,
     load_keys,
     soft_capped,
+    widened,
 )
 from glassbox.kernels.row_state import combine, exponent, no_keys
-from glassbox.kernels.wide_rows import copy_heads, wide_sums
+from glassbox.kernels.wide_rows import copy_heads, heads_dot, wide_sums
 
 _NUM_ROW_COLUMNS = tl.constexpr(row_list.NUM_ROW_COLUMNS)
 _ROW_QUERY = tl.constexpr(row_list.ROW_QUERY)
@@ -72,14 +74,15 @@ _MAX_BLOCK_HEADS: Final = 16
 _MAX_WIDE_BLOCK_HEADS: Final = 128
 # Elements of a wide head that are copied at a time.
 _COPIED: Final = 64
+# 16 states are merged at a time, of up to 4,096 programs.
+_MERGE_LEVELS: Final = 3
 # Of a launch that is for all rows.
 _ALL_TOKENS: Final = (0, 2**31 - 1)
 
 
 @triton.jit
-def _pick(values, index, i):
-    """values[i] of a vector held in registers."""
-    return tl.sum(tl.where(index == i, values, 0), 0)
+def _sums(a1, b1, c1, d1, e1, f1, g1, a2, b2, c2, d2, e2, f2, g2):
+    return a1 + a2, b1 + b2, c1 + c2, d1 + d2, e1 + e2, f1 + f2, g1 + g2
 
 
 @triton.jit
@@ -89,6 +92,12 @@ def _first_visible(position, reach, HAS_CHUNKS: tl.constexpr):
     if HAS_CHUNKS:
         first = position // reach * reach
     return first
+
+
+@triton.jit
+def _slot(program, first):
+    """Where a program's state of a segment goes: 0 if the segment began in an earlier program, 1 if it begins here."""
+    return program * 2 + (program == first).to(tl.int32)
 
 
 @triton.jit
@@ -118,6 +127,7 @@ _FREE_POINTERS: Final = [
     "window_slot_ptr",
     "bounds_ptr",
     "ring_ptr",
+    "previous_ptr",
     "queries_ptr",
     "output_ptr",
     "outputs_ptr",
@@ -134,6 +144,7 @@ _FREE_INTEGERS: Final = [
     "stride_k_scale",
     "stride_window",
     "stride_ring",
+    "stride_previous",
     "stride_queries",
     "stride_queries_head",
     "stride_output_token",
@@ -162,6 +173,8 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     q_ptr,  # [T, H, D], of wide heads the first BLOCK_D elements; of rows from first_row on with Q_BY_ROW
     q_rest_ptr,  # the other elements of wide heads
     k_ptr,  # [num_blocks, Hkv, PAGE, D]
+    k_desc,  # of k_ptr, in boxes of [1, 1, BLOCK_N, BLOCK_D], or None
+    k_rest_desc,  # likewise, of [1, 1, BLOCK_N, BLOCK_REST]
     block_table_ptr,  # [num_seqs, max_blocks] int32
     query_start_loc_ptr,  # [num_seqs + 1] int32
     seq_lens_ptr,  # [num_seqs] int32
@@ -179,6 +192,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     window_slot_ptr,  # [1] int32
     bounds_ptr,  # [S, B - 1] float32
     ring_ptr,  # [ring, H, S + 1] float32
+    previous_ptr,  # [ring, H] float32
     queries_ptr,  # [ring, H, D]
     output_ptr,  # [T, H, DV]
     outputs_ptr,  # [ring, H, DV]
@@ -187,7 +201,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     kept_kv_ptr,  # [ring, 2, Hkv, D]
     out_ptr,  # [max_rows, H, S + 1] float32
     partial_ptr,  # [num_programs, 2, _STATE_FIELDS, BLOCK_H] float32
-    arrivals_ptr,  # [max_rows, HEAD_BLOCKS] int32, 0 between launches
+    arrivals_ptr,  # [_MERGE_LEVELS, num_programs, 2] int32, 0 between launches
     stride_q_token,
     stride_q_head,
     stride_q_rest_token,
@@ -200,6 +214,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     stride_k_scale,
     stride_window,
     stride_ring,
+    stride_previous,
     stride_queries,
     stride_queries_head,
     stride_output_token,
@@ -235,6 +250,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     HAS_SINKS: tl.constexpr,
     HAS_CHUNKS: tl.constexpr,
     HAS_RING: tl.constexpr,
+    HAS_PREVIOUS: tl.constexpr,
     HAS_QUERIES: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
     HAS_KV: tl.constexpr,
@@ -250,6 +266,8 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     STAGES: tl.constexpr,
     COPIED: tl.constexpr,
     ADAPTER_HEADS: tl.constexpr,
+    BY_PAGE: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     num_rows = tl.load(num_rows_ptr)
     if num_rows == 0:
@@ -265,6 +283,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     listed = index < tl.minimum(num_rows, max_rows)
     row_batch = tl.load(rows_ptr + index * _NUM_ROW_COLUMNS + _ROW_BATCH, mask=listed, other=0)
     row_query = tl.load(rows_ptr + index * _NUM_ROW_COLUMNS + _ROW_QUERY, mask=listed, other=0)
+    row_prompt = tl.load(rows_ptr + index * _NUM_ROW_COLUMNS + _ROW_PROMPT_LEN, mask=listed, other=0)
     query_start = tl.load(query_start_loc_ptr + row_batch, mask=listed, other=0)
     query_end = tl.load(query_start_loc_ptr + row_batch + 1, mask=listed, other=0)
     seq_len = tl.load(seq_lens_ptr + row_batch, mask=listed, other=0)
@@ -287,13 +306,22 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     offs_s = tl.arange(0, _BLOCK_STATISTICS)
     unit = start
     while unit < stop:
-        row = tl.sum((ends * HEAD_BLOCKS <= unit).to(tl.int32), 0)
-        row_tiles = _pick(tiles, index, row)
-        row_begin = (_pick(ends, index, row) - row_tiles) * HEAD_BLOCKS
-        position = _pick(positions, index, row)
-        query = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_QUERY)
-        batch = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_BATCH)
-        prompt_len = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_PROMPT_LEN)
+        # One reduction and no load that waits for another: what this costs, a launch for a single row costs, too.
+        here = (ends * HEAD_BLOCKS > unit) & ((ends - tiles) * HEAD_BLOCKS <= unit)
+        row, row_tiles, row_end, position, query, batch, prompt_len = tl.reduce(
+            (
+                tl.where(here, index, 0),
+                tl.where(here, tiles, 0),
+                tl.where(here, ends, 0),
+                tl.where(here, positions, 0),
+                tl.where(here, row_query, 0),
+                tl.where(here, row_batch, 0),
+                tl.where(here, row_prompt, 0),
+            ),
+            0,
+            _sums,
+        )
+        row_begin = (row_end - row_tiles) * HEAD_BLOCKS
         head_block = (unit - row_begin) // row_tiles
         begin = row_begin + head_block * row_tiles
         end = begin + row_tiles
@@ -338,9 +366,10 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             if HAS_ALIBI:
                 of_heads = slopes
             m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = wide_sums(
-                q, q_rest, k_head_ptr, table_ptr, first_tile, last_tile, lowest, n_visible, position, prompt_len,
-                factor, soft_cap, of_heads, sink_tokens, local_window, stride_k_block, stride_k_slot,
-                HEAD_SIZE, PAGE, DOT_DTYPE, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_H, BLOCK_D, BLOCK_REST, BLOCK_N, STAGES,
+                q, q_rest, k_head_ptr, k_desc, k_rest_desc, kv_head, table_ptr, first_tile, last_tile, lowest,
+                n_visible, position, prompt_len, factor, soft_cap, of_heads, sink_tokens, local_window, stride_k_block,
+                stride_k_slot, HEAD_SIZE, PAGE, DOT_DTYPE, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_H, BLOCK_D, BLOCK_REST,
+                BLOCK_N, STAGES, BY_PAGE, HELD,
             )  # fmt: skip
         else:
             # [BLOCK_D, DOT_H]; the dot's further heads and the padding of HEAD_SIZE are 0.
@@ -376,7 +405,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                         stride_k_slot, HEAD_SIZE, PAGE, BLOCK_D, BLOCK_N,
                     )  # fmt: skip
                     # [BLOCK_N, BLOCK_D] @ [BLOCK_D, DOT_H] -> [BLOCK_N, DOT_H]
-                    s = tl.dot(k.to(DOT_DTYPE), q, input_precision="ieee")
+                    s = tl.dot(widened(k, DOT_DTYPE), q, input_precision="ieee")
                     if BLOCK_H < DOT_H:
                         # Heads of padding score 0 (or NaN, where the real ones are not finite either).
                         s = tl.sum(tl.reshape(s, [BLOCK_N, DOT_H // BLOCK_H, BLOCK_H]), 1)
@@ -428,32 +457,34 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
         if not complete:
             first = begin // share
             last = (end - 1) // share
-            # Slot 0: the segment began in an earlier program; slot 1: it begins here and goes on in the next.
-            slot = tl.program_id(0) * 2 + (begin >= start).to(tl.int32)
-            state_ptr = partial_ptr + slot * (_STATE_FIELDS * BLOCK_H) + offs_h
-            tl.store(state_ptr, m)
-            tl.store(state_ptr + 1 * BLOCK_H, row_zc)
-            tl.store(state_ptr + 2 * BLOCK_H, row_zg)
-            tl.store(state_ptr + 3 * BLOCK_H, row_e)
-            tl.store(state_ptr + 4 * BLOCK_H, row_z2)
-            tl.store(state_ptr + 5 * BLOCK_H, row_sink)
-            tl.store(state_ptr + 6 * BLOCK_H, row_local)
-            tl.store(state_ptr + 7 * BLOCK_H, row_distance)
-            tl.store(state_ptr + 8 * BLOCK_H, row_own)
-            tl.store(state_ptr + 9 * BLOCK_H, row_bad)
-            # The atomic is one thread's: the barrier puts every thread's stores before its release.
-            tl.debug_barrier()
-            arrival_ptr = arrivals_ptr + row * HEAD_BLOCKS + head_block
-            complete = tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu") == last - first
-            if complete:
-                tl.store(arrival_ptr, 0)
-                m, row_zc, row_zg, row_e, row_z2, row_sink, row_local, row_distance, row_own, row_bad = no_keys(
-                    tl.zeros([BLOCK_H], tl.float32)
-                )
-                for block_start in tl.range(first, last + 1, _MERGE_BLOCK):
-                    program = block_start + tl.arange(0, _MERGE_BLOCK)
-                    there = program <= last
-                    slots = program * 2 + (program == first).to(tl.int32)
+            # As a tree: of up to _MERGE_BLOCK neighbours, the one that arrives last merges all, and stands for them.
+            lead = tl.program_id(0)
+            step = 1
+            counters_ptr = arrivals_ptr
+            going = True
+            while going:
+                state_ptr = partial_ptr + _slot(lead, first) * (_STATE_FIELDS * BLOCK_H) + offs_h
+                tl.store(state_ptr, m)
+                tl.store(state_ptr + 1 * BLOCK_H, row_zc)
+                tl.store(state_ptr + 2 * BLOCK_H, row_zg)
+                tl.store(state_ptr + 3 * BLOCK_H, row_e)
+                tl.store(state_ptr + 4 * BLOCK_H, row_z2)
+                tl.store(state_ptr + 5 * BLOCK_H, row_sink)
+                tl.store(state_ptr + 6 * BLOCK_H, row_local)
+                tl.store(state_ptr + 7 * BLOCK_H, row_distance)
+                tl.store(state_ptr + 8 * BLOCK_H, row_own)
+                tl.store(state_ptr + 9 * BLOCK_H, row_bad)
+                # The atomic is one thread's: the barrier puts every thread's stores before its release.
+                tl.debug_barrier()
+                lead = first + (lead - first) // (step * _MERGE_BLOCK) * (step * _MERGE_BLOCK)
+                members = tl.minimum((last - lead) // step + 1, _MERGE_BLOCK)
+                arrival_ptr = counters_ptr + _slot(lead, first)
+                going = tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu") == members - 1
+                if going:
+                    tl.store(arrival_ptr, 0)
+                    member = tl.arange(0, _MERGE_BLOCK)
+                    there = member < members
+                    slots = _slot(lead + member * step, first)
                     part_m = _load_partial(partial_ptr, slots, 0, offs_h, there, float("-inf"), BLOCK_H)
                     part_zc = _load_partial(partial_ptr, slots, 1, offs_h, there, 0.0, BLOCK_H)
                     part_zg = _load_partial(partial_ptr, slots, 2, offs_h, there, 0.0, BLOCK_H)
@@ -464,22 +495,24 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                     part_distance = _load_partial(partial_ptr, slots, 7, offs_h, there, 0.0, BLOCK_H)
                     part_own = _load_partial(partial_ptr, slots, 8, offs_h, there, float("-inf"), BLOCK_H)
                     part_bad = _load_partial(partial_ptr, slots, 9, offs_h, there, 0.0, BLOCK_H)
-                    m_new = tl.maximum(m, tl.max(part_m, 0))
-                    shift_1 = exponent(m, m_new)
-                    decay_1 = tl.exp2(shift_1)
-                    part_shift = exponent(part_m, m_new[None, :])
+                    m = tl.max(part_m, 0)
+                    part_shift = exponent(part_m, m[None, :])
                     part_decay = tl.exp2(part_shift)
-                    part_e += part_shift * (part_zc + part_zg)
-                    row_e = (row_e + shift_1 * (row_zc + row_zg)) * decay_1 + tl.sum(part_e * part_decay, 0)
-                    row_zc = row_zc * decay_1 + tl.sum(part_zc * part_decay, 0)
-                    row_zg = row_zg * decay_1 + tl.sum(part_zg * part_decay, 0)
-                    row_z2 = row_z2 * (decay_1 * decay_1) + tl.sum(part_z2 * (part_decay * part_decay), 0)
-                    row_sink = row_sink * decay_1 + tl.sum(part_sink * part_decay, 0)
-                    row_local = row_local * decay_1 + tl.sum(part_local * part_decay, 0)
-                    row_distance = row_distance * decay_1 + tl.sum(part_distance * part_decay, 0)
-                    row_own = tl.maximum(row_own, tl.max(part_own, 0))
-                    row_bad = tl.maximum(row_bad, tl.max(part_bad, 0))
-                    m = m_new
+                    row_e = tl.sum((part_e + part_shift * (part_zc + part_zg)) * part_decay, 0)
+                    row_zc = tl.sum(part_zc * part_decay, 0)
+                    row_zg = tl.sum(part_zg * part_decay, 0)
+                    row_z2 = tl.sum(part_z2 * (part_decay * part_decay), 0)
+                    row_sink = tl.sum(part_sink * part_decay, 0)
+                    row_local = tl.sum(part_local * part_decay, 0)
+                    row_distance = tl.sum(part_distance * part_decay, 0)
+                    row_own = tl.max(part_own, 0)
+                    row_bad = tl.max(part_bad, 0)
+                    step *= _MERGE_BLOCK
+                    complete = step > last - first
+                    going = step <= last - first
+                    counters_ptr += 2 * tl.num_programs(0)
+                    # All have read before the first is overwritten.
+                    tl.debug_barrier()
 
         if complete:
             marks = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_PHASE)
@@ -529,6 +562,29 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                 ring = ring_ptr + ring_slot.to(tl.int64) * stride_ring + heads * (_NUM_STATISTICS + 1)
                 tl.store(ring[None, :] + column, value, mask=is_value & traced[None, :])
                 tl.store(ring + _NUM_STATISTICS, row_bad, mask=traced)
+            if HAS_PREVIOUS:
+                previous_slot = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_SLOT).to(tl.int64)
+                if previous_slot >= 0:
+                    # Of one key, once more: in the loop over all keys it would cost what the whole row does here.
+                    before = position - 1
+                    seen = before >= lowest
+                    page = tl.load(table_ptr + before // PAGE, mask=seen, other=0).to(tl.int64)
+                    key = k_head_ptr + page * stride_k_block + (before % PAGE) * stride_k_slot
+                    again_q = q_ptr + q_token * stride_q_token + heads * stride_q_head
+                    s = heads_dot(again_q, key, is_head, seen, BLOCK_D if BLOCK_REST > 0 else HEAD_SIZE, COPIED)
+                    if BLOCK_REST > 0:
+                        again_rest = q_rest_ptr + q_token * stride_q_rest_token + heads * stride_q_rest_head
+                        s += heads_dot(again_rest, key + BLOCK_D, is_head, seen, HEAD_SIZE - BLOCK_D, COPIED)
+                    s = s * factor
+                    if HAS_SOFT_CAP:
+                        s = soft_capped(s, soft_cap)
+                    if HAS_ALIBI:
+                        s = s - slopes
+                    # Rounding in another order than before may find it above the maximum.
+                    p = tl.exp2(exponent(tl.minimum(s, m), m)) * mass
+                    p = tl.where(seen, p, tl.where(position > 0, 0.0, float("nan")))
+                    p = tl.where(row_bad > 0.0, float("nan"), p)
+                    tl.store(previous_ptr + previous_slot * stride_previous + heads, p, mask=is_head)
             if HAS_QUERIES or HAS_OUTPUT or HAS_KV:
                 kept_slot = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_SLOT).to(tl.int64)
                 if kept_slot >= 0:
@@ -592,14 +648,25 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a launch is compiled: keys of one tile, warps of a program, stages of the software pipeline, the limit of
-    registers per thread (None is the compiler's choice), and how many query heads share a tile at most."""
+    """How a launch is compiled.
+
+    Attributes:
+        keys: of one tile.
+        warps: of a program.
+        stages: of the software pipeline.
+        registers: limit of registers per thread; None is the compiler's choice.
+        heads: query heads that share a tile, at most; of wide heads just so many, if need be with padding.
+        held: of wide heads, whether the queries stay in registers, not in shared memory.
+        beside: how many programs fit beside each other on a multiprocessor, 1 or 2.
+    """
 
     keys: int
     warps: int
     stages: int
     registers: int | None = None
     heads: int = _MAX_BLOCK_HEADS
+    held: bool = False
+    beside: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -637,7 +704,8 @@ class RowStatsWorkspace:
         device: of the tensors.
         max_rows: largest row list.
         num_heads: largest number of query heads of a layer on this worker.
-        num_programs: size of the grid; None takes a multiple of the device's multiprocessors.
+        num_programs: size of the grid, half of it where one program fills a multiprocessor; None takes two programs for
+            each of the device's.
     """
 
     def __init__(
@@ -650,12 +718,13 @@ class RowStatsWorkspace:
         self.max_rows = max_rows
         self.num_heads = num_heads
         self.num_programs = num_programs
-        block_heads = min(max(triton.next_power_of_2(num_heads), _MAX_BLOCK_HEADS), _MAX_WIDE_BLOCK_HEADS)
+        # As `_tilings` groups them.
+        block_heads = next((heads for heads in (_MAX_BLOCK_HEADS, 64) if num_heads <= heads), _MAX_WIDE_BLOCK_HEADS)
         fields = 2 * _STATE_FIELDS.value * block_heads
         self.partial = torch.empty(num_programs * fields, dtype=torch.float32, device=device)
-        self.arrivals = torch.zeros(max_rows * num_heads, dtype=torch.int32, device=device)
+        self.arrivals = torch.zeros(_MERGE_LEVELS * 2 * num_programs, dtype=torch.int32, device=device)
         # Compiled kernels and their constants, by all that decides which one a launch takes.
-        self.compiled: dict[tuple[object, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self.compiled: dict[tuple[object, ...], tuple[Any, tuple[Any, ...], Tiling]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -671,28 +740,76 @@ def _default_programs(device: torch.device) -> int:
 
 
 def _tilings(q: torch.Tensor, k_cache: torch.Tensor) -> tuple[Tiling, ...]:
-    """The fastest of those measured on an H200 (bench_row_stats, suites tune and shapes, 2026-11).
-
-    Of wide heads several, since what fits depends on the GPU's shared memory: the queries of 128 heads are 144 KiB of
-    bfloat16, a tile of 32 keys is 36 KiB. That for 64 heads was measured as half of 128 (suite latent).
-    """
-    group = q.shape[1] // k_cache.shape[1]
+    """The fastest of those measured on an H200 (bench_row_stats, suites tune, shapes and latent, 2026-11)."""
     if k_cache.shape[3] > MAX_HEAD_SIZE:
-        wide = (
-            Tiling(keys=32, warps=8, stages=2, heads=128),
-            Tiling(keys=64, warps=4, stages=2, heads=64),
-            Tiling(keys=32, warps=8, stages=2, heads=64),
-        )
-        narrow = (Tiling(keys=32, warps=4, stages=2, heads=16), Tiling(keys=16, warps=4, stages=1, heads=16))
-        fitting = [tiling for tiling in wide if tiling.heads < 2 * group]
-        return (*fitting, *narrow)
+        return _wide_tilings(q, k_cache)
     if torch.float32 in (q.dtype, k_cache.dtype):
         return (Tiling(keys=32, warps=4, stages=3),)  # not tuned: float32 serves tests
     # A tile of small heads is too few bytes in flight: 81 us against 93 us at 64 x 4,096 keys of size 64. With more
     # heads per KV head, 128 keys spill.
-    if q.shape[2] <= 64 and group <= 4:
+    if q.shape[2] <= 64 and q.shape[1] // k_cache.shape[1] <= 4:
         return (Tiling(keys=128, warps=4, stages=5),)
     return (Tiling(keys=64, warps=4, stages=5),)
+
+
+def _wide_tilings(q: torch.Tensor, k_cache: torch.Tensor) -> tuple[Tiling, ...]:
+    """Several, the fastest first, since what fits depends on the GPU's shared memory: the queries of 128 heads are 144
+    KiB of bfloat16, a tile of 32 keys is 36 KiB."""
+    group, page = q.shape[1] // k_cache.shape[1], k_cache.shape[2]
+    few = (Tiling(keys=32, warps=4, stages=2), Tiling(keys=16, warps=4, stages=1))
+    wide = (
+        Tiling(keys=32, warps=8, stages=2, heads=128, beside=1),
+        Tiling(keys=64, warps=4, stages=2, heads=64, beside=1),
+        Tiling(keys=32, warps=8, stages=2, heads=64, beside=1),
+    )
+    others = (*(tiling for tiling in wide if tiling.heads < 2 * group), *few)
+    if not _is_hopper(q.device) or torch.float32 in (q.dtype, k_cache.dtype):
+        return others
+    fp8 = k_cache.itemsize == 1
+    best: tuple[Tiling, ...]
+    if group <= 16:
+        best = (Tiling(keys=64, warps=4, stages=4 if fp8 else 3, beside=1),)
+    elif group <= 64:
+        best = (
+            Tiling(keys=32, warps=4, stages=4, heads=64, held=True)
+            if fp8
+            else Tiling(keys=64, warps=4, stages=2, heads=64, beside=1),
+        )
+    else:
+        best = (Tiling(keys=64, warps=8, stages=3, heads=128, held=True, beside=1),)
+    # Pages of 32 tokens.
+    best += tuple(replace(tiling, keys=32) for tiling in best if tiling.keys > 32)
+    return (*(tiling for tiling in best if page % tiling.keys == 0 and _by_page(k_cache, tiling)), *others)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    """Whether what was measured on a Hopper GPU holds; the interpreter takes the same way."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _by_page(k_cache: torch.Tensor, tiling: Tiling) -> bool:
+    """Whether tiles lie within a page and can be copied as a whole, by a tensor descriptor."""
+    itemsize = k_cache.element_size()
+    aligned = k_cache.data_ptr() % 16 == 0 and not any(stride * itemsize % 16 for stride in _box_strides(k_cache)[:3])
+    return k_cache.shape[2] % tiling.keys == 0 and aligned and _is_hopper(k_cache.device)
+
+
+def _box_strides(k_cache: torch.Tensor) -> list[int]:
+    """Strides that a tensor descriptor takes: one KV head is as far from the next as a page is long, not 0."""
+    block, head, slot, element = k_cache.stride()
+    return [block, head if k_cache.shape[1] > 1 else k_cache.shape[2] * slot, slot, element]
+
+
+def _descriptors(k_cache: torch.Tensor, tiling: Tiling) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """Of a wide head's two parts. Made for each launch: to keep them would keep the cache."""
+    if not _by_page(k_cache, tiling):
+        return None, None
+    first, rest = head_parts(k_cache.shape[3])
+    shape, strides = list(k_cache.shape), _box_strides(k_cache)
+    return (
+        TensorDescriptor(k_cache, shape, strides, [1, 1, tiling.keys, first]),
+        TensorDescriptor(k_cache, shape, strides, [1, 1, tiling.keys, rest]) if rest else None,
+    )
 
 
 def row_stats(
@@ -710,6 +827,7 @@ def row_stats(
     sink_tokens: int = 4,
     local_window: int = 128,
     ring: torch.Tensor | None = None,
+    previous: torch.Tensor | None = None,
     queries: torch.Tensor | None = None,
     output: torch.Tensor | None = None,
     outputs: torch.Tensor | None = None,
@@ -738,6 +856,8 @@ def row_stats(
         workspace: for at least rows.shape[0] rows and H heads.
         sink_tokens, local_window: of the statistics sink_ratio and local_ratio, in tokens.
         ring: [slots, H, S + 1] float32, [H, S + 1] contiguous, or None: traced rows are written to their slot.
+        previous: [slots, H] float32, the last dimension contiguous, or None: the attention of traced rows to the
+            position before their own is written to their slot; NaN where statistics are, and in the row at position 0.
         queries: [slots, H, D] of a type that holds q's numbers, the last dimension contiguous, or None: the
             queries of traced rows are written to their slot.
         output, outputs: [T, H, Dv] as the layer's kernel left it before on this stream, and [slots, H, Dv] of its type,
@@ -797,6 +917,7 @@ def row_stats(
         first_row is None,
         max_rows,
         ring is None,
+        previous is None,
         None if queries is None else queries.dtype,
         None if output is None else (output.dtype, output.shape[2]),
         None if key is None else key.dtype,
@@ -804,10 +925,8 @@ def row_stats(
         accumulators.adapter_heads,
     )
     q_scale, k_scale = params.q_scale, params.k_scale
+    before_table = (q, q_rest, k_cache)
     arguments = (
-        q,
-        q_rest,
-        k_cache,
         block_table,
         query_start_loc,
         seq_lens,
@@ -825,6 +944,7 @@ def row_stats(
         accumulators.window_slot,
         accumulators.bounds,
         ring,
+        previous,
         queries,
         output,
         outputs,
@@ -845,6 +965,7 @@ def row_stats(
         0 if k_scale is None or k_scale.numel() == 1 else 1,
         accumulators.window_max.stride(0),
         0 if ring is None else ring.stride(0),
+        0 if previous is None else previous.stride(0),
         0 if queries is None else queries.stride(0),
         0 if queries is None else queries.stride(1),
         *_strides(output, 2),
@@ -861,28 +982,36 @@ def row_stats(
         *tokens,
         first_row or 0,
     )
+    wide = head_size > MAX_HEAD_SIZE
+
+    def launch_arguments(tiling: Tiling) -> tuple[Any, ...]:
+        return (*before_table, *(_descriptors(k_cache, tiling) if wide else (None, None)), *arguments)
+
+    def grid(tiling: Tiling) -> int:
+        return max(workspace.num_programs * tiling.beside // 2, 1)
+
     known = workspace.compiled.get(variant)
     if known is not None:
-        compiled, constants = known
-        compiled[(workspace.num_programs, 1, 1)](*arguments, *constants)
+        compiled, constants, chosen = known
+        compiled[(grid(chosen), 1, 1)](*launch_arguments(chosen), *constants)
         return
     tilings = (tiling,) if tiling is not None else _tilings(q, k_cache)
     for last, candidate in enumerate(tilings, 1 - len(tilings)):
         constants = _constants(
             q, k_cache, max_rows, params, candidate,
-            ring=ring, queries=queries, output=output, kept_kv=kept_kv, out=out, by_row=first_row is not None,
-            adapter_heads=accumulators.adapter_heads,
+            ring=ring, previous=previous, queries=queries, output=output, kept_kv=kept_kv, out=out,
+            by_row=first_row is not None, adapter_heads=accumulators.adapter_heads,
         )  # fmt: skip
         try:
-            compiled = _row_stats_kernel[(workspace.num_programs,)](
-                *arguments, *constants, num_warps=candidate.warps, maxnreg=candidate.registers
+            compiled = _row_stats_kernel[(grid(candidate),)](
+                *launch_arguments(candidate), *constants, num_warps=candidate.warps, maxnreg=candidate.registers
             )
         except triton.runtime.errors.OutOfResources:
             if last == 0:
                 raise
             continue
         if compiled is not None:  # None from the interpreter
-            workspace.compiled[variant] = (compiled, constants)
+            workspace.compiled[variant] = (compiled, constants, candidate)
         return
 
 
@@ -945,6 +1074,7 @@ def _constants(
     tiling: Tiling,
     *,
     ring: torch.Tensor | None,
+    previous: torch.Tensor | None,
     queries: torch.Tensor | None,
     output: torch.Tensor | None,
     kept_kv: torch.Tensor | None,
@@ -973,6 +1103,7 @@ def _constants(
         params.sinks is not None,
         params.chunk_size is not None,
         ring is not None,
+        previous is not None,
         queries is not None,
         output is not None,
         kept_kv is not None,
@@ -980,7 +1111,7 @@ def _constants(
         by_row,
         wide,
         triton.next_power_of_2(max_rows),
-        max(block_heads, 16) if wide else block_heads,
+        tiling.heads if wide else block_heads,
         block_d,
         block_rest,
         max(triton.next_power_of_2(output_size), 16),
@@ -988,4 +1119,6 @@ def _constants(
         tiling.stages,
         _COPIED,
         adapter_heads,
+        wide and _by_page(k_cache, tiling),
+        tiling.held,
     )

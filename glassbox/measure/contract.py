@@ -180,6 +180,9 @@ class StepTraces(Protocol):
             answers: of those of its heads that the layer has.
         """
 
+    def assemble_prompts(self) -> None:
+        """Do of `commit` what takes long of whole prompts; on any thread, once `add_prompt` has had all answers."""
+
     def asked(self) -> AskedRows | None:
         """All questions together; None if there are none. Answers go to `add_answers`."""
 

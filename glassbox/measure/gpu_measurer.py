@@ -12,7 +12,7 @@ launches after it (docs/performance.md).
 import threading
 import time
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -43,6 +43,7 @@ from glassbox.measure.contract import (
     StepTraces,
     StridedLayer,
 )
+from glassbox.measure.gpu_prompts import GpuPrompts, probed_vectors
 from glassbox.measure.graph_nodes import GraphNodes
 
 # Numbers and queries of the rows that one step may trace; never fewer than these rows.
@@ -88,18 +89,20 @@ class GpuMeasurer:
         self._workspace = RowStatsWorkspace(device, max_rows, num_heads)
         self._host = [t.new_empty(t.shape, device="cpu").pin_memory() for t in self._accumulators.exported()]
         # What is measured of traced rows, by slot; NaN is nothing.
-        slot_bytes = num_layers * num_heads * (4 * (NUM_STATISTICS + 1) + head_size * query_dtype.itemsize)
+        slot_bytes = num_layers * num_heads * (4 * (NUM_STATISTICS + 2) + head_size * query_dtype.itemsize)
         self.max_traced_rows = min(max(_RING_BYTES // max(slot_bytes, 1), _LEAST_SLOTS), max_rows)
         self.check_limits = _CHECK_LIMITS
         self.num_slots = self.max_traced_rows + _CHECK_LIMITS.rows
         place = (self.num_slots, num_layers, num_heads)
         self._ring = torch.zeros(*place, NUM_STATISTICS + 1, dtype=torch.float32, device=device)
+        self._previous = torch.zeros(place, dtype=torch.float32, device=device)
         self._queries = torch.zeros(*place, head_size, dtype=query_dtype, device=device)
         # What was served, and K and V as computed, of the same rows.
         self._outputs = torch.zeros_like(self._queries)
         self._kept_kv = torch.zeros(
             self.num_slots, num_layers, 2, needs.num_kv_heads, head_size, dtype=query_dtype, device=device
         )
+        self._prompts = GpuPrompts(device, self._sink_tokens, self._local_window, errors)
         self._traced: StepTraces | None = None
         self._check: OutputCheck | None = None
         self._deferred, self._errors = needs.deferred, errors
@@ -116,8 +119,8 @@ class GpuMeasurer:
         self._measured: frozenset[int] = frozenset()
         # Whose outputs are kept.
         self._kept: set[int] = set()
-        # ROW_QUERY of the listed rows.
-        self._queried = np.zeros(0, dtype=np.int64)
+        # ROW_QUERY and ROW_SLOT of the listed rows.
+        self._queried, self._slots = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
         self._active = False
         self._warming = True
         # Held while a copy or a step's first and last writes are queued, so that neither runs amid the other.
@@ -127,7 +130,7 @@ class GpuMeasurer:
     def nbytes(self) -> int:
         """Bytes on the GPU."""
         lists = self._row_list.nbytes + self._num_rows.nbytes
-        rings = (self._ring, self._queries, self._outputs, self._kept_kv)
+        rings = (self._ring, self._previous, self._queries, self._outputs, self._kept_kv)
         return self._accumulators.nbytes + self._workspace.nbytes + lists + sum(ring.nbytes for ring in rings)
 
     def end_warm_up(self) -> None:
@@ -147,17 +150,20 @@ class GpuMeasurer:
         # Before anything is queued: whatever fails in here, `discard` takes it back.
         self._layers, self._measured, self._active = launched, layers, True
         self._traced, self._check = traced, check
-        self._queried = rows[:, ROW_QUERY].astype(np.int64)
+        self._prompts.begin(() if traced is None else traced.prompts)
+        self._queried, self._slots = rows[:, ROW_QUERY].astype(np.int64), rows[:, ROW_SLOT].copy()
         num_slots = int(rows[:, ROW_SLOT].max(initial=-1)) + 1
         with self._lock:
             torch.cuda.current_stream().wait_event(self._copy_done)
             self._accumulators.rotate(time.monotonic())
             # A fresh pinned tensor for each copy: the GPU may still read the one of the step before.
-            self._row_list[: len(rows)].copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
+            if len(rows):  # a step may have whole prompts alone
+                self._row_list[: len(rows)].copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
             self._num_rows.copy_(torch.from_numpy(counts).pin_memory(), non_blocking=True)
             if num_slots:
                 torch.cuda.current_stream().wait_event(self._ring_read)
                 self._ring[:num_slots].fill_(torch.nan)
+                self._previous[:num_slots].fill_(torch.nan)
                 self._queries[:num_slots].fill_(torch.nan)
             if check is not None:
                 # A layer that does not come leaves nothing to compare.
@@ -185,14 +191,20 @@ class GpuMeasurer:
         local = self._local_layers.get(layer.name)
         if local is None:
             return
-        if (
-            not self._warming
-            and not (self._active and local in self._layers)
-            and not torch.cuda.is_current_stream_capturing()
-        ):
+        capturing = torch.cuda.is_current_stream_capturing()
+        whole = self._active and not capturing and self._prompts.wants(local)
+        listed = self._warming or capturing or (self._active and local in self._layers)
+        if not (whole or listed):
             return
         tables = tables or self._built[layer.name]
         self._seen[layer.name] = layer
+        if whole:
+            self._prompts.measure(local, layer, forward, kv_cache, tables)
+        elif self._warming and not capturing:
+            with self._errors.guard("prompt"):
+                self._prompts.compile(layer, forward, kv_cache)
+        if not listed:
+            return
         if isinstance(forward, LatentForward):
             self._launch_latent(local, layer, forward, kv_cache, tables)
         else:
@@ -204,6 +216,9 @@ class GpuMeasurer:
         traced, self._traced = self._traced, None
         check, self._check = self._check, None
         answers = [] if traced is None else self._probe(traced)
+        if traced is not None and traced.prompts:
+            with self._errors.guard("prompt"):
+                self._measure_kept_prompts()
         checked = [] if check is None else self._reproduce(check)
         with self._lock:
             if self._active:
@@ -219,31 +234,35 @@ class GpuMeasurer:
         """See contract.Measurer. What was queued of this step is still added; later replays find no rows."""
         self._graphs.measuring = self._active = False
         self._traced = self._check = None
+        self._prompts.begin(())
         with self._lock:
             self._num_rows.zero_()
             self._step_done.record()
 
     def _collect(self, traced: StepTraces, answers: list[_Answers]) -> None:
         """Queue the copies of what was measured of traced rows; it is kept when they are done."""
-        done = torch.cuda.Event()
+        # Whole prompts are waited for by a thread, which must not spin.
+        done = torch.cuda.Event(blocking=bool(traced.prompts))
         only_checked = sorted(self._layers - self._measured)
         with torch.cuda.stream(self._copy_stream):
             self._copy_stream.wait_event(self._step_done)
             ring = _to_host(self._ring[: traced.num_slots])
+            previous = _to_host(self._previous[: traced.num_slots])
             self._ring_read.record()
             found = [of_layers.moved(_to_host) for _, of_layers in answers]
             done.record()
+        copied = self._prompts.collect(traced, done) if traced.prompts else None
 
         def keep() -> None:
-            of_layers = ring.numpy()
-            of_layers[:, only_checked] = np.nan
-            traced.set_stats(of_layers)
+            of_layers, before = ring.numpy(), previous.numpy()
+            of_layers[:, only_checked] = before[:, only_checked] = np.nan
+            traced.set_stats(of_layers, before)
             # Also keeps the device's answers alive until they are copied.
             for (local_layers, _), answer in zip(answers, found, strict=True):
                 traced.add_answers(local_layers, answer.moved(torch.Tensor.numpy))
             traced.commit()
 
-        self._deferred.add(keep, done)
+        self._deferred.add(keep, copied or done)
 
     def _probe(self, traced: StepTraces) -> list[_Answers]:
         """Queue what requests asked beyond statistics, over the keys as this step has left them."""
@@ -255,6 +274,27 @@ class GpuMeasurer:
         except Exception as error:
             self._errors.count("probe", error)
             return []
+
+    def _measure_kept_prompts(self) -> None:
+        """Queue what prompts ask of layers that ran in a whole CUDA graph, from the queries that it has kept.
+
+        By default vLLM replays one for batches of decode tokens alone, and for the end of a prompt that has no more
+        tokens than these: its last one, which is always listed where prompts are traced.
+        """
+        names = {local: name for name, local in self._local_layers.items()}
+        for number, asked, local_layers in self._prompts.missing():
+            first = int(np.searchsorted(self._queried, asked.token))
+            wanted = np.arange(asked.token, asked.token + asked.num_rows)
+            slots = self._slots[first : first + asked.num_rows]
+            if not np.array_equal(self._queried[first : first + asked.num_rows], wanted) or (slots < 0).any():
+                continue
+            for local in local_layers:
+                layer, tables = self._seen.get(names[local]), self._built.get(names[local])
+                if layer is None or tables is None:
+                    continue
+                # Slots are given out in order.
+                kept = self._queries[slots[0] : slots[-1] + 1, local, : layer.num_heads, : layer.head_size]
+                self._prompts.measure_kept(number, local, layer, kept.to(layer.query_dtype), tables)
 
     def _compile_check(self) -> None:
         """Compile what a check launches, on a row of nothing: in a served step it would take a second."""
@@ -343,13 +383,20 @@ class GpuMeasurer:
         queries = self._queries.index_select(0, slots)
         if len(local_layers) < len(self._local_layers):
             queries = queries.index_select(1, _to_device(np.array(local_layers, dtype=np.int64), device))
+        queries = queries[:, :, :num_heads, :head_size]
+        keys, block_table = [one.keys() for one in seen], self._built[names[0]].block_table
+        places = _to_device(np.stack([asked.rows[:, ROW_BATCH], asked.positions], axis=1), device)
         answers = row_probe(
-            queries[:, :, :num_heads, :head_size],
-            ProbedLayers.of([one.keys() for one in seen], [one.params for one in seen], num_heads),
-            self._built[names[0]].block_table,
-            _to_device(np.stack([asked.rows[:, ROW_BATCH], asked.positions], axis=1), device),
+            queries,
+            ProbedLayers.of(keys, [one.params for one in seen], num_heads),
+            block_table,
+            places,
             asked.questions(local_layers, num_heads).moved(lambda values: _to_device(values, device)),
         )
+        if asked.queries:
+            params = [one.params for one in seen]
+            of_rows, of_keys = probed_vectors(queries, keys, params, block_table, places)
+            answers = replace(answers, queries=of_rows, keys=of_keys)
         return local_layers, answers
 
     def copy(self, now_s: float) -> MeasuredArrays:
@@ -439,6 +486,7 @@ class GpuMeasurer:
             sink_tokens=self._sink_tokens,
             local_window=self._local_window,
             ring=self._ring[:, local, :num_heads],
+            previous=self._previous[:, local, :num_heads],
             queries=self._queries[:, local, :num_heads, :head_size],
             output=output,
             outputs=None if output is None else self._outputs[:, local, :num_heads, : output.shape[2]],
@@ -467,7 +515,8 @@ class GpuMeasurer:
 
 def _to_host(source: torch.Tensor) -> torch.Tensor:
     """Queue a copy into pinned memory of its own."""
-    return torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
+    pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.numel() > 0)
+    return pinned.copy_(source, non_blocking=True)
 
 
 def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -36,8 +36,23 @@ from tests.kernels.row_stats_cases import make_accumulators  # noqa: E402
 
 DEVICE = "cuda"
 HEADS, KV_HEADS, HEAD_SIZE, PAGE, LAYERS = 32, 8, 128, 16, 32
-# Of latent attention (MLA): DeepSeek's vectors, and the pages of most of its backends.
-LATENT, ROTARY, LATENT_PAGE = 512, 64, 64
+# Of latent attention (MLA): DeepSeek's vectors, and other tilings than those it takes.
+LATENT, ROTARY = 512, 64
+LATENT_TILINGS = (
+    Tiling(keys=64, warps=8, stages=3, heads=128, held=True, beside=1),
+    Tiling(keys=64, warps=8, stages=2, heads=128, held=True, beside=1),
+    Tiling(keys=32, warps=8, stages=4, heads=128, held=True, beside=1),
+    Tiling(keys=32, warps=8, stages=6, heads=128, held=True, beside=1),
+    Tiling(keys=32, warps=8, stages=2, heads=128, beside=1),
+    Tiling(keys=64, warps=4, stages=3, heads=64, held=True, beside=1),
+    Tiling(keys=32, warps=4, stages=3, heads=64, held=True),
+    Tiling(keys=64, warps=4, stages=2, heads=64, beside=1),
+    Tiling(keys=32, warps=4, stages=4, heads=64, beside=1),
+    Tiling(keys=64, warps=4, stages=3, beside=1),
+    Tiling(keys=64, warps=8, stages=3, beside=1),
+    Tiling(keys=32, warps=4, stages=5, beside=1),
+    Tiling(keys=32, warps=4, stages=2),
+)
 PARAMS = LayerParams(scale=HEAD_SIZE**-0.5)
 Row = dict[str, object]
 
@@ -110,12 +125,12 @@ class Cache:
 
 
 class LatentCache(Cache):
-    """One latent cache: [blocks, LATENT_PAGE, LATENT + ROTARY]; queries come in vLLM's two parts."""
+    """One latent cache: [blocks, page, LATENT + ROTARY]; queries come in vLLM's two parts."""
 
-    def __init__(self, gib: float, heads: int, dtype: torch.dtype) -> None:
+    def __init__(self, gib: float, heads: int, dtype: torch.dtype, page: int) -> None:
         self.heads, self.head_size = heads, LATENT + ROTARY
-        blocks = int(gib * 2**30) // (LATENT_PAGE * self.head_size * dtype.itemsize)
-        self._fill(torch.empty(blocks, LATENT_PAGE, self.head_size, dtype=dtype, device=DEVICE))
+        blocks = int(gib * 2**30) // (page * self.head_size * dtype.itemsize)
+        self._fill(torch.empty(blocks, page, self.head_size, dtype=dtype, device=DEVICE))
 
     def queries(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         latent, rotary = (
@@ -252,36 +267,32 @@ def suite_shapes(cache: Cache, copy: float) -> list[Row]:
 
 
 def suite_latent(cache: Cache, copy: float) -> list[Row]:
-    """Latent attention: all of DeepSeek V3's heads, and what tensor parallelism leaves of them; FP8, too.
+    """Latent attention: DeepSeek V3's heads, and what tensor parallelism leaves of them; FP8 and small pages, too.
 
-    Further tilings in bfloat16, of most and of fewest heads. They compile for minutes: several processes with
-    LATENT_SHARD=i/n fill Triton's cache side by side, before one without it measures, for LATENT_SECONDS at most.
+    Other tilings, in bfloat16 and pages of 64. They compile for a minute: several processes with LATENT_SHARD=i/n fill
+    Triton's cache side by side, before one without it measures, for LATENT_SECONDS at most.
     """
     part, parts = map(int, os.environ.get("LATENT_SHARD", "0/1").split("/"))
     end = time.monotonic() + float(os.environ.get("LATENT_SECONDS", "inf"))
     shapes = ((64, 4096), (1, 131072), (16, 8192), (1, 1024))
-    kinds = list(itertools.product((128, 64, 16), (torch.bfloat16, torch.float8_e4m3fn)))
-    asked: list[tuple[int, torch.dtype, list[Tiling | None]]] = [(heads, dtype, [None]) for heads, dtype in kinds]
-    for heads in (128, 16):
-        tilings: list[Tiling | None] = [
-            Tiling(keys, warps, stages, heads=together)
-            for together in (16, 32, 64, 128)
-            if together <= heads
-            for keys, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 3))
-        ]
-        asked.append((heads, torch.bfloat16, tilings[part::parts]))
+    kinds = [(heads, dtype, 64) for heads in (128, 64, 16) for dtype in (torch.bfloat16, torch.float8_e4m3fn)]
+    kinds += [(heads, torch.bfloat16, page) for page in (32, 16) for heads in (128, 64, 16)]
+    asked: list[tuple[int, torch.dtype, int, Tiling | None]] = [(*kind, None) for kind in kinds]
+    asked += [(tiling.heads, torch.bfloat16, 64, tiling) for tiling in LATENT_TILINGS]
+    made: dict[tuple[int, torch.dtype, int], list[Batch]] = {}
     result = []
-    for heads, dtype, tilings in asked:
-        made = LatentCache(6.0, heads, dtype)
-        batches = [made.batch(*shape) for shape in shapes]
-        for tiling, b in itertools.product(tilings, batches):
+    for heads, dtype, page, tiling in asked[part::parts]:
+        if (heads, dtype, page) not in made:
+            latent = LatentCache(6.0 if parts == 1 else 0.5, heads, dtype, page)
+            made[heads, dtype, page] = [latent.batch(*shape) for shape in (shapes if parts == 1 else shapes[-1:])]
+        for b in made[heads, dtype, page]:
             if time.monotonic() > end:
                 return result
             try:
-                row = measure("latent", b, copy, tiling=tiling, programs_per_sm=None if tiling is None else 1)
+                row = measure("latent", b, copy, tiling=tiling)
             except triton.runtime.errors.OutOfResources:
                 continue
-            row |= {"heads": heads, "kv_dtype": str(dtype).split(".")[1], "is_default": tiling is None}
+            row |= {"heads": heads, "kv_dtype": str(dtype).split(".")[1], "page": page, "is_default": tiling is None}
             if tiling is not None:
                 row |= {"tile_heads" if name == "heads" else name: value for name, value in asdict(tiling).items()}
             result.append(row)

@@ -135,16 +135,18 @@ def whole_truth(eager: EagerModel, token_ids: list[int], first_row: int = 0) -> 
     def reducing(layer, query, key, value, attention_mask, scaling, **kwargs):  # type: ignore[no-untyped-def]
         output, weights = original(layer, query, key, value, attention_mask, scaling, **kwargs)
         p = weights[0, :, :rows, :rows]
-        before = torch.cat([torch.full((p.shape[0], 1), torch.nan), p.diagonal(-1, 1, 2)], 1)
+        before = torch.nn.functional.pad(p.diagonal(-1, 1, 2), (1, 0), value=torch.nan)
         q, k = query[0, :, :rows], key[0].repeat_interleave(query.shape[1] // key.shape[1], 0)[:, :rows]
         own, sums = p.diagonal(0, 1, 2).double().log(), p[:, first_row:].double().sum(1)
-        found.append(tuple(x.clone().numpy() for x in (before, own, sums, q, k)))
+        half = p.dtype.itemsize < 4  # numpy has no bfloat16
+        found.append(tuple((x.float() if half else x.clone()).cpu().numpy() for x in (before, own, sums, q, k)))
         return output, weights
 
     module.eager_attention_forward = reducing
     try:
         with torch.inference_mode():
-            logits = eager.model(torch.tensor([token_ids]), use_cache=False).logits[0].double()
+            tokens = torch.tensor([token_ids], device=eager._device)
+            logits = eager.model(tokens, use_cache=False).logits[0].double().cpu()
     finally:
         module.eager_attention_forward = original
     logprobs = torch.log_softmax(logits, -1)[torch.arange(rows), torch.tensor(token_ids[1:])]

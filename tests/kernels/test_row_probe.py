@@ -308,6 +308,22 @@ class TestQuestions:
         for row, of_whole in zip(kept, (whole[2], whole[0]), strict=True):
             assert torch.equal(row, of_whole[..., -max_attention_keys:])
 
+    @pytest.mark.parametrize("scratch_bytes", [1, 1 << 24])
+    def test_rows_to_be_summed(self, scratch_bytes: int) -> None:
+        """Whole, in float32 and by position; a head without an answer has none at the keys that its row sees."""
+        group = Group(BASE, {"keys": ((2, 128, 1, NAN),)}, {"sliding_window": 8}, {"sliding_window": 8})
+        group.inputs[2].k_cache[group.inputs[2].block_table[2, 128 // BASE.page], 1, 128 % BASE.page, 0] = NAN
+        received = group.probe(received=(2, 1), scratch_bytes=scratch_bytes).received
+        for found, row in zip(received, (2, 1), strict=True):
+            assert found.dtype == torch.float32
+            assert found.shape == (3, 4, group.positions[row] + 1)
+            for layer in range(2):
+                expected = group.expected(row, layer)
+                assert_near(found[layer].cpu(), expected, group.tolerance(row, layer, expected), f"row {row}")
+        bad = received[0][2, 2:].cpu()
+        assert bad[:, -8:].isnan().all()
+        assert (bad[:, :-8] == 0).all()
+
     def test_chunks_are_not_seen(self) -> None:
         """Chunks of layers, and of rows, give the same answers; only sums over layers round in another order."""
         group = Group(replace(MIXED, sinks=True), {}, {"sliding_window": 9}, {"soft_cap": 3.0})
@@ -453,7 +469,8 @@ class TestNeverWaits:
         with Operations() as seen:
             row_probe(
                 group.queries, layers, group.inputs[0].block_table, group.rows,
-                group.questions(top_k=200, kept_attention=(0, 3), max_attention_keys=50), scratch_bytes=1 << 14,
+                group.questions(top_k=200, kept_attention=(0, 3), max_attention_keys=50, received=(1, 3)),
+                scratch_bytes=1 << 14,
             )  # fmt: skip
         assert seen.waiting == []
         assert len(seen.softmax_bytes) > 1
@@ -468,7 +485,7 @@ class TestNeverWaits:
             try:
                 row_probe(
                     group.queries, group.layers, group.inputs[0].block_table, group.rows,
-                    group.questions(kept_attention=(0, 3), max_attention_keys=50),
+                    group.questions(kept_attention=(0, 3), max_attention_keys=50, received=(1, 3)),
                 )  # fmt: skip
             finally:
                 torch.cuda.set_sync_debug_mode("default")

@@ -22,12 +22,14 @@ from glassbox.core.rows import (
 )
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS, STATISTICS
 from glassbox.kernels.layer_params import LayerParams
+from glassbox.kernels.reference.prompt_rows import previous_mass_ref
+from glassbox.kernels.reference.row_probe import row_probe_ref
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.kernels.row_stats import LayerAccumulators, RowStatsWorkspace, Tiling, row_stats
 from tests.kernels import row_stats_cases as made
 from tests.kernels.row_lists import entry
 from tests.kernels.row_stats_cases import BASE, MIXED, Case, Inputs, Sequence, make_accumulators, make_inputs
-from tests.kernels.tolerances import assert_two_oracles
+from tests.kernels.tolerances import ORACLE_FACTOR, SUM_ROUNDING, assert_two_oracles, score_error
 
 UNWRITTEN = -7.5
 LATENT = replace(MIXED, heads=5, kv_heads=1, head_size=576, num_programs=1)
@@ -126,6 +128,34 @@ def assert_equals_reference(run: Run) -> None:
     assert_two_oracles(run.out, expected, same_dtype, magnitude(run.inputs), most)
 
 
+def assert_previous_mass(run: Run, found: Tensor) -> None:
+    """Attention of each row to the position before its own, [R, H]."""
+    inputs, p = run.inputs, run.inputs.params
+    masses = [INDEX["top1_ratio"], INDEX["sink_ratio"], INDEX["local_ratio"]]
+    exact, same_dtype = oracle(inputs, torch.float64)[..., masses], oracle(inputs, torch.float32)[..., masses]
+    error = 2 * score_error(magnitude(inputs)) + SUM_ROUNDING
+    error += ORACLE_FACTOR * float((same_dtype.double() - exact).abs().nan_to_num().max())
+    one, starts, lengths = torch.ones(1), inputs.query_start_loc.tolist(), inputs.seq_lens.tolist()
+    q_scale, k_scale = (
+        (one if factor is None else factor.cpu()).double().view(1, -1, 1) for factor in (p.q_scale, p.k_scale)
+    )
+    rows = inputs.rows.cpu()[: len(found), [ROW_QUERY, ROW_BATCH]].tolist()
+    for of_row, (query, batch) in zip(found, rows, strict=True):
+        attention = row_probe_ref(
+            inputs.q.cpu()[query].double() * q_scale.view(-1, 1),
+            inputs.keys[batch].double() * k_scale,
+            lengths[batch] - starts[batch + 1] + query,
+            scale=p.scale,
+            sliding_window=p.sliding_window,
+            chunk_size=p.chunk_size,
+            soft_cap=p.soft_cap,
+            alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes.cpu(),
+            sinks=None if p.sinks is None else p.sinks.cpu(),
+        )
+        expected = previous_mass_ref(attention)
+        torch.testing.assert_close(of_row.double(), expected, rtol=0, atol=error, equal_nan=True)
+
+
 def bucketed(out: Tensor, phases: Tensor, accumulators: LayerAccumulators) -> Tensor:
     """Histogram counts [H, 2, S, B] of dense rows, one value at a time."""
     counts = torch.zeros(out.shape[1], 2, NUM_STATISTICS, NUM_BUCKETS, dtype=torch.int64)
@@ -181,8 +211,17 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
 class TestValues:
     @pytest.mark.parametrize("case", made.CASES, ids=lambda case: case.name)
     def test_every_statistic_is_as_near_to_float64_as_torch_is(self, case: Case) -> None:
-        """Error <= 2 x float32 torch's error + rounding, NaN in the same places, for every feature."""
-        assert_equals_reference(Run(case))
+        """Error <= 2 x float32 torch's error + rounding, NaN in the same places, for every feature; so has the
+        attention to the position before."""
+        inputs = make_inputs(case, DEVICE)
+        count = int(inputs.num_rows)
+        inputs.rows[:count, ROW_SLOT] = torch.arange(count, 0, -1, dtype=torch.int32)
+        previous = torch.full((count + 1, 2, case.heads), UNWRITTEN, device=DEVICE)
+        run = Run(case, inputs, previous=previous[:, 1])
+        assert_equals_reference(run)
+        assert (previous[:, 0] == UNWRITTEN).all()
+        assert (previous[0] == UNWRITTEN).all()
+        assert_previous_mass(run, previous[1:, 1].cpu().flip(0))
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not ON_GPU, reason="too large for the interpreter")
@@ -203,6 +242,32 @@ class TestValues:
     def test_how_many_heads_share_a_tile_is_not_seen_in_the_values(self, tiling: Tiling) -> None:
         """Latent attention: one pass over the keys for all heads, or several."""
         assert_equals_reference(Run(replace(LATENT, heads=40), tiling=tiling))
+
+    @pytest.mark.parametrize("page", [16, 64])
+    @pytest.mark.parametrize("tiling", [None, Tiling(32, 4, 2, heads=64, held=True)], ids=str)
+    def test_tiles_within_a_row(self, page: int, tiling: Tiling | None) -> None:
+        """Latent attention: tiles whose keys are all alike and those of a border, each with a key that is not finite in
+        one request; by pages and, where they are small, by keys; queries in either memory. One head has no stride."""
+        case = replace(
+            LATENT,
+            sequences=(Sequence(1, 500, 300), Sequence(2, 257, 200), Sequence(1, 400, 500)),
+            heads=20,
+            page=page,
+            num_programs=14,
+            local_window=100,
+            keys=((1, 100, 0, made.NAN), (2, 399, 0, made.INF)),
+        )
+        inputs = make_inputs(case, DEVICE)
+        block, _, slot, _ = inputs.k_cache.stride()
+        inputs.k_cache = inputs.k_cache.as_strided(inputs.k_cache.shape, (block, 0, slot, 1))
+        assert_equals_reference(Run(case, inputs, tiling=tiling))
+
+    def test_states_are_merged_in_several_steps(self) -> None:
+        """A row over more programs than are merged at a time; the counters are left as they were."""
+        case = replace(BASE, sequences=(Sequence(1, 1300, 700), Sequence(1, 90, 80)), num_programs=80, local_window=128)
+        run = Run(case)
+        assert_equals_reference(run)
+        assert not run.workspace.arrivals.any()
 
     @pytest.mark.parametrize("num_programs", [1, 2, 7, 40])
     def test_the_split_is_not_seen_in_the_values(self, num_programs: int) -> None:

@@ -26,6 +26,7 @@ _REMEDIES: Final[Mapping[str, str]] = {
     "baseline": "make a baseline of this model with this glassbox: glassbox baseline save",
     "exporter": "see the log for why its process can't be started: memory, limit of processes",
     "probe": "the GPU's memory is full: lower --gpu-memory-utilization",
+    "prompt": "ask for fewer layers or heads of whole prompts, leave cudagraph_mode at its default, and as for probe",
     "canary": "the GPU's memory is full: lower --gpu-memory-utilization",
     "adapters": "this vLLM tells of LoRA adapters otherwise: look for a newer glassbox, or set adapters: {max: 0}",
     "batch": "this vLLM orders batches otherwise: look for a newer glassbox",

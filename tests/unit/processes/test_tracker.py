@@ -22,6 +22,7 @@ from glassbox.core.trace_options import TraceOptions
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import RowSampler, is_sampled_request
 from glassbox.processes.worker.traces.active import TOO_LONG_FOR_KEYS
+from glassbox.processes.worker.traces.traced_step import NOT_MEASURED
 from glassbox.processes.worker.traces.tracker import REFUSAL_REASONS, RequestTracker, row_positions
 from tests.trace_samples import Continued, make_host, new_request, scheduled_step
 
@@ -547,8 +548,10 @@ class TestWholePrompts:
     WHOLE: ClassVar[dict[str, Any]] = {**TRACE, "glassbox_prompt": "all"}
 
     @staticmethod
-    def step(requests: RequestTracker, computed: int, scheduled: int, prompt_len: int = 5, **more: Any) -> Any:
-        """What is traced of a step of request a alone, whose sampled row is the last one."""
+    def step(
+        requests: RequestTracker, computed: int, scheduled: int, prompt_len: int = 5, num_rows: int = 1, **more: Any
+    ) -> Any:
+        """What is traced of a step of request a alone, whose sampled row is the last one, or of no sampled row."""
         batch = SimpleNamespace(
             req_ids=("a",),
             num_computed=np.array([computed]),
@@ -556,7 +559,7 @@ class TestWholePrompts:
             prompt_len=np.array([prompt_len]),
             num_scheduled=np.array([scheduled]),
         )
-        rows = np.zeros((1, 5), dtype=np.int32)
+        rows = np.zeros((num_rows, 5), dtype=np.int32)
         rows[:, ROW_QUERY], rows[:, ROW_PHASE] = scheduled - 1, computed >= prompt_len
         return requests.trace_rows(NO_RUNNER, batch, rows, np.array([0]), **more)
 
@@ -580,7 +583,16 @@ class TestWholePrompts:
             step.prompts, step.asked().positions.tolist(), step.asked().received, step.asked().queries
         )  # fmt: skip
         (trace,) = requests.active()
-        assert ([0, 1, 2, 3, 4], ()) == (trace.record().positions.tolist(), trace.record().notes)
+        record = trace.record()
+        assert ([0, 1, 2, 3, 4], (NOT_MEASURED,)) == (record.positions.tolist(), record.notes), "no layer has answered"
+
+    def test_in_a_step_without_listed_rows(self) -> None:
+        """A chunk may have none of the sampled rows of its prompt."""
+        requests = self.ask(self.WHOLE)
+        step = self.step(requests, 0, 2, num_rows=0)
+        assert ([2], None) == ([prompt.num_rows for prompt in step.prompts], step.asked())
+        step.commit()
+        assert [0, 1] == requests.active()[0].record().positions.tolist()
 
     def test_from_the_prefix_cache(self) -> None:
         """The trace says that rows are missing; their keys are read."""
@@ -646,7 +658,7 @@ class TestWholePrompts:
             self.step(requests, position, 1).commit()
         record = trace.record()
         assert (0, 0) == (record.queries.size, record.keys.size)
-        assert (TOO_LONG_FOR_KEYS,) == record.notes
+        assert (NOT_MEASURED, TOO_LONG_FOR_KEYS) == record.notes
 
 
 class TestText:

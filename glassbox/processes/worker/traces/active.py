@@ -122,7 +122,7 @@ class ActiveTrace:
         truncated: nothing more is kept.
         thinned: rows of some steps were left out.
         prompt: which of the prompt's rows are measured; `sampled` once all are refused.
-        prompt_to: position behind the last row of the prompt that was measured as one of all.
+        prompt_to: position behind the last row of the prompt that was asked for as one of all.
         sums: of all rows, if it has any.
         status: see RequestTrace.
         num_generated: tokens so far, as far as the computed positions tell.

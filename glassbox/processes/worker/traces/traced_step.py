@@ -6,6 +6,7 @@ trace its part. It neither decides who is traced (`tracker.py`) nor measures (`m
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ from glassbox.measure.contract import AskedPrompt, AskedRows
 from glassbox.processes.worker.traces.active import ActiveTrace, Chunk, Drafts
 from glassbox.processes.worker.traces.sums import SummedRow
 from glassbox.store.trace_record import MAX_ATTENTION_KEYS
+
+# Note of a trace that lacks rows of a whole prompt.
+NOT_MEASURED: Final = "rows of the prompt are missing in some layers: they could not be measured, see the worker's log"
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,11 @@ class TracedStep:
         """See contract.StepTraces."""
         self._of_prompts[number].add(local_layer, answers)
 
+    def assemble_prompts(self) -> None:
+        """See contract.StepTraces."""
+        for prompt in self._of_prompts:
+            prompt.assemble()
+
     def asked(self) -> AskedRows | None:
         """All questions together; None if there are none. Answers go to `add_answers`."""
         if not self._probes:
@@ -186,12 +195,17 @@ class _Prompt:
         self._trace, self._asked = prompt.trace, prompt.asked
         self._place = {local_layer: i for i, local_layer in enumerate(prompt.trace.local_layers)}
         self._found: list[tuple[int, Sequence[int], PromptAnswers[npt.NDArray]]] = []
+        self._chunk: Chunk | None = None
+        self._unanswered = False
 
     def add(self, local_layer: int, answers: PromptAnswers[npt.NDArray]) -> None:
         heads = self._asked.heads[: answers.stats.shape[1]]
         self._found.append((self._place[local_layer], heads, answers))
 
-    def commit(self) -> None:
+    def assemble(self) -> None:
+        """Make the chunk of the answers, and add them to the request's sums, if that wasn't done yet."""
+        if self._chunk is not None:
+            return
         trace, asked = self._trace, self._asked
         arrays = without_values({"token": asked.num_rows, **trace.sizes})
         arrays["positions"][:] = np.arange(asked.position, asked.num_keys)
@@ -203,10 +217,18 @@ class _Prompt:
             if answers.queries is not None and trace.sizes["dim"]:
                 _put_padded(arrays["queries"][:, layer, columns], answers.queries)
         none = np.zeros((len(trace.local_layers), len(trace.head_columns), 0), dtype=np.float16)
-        trace.append(Chunk(arrays, (none,) * asked.num_rows if trace.options.attention else ()))
-        trace.prompt_to = max(trace.prompt_to, asked.num_keys)
         if trace.sums is not None:
             trace.sums.add_prompt(asked.num_keys, asked.keys_from, self._found)
+        self._unanswered = len(self._found) < len(asked.local_layers)
+        self._found = []
+        self._chunk = Chunk(arrays, (none,) * asked.num_rows if trace.options.attention else ())
+
+    def commit(self) -> None:
+        self.assemble()
+        assert self._chunk is not None
+        self._trace.append(self._chunk)
+        if self._unanswered:
+            self._trace.note(NOT_MEASURED)
 
 
 def _put_padded(to: npt.NDArray[np.float32], vectors: npt.NDArray[np.float32]) -> None:

@@ -260,6 +260,8 @@ class RequestTracker:
                 continue
             if not self._take(runner, req_id, positions.tolist(), whole=True):
                 continue
+            # Now, for on a GPU the next chunk comes before this one's numbers do.
+            trace.prompt_to = end
             sums = trace.sums
             keys_from = sums.keys_to if sums is not None else end
             if sums is not None:
@@ -507,5 +509,7 @@ class RequestTracker:
 
 def _runs(values: npt.NDArray[np.int32]) -> list[tuple[int, int]]:
     """(start, end) of each run of equal values."""
+    if not len(values):
+        return []
     starts = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist()]
     return list(zip(starts, [*starts[1:], len(values)], strict=True))
