@@ -25,7 +25,7 @@ from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import VllmConfig
 from glassbox.adapter.release import vllm_version
 from glassbox.core.logs import get_logger, log_once
-from glassbox.core.trace_options import BEAM_PROMPT_KEY, CHOICE_KEY, MODEL_KEY, OptionError
+from glassbox.core.trace_options import BEAM_PROMPT_KEY, CHOICE_KEY, MODEL_KEY, SAMPLED_KEY, OptionError
 
 logger = get_logger(__name__)
 
@@ -258,10 +258,11 @@ class Intake(Protocol):
         """
 
     def salt(self, extra_args: ExtraArgs, prompt_len: int | None) -> str | None:
-        """What is added to the cache salt of a request that `admit` let in, so that nothing of its prompt comes from
-        the prefix cache; None if that may.
+        """What is added to the cache salt of a request that is traced, so that nothing of its prompt comes from the
+        prefix cache; None if that may.
 
         Args:
+            extra_args: as the worker gets them.
             prompt_len: tokens; None if they are not known.
         """
 
@@ -427,12 +428,14 @@ class Wrappers:
                 added = {**added, **self._intake.asked_by(request_id, http_request.current(), traced)}
             if added and request.sampling_params is not None:
                 request.sampling_params.extra_args = {**(extra_args or {}), **added}
-            if traced and beam_prompt is None:
+            if (traced or added.get(SAMPLED_KEY)) and beam_prompt is None:
                 tokens = getattr(request, "prompt_token_ids", None)
-                salt = self._intake.salt(extra_args, None if tokens is None else len(tokens))
+                told = request.sampling_params.extra_args if added else extra_args
+                salt = self._intake.salt(told, None if tokens is None else len(tokens))
                 if salt is not None:
                     request.cache_salt = f"{request.cache_salt or ''}{_SALT}{salt}"
-            self._logprobs_mode = getattr(processor.vllm_config.model_config, "logprobs_mode", None)
+            model_config = getattr(processor.vllm_config, "model_config", None)
+            self._logprobs_mode = getattr(model_config, "logprobs_mode", None)
             return request
 
         return process_inputs

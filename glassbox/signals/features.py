@@ -17,7 +17,7 @@ A feature without a finite value is left out.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,6 +28,7 @@ from glassbox.core.signal_table import SIGNAL_NAMES, signal_row
 from glassbox.core.statistics import STATISTICS
 from glassbox.core.trace_options import MAX_INDEX, MAX_SPAN_NAME
 from glassbox.signals.registry import signal_values
+from glassbox.signals.values import SignalValues
 from glassbox.store.trace_record import RequestTrace
 
 ANSWER: Final = "answer"
@@ -111,12 +112,15 @@ def _by_span(signal: str) -> tuple[str, ...]:
     return tuple(f"{value}_" for value in signal_row(signal).by_span)
 
 
-def features(trace: RequestTrace, wanted: Collection[str] | None = None) -> dict[str, float]:
+def features(
+    trace: RequestTrace, wanted: Collection[str] | None = None, computed: Mapping[str, SignalValues] | None = None
+) -> dict[str, float]:
     """The features of a request, as far as its rows go; for a running one of what there is so far.
 
     Args:
         trace: of the request.
         wanted: names; only what they need is computed. None is all that the trace has.
+        computed: signals of the trace that are not computed again.
 
     Returns:
         by name, in the order of the trace's layers and heads; those without a value are missing.
@@ -129,7 +133,8 @@ def features(trace: RequestTrace, wanted: Collection[str] | None = None) -> dict
         for feature, value in _each(group, places, trace)
     }
     asked = trace.options.signals if parsed is None else {feature.signal for feature in parsed} - {ANSWER, PROMPT}
-    for signal, found in signal_values(trace, asked).items():
+    known = {signal: one for signal, one in (computed or {}).items() if signal in asked}
+    for signal, found in {**known, **signal_values(trace, [one for one in asked if one not in known])}.items():
         for name, places in found.by_place.items():
             values |= {feature.name: value for feature, value in _each(Feature(signal, name), places, trace)}
         of_request = {Feature(signal, name).name: float(value) for name, value in found.of_request.items()}

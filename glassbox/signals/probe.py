@@ -29,6 +29,7 @@ from glassbox.core.json_fields import MAX_NUMBER, FieldError, JsonFields, parse_
 from glassbox.core.printable import printable
 from glassbox.core.signal_table import signal_row
 from glassbox.signals.features import ANSWER, PROMPT, Feature, features, parse_feature
+from glassbox.signals.values import SignalValues
 from glassbox.store.trace_record import RequestTrace
 
 FORMAT: Final = "glassbox-probe"
@@ -188,9 +189,14 @@ class Probe:
             prompt=any(signal_row(signal).prompt for signal in signals),
         )
 
-    def score(self, trace: RequestTrace) -> ProbeScore | None:
-        """The score of a request, as far as its rows go; None if it has none of the features (so far)."""
-        return self.score_features(features(trace, [feature.name for feature in self.features]))
+    def score(self, trace: RequestTrace, computed: Mapping[str, SignalValues] | None = None) -> ProbeScore | None:
+        """The score of a request, as far as its rows go; None if it has none of the features (so far).
+
+        Args:
+            trace: of the request.
+            computed: signals of the trace that are not computed again.
+        """
+        return self.score_features(features(trace, [feature.name for feature in self.features], computed))
 
     def score_features(self, values: Mapping[str, float]) -> ProbeScore | None:
         """The same of its features, by name; those without a value are missing."""

@@ -25,6 +25,8 @@ from glassbox.store import (
     metrics_page,
     process_name,
     rundir,
+    score_files,
+    score_totals,
     tokenizer_note,
 )
 from glassbox.store.trace_directory import TraceDirectory
@@ -149,12 +151,12 @@ def _clear(path: Path) -> None:
 
 
 def _leftovers(path: Path) -> Iterator[Path]:
-    names = (exporter_status.STATUS_NAME, api_server_note.NAME, tokenizer_note.NAME, UNREAD_NAME, *metrics_page.NAMES)
-    yield from (path / name for name in names)
+    names = (exporter_status.STATUS_NAME, score_totals.TOTALS_NAME, api_server_note.NAME, tokenizer_note.NAME)
+    yield from (path / name for name in (*names, UNREAD_NAME, *metrics_page.NAMES))
     yield from (path / name for name in list_files(path, "worker-", ".npz"))
     spans = path / llm_spans.FOLDER
     yield from (spans / name for name in list_files(spans, "", ".json"))
     traces = TraceDirectory(path)
     yield from (traces.path / name for name in traces.unfinished())
-    for folder in (path, spans, traces.path):
+    for folder in (path, spans, traces.path, path / score_files.FOLDER):
         yield from (folder / name for name in list_files(folder, ".", ".tmp"))

@@ -53,6 +53,7 @@ class TraceSummary:
 
     Attributes:
         num_rows: kept rows that every worker has, at least as far as their number tells.
+        signals: that the request asked for.
     """
 
     request_id: str
@@ -70,6 +71,7 @@ class TraceSummary:
     num_generated: int
     num_rows: int
     truncated: bool
+    signals: tuple[str, ...]
 
     @property
     def key(self) -> "TraceKey":
@@ -275,6 +277,7 @@ def _summarise(headers: Mapping[str, Mapping[str, Any]]) -> TraceSummary:
         num_generated=max(part["num_generated"] for part in parts),
         num_rows=min(part["num_rows"] for part in parts),
         truncated=any(part["truncated"] for part in parts),
+        signals=first["options"].signals,
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("grafana_foundation_sdk", reason="needs the extra dashboards")
 
-from glassbox.cli.dashboards import adapter_panels, check, generated, heads
+from glassbox.cli.dashboards import adapter_panels, check, generated, heads, probe_panels
 from glassbox.cli.dashboards.rule_model import RuleSettings
 from glassbox.cli.dashboards.rules import alerts, build_groups, recordings, to_data
 from glassbox.signals.baseline import from_engines, save_baseline
@@ -56,6 +56,7 @@ MAY_BE_EMPTY: Final = {
     "KV cache saturation by layers": "the cache is not quantised",
     "Configuration reloads": "the annotation marks a change of the last seconds",
     **{str(panel.title): "LoRA adapters are not told apart" for panel in adapter_panels.adapters()},
+    **{str(panel.title): "there is no probe, and nobody asks for a signal" for panel in probe_panels.scores()},
 }
 # Alerts that can't be made to fire by other numbers: a fault is needed.
 NEEDS_A_FAULT: Final = {
@@ -223,6 +224,8 @@ class TestQueries:
         }
         assert 30 < len(seen)
         assert {name: known[name] - {"job", "instance"} for name in seen} == seen
+        # Without what there is of adapters, of an exporter or of probes alone.
+        others = ("adapter_", "exporter_", "sink_", "probe_", "signal_", "scoring_")
         needs_an_event = {
             "glassbox_errors_total",
             "glassbox_dropped_rows_total",
@@ -230,7 +233,7 @@ class TestQueries:
             "glassbox_nonfinite_first_layer",
             "glassbox_kv_cache_quantization_error_ratio",
             "glassbox_kv_cache_saturated_ratio",
-        } | {name for name in known if name.startswith(("glassbox_adapter_", "glassbox_exporter_", "glassbox_sink_"))}
+        } | {name for name in known if name.startswith(tuple(f"glassbox_{other}" for other in others))}
         expected = {name for name in known if name.startswith("glassbox_")} - needs_an_event
         assert expected <= seen.keys()
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.signal_table import SIGNAL_NAMES, signal_row
-from glassbox.core.trace_options import CHOICE_KEY, CLIENT_KEY, SAMPLED_KEY, SIGNALS_KEY
+from glassbox.core.trace_options import CHOICE_KEY, CLIENT_KEY, SAMPLED_KEY, SIGNALS_KEY, TraceOptions
 from glassbox.store.logprobs_files import LogprobsFiles
 from glassbox.store.trace_directory import traces_path
 
@@ -35,9 +35,16 @@ class RequestLogprobs:
     Args:
         config: returns the configuration of the moment.
         run_dir: of the server.
+        sampled: returns what is kept of a request that the trace rate chooses.
     """
 
-    def __init__(self, config: Callable[[], GlassboxConfig], run_dir: Path) -> None:
+    def __init__(
+        self,
+        config: Callable[[], GlassboxConfig],
+        run_dir: Path,
+        sampled: Callable[[], TraceOptions] = TraceOptions,
+    ) -> None:
+        self._sampled = sampled
         self._config, self._files = config, LogprobsFiles(traces_path(run_dir))
         self._requests: dict[str, _Request] = {}
 
@@ -52,7 +59,8 @@ class RequestLogprobs:
             signals = given if isinstance(given, list | tuple) else [given]
             wanted = requests.opt_in
         else:
-            signals, wanted = getattr(requests, "signals", ()), extra_args.get(SAMPLED_KEY) is True
+            wanted = extra_args.get(SAMPLED_KEY) is True
+            signals = self._sampled().signals if wanted else ()
         return wanted and any("logprobs" in signal_row(name).arrays for name in SIGNAL_NAMES if name in signals)
 
     def begin(self, internal_id: str, extra_args: Mapping[str, Any]) -> None:

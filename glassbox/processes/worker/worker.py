@@ -39,6 +39,7 @@ from glassbox.processes.worker.canary import Canary, WorkerPlace
 from glassbox.processes.worker.nonfinite import NonfiniteWatch
 from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.active import TraceHost
+from glassbox.processes.worker.traces.sampled import STAGE, SampledOptions
 from glassbox.processes.worker.traces.tracker import RequestTracker
 from glassbox.processes.worker.traces.writer import TraceWriter
 from glassbox.processes.worker.unread import UnreadWatch
@@ -111,7 +112,8 @@ class Worker:
             tokenizer_revision=facts.tokenizer_revision,
             unobserved=untraceable(facts),
         )
-        self._requests = RequestTracker(host, self._deferred)
+        self._sampled = SampledOptions(lambda: settings.config, host, errors, other_stages(facts))
+        self._requests = RequestTracker(host, self._deferred, sampled=lambda: self._sampled.options)
         place = WorkerPlace(
             layers=layers.indices,
             names=layers.names,
@@ -165,6 +167,8 @@ class Worker:
         for level, text in coverage_lines(self._facts, self._settings.config, self._settings.path):
             logger.log(level, "%s", text)
         self._say_selection()
+        with self._errors.guard(STAGE):
+            self._sampled.refresh()
         self._settings.watch()
         self._thread = threading.Thread(target=self._run, name="glassbox-snapshots", daemon=True)
         self._thread.start()
@@ -193,6 +197,8 @@ class Worker:
                 self._deferred.finish()
                 self._traces.write(self._settings.config.requests)
             self._say_selection()
+            with self._errors.guard(STAGE):
+                self._sampled.refresh()
             self._look_at_exporter()
             if self._closing:
                 return

@@ -10,6 +10,9 @@ from glassbox.core.statistics import STATISTICS
 from glassbox.export import records
 from glassbox.export.records import JsonlRecords, ParquetRecords, open_records
 from glassbox.export.trace_document import document, flat_signals
+from glassbox.signals.probe import ProbeFeature
+from glassbox.signals.scores import scores_of
+from tests import probe_samples
 from tests.export_samples import limited_file_size
 from tests.trace_samples import make_trace
 
@@ -41,6 +44,20 @@ class TestParquet:
 
         rows: list[dict[str, object]] = pq.read_table(folder).to_pylist()
         return rows
+
+    def test_scores(self, tmp_path: Path) -> None:
+        """By probe, a probe without one among them, and all that is said of them as JSON."""
+        trace = make_trace()
+        blind = probe_samples.make_probe("blind", features=(ProbeFeature("answer_sink_ratio_L9_H0", 0.5, 1.0, 1.0),))
+        summary = scores_of(trace, [probe_samples.make_probe(), blind], ["focus"]).summary()
+        sink = open_records(tmp_path / "traces", "parquet", 1)
+        sink.write([document(trace, scores=summary), document(make_trace(seed=1))])
+        sink.flush(force=True)
+        first, second = self.read(tmp_path / "traces")
+        score = pytest.approx(probe_samples.score_of(trace), rel=1e-5)
+        assert {"drift": score, "blind": None} == dict(first["probes"])  # type: ignore[call-overload]
+        assert summary == json.loads(str(first["scores"]))
+        assert (None, []) == (second["scores"], second["probes"])
 
     def test_a_row_per_trace(self, tmp_path: Path) -> None:
         """pyarrow reads back what the document says."""

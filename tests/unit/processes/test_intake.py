@@ -22,6 +22,7 @@ from glassbox.processes.api_server import intake as intake_module
 from glassbox.processes.api_server.intake import MAX_REMEMBERED, Intake, TracedRequests
 from glassbox.store.logprobs_files import LogprobsFiles, read_logprobs
 from glassbox.store.trace_directory import traces_path
+from tests import probe_samples
 
 vllm_exceptions = pytest.importorskip("vllm.exceptions", reason="needs vLLM")
 ClientError = vllm_exceptions.VLLMValidationError
@@ -385,6 +386,17 @@ class TestCacheSalt:
         asked = {"glassbox": "trace", "glassbox_prompt": "all"}
         assert self.salted(Server({"requests": {"opt_in": False}}), asked) is None
         assert self.salted(Server({"requests": {"max_prompt_rows": 4}}), asked) is None
+
+    def test_of_requests_that_the_rate_chooses(self, tmp_path: Path) -> None:
+        """As the configuration's signals, and its probes, need it: every row, and log-probabilities."""
+        chosen, other = {"glassbox_sampled": True}, {"glassbox_sampled": False}
+        for signals, salted, asked in ((["spectral"], True, False), (["rauq"], False, True), ([], False, False)):
+            intake = Server({"requests": {"trace_rate": 1, "opt_in": False, "signals": signals}}).intake
+            assert (salted, asked) == (intake.salt(chosen, 5) is not None, intake.logprobs.wants(chosen))
+            assert not intake.logprobs.wants(other)
+        probe = probe_samples.write(tmp_path)
+        intake = Server({"requests": {"trace_rate": 1}, "probes": [{"file": str(probe)}]}).intake
+        assert (None, False) == (intake.salt(chosen, 5), intake.logprobs.wants(chosen))
 
     def test_of_each_answer(self, server: Server) -> None:
         """The answers of one prompt would find each other's tokens in the cache."""

@@ -18,12 +18,12 @@ from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT
 from glassbox.core.signal_table import MAX_KEPT_TOKENS
 from glassbox.core.statistics import NUM_STATISTICS
+from glassbox.core.trace_options import TraceOptions
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import RowSampler, is_sampled_request
 from glassbox.processes.worker.traces.active import TOO_LONG_FOR_KEYS
 from glassbox.processes.worker.traces.traced_step import NOT_MEASURED
-from glassbox.processes.worker.traces.tracker import REFUSAL_REASONS, RequestTracker, row_positions, with_signals
-from glassbox.store.trace_record import TraceOptions
+from glassbox.processes.worker.traces.tracker import REFUSAL_REASONS, RequestTracker, row_positions
 from tests.trace_samples import Continued, make_host, new_request, scheduled_step
 
 LOCAL_LAYERS = frozenset({0, 1})
@@ -99,6 +99,28 @@ class TestTraceRate:
         requests = tracker()
         arrive(requests, "a", extra_args={"other": 1}, settings_=config(trace_rate=1.0))
         assert not requests.active()[0].options.probes
+
+    def test_it_keeps_what_probes_read(self) -> None:
+        """Of their layers those that this worker has; where it has none, that is no refusal. A client's own choice is
+        not narrowed."""
+        wanted = TraceOptions(layers=(1, 7), heads=(1,), signals=("selfattn",), prompt="all")
+        for layers, kept in (((0, 1), (1,)), ((8, 9), None)):
+            host = make_host(layers=layers)
+            deferred = DeferredActions(ErrorCounter(logging.getLogger("test.requests")))
+            requests = RequestTracker(host, deferred, sampled=lambda: wanted)
+            arrive(requests, "a", settings_=config(trace_rate=1.0))
+            assert {} == refused(requests)
+            assert kept is None or wanted == requests.active()[0].options
+            assert (kept or ()) == tuple(host.layers[n] for trace in requests.active() for n in trace.local_layers)
+            arrive(requests, "b", extra_args=TRACE, settings_=config(trace_rate=1.0))
+            assert (0, 1) == requests.active()[-1].local_layers
+
+    def test_probes_of_other_layers_than_are_measured(self) -> None:
+        """Without any choice of layers a worker that measures none refuses, as ever."""
+        requests = tracker()
+        step = scheduled_step([new_request("a", 5)], {"a": 5})
+        requests.begin_step(NO_RUNNER, step, config(trace_rate=1.0), frozenset())
+        assert {"bad_options": 1} == refused(requests)
 
 
 class TestOptIn:
@@ -637,12 +659,6 @@ class TestWholePrompts:
         record = trace.record()
         assert (0, 0) == (record.queries.size, record.keys.size)
         assert (NOT_MEASURED, TOO_LONG_FOR_KEYS) == record.notes
-
-    def test_sampled_requests(self) -> None:
-        """They have the signals of the YAML, and leave the prefix cache alone."""
-        found = with_signals(TraceOptions(), ("spectral", "rauq"))
-        assert TraceOptions(prompt="new", signals=("spectral", "rauq")) == found
-        assert TraceOptions(signals=("rauq",)) == with_signals(TraceOptions(), ("rauq",))
 
 
 class TestText:

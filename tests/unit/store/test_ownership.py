@@ -12,6 +12,7 @@ import pytest
 
 from glassbox.store import ownership, rundir
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
+from glassbox.store.score_totals import ScoreTotals, read_totals, write_totals
 from glassbox.store.snapshot import read_snapshots, write_snapshot
 from glassbox.store.trace_directory import TraceDirectory, traces_path
 from glassbox.store.trace_record import write_trace
@@ -163,6 +164,7 @@ class TestRestart:
         server = start()
         write_snapshot(named, make_snapshot(steps=77))
         write_status(named, ExporterStatus(1, 1.0, {"otel": 5}))
+        write_totals(named, ScoreTotals(1.0, ("drift",)))
         write_trace(traces_path(named), make_trace(request_id="ended"))
         write_trace(traces_path(named), make_trace(seed=1, request_id="ran", status="active", end_time_s=None))
         (named / ".worker-0-0-x.npz.tmp").write_bytes(b"half")
@@ -175,6 +177,7 @@ class TestRestart:
         assert rundir.run_dir(environ) == named
         assert read_snapshots(named) == []
         assert read_status(named) is None
+        assert read_totals(named) is None
         assert [trace.request_id for trace in TraceDirectory(named).summaries()] == ["ended"]
         assert (named / "notes.txt").read_text() == "the operator's"
         assert list(named.glob(".*")) == []

@@ -24,7 +24,7 @@ from glassbox.adapter.scheduler import Arrival, ScheduledStep
 from glassbox.config.load import GlassboxConfig, PerClientConfig
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.rows import ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_SLOT
-from glassbox.core.signal_table import MAX_KEPT_PLACES, MAX_KEPT_TOKENS, signal_row
+from glassbox.core.signal_table import MAX_KEPT_PLACES, MAX_KEPT_TOKENS
 from glassbox.core.trace_options import (
     BEAM_PROMPT_KEY,
     CHOICE_KEY,
@@ -95,9 +95,17 @@ class RequestTracker:
         host: the worker.
         deferred: where what was measured waits for the device, and so the end of a trace, too.
         clock: seconds, monotonic.
+        sampled: returns what is kept of a request that the trace rate chooses.
     """
 
-    def __init__(self, host: TraceHost, deferred: DeferredActions, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        host: TraceHost,
+        deferred: DeferredActions,
+        clock: Callable[[], float] = time.monotonic,
+        sampled: Callable[[], TraceOptions] = TraceOptions,
+    ) -> None:
+        self._sampled = sampled
         self._host, self._deferred = host, deferred
         self._active: dict[str, ActiveTrace] = {}
         self._ended: list[ActiveTrace] = []
@@ -327,7 +335,7 @@ class RequestTracker:
         elif choice.choice == "trace":
             self._refuse(req_id, "opt_in_off")
         elif config.enabled and self._is_sampled(req_id, choice, config.requests.trace_rate):
-            self._start(new, "sampled", choice, config, local_layers)
+            self._start(new, "sampled", replace(choice, options=self._sampled()), config, local_layers)
 
     def _is_sampled(self, req_id: str, choice: ClientChoice, rate: float) -> bool:
         if choice.sampled is None or rate <= 0:  # no API server has chosen; by the id, so that all ranks agree
@@ -338,13 +346,13 @@ class RequestTracker:
         self, new: Arrival, why: Why, choice: ClientChoice, config: GlassboxConfig, local_layers: frozenset[int]
     ) -> None:
         host, options = self._host, choice.options
-        if why == "sampled":
-            options = with_signals(options, getattr(config.requests, "signals", ()))
         kept = tuple(n for n in sorted(local_layers) if options.layers is None or host.layers[n] in set(options.layers))
         if not config.enabled:
             self._refuse(new.req_id, "disabled")
         elif host.unobserved:
             self._refuse(new.req_id, "not_observed", host.unobserved)
+        elif not kept and why == "sampled" and options.layers is not None:
+            return  # probes read other layers, those of other pipeline stages
         elif not kept:
             self._refuse(new.req_id, "bad_options", f"glassbox_layers must name a measured layer of {host.layers}")
         elif options.heads is not None and min(options.heads) >= host.num_heads_total:
@@ -497,15 +505,6 @@ class RequestTracker:
     ) -> None:
         trace.end(status, num_generated)
         self._ended.append(trace)
-
-
-def with_signals(options: TraceOptions, signals: Sequence[str]) -> TraceOptions:
-    """The options of a request that the trace rate chose, with the signals that the YAML names.
-
-    Its prompt may come from the prefix cache: nobody asked for its tokens to be computed again.
-    """
-    whole = any(signal_row(name).prompt for name in signals)
-    return replace(options, signals=tuple(signals), prompt="new" if whole else options.prompt)
 
 
 def _runs(values: npt.NDArray[np.int32]) -> list[tuple[int, int]]:
