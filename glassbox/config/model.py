@@ -330,6 +330,15 @@ class RequestsConfig(_Section):
         ge=1,
         le=65_536,
     )
+    respond_wait_s: float = _field(
+        1.0,
+        "Seconds, 0 to 30: the end of an answer to a request with `glassbox_respond` waits at most so long for the "
+        "trace; later ones are named in it, and no more.",
+        "must be between 0 and 30",
+        "use `1.0`",
+        ge=0,
+        le=30,
+    )
     include_text: bool = _switch(
         False, "Whether traces hold the tokens of the prompt and the answer; prompts are private."
     )

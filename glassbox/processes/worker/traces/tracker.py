@@ -77,10 +77,17 @@ class RequestTracker:
         host: the worker.
         deferred: where what was measured waits for the device, and so the end of a trace, too.
         clock: seconds, monotonic.
+        on_awaited: told that a request is gone whose answer waits for its trace.
     """
 
-    def __init__(self, host: TraceHost, deferred: DeferredActions, clock: Callable[[], float] = time.monotonic) -> None:
-        self._host, self._deferred = host, deferred
+    def __init__(
+        self,
+        host: TraceHost,
+        deferred: DeferredActions,
+        clock: Callable[[], float] = time.monotonic,
+        on_awaited: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._host, self._deferred, self._on_awaited = host, deferred, on_awaited
         self._active: dict[str, ActiveTrace] = {}
         self._ended: list[ActiveTrace] = []
         # Requests without statistics, and refused ones: the V2 runner brings a preempted request as a new one.
@@ -337,6 +344,8 @@ class RequestTracker:
             self._deferred.add(lambda: self._end_with(trace, copy.tokens(), include_text), copy.event)
         else:
             self._deferred.add(lambda: self._end(trace, "finished"))
+        if trace.options.respond:
+            self._on_awaited()
 
     def _end_with(self, trace: ActiveTrace, tokens: RequestTokens, keep: bool) -> None:
         tokens = until_end(tokens)
