@@ -64,6 +64,7 @@ lint: $(STAMP)  ## Check style, types, imports between rooms, shell scripts and 
 	$(VENV)/bin/glassbox dashboards --check
 	$(PY) -m tools.releases_table --check
 	$(PY) -m tools.models_table --check
+	$(PY) -m tools.signals_table --check
 	$(VENV)/bin/shellcheck .ci/run tools/*.sh
 	@# hadolint has no package for every platform; where it is missing its absence is said, not hidden.
 	@if [ -x $(VENV)/bin/hadolint ]; then $(VENV)/bin/hadolint Dockerfile; else echo "hadolint: not available here"; fi

@@ -29,6 +29,8 @@ class Questions(Generic[Values]):
         chosen: bool [R, L, H], what is summed into `ProbeAnswers.chosen_sum`.
         kept_attention: numbers of the rows whose whole attention is wanted.
         max_attention_keys: most keys of it; of a longer row the last are kept.
+        received: numbers of the rows whose attention is wanted in full, to be summed by position, ascending.
+        queries: whether the rows' queries and own keys are wanted.
     """
 
     positions: Sequence[int]
@@ -37,6 +39,8 @@ class Questions(Generic[Values]):
     chosen: Values
     kept_attention: Sequence[int]
     max_attention_keys: int
+    received: Sequence[int] = ()
+    queries: bool = False
 
     @property
     def longest(self) -> int:
@@ -52,6 +56,8 @@ class Questions(Generic[Values]):
             move(self.chosen),
             self.kept_attention,
             self.max_attention_keys,
+            self.received,
+            self.queries,
         )
 
 
@@ -67,6 +73,9 @@ class ProbeAnswers(Generic[Values]):
             position; NaN in a row one of whose chosen heads has scores that are not finite.
         attention: float16 [L, H, n] for each row of which all is kept, its last n keys up to its own position, 0 where
             a window hides them; NaN where scores are not finite.
+        received: likewise float32 [L, H, position + 1] for each row of which it was wanted.
+        queries: float32 [R, L, H, D] as the scores are made of them, but not scaled; None if they were not wanted.
+        keys: float32 [R, L, Hkv, D], each row's own; None likewise.
     """
 
     topk_positions: Values
@@ -74,6 +83,9 @@ class ProbeAnswers(Generic[Values]):
     span_mass: Values
     chosen_sum: Values
     attention: tuple[Values, ...]
+    received: tuple[Values, ...] = ()
+    queries: Values | None = None
+    keys: Values | None = None
 
     def moved(self, move: Callable[[Values], Moved]) -> "ProbeAnswers[Moved]":
         """The same with `move` applied to each."""
@@ -83,11 +95,72 @@ class ProbeAnswers(Generic[Values]):
             move(self.span_mass),
             move(self.chosen_sum),
             tuple(map(move, self.attention)),
+            tuple(map(move, self.received)),
+            None if self.queries is None else move(self.queries),
+            None if self.keys is None else move(self.keys),
         )
 
     def by_array(self) -> dict[str, Values]:
-        """Those that are arrays of a trace, by name; [R, L, H, ...]."""
-        return {array.name: getattr(self, array.name) for array in collected() if hasattr(self, array.name)}
+        """Those that are arrays of a trace and were asked for, by name; [R, L, H, ...]."""
+        found = {array.name: getattr(self, array.name, None) for array in collected()}
+        return {name: values for name, values in found.items() if values is not None}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptAnswers(Generic[Values]):
+    """Of consecutive rows of one request, N of them, in H chosen query heads of one layer.
+
+    Attributes:
+        stats: float32 [N, H, NUM_STATISTICS + 1], as the columns of core/statistics.py, and whether a score was not
+            finite.
+        previous_mass: float32 [N, H], attention to the position before the row's own; NaN where stats are, and in the
+            row at position 0.
+        span_mass: float32 [N, H, spans], of each span; NaN where stats are.
+        received: float32 [H, keys up to the last row's], attention to each position, summed over the rows; NaN at
+            positions that a row whose stats are NaN sees.
+        group: query heads that share a KV head. The K KV heads of the chosen heads are `kv_heads(heads, group)`.
+        query_gram: float64 [H, D, D], sum over the rows of q q^T, not scaled; None if it was not asked for.
+        key_gram: float64 [K, D, D], likewise of the keys from `AskedPrompt.keys_from` to the last row's own.
+        queries: float32 [N, H, D], not scaled; None if they were not asked for.
+        keys: float32 [n, K, D], of the n positions that are in `key_gram`; None likewise.
+        score_params: float32 [H, 4] as core/trace_arrays.SCORE_PARAMS; a scale of NaN says that the scores depend on
+            more (ALiBi, chunked attention); None if queries and keys were not asked for.
+    """
+
+    stats: Values
+    previous_mass: Values
+    span_mass: Values
+    received: Values
+    group: int
+    query_gram: Values | None = None
+    key_gram: Values | None = None
+    queries: Values | None = None
+    keys: Values | None = None
+    score_params: Values | None = None
+
+    def moved(self, move: Callable[[Values], Moved]) -> "PromptAnswers[Moved]":
+        """The same with `move` applied to each."""
+
+        def maybe(values: Values | None) -> Moved | None:
+            return None if values is None else move(values)
+
+        return PromptAnswers(
+            move(self.stats),
+            move(self.previous_mass),
+            move(self.span_mass),
+            move(self.received),
+            self.group,
+            maybe(self.query_gram),
+            maybe(self.key_gram),
+            maybe(self.queries),
+            maybe(self.keys),
+            maybe(self.score_params),
+        )
+
+
+def kv_heads(heads: Sequence[int], group: int) -> list[int]:
+    """The KV heads of some query heads, each once, ascending."""
+    return sorted({head // group for head in heads})
 
 
 def no_answers(asked: Questions[Tensor]) -> ProbeAnswers[Tensor]:
@@ -110,4 +183,7 @@ def no_answers(asked: Questions[Tensor]) -> ProbeAnswers[Tensor]:
         span_mass=filled("span_mass"),
         chosen_sum=torch.zeros(num_rows, asked.longest, device=device),
         attention=tuple(torch.zeros(num_layers, num_heads, n, dtype=dtype, device=device) for n in lengths),
+        received=tuple(
+            torch.zeros(num_layers, num_heads, asked.positions[row] + 1, device=device) for row in asked.received
+        ),
     )

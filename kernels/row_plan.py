@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from glassbox.core.rows import ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_PROMPT_LEN, ROW_QUERY
+from glassbox.core.rows import ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_PROMPT_LEN, ROW_QUERY, ROW_SLOT
 
 # Float32 numbers of one tile's keys: 4 MB. Tiles of a quarter of that cost more calls, of twice that more
 # cache misses (64 requests x 2000 keys and 1 x 131072, 2-core AVX-512 server, 2026-11).
@@ -43,6 +43,7 @@ class Tile:
         hidden: (first column, end column, mask) where some row doesn't see a key; mask bool [R', 1, end -
         first]. own: column of each row's own key, clamped, int64 [R', 1, 1].
         own_here: is the row's own key in this tile, bool [R', 1].
+        before, before_here: likewise of the key at the position before it.
         base: position of column 0 for each row, int64 [R', 1].
         weights: of `SINK` .. `DISTANCE` per column, float32 [R', NUM_WEIGHTS, keys]; None if over the budget.
     """
@@ -52,6 +53,8 @@ class Tile:
     hidden: tuple[tuple[int, int, Tensor], ...]
     own: Tensor
     own_here: NDArray[np.bool_]
+    before: Tensor
+    before_here: NDArray[np.bool_]
     base: Tensor
     weights: Tensor | None
 
@@ -113,6 +116,9 @@ class RowPlan:
         num_keys: n.
         num_context, num_generated: visible keys of the prompt and after it, at least 1.
         decode: is the row a decode row; bool [R, 1].
+        slotted: has the row a trace slot; bool [R, 1]. has_slots: has one of them.
+        sees_before: does it see the key at the position before its own; bool [R, 1].
+        without_before: its attention to that key if it doesn't see it: 0, and NaN where there is no such position.
     """
 
     def __init__(
@@ -160,6 +166,14 @@ class RowPlan:
         self.num_context: Final = np.maximum(context, 1).astype(np.float32)
         self.num_generated: Final = np.maximum(n - context, 1).astype(np.float32)
         self.decode: Final = (listed[inverse, ROW_PHASE, None] & ROW_DECODE) == ROW_DECODE
+        self.slotted: Final = listed[inverse, ROW_SLOT, None] >= 0
+        self.has_slots: Final = bool(self.slotted.any())
+        self.sees_before: Final = n > 1
+        self.without_before: Final = np.where(position[inverse, None] > 0, 0.0, np.nan).astype(np.float32)
+
+    def lowest(self, row: int) -> int:
+        """The first position that a row of the row list sees."""
+        return int(self._first[np.flatnonzero(self._order == row)[0]])
 
     def groups(self, num_heads: int, key_numbers: int) -> tuple[Group, ...]:
         """The step's work, cut to the size of a layer and kept for other layers of that size.
@@ -298,6 +312,8 @@ class RowPlan:
             hidden=_hidden_columns(np.clip(first - base, 0, keys), np.clip(own + 1, 0, keys), keys),
             own=torch.from_numpy(np.clip(own, 0, keys - 1)[:, :, None]),
             own_here=(own >= 0) & (own < keys),
+            before=torch.from_numpy(np.clip(own - 1, 0, keys - 1)[:, :, None]),
+            before_here=(own >= 1) & (own <= keys),
             base=torch.from_numpy(base),
             weights=weights,
         )

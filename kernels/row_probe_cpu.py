@@ -56,6 +56,10 @@ def row_probe_cpu(layers: Sequence[LayerRows], plan: RowPlan, asked: Questions[T
         for out, row in zip(answers.attention, asked.kept_attention, strict=True):
             for i in (rows == row).nonzero().flatten().tolist():
                 _fill_attention(out, attention[:, i], int(base[i]), positions[row])
+        for out, row in zip(answers.received, asked.received, strict=True):
+            for i in (rows == row).nonzero().flatten().tolist():
+                seen = slice(plan.lowest(row), positions[row] + 1)
+                out[..., seen] = attention[:, i, :, seen.start - int(base[i]) : seen.stop - int(base[i])]
     return answers
 
 

@@ -61,13 +61,15 @@ struct GlassboxAsked {
     double* chosen_sum;       // [A, sum_keys]
     float* const* kept;       // [A]: null, or [L, H, kept_keys[a]] of the row's last keys, filled with 0
     const int64_t* kept_keys;
+    float* const* received;  // [A]: null, or [L, H, position + 1] of the row, filled with 0
 };
 
 int glassbox_sizes(const GlassboxRows*, GlassboxSizes*);
 void glassbox_take(const GlassboxRows*, const GlassboxLayer*, const void* query, int64_t token_stride,
                    int64_t head_stride, float* queries);
 int glassbox_row_stats(const GlassboxRows*, const GlassboxLayer* const* layers, int64_t num_layers,
-                       const float* queries, const GlassboxAsked*, const int64_t* places, float* stats, float* scratch);
+                       const float* queries, const GlassboxAsked*, const int64_t* places, float* stats, float* previous,
+                       float* scratch);
 }
 
 namespace {
@@ -400,13 +402,15 @@ struct Answers {
     Answers(const GlassboxAsked& asked, int64_t row, int64_t layer, int64_t head, int64_t heads)
         : asked(asked), row(row), in_row(layer * heads + head), at(row * asked.layers * heads + in_row) {}
 
-    void not_finite() const {
+    void not_finite(const Row& of) const {
+        const int64_t limit = of.position + 1;
         for (int64_t s = 0; s < asked.num_spans; ++s) asked.span_mass[at * asked.num_spans + s] = NAN_F;
         if (asked.chosen[at]) std::fill_n(asked.chosen_sum + row * asked.sum_keys, asked.sum_keys, double(NAN_F));
         if (float* kept = asked.kept[row]) {
             const int64_t keys = asked.kept_keys[row];
             std::fill_n(kept + in_row * keys, keys, NAN_F);
         }
+        if (float* whole = asked.received[row]) std::fill_n(whole + in_row * limit + of.first, of.keys(), NAN_F);
     }
 
     void fill(const float* weights, double inverse_z, const Row& of, const int32_t* top, int64_t num_top) const {
@@ -429,6 +433,10 @@ struct Answers {
             const int64_t keys = asked.kept_keys[row], here = std::min(keys, of.keys());
             float* last = kept + (in_row + 1) * keys - here;
             for (int64_t j = 0; j < here; ++j) last[j] = float(weights[of.keys() - here + j] * inverse_z);
+        }
+        if (float* whole = asked.received[row]) {
+            float* seen = whole + in_row * limit + base;
+            for (int64_t j = 0; j < of.keys(); ++j) seen[j] = float(weights[j] * inverse_z);
         }
     }
 };
@@ -498,8 +506,9 @@ class Item {
             }
     }
 
-    void finish(const GlassboxLayer& layer, float* scores, const GlassboxAsked* asked, int64_t place,
-                float* stats) const {
+    // previous: of the rows with a slot, their attention to the position before their own; null if there are none.
+    void finish(const GlassboxLayer& layer, float* scores, const GlassboxAsked* asked, int64_t place, float* stats,
+                float* previous) const {
         for (int64_t r = begin_; r < end_; ++r) {
             const Row row(rows_, r);
             const int64_t number = asked != nullptr && rows_.asked != nullptr ? rows_.asked[r] : -1;
@@ -509,7 +518,7 @@ class Item {
                 if (!all_finite(seen, row.keys())) {
                     std::fill_n(out, NUM_COLUMNS, NAN_F);
                     out[NONFINITE] = 1.0f;
-                    if (number >= 0) Answers(*asked, number, place, head, layer.heads).not_finite();
+                    if (number >= 0) Answers(*asked, number, place, head, layer.heads).not_finite(row);
                     continue;
                 }
                 cap_and_bias(seen, row.keys(), layer, head);
@@ -518,6 +527,9 @@ class Item {
                 const int64_t num_top = wanted ? top_of(seen, row.keys(), asked->top_k, top) : 0;
                 const bool has_sink = layer.sinks != nullptr;
                 const double inverse_z = finish_row(seen, row, has_sink ? layer.sinks[head] : 0, has_sink, rows_, out);
+                if (previous != nullptr && rows_.rows[r * NUM_ROW_COLUMNS + ROW_SLOT] >= 0 && row.position > 0)
+                    previous[r * layer.heads + head] =
+                        row.keys() > 1 ? float(seen[row.keys() - 2] * inverse_z) : 0.0f;
                 if (wanted)
                     Answers(*asked, number, place, head, layer.heads).fill(seen, inverse_z, row, top, num_top);
             }
@@ -561,11 +573,11 @@ void glassbox_take(const GlassboxRows* rows, const GlassboxLayer* layer, const v
 }
 
 // Layers of one size, whose queries glassbox_take gave one after the other. places: [num_layers], of each in `asked`, or
-// -1; `asked` may be null if all are. stats: [num_layers, rows, heads, NUM_COLUMNS]; scratch: a page, and the scores of an
-// item. The rows must be sound. Returns 0, or 1 for a block that a cache doesn't have.
+// -1; `asked` may be null if all are. stats: [num_layers, rows, heads, NUM_COLUMNS]; previous: [num_layers, rows, heads],
+// filled with NaN, or null; scratch: a page, and the scores of an item. The rows must be sound. Returns 0, or 1 for a block that a cache doesn't have.
 int glassbox_row_stats(const GlassboxRows* rows, const GlassboxLayer* const* layers, int64_t num_layers,
                        const float* queries, const GlassboxAsked* asked, const int64_t* places, float* stats,
-                       float* scratch) {
+                       float* previous, float* scratch) {
     for (int64_t n = 0; n < num_layers; ++n) {
         const GlassboxLayer& layer = *layers[n];
         float* scores = scratch + layer.head_size * rows->block_size;
@@ -573,11 +585,12 @@ int glassbox_row_stats(const GlassboxRows* rows, const GlassboxLayer* const* lay
             const Item item(*rows, begin);
             if (!item.blocks_exist(layer)) return 1;
             item.score(layer, queries, scores, scratch);
-            item.finish(layer, scores, places[n] >= 0 ? asked : nullptr, places[n], stats);
+            item.finish(layer, scores, places[n] >= 0 ? asked : nullptr, places[n], stats, previous);
             begin = item.end();
         }
         queries += rows->num_rows * layer.heads * layer.head_size;
         stats += rows->num_rows * layer.heads * NUM_COLUMNS;
+        if (previous != nullptr) previous += rows->num_rows * layer.heads;
     }
     return 0;
 }

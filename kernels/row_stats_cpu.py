@@ -37,7 +37,7 @@ __all__ = [
 HIDDEN: Final = -1e38
 
 # Partial results of a tile; the sums over weighted columns come last, in the order of `row_plan`.
-_MAX, _TOP, _ENERGY, _SQUARES, _OWN, _OVERFLOW, _SUMS = range(7)
+_MAX, _TOP, _ENERGY, _SQUARES, _OWN, _OVERFLOW, _PREVIOUS, _SUMS = range(8)
 _SINK, _LOCAL, _CONTEXT, _GENERATED, _DISTANCE = range(_SUMS, _SUMS + NUM_WEIGHTS)
 _NUM_PARTIAL: Final = _SUMS + NUM_WEIGHTS
 
@@ -101,7 +101,7 @@ class LayerRows:
         return (self.queries.shape, self.queries.dtype, self.reader.num_kv_heads, params.soft_cap, *biases)
 
 
-def row_stats_cpu(layers: Sequence[LayerRows], plan: RowPlan) -> Tensor:
+def row_stats_cpu(layers: Sequence[LayerRows], plan: RowPlan) -> tuple[Tensor, Tensor | None]:
     """Statistics of the planned rows in some layers, as `glassbox.core.statistics` defines them.
 
     Scores of magnitude 1e38 and more count as overflow (nonfinite).
@@ -112,7 +112,9 @@ def row_stats_cpu(layers: Sequence[LayerRows], plan: RowPlan) -> Tensor:
 
     Returns:
         float32 [N, R, Hq, NUM_STATISTICS + 1]; the last column is 1 where a visible raw score is NaN or
-        infinite, and then the others are NaN. `lookback_ratio` is NaN on prefill rows.
+        infinite, and then the others are NaN. `lookback_ratio` is NaN on prefill rows. Beside it float32 [N, R, Hq],
+        the attention of each row to the position before its own, NaN in rows without a trace slot; None if no row has
+        one.
 
     Raises:
         ValueError: the layers are of several kinds.
@@ -127,7 +129,8 @@ def row_stats_cpu(layers: Sequence[LayerRows], plan: RowPlan) -> Tensor:
             done = [_measure(of_group, layers, group, tile, plan=plan, wide=wide) for tile in group.tiles]
             merged = done[0] if len(done) == 1 else _merge(np.stack(done), group.tiles)
             partial[:, :, group.rows] = merged[:, :, group.real]
-        return torch.from_numpy(_finish(partial, plan, layers))
+        stats, before = _finish(partial, plan, layers)
+        return torch.from_numpy(stats), None if before is None else torch.from_numpy(before)
 
 
 def scaled_queries(layers: Sequence[LayerRows]) -> Tensor:
@@ -168,6 +171,9 @@ def _measure(
     torch.linalg.vecdot(share, share, out=out[_SQUARES])
     own = tile.own.expand(*scores.shape[:3], 1)
     torch.gather(scores, 3, own, out=out[_OWN].unsqueeze(-1))
+    if plan.has_slots:
+        before = tile.before.expand(*scores.shape[:3], 1)
+        torch.gather(share, 3, before, out=out[_PREVIOUS].unsqueeze(-1))
     # [R', W, keys] @ [N, R', keys, Hq]
     out[_SUMS:].copy_(torch.matmul(weights, share.transpose(2, 3)).permute(2, 0, 1, 3))
     return out.numpy()
@@ -283,12 +289,17 @@ def _merge(parts: NDArray[np.float32], tiles: tuple[Tile, ...]) -> NDArray[np.fl
     here = np.stack([tile.own_here for tile in tiles])[:, None]
     merged[_OWN] = np.where(here, whole[:, _OWN] + shift, 0.0).sum(axis=0)
     merged[_OVERFLOW] = whole[:, _OVERFLOW].sum(axis=0)
+    before_here = np.stack([tile.before_here for tile in tiles])[:, None]
+    merged[_PREVIOUS] = np.where(before_here, share * whole[:, _PREVIOUS], 0.0).sum(axis=0)
     merged[_SUMS:] = (share[:, None] * whole[:, _SUMS:]).sum(axis=0)
     return merged
 
 
-def _finish(partial: NDArray[np.float32], plan: RowPlan, layers: Sequence[LayerRows]) -> NDArray[np.float32]:
-    """Statistics [N, R, Hq, NUM_STATISTICS + 1] of partial results [_NUM_PARTIAL, N, R, Hq].
+def _finish(
+    partial: NDArray[np.float32], plan: RowPlan, layers: Sequence[LayerRows]
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Statistics [N, R, Hq, NUM_STATISTICS + 1] and attention to the position before, of partial results
+    [_NUM_PARTIAL, N, R, Hq].
 
     In numpy: its calls on arrays of this size take a fifth of torch's.
     """
@@ -316,4 +327,8 @@ def _finish(partial: NDArray[np.float32], plan: RowPlan, layers: Sequence[LayerR
     bad = np.isnan(partial[_ENERGY] + partial[_OVERFLOW])
     out[bad] = np.nan
     out[..., NUM_STATISTICS] = bad
-    return out
+    if not plan.has_slots:
+        return out, None
+    before = np.where(plan.sees_before, partial[_PREVIOUS] * kept, plan.without_before)
+    before[bad | ~plan.slotted] = np.nan
+    return out, before

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from glassbox.core.native import load_cpp
-from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_COLUMNS, ROW_DECODE
+from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_COLUMNS, ROW_DECODE, ROW_SLOT
 from glassbox.core.statistics import INDEX, NUM_STATISTICS
 from glassbox.core.trace_arrays import trace_array
 from glassbox.core.trace_options import MAX_TOP_K
@@ -69,7 +69,7 @@ class _Asked(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("layers", "top_k", "num_spans", "sum_keys")),
         *((name, _POINTER) for name in ("spans", "chosen", "topk_positions", "topk_mass", "span_mass", "chosen_sum")),
-        *((name, _POINTER) for name in ("kept", "kept_keys")),
+        *((name, _POINTER) for name in ("kept", "kept_keys", "received")),
     )
 
 
@@ -131,7 +131,7 @@ def native_kernel() -> NativeKernel:
     library.glassbox_sizes.argtypes = [_POINTER] * 2
     library.glassbox_take.restype = None
     library.glassbox_take.argtypes = [_POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER]
-    library.glassbox_row_stats.argtypes = [_POINTER, _POINTER, _INT, *[_POINTER] * 5]
+    library.glassbox_row_stats.argtypes = [_POINTER, _POINTER, _INT, *[_POINTER] * 6]
     return kernel
 
 
@@ -289,6 +289,7 @@ class NativeRows:
             local_window=local_window,
         )
         self.num_rows, self.block_size = len(listed), block_size
+        self.has_slots = bool((listed[:, ROW_SLOT] >= 0).any())
         self.address: Final = ctypes.addressof(self._struct)
         self._sizes = _Sizes()
         if native_kernel().sizes(self.address, ctypes.addressof(self._sizes)):
@@ -336,6 +337,12 @@ class NativeProbe:
         self._kept = [np.zeros((num_layers, num_heads, self._kept_keys[row]), dtype=np.float32) for row in kept]
         self._kept_at = np.zeros(num_rows, dtype=np.uint64)
         self._kept_at[kept] = [values.ctypes.data for values in self._kept]
+        wanted = list(asked.received)
+        self._received = [
+            np.zeros((num_layers, num_heads, asked.positions[row] + 1), dtype=np.float32) for row in wanted
+        ]
+        self._received_at = np.zeros(num_rows, dtype=np.uint64)
+        self._received_at[wanted] = [values.ctypes.data for values in self._received]
         self._struct = _Asked(
             layers=num_layers,
             top_k=asked.top_k,
@@ -349,6 +356,7 @@ class NativeProbe:
             chosen_sum=self._sum.ctypes.data,
             kept=self._kept_at.ctypes.data,
             kept_keys=self._kept_keys.ctypes.data,
+            received=self._received_at.ctypes.data,
         )
         self.address: Final = ctypes.addressof(self._struct)
 
@@ -361,6 +369,7 @@ class NativeProbe:
             span_mass=self._span_mass[:, chosen],
             chosen_sum=self._sum.astype(np.float32),
             attention=tuple(values[chosen].astype(np.float16) for values in self._kept),
+            received=tuple(values[chosen] for values in self._received),
         )
 
 
@@ -384,6 +393,9 @@ class NativeStep:
         self._take, self._row_stats = kernel.take, kernel.row_stats
         self._rows, self._rows_address, self._probe = rows, rows.address, probe
         self._stats = np.empty((num_layers, rows.num_rows, num_heads, NUM_STATISTICS + 1), dtype=np.float32)
+        # Of rows with a slot alone.
+        shape = self._stats.shape[:3]
+        self._previous = np.full(shape, np.nan, dtype=np.float32) if rows.has_slots else None
         of_layer = rows.num_rows * num_heads * head_size
         self._queries = np.empty((min(num_layers, max(_QUERY_BUDGET // max(of_layer, 1), 1)), of_layer), np.float32)
         self._scratch = rows.scratch(num_heads, head_size)
@@ -433,6 +445,7 @@ class NativeStep:
             None if self._probe is None else self._probe.address,
             places.ctypes.data,
             self._stats[len(self.measured) :].ctypes.data,
+            None if self._previous is None else self._previous[len(self.measured) :].ctypes.data,
             self._scratch.ctypes.data,
         ):
             raise ValueError("a block table must name blocks of its cache, got one beyond; see vLLM's metadata")
@@ -441,6 +454,10 @@ class NativeStep:
     def stats(self) -> NDArray[np.float32]:
         """float32 [measured layers, R, Hq, NUM_STATISTICS + 1] as `row_stats_cpu` returns them."""
         return self._stats[: len(self.measured)]
+
+    def previous(self) -> NDArray[np.float32] | None:
+        """float32 [measured layers, R, Hq], attention to the position before, as `row_stats_cpu` returns it."""
+        return None if self._previous is None else self._previous[: len(self.measured)]
 
 
 def _address(values: NDArray | None) -> int | None:

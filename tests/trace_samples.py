@@ -141,7 +141,7 @@ def make_trace(
     sizes = {"token": len(positions), "layer": len(layers), "head": len(heads), "top_k": k, "span": len(spans)}
     arrays: dict[str, Any] = {
         **without_values(sizes),
-        **not_asked_for(sizes),
+        **not_asked_for({"layer": len(layers), "head": len(heads)}),
         **kept,
         "positions": np.array(positions, dtype=np.int32),
         "phases": (np.array(positions) >= prompt_len).astype(np.uint8),

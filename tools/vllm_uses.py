@@ -18,7 +18,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 DECLARATIONS: Final = "adapter/internals.py"
 _VLLM_PATH: Final = re.compile(r"vllm(\.\w+)+")
 _REGISTRY: Final = "vllm.v1.attention.backends.registry"
-# What vLLM's releases don't have and glassbox/adapter/registry.py adds.
+# What vLLM's releases don't have and glassbox/adapter/backend_registry.py adds.
 _ADDED: Final = frozenset({f"{_REGISTRY}.get_backend_config"})
 # Ids of findings about vLLM look like its paths.
 _FINDINGS: Final = Path("glassbox/cli/doctor")

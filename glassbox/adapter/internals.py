@@ -42,6 +42,7 @@ class Feature(Enum):
     MESSAGE_SPANS = "spans by message"
     MESSAGES_API = "spans by message at /v1/messages"
     RUST_FRONT_END = "telling vLLM's Rust front end"
+    LOGPROBS = "log-probabilities of the tokens of traced requests"
     LLM_SPANS = "attention spans beside vLLM's own"
     CAPTURE = "glassbox.capture"
     INSPECTION = "glassbox check --model"
@@ -302,6 +303,18 @@ INTERNALS: Final[tuple[Internal, ...]] = (
     *_names(
         "vllm.v1.utils", Feature.RUST_FRONT_END, "RustFrontendProcessManager", "RustFrontendProcessManager.__init__"
     ),
+    *_names(
+        "vllm.v1.engine.output_processor",
+        Feature.LOGPROBS,
+        "OutputProcessor",
+        "OutputProcessor.add_request",
+        "OutputProcessor.process_outputs",
+        "OutputProcessor.request_states",
+        "RequestState.logprobs_processor",
+    ),
+    *_names("vllm.v1.engine.logprobs", Feature.LOGPROBS, "LogprobsProcessor.num_logprobs"),
+    *_names("vllm.v1.engine", Feature.LOGPROBS, "EngineCoreOutput.new_logprobs", "EngineCoreRequest.cache_salt"),
+    *_names("vllm.v1.outputs", Feature.LOGPROBS, "LogprobsLists", "LogprobsLists.logprobs"),
     *_names("vllm.v1.engine.async_llm", Feature.LLM_SPANS, "AsyncLLM.__init__"),
     *_names("vllm.v1.engine.llm_engine", Feature.LLM_SPANS, "LLMEngine.__init__"),
     *_names("vllm.entrypoints.serve.instrumentator.metrics", Feature.METRICS_PAGE, "attach_router"),

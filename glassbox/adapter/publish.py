@@ -1,6 +1,6 @@
 """The configuration in vLLM's backend registry: published there, and read from nowhere else by the backend.
 
-`register_backend(CUSTOM, ..., backend_config=...)` and `get_backend_config(CUSTOM)`, see `registry.py`.
+`register_backend(CUSTOM, ..., backend_config=...)` and `get_backend_config(CUSTOM)`, see `backend_registry.py`.
 """
 
 from collections.abc import Callable

@@ -11,6 +11,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final, Protocol, TypeGuard
@@ -25,7 +26,14 @@ from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import VllmConfig
 from glassbox.adapter.release import vllm_version
 from glassbox.core.logs import get_logger, log_once
-from glassbox.core.trace_options import BEAM_PROMPT_KEY, CHOICE_KEY, CLIENT_KEY, MODEL_KEY, OptionError
+from glassbox.core.trace_options import (
+    BEAM_PROMPT_KEY,
+    CHOICE_KEY,
+    CLIENT_KEY,
+    MODEL_KEY,
+    SAMPLED_KEY,
+    OptionError,
+)
 
 logger = get_logger(__name__)
 
@@ -59,7 +67,14 @@ INTAKE_PATCHES: Final = (
     Patch("vllm.v1.engine.llm_engine", "LLMEngine", "__init__", "engine_init"),
     Patch("vllm.v1.utils", "RustFrontendProcessManager", "__init__", "rust_front_end"),
     Patch("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", "process_inputs"),
+    Patch("vllm.v1.engine.output_processor", "OutputProcessor", "add_request", "add_to_outputs"),
+    Patch("vllm.v1.engine.output_processor", "OutputProcessor", "process_outputs", "process_outputs"),
 )
+
+# Of vLLM's logprobs_mode, those that are log-probabilities.
+_LOGPROBS: Final = ("raw_logprobs", "processed_logprobs")
+# Begins what glassbox adds to a request's cache salt.
+_SALT: Final = "glassbox-"
 
 
 @dataclass(frozen=True)
@@ -282,6 +297,19 @@ class Intake(Protocol):
     def sent(self, request: SentRequest, reply: Reply) -> None:
         """Such a request goes to the engine; `reply` answers who asked for it."""
 
+    def salt(self, extra_args: ExtraArgs, prompt_len: int | None) -> str | None:
+        """What is added to the cache salt of a request that is traced, so that nothing of its prompt comes from the
+        prefix cache; None if that may.
+
+        Args:
+            extra_args: as the worker gets them.
+            prompt_len: tokens; None if they are not known.
+        """
+
+    @property
+    def logprobs(self) -> "Logprobs":
+        """Where the log-probabilities of tokens go."""
+
     def begin_beam(self, prompt_len: int) -> ExtraArgs:
         """What the worker gets with a request of a beam search, whose client sent a prompt of that length."""
 
@@ -298,6 +326,23 @@ class Intake(Protocol):
         """This process sends requests to these engines (see `engines_of`)."""
 
 
+class Logprobs(Protocol):
+    """See processes/api_server/logprobs.py."""
+
+    @property
+    def any(self) -> bool: ...
+
+    def wants(self, extra_args: object) -> bool: ...
+
+    def begin(self, internal_id: str, extra_args: Mapping[str, Any]) -> None: ...
+
+    def __contains__(self, internal_id: object) -> bool: ...
+
+    def add(self, internal_id: str, logprobs: Sequence[float]) -> None: ...
+
+    def end_all_but(self, running: Callable[[str], bool]) -> None: ...
+
+
 class Wrappers:
     """Makes the wrapper of each method; which one is named by its patch.
 
@@ -307,6 +352,8 @@ class Wrappers:
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
+        # What the engines of this process say of their log-probabilities; None until one is known.
+        self._logprobs_mode: str | None = None
 
     def check_model(self, original: Any) -> Any:
         """Around `BaseServing._check_model`, the first that every API does with a request: bad options end here.
@@ -424,9 +471,73 @@ class Wrappers:
                     self._intake.sent(SentRequest(request_id, added.get(CLIENT_KEY), request), http.reply)
             if added and request.sampling_params is not None:
                 request.sampling_params.extra_args = {**(extra_args or {}), **added}
+            if traced or added.get(SAMPLED_KEY):
+                tokens = getattr(request, "prompt_token_ids", None)
+                told = request.sampling_params.extra_args if added else extra_args
+                salt = self._intake.salt(told, None if tokens is None else len(tokens))
+                if salt is not None:
+                    request.cache_salt = f"{request.cache_salt or ''}{_SALT}{salt}"
+            self._logprobs_mode = getattr(processor.vllm_config.model_config, "logprobs_mode", None)
             return request
 
         return process_inputs
+
+    def add_to_outputs(self, original: Any) -> Any:
+        """Around `OutputProcessor.add_request`, after which the request goes to the engine.
+
+        What is asked of the engine from here on is no part of what this process tells the client. The answers of one
+        prompt (n > 1) are requests of their own here, and each gets a salt of its own.
+        """
+
+        @functools.wraps(original)
+        def add_request(processor: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(processor, request, *args, **kwargs)
+            params, salt = request.sampling_params, request.cache_salt
+            extra_args = getattr(params, "extra_args", None)
+            if not extra_args:
+                return result
+            if salt and _SALT in salt:
+                request.cache_salt = f"{salt}-{request.request_id}"
+            wanted = self._intake.logprobs
+            if wanted.wants(extra_args):
+                if self._logprobs_mode in _LOGPROBS:
+                    wanted.begin(request.request_id, extra_args)
+                    if params.logprobs is None:
+                        request.sampling_params = copy(params)  # the answers of one prompt share them
+                        request.sampling_params.logprobs = 0
+                else:
+                    log_once(
+                        logger,
+                        logging.WARNING,
+                        "logprobs_mode",
+                        "Signals have no log-probabilities of tokens: vLLM runs with --logprobs-mode %s, which gives "
+                        "logits. Start it with raw_logprobs",
+                        self._logprobs_mode,
+                    )
+            return result
+
+        return add_request
+
+    def process_outputs(self, original: Any) -> Any:
+        """Around `OutputProcessor.process_outputs`: what was asked of the engine for traces is taken out."""
+
+        @functools.wraps(original)
+        def process_outputs(processor: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            wanted = self._intake.logprobs
+            if not wanted.any:
+                return original(processor, engine_core_outputs, *args, **kwargs)
+            for output in engine_core_outputs:
+                found, state = output.new_logprobs, processor.request_states.get(output.request_id)
+                if found is None or state is None or output.request_id not in wanted:
+                    continue
+                wanted.add(output.request_id, found.logprobs[:, 0].tolist())
+                if state.logprobs_processor.num_logprobs is None:  # the client asked for none
+                    output.new_logprobs = None
+            result = original(processor, engine_core_outputs, *args, **kwargs)
+            wanted.end_all_but(processor.request_states.__contains__)
+            return result
+
+        return process_outputs
 
     def engine_init(self, original: Any) -> Any:
         """Around the `__init__` of an engine's client: a tracer provider is made in it, and its engines are found."""

@@ -52,7 +52,8 @@ class Trace:
 
     @property
     def scores(self) -> Mapping[str, Any]:
-        """What the server's probes and named signals say; empty if it has none, or has not scored the request yet."""
+        """What the server's probes (`probes`) and the signals that were asked for (`signals`) say; `final` is false
+        while more may come, since the exporter scores a request after its end."""
         scores: Mapping[str, Any] = self.document.get("scores") or {}
         return scores
 

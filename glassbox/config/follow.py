@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from glassbox.config.load import ConfigError, GlassboxConfig, load_config, parse_config, read_bytes
-from glassbox.config.usable import require_usable
+from glassbox.config.usable import Trial, require_usable
 from glassbox.core.files import file_version
 from glassbox.core.logs import get_logger
 
@@ -46,7 +46,7 @@ class ConfigFollower:
 
     Args:
         path: the file. It may be read-only, replaced by rename, behind symlinks, deleted and made again.
-        on_change, on_error, on_recovery, initial, clock: see `watch.ConfigWatcher`.
+        on_change, on_error, on_recovery, initial, also, clock: see `watch.ConfigWatcher`.
 
     Attributes:
         current: the last good configuration; None before the first.
@@ -61,9 +61,10 @@ class ConfigFollower:
         *,
         on_recovery: Callable[[GlassboxConfig], None] = lambda config: None,
         initial: GlassboxConfig | None = None,
+        also: Trial | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._path = path
+        self._path, self._also = path, also
         self._on_change, self._on_error, self._on_recovery = on_change, on_error, on_recovery
         self._clock = clock
         self.current = initial
@@ -110,7 +111,7 @@ class ConfigFollower:
             return str(error), error
         try:
             config = parse_config(self._path, content)
-            require_usable(self._path, config, before=self.current)
+            require_usable(self._path, config, self.current, self._also)
         except ConfigError as error:
             return content, error
         except Exception as error:  # else the last word of a thread, after which no edit would be seen
@@ -136,6 +137,7 @@ class ConfigFile:
         path: of the YAML file.
         config: what the caller loaded from it already; else it is loaded now.
         on_change: called, by whoever asks for the configuration, after a good edit was read.
+        also: tries more of an edit; see `usable.require_usable`.
 
     Raises:
         ConfigError: if there is no `config` and the file is bad.
@@ -146,13 +148,14 @@ class ConfigFile:
         path: Path,
         config: GlassboxConfig | None = None,
         on_change: Callable[[GlassboxConfig], None] = lambda _: None,
+        also: Trial | None = None,
     ) -> None:
         self._path = Path(path)
         self._lock = threading.Lock()
         # What the caller loaded may be older than the file is now: the first call reads it.
         self._version = file_version(self._path) if config is None else None
         self._config = load_config(self._path) if config is None else config
-        self._follower = ConfigFollower(self._path, on_change, _keep_last_good, initial=self._config)
+        self._follower = ConfigFollower(self._path, on_change, _keep_last_good, initial=self._config, also=also)
 
     def __call__(self) -> GlassboxConfig:
         """The configuration of this moment."""

@@ -26,6 +26,8 @@ from pydantic import (
 )
 
 from glassbox.core.adapter_slots import MAX_ADAPTERS
+from glassbox.core.printable import printable
+from glassbox.core.signal_table import SIGNAL_NAMES
 
 # Of multi-head latent attention, and the first release that has each of those that older ones lack.
 MLA_BACKENDS: Final = {
@@ -45,6 +47,8 @@ CPU_BACKENDS: Final = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
 MAX_ROWS_PER_STEP: Final = 4096
 MAX_TRACED_REQUESTS: Final = 1024
 MAX_SERIES: Final = 10_000_000
+# Each is a label of the metrics, and time for every traced request.
+MAX_PROBES: Final = 16
 _HEADER_NAME: Final = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
 
 
@@ -304,6 +308,22 @@ class RequestsConfig(_Section):
         ge=0,
         le=1,
     )
+    signals: tuple[str, ...] = _field(
+        (),
+        f"Signals of requests that trace_rate chooses, among {', '.join(SIGNAL_NAMES)}. Many need every row of the "
+        "prompt, and on demand there are bounds (docs/scores.md).",
+        "must be a list of signals",
+        "use `[spectral]`, or `[]` for none",
+        strict=False,
+        max_length=len(SIGNAL_NAMES),
+    )
+    focus_heads: _Path | None = _field(
+        None,
+        "File of `glassbox heads`: over which heads the signal `focus` is taken; a leading ~ is the home directory. "
+        "null: all.",
+        "must be a file's path or null",
+        "use `null` for all heads",
+    )
     max_active: int = _field(
         64,
         f"Requests traced at the same time, 1 to {MAX_TRACED_REQUESTS} (each takes time in every step, and memory); "
@@ -339,6 +359,15 @@ class RequestsConfig(_Section):
         ge=0,
         le=30,
     )
+    max_prompt_rows: int = _field(
+        8192,
+        "Tokens, 1 to 1000000: the longest prompt of which all rows are measured where a request asks for them; of a "
+        "longer one those that the sampler takes are.",
+        "must be between 1 and 1000000",
+        "use `8192`",
+        ge=1,
+        le=1_000_000,
+    )
     include_text: bool = _switch(
         False, "Whether traces hold the tokens of the prompt and the answer; prompts are private."
     )
@@ -372,6 +401,20 @@ class RequestsConfig(_Section):
     )
     per_client: PerClientConfig = _section(PerClientConfig)
     records: RecordsConfig = _section(RecordsConfig)
+
+    @field_validator("signals")
+    @classmethod
+    def _check_signals(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not set(value) <= set(SIGNAL_NAMES):
+            raise ValueError(f"must be among {', '.join(SIGNAL_NAMES)}; use `[spectral]`, or `[]` for none")
+        if len(set(value)) < len(value):
+            raise ValueError("must name each signal once; delete the repeated one")
+        return value
+
+    @property
+    def expanded_focus_heads(self) -> Path | None:
+        """`focus_heads` with ~ replaced, None for all heads."""
+        return None if self.focus_heads is None else Path(self.focus_heads).expanduser()
 
 
 def _file(description: str) -> Any:
@@ -614,6 +657,30 @@ class BaselineConfig(_Section):
         return None if self.path is None else Path(self.path).expanduser()
 
 
+class ProbeConfig(_Section):
+    """One probe that scores traced requests."""
+
+    file: _Path = _field(
+        ...,
+        "Probe file of `glassbox train`; a leading ~ is the home directory.",
+        "must be the path of a probe's file",
+        "write `probes: [{file: probe.json}]`",
+    )
+    threshold: float | None = _field(
+        None,
+        "Score, 0 to 1, from which on a request is flagged. null: the one in the probe's file.",
+        "must be between 0 and 1, or null",
+        "write `probes: [{file: probe.json, threshold: 0.5}]`, or leave it out for the one in the file",
+        ge=0,
+        le=1,
+    )
+
+    @property
+    def expanded_path(self) -> Path:
+        """`file` with ~ replaced."""
+        return Path(self.file).expanduser()
+
+
 class CanaryConfig(_Section):
     """How often served outputs are reproduced while serving."""
 
@@ -734,6 +801,23 @@ class GlassboxConfig(_Section):
     statistics: StatisticsConfig = _section(StatisticsConfig)
     adapters: AdaptersConfig = _section(AdaptersConfig)
     requests: RequestsConfig = _section(RequestsConfig)
+    probes: tuple[ProbeConfig, ...] = _field(
+        (),
+        f"Probes that score each traced request when it has ended, at most {MAX_PROBES}: mappings of file and, if it "
+        "isn't the file's own, threshold.",
+        f"must be a list of at most {MAX_PROBES} probes",
+        "write `[{file: probe.json}]`, or `[]` for none",
+        strict=False,
+        max_length=MAX_PROBES,
+    )
     canary: CanaryConfig = _section(CanaryConfig)
     baseline: BaselineConfig = _section(BaselineConfig)
     export: ExportConfig = _section(ExportConfig)
+
+    @field_validator("probes")
+    @classmethod
+    def _check_probes(cls, value: tuple[ProbeConfig, ...]) -> tuple[ProbeConfig, ...]:
+        files = [probe.file for probe in value]
+        if (repeated := next((file for i, file in enumerate(files) if file in files[:i]), None)) is not None:
+            raise ValueError(f"must name each file once, not {printable(repeated)!r} twice; delete one of them")
+        return value

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from glassbox.config.load import ConfigError, GlassboxConfig, changes, restart_needed
+from glassbox.config.usable import Trial
 from glassbox.config.watch import ConfigWatcher, ReloadStatus
 from glassbox.core.logs import get_logger, set_level
 
@@ -24,6 +25,7 @@ class Settings:
         path: the YAML file, absolute.
         config: as loaded from it.
         publish, read: where the configuration is kept: vLLM's registry, by `adapter/publish.py`.
+        also: tries more of an edit; see `usable.require_usable`.
     """
 
     def __init__(
@@ -33,8 +35,9 @@ class Settings:
         *,
         publish: Callable[[GlassboxConfig], None],
         read: Callable[[], dict[str, Any] | None],
+        also: Trial | None = None,
     ) -> None:
-        self.path = path
+        self.path, self._also = path, also
         self.started_with = config
         self._loaded = ReloadStatus(successful=True, timestamp_s=time.time(), error=None)
         self._publish, self._read = publish, read
@@ -78,6 +81,7 @@ class Settings:
                     self._on_error,
                     on_recovery=self._on_recovery,
                     initial=self.config,
+                    also=self._also,
                 )
                 self._watcher.start()
 

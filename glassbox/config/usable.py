@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from glassbox.config.load import GlassboxConfig, load_config
 from glassbox.config.wording import setting_error
@@ -46,24 +46,37 @@ class _PathSetting:
     try_it: Callable[[Path, GlassboxConfig], None]
 
 
-def load_usable(path: Path | str) -> GlassboxConfig:
+class Trial(Protocol):
+    """What a room above this one knows to try of a configuration, as whether a probe's file is one."""
+
+    def __call__(self, path: Path, config: GlassboxConfig, before: GlassboxConfig | None) -> None:
+        """See `require_usable`."""
+
+
+def load_usable(path: Path | str, also: Trial | None = None) -> GlassboxConfig:
     """Load, check and try the YAML file at `path`.
+
+    Args:
+        also: see `require_usable`.
 
     Raises:
         ConfigError: as `load_config`; also if something that it names can't be used here.
     """
     config = load_config(path)
-    require_usable(Path(path), config)
+    require_usable(Path(path), config, also=also)
     return config
 
 
-def require_usable(path: Path, config: GlassboxConfig, before: GlassboxConfig | None = None) -> None:
+def require_usable(
+    path: Path, config: GlassboxConfig, before: GlassboxConfig | None = None, also: Trial | None = None
+) -> None:
     """Try what a configuration names.
 
     Args:
         path: of the YAML file, for the message.
         before: the configuration in force: what it named already isn't tried again, so that a directory which vanished
             meanwhile doesn't hold back an edit of something else.
+        also: tries more, once all paths were found good.
 
     Raises:
         ConfigError: one line that names file, key, rule, value and remedy.
@@ -81,6 +94,8 @@ def require_usable(path: Path, config: GlassboxConfig, before: GlassboxConfig | 
         if problem is not None:
             shown = f"{setting.rule(config)}, got {printable(written)!r} ({problem})"
             raise setting_error(path, setting.key, shown, setting.remedy)
+    if also is not None:
+        also(path, config, before)
 
 
 def _problem(setting: _PathSetting, written: str, config: GlassboxConfig) -> str | None:
@@ -190,6 +205,13 @@ _PATHS: Final = (
         ),
         "name another, correct its permissions, or use `null` to write none",
         _try_records,
+    ),
+    _PathSetting(
+        "requests.focus_heads",
+        lambda config: (config.requests.focus_heads, ""),
+        lambda _config: "must be a file that can be read",
+        "make one with glassbox heads, or use `null` for all heads",
+        _try_reading,
     ),
     _PathSetting(
         "baseline.path",

@@ -22,6 +22,7 @@ import watchfiles
 
 from glassbox.config.follow import ConfigFollower, ReloadStatus
 from glassbox.config.load import ConfigError, GlassboxConfig
+from glassbox.config.usable import Trial
 from glassbox.core.affinity import leave_workers_cores
 from glassbox.core.logs import get_logger
 
@@ -180,6 +181,7 @@ class ConfigWatcher:
         initial: what the caller has loaded from `path` already, so that an edit between its loading and
             `start` is not missed. Without it, what the file says at `start` is the first configuration, and
             `on_change` is not called for it.
+        also: tries more of an edit; see `usable.require_usable`.
         clock: unix time in seconds.
     """
 
@@ -191,10 +193,11 @@ class ConfigWatcher:
         *,
         on_recovery: Callable[[GlassboxConfig], None] = lambda config: None,
         initial: GlassboxConfig | None = None,
+        also: Trial | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._follower = ConfigFollower(
-            Path(path), on_change, on_error, on_recovery=on_recovery, initial=initial, clock=clock
+            Path(path), on_change, on_error, on_recovery=on_recovery, initial=initial, also=also, clock=clock
         )
         self._files = FileWatcher(Path(path), self._look, name="glassbox-config-watcher")
 

@@ -10,7 +10,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -77,6 +77,8 @@ def _describe(detail: ErrorDetails, model: type[BaseModel]) -> tuple[str, str]:
         # A validator of ours, which words rule and remedy itself.
         rule, _, own_remedy = str(detail["ctx"]["error"]).partition("; ")
         remedy = own_remedy or remedy
+    elif problem == "missing":
+        return f"{rule}, got nothing", remedy
     elif problem in _EXPECTED_TYPES:
         rule = f"must be {_EXPECTED_TYPES[problem]}"
         remedy = _type_remedy(problem, value, lambda other: _accepts(model, location, other)) or remedy
@@ -152,13 +154,21 @@ def _fields(location: Sequence[int | str], model: type[BaseModel]) -> Iterator[F
     """The fields of the model along a location, the innermost that it has last."""
     current: object = model
     for part in location:
+        if isinstance(part, int):
+            current = _item(current)
+            continue
         if not (isinstance(current, type) and issubclass(current, BaseModel)):
             return
-        field = current.model_fields.get(str(part))
+        field = current.model_fields.get(part)
         if field is None:
             return
         yield field
         current = field.annotation
+
+
+def _item(annotation: object) -> object:
+    """What a list of that type has in it; None of anything else."""
+    return next(iter(get_args(annotation)), None) if get_origin(annotation) is tuple else None
 
 
 def _field_extra(location: Sequence[int | str], model: type[BaseModel]) -> Mapping[str, Any]:
@@ -170,13 +180,11 @@ def _field_extra(location: Sequence[int | str], model: type[BaseModel]) -> Mappi
 
 
 def _section_keys(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
-    current = model
-    for part in location:
-        field = current.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        current = field.annotation
-    return list(current.model_fields)
+    *_, field = (None, *_fields(location, model))
+    section: object = model if field is None else field.annotation
+    if location and isinstance(location[-1], int):
+        section = _item(section)
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
 
 
 def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

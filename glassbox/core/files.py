@@ -1,8 +1,11 @@
-"""Files that other processes read while they are written: replaced whole, and known by their version."""
+"""Files that others write or read meanwhile: replaced whole, known by their version, and opened without waiting."""
 
 import contextlib
+import errno
 import os
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 # (inode, mtime in ns, size) of a file: changes whenever a writer renamed a new file into place.
 FileVersion = tuple[int, int, int]
@@ -19,6 +22,31 @@ def file_version(path: Path) -> FileVersion | None:
 def version_of(found: os.stat_result) -> FileVersion:
     """Version of a file of which this is known."""
     return (found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+def open_regular(path: Path, max_bytes: int) -> BinaryIO:
+    """A file that somebody has named, open for reading: without waiting for whoever writes to a pipe.
+
+    Raises:
+        OSError: it isn't there, can't be read, is no regular file or too large; `strerror` says which.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except ValueError as error:  # a path with a NUL
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    found = os.fstat(handle)
+    problem = None
+    if stat.S_ISDIR(found.st_mode):
+        problem = errno.EISDIR, "Is a directory"
+    elif not stat.S_ISREG(found.st_mode):
+        problem = errno.EINVAL, "is a pipe or a device, which may have no end"
+    elif found.st_size > max_bytes:
+        size = f"{max_bytes >> 20} MB" if max_bytes >> 20 else f"{max_bytes} bytes"
+        problem = errno.EFBIG, f"is larger than {size}"
+    if problem is not None:
+        os.close(handle)
+        raise OSError(*problem, str(path))
+    return os.fdopen(handle, "rb")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

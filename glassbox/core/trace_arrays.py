@@ -322,13 +322,13 @@ def without_values(sizes: Sizes) -> dict[str, npt.NDArray[Any]]:
 
 
 def not_asked_for(sizes: Sizes) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a whole request that are kept on request alone, empty, by name.
+    """The arrays of a whole request that are kept on request alone, without values, by name.
 
     Args:
-        sizes: of layer and head.
+        sizes: of layer and head; what there is of the others.
     """
     arrays = (array for array in TRACE_ARRAYS if array.name in ON_REQUEST and not array.by_token)
-    return {array.name: array.filled({axis: sizes[axis] for axis in ("layer", "head")}) for array in arrays}
+    return {array.name: array.filled(sizes) for array in arrays}
 
 
 def row_nbytes(sizes: Sizes) -> int:

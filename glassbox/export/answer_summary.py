@@ -1,6 +1,7 @@
 """A traced request in a few numbers, as the answer to it carries them (`glassbox_respond`).
 
-Owns the summary's fields and their bound: it grows with the model's layers by one number each, and with nothing else.
+Owns the summary's fields and their bound: it grows with the model's layers by one number each, and with the probes and
+signals that are asked for.
 What a number means is known where it is made; the whole trace is `trace_document.py`'s. NaN ("no value") is null.
 """
 
@@ -17,6 +18,7 @@ from glassbox.store.trace_record import RequestTrace
 
 # Under which a server shows its traces.
 REQUESTS_PATH: Final = "/glassbox/v1/requests"
+_OF_PLACES: Final = frozenset({"places"})
 _OF_TRACE: Final = ("status", "prompt_len", "num_generated", "truncated")
 
 
@@ -25,16 +27,16 @@ def trace_path(request_id: str) -> str:
     return f"{REQUESTS_PATH}/{quote(request_id, safe='')}"
 
 
-def summary_of(trace: RequestTrace, scores: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def summary_of(trace: RequestTrace, scores: Mapping[str, Any]) -> dict[str, Any]:
     """What is said of a request whose trace is there.
 
     Fields: `request_id`, `internal_id`; `trace`, the path of the whole; `status`, `prompt_len`, `num_generated`,
     `num_rows`, `truncated` as there; `means`, by phase and statistic, over all rows, layers and heads; `signals`; and
-    what is in `scores`.
+    `scores` as there, without the numbers of single layers and heads.
 
     Args:
         trace: of the request, merged over workers.
-        scores: of probes and named signals, ready for JSON.
+        scores: of the document.
     """
     return {
         **_named(trace.request_id, trace.internal_id),
@@ -42,7 +44,7 @@ def summary_of(trace: RequestTrace, scores: Mapping[str, Any] | None = None) -> 
         "num_rows": len(trace.positions),
         "means": _means(trace),
         "signals": finite(request_signals(trace)),
-        **(scores or {}),
+        "scores": {name: value for name, value in scores.items() if name not in _OF_PLACES},
     }
 
 

@@ -1,4 +1,4 @@
-"""OpenTelemetry: a `glassbox.attention` span for each traced request, in the client's trace.
+"""OpenTelemetry: a `glassbox.attention` span for each traced request, in the client's trace, and probes' results.
 
 Owns the span's attributes and events, whose child it is, and the sending. The parent is vLLM's `llm_request` span if an
 API server has told its ids (`store/llm_spans.py`), else the client's span, else none. Import this module only if spans
@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -30,6 +30,8 @@ from glassbox.store.trace_record import RequestTrace
 
 SPAN_NAME: Final = "glassbox.attention"
 EVENT_NAME: Final = "glassbox.tokens"
+# Of the semantic conventions for generative AI, as all its attributes are.
+RESULT_NAME: Final = "gen_ai.evaluation.result"
 STAGE: Final = "otel_traces"
 # A trace backend pays for each of them.
 MAX_SIGNALS: Final = 48
@@ -39,11 +41,15 @@ _DELAY_MS: Final = 500
 _NS_PER_S: Final = 1_000_000_000
 
 
-def attributes(trace: RequestTrace) -> dict[str, AttributeValue]:
+def attributes(trace: RequestTrace, scores: Mapping[str, Any] | None = None) -> dict[str, AttributeValue]:
     """The span's attributes: bounded in number, all scalar.
 
     Signals are `glassbox.<name>`. Of a signal with a value for each layer (or anything else of which there are more
-    than fit) only the mean, least and largest are given.
+    than fit) only the mean, least and largest are given. Probes are `glassbox.probe.<name>.score` and `.label`, signals
+    that were asked for `glassbox.signal.<name>.<value>`.
+
+    Args:
+        scores: of `TraceScores.document`.
     """
     found: dict[str, AttributeValue] = {
         "gen_ai.request.id": trace.request_id,
@@ -60,7 +66,52 @@ def attributes(trace: RequestTrace) -> dict[str, AttributeValue]:
     }
     if trace.adapter is not None:
         found["glassbox.adapter"] = trace.adapter
-    return found | {f"glassbox.{name}": value for name, value in _signals(trace)}
+    found |= {f"glassbox.{name}": value for name, value in _signals(trace)}
+    for name, score in _scored(scores):
+        found |= {f"glassbox.probe.{name}.score": score["score"], f"glassbox.probe.{name}.label": _label(score)}
+    return found | dict(_asked_signals(scores))
+
+
+def _scored(scores: Mapping[str, Any] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Probes with a score."""
+    for name, score in (scores or {}).get("probes", {}).items():
+        if score["score"] is not None:
+            yield name, score
+
+
+def _label(score: Mapping[str, Any]) -> str:
+    """What the probe says of the request: its label, or that it isn't."""
+    return score["label"] if score["above"] else f"not {score['label']}"
+
+
+def _asked_signals(scores: Mapping[str, Any] | None) -> Iterator[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for signal, one in (scores or {}).get("signals", {}).items():
+        for value, number in one["values"].items():
+            parts = number.items() if isinstance(number, Mapping) else [("", number)]
+            found += [
+                (".".join(filter(None, ("glassbox.signal", signal, value, part))), float(of_part))
+                for part, of_part in parts
+                if isinstance(of_part, int | float)
+            ]
+    yield from found[:MAX_SIGNALS]
+
+
+def results(trace: RequestTrace, scores: Mapping[str, Any] | None) -> Iterator[dict[str, AttributeValue]]:
+    """Attributes of an event `gen_ai.evaluation.result` for each probe; one without a score has `error.type`."""
+    for name, score in (scores or {}).get("probes", {}).items():
+        found: dict[str, AttributeValue] = {"gen_ai.evaluation.name": name, "gen_ai.response.id": trace.request_id}
+        if score["score"] is None:
+            yield found | {"error.type": "no_value", "gen_ai.evaluation.explanation": score["reason"]}
+            continue
+        explanation = f"probability of {score['label']!r} by attention; the threshold is {score['threshold']:g}"
+        if score["missing"]:
+            explanation += f"; {score['missing']} of its features had no value"
+        yield found | {
+            "gen_ai.evaluation.score.value": score["score"],
+            "gen_ai.evaluation.score.label": _label(score),
+            "gen_ai.evaluation.explanation": explanation,
+        }
 
 
 def _signals(trace: RequestTrace) -> Iterator[tuple[str, float]]:
@@ -177,20 +228,26 @@ class AttentionSpans:
         self._provider.add_span_processor(self._processor)
         self._tracer = self._provider.get_tracer("glassbox", __version__)
 
-    def send(self, trace: RequestTrace, llm_span: LlmSpan | None) -> None:
-        """Hand over the span of an ended request; nothing is sent if its trace was not sampled by the client."""
+    def send(self, trace: RequestTrace, llm_span: LlmSpan | None, scores: Mapping[str, Any] | None = None) -> None:
+        """Hand over the span of an ended request; nothing is sent if its trace was not sampled by the client.
+
+        Args:
+            scores: of `TraceScores.document`.
+        """
         parent = parent_of(trace, llm_span)
         context = None if parent is None else set_span_in_context(NonRecordingSpan(parent))
         span = self._tracer.start_span(
             SPAN_NAME,
             context=context,
             kind=SpanKind.INTERNAL,
-            attributes=attributes(trace),
+            attributes=attributes(trace, scores),
             start_time=int(trace.start_time_s * _NS_PER_S),
         )
         end_s = end_of(trace, llm_span)
         for found, time_s in events(trace, end_s):
             span.add_event(EVENT_NAME, found, int(time_s * _NS_PER_S))
+        for found in results(trace, scores):
+            span.add_event(RESULT_NAME, found, int(end_s * _NS_PER_S))
         span.end(int(end_s * _NS_PER_S))
 
     def close(self, timeout_s: float = 1.0) -> None:

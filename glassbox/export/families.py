@@ -1,9 +1,9 @@
 """Metric families: what is exported, neutral to how.
 
 Owns the kinds, labels and values of all metrics: those of the statistics come from `core/statistics.py`, those of an
-engine from `core/counters.py`, those of the output checks from `check_families.py`, those of the server's own life from
-`liveness.py`, and the few others per layer and
-head are named here. Prometheus, OTLP and the multiprocess files are written from the same families, so they cannot
+engine from `core/counters.py`, those of the output checks from `check_families.py`, those of probes and signals from
+`score_families.py`, those of the server's own life from `liveness.py`, and the few others per layer and head are named
+here. Prometheus, OTLP and the multiprocess files are written from the same families, so they cannot
 differ. It does no input or output.
 """
 
@@ -20,8 +20,10 @@ from glassbox.core.statistics import INDEX, NUM_BUCKETS, PHASES, STATISTICS, Pha
 from glassbox.export.check_families import CHECK_METRICS, CHECK_SAMPLES, check_series
 from glassbox.export.family import DETAIL_LABELS, ENGINE_LABELS, Family, Kind, Series, at_detail, define, from_to
 from glassbox.export.liveness import LIVENESS_METRICS
+from glassbox.export.score_families import SCORE_METRICS, score_series, score_series_count
 from glassbox.signals.drift_watch import COMPARED, Drift, EngineKey
 from glassbox.store.merge import Aggregate, Detail, MergedEngine, aggregate, there
+from glassbox.store.score_totals import ScoreTotals
 
 _COARSER: Final[dict[Detail, Detail]] = {"head": "layer", "layer": "model"}
 
@@ -139,7 +141,15 @@ _BY_ADAPTER: Final = (*_ADAPTER_HISTOGRAMS, _ADAPTER_ROWS, _ADAPTER_NONFINITE)
 _BY_DETAIL: Final = (*_HISTOGRAMS, _WINDOW_MAX, _ROWS, _NONFINITE, _DRIFT_PSI, _DRIFT_SHIFT)
 _OF_ENGINE: Final = {entry.name: _of_engine(entry) for entry in ENGINE_NUMBERS}
 # Every metric, without series; labels as at detail `model`. Docs and dashboards are checked against it.
-METRICS: Final = (*_BY_DETAIL, *_BY_ADAPTER, *CHECK_METRICS, *_OF_ENGINE.values(), _WORKER, *LIVENESS_METRICS)
+METRICS: Final = (
+    *_BY_DETAIL,
+    *_BY_ADAPTER,
+    *CHECK_METRICS,
+    *SCORE_METRICS,
+    *_OF_ENGINE.values(),
+    _WORKER,
+    *LIVENESS_METRICS,
+)
 
 
 def build_families(
@@ -147,6 +157,7 @@ def build_families(
     detail: Detail,
     errors: Mapping[str, int] | None = None,
     drift: Mapping[EngineKey, Drift] | None = None,
+    scores: ScoreTotals | None = None,
 ) -> list[Family]:
     """All families of a server that have a series.
 
@@ -159,6 +170,7 @@ def build_families(
         detail: of the attention metrics; see `effective_detail`.
         errors: of the exporting side, by stage. They belong to no engine and are added to the first one's.
         drift: from the baseline, of the engines that can be compared.
+        scores: of traced requests, None if none was scored.
     """
     series: dict[str, list[Series]] = {family.name: [] for family in METRICS}
     for engine in engines:
@@ -174,6 +186,8 @@ def build_families(
             series[_DRIFT_PSI.name] += _drift_series(engine, part, compared.psi, detail)
             series[_DRIFT_SHIFT.name] += _drift_series(engine, part, compared.shift, detail)
         for family, one in check_series(engine, detail):
+            series[family.name].append(one)
+        for family, one in score_series(engine, scores) if scores is not None else ():
             series[family.name].append(one)
         series[_WORKER.name] += _worker_series(engine)
     for number, engine in enumerate(engines):
@@ -296,10 +310,15 @@ def adapter_series_count(slots: int) -> int:
 
 
 def effective_detail(
-    detail: Detail, max_series: int, engines: Sequence[MergedEngine], with_drift: bool = False
+    detail: Detail,
+    max_series: int,
+    engines: Sequence[MergedEngine],
+    with_drift: bool = False,
+    scores: ScoreTotals | None = None,
 ) -> tuple[Detail, str | None]:
     """`fitting_detail` for the engines of a server."""
-    besides = sum(adapter_series_count(engine.adapter_slots) for engine in engines)
+    scored = 0 if scores is None or not scores.names else score_series_count(len(scores.names))
+    besides = sum(scored + adapter_series_count(engine.adapter_slots) for engine in engines)
     return fitting_detail(detail, max_series, [engine.layer_heads for engine in engines], with_drift, besides)
 
 

@@ -18,6 +18,7 @@ from glassbox.export.family import Family
 from glassbox.signals.drift_watch import DriftWatch
 from glassbox.store.exporter_status import read_status
 from glassbox.store.merge import Detail, MergedEngine, merge
+from glassbox.store.score_totals import TotalsFile
 from glassbox.store.snapshot import SnapshotReader
 
 logger = get_logger(__name__)
@@ -82,6 +83,7 @@ class FamilySource:
         self._errors: dict[str, int] = {}
         self._merged: Merged | None = None
         self._clock = clock
+        self._totals = TotalsFile(self._run_dir)
         self._drift = DriftWatch(self._on_drift_error)
         self._view: View | None = None
         self._warning: str | None = None
@@ -145,17 +147,19 @@ class FamilySource:
             status = read_status(self._run_dir)
             prometheus = config.export.prometheus
             exporter_errors = dict(status.errors) if status and merged.has_first else {}
+            scores = self._totals.current()
             baseline, now = self._drift.reload(config.baseline), self._clock()
             key: object = (
                 (merged, prometheus.detail, prometheus.max_series),
                 (exporter_errors, dict(self._errors)),
                 (baseline, config.statistics),
+                scores,
             )
             if self._view is not None and self._view.key == key and now <= self._drift.expires_s:
                 return self._view
             engines = merged.engines
             detail, warning = effective_detail(
-                prometheus.detail, prometheus.max_series, engines, with_drift=self._drift.active
+                prometheus.detail, prometheus.max_series, engines, with_drift=self._drift.active, scores=scores
             )
             if warning is not None and warning != self._warning:
                 logger.warning("%s", warning)
@@ -164,7 +168,7 @@ class FamilySource:
             errors = _add(exporter_errors, self._errors)
             if self._reader.unreadable:
                 errors = _add(errors, {"snapshot": self._reader.unreadable})
-            self._view = View(key, engines, detail, tuple(build_families(engines, detail, errors, drift)))
+            self._view = View(key, engines, detail, tuple(build_families(engines, detail, errors, drift, scores)))
             return self._view
 
 

@@ -142,12 +142,13 @@ def schema() -> "pa.Schema":
 
     reals, wholes = pa.list_(pa.float64()), pa.list_(pa.int32())
     texts = ["request_id", "internal_id", "engine", "model_name", "requested_model", "adapter", "client"]
-    texts += ["why", "status", "traceparent", "options"]
+    texts += ["why", "status", "traceparent", "options", "scores"]
     columns = [(name, pa.string()) for name in texts]
     columns += [("start_time_s", pa.float64()), ("end_time_s", pa.float64()), ("truncated", pa.bool_())]
     columns += [("notes", pa.list_(pa.string()))]
     columns += [(name, pa.int64()) for name in ("prompt_len", "num_generated", "num_rows", "tokens_left_out")]
     columns += [("layers", wholes), ("heads", wholes), ("signals", pa.map_(pa.string(), pa.float64()))]
+    columns += [("probes", pa.map_(pa.string(), pa.float64()))]
     columns += [column for array in shown_along_tokens() for column in _columns(array).items()]
     columns += [(f"{phase.value}_{one.name}", pa.list_(reals)) for phase in PHASES for one in STATISTICS]
     columns += [("text_first_position", pa.int64()), ("text_tokens", pa.list_(pa.string()))]
@@ -195,6 +196,8 @@ def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
     return row | {
         "options": json.dumps(document["options"]),
         "signals": list(flat_signals(document["signals"]).items()),
+        "scores": json.dumps(scores) if (scores := document.get("scores")) else None,
+        "probes": [(name, one["score"]) for name, one in (scores or {}).get("probes", {}).items()],
         "tokens_left_out": tokens["left_out"],
         "text_first_position": text.get("first_position"),
         "text_tokens": text.get("tokens"),

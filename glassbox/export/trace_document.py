@@ -87,16 +87,19 @@ def flat_signals(signals: Mapping[Any, Any], prefix: str = "") -> dict[str, floa
     return flat
 
 
-def document(trace: RequestTrace, texts: Texts | None = None) -> dict[str, Any]:
+def document(
+    trace: RequestTrace, texts: Texts | None = None, scores: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """A trace with its signals and means.
 
     Fields: those of RequestTrace that are no arrays; `signals`; `tokens`, lists along the kept rows, of the attention
-    averaged over layers and heads; `places`, per phase and statistic [layer][head], averaged over the rows; with
-    `texts` also `text`.
+    averaged over layers and heads; `places`, per phase and statistic [layer][head], averaged over the rows; `scores`,
+    if they are given; with `texts` also `text`.
 
     Args:
         trace: of a request, merged over workers.
         texts: makes texts of token ids; None, or a trace without ids: the document holds no text.
+        scores: of `TraceScores.document`.
     """
     rows = slice(max(len(trace.positions) - MAX_TOKENS, 0), None)
     shown: dict[str, Any] = {
@@ -124,6 +127,8 @@ def document(trace: RequestTrace, texts: Texts | None = None) -> dict[str, Any]:
         "tokens": {"left_out": rows.start, **_tokens(trace, rows)},
         "places": {"axes": ["layer", "head"], **_places(trace)},
     }
+    if scores is not None:
+        shown["scores"] = scores
     if texts is not None and len(trace.token_ids):
         shown["text"] = _text(trace, texts)
     return shown

@@ -17,7 +17,7 @@ from glassbox.core.accumulator_arrays import MeasuredArrays
 from glassbox.core.rows import ROW_BATCH, ROW_QUERY
 from glassbox.core.trace_options import MAX_ATTENTION_KEYS
 from glassbox.kernels.layer_params import LayerParams
-from glassbox.kernels.probe_answers import ProbeAnswers, Questions
+from glassbox.kernels.probe_answers import ProbeAnswers, PromptAnswers, Questions
 from glassbox.kernels.row_stats_cpu import KeyReader
 from glassbox.kernels.row_stats_native import KeyPages
 from glassbox.measure.accumulate import Accumulators
@@ -73,6 +73,8 @@ class AskedRows:
         chosen: bool [R, L, H], the layers and heads that each of them wants.
         local_layers: layers that one of them wants.
         kept_attention: numbers of the rows whose whole attention is wanted, ascending.
+        received: likewise of those whose attention is to be summed by position.
+        queries: whether one of them wants queries and keys.
     """
 
     rows: npt.NDArray[np.int32]
@@ -83,6 +85,8 @@ class AskedRows:
     chosen: npt.NDArray[np.bool_]
     local_layers: frozenset[int]
     kept_attention: tuple[int, ...]
+    received: tuple[int, ...] = ()
+    queries: bool = False
 
     def questions(self, local_layers: Sequence[int], num_heads: int) -> Questions[npt.NDArray]:
         """What is asked of these layers, which have so many heads."""
@@ -93,7 +97,43 @@ class AskedRows:
             chosen=self.chosen[:, local_layers, :num_heads],
             kept_attention=self.kept_attention,
             max_attention_keys=MAX_ATTENTION_KEYS,
+            received=self.received,
+            queries=self.queries,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class AskedPrompt:
+    """Consecutive rows of one request's prompt in a step, all of which are measured for its trace.
+
+    They are no rows of the row list, so none of them enters an accumulator.
+
+    Attributes:
+        batch: its batch row.
+        token: index of the first row among the step's tokens; num_rows: N.
+        position: of the first row in its sequence. The keys up to the last row's own are in the cache.
+        local_layers: in which they are measured.
+        heads: query heads local to the worker, ascending; a layer that has fewer lacks the last.
+        spans: int32 [S, 2], (start, exclusive end) of position ranges whose mass is wanted.
+        grams: whether sums of q q^T and k k^T are wanted; kept: whether queries and keys are.
+        keys_from: position of the first key that these want.
+    """
+
+    batch: int
+    token: int
+    num_rows: int
+    position: int
+    local_layers: frozenset[int]
+    heads: tuple[int, ...]
+    spans: npt.NDArray[np.int32]
+    grams: bool
+    kept: bool
+    keys_from: int
+
+    @property
+    def num_keys(self) -> int:
+        """Up to the last row's own."""
+        return self.position + self.num_rows
 
 
 class StepTraces(Protocol):
@@ -102,24 +142,42 @@ class StepTraces(Protocol):
     Attributes:
         num_slots: of a ring that has a slot for every row that ROW_SLOT gives one.
         local_layers: observed layers that some of the traces keep.
+        prompts: prompts of which all rows are measured. Answers go to `add_prompt`.
     """
 
     num_slots: int
     local_layers: frozenset[int]
+    prompts: Sequence[AskedPrompt]
 
-    def add_stats(self, local_layers: Sequence[int], stats: npt.NDArray[np.float32]) -> None:
+    def add_stats(
+        self,
+        local_layers: Sequence[int],
+        stats: npt.NDArray[np.float32],
+        previous_mass: npt.NDArray[np.float32] | None = None,
+    ) -> None:
         """Keep the statistics of some layers.
 
         Args:
             local_layers: of the layers among the observed ones.
             stats: [N, R, H, NUM_STATISTICS + 1] of these layers and the whole row list.
+            previous_mass: [N, R, H], of the rows with a slot; None if it is not known.
         """
 
-    def set_stats(self, ring: npt.NDArray[np.float32]) -> None:
+    def set_stats(self, ring: npt.NDArray[np.float32], previous_mass: npt.NDArray[np.float32] | None = None) -> None:
         """Keep the statistics of all layers.
 
         Args:
             ring: [num_slots, L, H, NUM_STATISTICS + 1], NaN where nothing was measured.
+            previous_mass: likewise [num_slots, L, H]; None if it is not known.
+        """
+
+    def add_prompt(self, number: int, local_layer: int, answers: PromptAnswers[npt.NDArray]) -> None:
+        """Keep what was found of a prompt in one layer.
+
+        Args:
+            number: of the prompt among `prompts`.
+            local_layer: which.
+            answers: of those of its heads that the layer has.
         """
 
     def asked(self) -> AskedRows | None:

@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -20,12 +20,15 @@ from glassbox.core.accumulator_arrays import MeasuredArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.native import NativeError
-from glassbox.core.rows import ROW_ADAPTER_SHIFT, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_UNCOUNTED
+from glassbox.core.rows import ROW_ADAPTER_SHIFT, ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_UNCOUNTED
+from glassbox.kernels.probe_answers import ProbeAnswers
+from glassbox.kernels.prompt_rows_cpu import PromptChunk, PromptWishes, prompt_rows_cpu
 from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerRows, row_stats_cpu
 from glassbox.kernels.row_stats_native import NativeProbe, NativeRows, NativeStep, native_kernel
 from glassbox.measure.contract import (
+    AskedPrompt,
     AskedRows,
     BatchTables,
     CheckLimits,
@@ -108,6 +111,9 @@ class CpuMeasurer:
         self._layers: frozenset[int] = frozenset()
         self._traced: StepTraces | None = None
         self._asked: AskedRows | None = None
+        self._prompts: Sequence[AskedPrompt] = ()
+        # Of the asked rows by layer, [R, Hq, D] and [R, Hkv, D], if they are wanted.
+        self._vectors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # Of the rows that enter the accumulators, None is all.
         self._counted: torch.Tensor | None = None
         # Their ids are keys below, so they must not be another's.
@@ -133,6 +139,7 @@ class CpuMeasurer:
         self._check = None if check is None else CpuOutputCheck(check, rows)
         self._asked = None
         if traced is not None:
+            self._prompts = traced.prompts
             with self._errors.guard("probe"):
                 self._asked = traced.asked()
         counted = (rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0
@@ -162,7 +169,7 @@ class CpuMeasurer:
             return
         tables = tables or self._tables_of(layer.name)
         if isinstance(forward, LatentForward):
-            forward = forward.at(torch.from_numpy(self._rows[:, ROW_QUERY].astype(np.int64)))
+            forward = forward.at(self._tokens())
         if self._check is not None and checked:
             with self._errors.guard("canary"):
                 plan = self._plan(self._check.rows, tables, layer.block_size(kv_cache), layer.params.reach)
@@ -170,6 +177,15 @@ class CpuMeasurer:
         if local not in self._layers:
             return
         query = forward.query
+        for number, prompt in enumerate(self._prompts):
+            if local in prompt.local_layers:
+                with self._errors.guard("probe"):
+                    self._measure_prompt(number, prompt, local, layer, query, kv_cache, tables)
+        if not len(self._rows):
+            return
+        if self._asked is not None and self._asked.queries and local in self._asked.local_layers:
+            with self._errors.guard("probe"):
+                self._vectors[local] = self._vectors_of(self._asked, layer, query, kv_cache, tables)
         if self._native and self._take(local, layer, query, kv_cache, tables):
             return
         params = layer.params
@@ -191,10 +207,11 @@ class CpuMeasurer:
                 with self._errors.guard("observe"):
                     native.step.measure()
                 if native.step.measured:
-                    self._keep(native.step.measured, native.step.stats())
+                    self._keep(native.step.measured, native.step.stats(), native.step.previous())
                 probed = [local for local in native.step.measured if local in native.places]
                 if self._traced is not None and native.probe is not None and probed:
-                    self._traced.add_answers(probed, native.probe.answers([native.places[n] for n in probed]))
+                    found = native.probe.answers([native.places[n] for n in probed])
+                    self._traced.add_answers(probed, self._with_vectors(probed, found))
             self._flush()
             if self._traced is not None:
                 self._traced.commit()
@@ -206,8 +223,9 @@ class CpuMeasurer:
 
     def discard(self) -> None:
         """See contract.Measurer."""
-        for of_step in (self._waiting, self._plans, self._natives, self._native_rows):
+        for of_step in (self._waiting, self._plans, self._natives, self._native_rows, self._vectors):
             of_step.clear()
+        self._prompts = ()
         self._pending.clear()
         self._groups.clear()
         self._rows = self._traced = self._asked = self._counted = self._check = None
@@ -304,12 +322,14 @@ class CpuMeasurer:
         if waiting.asked is not None:
             self._probe(waiting, waiting.asked)
         else:
-            self._keep(waiting.local_layers, row_stats_cpu(waiting.layers, waiting.plan).numpy())
+            stats, previous = row_stats_cpu(waiting.layers, waiting.plan)
+            self._keep(waiting.local_layers, stats.numpy(), None if previous is None else previous.numpy())
 
-    def _keep(self, local_layers: list[int], stats: np.ndarray) -> None:
-        """Statistics of these layers, for the accumulators and for traces."""
+    def _keep(self, local_layers: list[int], stats: np.ndarray, previous: np.ndarray | None) -> None:
+        """Statistics of these layers, for the accumulators and for traces, and for these alone attention to the token
+        before each."""
         if self._traced is not None:
-            self._traced.add_stats(local_layers, stats)
+            self._traced.add_stats(local_layers, stats, previous)
         counted = torch.from_numpy(stats)
         self._pending.append((local_layers, counted if self._counted is None else counted[:, self._counted]))
         if sum(stats.numel() for _, stats in self._pending) > _FLUSH_ELEMENTS:
@@ -323,7 +343,71 @@ class CpuMeasurer:
             self._errors.count("probe", error)
         else:
             assert self._traced is not None
-            self._traced.add_answers(waiting.local_layers, found.moved(torch.Tensor.numpy))
+            local_layers = waiting.local_layers
+            self._traced.add_answers(local_layers, self._with_vectors(local_layers, found.moved(torch.Tensor.numpy)))
+
+    def _tokens(self) -> torch.Tensor:
+        """Those of the step of which something is measured, ascending."""
+        assert self._rows is not None
+        of_prompts = [np.arange(prompt.token, prompt.token + prompt.num_rows) for prompt in self._prompts]
+        return torch.from_numpy(np.unique(np.concatenate([self._rows[:, ROW_QUERY].astype(np.int64), *of_prompts])))
+
+    def _measure_prompt(
+        self,
+        number: int,
+        asked: AskedPrompt,
+        local: int,
+        layer: PackedLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        tables: BatchTables,
+    ) -> None:
+        """Measure all rows of a prompt in a layer now, while its queries are there."""
+        block_size = layer.block_size(kv_cache)
+        chunk = PromptChunk(
+            queries=query[asked.token : asked.token + asked.num_rows],
+            position=asked.position,
+            reader=layer.reader(kv_cache),
+            block_ids=tables.block_table[asked.batch, : -(-asked.num_keys // block_size)].long(),
+            block_size=block_size,
+            params=layer.params,
+        )
+        wishes = PromptWishes(
+            heads=[head for head in asked.heads if head < query.shape[1]],
+            spans=torch.from_numpy(asked.spans),
+            grams=asked.grams,
+            kept=asked.kept,
+            keys_from=asked.keys_from,
+            sink_tokens=self._sink_tokens,
+            local_window=self._local_window,
+        )
+        assert self._traced is not None
+        self._traced.add_prompt(number, local, prompt_rows_cpu(chunk, wishes).moved(torch.Tensor.numpy))
+
+    def _vectors_of(
+        self,
+        asked: AskedRows,
+        layer: PackedLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        tables: BatchTables,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and own keys of the asked rows, [R, Hq, D] and [R, Hkv, D] float32."""
+        block_size, reader = layer.block_size(kv_cache), layer.reader(kv_cache)
+        positions = torch.from_numpy(asked.positions.astype(np.int64))
+        rows = torch.from_numpy(asked.rows.astype(np.int64))
+        pages = reader.read(tables.block_table[rows[:, ROW_BATCH], positions // block_size].long())
+        keys = pages[torch.arange(len(rows)), :, positions % block_size].float() * reader.key_scale
+        return query[rows[:, ROW_QUERY]].float(), keys
+
+    def _with_vectors(self, local_layers: Sequence[int], found: ProbeAnswers[np.ndarray]) -> ProbeAnswers[np.ndarray]:
+        """Answers with queries and keys, if they were asked for in all of these layers."""
+        vectors = [self._vectors.get(local) for local in local_layers]
+        there = [pair for pair in vectors if pair is not None]
+        if not there or len(there) < len(vectors):
+            return found
+        queries, keys = (torch.stack(of_layers, 1).numpy() for of_layers in zip(*there, strict=True))
+        return replace(found, queries=queries, keys=keys)
 
     def _flush(self) -> None:
         pending, self._pending = self._pending, []

@@ -39,7 +39,7 @@ class Registration:
 
     def attach(self, path: Path, config: "GlassboxConfig") -> None:
         """Change this process as the configuration at `path` says."""
-        from glassbox.adapter import metrics_route, overrides, publish, ray_environment, registry, worker_start
+        from glassbox.adapter import backend_registry, metrics_route, overrides, publish, ray_environment, worker_start
         from glassbox.config.follow import ConfigFile
         from glassbox.config.load import CONFIG_ENV, packaged_config, restart_needed
         from glassbox.config.settings import Settings
@@ -48,7 +48,7 @@ class Registration:
         from glassbox.store import multiprocess_files, ownership, rundir
 
         undo = self._undo
-        undo.callback(registry.install().remove)
+        undo.callback(backend_registry.install().remove)
         if CONFIG_ENV not in os.environ and path != packaged_config():
             # Found in the working directory, which is another one in Ray's workers.
             os.environ[CONFIG_ENV] = str(path)
@@ -63,7 +63,7 @@ class Registration:
         # After those of vLLM's that are made later: an executor ends its workers in one, and they still write there.
         undo.callback(weakref.finalize(self, _remove_files).detach)
         undo.callback(overrides.free_custom)
-        settings = Settings(path, config, publish=publish.publish, read=publish.reader())
+        settings = Settings(path, config, publish=publish.publish, read=publish.reader(), also=_require_probes)
         # Taken back last to first: the file is followed no more, then the worker ends, then vLLM's own are put back.
         attached = undo.enter_context(ExitStack())
         SEAT.take(settings, lambda: _make_hook(settings))
@@ -79,7 +79,7 @@ class Registration:
                 for message in restart_needed(config, edited):
                     get_logger(__name__).warning("%s: %s", path.name, message)
 
-        live = ConfigFile(path, config, on_change)
+        live = ConfigFile(path, config, on_change, also=_require_probes)
         self.shown = shown_metrics.ShownMetrics(live, rundir.run_dir())
         attached.callback(shown_metrics.install(self.shown))
         if config.enabled:
@@ -103,6 +103,14 @@ def _note_api_server() -> None:
         api_server_note.write_note(rundir.create())
     except OSError as error:
         logging.getLogger("glassbox").warning("glassbox's run directory can't be written to: %s", error)
+
+
+def _require_probes(path: Path, config: "GlassboxConfig", before: "GlassboxConfig | None") -> None:
+    if config.probes or config.requests.focus_heads:
+        # Only then: most servers have none, and need not import what reads them.
+        from glassbox.signals.probe_files import require_probes
+
+        require_probes(path, config, before)
 
 
 def _make_hook(settings: "Settings") -> "Hook":
@@ -129,7 +137,7 @@ def register() -> None:
 
 
 def _register() -> None:
-    from glassbox.adapter import internals, registry, release
+    from glassbox.adapter import backend_registry, internals, release
     from glassbox.adapter.internals import Feature
     from glassbox.config.load import ConfigError, find_config
     from glassbox.config.usable import load_usable
@@ -143,13 +151,13 @@ def _register() -> None:
         return
     try:
         path = find_config()
-        config = load_usable(path)
+        config = load_usable(path, also=_require_probes)
     except ConfigError as error:
         raise SystemExit(f"glassbox: {error}") from None
     if (reason := found.unobserved_reason(config.compat)) is not None:
         logger.error("%s", reason)
         return
-    registry.load()
+    backend_registry.load()
     if internals.lacks(Feature.ATTACHING):
         logger.error("%s", internals.line(Feature.ATTACHING, found.version))
         return

@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.core.statistics import INDEX
+from glassbox.signals import focus
+from glassbox.signals.values import finite_mean
 from glassbox.store.trace_record import RequestTrace
 
 SATURATED_ABOVE: Final = 0.95
@@ -73,8 +75,8 @@ def request_signals(trace: RequestTrace, focus_heads: Collection[tuple[int, int]
 
 
 def _mean(values: npt.NDArray[np.float32]) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean(dtype=np.float64)) if known.size else None
+    mean = finite_mean(values)
+    return None if np.isnan(mean) else mean
 
 
 def _trend(positions: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) -> float | None:
@@ -89,13 +91,6 @@ def _trend(positions: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) ->
 
 
 def _focus(trace: RequestTrace, heads: Collection[tuple[int, int]] | None) -> dict[str, float]:
-    (last,) = np.nonzero(trace.positions == trace.prompt_len - 1)
-    if not last.size:
-        return {}
-    chosen = np.ones((len(trace.layers), len(trace.heads)), dtype=bool)
-    if heads is not None:
-        chosen = np.array([[(layer, head) in heads for head in trace.heads] for layer in trace.layers], dtype=bool)
-        chosen = chosen.reshape(len(trace.layers), len(trace.heads))
-    mass = trace.span_mass[last[0]]  # [L, H, S]
-    scores = {name: _mean(mass[..., s][chosen]) for s, name in enumerate(trace.span_names)}
-    return {name: score for name, score in scores.items() if score is not None}
+    means = focus.compute(trace, heads).of_request
+    found = {name: means.get(f"mass_{name}", np.nan) for name in trace.span_names}
+    return {name: mean for name, mean in found.items() if not np.isnan(mean)}

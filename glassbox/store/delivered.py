@@ -19,6 +19,9 @@ def _key(trace: TraceSummary) -> str:
 class Delivered:
     """The ended traces of a run directory that one sink has had; kept in a file of that directory.
 
+    Attributes:
+        is_new: there was no such file.
+
     Args:
         run_dir: of the server.
         sink: name of the sink, for the file.
@@ -28,6 +31,7 @@ class Delivered:
     def __init__(self, run_dir: Path, sink: str, skip_present: bool = False) -> None:
         self._path = Path(run_dir) / f"{_PREFIX}{sink}.json"
         self._known = self._read()
+        self.is_new = self._known is None
         if self._known is None:
             present = _ended(TraceDirectory(run_dir).summaries()) if skip_present else []
             self._known = {_key(trace) for trace in present}

@@ -8,12 +8,13 @@ import errno
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from glassbox.core.files import FileVersion
 from glassbox.core.logs import get_logger, log_once
+from glassbox.store.logprobs_files import read_logprobs
 from glassbox.store.trace_ranks import merge_ranks
 from glassbox.store.trace_record import (
     UNKNOWN,
@@ -53,6 +54,7 @@ class TraceSummary:
 
     Attributes:
         num_rows: kept rows that every worker has, at least as far as their number tells.
+        signals: that the request asked for.
     """
 
     request_id: str
@@ -70,6 +72,7 @@ class TraceSummary:
     num_generated: int
     num_rows: int
     truncated: bool
+    signals: tuple[str, ...]
 
     @property
     def key(self) -> "TraceKey":
@@ -211,8 +214,19 @@ class TraceDirectory:
         for files in requests.values():
             parts = [part for part in (self._try(read_trace, name) for name in files) if part is not None]
             if parts:
-                loaded.append(merge_ranks(parts))
+                loaded.append(self._with_logprobs(merge_ranks(parts)))
         return loaded
+
+    def _with_logprobs(self, trace: RequestTrace) -> RequestTrace:
+        """The trace with the log-probabilities that lie beside it, if its signals need them."""
+        if "logprobs" not in trace.options.arrays:
+            return trace
+        try:
+            found = read_logprobs(self.path, trace.internal_id, trace.client, trace.num_generated)
+        except OSError as error:
+            log_once(logger, logging.WARNING, "logprobs", "glassbox skips log-probabilities of a trace: %s", error)
+            return trace
+        return replace(trace, arrays={**trace.arrays, "logprobs": found})
 
     def _try(self, read: Any, name: str) -> Any:
         try:
@@ -283,6 +297,7 @@ def _summarise(headers: Mapping[str, Mapping[str, Any]]) -> TraceSummary:
         num_generated=max(part["num_generated"] for part in parts),
         num_rows=min(part["num_rows"] for part in parts),
         truncated=any(part["truncated"] for part in parts),
+        signals=first["options"].signals,
     )
 
 

@@ -39,31 +39,41 @@ _NAMED: Final = (
     "num_generated",
     "start_time_s",
     "signals",
+    "scores",
 )
 
 
-def page(trace: RequestTrace, chosen: Selection, texts: Texts | None = None) -> tuple[str, str]:
+def page(
+    trace: RequestTrace, chosen: Selection, texts: Texts | None = None, scores: Mapping[str, Any] | None = None
+) -> tuple[str, str]:
     """The page, and the nonce of its scripts and styles for the Content-Security-Policy.
 
     Args:
         trace: of a request.
         chosen: layers and heads that can be selected in the page.
         texts: makes texts of token ids; None: the page shows positions.
+        scores: of `TraceScores.document`; None: the page shows none.
 
     Raises:
         SelectionError: a layer or head is not in the trace.
     """
     nonce = secrets.token_urlsafe(16)
     # `<` would let a text end the script that holds it.
-    data = json.dumps(page_data(trace, chosen, texts), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(page_data(trace, chosen, texts, scores), allow_nan=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )
     template = files("glassbox.web").joinpath("request_page.html").read_text(encoding="utf-8")
     filled = template.replace("__NONCE__", nonce).replace("__TITLE__", html.escape(trace.request_id))
     return filled.replace("__DATA__", data), nonce
 
 
-def page_data(trace: RequestTrace, chosen: Selection, texts: Texts | None = None) -> dict[str, Any]:
+def page_data(
+    trace: RequestTrace, chosen: Selection, texts: Texts | None = None, scores: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What the page's script reads; arrays [row][layer][head]([k]) are little-endian in base64."""
     shown = document(trace, texts)
+    # By layer and head they are in the JSON alone.
+    shown["scores"] = scores and {name: part for name, part in scores.items() if name != "places"}
     layers, heads = pick("layers", chosen.layers, trace.layers), pick("heads", chosen.heads, trace.heads)
     positions, masses, mean = _top_k(trace)
     layers, note = _fitting(trace, layers, len(heads), positions.shape[-1])

@@ -23,6 +23,7 @@ from glassbox.export.answer_summary import REQUESTS_PATH
 from glassbox.export.token_text import TokenTexts
 from glassbox.export.trace_document import Selection, SelectionError, detail, document, summary
 from glassbox.export.trace_part import part_of
+from glassbox.export.trace_scores import TraceScores, in_list
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace, encode_trace
 from glassbox.web.answers import RequestError, guarded, json_answer
@@ -86,6 +87,7 @@ class _Traces:
     def __init__(self, run_dir: Path, config: Callable[[], GlassboxConfig]) -> None:
         self._directory = TraceDirectory(run_dir)
         self._texts = TokenTexts(run_dir)
+        self._scores = TraceScores(run_dir, config)
         self._config = config
         self._lock = threading.Lock()
 
@@ -98,7 +100,10 @@ class _Traces:
         with self._lock:
             summaries = self._directory.summaries(viewer.client)
         found = [one for one in summaries if all(getattr(one, name) == value for name, value in wanted.items())]
-        return {"total": len(found), "requests": [summary(one) for one in found[:limit]]}
+        listed = found[:limit]
+        stored = self._scores.stored([one.key for one in listed])
+        requests = [{**summary(one), **in_list(stored.get(one.key))} for one in listed]
+        return {"total": len(found), "requests": requests}
 
     def one(self, viewer: Viewer, request_id: str, parameters: Mapping[str, str]) -> Response:
         _check_names(parameters, _ONE_PARAMETERS)
@@ -118,12 +123,13 @@ class _Traces:
             )
         shows_text = self._config().requests.include_text and viewer.reads_text and len(trace.token_ids)
         texts = self._texts if shows_text else None
+        scores = self._scores.document(trace, found[0].key)
         try:
             if parameters.get("format") == "html":
-                return _html(trace, chosen, texts)
+                return _html(trace, chosen, texts, scores)
             if parameters.get("format") == "npz":
                 return _arrays(trace, chosen, shows_text=texts is not None)
-            shown = document(trace, texts)
+            shown = document(trace, texts, scores)
             # Further samples (n > 1) or prompts that the id may mean, and older requests that came with the same one.
             shown["others"] = [{name: getattr(other, name) for name in _OTHERS} for other in found[1:]]
             if is_chosen:
@@ -148,8 +154,8 @@ def _arrays(trace: RequestTrace, chosen: Selection, *, shows_text: bool) -> Resp
     return Response(encode_trace(part), headers=headers, media_type="application/octet-stream")
 
 
-def _html(trace: RequestTrace, chosen: Selection, texts: TokenTexts | None) -> Response:
-    content, nonce = page(trace, chosen, texts)
+def _html(trace: RequestTrace, chosen: Selection, texts: TokenTexts | None, scores: Mapping[str, Any]) -> Response:
+    content, nonce = page(trace, chosen, texts, scores)
     policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; base-uri 'none'"
     headers = {
         "Cache-Control": "no-store",

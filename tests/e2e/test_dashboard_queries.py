@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("grafana_foundation_sdk", reason="needs the extra dashboards")
 
-from glassbox.cli.dashboards import adapter_panels, check, generated, heads
+from glassbox.cli.dashboards import adapter_panels, check, generated, heads, probe_panels
 from glassbox.cli.dashboards.rule_model import RuleSettings
 from glassbox.cli.dashboards.rules import alerts, build_groups, recordings, to_data
 from glassbox.signals.baseline import from_engines, save_baseline
@@ -56,6 +56,7 @@ MAY_BE_EMPTY: Final = {
     "KV cache saturation by layers": "the cache is not quantised",
     "Configuration reloads": "the annotation marks a change of the last seconds",
     **{str(panel.title): "LoRA adapters are not told apart" for panel in adapter_panels.adapters()},
+    **{str(panel.title): "there is no probe, and nobody asks for a signal" for panel in probe_panels.scores()},
 }
 # Alerts that can't be made to fire by other numbers: a fault is needed.
 NEEDS_A_FAULT: Final = {

@@ -352,7 +352,7 @@ class TestScores:
         rows = np.array([[0, 0, 0, 68, -1], [2, 0, 1, 68, -1], [3, 1, 1, 40, -1]], dtype=np.int32)
         plan = plan_rows(rows, served.starts, served.lens, served.table, 32, reach=options.window)
         params = LayerParams(0.3, options.soft_cap, served.slopes, served.sinks, options.window)
-        by_torch = row_stats_cpu([LayerRows.select(served.q, served.reader, plan, params)], plan)[0]
+        by_torch = row_stats_cpu([LayerRows.select(served.q, served.reader, plan, params)], plan)[0][0]
         native = NativeStep(
             NativeRows(
                 rows, served.starts, served.lens, served.table, 32,

@@ -94,3 +94,58 @@ def _reduce(p: torch.Tensor, prompt_len: int, sink_tokens: int, local_window: in
         "self_logprob": p.diagonal(dim1=-2, dim2=-1).log().numpy(),
         "lookback_ratio": (context / (context + generated)).numpy(),
     }
+
+
+@dataclass(frozen=True)
+class WholeTruth:
+    """What rows of one sequence add up to; T rows, all but the last token's.
+
+    Attributes:
+        previous, self_logprob: [L, H, T] of each row; previous is NaN in the first.
+        received: float64 [L, H, T], column sums of the attention.
+        queries, keys: float32 [L, H, T, D] after RoPE, keys repeated for the heads that share them.
+        logprobs: [T] of each token that follows, by the model.
+    """
+
+    previous: np.ndarray
+    self_logprob: np.ndarray
+    received: np.ndarray
+    queries: np.ndarray
+    keys: np.ndarray
+    logprobs: np.ndarray
+
+    def singular_values(self, layer: int, head: int, first_row: int = 0) -> np.ndarray:
+        """Of Q K^T, falling, by QR: no matrix of tokens by tokens is made. Rows before `first_row` are left out."""
+        q, k = (x[layer, head].astype(np.float64) for x in (self.queries, self.keys))
+        return np.linalg.svd(np.linalg.qr(q[first_row:])[1] @ np.linalg.qr(k)[1].T, compute_uv=False)
+
+
+def whole_truth(eager: EagerModel, token_ids: list[int], first_row: int = 0) -> WholeTruth:
+    """Run a sequence, reducing each layer's attention when it is there; rows before `first_row` receive nothing.
+
+    Args:
+        eager: the model.
+        token_ids: of prompt and answer.
+        first_row: position of the first row that counts.
+    """
+    module, original = eager._module, eager._module.eager_attention_forward
+    rows = len(token_ids) - 1
+    found: list[tuple[np.ndarray, ...]] = []
+
+    def reducing(layer, query, key, value, attention_mask, scaling, **kwargs):  # type: ignore[no-untyped-def]
+        output, weights = original(layer, query, key, value, attention_mask, scaling, **kwargs)
+        p = weights[0, :, :rows, :rows]
+        before = torch.cat([torch.full((p.shape[0], 1), torch.nan), p.diagonal(-1, 1, 2)], 1)
+        q, k = query[0, :, :rows], key[0].repeat_interleave(query.shape[1] // key.shape[1], 0)[:, :rows]
+        own, sums = p.diagonal(0, 1, 2).double().log(), p[:, first_row:].double().sum(1)
+        found.append(tuple(x.clone().numpy() for x in (before, own, sums, q, k)))
+        return output, weights
+
+    module.eager_attention_forward = reducing
+    try:
+        with torch.inference_mode():
+            logits = eager.model(torch.tensor([token_ids]), use_cache=False).logits[0].double()
+    finally:
+        module.eager_attention_forward = original
+    logprobs = torch.log_softmax(logits, -1)[torch.arange(rows), torch.tensor(token_ids[1:])]
+    return WholeTruth(*(np.stack(parts) for parts in zip(*found, strict=True)), logprobs.numpy())

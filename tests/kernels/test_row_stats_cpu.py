@@ -131,7 +131,7 @@ class Batch:
 
     def measured(self, reader: PlainReader, plan: RowPlan) -> Tensor:
         """Statistics of the batch's only layer."""
-        return row_stats_cpu([LayerRows.select(self.q, reader, plan, self.params)], plan)[0]
+        return row_stats_cpu([LayerRows.select(self.q, reader, plan, self.params)], plan)[0][0]
 
     def native_rows(self, table: np.ndarray, asked: np.ndarray | None = None) -> NativeRows:
         return NativeRows(
@@ -432,7 +432,7 @@ class TestLayersTogether:
             assert (same == table).all()
             reader = PlainReader(pages * 2**n, layer.transposed, key_scale=2.0**-n)
             rows.append(LayerRows.select(layer.q, reader, plan, layer.params))
-        for layer, actual in zip(layers, row_stats_cpu(rows, plan), strict=True):
+        for layer, actual in zip(layers, row_stats_cpu(rows, plan)[0], strict=True):
             layer.check_statistics(actual)
 
     def test_of_several_kinds_are_refused(self) -> None:

@@ -1,6 +1,6 @@
 """The command `glassbox check`. Owns options, output and exit status."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -13,6 +13,7 @@ from glassbox.core.printable import printable
 if TYPE_CHECKING:
     from glassbox.adapter.layers import ObservedLayers
     from glassbox.config.load import GlassboxConfig
+    from glassbox.signals.probe import Probe
 
 # Of the most common size today, 7 to 8 billion parameters (Llama 3, Mistral, Qwen 2.5 have 28 to 32 of each).
 _DEFAULT_SHAPE: Final = (32, 32)
@@ -49,8 +50,10 @@ def check(
     """
     import yaml
 
+    from glassbox.cli.commands.check_probes import probe_lines, read_probes
     from glassbox.config.load import ConfigError, find_config, replaced_keys
     from glassbox.config.usable import load_usable
+    from glassbox.signals.probe_files import require_probes
     from glassbox.web.doors import unusable
 
     if model is not None and (layers, heads) != (None, None):
@@ -59,17 +62,23 @@ def check(
         raise fail("--layers and --heads must be given together; --model DIRECTORY reads both from config.json")
     try:
         path = find_config() if file is None else file
-        config = load_usable(path)
+        config = load_usable(path, also=require_probes)
     except ConfigError as error:
         raise fail(str(error)) from None
     if (problem := unusable(config)) is not None:
         raise fail(f"{path}: {problem}")
     with one_line_errors():
         _check_baseline(config)
-        shape = _shape(path, config, model, layers, heads)
+        probes = read_probes(config)
+        shape = _shape(path, config, model, layers, heads, probes)
     typer.echo(f"# {printable(str(path))}: valid. With the defaults filled in:")
     typer.echo(yaml.safe_dump(_without_secrets(config), sort_keys=False, allow_unicode=True))
-    for line in (*replaced_keys(config), *shape.lines(), *_series_lines(config, shape, engines)):
+    for line in (
+        *replaced_keys(config),
+        *shape.lines(),
+        *probe_lines(config, probes),
+        *_series_lines(config, shape, engines),
+    ):
         typer.echo(f"# {line}".rstrip())
     typer.echo(f"# {_vllm_line(config)}")
 
@@ -125,24 +134,32 @@ class _Shape:
             yield f"  {line.text}"
 
 
-def _shape(path: Path, config: "GlassboxConfig", model: Path | None, layers: int | None, heads: int | None) -> _Shape:
+def _shape(
+    path: Path,
+    config: "GlassboxConfig",
+    model: Path | None,
+    layers: int | None,
+    heads: int | None,
+    probes: "Sequence[Probe]",
+) -> _Shape:
     """The shape to count for, and where it comes from.
 
     Raises:
-        ViewError: the model can't be read, or has not the layers that the file names.
+        ViewError: the model can't be read, or has not the layers that the file names or a probe reads.
     """
     if model is not None:
-        return _shape_of(model, path, config)
+        return _shape_of(model, path, config, probes)
     if layers is not None and heads is not None:
         return _Shape((heads,) * layers)
     num_layers, num_heads = _DEFAULT_SHAPE
     return _Shape((num_heads,) * num_layers, " (as of an 8B model; for yours use --model, or --layers and --heads)")
 
 
-def _shape_of(model: Path, path: Path, config: "GlassboxConfig") -> _Shape:
+def _shape_of(model: Path, path: Path, config: "GlassboxConfig", probes: "Sequence[Probe]") -> _Shape:
     """As vLLM builds the model here; where it can't, as its config.json says, and why."""
     from glassbox.adapter.coverage import selection_lines
     from glassbox.adapter.model_inspection import InspectionError, inspect_model
+    from glassbox.cli.commands.check_probes import check_fit
     from glassbox.cli.commands.model_shape import read_shape
     from glassbox.view.measured import ViewError
 
@@ -156,10 +173,12 @@ def _shape_of(model: Path, path: Path, config: "GlassboxConfig") -> _Shape:
     try:
         found = inspect_model(model, path)
     except InspectionError as error:
+        check_fit(probes, str(model), range(by_file.total), by_file.heads)
         why = f" ({model}, by its config.json alone, since vLLM could not build it here: {error})"
         return _Shape((by_file.heads,) * by_file.layers, why)
     for line in selection_lines(found, config.sampling.layers):
         raise ViewError(f"{path}: {line.text}")
+    check_fit(probes, str(model), config.sampling.layers.select(found.indices), found.num_heads)
     return _Shape(found.heads, f" ({model}, as vLLM builds it here)", found)
 
 
@@ -182,22 +201,23 @@ def _vllm_line(config: "GlassboxConfig") -> str:
 def _series_lines(config: "GlassboxConfig", shape: _Shape, engines: int) -> list[str]:
     from glassbox.core.adapter_slots import num_slots
     from glassbox.export.families import adapter_series_count, fitting_detail, series_count
+    from glassbox.export.score_families import score_series_count
     from glassbox.store.merge import DETAILS
 
     prometheus = config.export.prometheus
     drift = config.baseline.path is not None
     shapes = [shape.layer_heads] * engines
     by_adapter = engines * adapter_series_count(num_slots(config.adapters.max))
-    used, warning = fitting_detail(
-        prometheus.detail, prometheus.max_series, shapes, with_drift=drift, besides=by_adapter
-    )
+    of_scores = engines * score_series_count(len(config.probes)) if config.probes else 0
+    besides = by_adapter + of_scores
+    used, warning = fitting_detail(prometheus.detail, prometheus.max_series, shapes, with_drift=drift, besides=besides)
     many = "1 engine" if engines == 1 else f"{engines} engines"
     heads = sorted(set(shape.layer_heads)) or [0]
     many_heads = f"{heads[0]}" if len(heads) == 1 else f"{heads[0]} to {heads[-1]}"
     whose = "" if shape.found else shape.whose
     lines = [f"Time series of attention, {len(shape.layer_heads)} layers x {many_heads} heads, {many}{whose}:"]
     for detail in DETAILS:
-        number = by_adapter + engines * series_count(detail, shape.layer_heads, with_drift=drift)
+        number = besides + engines * series_count(detail, shape.layer_heads, with_drift=drift)
         notes = ["in effect"] if detail == used else []
         if number > prometheus.max_series:
             notes.append(f"more than max_series {prometheus.max_series}")
@@ -205,6 +225,8 @@ def _series_lines(config: "GlassboxConfig", shape: _Shape, engines: int) -> list
     if by_adapter:
         adapters = f"{config.adapters.max} LoRA adapters, the base model and other"
         lines.append(f"Of each, {by_adapter:,} by adapter ({adapters}).")
+    if of_scores:
+        lines.append(f"Of each, {of_scores:,} of probes and signals.")
     if warning is not None:
         lines.append(f"Falls back: {warning}")
     if not (config.enabled and prometheus.enabled):

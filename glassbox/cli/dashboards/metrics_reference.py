@@ -100,6 +100,11 @@ on the exporter's own port always; if that port is all that is scraped, `up == 0
 A sink succeeds when it did all that was asked, if that was nothing, too. One that has failed or hangs doesn't until it
 works again; of `otel_traces` it is known only whether spans were lost since the last export.
 """
+_SCORES = """\
+Those that begin with `glassbox_probe_`, `glassbox_signal_` and `glassbox_scoring_` count traced requests that have
+ended, as the exporter scores them ([scores.md](scores.md)). A probe in force has its series from the start; a signal
+has them once somebody has asked for it. A node scores the requests whose traces lie on it.
+"""
 _NODES = """\
 Each node of an engine exports what its own ranks measured; `glassbox_worker_info` says which. Rows, histograms and
 counters of rows add up over the nodes, because a head of a layer is on one rank. What all ranks see alike does not;
@@ -183,6 +188,8 @@ def render(groups: tuple[Group, ...]) -> str:
             _table(("`reason`", "Why"), [(f"`{reason}`", why) for reason, why in BYPASS_REASONS.items()]),
             "## Drift from a baseline\n",
             _DRIFT,
+            "## Probes and signals\n",
+            _SCORES,
             "## Age, exporter and sinks\n",
             _LIVENESS,
             "## An engine over several nodes\n",

@@ -7,6 +7,7 @@ from glassbox.cli.dashboards.adapter_panels import adapters
 from glassbox.cli.dashboards.common import RATE_UNIT, config_tile, rows_tile, sample_rate_tile, statistic_line
 from glassbox.cli.dashboards.layout import Page, Section
 from glassbox.cli.dashboards.panels import Query, lines, note, tile
+from glassbox.cli.dashboards.probe_panels import scores
 
 UID = "glassbox-requests"
 _DECODE = 'phase="decode"'
@@ -154,6 +155,7 @@ def page() -> Page:
                 ],
             ),
             Section("By LoRA adapter", adapters(), folded=True),
+            Section("Probes and signals", scores(), folded=True),
             Section("What was measured", _measured()),
             Section("Traced requests", [*_traced(), _one_request()]),
         ],

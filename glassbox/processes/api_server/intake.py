@@ -39,13 +39,17 @@ from glassbox.core.trace_options import (
     ClientChoice,
     OptionError,
     Span,
+    TraceOptions,
     parse_options,
 )
 from glassbox.measure.sampling import is_sampled_request
 from glassbox.processes.api_server import message_spans
 from glassbox.processes.api_server.llm_span_watcher import LlmSpanWatcher, watch
+from glassbox.processes.api_server.logprobs import RequestLogprobs
 from glassbox.processes.api_server.measured_shape import MeasuredShape
 from glassbox.processes.api_server.responding import Answers
+from glassbox.signals.needs import sampled_options
+from glassbox.signals.probe_files import ProbeFiles
 from glassbox.store.client_names import ClientNames
 
 logger = get_logger(__name__)
@@ -104,6 +108,8 @@ class Intake:
         self.traced = TracedRequests()
         self._measured = MeasuredShape(run_dir)
         self._answers = Answers(config, run_dir)
+        self._probes = ProbeFiles(config)
+        self.logprobs = RequestLogprobs(config, run_dir, self._sampled)
 
     def is_for_us(self, extra_args: object) -> TypeGuard[ExtraArgs]:
         """See server.Intake."""
@@ -164,6 +170,20 @@ class Intake:
         choice = parse_options(extra_args)
         check_model_has(choice, shape, self._measured)
         return choice.choice == "trace"
+
+    def salt(self, extra_args: ExtraArgs, prompt_len: int | None) -> str | None:
+        """See server.Intake."""
+        requests = self._config().requests
+        if extra_args.get(SAMPLED_KEY) is True:
+            whole = self._sampled().prompt == "all"
+        else:
+            whole = parse_options(extra_args).options.prompt == "all" and requests.opt_in
+        # Of a longer prompt the worker doesn't measure every row.
+        return secrets.token_hex(16) if whole and (prompt_len or 0) <= requests.max_prompt_rows else None
+
+    def _sampled(self) -> TraceOptions:
+        """What workers keep of a request that the trace rate chooses."""
+        return sampled_options(self._probes.current(), self._config().requests.signals)
 
     def begin(self, request_id: str, traceparent: str | None) -> ExtraArgs:
         """See server.Intake."""

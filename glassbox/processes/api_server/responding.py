@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from glassbox.adapter.http_reply import Reply
 from glassbox.adapter.server import SentRequest
@@ -24,6 +24,9 @@ from glassbox.core.logs import get_logger, log_once
 from glassbox.store.snapshot import EngineWorkers
 from glassbox.store.trace_directory import TraceDirectory, prompt_number
 from glassbox.store.trace_record import call_and_sample
+
+if TYPE_CHECKING:
+    from glassbox.export.trace_scores import TraceScores
 
 logger = get_logger(__name__)
 
@@ -68,7 +71,8 @@ class Answers:
     def sent(self, request: SentRequest, reply: Reply) -> None:
         """A request goes to the engine, and the reply is to speak of it. Called in the event loop."""
         if self._found is None:
-            self._found = Summaries(self._run_dir)
+            self._found = Summaries(self._config, self._run_dir)
+            self._pool.submit(self._found.prepare)
         if not isinstance(reply.field, Answer):
             reply.field = Answer(self._config, self._found, self._pool)
         reply.field.add(request)
@@ -97,8 +101,7 @@ class Answer:
 
     async def __call__(self) -> bytes | None:
         """The summary as JSON, once all traces are there or the time is up."""
-        # Every process of a server registers, workers, too, which need nothing of what shows.
-        from glassbox.export.answer_summary import summary_without
+        from glassbox.export.answer_summary import summary_without  # as with `Summaries.prepare`
 
         config, choices = self._config().requests, self._choices()
         told = choices[:MAX_CHOICES]
@@ -149,12 +152,24 @@ class Summaries:
     """The summaries of ended requests; called from several threads.
 
     Args:
+        config: returns the configuration of the moment.
         run_dir: of the server.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, config: Callable[[], GlassboxConfig], run_dir: Path) -> None:
+        self._config, self._run_dir = config, run_dir
         self._directory, self._workers = TraceDirectory(run_dir), EngineWorkers(run_dir)
         self._lock = threading.Lock()
+        self._scores: TraceScores | None = None
+
+    def prepare(self) -> None:
+        """Load what the first summary needs while its request runs."""
+        # Every process of a server registers, workers, too, which need nothing of what shows.
+        from glassbox.export.trace_scores import TraceScores
+
+        with self._lock:
+            if self._scores is None:
+                self._scores = TraceScores(self._run_dir, self._config)
 
     def of(self, choice: Choice) -> dict[str, Any] | None:
         """What is said of a request; None as long as not all workers that trace it have written its end."""
@@ -167,7 +182,11 @@ class Summaries:
         if not headers or any(one["status"] == "active" for one in headers.values()) or not self._is_whole(headers):
             return None
         trace = self._directory.merged(headers)
-        return None if trace is None else summary_of(trace)
+        if trace is None:
+            return None
+        self.prepare()
+        assert self._scores is not None
+        return summary_of(trace, self._scores.document(trace, (trace.engine, trace.internal_id, trace.client)))
 
     def _is_whole(self, headers: Mapping[str, Mapping[str, Any]]) -> bool:
         first = next(iter(headers.values()))

@@ -42,8 +42,18 @@ def wants_records(config: GlassboxConfig) -> bool:
 
 def wants_spans(config: GlassboxConfig) -> bool:
     """True if the configuration asks for spans, and requests may be traced."""
-    requests, otel = config.requests, config.export.otel
-    return config.enabled and otel.enabled and otel.traces and (requests.opt_in or requests.trace_rate > 0)
+    otel = config.export.otel
+    return may_trace(config) and otel.enabled and otel.traces
+
+
+def may_trace(config: GlassboxConfig) -> bool:
+    """True if requests may be traced."""
+    return config.enabled and (config.requests.opt_in or config.requests.trace_rate > 0)
+
+
+def wants_scores(config: GlassboxConfig) -> bool:
+    """True if the configuration asks for scores or signals of traced requests; clients may ask for signals, too."""
+    return may_trace(config) and bool(config.probes or config.requests.signals)
 
 
 def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None, run_dir: Path | None = None) -> bool:
@@ -60,6 +70,7 @@ def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None, 
         return False
     pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
     pushed = pushed or wants_records(config) or wants_spans(config)
+    pushed = pushed or wants_scores(config)
     is_handed_out = run_dir is not None and has_front(run_dir)
     by_exporter = is_handed_out or multiprocess_files.directory(environ) is not None
     at_vllm = export.prometheus.shown_at_vllm and by_exporter

@@ -21,6 +21,7 @@ from glassbox.config.watch import ConfigWatcher
 from glassbox.core.logs import get_logger, set_level
 from glassbox.processes.exporter.log_relay import send_logs
 from glassbox.processes.exporter.sinks import Sinks
+from glassbox.signals.probe_files import require_probes
 from glassbox.store.exporter_lock import ExporterLock
 
 logger = get_logger(__name__)
@@ -116,7 +117,7 @@ def _run(run_dir: Path, config_path: Path, config: GlassboxConfig, parent_pid: i
         logger.debug("%s", error)  # the workers report a bad edit; here it only must not be taken
         wakeups.wake()
 
-    watcher = ConfigWatcher(config_path, on_change, on_error, initial=config)
+    watcher = ConfigWatcher(config_path, on_change, on_error, initial=config, also=require_probes)
     watcher.start()
     sinks = Sinks(run_dir, lambda: current, beat=lock.beat)
     try:

@@ -47,6 +47,7 @@ _ADVICE: Final = {
     "otel": ("export.otel.endpoint", "the collector must listen there, by that protocol"),
     "otel_traces": ("export.otel.endpoint", "the collector must listen there, by that protocol"),
     "jsonl": ("export.jsonl.path", "name a file, in a folder with room that this user may write to"),
+    "scores": ("probes", "each must be a file of glassbox train that this user may read"),
     "records": ("requests.records.path", "name a place with room that this user may write to"),
 }
 
@@ -56,7 +57,7 @@ class Sinks:
 
     Attributes:
         errors: errors by stage: http, access and connections (of the own port), page, multiprocess, otel, jsonl,
-            records and otel_traces (of traced requests), read (of the run directory), status (its file).
+            scores, records and otel_traces (of traced requests), read (of the run directory), status (its file).
 
     Args:
         run_dir: of the server.
@@ -133,6 +134,7 @@ class Sinks:
             self._multiprocess,
             self._otel,
             self._jsonl,
+            self._traces.scores,
             self._traces.records,
             self._traces.spans,
         )

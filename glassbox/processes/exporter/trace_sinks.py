@@ -1,6 +1,6 @@
-"""Where ended traces go from the exporter process: records and OpenTelemetry spans.
+"""Where ended traces go from the exporter process: scores first, then records and OpenTelemetry spans.
 
-Owns which of the two are open and that each ended trace reaches each of them once. What they write is
+Owns which of them are open and that each ended trace reaches each of them once. What they write is `scorer.py`,
 `export/records.py` and `export/attention_spans.py`.
 """
 
@@ -17,8 +17,12 @@ from glassbox.export.otlp import Signal, Target, resolve, switched_off_by
 from glassbox.export.records import Records, open_records
 from glassbox.export.token_text import TokenTexts
 from glassbox.export.trace_document import document
-from glassbox.processes.exporter.launch import wants_records, wants_spans
+from glassbox.export.trace_scores import TraceScores
+from glassbox.processes.exporter.launch import may_trace, wants_records, wants_scores, wants_spans
+from glassbox.processes.exporter.scorer import OnScored, Scorer
 from glassbox.processes.exporter.sink import Sink
+from glassbox.signals.chosen_heads import ChosenHeads
+from glassbox.signals.probe_files import ProbeFiles
 from glassbox.store.delivered import Delivered
 from glassbox.store.llm_spans import LlmSpan, LlmSpanReader
 from glassbox.store.trace_directory import TraceDirectory, TraceSummary
@@ -31,6 +35,11 @@ logger = get_logger(__name__)
 
 # vLLM ends its span before the worker hears of the request's end; this is for a busy API server.
 WAIT_FOR_LLM_SPAN_S: Final = 3.0
+# Signals on demand may take a while; then a record or a span goes out without scores.
+WAIT_FOR_SCORES_S: Final = 30.0
+# Scoring takes milliseconds as a rule, and then what follows has the scores in the same round.
+_SCORING_PATIENCE_S: Final = 0.5
+_LAST_SCORING_PATIENCE_S: Final = 3.0
 
 
 def otlp_target(
@@ -55,6 +64,7 @@ class _Records:
     sink: Records
     delivered: Delivered
     directory: TraceDirectory
+    scores: TraceScores
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class _Spans:
     sink: "AttentionSpans"
     delivered: Delivered
     directory: TraceDirectory
+    scores: TraceScores
 
 
 class TraceSinks:
@@ -72,10 +83,11 @@ class TraceSinks:
     Args:
         run_dir: of the server.
         config: returns the configuration of the moment.
-        errors: told of errors, as stages `records` and `otel_traces`.
+        errors: told of errors, as stages `scores`, `records` and `otel_traces`.
         environ: OTEL_*.
         clock: Unix time in seconds.
         last_success_s: of the sinks of an exporter before, Unix time by name.
+        on_scored: told of each scored trace, from the scoring thread.
     """
 
     def __init__(
@@ -86,13 +98,16 @@ class TraceSinks:
         environ: Mapping[str, str],
         clock: Callable[[], float],
         last_success_s: Mapping[str, float] | None = None,
+        on_scored: OnScored = lambda _trace, _scores: None,
     ) -> None:
+        self._on_scored = on_scored
         self._run_dir = Path(run_dir)
         self._config = config
         self._errors = errors
         self._environ = environ
         self._clock = clock
         self._texts = TokenTexts(self._run_dir)
+        self._directory = TraceDirectory(self._run_dir)
         self._llm_spans = LlmSpanReader(self._run_dir)
         self._vllm_endpoint: str | None = None
         self._used: set[str] = set()
@@ -100,6 +115,16 @@ class TraceSinks:
         # By sink, and kept while one is closed for another: that goes on where the first one ended.
         self._delivered: dict[str, Delivered] = {}
         succeeded = last_success_s or {}
+        self.scores: Sink[Scorer] = Sink(
+            "scores",
+            errors,
+            wants=self._wanted_scores,
+            opens=self._open_scores,
+            closes=self._close_scores,
+            sends_later=lambda scorer: scorer.last_success_s,
+            last_success_s=succeeded.get("scores", 0.0),
+            unix=clock,
+        )
         self.records: Sink[_Records] = Sink(
             "records",
             errors,
@@ -128,6 +153,7 @@ class TraceSinks:
         """
         self._skip_present = skip_present
         config = self._config()
+        self.scores.apply(config)
         self.records.apply(config)
         self.spans.apply(config)
 
@@ -140,6 +166,32 @@ class TraceSinks:
         if not still_wanted:
             self._delivered.pop(name).forget()
 
+    def _wanted_scores(self, config: GlassboxConfig) -> object:
+        # Also of clients that ask for signals, from the first one on. Which probes those are is followed while open.
+        if not may_trace(config) or self.scores.is_wanted:
+            return may_trace(config) or None
+        return wants_scores(config) or any(summary.signals for summary in self._directory.summaries()) or None
+
+    def _open_scores(self, _config: GlassboxConfig) -> Scorer:
+
+        def tell(error: str) -> None:
+            self._errors.count("scores", error)
+
+        return Scorer(
+            self._run_dir,
+            ProbeFiles(self._config, tell),
+            self._errors,
+            focus_heads=ChosenHeads(self._config, tell).current,
+            skip_present=self._skip_present,
+            on_scored=self._on_scored,
+            clock=self._clock,
+        )
+
+    def _close_scores(self, opened: Scorer, still_wanted: bool) -> None:
+        opened.close()
+        if not still_wanted:
+            opened.forget()
+
     def _wanted_records(self, config: GlassboxConfig) -> object:
         records = config.requests.records
         return (records.expanded_path, records.format, records.max_mb) if wants_records(config) else None
@@ -148,7 +200,7 @@ class TraceSinks:
         records = config.requests.records
         assert records.expanded_path is not None
         sink = open_records(records.expanded_path, records.format, records.max_mb)
-        return _Records(sink, self._noted("records"), TraceDirectory(self._run_dir))
+        return _Records(sink, self._noted("records"), TraceDirectory(self._run_dir), self._trace_scores())
 
     def _close_records(self, opened: "_Records", still_wanted: bool) -> None:
         try:
@@ -169,7 +221,10 @@ class TraceSinks:
         from glassbox.export.attention_spans import AttentionSpans
 
         sink = AttentionSpans(config.export.otel, self._run_dir, self._errors, self._vllm_endpoint, self._environ)
-        return _Spans(sink, self._noted("spans"), TraceDirectory(self._run_dir))
+        return _Spans(sink, self._noted("spans"), TraceDirectory(self._run_dir), self._trace_scores())
+
+    def _trace_scores(self) -> TraceScores:
+        return TraceScores(self._run_dir, self._config)
 
     def _close_spans(self, opened: "_Spans", still_wanted: bool) -> None:
         opened.sink.close()
@@ -181,6 +236,7 @@ class TraceSinks:
         Args:
             last: nothing will come later: don't wait for anything.
         """
+        self.scores.give(lambda scorer: scorer.look(_LAST_SCORING_PATIENCE_S if last else _SCORING_PATIENCE_S))
         texts = self._texts if self._config().requests.include_text else None
         self.records.give(lambda opened: self._write_records(opened, texts, last))
         self.spans.give(lambda opened: self._send_spans(opened, last))
@@ -189,26 +245,43 @@ class TraceSinks:
         present = opened.directory.summaries()
 
         def write(summary: TraceSummary, trace: RequestTrace) -> None:
-            opened.sink.write([document(trace, texts)])
+            opened.sink.write([document(trace, texts, opened.scores.document(trace, summary.key))])
 
-        self._deliver(opened, opened.delivered.fresh(present), present, "records", write)
+        self._deliver(opened, self._scored(opened, present, last), present, "records", write)
         opened.sink.flush(force=last)
 
     def _send_spans(self, opened: "_Spans", last: bool) -> None:
         self._llm_spans.refresh(self._clock())
         present = opened.directory.summaries()
         ready: dict[str, LlmSpan | None] = {}
-        for summary in opened.delivered.fresh(present):
+        scored = self._scored(opened, present, last)
+        for summary in scored:
             llm_span = self._llm_span(summary)
             young = self._clock() - (summary.end_time_s or 0.0) < WAIT_FOR_LLM_SPAN_S
             if llm_span is not None or last or not young or summary.status != "finished":
                 ready[summary.internal_id] = llm_span
 
         def send(summary: TraceSummary, trace: RequestTrace) -> None:
-            opened.sink.send(trace, ready[summary.internal_id])
+            scores = opened.scores.document(trace, summary.key)
+            opened.sink.send(trace, ready[summary.internal_id], scores)
 
-        fresh = [summary for summary in opened.delivered.fresh(present) if summary.internal_id in ready]
+        fresh = [summary for summary in scored if summary.internal_id in ready]
         self._deliver(opened, fresh, present, "otel_traces", send)
+
+    def _scored(self, opened: "_Records | _Spans", present: list[TraceSummary], last: bool) -> list[TraceSummary]:
+        """Those that a sink has not had and that have their scores, will have none or have waited for long enough."""
+        fresh = opened.delivered.fresh(present)
+        if last or not self.scores.is_wanted:
+            return fresh
+        has_probes = bool(self._config().probes)
+        due = [summary for summary in fresh if has_probes or summary.signals]
+        stored = opened.scores.stored([summary.key for summary in due]) if due else {}
+        late = {
+            summary.key
+            for summary in due
+            if summary.key not in stored and self._clock() - (summary.end_time_s or 0.0) < WAIT_FOR_SCORES_S
+        }
+        return [summary for summary in fresh if summary.key not in late]
 
     def _deliver(
         self,
@@ -250,5 +323,6 @@ class TraceSinks:
 
     def close(self) -> None:
         """Write and send what waits, and close the sinks."""
+        self.scores.close()
         self.records.close()
         self.spans.close()

@@ -282,12 +282,13 @@ class Observer:
         traced, excluded = self.requests.marks(batch.req_ids)
         if step.skips_traced:
             traced = None
+        new_from = self._progress.new_from(batch)
         rows, dropped = self._rows.select(
             batch.num_scheduled,
             batch.num_computed,
             batch.prompt_len,
             batch.query_start,
-            new_from=self._progress.new_from(batch),
+            new_from=new_from,
             num_drafts=num_drafts,
             traced=traced,
             excluded=excluded,
@@ -307,13 +308,16 @@ class Observer:
             rows, check = self._add_checked(batch, rows, excluded=excluded, mask=mask, tokens=absorbed)
             # One that was only looked at costs what any other step does.
             step.checked = check is not None
-        if len(rows):
-            assert rows[:, ROW_BATCH].max() < len(batch.prompt_len)
-            traces = None
+        traces = None
+        if traced is not None:
+            traces = self.requests.trace_rows(step.runner, batch, rows, num_drafts, new_from, mask)
+        if len(rows) or traces is not None:
+            assert rows[:, ROW_BATCH].max(initial=-1) < len(batch.prompt_len)
             if traced is not None:
-                traces = self.requests.trace_rows(step.runner, batch, rows, num_drafts)
                 step.traced = traces is not None
-                step.counted_share = 1 - np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED) / len(rows)
+                uncounted = np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED)
+                of_prompts = sum(prompt.num_rows for prompt in traces.prompts) if traces is not None else 0
+                step.counted_share = (len(rows) - uncounted) / (len(rows) + of_prompts)
             if check is not None:
                 # After those of the traced rows, which are told from others by having one.
                 check.take_slots(rows, self.measurer.num_slots)

@@ -39,6 +39,7 @@ from glassbox.processes.worker.canary import Canary, WorkerPlace
 from glassbox.processes.worker.nonfinite import NonfiniteWatch
 from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.active import TraceHost
+from glassbox.processes.worker.traces.sampled import STAGE, SampledOptions
 from glassbox.processes.worker.traces.tracker import RequestTracker
 from glassbox.processes.worker.traces.writer import TraceWriter
 from glassbox.processes.worker.unread import UnreadWatch
@@ -105,12 +106,16 @@ class Worker:
             num_heads=layers.num_heads,
             num_heads_total=heads.total,
             max_model_len=facts.max_model_len,
+            head_size=layers.head_size,
             knows_positions=not (facts.drafts and facts.schedules_ahead),
             tokenizer=facts.tokenizer,
             tokenizer_revision=facts.tokenizer_revision,
             unobserved=untraceable(facts),
         )
-        self._requests = RequestTracker(host, self._deferred, on_awaited=self._write_awaited)
+        self._sampled = SampledOptions(lambda: settings.config, host, errors)
+        self._requests = RequestTracker(
+            host, self._deferred, on_awaited=self._write_awaited, sampled=lambda: self._sampled.options
+        )
         place = WorkerPlace(
             layers=layers.indices,
             names=layers.names,
@@ -165,6 +170,8 @@ class Worker:
         for level, text in coverage_lines(self._facts, self._settings.config, self._settings.path):
             logger.log(level, "%s", text)
         self._say_selection()
+        with self._errors.guard(STAGE):
+            self._sampled.refresh()
         self._settings.watch()
         self._thread = threading.Thread(target=self._run, name="glassbox-snapshots", daemon=True)
         self._thread.start()
@@ -191,6 +198,8 @@ class Worker:
                 self.write_if_changed()
             self._write_traces()
             self._say_selection()
+            with self._errors.guard(STAGE):
+                self._sampled.refresh()
             self._look_at_exporter()
             if self._closing:
                 return

@@ -120,9 +120,9 @@ class TestTrace:
             if name != "token_ids":
                 np.testing.assert_array_equal(values, trace.record.arrays[name])
         assert 0 == len(trace.record.token_ids)
-        assert ("cmpl-1-0", "finished", None, {}) == (trace.request_id, trace.status, trace.text, trace.scores)
+        assert ("cmpl-1-0", "finished", None) == (trace.request_id, trace.status, trace.text)
         document = server.http.get("/glassbox/v1/requests/cmpl-1-0").json()
-        assert document["signals"] == trace.signals
+        assert (document["signals"], document["scores"]) == (trace.signals, trace.scores)
         assert trace.signals["decode_rows"] == 3
 
     def test_its_tables_are_those_of_capture(self, server: Server) -> None:

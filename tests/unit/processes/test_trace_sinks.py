@@ -130,10 +130,10 @@ class TestRecords:
         """It is counted and left out; those after it are written."""
         true = trace_sinks.document
 
-        def fail(trace: Any, texts: Any = None) -> Any:
+        def fail(trace: Any, *parts: Any) -> Any:
             if trace.request_id == "cmpl-1-0":
                 raise ValueError("odd")
-            return true(trace, texts)
+            return true(trace, *parts)
 
         monkeypatch.setattr(trace_sinks, "document", fail)
         exporter.trace(1)

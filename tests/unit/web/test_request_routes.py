@@ -15,11 +15,13 @@ from starlette.testclient import TestClient
 from glassbox.config.load import GlassboxConfig
 from glassbox.export import trace_document
 from glassbox.export.trace_document import Selection, detail, document
+from glassbox.store.score_files import ScoreFiles, StoredScores
 from glassbox.store.tokenizer_note import write_source
 from glassbox.store.trace_directory import traces_path
-from glassbox.store.trace_record import RequestTrace, write_trace
+from glassbox.store.trace_record import RequestTrace, TraceOptions, write_trace
 from glassbox.web import request_page
 from glassbox.web.request_routes import request_routes
+from tests import probe_samples
 from tests.trace_samples import make_trace
 from tests.unit.export.test_token_text import make_tokenizer
 
@@ -66,6 +68,20 @@ class TestList:
         """An empty list."""
         assert {"total": 0, "requests": []} == web.get()
 
+    def test_scores(self, web: Web) -> None:
+        """Of each probe, and which of them flag a request."""
+        for seed in range(2):
+            web.write(make_trace(seed=seed))
+        probes = {
+            "one": {"score": 0.9, "above": True},
+            "two": {"score": 0.1, "above": False},
+            "none": {"score": None, "reason": "no rows"},
+        }
+        ScoreFiles(web.run_dir).write(("0", "cmpl-1-0-00000001", None), StoredScores({"probes": probes, "signals": {}}))
+        newer, older = web.get()["requests"]
+        assert ({"one": 0.9, "two": 0.1}, ["one"]) == (newer["scores"], newer["flagged"])
+        assert ({}, []) == (older["scores"], older["flagged"])
+
     def test_newest_first(self, web: Web) -> None:
         """With what is known of each, and how many there are."""
         for seed in range(3):
@@ -108,7 +124,27 @@ class TestOne:
         """By the client's id, by vLLM's, and by the id without the number of a completion's prompt."""
         trace = web.write(make_trace())
         for request_id in ("cmpl-1-0", "cmpl-1-0-00000000", "cmpl-1"):
-            assert {**json.loads(json.dumps(document(trace))), "others": []} == web.get(f"/{request_id}")
+            none = {"probes": {}, "signals": {}, "places": {}, "final": True}
+            shown = {**json.loads(json.dumps(document(trace, scores=none))), "others": []}
+            assert shown == web.get(f"/{request_id}")
+
+    def test_its_scores(self, web: Web, tmp_path: Path) -> None:
+        """What the exporter has left; of one that runs what there is so far, signals on demand not among it."""
+        web.settings["probes"] = [{"file": str(probe_samples.write(tmp_path))}]
+        options = TraceOptions(signals=("focus", "tracker"))
+        trace = web.write(make_trace(options=options, status="active", end_time_s=None))
+        scores = web.get("/cmpl-1-0")["scores"]
+        assert not scores["final"]
+        assert pytest.approx(probe_samples.score_of(trace), rel=1e-5) == scores["probes"]["drift"]["score"]
+        assert "after the request has ended" in scores["signals"]["tracker"]["refused"]
+        last = trace.span_mass[1]  # the row of the last prompt token
+        assert pytest.approx(last[..., 0].mean(), rel=1e-5) == scores["signals"]["focus"]["values"]["system"]
+        assert pytest.approx(last[..., 1], rel=1e-5) == np.array(scores["places"]["focus"]["user"])
+        stored = StoredScores({"probes": {"drift": {"score": 0.25}}, "signals": {}}, {"tracker": {"sv1": [[1.0]]}})
+        ScoreFiles(web.run_dir).write(("0", trace.internal_id, None), stored)
+        scores = web.get("/cmpl-1-0")["scores"]
+        assert (True, {"drift": {"score": 0.25}}) == (scores["final"], scores["probes"])
+        assert {"focus", "tracker"} == scores["places"].keys()
 
     def test_the_id_of_a_response(self, web: Web) -> None:
         """Clients of /v1/responses don't know the number of its turn."""

@@ -6,7 +6,7 @@ take a record at any time. Which requests are traced is decided in `tracker.py`,
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.adapter.runner import RequestTokens
-from glassbox.core.trace_arrays import not_asked_for, row_nbytes, without_values
+from glassbox.core.signal_table import MAX_KEPT_TOKENS, NUM_SINGULAR_VALUES
+from glassbox.core.trace_arrays import SCORE_PARAMS, not_asked_for, row_nbytes, without_values
+from glassbox.core.trace_options import PromptRows
+from glassbox.processes.worker.traces.sums import SumSizes, TraceSums
 from glassbox.store.trace_record import (
     MAX_ATTENTION_KEYS,
     RequestTrace,
@@ -28,6 +31,9 @@ from glassbox.store.trace_record import (
 
 # Bytes of a chunk beside its arrays: a Python object with some ten array headers.
 _CHUNK_BYTES: Final = 1500
+TOO_LONG_FOR_KEYS: Final = (
+    f"queries and keys are not kept: signals on demand are for requests of at most {MAX_KEPT_TOKENS} tokens"
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class TraceHost:
         layers: global index of each observed layer, in the order of the accumulators.
         head_offset: global index of the first local head; num_heads: local ones; num_heads_total: of the model.
         max_model_len: most tokens of a sequence.
+        head_size: the largest of the layers; 0 if it isn't known, and then no signal has queries or keys.
         knows_positions: the host is told in time which drafts of speculative decoding were kept.
         tokenizer, tokenizer_revision: folder or name of the model's tokenizer, empty if there is none.
         unobserved: why no request can be traced here; empty if requests can.
@@ -53,6 +60,7 @@ class TraceHost:
     num_heads: int
     num_heads_total: int
     max_model_len: int
+    head_size: int = 0
     knows_positions: bool = True
     tokenizer: str = ""
     tokenizer_revision: str | None = None
@@ -113,6 +121,9 @@ class ActiveTrace:
         nbytes: of what is kept so far.
         truncated: nothing more is kept.
         thinned: rows of some steps were left out.
+        prompt: which of the prompt's rows are measured; `sampled` once all are refused.
+        prompt_to: position behind the last row of the prompt that was measured as one of all.
+        sums: of all rows, if it has any.
         status: see RequestTrace.
         num_generated: tokens so far, as far as the computed positions tell.
         tokens: of prompt and answer, if they are to be kept and the runner knows them.
@@ -141,6 +152,9 @@ class ActiveTrace:
         self.local_layers, self.head_columns = local_layers, head_columns
         self.nbytes = self.num_generated = self.version = 0
         self.truncated = self.thinned = False
+        self.prompt: PromptRows = options.prompt
+        self.prompt_to = 0
+        self._notes: tuple[str, ...] = ()
         self.status: Status = "active"
         self.tokens: RequestTokens | None = None
         self._host, self._traceparent = host, traceparent
@@ -150,9 +164,33 @@ class ActiveTrace:
         self._chunks: list[Chunk] = []
         # Of the latest step, until the next one.
         self._drafts: Drafts | None = None
+        self.sums: TraceSums | None = None
+        # Positions for whose sums there is room.
+        self._reserved_to = 0
+        self.keep(options.arrays)
+
+    def keep(self, arrays: Collection[str]) -> None:
+        """Before the first row: keep these of the arrays that are kept on request alone, whatever was asked."""
+        wanted = SumSizes(
+            layers=len(self.local_layers),
+            heads=len(self.head_columns),
+            head_size=self._host.head_size,
+            received="received" in arrays,
+            grams="singular_values" in arrays,
+            kept="keys" in arrays,
+        )
+        self.sums = TraceSums(wanted) if wanted.received or wanted.grams or wanted.kept else None
+        self._dim = wanted.head_size if wanted.kept else 0
         # Looked up once: rows are reserved in every step.
         self._row_nbytes = row_nbytes({**self.sizes, "key": 0})
-        self._key_nbytes = row_nbytes({**self.sizes, "key": 1}) - self._row_nbytes if options.attention else 0
+        self._key_nbytes = row_nbytes({**self.sizes, "key": 1}) - self._row_nbytes if self.options.attention else 0
+        self.nbytes = wanted.fixed_nbytes
+
+    def note(self, text: str) -> None:
+        """Say what is missing of it, once."""
+        if text not in self._notes:
+            self._notes = (*self._notes, text)
+            self.version += 1
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -162,30 +200,54 @@ class ActiveTrace:
             "head": len(self.head_columns),
             "top_k": self.options.top_k,
             "span": len(self.options.spans),
-            "dim": 0,
+            "dim": self._dim,
         }
+
+    @property
+    def probes(self) -> bool:
+        """Whether the statistics of its rows are not enough."""
+        return self.options.probes or self.sums is not None
+
+    def whole_nbytes(self, num_rows: int) -> int:
+        """Bytes that a prompt of so many rows takes when all of them are measured."""
+        return self.nbytes + num_rows * (self._row_nbytes + self._position_nbytes) + _CHUNK_BYTES
+
+    @property
+    def _position_nbytes(self) -> int:
+        return 0 if self.sums is None else self.sums.sizes.nbytes_per_position
 
     def row_nbytes(self, position: int) -> int:
         """Bytes that a row at `position` takes."""
         return self._row_nbytes + self._key_nbytes * min(position + 1, MAX_ATTENTION_KEYS)
 
-    def reserve(self, positions: Sequence[int], limit: int) -> bool:
-        """Whether rows at `positions` may be kept within `limit` bytes; if not, nothing is kept from now on."""
-        needed = sum(self.row_nbytes(position) for position in positions) + _CHUNK_BYTES
+    def reserve(self, positions: Sequence[int], limit: int, *, whole: bool = False) -> bool:
+        """Whether rows at `positions` may be kept within `limit` bytes; if not, nothing is kept from now on.
+
+        Args:
+            whole: the whole attention of the rows is not kept even if it was asked for.
+        """
+        rows = len(positions) * self._row_nbytes if whole else sum(self.row_nbytes(position) for position in positions)
+        reserved_to = max(self._reserved_to, max(positions, default=-1) + 1)
+        needed = rows + (reserved_to - self._reserved_to) * self._position_nbytes + _CHUNK_BYTES
         if self.nbytes + needed > limit:
-            self.truncate()
+            self.truncate("requests.max_trace_mb or max_active_mb left no room for later rows")
             return False
-        self.nbytes += needed
+        self.nbytes, self._reserved_to = self.nbytes + needed, reserved_to
+        if self.sums is not None and self.sums.sizes.kept and reserved_to > MAX_KEPT_TOKENS:
+            self.sums.drop_keys()
+            self.note(TOO_LONG_FOR_KEYS)
         return True
 
-    def truncate(self) -> None:
+    def truncate(self, why: str) -> None:
         """Keep nothing more."""
         self.truncated = True
+        self.note(why)
         self.version += 1
 
     def skip(self) -> None:
         """A step's rows of this request are not measured."""
         self.thinned = True
+        self.note("rows of some steps are missing: sampling.overhead_budget was spent")
         self.version += 1
 
     def append(self, chunk: Chunk) -> None:
@@ -247,6 +309,10 @@ class ActiveTrace:
             keep = keep[joined["positions"][keep] < self.prompt_len + max(self.num_generated - 1, 0)]
         arrays = {name: values[keep] for name, values in joined.items()}
         arrays |= self._kept_attention([values for chunk in chunks for values in chunk.attention], keep, arrays)
+        notes = list(self._notes)
+        of_request = self._of_request(arrays["positions"], notes)
+        if not of_request["keys"].size:
+            arrays["queries"] = arrays["queries"][..., :0]
         host, spans = self._host, self.options.spans
         return RequestTrace(
             request_id=self.request_id,
@@ -271,12 +337,33 @@ class ActiveTrace:
             truncated=self.truncated or self.thinned,
             span_names=tuple(span.name for span in spans),
             arrays=arrays
-            | not_asked_for(self.sizes)
+            | of_request
             | {
                 "span_ranges": np.array([(span.start, span.end) for span in spans], dtype=np.int32).reshape(-1, 2),
                 "token_ids": self._token_ids(),
             },
+            notes=tuple(notes),
         )
+
+    def _of_request(self, positions: npt.NDArray[np.int32], notes: list[str]) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of the whole request that are kept on request alone; says in `notes` what they lack."""
+        sums = self.sums
+        if sums is None:
+            return not_asked_for(self.sizes)
+        end = int(positions[-1]) + 1 if len(positions) else 0
+        ended = self._end_time_s is not None
+        found, without_key = sums.arrays(end, self.prompt_len + max(self.num_generated - 1, 0) if ended else None)
+        if without_key:
+            notes.append(f"the keys of {without_key} positions are missing: their steps were not measured")
+        kept = "keys" in found
+        sizes = {
+            **self.sizes,
+            "position": found["received"].shape[-1],
+            "singular": NUM_SINGULAR_VALUES if "singular_values" in found else 0,
+            "dim": self._dim if kept else 0,
+            "param": len(SCORE_PARAMS) if kept else 0,
+        }
+        return not_asked_for(sizes) | found
 
     def _joined(self, chunks: Sequence[Chunk]) -> dict[str, npt.NDArray[Any]]:
         # The empty ones give shapes and types to a trace without chunks.

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from glassbox.core.rows import ROW_SLOT
+from glassbox.core.rows import ROW_DECODE, ROW_SLOT
 from glassbox.core.trace_arrays import trace_array, without_values
-from glassbox.kernels.probe_answers import ProbeAnswers
-from glassbox.measure.contract import AskedRows
+from glassbox.kernels.probe_answers import ProbeAnswers, PromptAnswers
+from glassbox.measure.contract import AskedPrompt, AskedRows
 from glassbox.processes.worker.traces.active import ActiveTrace, Chunk, Drafts
+from glassbox.processes.worker.traces.sums import SummedRow
 from glassbox.store.trace_record import MAX_ATTENTION_KEYS
 
 
@@ -40,6 +41,27 @@ class TracedRows:
         """Of these rows among the step's traced rows."""
         return slice(self.first, self.first + len(self.positions))
 
+    @property
+    def summed(self) -> npt.NDArray[np.bool_]:
+        """[n] rows that enter the request's sums: not those of a prompt of which all rows do by themselves."""
+        trace = self.trace
+        if trace.sums is None or trace.prompt == "sampled":
+            return np.full(len(self.positions), trace.sums is not None)
+        return (self.phases & ROW_DECODE) == ROW_DECODE
+
+
+@dataclass(frozen=True)
+class TracedPrompt:
+    """All rows of one request's prompt in a step.
+
+    Attributes:
+        trace: of the request.
+        asked: which rows, and what of them.
+    """
+
+    trace: ActiveTrace
+    asked: AskedPrompt
+
 
 class TracedStep:
     """What is measured of traced requests in one step.
@@ -49,10 +71,12 @@ class TracedStep:
         row_list: int32 [R, NUM_ROW_COLUMNS] of the step.
         indices: int64 [n], where the members' rows stand in `row_list`.
         num_layers, num_heads: of the worker.
+        prompts: of which all rows are measured.
 
     Attributes:
         num_slots: of a ring that has a slot for every row that ROW_SLOT gives one.
         local_layers: observed layers that some of the traces keep.
+        prompts: what is asked of them.
     """
 
     def __init__(
@@ -62,25 +86,44 @@ class TracedStep:
         indices: npt.NDArray[np.int64],
         num_layers: int,
         num_heads: int,
+        prompts: Sequence[TracedPrompt] = (),
     ) -> None:
         self._members, self._indices = members, indices
+        self._of_prompts = [_Prompt(prompt) for prompt in prompts]
+        self.prompts: Sequence[AskedPrompt] = [prompt.asked for prompt in prompts]
         self._slots = row_list[indices, ROW_SLOT]
         # Slots are given out in order; rows for which there was no memory have one, too.
         self.num_slots = int(row_list[:, ROW_SLOT].max(initial=-1)) + 1
-        self.local_layers = frozenset(n for member in members for n in member.trace.local_layers)
-        self._stats = trace_array("stats").filled({"token": len(indices), "layer": num_layers, "head": num_heads})
-        self._probes = [_Probe(member) for member in members if member.trace.options.probes]
+        traces = [*(member.trace for member in members), *(prompt.trace for prompt in prompts)]
+        self.local_layers = frozenset(n for trace in traces for n in trace.local_layers)
+        sizes = {"token": len(indices), "layer": num_layers, "head": num_heads}
+        self._stats, self._previous = trace_array("stats").filled(sizes), trace_array("previous_mass").filled(sizes)
+        self._probes = [_Probe(member) for member in members if member.trace.probes]
         numbers = [np.arange(p.rows.numbers.start, p.rows.numbers.stop) for p in self._probes]
         self._probed_places = indices[np.concatenate(numbers)] if numbers else indices[:0]
         self._probed = row_list[self._probed_places]
 
-    def add_stats(self, local_layers: Sequence[int], stats: npt.NDArray[np.float32]) -> None:
+    def add_stats(
+        self,
+        local_layers: Sequence[int],
+        stats: npt.NDArray[np.float32],
+        previous_mass: npt.NDArray[np.float32] | None = None,
+    ) -> None:
         """See contract.StepTraces."""
         self._stats[:, local_layers, : stats.shape[2]] = stats[:, self._indices].swapaxes(0, 1)
+        if previous_mass is not None:
+            of_rows = previous_mass[:, self._indices].swapaxes(0, 1)
+            self._previous[:, local_layers, : previous_mass.shape[2]] = of_rows
 
-    def set_stats(self, ring: npt.NDArray[np.float32]) -> None:
+    def set_stats(self, ring: npt.NDArray[np.float32], previous_mass: npt.NDArray[np.float32] | None = None) -> None:
         """See contract.StepTraces."""
         self._stats[...] = ring[self._slots]
+        if previous_mass is not None:
+            self._previous[...] = previous_mass[self._slots]
+
+    def add_prompt(self, number: int, local_layer: int, answers: PromptAnswers[npt.NDArray]) -> None:
+        """See contract.StepTraces."""
+        self._of_prompts[number].add(local_layer, answers)
 
     def asked(self) -> AskedRows | None:
         """All questions together; None if there are none. Answers go to `add_answers`."""
@@ -106,25 +149,70 @@ class TracedStep:
             chosen=chosen,
             local_layers=frozenset(n for probe in self._probes for n in probe.rows.trace.local_layers),
             kept_attention=tuple(i for i, one in enumerate(options) if one.attention),
+            received=tuple(np.flatnonzero(np.concatenate([probe.sums_attention for probe in self._probes])).tolist()),
+            queries=any(probe.wants_queries for probe in self._probes),
         )
 
     def add_answers(self, local_layers: Sequence[int], answers: ProbeAnswers[npt.NDArray]) -> None:
         """See contract.StepTraces."""
-        at = kept = 0
+        at = kept = summed = 0
         for probe in self._probes:
-            n = len(probe.rows.positions)
+            n, num_summed = len(probe.rows.positions), int(probe.sums_attention.sum())
             wanted = n if probe.rows.trace.options.attention else 0
-            probe.add_answers(local_layers, answers, slice(at, at + n), answers.attention[kept : kept + wanted])
-            at, kept = at + n, kept + wanted
+            whole = answers.attention[kept : kept + wanted], answers.received[summed : summed + num_summed]
+            probe.add_answers(local_layers, answers, slice(at, at + n), *whole)
+            at, kept, summed = at + n, kept + wanted, summed + num_summed
 
     def commit(self) -> None:
         """Give every trace its rows."""
+        # Of a position that is measured both ways the row that was probed counts, which comes last.
+        for prompt in self._of_prompts:
+            prompt.commit()
         probes = {id(probe.rows): probe for probe in self._probes}
         for member in self._members:
             trace = member.trace
-            place = np.ix_(trace.local_layers, trace.head_columns)
+            layers, heads = np.ix_(trace.local_layers, trace.head_columns)
             probe = probes.get(id(member)) or _Probe(member)
-            trace.append(probe.chunk(self._stats[member.numbers][:, place[0], place[1]]))
+            of_rows = (values[member.numbers][:, layers, heads] for values in (self._stats, self._previous))
+            trace.append(probe.chunk(*of_rows))
+            if trace.sums is not None:
+                trace.sums.add_rows(probe.summed_rows())
+
+
+class _Prompt:
+    """Answers of one request's prompt, layer by layer."""
+
+    def __init__(self, prompt: TracedPrompt) -> None:
+        self._trace, self._asked = prompt.trace, prompt.asked
+        self._place = {local_layer: i for i, local_layer in enumerate(prompt.trace.local_layers)}
+        self._found: list[tuple[int, Sequence[int], PromptAnswers[npt.NDArray]]] = []
+
+    def add(self, local_layer: int, answers: PromptAnswers[npt.NDArray]) -> None:
+        heads = self._asked.heads[: answers.stats.shape[1]]
+        self._found.append((self._place[local_layer], heads, answers))
+
+    def commit(self) -> None:
+        trace, asked = self._trace, self._asked
+        arrays = without_values({"token": asked.num_rows, **trace.sizes})
+        arrays["positions"][:] = np.arange(asked.position, asked.num_keys)
+        for layer, heads, answers in self._found:
+            columns = slice(0, len(heads))
+            arrays["stats"][:, layer, columns] = answers.stats
+            arrays["previous_mass"][:, layer, columns] = answers.previous_mass
+            arrays["span_mass"][:, layer, columns] = answers.span_mass
+            if answers.queries is not None and trace.sizes["dim"]:
+                _put_padded(arrays["queries"][:, layer, columns], answers.queries)
+        none = np.zeros((len(trace.local_layers), len(trace.head_columns), 0), dtype=np.float16)
+        trace.append(Chunk(arrays, (none,) * asked.num_rows if trace.options.attention else ()))
+        trace.prompt_to = max(trace.prompt_to, asked.num_keys)
+        if trace.sums is not None:
+            trace.sums.add_prompt(asked.num_keys, asked.keys_from, self._found)
+
+
+def _put_padded(to: npt.NDArray[np.float32], vectors: npt.NDArray[np.float32]) -> None:
+    """Vectors [..., d] into [..., D]; zeros change no product."""
+    to[..., : vectors.shape[-1]] = vectors
+    to[..., vectors.shape[-1] :] = 0
 
 
 class _Probe:
@@ -141,6 +229,13 @@ class _Probe:
         place = (len(trace.local_layers), len(trace.head_columns))
         lengths = [min(position + 1, MAX_ATTENTION_KEYS) for position in positions] if options.attention else []
         self._attention = [np.full((*place, length), np.nan, dtype=np.float16) for length in lengths]
+        self.sums_attention = rows.summed & (trace.sums is not None and trace.sums.sizes.received)
+        self.wants_queries = trace.sums is not None and (trace.sums.sizes.grams or trace.sums.sizes.kept)
+        summed = [position for position, sums in zip(positions, self.sums_attention, strict=True) if sums]
+        self._received = [np.full((*place, position + 1), np.nan, dtype=np.float32) for position in summed]
+        vectors = (len(positions), *place, trace.sums.sizes.head_size) if self.wants_queries and trace.sums else None
+        # Of queries and of keys.
+        self._vectors = None if vectors is None else np.full((2, *vectors), np.nan, dtype=np.float32)
 
     def add_answers(
         self,
@@ -148,13 +243,14 @@ class _Probe:
         answers: ProbeAnswers[npt.NDArray],
         mine: slice,
         attention: Sequence[npt.NDArray[np.float16]],
+        received: Sequence[npt.NDArray[np.float32]],
     ) -> None:
         """Keep what was asked of some layers.
 
         Args:
             local_layers: which.
             answers: of all rows that were asked; mine: these rows among them.
-            attention: whole vectors of these rows, if they are wanted.
+            attention: whole vectors of these rows, if they are wanted; received: likewise to be summed.
         """
         group = [g for g, local_layer in enumerate(local_layers) if local_layer in self._place]
         columns = [c for c in self.rows.trace.head_columns if c < answers.topk_mass.shape[2]]
@@ -165,17 +261,47 @@ class _Probe:
         to, of = np.ix_(everywhere, own, range(len(columns))), np.ix_(everywhere, group, columns)
         for name, found in answers.by_array().items():
             # Others may have asked for more top positions and spans.
-            self._arrays[name][to] = found[mine][of][..., : self._arrays[name].shape[-1]]
+            if name != "queries":
+                self._arrays[name][to] = found[mine][of][..., : self._arrays[name].shape[-1]]
         self._summed_places += len(own) * len(columns)
         if self._sums:
             for total, summed in zip(self._sums, answers.chosen_sum[mine], strict=True):
                 np.add(total, summed[: len(total)], out=total)
         for kept, values in zip(self._attention, attention, strict=True):
             kept[np.ix_(own, range(len(columns)))] = values[np.ix_(group, columns)]
+        for summed, attended in zip(self._received, received, strict=True):
+            summed[np.ix_(own, range(len(columns)))] = attended[np.ix_(group, columns)]
+        if self._vectors is not None and answers.queries is not None and answers.keys is not None:
+            shared = answers.queries.shape[2] // answers.keys.shape[2]
+            of_keys = np.ix_(everywhere, group, [column // shared for column in columns])
+            for to_vectors, found in zip(
+                self._vectors, (answers.queries[mine][of], answers.keys[mine][of_keys]), strict=True
+            ):
+                padded = np.zeros((*found.shape[:-1], to_vectors.shape[-1]), dtype=np.float32)
+                padded[..., : found.shape[-1]] = found
+                to_vectors[to] = padded
 
-    def chunk(self, stats: npt.NDArray[np.float32]) -> Chunk:
-        """Of these rows, with their statistics [n, L, H, NUM_STATISTICS + 1]."""
+    def summed_rows(self) -> list[SummedRow]:
+        """What these rows add to the request's sums."""
+        rows, received = [], iter(self._received)
+        for i in np.flatnonzero(self.rows.summed).tolist():
+            rows.append(
+                SummedRow(
+                    position=int(self.rows.positions[i]),
+                    received=next(received) if self.sums_attention[i] else None,
+                    queries=None if self._vectors is None else self._vectors[0, i],
+                    keys=None if self._vectors is None else self._vectors[1, i],
+                    drafts=self.rows.drafts,
+                )
+            )
+        return rows
+
+    def chunk(self, stats: npt.NDArray[np.float32], previous_mass: npt.NDArray[np.float32]) -> Chunk:
+        """Of these rows, with their statistics [n, L, H, NUM_STATISTICS + 1] and attention to the one before."""
         arrays = self._arrays | {"positions": self.rows.positions, "phases": self.rows.phases, "stats": stats}
+        arrays["previous_mass"] = previous_mass
+        if self._vectors is not None and self.rows.trace.sizes["dim"]:
+            arrays["queries"] = self._vectors[0]
         mean_positions, mean_mass = arrays["mean_topk_positions"], arrays["mean_topk_mass"]
         for i, total in enumerate(self._sums):
             # A head without finite scores leaves no mean, nor does a probe that failed.

@@ -9,7 +9,8 @@ nothing is traced, and never fails a request: one that can't be traced is counte
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Final, Literal
 
@@ -17,17 +18,28 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.adapter.protocols import Runner
+from glassbox.adapter.row_mask import RowMask
 from glassbox.adapter.runner import Batch, RequestTokens, copy_tokens, request_tokens, until_end, was_aborted
 from glassbox.adapter.scheduler import Arrival, ScheduledStep
 from glassbox.config.load import GlassboxConfig, PerClientConfig
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.rows import ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_SLOT
-from glassbox.core.trace_options import BEAM_PROMPT_KEY, CHOICE_KEY, ClientChoice, OptionError, parse_options
+from glassbox.core.signal_table import MAX_KEPT_PLACES, MAX_KEPT_TOKENS
+from glassbox.core.trace_options import (
+    BEAM_PROMPT_KEY,
+    CHOICE_KEY,
+    ClientChoice,
+    OptionError,
+    TraceOptions,
+    parse_options,
+)
+from glassbox.measure.contract import AskedPrompt
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import is_sampled_request
-from glassbox.processes.worker.traces.active import ActiveTrace, TraceHost
+from glassbox.processes.worker.traces.active import TOO_LONG_FOR_KEYS, ActiveTrace, TraceHost
 from glassbox.processes.worker.traces.quota import RowQuota
-from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
+from glassbox.processes.worker.traces.sums import MAX_GRAM_HEAD_SIZE
+from glassbox.processes.worker.traces.traced_step import TracedPrompt, TracedRows, TracedStep
 from glassbox.store.trace_record import Why, external_id
 
 logger = get_logger(__name__)
@@ -39,10 +51,13 @@ Reason = Literal[
     "client_rows",
     "disabled",
     "max_active",
+    "max_prompt_rows",
     "memory",
     "not_observed",
     "opt_in_off",
     "positions",
+    "prompt_memory",
+    "signals",
 ]
 REFUSAL_REASONS: Final[dict[Reason, str]] = {
     "bad_options": "its options are not understood, or name no layer or head that is measured",
@@ -51,11 +66,14 @@ REFUSAL_REASONS: Final[dict[Reason, str]] = {
     "client_rows": "its client has used up requests.per_client.rows_per_second",
     "disabled": "glassbox is switched off (enabled: false)",
     "max_active": "requests.max_active requests are traced already",
+    "max_prompt_rows": "its prompt has more tokens than requests.max_prompt_rows",
     "memory": "traced requests have used up requests.max_active_mb",
     "not_observed": "the attention of this model is not observed",
     "opt_in_off": "clients may not ask for traces (requests.opt_in: false)",
     "positions": "with speculative decoding and asynchronous scheduling the positions of its tokens are known on the "
     "device alone; start vLLM with --no-async-scheduling",
+    "prompt_memory": "all rows of its prompt need more memory than requests.max_trace_mb or max_active_mb leave",
+    "signals": "what its signals need is beyond a bound",
 }
 WHYS: Final[tuple[Why, ...]] = ("opt_in", "sampled")
 _MB: Final = 1_000_000
@@ -78,6 +96,7 @@ class RequestTracker:
         deferred: where what was measured waits for the device, and so the end of a trace, too.
         clock: seconds, monotonic.
         on_awaited: told that a request is gone whose answer waits for its trace.
+        sampled: returns what is kept of a request that the trace rate chooses.
     """
 
     def __init__(
@@ -86,7 +105,9 @@ class RequestTracker:
         deferred: DeferredActions,
         clock: Callable[[], float] = time.monotonic,
         on_awaited: Callable[[], None] = lambda: None,
+        sampled: Callable[[], TraceOptions] = TraceOptions,
     ) -> None:
+        self._sampled = sampled
         self._host, self._deferred, self._on_awaited = host, deferred, on_awaited
         self._active: dict[str, ActiveTrace] = {}
         self._ended: list[ActiveTrace] = []
@@ -153,39 +174,43 @@ class RequestTracker:
         return traced, excluded
 
     def trace_rows(
-        self, runner: Runner, batch: Batch, rows: npt.NDArray[np.int32], num_drafts: npt.NDArray[np.int64]
+        self,
+        runner: Runner,
+        batch: Batch,
+        rows: npt.NDArray[np.int32],
+        num_drafts: npt.NDArray[np.int64],
+        new_from: npt.ArrayLike = 0,
+        mask: RowMask | None = None,
     ) -> TracedStep | None:
-        """Where the traced rows of a row list go; None if there are none, or no memory for any.
+        """Where the traced rows of a row list, and of whole prompts, go; None if there are none, or no memory for any.
 
         Args:
             runner: vLLM's.
             batch: of the step.
             rows: int32 [R, NUM_ROW_COLUMNS].
             num_drafts: [B] draft tokens, the last ones of each request in the step.
+            new_from: [B] position before which tokens are computed again.
+            mask: of the step, None if all rows are causal.
         """
+        if self._config is None:
+            return None
+        prompts = self._prompts(runner, batch, np.maximum(batch.num_computed, new_from), mask)
         indices = np.flatnonzero(rows[:, ROW_SLOT] >= 0)
-        if not indices.size or self._config is None:
+        if not indices.size and not prompts:
             return None
         of = rows[indices, ROW_BATCH]
         positions = row_positions(batch, rows[indices])
         phases = (rows[indices, ROW_PHASE] & ROW_DECODE).astype(np.uint8)
-        members, kept, first = [], [], 0
-        room = self._room()
+        members, kept, first = [], [indices[:0]], 0
         # Rows are ascending in their queries, so those of a request stand together.
-        for start, end in _runs(of):
-            req_id = batch.req_ids[of[start]]
-            trace = self._active[req_id]
-            if not self._quota.take(trace.client, end - start, self._config.requests.per_client.rows_per_second):
-                trace.truncate()
+        for begin, end in _runs(of):
+            req_id, row = batch.req_ids[of[begin]], of[begin]
+            trace, start = self._active[req_id], begin
+            if trace.prompt != "sampled" and not (trace.options.top_k or trace.options.attention):
+                # All rows of its prompt are measured, and these are asked nothing more.
+                start += int((phases[begin:end] == 0).sum())
+            if trace.truncated or start == end or not self._take(runner, req_id, positions[start:end].tolist()):
                 continue
-            before = trace.nbytes
-            limit = min(self._config.requests.max_trace_mb * _MB, trace.nbytes + room)
-            if not trace.reserve(positions[start:end].tolist(), limit):
-                continue
-            room -= trace.nbytes - before
-            if self._config.requests.include_text:
-                trace.tokens = request_tokens(runner, req_id)
-            row = of[start]
             trace.prompt_len = int(batch.prompt_len[row])
             drafts = None
             if num_drafts[row]:
@@ -193,9 +218,68 @@ class RequestTracker:
             members.append(TracedRows(trace, first, positions[start:end], phases[start:end], drafts))
             kept.append(indices[start:end])
             first += end - start
-        if not members:
+        if not members and not prompts:
             return None
-        return TracedStep(members, rows, np.concatenate(kept), len(self._host.layers), self._host.num_heads)
+        host = self._host
+        return TracedStep(members, rows, np.concatenate(kept), len(host.layers), host.num_heads, prompts)
+
+    def _take(self, runner: Runner, req_id: str, positions: Sequence[int], *, whole: bool = False) -> bool:
+        """Whether a trace may have rows at these positions; if not, it has none from now on."""
+        assert self._config is not None
+        trace, requests = self._active[req_id], self._config.requests
+        if not self._quota.take(trace.client, len(positions), requests.per_client.rows_per_second):
+            trace.truncate("requests.per_client.rows_per_second left out later rows")
+            return False
+        limit = min(requests.max_trace_mb * _MB, trace.nbytes + self._room())
+        if not trace.reserve(positions, limit, whole=whole):
+            return False
+        if requests.include_text:
+            trace.tokens = request_tokens(runner, req_id)
+        return True
+
+    def _prompts(
+        self, runner: Runner, batch: Batch, new_from: npt.NDArray[np.int64], mask: RowMask | None
+    ) -> list[TracedPrompt]:
+        """The prompts of the step of which all rows are wanted; `new_from` is [B], the first that is new of each."""
+        if all(trace.prompt == "sampled" for trace in self._active.values()):
+            return []
+        found = []
+        for row, req_id in enumerate(batch.req_ids):
+            trace = self._active.get(req_id)
+            if trace is None or trace.prompt == "sampled" or trace.truncated:
+                continue
+            computed, prompt_len = int(batch.num_computed[row]), int(batch.prompt_len[row])
+            first = max(int(new_from[row]), trace.prompt_to)
+            end = min(computed + int(batch.num_scheduled[row]), prompt_len)
+            if first >= end:
+                continue
+            trace.prompt_len = prompt_len
+            if not trace.prompt_to and first:
+                trace.note(f"the prompt's first {first} positions came from the prefix cache, so they have no rows")
+            positions = np.arange(first, end)
+            if mask is not None and mask.sees_others(np.full(len(positions), row), positions).any():
+                trace.truncate("tokens of the prompt see others behind them, which is not measured")
+                continue
+            if not self._take(runner, req_id, positions.tolist(), whole=True):
+                continue
+            sums = trace.sums
+            keys_from = sums.keys_to if sums is not None else end
+            if sums is not None:
+                sums.keys_to = end
+            asked = AskedPrompt(
+                batch=row,
+                token=int(batch.query_start[row]) + first - computed,
+                num_rows=end - first,
+                position=first,
+                local_layers=frozenset(trace.local_layers),
+                heads=trace.head_columns,
+                spans=np.array([(span.start, span.end) for span in trace.options.spans], dtype=np.int32).reshape(-1, 2),
+                grams=sums is not None and sums.sizes.grams,
+                kept=sums is not None and sums.sizes.kept,
+                keys_from=keys_from,
+            )
+            found.append(TracedPrompt(trace, asked))
+        return found
 
     def close(self) -> None:
         """The worker ends: what still runs is lost."""
@@ -251,7 +335,7 @@ class RequestTracker:
         elif choice.choice == "trace":
             self._refuse(req_id, "opt_in_off")
         elif config.enabled and self._is_sampled(req_id, choice, config.requests.trace_rate):
-            self._start(new, "sampled", choice, config, local_layers)
+            self._start(new, "sampled", replace(choice, options=self._sampled()), config, local_layers)
 
     def _is_sampled(self, req_id: str, choice: ClientChoice, rate: float) -> bool:
         if choice.sampled is None or rate <= 0:  # no API server has chosen; by the id, so that all ranks agree
@@ -267,6 +351,8 @@ class RequestTracker:
             self._refuse(new.req_id, "disabled")
         elif host.unobserved:
             self._refuse(new.req_id, "not_observed", host.unobserved)
+        elif not kept and why == "sampled" and options.layers is not None:
+            return  # probes read other layers, those of other pipeline stages
         elif not kept:
             self._refuse(new.req_id, "bad_options", f"glassbox_layers must name a measured layer of {host.layers}")
         elif options.heads is not None and min(options.heads) >= host.num_heads_total:
@@ -283,7 +369,7 @@ class RequestTracker:
             self._refuse(new.req_id, "memory")
         else:
             self._traced[why] += 1
-            self._active[new.req_id] = ActiveTrace(
+            trace = self._active[new.req_id] = ActiveTrace(
                 host,
                 new.req_id,
                 why=why,
@@ -301,6 +387,68 @@ class RequestTracker:
                     if options.heads is None or host.head_offset + column in set(options.heads)
                 ),
             )
+            self._bound(trace, config)
+
+    def _bound(self, trace: ActiveTrace, config: GlassboxConfig) -> None:
+        """Refuse what of its options is beyond a bound: the request is traced without."""
+        limits, arrays = config.requests, trace.options.arrays
+        if "keys" in arrays and (why := self._too_much_to_keep(trace)):
+            arrays -= {"queries", "keys", "score_params"}
+            self._leave_out(trace, "signals", arrays, why)
+        if "singular_values" in arrays and not 0 < self._host.head_size <= MAX_GRAM_HEAD_SIZE:
+            arrays -= {"singular_values"}
+            why = f"singular values are for heads of at most {MAX_GRAM_HEAD_SIZE} numbers, got {self._host.head_size}"
+            self._leave_out(trace, "signals", arrays, why)
+        if trace.prompt == "sampled":
+            return
+        of_prompt = arrays - {"received", "singular_values", "queries", "keys", "score_params"}
+        if trace.prompt_len > limits.max_prompt_rows:
+            why = (
+                f"only the prompt's sampled rows are measured: it has {trace.prompt_len} tokens, and "
+                f"requests.max_prompt_rows is {limits.max_prompt_rows}"
+            )
+            self._leave_out(trace, "max_prompt_rows", of_prompt, why, whole_prompt=False)
+            return
+        needed, room = trace.whole_nbytes(trace.prompt_len), self._room() + trace.nbytes
+        if needed > min(limits.max_trace_mb * _MB, room):
+            why = (
+                f"only the prompt's sampled rows are measured: all {trace.prompt_len} need {needed / _MB:.1f} MB, and "
+                f"requests.max_trace_mb is {limits.max_trace_mb}, with {max(room, 0) / _MB:.1f} MB left of "
+                f"max_active_mb; raise them, or ask for fewer layers and heads"
+            )
+            self._leave_out(trace, "prompt_memory", of_prompt, why, whole_prompt=False)
+
+    def _too_much_to_keep(self, trace: ActiveTrace) -> str:
+        host, options = self._host, trace.options
+        num_heads = host.num_heads_total if options.heads is None else len(options.heads)
+        places = len(trace.local_layers) * num_heads
+        if places > MAX_KEPT_PLACES:
+            return (
+                f"queries and keys are not kept: signals on demand are for at most {MAX_KEPT_PLACES} layers x heads, "
+                f"got {places}"
+            )
+        if not host.head_size:
+            return "queries and keys are not kept: the size of the heads isn't known"
+        return TOO_LONG_FOR_KEYS if trace.prompt_len > MAX_KEPT_TOKENS else ""
+
+    def _leave_out(
+        self, trace: ActiveTrace, reason: Reason, arrays: frozenset[str], why: str, *, whole_prompt: bool = True
+    ) -> None:
+        trace.keep(arrays)
+        if not whole_prompt:
+            trace.prompt = "sampled"
+        trace.note(why)
+        self._refusals[reason] += 1
+        log_once(
+            logger,
+            logging.WARNING,
+            f"refused-{reason}",
+            "Request %s is traced, but not as it asked: %s. Further ones are only counted "
+            "(glassbox_trace_refused_total{reason=%r}).",
+            trace.request_id,
+            why,
+            reason,
+        )
 
     def _over_quota(self, client: str | None, limits: PerClientConfig) -> Reason | None:
         """Which of its limits keeps a client from another trace. Clients that can't be told apart have none."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from glassbox.adapter.registry import Handle, install
+from glassbox.adapter.backend_registry import Handle, install
 
 registry = pytest.importorskip("vllm.v1.attention.backends.registry", reason="needs vLLM")
 pytestmark = pytest.mark.integration

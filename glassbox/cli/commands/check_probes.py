@@ -1,0 +1,70 @@
+"""What `glassbox check` says of probes: whether they fit the model, and what they make the server measure."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from glassbox.config.load import GlassboxConfig
+    from glassbox.signals.probe import Probe
+
+
+def read_probes(config: "GlassboxConfig") -> "tuple[Probe, ...]":
+    """The probes that a configuration names, which were tried already."""
+    from glassbox.signals.probe_files import load_probe
+
+    return tuple(load_probe(named) for named in config.probes)
+
+
+def check_fit(probes: "Sequence[Probe]", model: str, layers: Collection[int], heads: int) -> None:
+    """See that a model has what the probes read.
+
+    Args:
+        model: for the message.
+        layers: global indices of those that are observed.
+        heads: query heads, of all ranks.
+
+    Raises:
+        ViewError: one of them reads a layer or head that it lacks.
+    """
+    from glassbox.signals.probe import ProbeError
+    from glassbox.view.measured import ViewError
+
+    try:
+        for probe in probes:
+            probe.check_fits(model, layers, range(heads))
+    except ProbeError as error:
+        raise ViewError(str(error)) from None
+
+
+def probe_lines(config: "GlassboxConfig", probes: "Sequence[Probe]") -> Iterator[str]:
+    """What each probe needs, and what is therefore kept of requests that the trace rate chooses."""
+    from glassbox.signals.needs import sampled_options
+
+    if not probes and not config.requests.signals:
+        return
+    for probe in probes:
+        needs, trained = probe.needs, probe.trained
+        yield (
+            f"Probe {probe.name} ({probe.label!r} from {probe.threshold:g} on): {len(probe.features)} features, "
+            f"trained on {trained.samples} samples of {trained.model_name}"
+        )
+        yield f"  layers {_listed(needs.layers)}, heads {_listed(needs.heads)}, signals {_listed(needs.signals)}"
+        if needs.spans:
+            yield (
+                f"  spans {_listed(needs.spans)}: only of requests whose client names them in glassbox_spans; those "
+                "that the trace rate chooses have none"
+            )
+    rate = config.requests.trace_rate
+    if rate <= 0:
+        yield "Scored are requests whose client asks for a trace; requests.trace_rate is 0, so no others."
+        return
+    options = sampled_options(probes, config.requests.signals)
+    every = "every row of the prompt" if options.prompt != "sampled" else "sampled rows of the prompt"
+    yield (
+        f"Of {rate:.3g} of all requests (requests.trace_rate) are kept: layers {_listed(options.layers, 'all')}, heads "
+        f"{_listed(options.heads, 'all')}, signals {_listed(options.signals)}, {every}."
+    )
+
+
+def _listed(values: Sequence[object] | None, none: str = "none") -> str:
+    return ", ".join(map(str, values)) if values else none

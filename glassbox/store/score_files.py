@@ -1,0 +1,108 @@
+"""What traced requests were scored: a small file for each, as long as its trace is kept.
+
+Owns the files and what may stand in them. The exporter scores a request once, when it has ended; the pages, the records
+and the spans take it from here. What a score is made of is `signals/scores.py`'s.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from glassbox.core.files import FileVersion
+from glassbox.store.trace_directory import TraceKey
+from glassbox.store.trusted_file import list_files, make_folder, read_json, write_file
+
+_FOLDER: Final = "scores"
+_PREFIX: Final = "score-"
+_SUFFIX: Final = ".json"
+# A summary has 16 probes and a few hundred numbers, and on demand there are 32 layers x heads.
+MAX_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredScores:
+    """What is kept of one request.
+
+    Attributes:
+        summary: of `Scores.summary`.
+        places: of signals on demand, which take long, by name and value: numbers [layer][head] at the trace's layers
+            and heads, None for no value. Those of other signals are made again of the trace whenever they are shown.
+        seconds: that scoring took.
+    """
+
+    summary: dict[str, Any]
+    places: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class ScoreFiles:
+    """The scores of a run directory; a file is read again only when it was replaced."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = Path(run_dir) / _FOLDER
+        self._cache: dict[str, tuple[FileVersion, StoredScores | None]] = {}
+        self._versions: dict[str, FileVersion] = {}
+
+    def write(self, key: TraceKey, scores: StoredScores) -> None:
+        """Keep the scores of a request.
+
+        Raises:
+            OSError: they can't be written.
+            ValueError: they are larger than `MAX_BYTES`.
+        """
+        data = json.dumps(vars(scores), allow_nan=False, separators=(",", ":")).encode()
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"scores of a request must take at most {MAX_BYTES} bytes, got {len(data)}")
+        make_folder(self._folder)
+        write_file(self._folder / _name(key), data)
+
+    def refresh(self) -> None:
+        """Look at what is there now; `of` answers from it.
+
+        Raises:
+            OSError: the folder may not be listed.
+        """
+        self._versions = list_files(self._folder, _PREFIX, _SUFFIX)
+        self._cache = {name: entry for name, entry in self._cache.items() if name in self._versions}
+
+    def of(self, key: TraceKey) -> StoredScores | None:
+        """The scores of a request; None if it has none, or they can't be read."""
+        name = _name(key)
+        if (version := self._versions.get(name)) is None:
+            return None
+        if name not in self._cache or self._cache[name][0] != version:
+            self._cache[name] = (version, _read(self._folder / name))
+        return self._cache[name][1]
+
+    def keep(self, keys: Collection[TraceKey]) -> None:
+        """Remove the files of all other requests: their traces are gone.
+
+        Raises:
+            OSError: the folder may not be listed.
+        """
+        kept = {_name(key) for key in keys}
+        for name in list_files(self._folder, _PREFIX, _SUFFIX):
+            if name not in kept:
+                with contextlib.suppress(OSError):
+                    (self._folder / name).unlink()
+
+
+def _name(key: TraceKey) -> str:
+    engine, internal_id, client = key
+    whole = json.dumps([engine, internal_id, client]).encode()
+    return f"{_PREFIX}{hashlib.sha256(whole).hexdigest()[:32]}{_SUFFIX}"
+
+
+def _read(path: Path) -> StoredScores | None:
+    try:
+        content = read_json(path, MAX_BYTES)
+        scores = StoredScores(**content)
+        if isinstance(scores.summary, dict) and isinstance(scores.places, dict):
+            return scores
+    except (OSError, ValueError, TypeError):
+        pass
+    return None
