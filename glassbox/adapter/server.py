@@ -20,7 +20,7 @@ from glassbox.adapter import http_request
 from glassbox.adapter.front_end import RUST, FrontEnd, front_end_of_process
 from glassbox.adapter.http_reply import Reply
 from glassbox.adapter.http_request import HttpRequest
-from glassbox.adapter.internals import feature_of, lacks, line
+from glassbox.adapter.internals import Feature, feature_of, lacks, line
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import VllmConfig
@@ -467,8 +467,9 @@ class Wrappers:
                 added = self._intake.begin(request_id, _traceparent(kwargs))
             if beam_prompt is None and request.sampling_params is not None and not _says_off(extra_args):
                 added = {**added, **self._intake.asked_by(request_id, http, traced)}
-                if traced and http is not None and http.reply is not None and self._intake.wants_answer(extra_args):
-                    self._intake.sent(SentRequest(request_id, added.get(CLIENT_KEY), request), http.reply)
+                reply = None if http is None else http.reply
+                if traced and reply is not None and self._intake.wants_answer(extra_args) and _has(Feature.ANSWERS):
+                    self._intake.sent(SentRequest(request_id, added.get(CLIENT_KEY), request), reply)
             if added and request.sampling_params is not None:
                 request.sampling_params.extra_args = {**(extra_args or {}), **added}
             if traced or added.get(SAMPLED_KEY):
@@ -606,7 +607,14 @@ def wrap_intake(intake: Intake) -> Callable[[], None]:
 
 def _wrap(patch: Patch, make: Callable[[Any], Any], module: ModuleType) -> Callable[[], None]:
     feature = feature_of(f"{patch.module}.{patch.cls}.{patch.method}")
-    if feature is not None and lacks(feature):
-        log_once(logger, logging.WARNING, feature.name, "%s", line(feature, vllm_version()))
+    if feature is not None and not _has(feature):
         return lambda: None
     return patch_method(getattr(module, patch.cls), patch.method, make)
+
+
+def _has(feature: Feature) -> bool:
+    """Whether this vLLM has what a feature needs; says so once if it hasn't."""
+    if lacks(feature):
+        log_once(logger, logging.WARNING, feature.name, "%s", line(feature, vllm_version()))
+        return False
+    return True

@@ -14,8 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
+from glassbox.adapter import internals
 from glassbox.adapter.http_reply import Reply
 from glassbox.adapter.http_request import note_requests
+from glassbox.adapter.internals import Feature, Internal
 from glassbox.adapter.server import SentRequest, Wrappers
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.statistics import STATISTICS
@@ -302,6 +304,18 @@ class TestIntake:
         answer = self.ask(app, {"glassbox": "trace", "glassbox_respond": 1})
         assert "finished" == answer["glassbox"]["choices"][0]["status"]
         assert 1 == answer["extra_args"]["glassbox_respond"]
+
+    def test_a_vllm_that_hides_its_ids(
+        self, server: Server, app: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Says so in the log, and nothing in the answer."""
+        monkeypatch.setattr(internals, "INTERNALS", (Internal("json.nothing", "json", Feature.ANSWERS),))
+        internals.lacks.cache_clear()
+        try:
+            assert "glassbox" not in self.ask(app, {"glassbox": "trace", "glassbox_respond": 1})
+        finally:
+            internals.lacks.cache_clear()
+        assert "summaries of traced requests in their responses: json.nothing; it is off" in caplog.text
 
     @pytest.mark.parametrize(
         "xargs",
