@@ -15,9 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 import grpc
+from opentelemetry.proto.collector.logs.v1 import logs_service_pb2, logs_service_pb2_grpc
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
@@ -27,6 +29,7 @@ _HTTP_PATHS: dict[str, tuple[Any, Any]] = {
         metrics_service_pb2.ExportMetricsServiceResponse,
     ),
     "/v1/traces": (trace_service_pb2.ExportTraceServiceRequest, trace_service_pb2.ExportTraceServiceResponse),
+    "/v1/logs": (logs_service_pb2.ExportLogsServiceRequest, logs_service_pb2.ExportLogsServiceResponse),
 }
 
 
@@ -55,16 +58,19 @@ class Request:
 
 
 class OtlpReceiver:
-    """Receives OTLP metrics and traces by gRPC and by HTTP/protobuf (below any path) on 127.0.0.1, at free ports.
+    """Receives OTLP metrics, traces and logs by gRPC and by HTTP/protobuf (below any path) on 127.0.0.1, at free ports.
 
     Attributes:
-        requests: everything received, in order; `message` is the protobuf request of metrics or of traces.
+        requests: everything received, in order; `message` is the protobuf request of metrics, traces or logs.
         delay_s: how long each answer is held back, to play a slow collector.
+        refuses: path of HTTP that is answered with 404, to play one that lacks a signal.
     """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.delay_s = 0.0
+        self.refuses = ""
+        outer = self
         self._changed = threading.Condition()
         self._grpc = grpc.server(ThreadPoolExecutor(max_workers=2, thread_name_prefix="otlp-receiver"))
         receive = self._receive
@@ -79,13 +85,18 @@ class OtlpReceiver:
                 receive(Request(request, "grpc", "", dict(context.invocation_metadata())))
                 return trace_service_pb2.ExportTraceServiceResponse()
 
+        class Logs(logs_service_pb2_grpc.LogsServiceServicer):
+            def Export(self, request: Any, context: Any) -> Any:
+                receive(Request(request, "grpc", "", dict(context.invocation_metadata())))
+                return logs_service_pb2.ExportLogsServiceResponse()
+
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
                 signal = next((path for path in _HTTP_PATHS if self.path.endswith(path)), None)
-                if signal is None:
+                if signal is None or signal == outer.refuses:
                     self.send_error(404)
                     return
                 request, response = _HTTP_PATHS[signal]
@@ -103,6 +114,7 @@ class OtlpReceiver:
 
         metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(Metrics(), self._grpc)
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Traces(), self._grpc)
+        logs_service_pb2_grpc.add_LogsServiceServicer_to_server(Logs(), self._grpc)
         self.grpc_endpoint = f"http://127.0.0.1:{self._grpc.add_insecure_port('127.0.0.1:0')}"
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
@@ -160,3 +172,10 @@ class OtlpReceiver:
             for resource in getattr(request.message, "resource_spans", ()):
                 for scope in resource.scope_spans:
                     yield from scope.spans
+
+    def log_records(self) -> Iterator[LogRecord]:
+        """All log records received so far."""
+        for request in list(self.requests):
+            for resource in getattr(request.message, "resource_logs", ()):
+                for scope in resource.scope_logs:
+                    yield from scope.log_records

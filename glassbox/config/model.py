@@ -538,13 +538,17 @@ class OtelConfig(_Section):
     )
     endpoint: str | None = _field(
         None,
-        "URL of the collector, http or https; with grpc also host:port; with http the signals go to /v1/metrics and "
-        "/v1/traces below it. null: OTEL_EXPORTER_OTLP_ENDPOINT.",
+        "URL of the collector, http or https; with grpc also host:port; with http the signals go to /v1/metrics, "
+        "/v1/traces and /v1/logs below it. null: OTEL_EXPORTER_OTLP_ENDPOINT.",
         "must be a URL or null",
         "use a URL such as `http://collector:4317`",
     )
     metrics: bool = _switch(True, "Whether metrics are sent.")
     traces: bool = _switch(True, "Whether spans of traced requests are sent.")
+    logs: bool = _switch(
+        False,
+        "Whether probes' results are log records, not events of these spans; for collectors with a pipeline of logs.",
+    )
     headers: dict[str, str] = Field(
         default_factory=dict,
         repr=False,  # may hold an authorization token

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -27,6 +27,9 @@ from glassbox.export.trace_document import flat_signals, mean
 from glassbox.signals import request_signals
 from glassbox.store.llm_spans import LlmSpan
 from glassbox.store.trace_record import RequestTrace
+
+if TYPE_CHECKING:
+    from glassbox.export.result_log import ResultLog
 
 SPAN_NAME: Final = "glassbox.attention"
 EVENT_NAME: Final = "glassbox.tokens"
@@ -227,6 +230,20 @@ class AttentionSpans:
         )
         self._provider.add_span_processor(self._processor)
         self._tracer = self._provider.get_tracer("glassbox", __version__)
+        self._log = self._open_log(config, run_dir, errors, vllm_endpoint, environ) if config.logs else None
+
+    @staticmethod
+    def _open_log(
+        config: OtelConfig,
+        run_dir: Path,
+        errors: ErrorCounter,
+        vllm_endpoint: str | None,
+        environ: Mapping[str, str] | None,
+    ) -> "ResultLog | None":
+        from glassbox.export.result_log import ResultLog
+
+        target = resolve(config, "logs", environ, vllm_endpoint)
+        return None if target is None else ResultLog(target, run_dir, errors, STAGE)
 
     def send(self, trace: RequestTrace, llm_span: LlmSpan | None, scores: Mapping[str, Any] | None = None) -> None:
         """Hand over the span of an ended request; nothing is sent if its trace was not sampled by the client.
@@ -247,12 +264,23 @@ class AttentionSpans:
         for found, time_s in events(trace, end_s):
             span.add_event(EVENT_NAME, found, int(time_s * _NS_PER_S))
         for found in results(trace, scores):
-            span.add_event(RESULT_NAME, found, int(end_s * _NS_PER_S))
+            if self._log is None:
+                span.add_event(RESULT_NAME, found, int(end_s * _NS_PER_S))
+            elif span.is_recording():
+                # Of the operation that is evaluated, as far as it has a span.
+                about = span.get_span_context() if llm_span is None or parent is None else parent
+                self._log.send(RESULT_NAME, found, about, end_s)
         span.end(int(end_s * _NS_PER_S))
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Send what waits, within `timeout_s` seconds."""
-        thread = threading.Thread(target=self._processor.shutdown, name="glassbox-otel-traces-end", daemon=True)
+
+        def shut_down() -> None:
+            if self._log is not None:
+                self._log.close()
+            self._processor.shutdown()
+
+        thread = threading.Thread(target=shut_down, name="glassbox-otel-traces-end", daemon=True)
         thread.start()
         thread.join(timeout_s)
         self._exporter.shutdown()  # breaks off retries

@@ -1,6 +1,6 @@
-"""Where metrics and spans are sent by OTLP: the YAML, else the variables of the OpenTelemetry specification.
+"""Where metrics, spans and log records are sent by OTLP: the YAML, else the variables of OpenTelemetry's specification.
 
-Owns the resolving, for both signals alike, and the SDK's exporters for what came out. What the YAML says wins; then
+Owns the resolving, for all signals alike, and the SDK's exporters for what came out. What the YAML says wins; then
 come the variables of the signal, then those of all signals, then the defaults of the specification but for these: the
 protocol is gRPC, an export may take 5 seconds, and `host:port` without a scheme means no TLS unless `..._INSECURE`
 says otherwise, as vLLM sends its own spans. Headers of the YAML are added to those of the variables.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import MetricExporter
     from opentelemetry.sdk.trace.export import SpanExporter
 
-Signal = Literal["metrics", "traces"]
+Signal = Literal["metrics", "traces", "logs"]
 Protocol = Literal["grpc", "http"]
 
 # An export may take this long, retries included.
@@ -28,7 +28,11 @@ EXPORT_TIMEOUT_S: Final = 5.0
 MAX_POINTS_PER_REQUEST: Final = 5000
 _PREFIX: Final = "OTEL_EXPORTER_OTLP_"
 _DISABLED: Final = "OTEL_SDK_DISABLED"
-_EXPORTER: Final[dict[Signal, str]] = {"metrics": "OTEL_METRICS_EXPORTER", "traces": "OTEL_TRACES_EXPORTER"}
+_EXPORTER: Final[dict[Signal, str]] = {
+    "metrics": "OTEL_METRICS_EXPORTER",
+    "traces": "OTEL_TRACES_EXPORTER",
+    "logs": "OTEL_LOGS_EXPORTER",
+}
 _PROTOCOLS: Final[dict[str, Protocol]] = {"grpc": "grpc", "http/protobuf": "http"}
 _DEFAULT: Final[dict[Protocol, str]] = {"grpc": "http://localhost:4317", "http": "http://localhost:4318"}
 _COMPRESSIONS: Final[dict[Protocol, tuple[str, ...]]] = {"grpc": ("none", "gzip"), "http": ("none", "gzip", "deflate")}
@@ -105,9 +109,9 @@ def resolve(
 
     Args:
         config: export.otel.
-        signal: metrics or traces.
+        signal: metrics, traces or logs.
         environ: OTEL_*; by default the process's.
-        vllm_endpoint: vLLM's --otlp-traces-endpoint, for want of another; used as it is.
+        vllm_endpoint: vLLM's --otlp-traces-endpoint, for want of another; used as it is, but for log records.
 
     Raises:
         ValueError: something can't be meant; the text says variable or key, rule, value and remedy.
@@ -162,7 +166,7 @@ def _endpoint(
     elif (found := variables.find("ENDPOINT")) is not None:
         (named_by, text), is_base = found, not variables.is_own(found[0])
     elif vllm_endpoint is not None:
-        named_by, text, is_base = "--otlp-traces-endpoint", vllm_endpoint, False
+        named_by, text, is_base = "--otlp-traces-endpoint", vllm_endpoint, signal == "logs"
     else:
         named_by, text, is_base = "the default", _DEFAULT[protocol], True
     parts = urlsplit(text if "://" in text else f"//{text}")
@@ -178,7 +182,7 @@ def _endpoint(
 def _below(base: SplitResult, signal: Signal) -> SplitResult:
     """The signal's own path below that of a base; one that ends in a signal's path already is that signal's."""
     path = base.path.rstrip("/")
-    for known in ("/v1/metrics", "/v1/traces"):
+    for known in ("/v1/metrics", "/v1/traces", "/v1/logs"):
         path = path.removesuffix(known)
     return base._replace(path=f"{path}/v1/{signal}")
 
@@ -238,6 +242,22 @@ def span_exporter(target: Target) -> "SpanExporter":
 
         return HttpExporter(**_for_http(target))
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+
+    return GrpcExporter(**_for_grpc(target))
+
+
+def log_exporter(target: Target) -> Any:
+    """The SDK's exporter of log records.
+
+    Raises:
+        OSError: a certificate's file can't be read.
+        Exception: whatever else the SDK finds wrong.
+    """
+    if target.protocol == "http":
+        from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter as HttpExporter
+
+        return HttpExporter(**_for_http(target))
+    from opentelemetry.exporter.otlp.proto.grpc._log_exporter import OTLPLogExporter as GrpcExporter
 
     return GrpcExporter(**_for_grpc(target))
 

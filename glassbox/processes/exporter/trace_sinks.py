@@ -215,7 +215,8 @@ class TraceSinks:
             self._llm_spans.refresh(self._clock())
         # The files that told it are removed once they were fetched.
         self._vllm_endpoint = self._llm_spans.endpoint or self._vllm_endpoint
-        return otlp_target(config, "traces", self._environ, self._vllm_endpoint)
+        target = otlp_target(config, "traces", self._environ, self._vllm_endpoint)
+        return None if target is None else (target, config.export.otel.logs)
 
     def _open_spans(self, config: GlassboxConfig) -> "_Spans":
         from glassbox.export.attention_spans import AttentionSpans

@@ -17,6 +17,7 @@ from glassbox.processes.exporter import scorer as scorer_module
 from glassbox.processes.exporter.trace_sinks import WAIT_FOR_SCORES_S, TraceSinks
 from glassbox.signals.probe import Probe, ProbeScore
 from glassbox.signals.scores import Scores
+from glassbox.store.llm_spans import write as write_span
 from glassbox.store.score_files import ScoreFiles
 from glassbox.store.score_totals import read_totals
 from glassbox.store.trace_directory import traces_path
@@ -25,6 +26,7 @@ from tests import probe_samples
 from tests.export_samples import limited_file_size
 from tests.otlp_receiver import OtlpReceiver, attributes
 from tests.trace_samples import make_trace
+from tests.unit.store.test_llm_spans import make_span
 
 ENGINE = ("tiny/model", "0")
 
@@ -136,7 +138,7 @@ class TestScores:
         exporter.trace(2)
         exporter.round(skip_present=True)
         signals = exporter.summary(trace)["signals"]
-        assert {"system", "user"} == signals["focus"]["values"].keys()
+        assert {"mass", "mass_system", "mass_user"} == signals["focus"]["values"].keys()
         assert "refused" not in signals["focus"]
         assert "rows of 4 of 9 tokens are missing" in signals["spectral"]["refused"]
         totals = read_totals(exporter.run_dir)
@@ -276,3 +278,40 @@ class TestSpans:
             "gen_ai.evaluation.score.label": label,
             "gen_ai.response.id": "cmpl-1-0",
         }
+
+    @pytest.mark.parametrize("protocol", ["grpc", "http"])
+    def test_the_event_as_a_log_record(self, exporter: Exporter, protocol: str) -> None:
+        """As the conventions have it: named, in the trace, of the operation's span; then the span has no such event."""
+        with OtlpReceiver() as receiver:
+            otel = {"enabled": True, "endpoint": receiver.endpoint(protocol), "protocol": protocol, "metrics": False}
+            exporter.settings["export"] = {"otel": {**otel, "logs": True}}
+            trace = exporter.trace(1)
+            write_span(exporter.run_dir, make_span(7, "cmpl-2-0"))
+            exporter.trace(2)
+            exporter.round()
+            exporter.sinks.close()
+            spans = {attributes(span.attributes)["gen_ai.request.id"]: span for span in receiver.spans()}
+            records = {attributes(one.attributes)["gen_ai.response.id"]: one for one in receiver.log_records()}
+        assert {"cmpl-1-0", "cmpl-2-0"} == spans.keys() == records.keys()
+        for request_id, span in spans.items():
+            assert ["glassbox.tokens"] == [event.name for event in span.events]
+            assert "gen_ai.evaluation.result" == records[request_id].event_name
+            assert span.trace_id == records[request_id].trace_id
+        assert spans["cmpl-1-0"].span_id == records["cmpl-1-0"].span_id
+        assert f"{7:016x}" == records["cmpl-2-0"].span_id.hex() == spans["cmpl-2-0"].parent_span_id.hex()
+        found = attributes(records["cmpl-1-0"].attributes)
+        assert "drift" == found["gen_ai.evaluation.name"]
+        assert pytest.approx(probe_samples.score_of(trace), rel=1e-5) == found["gen_ai.evaluation.score.value"]
+        assert {} == exporter.errors.counts()
+
+    def test_a_collector_without_logs(self, exporter: Exporter) -> None:
+        """It is counted; the spans are there."""
+        with OtlpReceiver() as receiver:
+            otel = {"enabled": True, "endpoint": receiver.http_endpoint, "protocol": "http", "metrics": False}
+            exporter.settings["export"] = {"otel": {**otel, "logs": True}}
+            receiver.refuses = "/v1/logs"
+            exporter.trace(1)
+            exporter.round()
+            exporter.sinks.close()
+            assert 1 == len(list(receiver.spans()))
+        assert {"otel_traces": 1} == exporter.errors.counts()

@@ -33,6 +33,8 @@ from glassbox.store.exporter_lock import ExporterLock
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
 from glassbox.store.llm_spans import LlmSpan, LlmSpanReader
 from glassbox.store.llm_spans import write as write_span
+from glassbox.store.score_files import ScoreFiles, StoredScores
+from glassbox.store.score_totals import TOTALS_NAME, read_totals
 from glassbox.store.snapshot import SnapshotReader, read_snapshots, write_snapshot
 from glassbox.store.tokenizer_note import read_source, write_source
 from glassbox.store.trace_directory import TraceDirectory, traces_path
@@ -482,6 +484,36 @@ class TestNotes:
         write_trace(traces_path(run_dir), make_trace())
         write_file(run_dir / "delivered-records.json", content)
         assert len(Delivered(run_dir, "records").fresh(TraceDirectory(run_dir).summaries())) == 1
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"[" * 100_000,
+            b"7",
+            b'{"start_time_s": 1, "names": 7, "engines": []}',
+            b'{"start_time_s": 1e999, "names": [], "engines": [{}]}',
+            b'{"start_time_s": 1, "names": ["p"], "engines": [{"model_name": "m", "engine": "0", "signals": {}, '
+            b'"seconds": 1, "probes": {"p": {"buckets": [1], "total": 1, "outcomes": {}, "missing": 0}}}]}',
+        ],
+    )
+    def test_totals_of_scores(self, run_dir: Path, content: bytes) -> None:
+        """None, and everything else is shown."""
+        write_file(run_dir / TOTALS_NAME, content)
+        assert read_totals(run_dir) is None
+        write_snapshot(run_dir, make_snapshot())
+        assert len(FamilySource(run_dir, GlassboxConfig).view().engines) == 1
+
+    @pytest.mark.parametrize("content", [b"[" * 100_000, b"7", b'{"summary": 7}', b'{"summary": {}, "more": 1}', b"{}"])
+    def test_scores(self, run_dir: Path, content: bytes) -> None:
+        """As if the request had none."""
+        files, key = ScoreFiles(run_dir), ("0", "cmpl-1-0-00000000", None)
+        files.write(key, StoredScores({"probes": {}}))
+        files.refresh()
+        assert files.of(key) == StoredScores({"probes": {}})
+        (path,) = (run_dir / "scores").iterdir()
+        write_file(path, content)
+        files.refresh()
+        assert files.of(key) is None
 
     def test_a_huge_one(self, run_dir: Path) -> None:
         """A note is small, or none."""

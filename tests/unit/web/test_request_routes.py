@@ -138,8 +138,8 @@ class TestOne:
         assert pytest.approx(probe_samples.score_of(trace), rel=1e-5) == scores["probes"]["drift"]["score"]
         assert "after the request has ended" in scores["signals"]["tracker"]["refused"]
         last = trace.span_mass[1]  # the row of the last prompt token
-        assert pytest.approx(last[..., 0].mean(), rel=1e-5) == scores["signals"]["focus"]["values"]["system"]
-        assert pytest.approx(last[..., 1], rel=1e-5) == np.array(scores["places"]["focus"]["user"])
+        assert pytest.approx(last[..., 0].mean(), rel=1e-5) == scores["signals"]["focus"]["values"]["mass_system"]
+        assert pytest.approx(last[..., 1], rel=1e-5) == np.array(scores["places"]["focus"]["mass_user"])
         stored = StoredScores({"probes": {"drift": {"score": 0.25}}, "signals": {}}, {"tracker": {"sv1": [[1.0]]}})
         ScoreFiles(web.run_dir).write(("0", trace.internal_id, None), stored)
         scores = web.get("/cmpl-1-0")["scores"]

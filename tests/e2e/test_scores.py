@@ -1,0 +1,137 @@
+"""Requests that the trace rate chooses are scored while they are served: measured no more than the probe reads, and
+shown alike on the page, in the list, at vLLM's /metrics, in the record and by OTLP."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from glassbox.signals.probe import ProbeFeature
+from tests import probe_samples
+from tests.e2e.test_traced_requests import Shown
+from tests.otlp_receiver import OtlpReceiver, attributes
+from tests.prometheus_server import free_port
+from tests.serving import GlassboxServer, wait_for
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+LAYERS, HEADS = [3, 20], [1, 5]
+FEATURES = (
+    ProbeFeature("answer_entropy_ratio_L3_H1", mean=0.5, scale=0.3, coefficient=0.8),
+    ProbeFeature("prompt_sink_ratio_L20_H5", mean=0.6, scale=0.4, coefficient=-0.6),
+)
+PROMPT = "The harbour master counted the boats twice before"
+
+
+def of_rows(detail: dict[str, Any], statistic: str, layer: int, head: int, phase: str) -> list[float]:
+    """A statistic's numbers of one layer and head, of the rows of a phase, as the JSON has them."""
+    values = np.array(detail["statistics"][statistic], dtype=float)
+    rows = [row for row, shown in enumerate(detail["phase"]) if shown == phase]
+    return [float(values[row, detail["layers"].index(layer), detail["heads"].index(head)]) for row in rows]
+
+
+def by_hand(detail: dict[str, Any]) -> float:
+    """The score of FEATURES."""
+    entropy = of_rows(detail, "entropy_ratio", 3, 1, "decode")
+    sink = of_rows(detail, "sink_ratio", 20, 5, "prefill")[-1]
+    z = 0.2 + 0.8 * (sum(entropy) / len(entropy) - 0.5) / 0.3 - 0.6 * (sink - 0.6) / 0.4
+    return 1 / (1 + math.exp(-(1.25 * z - 0.1)))
+
+
+class TestProbe:
+    def test_one_request_everywhere(self, server: GlassboxServer, tmp_path: Path) -> None:
+        """Its score is that of the numbers which the page's JSON shows of its rows."""
+        probe = probe_samples.write(tmp_path, "harbour", features=FEATURES)
+        records, port = tmp_path / "records.jsonl", free_port()
+        with OtlpReceiver() as receiver:
+            otel = {"enabled": True, "endpoint": receiver.grpc_endpoint}
+            server.edit_config(
+                probes=[{"file": str(probe), "threshold": 0.0}],
+                requests={"trace_rate": 1, "records": {"path": str(records)}},
+                export={"interval_s": 1, "http": {"port": port}, "otel": otel},
+            )
+            wait_for(
+                lambda: server.metric("glassbox_probe_score_count", probe="harbour"),
+                lambda count: count == 0,
+                what="the probe's series",
+            )
+            answer = server.post("/v1/completions", prompt=PROMPT, max_tokens=12, ignore_eos=True)
+            list_url = f"http://127.0.0.1:{port}/glassbox/v1/requests"
+            shown = self.scored(server, list_url, answer["id"])
+            score = shown["scores"]["probes"]["harbour"]
+            assert (LAYERS, HEADS, "sampled") == (shown["layers"], shown["heads"], shown["why"])
+            assert pytest.approx(by_hand(shown["detail"]), rel=1e-4) == score["score"]
+            assert (True, 0) == (score["above"], score["missing"])
+            value = score["score"]
+            listed = httpx.get(list_url, timeout=60.0).json()["requests"]
+            assert [({"harbour": value}, ["harbour"])] == [
+                (one["scores"], one["flagged"]) for one in listed if one["internal_id"] == shown["internal_id"]
+            ]
+            wait_for(
+                lambda: server.metric("glassbox_probe_requests_total", probe="harbour", outcome="above"),
+                bool,
+                what="the request's count at vLLM's port",
+            )
+            page = httpx.get(f"{list_url}/{answer['id']}", params={"format": "html"}, timeout=60.0).text
+            assert '"harbour"' in page
+            spans = wait_for(
+                lambda: [
+                    span
+                    for span in receiver.spans()
+                    if shown["request_id"] == attributes(span.attributes).get("gen_ai.request.id")
+                ],
+                bool,
+                timeout_s=60.0,
+                what="the request's span",
+            )
+            receiver.wait_until(lambda got: "glassbox.probe.score" in got.metrics(), 60.0)
+        (span,) = spans
+        assert pytest.approx(value) == attributes(span.attributes)["glassbox.probe.harbour.score"]
+        (event,) = (event for event in span.events if event.name == "gen_ai.evaluation.result")
+        said = attributes(event.attributes)
+        assert ("harbour", "lost") == (said["gen_ai.evaluation.name"], said["gen_ai.evaluation.score.label"])
+        assert pytest.approx(value) == said["gen_ai.evaluation.score.value"]
+        written = [json.loads(line) for line in records.read_text().splitlines()]
+        assert [value] == [
+            one["scores"]["probes"]["harbour"]["score"] for one in written if one["internal_id"] == shown["internal_id"]
+        ]
+
+    def scored(self, server: GlassboxServer, url: str, request_id: str) -> dict[str, Any]:
+        def look() -> dict[str, Any]:
+            try:
+                answer = httpx.get(f"{url}/{request_id}", params={"layers": "all"}, timeout=60.0)
+            except httpx.TransportError:
+                return {}
+            found: dict[str, Any] = answer.json() if answer.status_code == 200 else {}
+            if found.get("status") == "active":
+                server.complete("Wake up", max_tokens=1)
+            return found
+
+        return wait_for(look, lambda found: bool(found.get("scores", {}).get("final")), 90.0, "the request's scores")
+
+
+class TestSignals:
+    def test_of_requests_that_the_rate_chooses(self, server: GlassboxServer) -> None:
+        """Every row of the prompt is there although an equal one was served before."""
+        shown = Shown(server, requests={"trace_rate": 1, "signals": ["selfattn", "rauq"]})
+        prompt = f"{PROMPT} the tide came in. " * 6
+        for _ in range(2):
+            answer = server.post("/v1/completions", prompt=prompt, max_tokens=6, ignore_eos=True)
+        document = shown.ended(answer["id"])
+        assert document["prompt_len"] + 5 == document["num_rows"]
+        document = wait_for(
+            lambda: shown.get(f"/{answer['id']}", layers="3", heads="1"),
+            lambda found: found["scores"]["final"],
+            what="the signals",
+        )
+        signals = document["scores"]["signals"]
+        assert [] == [one["refused"] for one in signals.values() if "refused" in one]
+        assert 0 < signals["rauq"]["values"]["score"] < 20
+        own = np.array(document["detail"]["statistics"]["self_logprob"], dtype=float)[:, 0, 0]
+        place = document["layers"].index(3), document["heads"].index(1)
+        shown_mean = document["scores"]["places"]["selfattn"]["attn_diag_logmean"][place[0]][place[1]]
+        assert pytest.approx(own.mean(), rel=1e-3) == shown_mean
