@@ -42,7 +42,7 @@ def ended(server: GlassboxServer, request_id: str) -> dict[str, Any]:
 @pytest.mark.check("served", "cpu")
 @pytest.mark.parametrize("release", runnable(), ids=lambda release: release.name)
 def test_served(release: Release, demo_model_path: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """A traced chat with spans by message and a summary, bad options refused, the live page, and every layer's metrics."""
+    """A traced chat with spans by message and a summary, bad options, the live page, and metrics of every layer."""
     variables = vllm_environment(folder_of(release, whole=True), pytestconfig.rootpath, VLLM_PLUGINS="glassbox")
     with GlassboxServer(demo_model_path, tmp_path, env=variables) as server:
         assert release.version in httpx.get(f"{server.url}/version", timeout=60.0).text
