@@ -26,7 +26,7 @@ from glassbox.export.trace_scores import TraceScores
 from glassbox.processes.api_server import responding
 from glassbox.processes.api_server.intake import Intake
 from glassbox.processes.api_server.responding import MAX_CHOICES, Answers
-from glassbox.signals.probe import ProbeFeature, write_probe
+from glassbox.signals.probe import ProbeFeature
 from glassbox.store import process_name
 from glassbox.store.snapshot import write_snapshot
 from glassbox.store.trace_directory import TraceDirectory, traces_path
@@ -143,11 +143,8 @@ class TestSummary:
 
     def test_of_probes(self, server: Server, tmp_path: Path) -> None:
         """Their scores; one that reads a signal on demand has none yet, and says so."""
-        slow = replace(
-            probe_samples.PROBE, name="slow", features=(ProbeFeature("tracker_sigma2_L0_H0", 0.5, 1.0, 1.0),)
-        )
-        write_probe(tmp_path / "slow.json", slow)
-        server.probes = [{"file": str(probe_samples.write(tmp_path))}, {"file": str(tmp_path / "slow.json")}]
+        slow = probe_samples.write(tmp_path, "slow", features=(ProbeFeature("tracker_sigma2_L0_H0", 0.5, 1.0, 1.0),))
+        server.probes = [{"file": str(file)} for file in (probe_samples.write(tmp_path), slow)]
         trace = server.write(make_trace())
         probes = server.of(sent())["scores"]["probes"]
         assert pytest.approx(probe_samples.score_of(trace), rel=1e-5) == probes["drift"]["score"]
