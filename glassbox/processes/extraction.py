@@ -29,7 +29,7 @@ from glassbox.core.trace_options import (
     parse_options,
 )
 from glassbox.processes.api_server.message_spans import resolve
-from glassbox.processes.offline import traced
+from glassbox.processes.offline import see_that_it_is_observed, traced
 from glassbox.signals.features import ANSWER, features
 from glassbox.store.trace_record import RequestTrace
 from glassbox.view.samples.feature_table import SampleRow
@@ -110,6 +110,7 @@ class Extractor:
         Raises:
             RuntimeError: no attention of the model is observed, or traces are missing.
         """
+        see_that_it_is_observed()
         prepared: dict[int, _Prepared] = {}
         problems: dict[int, str] = {}
         for i, sample in enumerate(samples):

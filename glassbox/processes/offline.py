@@ -103,6 +103,7 @@ def capture(
         RuntimeError: no attention of the model is observed, or traces are missing; the message says what to look at.
     """
     pyarrow(_USER)
+    see_that_it_is_observed()
     prompts = list(prompts)
     params = _params(llm, prompts, sampling_params)
     per_prompt = _per_prompt("spans", spans, len(prompts))
@@ -132,9 +133,8 @@ def traced(
         Answers and traces of each prompt; of these one per answer.
 
     Raises:
-        RuntimeError: no attention of the model is observed, or traces are missing; the message says what to look at.
+        RuntimeError: traces are missing; the message says what to look at.
     """
-    _see_that_it_is_observed()
     config = load_config(find_config())
     # More than max_active at once would be refused.
     batch = max(1, config.requests.max_active // max([1, *(num_answers(one) for one in asked)]))
@@ -148,7 +148,12 @@ def traced(
     return answered, traces
 
 
-def _see_that_it_is_observed() -> None:
+def see_that_it_is_observed() -> None:
+    """Before a model is asked.
+
+    Raises:
+        RuntimeError: no attention of it is observed; the message says why.
+    """
     engines = merge(read_snapshots(rundir.run_dir()))
     if engines and not any(engine.layers for engine in engines):
         found = Counter[str]()
