@@ -1,4 +1,4 @@
-"""The HTTP request that a task of vLLM's API server works for: its headers, and the keys that vLLM asks for.
+"""The HTTP request that a task of vLLM's API server works for: its headers, the keys that vLLM asks for, its answer.
 
 Owns the wrapper of FastAPI's application that notes them. vLLM hands the headers to some of its APIs only, and none of
 them on to the engine; whoever adds a request to the engine runs in the task of the HTTP request, or in one that this
@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
 
+from glassbox.adapter.http_reply import Reply
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.patch import patch_method
 
 # Of vLLM's middleware that checks `--api-key`.
 _AUTHENTICATION: Final = "AuthenticationMiddleware"
+# Of an answer, and holds what its request asked to be told of its attention.
+FIELD: Final = "glassbox"
 _request: ContextVar["HttpRequest | None"] = ContextVar("glassbox_http_request", default=None)
 
 
@@ -26,9 +29,11 @@ class HttpRequest:
 
     Attributes:
         scope: ASGI's.
+        reply: what answers it; None of a websocket.
     """
 
     scope: MutableMapping[str, Any]
+    reply: Reply | None = None
 
     def values(self, name: str) -> Sequence[str]:
         """What the headers of a name (in small letters) say, in their order."""
@@ -75,10 +80,11 @@ def noting(original: Any) -> Any:
         if scope["type"] not in ("http", "websocket") or _request.get() is not None:
             await original(app, scope, receive, send)
             return
+        reply = Reply(send, FIELD) if scope["type"] == "http" else None
         # FastAPI writes its own name into the scope only now.
-        token = _request.set(HttpRequest({**scope, "app": app}))
+        token = _request.set(HttpRequest({**scope, "app": app}, reply))
         try:
-            await original(app, scope, receive, send)
+            await original(app, scope, receive, reply or send)
         finally:
             _request.reset(token)
 

@@ -45,7 +45,7 @@ STYLE: Final[Any] = {
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Matrix:
     """One layer x head matrix, ready to be drawn."""
 
     values: Floats
@@ -64,7 +64,7 @@ def heatmap(measured: Measured, statistic: Statistic, phase: Phase | None, value
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_inches(layers, 7.5, 16.0), _inches(heads, 2.6, 11.0) + 1.3))
         axes = figure.add_subplot()
-        _draw_matrix(figure, axes, measured, matrix)
+        draw_matrix(figure, axes, matrix, measured.layers, measured.heads)
         name = "Rows measured" if value == "rows" else title(statistic)
         what = (
             phase_words(phase)
@@ -93,7 +93,7 @@ def heatmaps(measured: Measured, phase: Phase | None, value: Value = "mean") -> 
         figure = Figure(figsize=size)
         grid = figure.subplots(down, across, squeeze=False).ravel()
         for axes, statistic, matrix in zip(grid, statistics, matrices, strict=False):
-            _draw_matrix(figure, axes, measured, matrix)
+            draw_matrix(figure, axes, matrix, measured.layers, measured.heads)
             axes.set_title(f"{title(statistic)}, {_value_words(statistic, measured, value)}")
         for axes in grid[len(statistics) :]:
             axes.set_axis_off()
@@ -176,7 +176,7 @@ def _inches(cells: int, least: float, most: float, each: float = 0.3) -> float:
     return min(max(cells * each, least), most)
 
 
-def _matrix(measured: Measured, statistic: Statistic, phase: Phase | None, value: Value) -> _Matrix:
+def _matrix(measured: Measured, statistic: Statistic, phase: Phase | None, value: Value) -> Matrix:
     if measured.detail != "head":
         measured.coarser("head")  # says what to do
     if statistic.decode_only and phase == Phase.PREFILL and value != "rows":
@@ -188,12 +188,16 @@ def _matrix(measured: Measured, statistic: Statistic, phase: Phase | None, value
     if value == "rows":
         rows = measured.rows_of(phase)
         values, words = (rows / measured.window_s, "rows a second") if measured.window_s else (rows, "rows")
-        return _Matrix(np.where(rows > 0, values, np.nan), Normalize(0, float(values.max())), words)
+        return Matrix(np.where(rows > 0, values, np.nan), Normalize(0, float(values.max())), words)
     if not measured.counts_of(statistic, phase).any():
         raise ViewError(f"{measured.source} has no values of {statistic.name} in {phase_words(phase)}")
-    values = _values(measured, statistic, phase, value)
+    return matrix_of(_values(measured, statistic, phase, value), statistic)
+
+
+def matrix_of(values: Floats, statistic: Statistic) -> Matrix:
+    """Values [layers, heads] of a statistic, on its scale."""
     low, high = heat.limits(statistic, values)
-    return _Matrix(values, (LogNorm if heat.logarithmic(statistic) else Normalize)(low, high), unit(statistic))
+    return Matrix(values, (LogNorm if heat.logarithmic(statistic) else Normalize)(low, high), unit(statistic))
 
 
 def _values(measured: Measured, statistic: Statistic, phase: Phase | None, value: Value) -> Floats:
@@ -220,13 +224,16 @@ def _about(measured: Measured, phase: Phase | None) -> str:
     return f"{name}, {shape_words(measured)}, {rows} rows {covers}"
 
 
-def _draw_matrix(figure: Figure, axes: Axes, measured: Measured, matrix: _Matrix) -> None:
+def draw_matrix(
+    figure: Figure, axes: Axes, matrix: Matrix, layers: Sequence[int | None], heads: Sequence[int | None]
+) -> None:
+    """A matrix with its colour bar, layers from left to right."""
     values = matrix.values.T  # heads x layers
     axes.set_facecolor(_NOT_MEASURED)
     image = axes.imshow(
-        np.ma.masked_invalid(values), cmap=_colormap(), norm=matrix.norm, aspect="auto", interpolation="nearest"
+        np.ma.masked_invalid(values), cmap=colormap(), norm=matrix.norm, aspect="auto", interpolation="nearest"
     )
-    for axis, names in ((axes.xaxis, measured.layers), (axes.yaxis, measured.heads)):
+    for axis, names in ((axes.xaxis, layers), (axes.yaxis, heads)):
         step = next(
             step for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 10_000) if len(names) / step <= 16 or len(names) < 12
         )
@@ -253,7 +260,8 @@ def _draw_matrix(figure: Figure, axes: Axes, measured: Measured, matrix: _Matrix
         axes.text(1, -0.02, "grey: not measured", transform=axes.transAxes, ha="right", va="top", fontsize=7)
 
 
-def _colormap() -> Colormap:
+def colormap() -> Colormap:
+    """Of every map; see heat.py."""
     stops = [heat.hexadecimal(share) for share in np.linspace(0, 1, 33)]
     return LinearSegmentedColormap.from_list("glassbox", stops)
 
