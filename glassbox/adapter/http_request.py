@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
 
+from glassbox.adapter.http_tags import Tags
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.patch import patch_method
 
@@ -26,9 +27,11 @@ class HttpRequest:
 
     Attributes:
         scope: ASGI's.
+        tags: of its response; None of a websocket.
     """
 
     scope: MutableMapping[str, Any]
+    tags: Tags | None = None
 
     def values(self, name: str) -> Sequence[str]:
         """What the headers of a name (in small letters) say, in their order."""
@@ -75,10 +78,11 @@ def noting(original: Any) -> Any:
         if scope["type"] not in ("http", "websocket") or _request.get() is not None:
             await original(app, scope, receive, send)
             return
+        tags = Tags(send) if scope["type"] == "http" else None
         # FastAPI writes its own name into the scope only now.
-        token = _request.set(HttpRequest({**scope, "app": app}))
+        token = _request.set(HttpRequest({**scope, "app": app}, tags))
         try:
-            await original(app, scope, receive, send)
+            await original(app, scope, receive, tags or send)
         finally:
             _request.reset(token)
 

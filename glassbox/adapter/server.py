@@ -19,11 +19,12 @@ from typing import Any, Final, Protocol, TypeGuard
 from glassbox.adapter import http_request
 from glassbox.adapter.front_end import RUST, FrontEnd, front_end_of_process
 from glassbox.adapter.http_request import HttpRequest
-from glassbox.adapter.internals import feature_of, lacks, line
+from glassbox.adapter.internals import Feature, feature_of, lacks, line
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import VllmConfig
 from glassbox.adapter.release import vllm_version
+from glassbox.adapter.running_requests import RunningRequests
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.trace_options import BEAM_PROMPT_KEY, CHOICE_KEY, MODEL_KEY, SAMPLED_KEY, OptionError
 
@@ -285,6 +286,9 @@ class Intake(Protocol):
     def serves(self, engines: EngineLabels) -> None:
         """This process sends requests to these engines (see `engines_of`)."""
 
+    def works_at(self, requests: RunningRequests) -> None:
+        """Requests of this process may be ended here."""
+
 
 class Logprobs(Protocol):
     """See processes/api_server/logprobs.py."""
@@ -504,6 +508,9 @@ class Wrappers:
             self._intake.starts()
             original(engine, *args, **kwargs)
             self._intake.serves(engines_of(engine))
+            # Not of LLM, whose caller alone could end its requests.
+            if not lacks(Feature.ABORTS) and hasattr(engine, "output_handler"):
+                self._intake.works_at(RunningRequests(engine))
             front_end = front_end_of_process()
             if front_end is not None:
                 self._intake.tell_front_end(front_end)

@@ -23,12 +23,17 @@ from glassbox.export.liveness import Liveness
 from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import LivenessCollector, PrometheusCollector
 from glassbox.processes.exporter import page_writer
+from glassbox.processes.exporter.action_watch import ActionWatch
+from glassbox.processes.exporter.launch import wants_actions
 from glassbox.processes.exporter.page_writer import PageWriter
 from glassbox.processes.exporter.sink import Sink
 from glassbox.processes.exporter.trace_sinks import TraceSinks, otlp_target
+from glassbox.signals.probe_files import ProbeFiles
+from glassbox.signals.scores import Scores
 from glassbox.store import multiprocess_files
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
 from glassbox.store.metrics_page import has_front
+from glassbox.store.trace_record import RequestTrace
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -47,6 +52,7 @@ _ADVICE: Final = {
     "otel": ("export.otel.endpoint", "the collector must listen there, by that protocol"),
     "otel_traces": ("export.otel.endpoint", "the collector must listen there, by that protocol"),
     "jsonl": ("export.jsonl.path", "name a file, in a folder with room that this user may write to"),
+    "audit": ("actions.audit.path", "name a file, in a folder with room that this user may write to"),
     "scores": ("probes", "each must be a file of glassbox train that this user may read"),
     "records": ("requests.records.path", "name a place with room that this user may write to"),
 }
@@ -127,13 +133,24 @@ class Sinks:
             sends_later=lambda otel: otel.last_success_s,
         )
         self._jsonl: Sink[JsonlSink] = sink("jsonl", wants=_wants_jsonl, opens=self._open_jsonl)
-        self._traces = TraceSinks(self._run_dir, config, self.errors, self._environ, clock, succeeded)
+        self._traces = TraceSinks(
+            self._run_dir, config, self.errors, self._environ, clock, succeeded, on_scored=self._act_on
+        )
+        self._action_counts = before.actions if before is not None else {}
+        self._actions: Sink[ActionWatch] = sink(
+            "actions",
+            wants=lambda config: wants_actions(config) or None,
+            opens=self._open_actions,
+            closes=lambda watch, _: watch.close(),
+            works=lambda watch: watch.is_alive,
+        )
         self._all: tuple[Sink[Any], ...] = (
             self._http,
             self._page,
             self._multiprocess,
             self._otel,
             self._jsonl,
+            self._actions,
             self._traces.scores,
             self._traces.records,
             self._traces.spans,
@@ -147,7 +164,7 @@ class Sinks:
     def apply(self) -> None:
         """Open, change and close sinks so that they are what the configuration of the moment says."""
         config = self._config()
-        for sink in (self._http, self._page, self._multiprocess, self._otel, self._jsonl):
+        for sink in (self._http, self._page, self._multiprocess, self._otel, self._jsonl, self._actions):
             sink.apply(config)
             self._beat()
         self._traces.apply(skip_present=self._takes_over)
@@ -202,6 +219,19 @@ class Sinks:
         assert jsonl.expanded_path is not None
         return JsonlSink(jsonl.expanded_path, jsonl.max_mb, skip_first=self._takes_over)
 
+    def _open_actions(self, _config: GlassboxConfig) -> ActionWatch:
+        probes = ProbeFiles(self._config, lambda error: self.errors.count("actions", error))
+        watch = ActionWatch(
+            self._run_dir, self._config, probes.current, self.errors, self._action_counts, clock=self._clock
+        )
+        watch.start()
+        return watch
+
+    def _act_on(self, trace: RequestTrace, scores: Scores) -> None:
+        watch = self._actions.value
+        if watch is not None:
+            watch.ended(trace, scores)
+
     def _advice(self, stage: str) -> str:
         """What to look at when a sink fails: the key, what it says, and what to do."""
         if stage not in _ADVICE:
@@ -228,11 +258,17 @@ class Sinks:
             self._give(view, looked_s)
         self._beat()
         self._traces.round(last)
+        self._actions.give()
+        if (watch := self._actions.value) is not None:
+            self._action_counts = watch.counts()
         with self.errors.guard("status"):
             sinks = {sink.name: sink.last_success_s for sink in self._all if sink.is_wanted}
             errors = self.errors.counts()
             write_status(
-                self._run_dir, ExporterStatus(os.getpid(), self._clock(), errors, sinks, self._restarts, ended=last)
+                self._run_dir,
+                ExporterStatus(
+                    os.getpid(), self._clock(), errors, sinks, self._restarts, last, dict(self._action_counts)
+                ),
             )
 
     def look(self) -> None:
@@ -257,6 +293,7 @@ class Sinks:
         for sink in (self._http, self._otel, self._page, self._multiprocess, self._jsonl):
             sink.close()
         self._traces.close()
+        self._actions.close()
 
 
 def _wants_http(config: GlassboxConfig) -> object:
