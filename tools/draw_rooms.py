@@ -31,6 +31,7 @@ ROOMS: Final[Mapping[str, tuple[int, int, str, str, str]]] = {
     "plugin": (640, 150, "vLLM's entry point", "#57606a", "#9aa4b0"),
     "cli": (210, 180, "commands, demo, bench", "#8250df", "#b794f6"),
     "processes": (640, 240, "worker, API server, exporter", "#0969da", "#6cb0ff"),
+    "client": (120, 150, "traces, for programs", "#116329", "#7ee2a8"),
     "view": (120, 150, "a run, from outside", "#bf3989", "#f08ac0"),
     "web": (380, 160, "HTTP answers, pages", "#9a6700", "#d8a530"),
     "export": (380, 190, "Prometheus, OTLP, files", "#1a7f37", "#4fc46a"),

@@ -1,4 +1,4 @@
-"""The HTTP request that a task of vLLM's API server works for: its headers, and the keys that vLLM asks for.
+"""The HTTP request that a task of vLLM's API server works for: its headers, the keys that vLLM asks for, its answer.
 
 Owns the wrapper of FastAPI's application that notes them. vLLM hands the headers to some of its APIs only, and none of
 them on to the engine; whoever adds a request to the engine runs in the task of the HTTP request, or in one that this
@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
 
+from glassbox.adapter.http_reply import Reply
 from glassbox.adapter.http_tags import Tags
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.patch import patch_method
 
 # Of vLLM's middleware that checks `--api-key`.
 _AUTHENTICATION: Final = "AuthenticationMiddleware"
+# Of an answer, and holds what its request asked to be told of its attention.
+FIELD: Final = "glassbox"
 _request: ContextVar["HttpRequest | None"] = ContextVar("glassbox_http_request", default=None)
 
 
@@ -27,10 +30,12 @@ class HttpRequest:
 
     Attributes:
         scope: ASGI's.
+        reply: what answers it; None of a websocket.
         tags: of its response; None of a websocket.
     """
 
     scope: MutableMapping[str, Any]
+    reply: Reply | None = None
     tags: Tags | None = None
 
     def values(self, name: str) -> Sequence[str]:
@@ -79,10 +84,11 @@ def noting(original: Any) -> Any:
             await original(app, scope, receive, send)
             return
         tags = Tags(send) if scope["type"] == "http" else None
+        reply = None if tags is None else Reply(tags, FIELD)
         # FastAPI writes its own name into the scope only now.
-        token = _request.set(HttpRequest({**scope, "app": app}, tags))
+        token = _request.set(HttpRequest({**scope, "app": app}, reply, tags))
         try:
-            await original(app, scope, receive, tags or send)
+            await original(app, scope, receive, reply or send)
         finally:
             _request.reset(token)
 

@@ -43,6 +43,7 @@ class Feature(Enum):
     MESSAGES_API = "spans by message at /v1/messages"
     RUST_FRONT_END = "telling vLLM's Rust front end"
     LOGPROBS = "log-probabilities of the tokens of traced requests"
+    ANSWERS = "summaries of traced requests in their responses"
     LLM_SPANS = "attention spans beside vLLM's own"
     CAPTURE = "glassbox.capture"
     INSPECTION = "glassbox check --model"
@@ -316,6 +317,7 @@ INTERNALS: Final[tuple[Internal, ...]] = (
     *_names("vllm.v1.engine.logprobs", Feature.LOGPROBS, "LogprobsProcessor.num_logprobs"),
     *_names("vllm.v1.engine", Feature.LOGPROBS, "EngineCoreOutput.new_logprobs", "EngineCoreRequest.cache_salt"),
     *_names("vllm.v1.outputs", Feature.LOGPROBS, "LogprobsLists", "LogprobsLists.logprobs"),
+    *_names("vllm.v1.engine", Feature.ANSWERS, "EngineCoreRequest.request_id"),
     *_names("vllm.v1.engine.async_llm", Feature.LLM_SPANS, "AsyncLLM.__init__"),
     *_names("vllm.v1.engine.llm_engine", Feature.LLM_SPANS, "LLMEngine.__init__"),
     *_names("vllm.entrypoints.serve.instrumentator.metrics", Feature.METRICS_PAGE, "attach_router"),

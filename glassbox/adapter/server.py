@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol, TypeGuard
 
 from glassbox.adapter import http_request
 from glassbox.adapter.front_end import RUST, FrontEnd, front_end_of_process
+from glassbox.adapter.http_reply import Reply
 from glassbox.adapter.http_request import HttpRequest
 from glassbox.adapter.internals import Feature, feature_of, lacks, line
 from glassbox.adapter.late_patch import LatePatches
@@ -26,7 +27,14 @@ from glassbox.adapter.protocols import VllmConfig
 from glassbox.adapter.release import vllm_version
 from glassbox.adapter.running_requests import RunningRequests
 from glassbox.core.logs import get_logger, log_once
-from glassbox.core.trace_options import BEAM_PROMPT_KEY, CHOICE_KEY, MODEL_KEY, SAMPLED_KEY, OptionError
+from glassbox.core.trace_options import (
+    BEAM_PROMPT_KEY,
+    CHOICE_KEY,
+    CLIENT_KEY,
+    MODEL_KEY,
+    SAMPLED_KEY,
+    OptionError,
+)
 
 logger = get_logger(__name__)
 
@@ -193,6 +201,32 @@ class Chat:
         return encoding["input_ids"], encoding["offset_mapping"]
 
 
+class SentRequest:
+    """A request that goes to the engine, which gives it its id only then.
+
+    Attributes:
+        request_id: the external one.
+        client: who sent it, None if that isn't known.
+
+    Args:
+        request: the EngineCoreRequest.
+    """
+
+    def __init__(self, request_id: str, client: str | None, request: Any) -> None:
+        self.request_id, self.client = request_id, client
+        # Noted now: the last sample is made of the request itself.
+        self._request, self._samples = request, int(request.sampling_params.n)
+
+    def internal_ids(self) -> list[str]:
+        """vLLM's own ids, one of each sample; empty if it has none yet, or they can't be told."""
+        known: str = getattr(self._request, "request_id", "")
+        if self._samples == 1:
+            return [known] if known else []
+        last = f"{self._samples - 1}_"
+        whole = known.removeprefix(last)
+        return [f"{number}_{whole}" for number in range(self._samples)] if known.startswith(last) else []
+
+
 class Intake(Protocol):
     """Who decides what becomes of a request; all methods that take one are called in the API server's event loop."""
 
@@ -257,6 +291,12 @@ class Intake(Protocol):
             request: over HTTP by which it came, None if by none.
             traced: whether `admit` said so.
         """
+
+    def wants_answer(self, extra_args: ExtraArgs) -> bool:
+        """Whether a request that `admit` let in is to be told of its attention with its answer."""
+
+    def sent(self, request: SentRequest, reply: Reply) -> None:
+        """Such a request goes to the engine; `reply` answers who asked for it."""
 
     def salt(self, extra_args: ExtraArgs, prompt_len: int | None) -> str | None:
         """What is added to the cache salt of a request that is traced, so that nothing of its prompt comes from the
@@ -424,12 +464,16 @@ class Wrappers:
             request = original(processor, request_id, prompt, params, *args, **kwargs)
             beam_prompt = prompt.get(BEAM_PROMPT_KEY) if isinstance(prompt, dict) else None
             added: ExtraArgs = {}
+            http = http_request.current()
             if beam_prompt is not None:
                 added = self._intake.begin_beam(beam_prompt)
             elif traced:
                 added = self._intake.begin(request_id, _traceparent(kwargs))
             if beam_prompt is None and request.sampling_params is not None and not _says_off(extra_args):
-                added = {**added, **self._intake.asked_by(request_id, http_request.current(), traced)}
+                added = {**added, **self._intake.asked_by(request_id, http, traced)}
+                reply = None if http is None else http.reply
+                if traced and reply is not None and self._intake.wants_answer(extra_args) and _has(Feature.ANSWERS):
+                    self._intake.sent(SentRequest(request_id, added.get(CLIENT_KEY), request), reply)
             if added and request.sampling_params is not None:
                 request.sampling_params.extra_args = {**(extra_args or {}), **added}
             if traced or added.get(SAMPLED_KEY):
@@ -570,7 +614,14 @@ def wrap_intake(intake: Intake) -> Callable[[], None]:
 
 def _wrap(patch: Patch, make: Callable[[Any], Any], module: ModuleType) -> Callable[[], None]:
     feature = feature_of(f"{patch.module}.{patch.cls}.{patch.method}")
-    if feature is not None and lacks(feature):
-        log_once(logger, logging.WARNING, feature.name, "%s", line(feature, vllm_version()))
+    if feature is not None and not _has(feature):
         return lambda: None
     return patch_method(getattr(module, patch.cls), patch.method, make)
+
+
+def _has(feature: Feature) -> bool:
+    """Whether this vLLM has what a feature needs; says so once if it hasn't."""
+    if lacks(feature):
+        log_once(logger, logging.WARNING, feature.name, "%s", line(feature, vllm_version()))
+        return False
+    return True

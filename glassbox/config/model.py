@@ -353,6 +353,15 @@ class RequestsConfig(_Section):
         ge=1,
         le=65_536,
     )
+    respond_wait_s: float = _field(
+        1.0,
+        "Seconds, 0 to 30: the end of an answer to a request with `glassbox_respond` waits at most so long for the "
+        "trace; later ones are named in it, and no more.",
+        "must be between 0 and 30",
+        "use `1.0`",
+        ge=0,
+        le=30,
+    )
     max_prompt_rows: int = _field(
         8192,
         "Tokens, 1 to 1000000: the longest prompt of which all rows are measured where a request asks for them; of a "

@@ -123,7 +123,7 @@ def document(
         "options": _options(trace),
         "layers": list(trace.layers),
         "heads": list(trace.heads),
-        "signals": _finite(request_signals(trace)),
+        "signals": finite(request_signals(trace)),
         "tokens": {"left_out": rows.start, **_tokens(trace, rows)},
         "places": {"axes": ["layer", "head"], **_places(trace)},
     }
@@ -147,12 +147,12 @@ def _options(trace: RequestTrace) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same without NaN and infinities, which JSON lacks."""
     if isinstance(value, Mapping):
-        return {str(name): _finite(part) for name, part in value.items()}
+        return {str(name): finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     if value is None or isinstance(value, str | int):
         return value
     number = float(value)

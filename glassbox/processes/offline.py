@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-import numpy as np
-
 from glassbox.adapter.offline_engine import (
     Answered,
     OfflineEngine,
@@ -26,10 +24,7 @@ from glassbox.adapter.offline_engine import (
     with_options,
 )
 from glassbox.config.load import GlassboxConfig, find_config, load_config
-from glassbox.core import trace_arrays
 from glassbox.core.counters import BYPASS_REASONS
-from glassbox.core.statistics import NUM_STATISTICS, PHASES, STATISTICS
-from glassbox.core.trace_arrays import PLACE, Axis, TraceArray
 from glassbox.core.trace_options import (
     CHOICE_KEY,
     HEADS_KEY,
@@ -42,6 +37,7 @@ from glassbox.core.trace_options import (
     Span,
     parse_options,
 )
+from glassbox.export.trace_tables import TraceTables, pyarrow, trace_tables
 from glassbox.store import rundir
 from glassbox.store.merge import merge
 from glassbox.store.snapshot import read_snapshots
@@ -51,33 +47,25 @@ from glassbox.store.trace_record import RequestTrace
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_USER: Final = "glassbox.capture"
 _POLL_S: Final = 0.05
 _SAMPLE: Final = re.compile(r"(\d+)_")
 Spans = Mapping[str, tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class Capture:
+@dataclass(frozen=True, kw_only=True)
+class Capture(TraceTables):
     """What `capture` returns. In each table `request` is the prompt's index and `sample` the answer's (n > 1).
 
     Attributes:
         outputs: of vLLM, in the order of the prompts.
         traces: of each prompt, one per answer.
         requests: request, sample, request_id, status, truncated, prompt_len, num_generated, text.
-        rows: request, sample, position, phase, layer, head, a column per statistic, nonfinite.
-        top_k: request, sample, position, phase, layer, head, rank (from 0), key (position), mass; layer and head are
-            null for the attention averaged over all chosen ones.
-        spans: request, sample, position, phase, layer, head, span, mass.
-        attention: request, sample, position, phase, layer, head, first_key (position), attention (list of float).
     """
 
     outputs: list[RequestOutput]
     traces: list[list[RequestTrace]]
     requests: "pa.Table"
-    rows: "pa.Table"
-    top_k: "pa.Table"
-    spans: "pa.Table"
-    attention: "pa.Table"
 
 
 def capture(
@@ -114,7 +102,7 @@ def capture(
         ImportError: pyarrow is missing.
         RuntimeError: no attention of the model is observed, or traces are missing; the message says what to look at.
     """
-    _pyarrow()
+    pyarrow(_USER)
     _see_that_it_is_observed()
     config = load_config(find_config())
     prompts = list(prompts)
@@ -135,7 +123,8 @@ def capture(
         answered += done
         traces += _wait(llm, done, since_s, timeout_s, config)
     outputs = [one.output for one in answered]
-    return Capture(outputs, traces, _requests_table(answered, traces), *_tables(traces))
+    tables = trace_tables(traces, _USER)
+    return Capture(outputs=outputs, traces=traces, requests=_requests_table(answered, traces), **vars(tables))
 
 
 def _see_that_it_is_observed() -> None:
@@ -220,14 +209,6 @@ def _sample(trace: RequestTrace) -> int:
     return int(match[1]) if match and trace.internal_id != trace.request_id else 0
 
 
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ImportError("glassbox.capture needs pyarrow; pip install 'vllm-glassbox[tables]'") from error
-    return pyarrow
-
-
 def _requests_table(answered: list[Answered], traces: list[list[RequestTrace]]) -> "pa.Table":
     rows = [
         {
@@ -243,109 +224,4 @@ def _requests_table(answered: list[Answered], traces: list[list[RequestTrace]]) 
         for i, (one, of_prompt) in enumerate(zip(answered, traces, strict=True))
         for sample, trace in enumerate(of_prompt)
     ]
-    return _pyarrow().Table.from_pylist(rows)
-
-
-def _tables(traces: list[list[RequestTrace]]) -> tuple["pa.Table", "pa.Table", "pa.Table", "pa.Table"]:
-    pa = _pyarrow()
-    parts: list[tuple[Any, Any, Any, Any]] = []
-    for i, of_prompt in enumerate(traces):
-        for sample, trace in enumerate(of_prompt):
-            places = _Places(pa, i, sample, trace)
-            parts.append((_rows(places), _top_k(places), _spans(places), _attention(places)))
-    tables = [pa.concat_tables(kind) for kind in zip(*parts, strict=True)] if parts else [pa.table({})] * 4
-    return tables[0], tables[1], tables[2], tables[3]
-
-
-class _Places:
-    """Row, layer and head of each line of a table of one trace, `repeat` lines for each."""
-
-    def __init__(self, pa: Any, request: int, sample: int, trace: RequestTrace) -> None:
-        self.pa, self.request, self.sample, self.trace = pa, request, sample, trace
-
-    def columns(self, repeat: int = 1) -> dict[str, Any]:
-        trace = self.trace
-        shape = (len(trace.positions), len(trace.layers), len(trace.heads), repeat)
-
-        def along(values: Any, axis: int, dtype: Any = np.int32) -> Any:
-            index = [None] * 4
-            array = np.asarray(values, dtype=dtype)[
-                tuple(slice(None) if a == axis else None for a in range(len(index)))
-            ]
-            return np.broadcast_to(array, shape).ravel()
-
-        return {
-            **self.common(int(np.prod(shape)), along(trace.positions, 0), along(trace.phases, 0)),
-            "layer": self.pa.array(along(trace.layers, 1)),
-            "head": self.pa.array(along(trace.heads, 2)),
-        }
-
-    def columns_along(self, axes: tuple[Axis, ...]) -> dict[str, Any]:
-        """A column for each array along these axes that has one."""
-        arrays = [array for array in trace_arrays.TRACE_ARRAYS if array.axes == axes and array.column]
-        return {array.column: self.numbers(array) for array in arrays}
-
-    def numbers(self, array: TraceArray) -> Any:
-        """All numbers of an array, one after the other; NaN is null."""
-        return self.pa.array(self.trace.arrays[array.name].ravel(), from_pandas=True)
-
-    def common(self, lines: int, positions: Any, phases: Any) -> dict[str, Any]:
-        pa = self.pa
-        names = pa.array([str(phase) for phase in PHASES])
-        return {
-            "request": pa.array(np.full(lines, self.request, dtype=np.int32)),
-            "sample": pa.array(np.full(lines, self.sample, dtype=np.int32)),
-            "position": pa.array(positions),
-            "phase": pa.DictionaryArray.from_arrays(pa.array(phases, type=pa.int8()), names).cast(pa.string()),
-        }
-
-
-def _rows(places: _Places) -> "pa.Table":
-    pa, stats = places.pa, places.trace.stats.reshape(-1, NUM_STATISTICS + 1)
-    values = {
-        statistic.name: pa.array(stats[:, i], from_pandas=True)  # NaN is "no value"
-        for i, statistic in enumerate(STATISTICS)
-    }
-    alike = {array.name: places.numbers(array) for array in trace_arrays.TRACE_ARRAYS if array.axes == PLACE}
-    return pa.table({**places.columns(), **values, "nonfinite": pa.array(stats[:, NUM_STATISTICS] > 0), **alike})
-
-
-def _top_k(places: _Places) -> "pa.Table":
-    pa, trace = places.pa, places.trace
-    k, rows = trace.topk_mass.shape[-1], len(trace.positions)
-    lines = rows * k
-    nothing = pa.nulls(lines, pa.int32())
-    mean = places.common(lines, np.repeat(trace.positions, k), np.repeat(trace.phases, k))
-    ranks = np.arange(k, dtype=np.int32)
-    of_mean = {"rank": np.tile(ranks, rows), **places.columns_along(("token", "top_k"))}
-    found = {
-        "rank": np.tile(ranks, rows * len(trace.layers) * len(trace.heads)),
-        **places.columns_along((*PLACE, "top_k")),
-    }
-    table = pa.concat_tables(
-        [pa.table({**mean, "layer": nothing, "head": nothing, **of_mean}), pa.table({**places.columns(k), **found})]
-    )
-    return table.filter(pa.compute.greater_equal(table["key"], 0))
-
-
-def _spans(places: _Places) -> "pa.Table":
-    pa, trace = places.pa, places.trace
-    count = len(trace.span_names)
-    lines = trace.span_mass.size // max(count, 1)
-    names = pa.array(list(trace.span_names) * lines, type=pa.string())
-    return pa.table({**places.columns(count), "span": names, **places.columns_along((*PLACE, "span"))})
-
-
-def _attention(places: _Places) -> "pa.Table":
-    pa, trace = places.pa, places.trace
-    lines = len(trace.positions) * len(trace.layers) * len(trace.heads)
-    columns = places.columns()
-    if not trace.has_attention:
-        columns = {name: column.slice(0, 0) for name, column in columns.items()}
-        lines = 0
-    heads = len(trace.layers) * len(trace.heads)
-    starts = np.repeat(trace.attention_starts, heads)
-    lengths = np.diff(trace.attention_offsets) // max(heads, 1)
-    offsets = np.concatenate([[0], np.cumsum(np.repeat(lengths, heads))]).astype(np.int64)
-    lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(trace.attention_values.astype(np.float32)))
-    return pa.table({**columns, "first_key": pa.array(starts[:lines]), "attention": lists})
+    return pyarrow(_USER).Table.from_pylist(rows)

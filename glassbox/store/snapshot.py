@@ -214,11 +214,16 @@ def write_snapshot(run_dir: Path, snapshot: Snapshot) -> Path:
     return path
 
 
-def _decode(file: BinaryIO) -> Snapshot:
-    archive = ArrayFile(file, MAX_BYTES)
-    meta = json.loads(archive.read(["meta"])["meta"].tobytes())
+def _meta(archive: ArrayFile) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads(archive.read(["meta"])["meta"].tobytes())
     if meta.pop("format", None) != FORMAT_VERSION:
         raise ValueError(f"format must be {FORMAT_VERSION}")
+    return meta
+
+
+def _decode(file: BinaryIO) -> Snapshot:
+    archive = ArrayFile(file, MAX_BYTES)
+    meta = _meta(archive)
     found = archive.read(ARRAY)
     arrays: dict[str, Any] = {name: found[name].astype(entry.dtype, copy=False) for name, entry in ARRAY.items()}
     of_checks = archive.read(_CHECKS + name for name in LAYER_CHECK_DTYPES)
@@ -316,6 +321,47 @@ class SnapshotReader:
             self.unreadable += 1
             log = logger.warning if self.unreadable == 1 else logger.debug
             log("glassbox skips an unreadable snapshot file %s: %s: %s", name, type(error).__name__, error)
+            return None
+
+
+@dataclass(frozen=True)
+class EngineWorker:
+    """A worker of an engine; fields as in Snapshot."""
+
+    engine: str
+    instance: str
+    layers: frozenset[int]
+
+
+class EngineWorkers:
+    """The workers that live, by their snapshots; of each only what never changes is read, and once.
+
+    Args:
+        run_dir: of the server.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = Path(run_dir)
+        self._known: dict[str, EngineWorker | None] = {}
+
+    def of(self, engine: str) -> list[EngineWorker]:
+        """Those of an engine.
+
+        Raises:
+            OSError: the directory may not be listed, or is not this user's.
+        """
+        names = list_files(self._run_dir, f"worker-{_UNSAFE.sub('_', engine)}-", ".npz")
+        self._known = {name: self._known[name] if name in self._known else self._read(name) for name in names}
+        found = (worker for worker in self._known.values() if worker is not None and worker.engine == engine)
+        return [worker for worker in found if not is_dead(worker.instance)]
+
+    def _read(self, name: str) -> EngineWorker | None:
+        try:
+            with open_file(self._run_dir / name, MAX_BYTES) as file:
+                meta = _meta(ArrayFile(file, MAX_BYTES))
+            return EngineWorker(meta["engine"], meta["instance"], frozenset(meta["layers"]))
+        except Exception as error:  # as with whole ones
+            logger.debug("an unreadable snapshot file %s: %s: %s", name, type(error).__name__, error)
             return None
 
 

@@ -25,6 +25,7 @@ from glassbox.store.trace_record import (
     may_be_of,
     read_header,
     read_trace,
+    trace_suffix,
 )
 from glassbox.store.trusted_file import list_files
 
@@ -133,6 +134,24 @@ class TraceDirectory:
         found = self.find(request_id)
         return self.load(found[0]) if found else None
 
+    def headers(self, internal_id: str, client: str | None) -> dict[str, dict[str, Any]]:
+        """Headers of the traces of a client's request, one of each worker that has one, by file.
+
+        No other file is looked at: it costs little to ask again and again.
+        """
+        names = list_files(self.path, _PREFIX, trace_suffix(client, internal_id))
+        headers = {name: self._try(read_header, name) for name in sorted(names)}
+        return {
+            name: header
+            for name, header in headers.items()
+            if header is not None and (header["internal_id"], header["client"]) == (internal_id, client)
+        }
+
+    def merged(self, names: Iterable[str]) -> RequestTrace | None:
+        """The trace in files of one request; None if they were removed meanwhile."""
+        found = self._load({("", "", None): dict.fromkeys(names)})
+        return found[0] if found else None
+
     def traces(self, request_id: str) -> list[RequestTrace]:
         """Those of `find` with their arrays."""
         loaded = (self.load(found) for found in self.find(request_id))
@@ -237,12 +256,13 @@ def _newest_first(found: list[TraceSummary]) -> list[TraceSummary]:
 
     def place(one: TraceSummary) -> tuple[int, int, str, int, str]:
         call, sample = call_and_sample(one.internal_id)
-        return newer[call], _prompt_number(one.request_id), one.request_id, sample, one.client or ""
+        return newer[call], prompt_number(one.request_id), one.request_id, sample, one.client or ""
 
     return sorted(found, key=place)
 
 
-def _prompt_number(external: str) -> int:
+def prompt_number(external: str) -> int:
+    """Of the prompt of a completion, by its external id; other requests have one, whose number means nothing."""
     number = external.rpartition("-")[2]
     return int(number) if number.isdecimal() and len(number) < 9 else 0
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, BinaryIO, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,8 @@ __all__ = [
     "TraceOptions",
     "call_and_sample",
     "client_of_name",
+    "decode_trace",
+    "encode_trace",
     "external_id",
     "is_of_client",
     "joined_attention",
@@ -59,6 +61,7 @@ __all__ = [
     "read_trace",
     "trace_name",
     "trace_prefix",
+    "trace_suffix",
     "write_trace",
 ]
 
@@ -247,9 +250,14 @@ def trace_name(engine: str, rank: int, instance: str, client: str | None, intern
     A client chooses a part of the id: it is cut and cleaned, and a digest keeps names apart. The client's own name is
     part of it, so that whose a file is can be told without reading it, and no client's file replaces another's.
     """
+    parts = (_clean(instance), _client_part(client), _clean_id(internal_id))
+    return f"{trace_prefix(engine, rank)}{'-'.join(parts)}{trace_suffix(client, internal_id)}"
+
+
+def trace_suffix(client: str | None, internal_id: str) -> str:
+    """How the names of a request's traces end, on whichever worker."""
     whole = f"{client or ''}/{internal_id}".encode("utf-8", "surrogatepass")
-    parts = (_clean(instance), _client_part(client), _clean_id(internal_id), hashlib.sha256(whole).hexdigest()[:12])
-    return f"{trace_prefix(engine, rank)}{'-'.join(parts)}.npz"
+    return f"-{hashlib.sha256(whole).hexdigest()[:12]}.npz"
 
 
 def client_of_name(name: str) -> str | None:
@@ -308,11 +316,12 @@ def write_trace(directory: Path, trace: RequestTrace) -> Path:
     """
     path = Path(directory) / trace_name(trace.engine, trace.rank, trace.instance, trace.client, trace.internal_id)
     make_folder(path.parent)
-    write_file(path, _encode(trace))
+    write_file(path, encode_trace(trace))
     return path
 
 
-def _encode(trace: RequestTrace) -> bytes:
+def encode_trace(trace: RequestTrace) -> bytes:
+    """The content of a trace's file."""
     header: dict[str, Any] = {name: getattr(trace, name) for name in _HEADER}
     header["options"] = asdict(trace.options)
     header["num_rows"] = len(trace.positions)
@@ -333,15 +342,31 @@ def read_trace(path: Path) -> RequestTrace:
         ValueError: it is not a trace of this format.
     """
     with open_file(Path(path), MAX_BYTES) as file:
-        try:
-            archive = ArrayFile(file, MAX_BYTES)
-            header = _decode_header(archive)
-            empty = {name: _empty(name, shape) for name, shape in header.pop("empty").items()}
-            filled = [array.name for array in trace_arrays.TRACE_ARRAYS if array.name not in empty]
-            header.pop("num_rows")
-            return RequestTrace(**header, arrays={**empty, **archive.read(filled)})
-        except Exception as error:  # garbage can fail anywhere in zip, npy, JSON or shapes
-            raise _unreadable(path, error) from error
+        return _decode(file, Path(path).name)
+
+
+def decode_trace(content: bytes, name: str) -> RequestTrace:
+    """What `encode_trace` made.
+
+    Args:
+        name: of the content, for the error.
+
+    Raises:
+        ValueError: it is not a trace of this format.
+    """
+    return _decode(io.BytesIO(content), name)
+
+
+def _decode(file: BinaryIO, name: str) -> RequestTrace:
+    try:
+        archive = ArrayFile(file, MAX_BYTES)
+        header = _decode_header(archive)
+        empty = {name: _empty(name, shape) for name, shape in header.pop("empty").items()}
+        filled = [array.name for array in trace_arrays.TRACE_ARRAYS if array.name not in empty]
+        header.pop("num_rows")
+        return RequestTrace(**header, arrays={**empty, **archive.read(filled)})
+    except Exception as error:  # garbage can fail anywhere in zip, npy, JSON or shapes
+        raise _unreadable(name, error) from error
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -357,11 +382,11 @@ def read_header(path: Path) -> dict[str, Any]:
             del header["empty"]
             return header
         except Exception as error:  # as above
-            raise _unreadable(path, error) from error
+            raise _unreadable(Path(path).name, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{Path(path).name} must be a trace of format {FORMAT_VERSION}: {type(error).__name__}: {error}")
+def _unreadable(name: str, error: Exception) -> ValueError:
+    return ValueError(f"{name} must be a trace of format {FORMAT_VERSION}: {type(error).__name__}: {error}")
 
 
 def _empty(name: str, shape: Sequence[int]) -> npt.NDArray[Any]:

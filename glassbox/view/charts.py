@@ -30,7 +30,7 @@ SUFFIXES: Final = (".png", ".svg")
 _DPI: Final = 150
 _PHASE_COLOURS: Final = {Phase.PREFILL: "#2c6fbb", Phase.DECODE: "#c8442e"}
 _NOT_MEASURED: Final = "#d9d9d9"
-_STYLE: Final[Any] = {
+STYLE: Final[Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -45,7 +45,7 @@ _STYLE: Final[Any] = {
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Matrix:
     """One layer x head matrix, ready to be drawn."""
 
     values: Floats
@@ -61,10 +61,10 @@ def heatmap(measured: Measured, statistic: Statistic, phase: Phase | None, value
     """
     matrix = _matrix(measured, statistic, phase, value)
     layers, heads = len(measured.layers), len(measured.heads)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_inches(layers, 7.5, 16.0), _inches(heads, 2.6, 11.0) + 1.3))
         axes = figure.add_subplot()
-        _draw_matrix(figure, axes, measured, matrix)
+        draw_matrix(figure, axes, matrix, measured.layers, measured.heads)
         name = "Rows measured" if value == "rows" else title(statistic)
         what = (
             phase_words(phase)
@@ -88,12 +88,12 @@ def heatmaps(measured: Measured, phase: Phase | None, value: Value = "mean") -> 
     layers, heads = len(measured.layers), len(measured.heads)
     across = 2 if layers >= heads else 4
     down = -(-len(statistics) // across)
-    with matplotlib.rc_context(_STYLE | {"font.size": 8, "axes.titlesize": 9}):
+    with matplotlib.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 9}):
         size = across * _inches(layers, 4.2, 8.0, 0.16), down * (_inches(heads, 1.7, 6.5, 0.16) + 0.75) + 0.6
         figure = Figure(figsize=size)
         grid = figure.subplots(down, across, squeeze=False).ravel()
         for axes, statistic, matrix in zip(grid, statistics, matrices, strict=False):
-            _draw_matrix(figure, axes, measured, matrix)
+            draw_matrix(figure, axes, matrix, measured.layers, measured.heads)
             axes.set_title(f"{title(statistic)}, {_value_words(statistic, measured, value)}")
         for axes in grid[len(statistics) :]:
             axes.set_axis_off()
@@ -109,7 +109,7 @@ def profile(measured: Measured, statistic: Statistic) -> Figure:
     """
     layers = measured.coarser("layer")
     at = np.array([layer if layer is not None else 0 for layer in layers.layers])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.3))
         axes = figure.add_subplot()
         for phase in PHASES:
@@ -126,7 +126,7 @@ def development(windows: Sequence[Measured], statistic: Statistic) -> Figure:
     """Time from left to right, of all layers and heads together; otherwise as `profile`."""
     whole = [window.coarser("model") for window in windows]
     at = np.array([_middle(window) for window in whole], dtype="datetime64[ms]")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.3))
         axes = figure.add_subplot()
         for phase in PHASES:
@@ -152,7 +152,7 @@ def save(figure: Figure, path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ViewError(f"the picture's file must end with {' or '.join(SUFFIXES)}, got {path.name!r}")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=_DPI)
 
 
@@ -163,7 +163,7 @@ def inline_svg(figure: Figure, salt: str) -> str:
         salt: another for each figure of a page, so that no two have the same ids.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', text))
@@ -176,7 +176,7 @@ def _inches(cells: int, least: float, most: float, each: float = 0.3) -> float:
     return min(max(cells * each, least), most)
 
 
-def _matrix(measured: Measured, statistic: Statistic, phase: Phase | None, value: Value) -> _Matrix:
+def _matrix(measured: Measured, statistic: Statistic, phase: Phase | None, value: Value) -> Matrix:
     if measured.detail != "head":
         measured.coarser("head")  # says what to do
     if statistic.decode_only and phase == Phase.PREFILL and value != "rows":
@@ -188,12 +188,16 @@ def _matrix(measured: Measured, statistic: Statistic, phase: Phase | None, value
     if value == "rows":
         rows = measured.rows_of(phase)
         values, words = (rows / measured.window_s, "rows a second") if measured.window_s else (rows, "rows")
-        return _Matrix(np.where(rows > 0, values, np.nan), Normalize(0, float(values.max())), words)
+        return Matrix(np.where(rows > 0, values, np.nan), Normalize(0, float(values.max())), words)
     if not measured.counts_of(statistic, phase).any():
         raise ViewError(f"{measured.source} has no values of {statistic.name} in {phase_words(phase)}")
-    values = _values(measured, statistic, phase, value)
+    return matrix_of(_values(measured, statistic, phase, value), statistic)
+
+
+def matrix_of(values: Floats, statistic: Statistic) -> Matrix:
+    """Values [layers, heads] of a statistic, on its scale."""
     low, high = heat.limits(statistic, values)
-    return _Matrix(values, (LogNorm if heat.logarithmic(statistic) else Normalize)(low, high), unit(statistic))
+    return Matrix(values, (LogNorm if heat.logarithmic(statistic) else Normalize)(low, high), unit(statistic))
 
 
 def _values(measured: Measured, statistic: Statistic, phase: Phase | None, value: Value) -> Floats:
@@ -220,13 +224,16 @@ def _about(measured: Measured, phase: Phase | None) -> str:
     return f"{name}, {shape_words(measured)}, {rows} rows {covers}"
 
 
-def _draw_matrix(figure: Figure, axes: Axes, measured: Measured, matrix: _Matrix) -> None:
+def draw_matrix(
+    figure: Figure, axes: Axes, matrix: Matrix, layers: Sequence[int | None], heads: Sequence[int | None]
+) -> None:
+    """A matrix with its colour bar, layers from left to right."""
     values = matrix.values.T  # heads x layers
     axes.set_facecolor(_NOT_MEASURED)
     image = axes.imshow(
-        np.ma.masked_invalid(values), cmap=_colormap(), norm=matrix.norm, aspect="auto", interpolation="nearest"
+        np.ma.masked_invalid(values), cmap=colormap(), norm=matrix.norm, aspect="auto", interpolation="nearest"
     )
-    for axis, names in ((axes.xaxis, measured.layers), (axes.yaxis, measured.heads)):
+    for axis, names in ((axes.xaxis, layers), (axes.yaxis, heads)):
         step = next(
             step for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 10_000) if len(names) / step <= 16 or len(names) < 12
         )
@@ -253,7 +260,8 @@ def _draw_matrix(figure: Figure, axes: Axes, measured: Measured, matrix: _Matrix
         axes.text(1, -0.02, "grey: not measured", transform=axes.transAxes, ha="right", va="top", fontsize=7)
 
 
-def _colormap() -> Colormap:
+def colormap() -> Colormap:
+    """Of every map; see heat.py."""
     stops = [heat.hexadecimal(share) for share in np.linspace(0, 1, 33)]
     return LinearSegmentedColormap.from_list("glassbox", stops)
 

@@ -6,6 +6,7 @@ Owns the parameters and the routes. What an answer says is `export.trace_documen
 import re
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,17 +18,22 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from glassbox.config.load import GlassboxConfig
+from glassbox.core.trace_arrays import trace_array
+from glassbox.export.answer_summary import REQUESTS_PATH
 from glassbox.export.token_text import TokenTexts
 from glassbox.export.trace_document import Selection, SelectionError, detail, document, summary
+from glassbox.export.trace_part import part_of
 from glassbox.export.trace_scores import TraceScores, in_list
 from glassbox.store.trace_directory import TraceDirectory
-from glassbox.store.trace_record import RequestTrace
+from glassbox.store.trace_record import RequestTrace, encode_trace
 from glassbox.web.answers import RequestError, guarded, json_answer
 from glassbox.web.request_page import page
 from glassbox.web.viewers import Viewer, Viewers, clients
 
-LIST_PATH: Final = "/glassbox/v1/requests"
+LIST_PATH: Final = REQUESTS_PATH
 MAX_LISTED: Final = 1000
+# Of a trace's arrays: a default server keeps traces of at most 16 MB.
+MAX_ARRAY_BYTES: Final = 64 << 20
 DEFAULT_LISTED: Final = 50
 _STATUSES: Final = ("active", "finished", "aborted", "lost")
 _WHYS: Final = ("opt_in", "sampled")
@@ -101,7 +107,7 @@ class _Traces:
 
     def one(self, viewer: Viewer, request_id: str, parameters: Mapping[str, str]) -> Response:
         _check_names(parameters, _ONE_PARAMETERS)
-        _check_one_of("format", parameters.get("format"), ("json", "html"))
+        _check_one_of("format", parameters.get("format"), ("json", "html", "npz"))
         chosen, is_chosen = _selection(parameters)
         with self._lock:
             # vLLM numbers the turns of a response: its client knows resp_..., the engine resp_..._0.
@@ -121,6 +127,8 @@ class _Traces:
         try:
             if parameters.get("format") == "html":
                 return _html(trace, chosen, texts, scores)
+            if parameters.get("format") == "npz":
+                return _arrays(trace, chosen, shows_text=texts is not None)
             shown = document(trace, texts, scores)
             # Further samples (n > 1) or prompts that the id may mean, and older requests that came with the same one.
             shown["others"] = [{name: getattr(other, name) for name in _OTHERS} for other in found[1:]]
@@ -129,6 +137,21 @@ class _Traces:
         except SelectionError as error:
             raise RequestError(str(error)) from None
         return json_answer(shown)
+
+
+def _arrays(trace: RequestTrace, chosen: Selection, *, shows_text: bool) -> Response:
+    """The trace as its file holds it; without the tokens, if they may not be shown."""
+    part = part_of(trace, chosen)
+    if not shows_text:
+        part = replace(part, arrays={**part.arrays, "token_ids": trace_array("token_ids").filled({})})
+    if part.nbytes > MAX_ARRAY_BYTES:
+        raise SelectionError(
+            f"the answer must have at most {MAX_ARRAY_BYTES >> 20} MB, got {part.nbytes >> 20}; choose fewer layers "
+            "and heads, or tokens=start:end"
+        )
+    # Packing megabytes of floats would hold up the event loop, and make them little smaller.
+    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Content-Encoding": "identity"}
+    return Response(encode_trace(part), headers=headers, media_type="application/octet-stream")
 
 
 def _html(trace: RequestTrace, chosen: Selection, texts: TokenTexts | None, scores: Mapping[str, Any]) -> Response:

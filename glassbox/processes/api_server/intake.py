@@ -15,9 +15,10 @@ from typing import Any, Final, TypeGuard
 
 from glassbox.adapter import server
 from glassbox.adapter.front_end import FrontEnd
+from glassbox.adapter.http_reply import Reply
 from glassbox.adapter.http_request import HttpRequest, note_requests
 from glassbox.adapter.running_requests import RunningRequests
-from glassbox.adapter.server import EngineLabels, ExtraArgs
+from glassbox.adapter.server import EngineLabels, ExtraArgs, SentRequest
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.signal_table import MAX_KEPT_PLACES
@@ -31,6 +32,7 @@ from glassbox.core.trace_options import (
     LAYERS_KEY,
     MODEL_KEY,
     PREFIX,
+    RESPOND_KEY,
     SAMPLED_KEY,
     SIGNALS_KEY,
     SPANS_KEY,
@@ -47,6 +49,7 @@ from glassbox.processes.api_server.llm_span_watcher import LlmSpanWatcher, watch
 from glassbox.processes.api_server.logprobs import RequestLogprobs
 from glassbox.processes.api_server.measured_shape import MeasuredShape
 from glassbox.processes.api_server.order_taker import OrderTaker
+from glassbox.processes.api_server.responding import Answers
 from glassbox.signals.needs import sampled_options
 from glassbox.signals.probe_files import ProbeFiles
 from glassbox.store.client_names import ClientNames
@@ -106,6 +109,7 @@ class Intake:
         self._unwatch: list[Callable[[], None]] = []
         self.traced = TracedRequests()
         self._measured = MeasuredShape(run_dir)
+        self._answers = Answers(config, run_dir)
         self._probes = ProbeFiles(config)
         self.logprobs = RequestLogprobs(config, run_dir, self._sampled)
         self._orders = OrderTaker(config, run_dir)
@@ -231,6 +235,14 @@ class Intake:
         # Where nobody says who it is, what one client may have is not meant for all of them together.
         return {} if header is None and keys == () else {CLIENT_KEY: client}
 
+    def wants_answer(self, extra_args: ExtraArgs) -> bool:
+        """See server.Intake."""
+        return RESPOND_KEY in extra_args and parse_options(extra_args).options.respond
+
+    def sent(self, request: SentRequest, reply: Reply) -> None:
+        """See server.Intake."""
+        self._answers.sent(request, reply)
+
     def begin_beam(self, prompt_len: int) -> ExtraArgs:
         """See server.Intake."""
         return {BEAM_PROMPT_KEY: prompt_len} if self._config().enabled else {}
@@ -270,10 +282,11 @@ class Intake:
         )
 
     def close(self) -> None:
-        """Take the watchers out of the tracer providers, and take orders no more."""
+        """Take the watchers out of the tracer providers, and end the threads that answers and orders have started."""
         self._orders.close()
         while self._unwatch:
             self._unwatch.pop()()
+        self._answers.close()
 
 
 def check_model_has(

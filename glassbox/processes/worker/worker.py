@@ -113,7 +113,9 @@ class Worker:
             unobserved=untraceable(facts),
         )
         self._sampled = SampledOptions(lambda: settings.config, host, errors)
-        self._requests = RequestTracker(host, self._deferred, sampled=lambda: self._sampled.options)
+        self._requests = RequestTracker(
+            host, self._deferred, on_awaited=self._write_awaited, sampled=lambda: self._sampled.options
+        )
         place = WorkerPlace(
             layers=layers.indices,
             names=layers.names,
@@ -146,10 +148,11 @@ class Worker:
         )
         self._exporter = ExporterProcess(settings.path)
         self._unread = UnreadWatch(rundir.run_dir())
-        self._wake = threading.Event()
+        # `_wake` says that there is something to do, `_due` that it is all of it.
+        self._wake, self._due = threading.Event(), threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
-        self._unsubscribe = settings.subscribe(self._wake.set)
+        self._unsubscribe = settings.subscribe(self._wake_for_all)
         self._last_written: tuple[Any, ...] | None = None
         self._said: LayerSelection | None = None
 
@@ -183,7 +186,7 @@ class Worker:
         self._requests.close()
         self._unsubscribe()
         atexit.unregister(self.close)
-        self._wake.set()
+        self._wake_for_all()
         if self._thread is not None:
             self._thread.join(timeout=5)
         self._exporter.stop()
@@ -193,9 +196,7 @@ class Worker:
         while True:
             with self._errors.guard("snapshot"):
                 self.write_if_changed()
-            with self._errors.guard("traces"):
-                self._deferred.finish()
-                self._traces.write(self._settings.config.requests)
+            self._write_traces()
             self._say_selection()
             with self._errors.guard(STAGE):
                 self._sampled.refresh()
@@ -203,7 +204,19 @@ class Worker:
             if self._closing:
                 return
             self._wait()
-            self._wake.clear()
+
+    def _write_traces(self, *, running: bool = True) -> None:
+        with self._errors.guard("traces"):
+            self._deferred.finish()
+            self._traces.write(self._settings.config.requests, running=running)
+
+    def _wake_for_all(self) -> None:
+        self._due.set()
+        self._wake.set()
+
+    def _write_awaited(self) -> None:
+        """An answer waits for a trace that has ended: it is written now, and what runs later."""
+        self._wake.set()
 
     def _look_at_exporter(self) -> None:
         with self._errors.guard("exporter"):
@@ -219,7 +232,11 @@ class Worker:
         end_s, look_s = now_s + config.export.interval_s, now_s + _LOOK_S
         while (left_s := end_s - time.monotonic()) > 0:
             if self._wake.wait(min(left_s, WATCHED_INTERVAL_S if watched else _LOOK_S)):
-                return
+                self._wake.clear()
+                if self._due.is_set():
+                    self._due.clear()
+                    return
+                self._write_traces(running=False)
             if watched:
                 with self._errors.guard("traces"):
                     self._deferred.run()

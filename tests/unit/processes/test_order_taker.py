@@ -121,7 +121,7 @@ class TestAbort:
 
     def test_it_has_ended(self, tmp_path: Path, taker: OrderTaker, engine: Engine) -> None:
         """Here, and its response is still under way."""
-        request = HttpRequest({}, Sent().tags)
+        request = HttpRequest({}, tags=Sent().tags)
         taker.asked("cmpl-3-0", request)
         order(tmp_path, "cmpl-3-0-cccccccc")
         taker.look()
@@ -154,7 +154,7 @@ class TestTags:
     def test_before_it_begins(self, tmp_path: Path, taker: OrderTaker) -> None:
         """A header has the rules' names; of a rule that aborts, too."""
         sent = Sent()
-        request = HttpRequest({}, sent.tags)
+        request = HttpRequest({}, tags=sent.tags)
         taker.asked("cmpl-1-0", request)
         order(tmp_path, do="tag", rule="b")
         order(tmp_path, do="abort", rule="a")
@@ -166,7 +166,7 @@ class TestTags:
     def test_in_a_stream(self, tmp_path: Path, taker: OrderTaker) -> None:
         """It has begun: its last chunk tells, and is one that clients know; all others are as they were."""
         sent = Sent()
-        request = HttpRequest({}, sent.tags)
+        request = HttpRequest({}, tags=sent.tags)
         taker.asked("cmpl-1-0", request)
         sent.begin(b"text/event-stream; charset=utf-8")
         chunk = {"id": "cmpl-1", "object": "text_completion", "created": 7, "model": "m", "choices": [{"text": "a"}]}
@@ -192,7 +192,7 @@ class TestTags:
     def test_other_streams(self, tmp_path: Path, taker: OrderTaker, body: bytes) -> None:
         """Named events, errors and what isn't understood pass as they are."""
         sent = Sent()
-        request = HttpRequest({}, sent.tags)
+        request = HttpRequest({}, tags=sent.tags)
         taker.asked("cmpl-1-0", request)
         sent.begin(b"text/event-stream")
         order(tmp_path, do="tag")
@@ -203,7 +203,7 @@ class TestTags:
     def test_too_late(self, tmp_path: Path, taker: OrderTaker) -> None:
         """A whole answer has begun; nothing is changed of it."""
         sent = Sent()
-        request = HttpRequest({}, sent.tags)
+        request = HttpRequest({}, tags=sent.tags)
         taker.asked("cmpl-1-0", request)
         sent.begin()
         order(tmp_path, do="tag")
@@ -214,7 +214,7 @@ class TestTags:
 
     def test_a_response_that_is_gone(self, tmp_path: Path, taker: OrderTaker) -> None:
         """Requests are not kept."""
-        taker.asked("cmpl-1-0", HttpRequest({}, Sent().tags))
+        taker.asked("cmpl-1-0", HttpRequest({}, tags=Sent().tags))
         order(tmp_path, do="tag")
         taker.look()
         assert [] == answered(tmp_path)
@@ -226,7 +226,7 @@ class TestThread:
         rule: dict[str, Any] = {"dry_run": True}
         taker = OrderTaker(lambda: make_config(**rule), tmp_path)
         taker.serves(RunningRequests(engine))
-        request = HttpRequest({}, Sent().tags)
+        request = HttpRequest({}, tags=Sent().tags)
 
         def threads() -> int:
             return sum(thread.name == "glassbox-orders" for thread in threading.enumerate())

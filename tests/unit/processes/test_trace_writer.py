@@ -82,6 +82,16 @@ class TestWrite:
         assert setup.write() == 0
         assert list(setup.writer._written) == ["b"]
 
+    def test_ended_ones_alone_where_somebody_waits_for_one(self, tmp_path: Path) -> None:
+        """Running ones are written with their next turn."""
+        setup = Setup(tmp_path)
+        setup.arrive("a", "b")
+        setup.finish("a")
+        assert setup.writer.write(setup.config.requests, running=False) == 1
+        assert setup.found() == {"a": ("finished", 0)}
+        assert setup.write() == 1
+        assert setup.found() == {"a": ("finished", 0), "b": ("active", 0)}
+
     def test_running_ones_wait_if_they_are_expensive(self, tmp_path: Path) -> None:
         """Each takes 10 ms, so two are written every 4 s; one that ends doesn't wait."""
         setup = Setup(tmp_path)

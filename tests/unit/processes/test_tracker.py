@@ -291,6 +291,18 @@ class TestEnds:
         assert [trace.internal_id for trace in requests.active()] == ["a"]
         assert refused(requests) == {"max_active": 1}
 
+    def test_one_whose_answer_waits(self) -> None:
+        """Is told of when it has ended, and so written at once; of others nobody is told."""
+        told: list[int] = []
+        deferred = DeferredActions(ErrorCounter(logging.getLogger("test.requests")))
+        requests = RequestTracker(make_host(), deferred, on_awaited=lambda: told.append(len(requests.ended())))
+        arrive(requests, "a", "b", extra_args=TRACE)
+        arrive(requests, "c", extra_args={**TRACE, "glassbox_respond": 1})
+        finish(requests, "a", "b")
+        assert told == []
+        finish(requests, "c")
+        assert told == [3]
+
     def test_an_id_that_comes_again(self) -> None:
         """Gone and new in one step are two requests."""
         requests = tracker()

@@ -16,8 +16,9 @@ from glassbox.core.rows import NUM_ROW_COLUMNS
 from glassbox.core.trace_arrays import PLACE, TRACE_ARRAYS, TraceArray, without_values
 from glassbox.core.trace_options import MAX_ATTENTION_KEYS
 from glassbox.export.records import open_records
-from glassbox.export.trace_document import document
-from glassbox.processes.offline import _tables
+from glassbox.export.trace_document import Selection, document
+from glassbox.export.trace_part import part_of
+from glassbox.export.trace_tables import trace_tables
 from glassbox.processes.worker.traces.active import ActiveTrace, Chunk
 from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
 from glassbox.store.trace_directory import traces_path
@@ -133,7 +134,14 @@ class TestOneMoreArray:
         sink.write([document(trace)])
         sink.flush(force=True)
         assert [tilt.mean(axis=(1, 2)).tolist()] == pq.read_table(tmp_path / "records")["tokens_tilt"].to_pylist()
-        assert tilt.ravel().tolist() == _tables([[trace]])[0]["tilt"].to_pylist()
+        tables = trace_tables([[trace]], "a test")
+        assert tilt.ravel().tolist() == tables.rows["tilt"].to_pylist()
+        assert tilt.mean(axis=(1, 2)).tolist() == tables.tokens["tilt"].to_pylist()
+
+    def test_in_a_part(self) -> None:
+        """That of the chosen layers and heads."""
+        part, tilt = part_of(recorded(), Selection(layers=(2,), heads=(1, 0))), tilt_of((2, 3, 4))
+        np.testing.assert_array_equal(tilt[:, [2]][:, :, [1, 0]], part.tilt)
 
 
 class TestTable:

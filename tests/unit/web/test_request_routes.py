@@ -191,7 +191,7 @@ class TestOne:
             ({"layers": ""}, "layers must be all or indices such as 0,5,11, got ''"),
             ({"tokens": "8:5"}, "tokens must be start:end with start < end, got '8:5'"),
             ({"tokens": "5"}, "tokens must be start:end"),
-            ({"format": "xml"}, "format must be one of json, html, got 'xml'"),
+            ({"format": "xml"}, "format must be one of json, html, npz, got 'xml'"),
             ({"limit": "1"}, "parameters must be among layers, heads, tokens, format, got 'limit'"),
         ],
     )

@@ -95,6 +95,7 @@ class RequestTracker:
         host: the worker.
         deferred: where what was measured waits for the device, and so the end of a trace, too.
         clock: seconds, monotonic.
+        on_awaited: told that a request is gone whose answer waits for its trace.
         sampled: returns what is kept of a request that the trace rate chooses.
     """
 
@@ -103,10 +104,11 @@ class RequestTracker:
         host: TraceHost,
         deferred: DeferredActions,
         clock: Callable[[], float] = time.monotonic,
+        on_awaited: Callable[[], None] = lambda: None,
         sampled: Callable[[], TraceOptions] = TraceOptions,
     ) -> None:
         self._sampled = sampled
-        self._host, self._deferred = host, deferred
+        self._host, self._deferred, self._on_awaited = host, deferred, on_awaited
         self._active: dict[str, ActiveTrace] = {}
         self._ended: list[ActiveTrace] = []
         # Requests without statistics, and refused ones: the V2 runner brings a preempted request as a new one.
@@ -490,6 +492,8 @@ class RequestTracker:
             self._deferred.add(lambda: self._end_with(trace, copy.tokens(), include_text), copy.event)
         else:
             self._deferred.add(lambda: self._end(trace, "finished"))
+        if trace.options.respond:
+            self._on_awaited()
 
     def _end_with(self, trace: ActiveTrace, tokens: RequestTokens, keep: bool) -> None:
         tokens = until_end(tokens)

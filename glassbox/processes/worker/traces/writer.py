@@ -69,10 +69,13 @@ class TraceWriter:
         self._fresh_s: dict[str, float] = {}
         self.watched_delay_s = 0.0
 
-    def write(self, config: RequestsConfig) -> int:
+    def write(self, config: RequestsConfig, *, running: bool = True) -> int:
         """Write what has changed: ended requests once, running ones again and again. Ended ones are released.
 
         Many or long running ones take their time, and then wait until it is `RUNNING_SHARE` of what has passed.
+
+        Args:
+            running: whether these are written at all.
 
         Returns:
             Number of files written.
@@ -85,7 +88,7 @@ class TraceWriter:
         ended = self._tracker.ended()
         written, running_s = 0, 0.0
         failure: OSError | None = None
-        again = self._clock() >= self._running_due
+        again = running and self._clock() >= self._running_due
         if (active or ended) and config.include_text:
             try:
                 self._tell_tokenizer()
@@ -107,8 +110,8 @@ class TraceWriter:
             self._running_due = self._clock() + running_s / RUNNING_SHARE
         for trace in ended:
             self._tracker.release(trace)
-        running = {trace.internal_id for trace in active}
-        self._written = {internal_id: v for internal_id, v in self._written.items() if internal_id in running}
+        still = {trace.internal_id for trace in active}
+        self._written = {internal_id: v for internal_id, v in self._written.items() if internal_id in still}
         if written:
             self._prune(config, active)
         if failure is not None:
