@@ -70,7 +70,8 @@ class Tags:
         if not late or chunk is None:
             return message
         text = json.dumps({**chunk, "choices": [], MEMBER: late}, separators=(",", ":")).encode()
-        return {**message, "body": before + _DATA + text + b"\n\n" + _DONE + rest}
+        # What comes with the end stays the last, as a summary that the request has asked for (`http_reply.py`).
+        return {**message, "body": _DATA + text + b"\n\n" + before + _DONE + rest}
 
 
 def _members_of(events: bytes) -> dict[str, Any] | None:
