@@ -6,7 +6,8 @@ a KV head, where `row_stats_cpu.py` plans rows of many requests. The statistics 
 `reference/row_probe.py`. Which rows are asked for is `glassbox/processes/worker/traces/`'s.
 
 A tile holds all keys that its rows see, so each row's softmax is made at once, and nothing is merged but the sums over
-rows, in float64.
+rows, in float64. What follows the product is done by the native kernel, a row after the other on one core, or by torch
+on many cores and where there is no compiler.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from glassbox.core.trace_arrays import SCORE_PARAMS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.probe_answers import PromptAnswers, kv_heads
 from glassbox.kernels.row_stats_cpu import HIDDEN, KeyReader
+from glassbox.kernels.row_stats_native import ScoredTile
 
 # Scores of a tile, in float32 numbers: 2 MB, what a core's own cache holds.
 _TILE_SCORES: Final = 1 << 19
@@ -90,10 +92,13 @@ class PromptWishes:
     local_window: int = 128
 
 
-def prompt_rows_cpu(chunk: PromptChunk, asked: PromptWishes) -> PromptAnswers[Tensor]:
+def prompt_rows_cpu(chunk: PromptChunk, asked: PromptWishes, *, native: bool = False) -> PromptAnswers[Tensor]:
     """Measure a chunk. Scores of magnitude 1e38 and more count as overflow (nonfinite), as in `row_stats_cpu`.
 
     Memory: beside the answers the sequence's keys in float32, and some MB.
+
+    Args:
+        native: whether the native kernel is there and to be used.
 
     Raises:
         ValueError: a head that the layer lacks is asked for.
@@ -102,6 +107,8 @@ def prompt_rows_cpu(chunk: PromptChunk, asked: PromptWishes) -> PromptAnswers[Te
     if asked.heads and asked.heads[-1] >= num_heads:
         raise ValueError(f"heads must be below {num_heads}, got {asked.heads[-1]}; ask for those that the layer has")
     group = num_heads // chunk.reader.num_kv_heads
+    if not asked.heads:  # another rank has those that were asked for
+        return _Rows.empty(num_rows, 0, len(asked.spans), chunk.end).answers(group)
     wanted = kv_heads(asked.heads, group)
     first = chunk.lowest(chunk.position)
     keys_from = min(asked.keys_from, chunk.end)
@@ -111,7 +118,7 @@ def prompt_rows_cpu(chunk: PromptChunk, asked: PromptWishes) -> PromptAnswers[Te
     rows = _Rows.empty(num_rows, len(asked.heads), len(asked.spans), chunk.end)
     for k, kv_head in enumerate(wanted):
         of_group = [number for number, head in enumerate(asked.heads) if head // group == kv_head]
-        _measure(chunk, asked, queries, keys[k], base, slice(of_group[0], of_group[-1] + 1), rows)
+        _measure(chunk, asked, queries, keys[k], base, slice(of_group[0], of_group[-1] + 1), rows, native=native)
     if not (asked.grams or asked.kept):
         return rows.answers(group)
     new_keys = keys[:, :, keys_from - base :]
@@ -171,6 +178,8 @@ def _measure(
     base: int,
     heads: slice,  # of H, those of one KV head
     rows: _Rows,
+    *,
+    native: bool,
 ) -> None:
     """Fill in all rows of the query heads that share a KV head."""
     scaled = (queries[:, heads] * chunk.params.scale).transpose(0, 1)  # [G, N, D]
@@ -185,8 +194,42 @@ def _measure(
         lowest = chunk.lowest(first)
         of_tile = scaled[:, part].reshape(-1, head_size)
         scores = (of_tile @ keys[:, lowest - base : end - base]).view(heads_here, -1, end - lowest)
-        _fill(chunk, asked, scores, first, lowest, (part, heads), rows)
+        fill = _fill_natively if native else _fill
+        fill(chunk, asked, scores, first, lowest, (part, heads), rows)
         at = part.stop
+
+
+def _fill_natively(
+    chunk: PromptChunk,
+    asked: PromptWishes,
+    scores: Tensor,
+    first: int,
+    base: int,
+    place: tuple[slice, slice],
+    rows: _Rows,
+) -> None:
+    """As `_fill`."""
+    params, heads = chunk.params, list(asked.heads[place[1]])
+    slopes, sinks = (
+        None if values is None else values.detach().float()[heads].numpy()
+        for values in (params.alibi_slopes, params.sinks)
+    )
+    ScoredTile(
+        scores=scores.numpy(),
+        position=first,
+        base=base,
+        slopes=slopes,
+        sinks=sinks,
+        soft_cap=params.soft_cap,
+        reach=params.reach,
+        spans=asked.spans.numpy(),
+        stats=rows.stats[place].numpy(),
+        previous=rows.previous[place].numpy(),
+        span_mass=rows.span_mass[place].numpy(),
+        received=rows.received[place[1], base : base + scores.shape[2]].numpy(),
+        sink_tokens=asked.sink_tokens,
+        local_window=asked.local_window,
+    ).measure()
 
 
 def _fill(

@@ -64,12 +64,31 @@ struct GlassboxAsked {
     float* const* received;  // [A]: null, or [L, H, position + 1] of the row, filled with 0
 };
 
+// Consecutive rows of one request, not decoded, in heads that share a KV head; scored already.
+struct GlassboxTile {
+    float* scores;         // [heads, rows, columns], raw; they are overwritten
+    const float* slopes;   // [heads] or null
+    const float* sinks;    // [heads] or null
+    const int32_t* spans;  // [num_spans, 2]
+    // Of the first row and head; the next row's stand row_stride heads further.
+    float* stats;      // [NUM_COLUMNS] each
+    float* previous;   // attention to the position before
+    float* span_mass;  // [num_spans] each
+    double* received;  // of the first head and column, added to; the next head's stand received_stride further
+    float* scratch;    // [columns]
+    int64_t heads, rows, columns, row_stride, received_stride, num_spans;
+    int64_t position, base;  // of the first row and of the first column
+    int64_t reach, sink_tokens, local_window;
+    double soft_cap;
+};
+
 int glassbox_sizes(const GlassboxRows*, GlassboxSizes*);
 void glassbox_take(const GlassboxRows*, const GlassboxLayer*, const void* query, int64_t token_stride,
                    int64_t head_stride, float* queries);
 int glassbox_row_stats(const GlassboxRows*, const GlassboxLayer* const* layers, int64_t num_layers,
                        const float* queries, const GlassboxAsked*, const int64_t* places, float* stats, float* previous,
                        float* scratch);
+void glassbox_prompt_tile(const GlassboxTile*);
 }
 
 namespace {
@@ -304,14 +323,29 @@ struct Row {
             return;
         }
         position = of.seq_lens[batch] - of.query_start[batch + 1] + query;
-        first = of.reach == 0  ? 0
-                : of.reach > 0 ? std::max<int64_t>(position - of.reach + 1, 0)
-                               : position / -of.reach * -of.reach;
+        first = first_visible(position, of.reach);
+    }
+
+    // Of a prompt.
+    static Row at(int64_t position, int64_t reach) {
+        Row row;
+        row.position = position;
+        row.first = first_visible(position, reach);
+        row.prompt_len = position + 1;
+        row.decode = false;
+        return row;
     }
 
     // Whether it is a token of its request.
     bool is_sound() const { return position >= 0; }
     int64_t keys() const { return position + 1 - first; }
+
+   private:
+    Row() = default;
+
+    static int64_t first_visible(int64_t position, int64_t reach) {
+        return reach == 0 ? 0 : reach > 0 ? std::max<int64_t>(position - reach + 1, 0) : position / -reach * -reach;
+    }
 };
 
 bool all_finite(const float* scores, int64_t count) {
@@ -593,4 +627,42 @@ int glassbox_row_stats(const GlassboxRows* rows, const GlassboxLayer* const* lay
         if (previous != nullptr) previous += rows->num_rows * layer.heads;
     }
     return 0;
+}
+
+void glassbox_prompt_tile(const GlassboxTile* tile) {
+    GlassboxRows rows{};
+    rows.sink_tokens = tile->sink_tokens, rows.local_window = tile->local_window;
+    GlassboxLayer layer{};
+    layer.slopes = tile->slopes, layer.soft_cap = tile->soft_cap;
+    for (int64_t head = 0; head < tile->heads; ++head) {
+        std::fill_n(tile->scratch, tile->columns, 0.0f);
+        for (int64_t r = 0; r < tile->rows; ++r) {
+            const Row row = Row::at(tile->position + r, tile->reach);
+            const int64_t n = row.keys(), at = r * tile->row_stride + head, column = row.first - tile->base;
+            float* seen = tile->scores + (head * tile->rows + r) * tile->columns + column;
+            float* out = tile->stats + at * NUM_COLUMNS;
+            float* masses = tile->span_mass + at * tile->num_spans;
+            float* sums = tile->scratch + column;
+            if (!all_finite(seen, n)) {
+                std::fill_n(out, NUM_COLUMNS, NAN_F);
+                out[NONFINITE] = 1.0f;
+                tile->previous[at] = NAN_F;
+                std::fill_n(masses, tile->num_spans, NAN_F);
+                std::fill_n(sums, n, NAN_F);
+                continue;
+            }
+            cap_and_bias(seen, n, layer, head);
+            const bool has_sink = tile->sinks != nullptr;
+            const double inverse_z = finish_row(seen, row, has_sink ? tile->sinks[head] : 0, has_sink, rows, out);
+            tile->previous[at] = row.position == 0 ? NAN_F : n > 1 ? float(seen[n - 2] * inverse_z) : 0.0f;
+            for (int64_t s = 0; s < tile->num_spans; ++s)
+                masses[s] = float(sum_between(seen, row.first, row.position + 1, tile->spans[2 * s],
+                                              tile->spans[2 * s + 1]) * inverse_z);
+            const float share = float(inverse_z);
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) sums[j] += seen[j] * share;
+        }
+        double* received = tile->received + head * tile->received_stride;
+        for (int64_t j = 0; j < tile->columns; ++j) received[j] += tile->scratch[j];
+    }
 }

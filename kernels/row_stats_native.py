@@ -32,7 +32,7 @@ _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m
 # Multiplications of queries and keys in a layer, up to which one core is faster than torch's calls on many; up to so
 # many cores it always is.
 _LIGHT: Final = 1 << 21
-_FEW_CORES: Final = 4
+FEW_CORES: Final = 4
 # Float32 numbers: 16 MB.
 _SCORE_BUDGET: Final = 1 << 22
 # Likewise: the most queries that wait to be measured.
@@ -73,11 +73,22 @@ class _Asked(ctypes.Structure):
     )
 
 
+class _Tile(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("scores", "slopes", "sinks", "spans")),
+        *((name, _POINTER) for name in ("stats", "previous", "span_mass", "received", "scratch")),
+        *((name, _INT) for name in ("heads", "rows", "columns", "row_stride", "received_stride", "num_spans")),
+        *((name, _INT) for name in ("position", "base", "reach", "sink_tokens", "local_window")),
+        ("soft_cap", _REAL),
+    )
+
+
 _STRUCTS: Final[dict[str, type[ctypes.Structure]]] = {
     "GlassboxRows": _Rows,
     "GlassboxSizes": _Sizes,
     "GlassboxLayer": _Layer,
     "GlassboxAsked": _Asked,
+    "GlassboxTile": _Tile,
 }
 
 
@@ -116,6 +127,7 @@ class NativeKernel:
     sizes: Callable[..., int]
     take: Callable[..., None]
     row_stats: Callable[..., int]
+    prompt_tile: Callable[..., None]
 
 
 @functools.cache
@@ -127,7 +139,11 @@ def native_kernel() -> NativeKernel:
         OSError: see `load_cpp`.
     """
     library = load_cpp(_SOURCE, _definitions())
-    kernel = NativeKernel(library.glassbox_sizes, library.glassbox_take, library.glassbox_row_stats)
+    kernel = NativeKernel(
+        library.glassbox_sizes, library.glassbox_take, library.glassbox_row_stats, library.glassbox_prompt_tile
+    )
+    library.glassbox_prompt_tile.restype = None
+    library.glassbox_prompt_tile.argtypes = [_POINTER]
     library.glassbox_sizes.argtypes = [_POINTER] * 2
     library.glassbox_take.restype = None
     library.glassbox_take.argtypes = [_POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER]
@@ -299,7 +315,7 @@ class NativeRows:
         """Whether the kernel is the faster way in a layer of that size, on a worker with so many cores."""
         if self._sizes.item_scores * num_heads > _SCORE_BUDGET:
             return False
-        return cores <= _FEW_CORES or self._sizes.scores * num_heads * head_size <= _LIGHT
+        return cores <= FEW_CORES or self._sizes.scores * num_heads * head_size <= _LIGHT
 
     def scratch(self, num_heads: int, head_size: int) -> NDArray[np.float32]:
         """As the kernel needs it for layers of that size."""
@@ -458,6 +474,66 @@ class NativeStep:
     def previous(self) -> NDArray[np.float32] | None:
         """float32 [measured layers, R, Hq], attention to the position before, as `row_stats_cpu` returns it."""
         return None if self._previous is None else self._previous[: len(self.measured)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredTile:
+    """Consecutive rows of one request's prompt in heads that share a KV head, and where their numbers go.
+
+    Attributes:
+        scores: float32 [G, M, n] contiguous, raw; overwritten.
+        position: of the first row; base: of the first of the n keys, the first that this row sees.
+        slopes, sinks: float32 [G], of ALiBi and learned sinks; None is none.
+        soft_cap, reach: as of `LayerParams`.
+        spans: int32 [S, 2] contiguous.
+        stats, previous, span_mass: float32 [M, G, ...], of larger arrays whose rows have one stride in heads.
+        received: float64 [G, n], likewise; added to.
+        sink_tokens, local_window: in tokens.
+    """
+
+    scores: NDArray[np.float32]
+    position: int
+    base: int
+    slopes: NDArray[np.float32] | None
+    sinks: NDArray[np.float32] | None
+    soft_cap: float | None
+    reach: int | None
+    spans: NDArray[np.int32]
+    stats: NDArray[np.float32]
+    previous: NDArray[np.float32]
+    span_mass: NDArray[np.float32]
+    received: NDArray[np.float64]
+    sink_tokens: int
+    local_window: int
+
+    def measure(self) -> None:
+        """Fill them in, on the calling thread."""
+        heads, rows, columns = self.scores.shape
+        scratch = np.empty(columns, dtype=np.float32)
+        tile = _Tile(
+            scores=self.scores.ctypes.data,
+            slopes=_address(self.slopes),
+            sinks=_address(self.sinks),
+            spans=self.spans.ctypes.data,
+            stats=self.stats.ctypes.data,
+            previous=self.previous.ctypes.data,
+            span_mass=self.span_mass.ctypes.data,
+            received=self.received.ctypes.data,
+            scratch=scratch.ctypes.data,
+            heads=heads,
+            rows=rows,
+            columns=columns,
+            row_stride=self.previous.strides[0] // self.previous.itemsize,
+            received_stride=self.received.strides[0] // self.received.itemsize,
+            num_spans=len(self.spans),
+            position=self.position,
+            base=self.base,
+            reach=self.reach or 0,
+            sink_tokens=self.sink_tokens,
+            local_window=self.local_window,
+            soft_cap=self.soft_cap or 0.0,
+        )
+        native_kernel().prompt_tile(ctypes.addressof(tile))
 
 
 def _address(values: NDArray | None) -> int | None:

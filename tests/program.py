@@ -51,20 +51,25 @@ def environment(config: Path | None = None, run_dir: Path | None = None, **more:
 def run_program(
     program: str, args: Sequence[str], env: Mapping[str, str], cwd: Path, timeout_s: float = 300.0
 ) -> Finished:
-    """Run `tests/<program>` to its end; the test fails if the program does."""
-    finished = subprocess.run(
-        [sys.executable, str(_ROOT / "tests" / program), *args],
-        env=dict(env),
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=timeout_s,
-        check=False,
-    )
-    results = [line for line in finished.stdout.splitlines() if line.startswith(RESULT)]
-    if finished.returncode or len(results) != 1:
-        pytest.fail(f"{program} ended with {finished.returncode}:\n{finished.stdout[-6000:]}")
-    return Finished(json.loads(results[0].removeprefix(RESULT)), finished.stdout)
+    """Run `tests/<program>` to its end; the test fails if the program does. What it writes lies in `cwd` meanwhile."""
+    written = cwd / f"{Path(program).stem}.log"
+    with written.open("w") as log:
+        try:
+            ended = subprocess.run(
+                [sys.executable, str(_ROOT / "tests" / program), *args],
+                env=dict(env),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=timeout_s,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            ended = None
+    text = written.read_text(errors="replace")
+    results = [line for line in text.splitlines() if line.startswith(RESULT)]
+    if ended != 0 or len(results) != 1:
+        how = f"took more than {timeout_s:.0f} s" if ended is None else f"ended with {ended}"
+        pytest.fail(f"{program} {how}:\n{text[-6000:]}")
+    return Finished(json.loads(results[0].removeprefix(RESULT)), text)

@@ -476,7 +476,7 @@ class Wrappers:
                     self._intake.sent(SentRequest(request_id, added.get(CLIENT_KEY), request), reply)
             if added and request.sampling_params is not None:
                 request.sampling_params.extra_args = {**(extra_args or {}), **added}
-            if traced or added.get(SAMPLED_KEY):
+            if (traced or added.get(SAMPLED_KEY)) and beam_prompt is None:
                 tokens = getattr(request, "prompt_token_ids", None)
                 told = request.sampling_params.extra_args if added else extra_args
                 salt = self._intake.salt(told, None if tokens is None else len(tokens))
@@ -531,15 +531,29 @@ class Wrappers:
             wanted = self._intake.logprobs
             if not wanted.any:
                 return original(processor, engine_core_outputs, *args, **kwargs)
+            taken = []
             for output in engine_core_outputs:
                 found, state = output.new_logprobs, processor.request_states.get(output.request_id)
                 if found is None or state is None or output.request_id not in wanted:
                     continue
-                wanted.add(output.request_id, found.logprobs[:, 0].tolist())
+                taken.append((output.request_id, found))
                 if state.logprobs_processor.num_logprobs is None:  # the client asked for none
                     output.new_logprobs = None
             result = original(processor, engine_core_outputs, *args, **kwargs)
-            wanted.end_all_but(processor.request_states.__contains__)
+            try:
+                for request_id, found in taken:
+                    # Of each token the sampled one's stands first.
+                    wanted.add(request_id, found.logprobs[:, 0].tolist())
+                wanted.end_all_but(processor.request_states.__contains__)
+            except Exception as error:  # what is served goes on
+                log_once(
+                    logger,
+                    logging.ERROR,
+                    "logprobs",
+                    "Log-probabilities of traced requests are lost: %s: %s",
+                    type(error).__name__,
+                    error,
+                )
             return result
 
         return process_outputs

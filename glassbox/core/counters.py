@@ -232,7 +232,7 @@ ENGINE_NUMBERS: Final[tuple[EngineNumber, ...]] = (
         otel_name="trace_refused",
         kind="counter",
         unit="{request}",
-        help="Requests that should have been traced but were not, by reason; they were served as any other.",
+        help="Requests that were not traced, or not as they asked, by reason; they were served as any other.",
         merge=MergeRule.LARGEST_PLACE,
         labels=("reason",),
     ),

@@ -26,7 +26,7 @@ from glassbox.kernels.prompt_rows_cpu import PromptChunk, PromptWishes, prompt_r
 from glassbox.kernels.row_plan import RowPlan, plan_rows
 from glassbox.kernels.row_probe_cpu import row_probe_cpu
 from glassbox.kernels.row_stats_cpu import LayerRows, row_stats_cpu
-from glassbox.kernels.row_stats_native import NativeProbe, NativeRows, NativeStep, native_kernel
+from glassbox.kernels.row_stats_native import FEW_CORES, NativeProbe, NativeRows, NativeStep, native_kernel
 from glassbox.measure.contract import (
     AskedPrompt,
     AskedRows,
@@ -382,7 +382,9 @@ class CpuMeasurer:
             local_window=self._local_window,
         )
         assert self._traced is not None
-        self._traced.add_prompt(number, local, prompt_rows_cpu(chunk, wishes).moved(torch.Tensor.numpy))
+        native = self._native and torch.get_num_threads() <= FEW_CORES
+        found = prompt_rows_cpu(chunk, wishes, native=native)
+        self._traced.add_prompt(number, local, found.moved(torch.Tensor.numpy))
 
     def _vectors_of(
         self,

@@ -134,6 +134,10 @@ class TraceDirectory:
         found = self.find(request_id)
         return self.load(found[0]) if found else None
 
+    def suffixes(self) -> frozenset[str]:
+        """How the names of all files end; see `trace_suffix`."""
+        return frozenset(name[name.rindex("-") :] for name in self.versions())
+
     def headers(self, internal_id: str, client: str | None) -> dict[str, dict[str, Any]]:
         """Headers of the traces of a client's request, one of each worker that has one, by file.
 

@@ -58,6 +58,9 @@ def check(server: GlassboxServer, summary: Any, count: int = 1) -> None:
         assert "missing" not in choice, choice
         document = httpx.get(server.url + choice["trace"], timeout=60.0).raise_for_status().json()
         assert {name: document[name] for name in ALIKE} == {name: choice[name] for name in ALIKE}
+        assert {name: document["scores"][name] for name in ("probes", "signals")} == {
+            name: choice["scores"][name] for name in ("probes", "signals")
+        }
         trace = TraceDirectory(server.run_dir).get(choice["internal_id"])
         assert trace is not None
         for phase, means in choice["means"].items():
@@ -88,6 +91,14 @@ class TestSummary:
         check(server, asked[-1].glassbox)
         assert [] == asked[-1].choices
         assert (plain[-1].usage if more else None) == asked[-1].usage
+
+    def test_named_signals(self, server: GlassboxServer, api: openai.OpenAI) -> None:
+        """With their values, of log-probabilities, too, which come from this very process."""
+        answer: Any = api.chat.completions.create(**options({**ASKED, "glassbox_signals": ["rauq", "laplacian"]}))
+        check(server, answer.glassbox)
+        signals = answer.glassbox["choices"][0]["scores"]["signals"]
+        assert {"rauq", "laplacian"} == signals.keys()
+        assert [] == [one for one in signals.values() if "refused" in one or None in one["values"].values()]
 
     def test_asyncio(self, server: GlassboxServer, async_api: openai.AsyncOpenAI) -> None:
         """Whole and streamed at once."""

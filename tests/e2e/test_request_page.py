@@ -11,10 +11,14 @@ from starlette.applications import Starlette
 
 from glassbox.config.load import GlassboxConfig
 from glassbox.processes.exporter.http import HttpServer
+from glassbox.signals.probe import ProbeFeature
+from glassbox.signals.scores import scores_of
+from glassbox.store.score_files import ScoreFiles, StoredScores
 from glassbox.store.tokenizer_note import write_source
 from glassbox.store.trace_directory import traces_path
 from glassbox.store.trace_record import RequestTrace, write_trace
 from glassbox.web.request_routes import request_routes
+from tests import probe_samples
 from tests.browser import Watched, watched_page
 from tests.trace_samples import make_trace
 from tests.unit.export.test_token_text import make_tokenizer
@@ -49,6 +53,10 @@ def trace(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RequestTra
     write_source(run_dir, str(folder), None)
     write_trace(traces_path(run_dir), made)
     write_trace(traces_path(run_dir), make_trace(seed=1, request_id="bare", top_k=0, attention=False, spans=()))
+    probes = [probe_samples.make_probe("drift", threshold=0.0), probe_samples.make_probe("calm", threshold=1.0)]
+    probes.append(probe_samples.make_probe("blind", features=(ProbeFeature("answer_sink_ratio_L2_H0", 0.5, 1.0, 1.0),)))
+    summary = scores_of(made, probes, ["focus", "spectral"]).summary()
+    ScoreFiles(run_dir).write((made.engine, made.internal_id, made.client), StoredScores(summary))
     return made
 
 
@@ -161,6 +169,26 @@ class TestText:
             watched.page.goto(f"{url}/bare?format=html")
             assert "send glassbox_top_k" in watched.page.locator("#attended").inner_text()
             assert [] == [line for line in watched.complaints if "favicon" not in line]
+
+
+class TestScores:
+    def test_probes_and_signals(self, shown: Watched, trace: RequestTrace) -> None:
+        """What each probe says and by how much, why one says nothing, and the signals with what they refuse."""
+        parts = shown.page.locator("#scores .probe").all_inner_texts()
+        score = f"score {probe_samples.score_of(trace):.3f}, threshold"
+        assert ["probe drift", "lost", f"{score} 0.000"] == [line for line in parts[0].splitlines() if line]
+        assert ["probe calm", "not lost", f"{score} 1.000"] == [line for line in parts[1].splitlines() if line]
+        assert "No score: the request has no value of any of its features" in parts[2]
+        row = trace.positions.tolist().index(trace.prompt_len - 1)
+        focus = shown.page.locator("#scores table", has_text="signal focus").locator("tr", has_text="mass system")
+        assert f"{trace.span_mass[row, ..., 0].mean():.4g}" == focus.locator("td").all_inner_texts()[0]
+        assert "rows of" in shown.page.locator("#scores div", has_text="signal spectral").last.inner_text()
+
+    def test_a_request_without_any(self, browser: Browser, url: str) -> None:
+        """Has no such part."""
+        with watched_page(browser) as watched:
+            watched.page.goto(f"{url}/bare?format=html")
+            assert not watched.page.locator("#scores-card").is_visible()
 
 
 class TestForEverybody:

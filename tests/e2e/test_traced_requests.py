@@ -16,6 +16,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from glassbox.cli.dashboards import check, generated
 from glassbox.cli.dashboards.stack import Stack
+from glassbox.store.trace_directory import TraceDirectory
 from tests.e2e.test_dashboard_queries import VALUES
 from tests.otlp_receiver import OtlpReceiver, attributes
 from tests.prometheus_server import PrometheusServer, free_port
@@ -38,6 +39,20 @@ def ask(url: str, headers: dict[str, str] | None = None) -> openai.OpenAI:
 def body(**xargs: Any) -> dict[str, Any]:
     """What the client sends beside OpenAI's own fields; the answer has a known length."""
     return {"ignore_eos": True, "vllm_xargs": xargs}
+
+
+def answers(response: Any) -> Any:
+    """All that a response says but its name and time."""
+    return {name: value for name, value in response.model_dump().items() if name not in ("id", "created")}
+
+
+def said(response: Any) -> str:
+    """The text of a response, or of a part of a streamed one."""
+    if not response.choices:
+        return ""
+    choice = response.choices[0]
+    message = getattr(choice, "message", None) or getattr(choice, "delta", None)
+    return str((message.content if message is not None else choice.text) or "")
 
 
 class Shown:
@@ -148,6 +163,32 @@ class TestClient:
         ids = server.post("/tokenize", model=MODEL_NAME, messages=MESSAGES)["tokens"]
         start, end = trace["options"]["spans"]["question"]
         assert server.post("/detokenize", tokens=ids[start:end])["prompt"] == QUESTION
+
+    def test_log_probabilities(self, server: GlassboxServer, shown: Shown) -> None:
+        """Traces have those of each token, and a response holds what its client asked for; tokens stay the same."""
+        client, signals = ask(server.url), {**TRACE, "glassbox_signals": ["rauq", "laplacian"]}
+        chat: Any = {"model": MODEL_NAME, "messages": MESSAGES, "max_tokens": TOKENS, "temperature": 0}
+        text: Any = {"model": MODEL_NAME, "prompt": QUESTION, "max_tokens": TOKENS, "temperature": 0}
+        for create, asked, wanted in (
+            (client.chat.completions.create, chat, {"logprobs": True, "top_logprobs": 1}),
+            (client.completions.create, text, {"logprobs": 1}),
+        ):
+            plain, with_them = (create(**asked, **more, extra_body=body()) for more in ({}, wanted))
+            traced = create(**asked, extra_body=body(**signals))
+            streamed = list(create(**asked, stream=True, extra_body=body(**signals)))
+            both = create(**asked, **wanted, extra_body=body(**signals))
+            assert answers(plain) == answers(traced)
+            assert answers(with_them) == answers(both)
+            assert said(plain) == "".join(map(said, streamed))
+            assert all(chunk.choices[0].logprobs is None for chunk in streamed if chunk.choices)
+            expected = with_them.choices[0].logprobs
+            content = getattr(expected, "content", None)
+            logprobs = [one.logprob for one in content] if content else expected.token_logprobs
+            for request_id in (traced.id, streamed[0].id, both.id):
+                shown.ended(request_id)
+                (trace,) = TraceDirectory(server.run_dir).traces(request_id)
+                assert logprobs == pytest.approx(trace.logprobs.tolist(), abs=1e-5)
+                assert (trace.prompt_len, ()) == (int(trace.decode().argmax()), trace.notes)
 
     def test_off_and_nothing(self, server: GlassboxServer, shown: Shown) -> None:
         """Requests that say off, or nothing, leave no trace."""

@@ -36,6 +36,7 @@ class ParallelSpec:
         model: folder. prompts: token ids. max_tokens: of each prompt.
         out: path without suffix.
         llm_args: arguments of vllm.LLM.
+        options: of glassbox, of each request; its traces are saved as well.
     """
 
     model: str
@@ -43,6 +44,7 @@ class ParallelSpec:
     max_tokens: int
     out: str
     llm_args: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] | None = None
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -68,6 +70,11 @@ class ParallelResult:
         with np.load(f"{self.spec.out}.npz") as saved:
             return dict(saved)
 
+    def trace(self, number: int) -> dict[str, np.ndarray]:
+        """The arrays of a request's trace, its ranks merged."""
+        with np.load(f"{self.spec.out}-trace{number}.npz") as saved:
+            return dict(saved)
+
 
 def run(spec: ParallelSpec) -> None:
     """Serve, wait for the snapshots that have it all, and save them."""
@@ -85,6 +92,7 @@ def run(spec: ParallelSpec) -> None:
             ignore_eos=True,
             detokenize=False,
             allowed_token_ids=[FORCED],
+            extra_args=spec.options,
         ),
         use_tqdm=False,
     )
@@ -95,6 +103,8 @@ def run(spec: ParallelSpec) -> None:
         if int(engine.rows.sum(-1).min()) >= expected or time.monotonic() > deadline:
             break
         time.sleep(0.1)
+    if spec.options is not None:
+        _save_traces(llm, [output.request_id for output in outputs], spec.out, run_dir)
     np.savez(f"{spec.out}.npz", **{name: getattr(engine, name) for name in _ARRAYS})  # type: ignore[arg-type]
     workers = [
         {"rank": one.rank, "layers": list(one.layers), "heads": [one.heads.start, one.heads.stop]}
@@ -111,11 +121,24 @@ def run(spec: ParallelSpec) -> None:
     print(RESULT + json.dumps(report))
 
 
+def _save_traces(llm: Any, request_ids: list[str], out: str, run_dir: Path) -> None:
+    from glassbox.adapter.offline_engine import deliver_ends
+    from glassbox.store.trace_directory import TraceDirectory
+
+    deliver_ends(llm)
+    directory, deadline = TraceDirectory(run_dir), time.monotonic() + _SETTLED_S
+    for number, request_id in enumerate(request_ids):
+        while (trace := directory.get(request_id)) is None or trace.status == "active":
+            assert time.monotonic() < deadline, f"{request_id} left no trace"
+            time.sleep(0.1)
+        np.savez(f"{out}-trace{number}.npz", notes=np.array(trace.notes, dtype=str), **trace.arrays)  # type: ignore[arg-type]
+
+
 def run_engine(spec: ParallelSpec, folder: Path, *, timeout_s: float = 300.0, **env: str) -> ParallelResult:
     """Run one in a process of its own, all of whose steps are measured."""
     folder.mkdir()
     config = folder / "glassbox.yaml"
-    config.write_text("sample_rate: 1.0\nexport: {interval_s: 0.5}\n")
+    config.write_text("sample_rate: 1.0\nexport: {interval_s: 0.5}\nrequests: {max_trace_mb: 64}\n")
     path = folder / "spec.json"
     path.write_text(json.dumps(asdict(spec)))
     environ = environment(config, folder / "run", **env)

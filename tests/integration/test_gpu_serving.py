@@ -100,8 +100,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 @pytest.mark.parametrize("way", WAYS)
 class TestEachWay:
     def test_tokens_are_those_without_the_plugin(self, results: dict[str, Result], way: str) -> None:
-        """Greedy, token for token, at sample rate 1."""
-        assert results[way].report["tokens"] == results[f"{way}-plain"].report["tokens"]
+        """Greedy, token for token, at sample rate 1.
+
+        Of a batch that some of whose requests have an adapter, the others': vLLM 0.33 splits an adapter's product into
+        64 parts (`get_lora_op_configs`), which are added in whatever order they come.
+        """
+        spec = results[way].spec
+        exact = [i for i in range(len(spec.prompts)) if spec.adapted is None or not spec.adapted[i]]
+        ours, plain = (results[name].report["tokens"] for name in (way, f"{way}-plain"))
+        assert [ours[i] for i in exact] == [plain[i] for i in exact]
 
     def test_certified(self, results: dict[str, Result], way: str) -> None:
         """Every layer of the model, and none of a drafter, was reproduced; nothing went wrong."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from glassbox.core.output_checks import LayerState
@@ -42,7 +43,9 @@ class TestTwoRanks:
             "gpu_memory_utilization": 0.2,
         }
         model = random_llama(folder / "model")
-        one = ParallelSpec(str(model), prompts(), 4, str(folder / "one"), args)
+        # Whole prompts are measured beside the sample, which stays what it is.
+        options = {"glassbox": "trace", "glassbox_prompt": "all", "glassbox_signals": ["spectral", "cyclic", "rauq"]}
+        one = ParallelSpec(str(model), prompts(), 4, str(folder / "one"), args, options)
         parallel = {**args, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
         specs = {"one": one, "two": replace(one, out=str(folder / "two"), llm_args=parallel)}
         with ThreadPoolExecutor() as pool:
@@ -64,6 +67,23 @@ class TestTwoRanks:
     def test_together_they_measure_what_one_does(self, engines: dict[str, ParallelResult]) -> None:
         """Every head in its place in the whole model, each row once, with the values that one rank gives."""
         assert_same_rows(engines["one"], engines["two"], close=1e-4)
+
+    def test_a_trace_of_both(self, engines: dict[str, ParallelResult]) -> None:
+        """All arrays of a request are those that one rank gives: each head in its place, its answer's rows, too."""
+        for number, prompt in enumerate(prompts()):
+            whole, merged = (engines[name].trace(number) for name in ("one", "two"))
+            assert list(range(len(prompt) + 3)) == whole["positions"].tolist()
+            assert ([], []) == (whole["notes"].tolist(), merged["notes"].tolist())
+            assert whole.keys() == merged.keys()
+            for name, values in whole.items():
+                if values.dtype.kind == "f":
+                    size = np.nanmax(np.abs(values), initial=1e-3)
+                    np.testing.assert_allclose(merged[name], values, rtol=1e-3, atol=1e-4 * size, err_msg=name)
+                else:
+                    np.testing.assert_array_equal(merged[name], values, err_msg=name)
+            for name in ("received", "keys", "queries", "singular_values", "logprobs"):
+                assert np.isfinite(whole[name]).all(), name
+                assert whole[name].size, name
 
     def test_both_certify(self, engines: dict[str, ParallelResult]) -> None:
         """A layer is certified if every rank has reproduced its heads; nothing failed."""

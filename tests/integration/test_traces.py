@@ -395,6 +395,12 @@ class TestCapture:
                     False,
                 )
                 assert (row["lookback_ratio"] is None) == (row["phase"] == "prefill")
+            tokens = found.tokens.filter(pc.equal(found.tokens["request"], i)).to_pylist()
+            assert [line["position"] for line in tokens] == trace.positions.tolist()
+            for line in tokens:
+                shares = [row["sink_ratio"] for row in rows if row["position"] == line["position"]]
+                assert line["sink_ratio"] == pytest.approx(sum(shares) / len(shares), rel=1e-6)
+                assert line["token_id"] == trace.token_ids[line["position"]]
             for line in found.spans.filter(pc.equal(found.spans["request"], i)).to_pylist():
                 p = attention[line["layer"], line["head"], line["position"]]
                 assert line["mass"] == pytest.approx(p[:4].sum(), abs=MASS)

@@ -11,7 +11,9 @@ from glassbox.kernels import prompt_rows_cpu as kernel
 from glassbox.kernels.probe_answers import PromptAnswers, kv_heads
 from glassbox.kernels.prompt_rows_cpu import PromptChunk, PromptWishes, prompt_rows_cpu
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref
-from tests.kernels.test_row_stats_cpu import Batch, PlainReader
+from tests.kernels.test_row_stats_cpu import Batch, PlainReader, implementation
+
+__all__ = ["implementation"]  # a fixture of this module, too
 
 ROUNDING = 2.0**-23
 SPANS = ((0, 3), (20, 60))
@@ -34,7 +36,7 @@ def measure(batch: Batch, heads: tuple[int, ...] | None = None, **asked: Any) ->
     spans = torch.tensor(SPANS, dtype=torch.int32)
     chosen = tuple(range(batch.num_heads)) if heads is None else heads
     wishes = PromptWishes(chosen, spans, sink_tokens=batch.sink_tokens, local_window=batch.local_window, **asked)
-    return prompt_rows_cpu(chunk, wishes)
+    return prompt_rows_cpu(chunk, wishes, native=Batch.native)
 
 
 def attention(batch: Batch) -> list[np.ndarray]:
@@ -111,6 +113,7 @@ class TestAgainstReference:
         assert one.keys is not None
         np.testing.assert_array_equal(whole.key_gram[1:], one.key_gram)
         np.testing.assert_array_equal(whole.keys[:, 1:], one.keys)
+        assert (20, 0, NUM_STATISTICS + 1) == measure(batch, (), **ALL).stats.shape
         with pytest.raises(ValueError, match="heads must be below 6, got 6; ask for those that the layer has"):
             measure(batch, (6,))
 

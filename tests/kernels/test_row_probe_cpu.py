@@ -46,6 +46,7 @@ class Layers:
             "spans": torch.tensor(self.spans, dtype=torch.int32),
             "kept_attention": range(self.num_rows),
             "max_attention_keys": MAX_ATTENTION_KEYS,
+            "received": range(self.num_rows),
         }
         asked = Questions(positions=first.positions, chosen=self.chosen, **(defaults | options))
         if Batch.native:
@@ -99,6 +100,7 @@ class Layers:
                     np.testing.assert_allclose(answers.span_mass[r, n, :, s], wanted, rtol=0, atol=10 * tolerance)
                 last = expected[:, -max_attention_keys:]
                 np.testing.assert_allclose(answers.attention[r][n], last, rtol=HALF_ROUNDING, atol=tolerance + 2.0**-24)
+                np.testing.assert_allclose(answers.received[r][n], expected, rtol=0, atol=tolerance)
                 chosen = self.chosen[r, n].numpy()
                 total[: position + 1] += expected[chosen].sum(0)
                 total_tolerance += tolerance * chosen.sum()

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical
 
-from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_PHASE, ROW_PROMPT_LEN, ROW_QUERY
+from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_PHASE, ROW_PROMPT_LEN, ROW_QUERY, ROW_SLOT
 from glassbox.core.statistics import INDEX, NUM_STATISTICS, STATISTICS
 from glassbox.kernels.layer_params import LayerParams
+from glassbox.kernels.reference.row_probe import row_probe_ref
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.kernels.row_stats_cpu import LayerRows, RowPlan, plan_rows, row_stats_cpu
 from glassbox.kernels.row_stats_native import KeyOrder, KeyPages, NativeLayer, NativeRows, NativeStep
@@ -68,6 +69,7 @@ class Batch:
     gain: float = 1.0
     transposed: bool = False
     seed: int = 0
+    slots: list[int] | None = None
     native: ClassVar[bool] = False
     q: Tensor = field(init=False)
     keys: list[Tensor] = field(init=False)
@@ -95,7 +97,10 @@ class Batch:
             entry(self.starts[b] + offset, b, position, self.lengths[b][2])
             for (b, offset), position in zip(self.rows, self.positions, strict=True)
         ]
-        return np.array(listed, dtype=np.int32).reshape(-1, NUM_ROW_COLUMNS)
+        rows = np.array(listed, dtype=np.int32).reshape(-1, NUM_ROW_COLUMNS)
+        if self.slots is not None:
+            rows[:, ROW_SLOT] = self.slots
+        return rows
 
     @property
     def params(self) -> LayerParams:
@@ -132,6 +137,20 @@ class Batch:
     def measured(self, reader: PlainReader, plan: RowPlan) -> Tensor:
         """Statistics of the batch's only layer."""
         return row_stats_cpu([LayerRows.select(self.q, reader, plan, self.params)], plan)[0][0]
+
+    def before(self, **options: int) -> Tensor | None:
+        """Attention to the position before, of the batch's only layer."""
+        pages, table = self.cache()
+        if self.native:
+            layer, _lying = self.native_layer(pages, transposed=False)
+            step = NativeStep(self.native_rows(table), 1, self.num_heads, self.head_size)
+            step.take(0, layer, self.q)
+            found = step.previous()
+            return None if found is None else torch.from_numpy(found[0])
+        plan = self.plan(table, **options)
+        rows = [LayerRows.select(self.q, PlainReader(pages), plan, self.params)]
+        of_layers = row_stats_cpu(rows, plan)[1]
+        return None if of_layers is None else of_layers[0]
 
     def native_rows(self, table: np.ndarray, asked: np.ndarray | None = None) -> NativeRows:
         return NativeRows(
@@ -232,6 +251,40 @@ def batches(draw: st.DrawFn) -> Batch:
         transposed=draw(st.booleans()),
         seed=draw(st.integers(0, 999)),
     )
+
+
+class TestBefore:
+    """Attention of rows with a trace slot to the position before their own."""
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"window": 1}, {"window": 9}, {"chunk": 16}, {"soft_cap": 3.0, "alibi": True, "sinks": True}]
+    )
+    @pytest.mark.parametrize("budget", [1 << 20, 1])
+    def test_is_the_references(self, options: dict[str, Any], budget: int) -> None:
+        """In one tile or many; 0 where a window hides it, NaN at position 0 and in rows without a slot."""
+        batch = Batch(
+            [(40, 40, 40), (97, 1, 50), (33, 17, 33), (200, 3, 60)],
+            [(0, 0), (0, 1), (0, 16), (0, 39), (1, 0), (2, 0), (2, 16), (3, 0), (3, 2)], num_heads=4, num_kv_heads=2,
+            **options,
+        )  # fmt: skip
+        batch.slots = [-1 if row == 6 else row for row in range(9)]
+        batch.q[batch.starts[3] + 2, 1] = math.nan  # of the last row
+        found = batch.before(key_budget=budget)
+        expected = torch.full((9, 4), math.nan, dtype=torch.float64)
+        for row, position in enumerate(batch.positions):
+            attention = row_probe_ref(
+                batch.q[batch.row_list[row, ROW_QUERY]], batch.keys[batch.rows[row][0]], position, scale=batch.scale,
+                sliding_window=batch.window, chunk_size=batch.chunk, soft_cap=batch.soft_cap,
+                alibi_slopes=batch.slopes, sinks=batch.learned,
+            )  # fmt: skip
+            if position and row != 6:
+                expected[row] = attention[:, -2]
+        assert found is not None
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+    def test_nobody_is_traced(self) -> None:
+        """Then it isn't computed."""
+        assert Batch([(5, 1, 3)], [(0, 0)]).before() is None
 
 
 class TestAgainstReference:

@@ -42,12 +42,14 @@ def ended(server: GlassboxServer, request_id: str) -> dict[str, Any]:
 @pytest.mark.check("served", "cpu")
 @pytest.mark.parametrize("release", runnable(), ids=lambda release: release.name)
 def test_served(release: Release, demo_model_path: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """A traced chat with spans by message, bad options refused, the live page, and metrics of every layer."""
+    """A traced chat with spans by message and a summary, bad options, the live page, and metrics of every layer."""
     variables = vllm_environment(folder_of(release, whole=True), pytestconfig.rootpath, VLLM_PLUGINS="glassbox")
     with GlassboxServer(demo_model_path, tmp_path, env=variables) as server:
         assert release.version in httpx.get(f"{server.url}/version", timeout=60.0).text
-        answer = chat(server, **TRACE, **MESSAGE_SPANS).raise_for_status().json()
+        answer = chat(server, **TRACE, **MESSAGE_SPANS, glassbox_respond=1).raise_for_status().json()
         trace = ended(server, answer["id"])
+        (said,) = answer["glassbox"]["choices"]
+        assert (trace["internal_id"], trace["signals"]) == (said["internal_id"], said["signals"])
         usage = answer["usage"]
         assert (usage["prompt_tokens"], TOKENS) == (trace["prompt_len"], trace["num_generated"])
         assert [0, 29] == trace["layers"]

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
-from glassbox.core.signal_table import signal_row
+from glassbox.core.signal_table import SIGNAL_NAMES, signal_row
 from glassbox.core.trace_options import CHOICE_KEY, CLIENT_KEY, SAMPLED_KEY, SIGNALS_KEY, TraceOptions
 from glassbox.store.logprobs_files import LogprobsFiles
 from glassbox.store.trace_directory import traces_path
@@ -50,21 +50,23 @@ class RequestLogprobs:
 
     def wants(self, extra_args: object) -> bool:
         """Whether a request with these keys has signals that need them."""
-        if not isinstance(extra_args, Mapping):
+        config = self._config()
+        if not isinstance(extra_args, Mapping) or not config.enabled:
             return False
-        requests = self._config().requests
+        requests = config.requests
         if extra_args.get(CHOICE_KEY) == "trace":
             given = extra_args.get(SIGNALS_KEY, ())
-            signals = [given] if isinstance(given, str) else given
+            signals = given if isinstance(given, list | tuple) else [given]
             wanted = requests.opt_in
         else:
             wanted = extra_args.get(SAMPLED_KEY) is True
             signals = self._sampled().signals if wanted else ()
-        return wanted and any("logprobs" in signal_row(name).arrays for name in signals)
+        return wanted and any("logprobs" in signal_row(name).arrays for name in SIGNAL_NAMES if name in signals)
 
     def begin(self, internal_id: str, extra_args: Mapping[str, Any]) -> None:
         """A request goes to the engine, which is asked for them."""
-        self._requests[internal_id] = _Request(extra_args.get(CLIENT_KEY))
+        # One whose client goes on with its prompt comes again.
+        self._requests.setdefault(internal_id, _Request(extra_args.get(CLIENT_KEY)))
 
     @property
     def any(self) -> bool:

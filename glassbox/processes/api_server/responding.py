@@ -9,6 +9,7 @@ said in words. Which of an answer's bytes that goes into is `adapter/http_reply.
 import asyncio
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
 from glassbox.store.snapshot import EngineWorkers
 from glassbox.store.trace_directory import TraceDirectory, prompt_number
-from glassbox.store.trace_record import call_and_sample
+from glassbox.store.trace_record import call_and_sample, trace_suffix
 
 if TYPE_CHECKING:
     from glassbox.export.trace_scores import TraceScores
@@ -36,6 +37,8 @@ MAX_CHOICES: Final = 32
 _FIRST_PAUSE_S: Final = 0.005
 _LONGEST_PAUSE_S: Final = 0.1
 _THREADS: Final = 2
+# One look at the directory serves everybody who waits.
+_LISTED_FOR_S: Final = 0.02
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,9 @@ class Summaries:
         self._directory, self._workers = TraceDirectory(run_dir), EngineWorkers(run_dir)
         self._lock = threading.Lock()
         self._scores: TraceScores | None = None
+        # How the names of what lies there end, and when that was looked up.
+        self._suffixes: frozenset[str] = frozenset()
+        self._listed_s = -math.inf
 
     def prepare(self) -> None:
         """Load what the first summary needs while its request runs."""
@@ -175,7 +181,7 @@ class Summaries:
         """What is said of a request; None as long as not all workers that trace it have written its end."""
         from glassbox.export.answer_summary import summary_of
 
-        if not choice.internal_id:
+        if not choice.internal_id or not self._may_be_there(choice):
             return None
         headers = self._directory.headers(choice.internal_id, choice.client)
         headers = {name: one for name, one in headers.items() if one["start_time_s"] >= choice.since_s}
@@ -187,6 +193,13 @@ class Summaries:
         self.prepare()
         assert self._scores is not None
         return summary_of(trace, self._scores.document(trace, (trace.engine, trace.internal_id, trace.client)))
+
+    def _may_be_there(self, choice: Choice) -> bool:
+        with self._lock:
+            now_s = time.monotonic()
+            if now_s - self._listed_s > _LISTED_FOR_S:
+                self._suffixes, self._listed_s = self._directory.suffixes(), now_s
+            return trace_suffix(choice.client, choice.internal_id) in self._suffixes
 
     def _is_whole(self, headers: Mapping[str, Mapping[str, Any]]) -> bool:
         first = next(iter(headers.values()))

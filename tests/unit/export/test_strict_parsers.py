@@ -25,6 +25,7 @@ from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import LivenessCollector, PrometheusCollector
 from glassbox.processes.api_server.shown_metrics import ShownMetrics
 from glassbox.store.exporter_status import ExporterStatus, write_status
+from glassbox.store.score_totals import ScoreTotals, write_totals
 from glassbox.store.snapshot import Snapshot, write_snapshot
 from glassbox.store.trace_directory import traces_path
 from glassbox.store.trace_record import write_trace
@@ -92,6 +93,10 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Collec
             write_snapshot(run_dir, snapshot)
         model_name = snapshots[0].model_name
         write_trace(traces_path(run_dir), make_trace(request_id="mine [1]", model_name=model_name))
+        totals = ScoreTotals(1.0, ("calm", "drift.2"))
+        totals.engine((model_name, snapshots[0].engine)).probe("calm").add(0.25)
+        totals.engine((model_name, snapshots[0].engine)).signal("rauq")["refused"] += 1
+        write_totals(run_dir, totals)
         write_status(run_dir, ExporterStatus(1, 1.0, {"otel": 3}, {"otel": 0.0, "jsonl": 5.5}, restarts=1))
         settings = {"prometheus": {"detail": detail, "max_series": 100_000, "port": 9}}
         registry: CollectorRegistry = request.param(
@@ -131,6 +136,13 @@ def test_every_detail(page: Callable[..., CollectorRegistry], detail: str) -> No
     found = check_both(page(make_snapshot(), make_snapshot(seed=5, engine="1"), detail=detail))
     names = {name for name, _ in found}
     assert {"glassbox_attention_max_logit_bucket", "glassbox_export_interval_seconds", "glassbox_exporter_up"} <= names
+    assert {"glassbox_probe_score_sum", "glassbox_signal_requests_total", "glassbox_scoring_seconds_total"} <= names
+    scored = {
+        dict(labels)["probe"]: value
+        for (name, labels), value in found.items()
+        if name == "glassbox_probe_score_sum" and ("engine", "0") in labels
+    }
+    assert {"calm": 0.25, "drift.2": 0.0} == scored
     assert {name.removesuffix("_count") for name in names if name.endswith("_count")} == {
         name.removesuffix("_sum") for name in names if name.endswith("_sum")
     }

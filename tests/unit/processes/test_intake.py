@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from glassbox.adapter import server as vllm_server
@@ -19,6 +20,9 @@ from glassbox.adapter.server import INTAKE_PATCHES, EngineLabels, Patch, Wrapper
 from glassbox.config.load import GlassboxConfig
 from glassbox.processes.api_server import intake as intake_module
 from glassbox.processes.api_server.intake import MAX_REMEMBERED, Intake, TracedRequests
+from glassbox.store.logprobs_files import LogprobsFiles, read_logprobs
+from glassbox.store.trace_directory import traces_path
+from tests import probe_samples
 
 vllm_exceptions = pytest.importorskip("vllm.exceptions", reason="needs vLLM")
 ClientError = vllm_exceptions.VLLMValidationError
@@ -51,9 +55,10 @@ class Server:
 
     config: dict[str, Any] = field(default_factory=dict)
     seen: list[Any] = field(default_factory=list)
+    run_dir: Path = Path("unused")
 
     def __post_init__(self) -> None:
-        self.intake = Intake(lambda: GlassboxConfig.model_validate(self.config), Path("unused"))
+        self.intake = Intake(lambda: GlassboxConfig.model_validate(self.config), self.run_dir)
         self.engine_client = SimpleNamespace(vllm_config=VLLM_CONFIG)
 
         async def check_model(_: Any, request: Any) -> None:
@@ -61,7 +66,7 @@ class Server:
 
         def process_inputs(_: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             self.seen.append(params)
-            return SimpleNamespace(sampling_params=Params(params.extra_args))
+            return SimpleNamespace(sampling_params=Params(params.extra_args), cache_salt=None)
 
         async def add_request(_: Any, request_id: str, prompt: Any, params: Any, trace_headers: Any = None) -> Any:
             # As AsyncLLM without --otlp-traces-endpoint: the headers go no further.
@@ -204,6 +209,201 @@ class TestProcessInputs:
         extra_args = {"glassbox": "trace"}
         assert extra_args == server.process("r1", extra_args, trace_headers={"traceparent": TRACEPARENT})
         assert "r1" not in server.intake.traced
+
+
+@dataclass
+class EngineRequest:
+    """vLLM's EngineCoreRequest."""
+
+    request_id: str
+    sampling_params: Any
+    cache_salt: str | None = None
+
+
+class Outputs:
+    """vLLM's OutputProcessor: `seen` is what it was given of each token, by request."""
+
+    def __init__(self, server: Server, logprobs_mode: str = "raw_logprobs") -> None:
+        self.request_states: dict[str, Any] = {}
+        self.seen: list[Any] = []
+        server.wrappers._logprobs_mode = logprobs_mode
+        self._add = server.wrappers.add_to_outputs(Outputs.original_add)
+        self._process = server.wrappers.process_outputs(Outputs.original_process)
+
+    def original_add(self, request: EngineRequest) -> None:
+        logprobs = SimpleNamespace(num_logprobs=request.sampling_params.logprobs)
+        self.request_states[request.request_id] = SimpleNamespace(logprobs_processor=logprobs)
+
+    def original_process(self, outputs: list[Any]) -> None:
+        self.seen += [output.new_logprobs for output in outputs]
+        for output in outputs:
+            if output.finished:
+                self.request_states.pop(output.request_id, None)
+
+    def add(self, request_id: str, extra_args: Any, logprobs: int | None = None, salt: str | None = None) -> Any:
+        params = SimpleNamespace(extra_args=extra_args, logprobs=logprobs)
+        request = EngineRequest(request_id, params, salt)
+        self._add(self, request)
+        assert params.logprobs == logprobs, "the answers of one prompt share their parameters"
+        return request
+
+    def process(self, request_id: str, logprobs: Any, *, finished: bool = False) -> None:
+        found = None if logprobs is None else SimpleNamespace(logprobs=np.array(logprobs))
+        self._process(self, [SimpleNamespace(request_id=request_id, new_logprobs=found, finished=finished)])
+
+
+RAUQ = {"glassbox": "trace", "glassbox_signals": ["rauq"]}
+
+
+class TestLogprobs:
+    """Log-probabilities are asked of the engine for traces, and the client sees those that it asked for."""
+
+    @pytest.fixture
+    def server(self, tmp_path: Path) -> Server:
+        return Server(run_dir=tmp_path)
+
+    def read(self, server: Server, internal_id: str, count: int, client: str | None = None) -> list[float]:
+        return read_logprobs(traces_path(server.run_dir), internal_id, client, count).tolist()
+
+    def test_not_asked_by_the_client(self, server: Server) -> None:
+        """The engine is asked, and what it gives goes no further; it is there when the request has ended."""
+        outputs = Outputs(server)
+        assert 0 == outputs.add("a", {**RAUQ, "glassbox_client": "c"}).sampling_params.logprobs
+        outputs.process("a", [[-1.0]])
+        outputs.process("a", [[-2.0], [-0.5]])  # speculation accepts several
+        assert np.isnan(self.read(server, "a", 3, "c")).all()
+        outputs.process("a", [[-0.25]], finished=True)
+        assert [None, None, None] == outputs.seen
+        assert [-1.0, -2.0, -0.5, -0.25] == self.read(server, "a", 4, "c")
+        assert not server.intake.logprobs.any
+
+    def test_asked_by_the_client(self, server: Server) -> None:
+        """It gets its own; the sampled token's stands first."""
+        outputs = Outputs(server)
+        assert 3 == outputs.add("a", RAUQ, logprobs=3).sampling_params.logprobs
+        outputs.process("a", [[-1.0, -0.1, -2.0, -3.0]], finished=True)
+        assert [[-1.0, -0.1, -2.0, -3.0]] == outputs.seen[0].logprobs.tolist()
+        found = self.read(server, "a", 2)
+        assert (-1.0, True) == (found[0], np.isnan(found[1]))
+
+    @pytest.mark.parametrize(
+        ("extra_args", "requests"),
+        [
+            (None, {}),
+            ({"other": 1}, {}),
+            ({"glassbox": "off"}, {}),
+            ({"glassbox": "trace"}, {}),
+            ({"glassbox": "trace", "glassbox_signals": ["spectral"]}, {}),
+            (RAUQ, {"opt_in": False}),
+            ({"glassbox_sampled": False}, {}),
+            ({"glassbox": "trace", "glassbox_signals": {"x": "rauq"}}, {}),
+            ({"glassbox": "trace", "glassbox_signals": ["unknown", 3]}, {}),
+        ],
+    )
+    def test_not_wanted(self, extra_args: Any, requests: Any, tmp_path: Path) -> None:
+        """Nobody else's output is looked at."""
+        server = Server({"requests": requests}, run_dir=tmp_path)
+        outputs = Outputs(server)
+        assert outputs.add("a", extra_args).sampling_params.logprobs is None
+        assert not server.intake.logprobs.any
+        outputs.process("a", None, finished=True)
+        assert not traces_path(tmp_path).exists()
+
+    def test_aborted(self, server: Server) -> None:
+        """What is known of it lies there with the next output of another."""
+        outputs = Outputs(server)
+        outputs.add("a", RAUQ)
+        outputs.add("b", RAUQ)
+        outputs.process("a", [[-1.0]])
+        del outputs.request_states["a"]
+        outputs.process("b", [[-2.0]])
+        assert [-1.0] == self.read(server, "a", 1)
+
+    def test_switched_off(self, tmp_path: Path) -> None:
+        """With `enabled: false` nothing is asked."""
+        server = Server({"enabled": False}, run_dir=tmp_path)
+        assert Outputs(server).add("a", RAUQ).sampling_params.logprobs is None
+
+    def test_a_release_that_gives_something_else(self, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+        """The answer goes on without them."""
+        outputs = Outputs(server)
+        outputs.add("a", RAUQ)
+        strange = SimpleNamespace(request_id="a", new_logprobs=object(), finished=False)
+        outputs._process(outputs, [strange])
+        assert [None] == outputs.seen
+        assert "Log-probabilities of traced requests are lost: AttributeError" in caplog.text
+
+    def test_logits(self, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+        """They are no log-probabilities: nothing is asked, and the log says so."""
+        outputs = Outputs(server, "raw_logits")
+        assert outputs.add("a", RAUQ).sampling_params.logprobs is None
+        assert "Signals have no log-probabilities of tokens: vLLM runs with --logprobs-mode raw_logits" in caplog.text
+
+    def test_old_ones_go(self, tmp_path: Path) -> None:
+        """About as many are kept as there are traces."""
+        files = LogprobsFiles(tmp_path)
+        for i in range(128):
+            files.write(str(i), None, [float(-i)], keep=10)
+        assert 10 == len(list(tmp_path.iterdir()))
+        assert [-127.0] == read_logprobs(tmp_path, "127", None, 1).tolist()
+
+
+class TestCacheSalt:
+    def salted(self, server: Server, extra_args: Any, salt: str | None = None, tokens: int = 5) -> str | None:
+        """What the engine gets."""
+
+        def process_inputs(*_: Any, **__: Any) -> Any:
+            return SimpleNamespace(
+                sampling_params=Params(extra_args), cache_salt=salt, prompt_token_ids=list(range(tokens))
+            )
+
+        wrapped = server.wrappers.process_inputs(process_inputs)
+        request = wrapped(SimpleNamespace(vllm_config=VLLM_CONFIG), "r1", {}, Params(extra_args))
+        return str(request.cache_salt) if request.cache_salt else None
+
+    def test_of_its_own(self, server: Server) -> None:
+        """Each request that wants all rows of its prompt has another, beside the one that its client gave."""
+        asked = {"glassbox": "trace", "glassbox_prompt": "all"}
+        found = [self.salted(server, asked, salt) for salt in (None, None, "tenant")]
+        assert 3 == len({one.rpartition("-")[2] for one in found if one})
+        assert ["glassbox", "glassbox", "tenantglassbox"] == [one.partition("-")[0] for one in found if one]
+
+    @pytest.mark.parametrize(
+        "extra_args",
+        [
+            None,
+            {"glassbox": "trace"},
+            {"glassbox": "trace", "glassbox_prompt": "new"},
+            {"glassbox": "trace", "glassbox_signals": ["rauq"]},
+        ],
+    )
+    def test_others_keep_theirs(self, server: Server, extra_args: Any) -> None:
+        """The prefix cache serves them as ever."""
+        assert "tenant" == self.salted(server, extra_args, "tenant")
+
+    def test_where_the_prompt_is_not_measured(self) -> None:
+        """It costs its client nothing then."""
+        asked = {"glassbox": "trace", "glassbox_prompt": "all"}
+        assert self.salted(Server({"requests": {"opt_in": False}}), asked) is None
+        assert self.salted(Server({"requests": {"max_prompt_rows": 4}}), asked) is None
+
+    def test_of_requests_that_the_rate_chooses(self, tmp_path: Path) -> None:
+        """As the configuration's signals, and its probes, need it: every row, and log-probabilities."""
+        chosen, other = {"glassbox_sampled": True}, {"glassbox_sampled": False}
+        for signals, salted, asked in ((["spectral"], True, False), (["rauq"], False, True), ([], False, False)):
+            intake = Server({"requests": {"trace_rate": 1, "opt_in": False, "signals": signals}}).intake
+            assert (salted, asked) == (intake.salt(chosen, 5) is not None, intake.logprobs.wants(chosen))
+            assert not intake.logprobs.wants(other)
+        probe = probe_samples.write(tmp_path)
+        intake = Server({"requests": {"trace_rate": 1}, "probes": [{"file": str(probe)}]}).intake
+        assert (None, False) == (intake.salt(chosen, 5), intake.logprobs.wants(chosen))
+
+    def test_of_each_answer(self, server: Server) -> None:
+        """The answers of one prompt would find each other's tokens in the cache."""
+        outputs = Outputs(server)
+        found = [outputs.add(f"{i}_a", {"glassbox": "trace"}, salt="glassbox-1").cache_salt for i in range(2)]
+        assert ["glassbox-1-0_a", "glassbox-1-1_a"] == found
+        assert "tenant" == outputs.add("b", {"glassbox": "trace"}, salt="tenant").cache_salt
 
 
 class Anthropic:

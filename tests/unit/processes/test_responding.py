@@ -28,7 +28,7 @@ from glassbox.processes.api_server.intake import Intake
 from glassbox.processes.api_server.responding import MAX_CHOICES, Answers
 from glassbox.store import process_name
 from glassbox.store.snapshot import write_snapshot
-from glassbox.store.trace_directory import traces_path
+from glassbox.store.trace_directory import TraceDirectory, traces_path
 from glassbox.store.trace_record import RequestTrace, write_trace
 from tests.export_samples import make_snapshot
 from tests.trace_samples import make_trace
@@ -198,6 +198,20 @@ class TestWaiting:
 
         monkeypatch.setattr(responding.Summaries, "of", fail)
         assert server.missing(sent())
+
+    def test_many_wait_as_one(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However many answers wait, the directory is listed no more often for it."""
+        server.settings["respond_wait_s"] = 0.5
+        listed, versions = [], TraceDirectory.versions
+
+        def count(directory: TraceDirectory) -> Any:
+            listed.append(1)
+            return versions(directory)
+
+        monkeypatch.setattr(TraceDirectory, "versions", count)
+        said = server.say(*(sent(f"cmpl-{i}-0-00000000", f"cmpl-{i}-0") for i in range(MAX_CHOICES)))
+        assert MAX_CHOICES == sum("missing" in choice for choice in said["choices"])
+        assert len(listed) <= 26
 
     def test_others_are_served_meanwhile(self, server: Server) -> None:
         """The event loop is free: no task in it is held up while an answer waits."""

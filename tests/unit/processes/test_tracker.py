@@ -1,8 +1,9 @@
 """Which requests are traced, whose each row is, and that nothing leaks: by hand and against a model of vLLM."""
 
 import logging
+import re
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -10,13 +11,17 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from glassbox.adapter.row_mask import RowMask
 from glassbox.adapter.runner import read_batch
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_QUERY, ROW_SLOT
+from glassbox.core.signal_table import MAX_KEPT_TOKENS
 from glassbox.core.statistics import NUM_STATISTICS
+from glassbox.core.trace_options import TraceOptions
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import RowSampler, is_sampled_request
+from glassbox.processes.worker.traces.active import TOO_LONG_FOR_KEYS
 from glassbox.processes.worker.traces.tracker import REFUSAL_REASONS, RequestTracker, row_positions
 from tests.trace_samples import Continued, make_host, new_request, scheduled_step
 
@@ -93,6 +98,28 @@ class TestTraceRate:
         requests = tracker()
         arrive(requests, "a", extra_args={"other": 1}, settings_=config(trace_rate=1.0))
         assert not requests.active()[0].options.probes
+
+    def test_it_keeps_what_probes_read(self) -> None:
+        """Of their layers those that this worker has; where it has none, that is no refusal. A client's own choice is
+        not narrowed."""
+        wanted = TraceOptions(layers=(1, 7), heads=(1,), signals=("selfattn",), prompt="all")
+        for layers, kept in (((0, 1), (1,)), ((8, 9), None)):
+            host = make_host(layers=layers)
+            deferred = DeferredActions(ErrorCounter(logging.getLogger("test.requests")))
+            requests = RequestTracker(host, deferred, sampled=lambda: wanted)
+            arrive(requests, "a", settings_=config(trace_rate=1.0))
+            assert {} == refused(requests)
+            assert kept is None or wanted == requests.active()[0].options
+            assert (kept or ()) == tuple(host.layers[n] for trace in requests.active() for n in trace.local_layers)
+            arrive(requests, "b", extra_args=TRACE, settings_=config(trace_rate=1.0))
+            assert (0, 1) == requests.active()[-1].local_layers
+
+    def test_probes_of_other_layers_than_are_measured(self) -> None:
+        """Without any choice of layers a worker that measures none refuses, as ever."""
+        requests = tracker()
+        step = scheduled_step([new_request("a", 5)], {"a": 5})
+        requests.begin_step(NO_RUNNER, step, config(trace_rate=1.0), frozenset())
+        assert {"bad_options": 1} == refused(requests)
 
 
 class TestOptIn:
@@ -524,6 +551,114 @@ class TestLimits:
             self.step(requests, ["a"], position, limits)
         assert trace.truncated
         assert 10 < len(trace.record().positions) < 20
+
+
+class TestWholePrompts:
+    """All rows of a prompt are asked for beside the row list."""
+
+    WHOLE: ClassVar[dict[str, Any]] = {**TRACE, "glassbox_prompt": "all"}
+
+    @staticmethod
+    def step(requests: RequestTracker, computed: int, scheduled: int, prompt_len: int = 5, **more: Any) -> Any:
+        """What is traced of a step of request a alone, whose sampled row is the last one."""
+        batch = SimpleNamespace(
+            req_ids=("a",),
+            num_computed=np.array([computed]),
+            query_start=np.array([0, scheduled]),
+            prompt_len=np.array([prompt_len]),
+            num_scheduled=np.array([scheduled]),
+        )
+        rows = np.zeros((1, 5), dtype=np.int32)
+        rows[:, ROW_QUERY], rows[:, ROW_PHASE] = scheduled - 1, computed >= prompt_len
+        return requests.trace_rows(NO_RUNNER, batch, rows, np.array([0]), **more)
+
+    def ask(self, extra_args: dict[str, Any], settings_: Any = None, **host: Any) -> RequestTracker:
+        requests = tracker(**{"head_size": 64, **host})
+        arrive(requests, "a", extra_args=extra_args, settings_=settings_)
+        return requests
+
+    def test_in_chunks(self) -> None:
+        """Each row once, computed again or not; then the rows of the list."""
+        requests = self.ask({**self.WHOLE, "glassbox_spans": ["s=0:2"], "glassbox_signals": ["spectral"]})
+        asked = []
+        for computed, scheduled, new_from in ((0, 2, 0), (0, 4, 2), (4, 1, 4)):
+            step = self.step(requests, computed, scheduled, new_from=[new_from])
+            asked += [(p.token, p.position, p.num_rows, p.keys_from, p.grams, p.kept) for p in step.prompts]
+            assert step.asked() is None
+            step.commit()
+        assert [(0, 0, 2, 0, True, False), (2, 2, 2, 2, True, False), (0, 4, 1, 4, True, False)] == asked
+        step = self.step(requests, 5, 1)
+        assert ([], [5], (0,), True) == (
+            step.prompts, step.asked().positions.tolist(), step.asked().received, step.asked().queries
+        )  # fmt: skip
+        (trace,) = requests.active()
+        assert ([0, 1, 2, 3, 4], ()) == (trace.record().positions.tolist(), trace.record().notes)
+
+    def test_from_the_prefix_cache(self) -> None:
+        """The trace says that rows are missing; their keys are read."""
+        requests = self.ask({**TRACE, "glassbox_prompt": "new", "glassbox_signals": ["spectral"]})
+        (asked,) = self.step(requests, 3, 2).prompts
+        assert (3, 2, 0) == (asked.position, asked.num_rows, asked.keys_from)
+        expected = "the prompt's first 3 positions came from the prefix cache, so they have no rows"
+        assert (expected,) == requests.active()[0].record().notes
+
+    def test_probed_rows_come_twice(self) -> None:
+        """What is asked of the sampled rows alone is asked of these, and they are not summed again."""
+        requests = self.ask({**self.WHOLE, "glassbox_top_k": 3})
+        step = self.step(requests, 0, 5)
+        assert (1, [4], ()) == (len(step.prompts), step.asked().positions.tolist(), step.asked().received)
+
+    def test_tokens_that_see_others(self) -> None:
+        """Nothing is kept of a prompt whose rows aren't causal."""
+        requests = self.ask(self.WHOLE)
+        mask = RowMask(np.array([True]), {}, np.array([4]))
+        assert self.step(requests, 0, 5, mask=mask) is None
+        record = requests.active()[0].record()
+        assert (True, ("tokens of the prompt see others behind them, which is not measured",)) == (
+            record.truncated, record.notes
+        )  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("reason", "extra_args", "limits", "host", "note"),
+        [
+            ("max_prompt_rows", WHOLE, {"max_prompt_rows": 4}, {},
+             "it has 5 tokens, and requests.max_prompt_rows is 4"),
+            ("prompt_memory", {**WHOLE, "glassbox_signals": ["spectral"]}, {"max_trace_mb": 1}, {"head_size": 256},
+             r"all 5 need 4\.2 MB, and requests.max_trace_mb is 1, with .* MB left of max_active_mb; raise them"),
+            ("signals", {**WHOLE, "glassbox_signals": ["spectral"]}, {}, {"head_size": 576},
+             "singular values are for heads of at most 256 numbers, got 576"),
+            ("signals", {**WHOLE, "glassbox_signals": ["cyclic"]}, {}, {"num_heads_total": 40},
+             "queries and keys are not kept: signals on demand are for at most 32 layers x heads, got 80"),
+            ("signals", {**WHOLE, "glassbox_signals": ["cyclic"]}, {}, {"head_size": 0},
+             "queries and keys are not kept: the size of the heads isn't known"),
+        ],
+    )  # fmt: skip
+    def test_bounds(
+        self, reason: str, extra_args: dict[str, Any], limits: Any, host: Any, note: str, caplog: Any
+    ) -> None:
+        """What is beyond one is left out, in words; the request is traced without."""
+        requests = self.ask(extra_args, config(**limits), **host)
+        (trace,) = requests.active()
+        assert {reason: 1} == refused(requests)
+        (said,) = trace.record().notes
+        assert re.search(note, said)
+        assert re.search(f"Request a is traced, but not as it asked: .*{note}", caplog.text)
+        step = self.step(requests, 0, 5)
+        assert (reason == "signals") == bool(step is not None and step.prompts)
+        record = trace.record()
+        assert (0, 0) == (record.singular_values.size, record.keys.size)
+
+    def test_too_long_for_keys(self) -> None:
+        """An answer that grows beyond the bound loses them, and says so."""
+        requests = self.ask({**self.WHOLE, "glassbox_signals": ["cyclic"]})
+        self.step(requests, 0, 5).commit()
+        (trace,) = requests.active()
+        assert trace.sizes["dim"] == 64
+        for position in (MAX_KEPT_TOKENS - 1, MAX_KEPT_TOKENS):
+            self.step(requests, position, 1).commit()
+        record = trace.record()
+        assert (0, 0) == (record.queries.size, record.keys.size)
+        assert (TOO_LONG_FOR_KEYS,) == record.notes
 
 
 class TestText:

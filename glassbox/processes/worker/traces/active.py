@@ -311,7 +311,7 @@ class ActiveTrace:
         arrays |= self._kept_attention([values for chunk in chunks for values in chunk.attention], keep, arrays)
         notes = list(self._notes)
         of_request = self._of_request(arrays["positions"], notes)
-        if not of_request["keys"].size:
+        if not of_request["keys"].shape[-1]:
             arrays["queries"] = arrays["queries"][..., :0]
         host, spans = self._host, self.options.spans
         return RequestTrace(

@@ -254,7 +254,7 @@ class RequestTracker:
             if first >= end:
                 continue
             trace.prompt_len = prompt_len
-            if not trace.prompt_to and first:
+            if not trace.prompt_to and first and not trace.thinned:
                 trace.note(f"the prompt's first {first} positions came from the prefix cache, so they have no rows")
             positions = np.arange(first, end)
             if mask is not None and mask.sees_others(np.full(len(positions), row), positions).any():
