@@ -33,6 +33,8 @@ class OfflineEngine(Protocol):
 
     def get_default_sampling_params(self) -> OfflineParams: ...
 
+    def get_tokenizer(self) -> Any: ...
+
     def generate(
         self, prompts: Sequence[Any], sampling_params: Sequence[OfflineParams], *, use_tqdm: bool
     ) -> Sequence[RequestOutput]: ...
@@ -53,6 +55,33 @@ class Answered:
     output: RequestOutput
 
 
+def load_engine(model: str, arguments: Mapping[str, Any]) -> OfflineEngine:
+    """A vllm.LLM.
+
+    Args:
+        model: name or folder.
+        arguments: further ones of `LLM`.
+    """
+    from vllm import LLM
+
+    engine: OfflineEngine = LLM(model, **arguments)
+    return engine
+
+
+def max_model_len(llm: OfflineEngine) -> int:
+    """Most tokens of prompt and answer together."""
+    length: int = llm.llm_engine.model_config.max_model_len
+    return length
+
+
+def greedy_params(max_tokens: int) -> OfflineParams:
+    """The most likely token each time, at most so many."""
+    from vllm import SamplingParams
+
+    params: OfflineParams = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    return params
+
+
 def default_params(llm: OfflineEngine) -> OfflineParams:
     """Sampling parameters of the model."""
     return llm.get_default_sampling_params()
@@ -68,6 +97,11 @@ def with_options(params: OfflineParams, options: Mapping[str, Any]) -> OfflinePa
     asked = copy(params)
     asked.extra_args = {**(params.extra_args or {}), **options}
     return asked
+
+
+def token_prompt(token_ids: Sequence[int]) -> dict[str, Any]:
+    """A prompt of these tokens."""
+    return {"prompt_token_ids": list(token_ids)}
 
 
 def generate(llm: OfflineEngine, prompts: Sequence[Any], params: Sequence[OfflineParams]) -> list[Answered]:

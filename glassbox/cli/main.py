@@ -16,6 +16,7 @@ from glassbox.cli.commands.check import check
 from glassbox.cli.commands.common import fail
 from glassbox.cli.commands.diff import diff
 from glassbox.cli.commands.doctor import doctor
+from glassbox.cli.commands.heads import heads
 from glassbox.cli.commands.heatmap import heatmap
 from glassbox.cli.commands.report import report
 from glassbox.cli.commands.top import top
@@ -100,6 +101,7 @@ def demo(
 
 
 main.command()(top)
+main.command()(heads)
 main.command()(heatmap)
 main.command()(report)
 main.command()(diff)

@@ -82,7 +82,7 @@ SIGNALS: Final[tuple[Signal, ...]] = (
     Signal(
         name="asymmetry",
         prompt=True,
-        arrays=("stats", "received", "score_params"),
+        arrays=("stats", "received"),
         cost="streaming",
         values=("G", "Gamma", "C"),
         by_token=("row_norm",),

@@ -20,6 +20,8 @@ def tracker_values(head: KeptHead, deadline: Deadline, limits: Limits) -> dict[s
         NotSolvedError, OutOfTimeError: a value is not found.
     """
     operator = AttentionOperator(head, deadline, limits)
+    if not operator.square_sum:
+        return {}  # a learned sink takes everything
     return spectral_values(operator, leading_triples(operator, limits)[1], limits)
 
 

@@ -6,6 +6,7 @@ focus on the instruction falls under attack by more than k standard deviations: 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -17,11 +18,12 @@ from glassbox.core.json_fields import FieldError, JsonFields, parse_json
 from glassbox.core.trace_options import MAX_INDEX
 from glassbox.signals.values import Doubles
 
-DEVIATIONS: Final = 4.0
 MAX_HEADS: Final = 65_536
+# A head that never varies falls by infinitely many, which JSON can't say.
+MAX_DEVIATIONS: Final = 1e6
 _MAX_BYTES: Final = 16 << 20
 _MAX_PROMPTS: Final = 10**9
-_KIND: Final[dict[str, str | int]] = {"format": "glassbox focus heads", "format_version": 1}
+_KIND: Final[Mapping[str, str | int]] = {"format": "glassbox focus heads", "format_version": 1}
 _REMEDY: Final = "make it with glassbox heads"
 
 
@@ -41,9 +43,6 @@ class FocusHead:
     layer: int
     head: int
     deviations: float
-
-
-MAX_DEVIATIONS: Final = 1e6
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class KeptHead:
         if self.window > 0:
             hidden |= distance >= self.window
         scores[hidden] = -np.inf
-        largest = scores.max(axis=1, keepdims=True)
+        largest = np.fmax(scores.max(axis=1, keepdims=True), self.sink)
         weights = np.exp(scores - largest)
         sink = 0.0 if np.isnan(self.sink) else np.exp(self.sink - largest)
         return weights / (weights.sum(axis=1, keepdims=True) + sink)
@@ -67,11 +67,13 @@ def kept_head(trace: RequestTrace, layer: int, head: int) -> KeptHead | None:
     if not (np.isfinite(queries).all() and np.isfinite(keys).all()):
         return None
     params = trace.score_params[layer, head].astype(np.float64) if trace.score_params.size else np.full(4, np.nan)
+    scale, soft_cap, window = params[[SCALE, SOFT_CAP, WINDOW]]
+    known = np.isfinite(params[:SINK]).all() and soft_cap >= 0 and window >= 0 and params[SINK] != np.inf
     return KeptHead(
         queries=queries,
         keys=keys,
-        scale=float(params[SCALE]),
-        soft_cap=float(np.nan_to_num(params[SOFT_CAP])),
-        window=int(np.nan_to_num(params[WINDOW])),
+        scale=float(scale) if known else float("nan"),
+        soft_cap=float(soft_cap) if known else 0.0,
+        window=int(window) if known else 0,
         sink=float(params[SINK]),
     )

@@ -91,12 +91,14 @@ def magnetic_values(head: KeptHead, deadline: Deadline, limits: Limits) -> dict[
 def _smallest_eigenvalue(
     head: KeptHead, degrees: Doubles, matrix: Complexes | None, deadline: Deadline, limits: Limits
 ) -> float:
+    if not degrees.any():
+        return 0.0  # no edges, and Lanczos would find no direction
     if matrix is not None and head.tokens <= limits.dense_tokens:
         from scipy.linalg import eigh
 
         laplacian = np.diag(degrees) - matrix
         return float(eigh(laplacian, eigvals_only=True, subset_by_index=[0, 0])[0])
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
     def apply(vector: Any) -> Any:
         flat = vector.ravel()
@@ -112,7 +114,7 @@ def _smallest_eigenvalue(
     options = {"v0": start, "tol": _TOLERANCE, "maxiter": _MOST_RESTARTS, "return_eigenvectors": False}
     try:
         found = eigsh(operator, k=1, which="SA", **options)
-    except ArpackNoConvergence:
+    except ArpackError:
         raise NotSolvedError("frustration") from None
     return float(found[0])
 

@@ -116,7 +116,7 @@ def over_heads(
                         by_token[name][(slice(None), *place)] = value
             except OutOfTimeError:
                 skipped.out_of_time += 1
-            except NotSolvedError as error:
+            except (NotSolvedError, np.linalg.LinAlgError) as error:
                 skipped.not_solved.append(str(error))
     return SignalValues(by_place=by_place, by_token=by_token, refused=skipped.in_words(int(np.prod(shape))))
 

@@ -153,6 +153,8 @@ def asymmetric_norm(operator: AttentionOperator, limits: Limits) -> float:
     """
     if operator.tokens < 2:
         return float("nan")
+    if operator.square_sum <= float((operator.diagonal**2).sum()):
+        return 0.0  # each token sees but itself, and Lanczos would find no direction
     if operator.tokens <= limits.dense_tokens and operator.matrix is not None:
         return float(np.linalg.norm((operator.matrix - operator.matrix.T) / 2, 2))
     apply = operator.apply_asymmetric
@@ -189,11 +191,11 @@ def hodge_split(operator: AttentionOperator) -> dict[str, float]:
 def _lanczos(
     tokens: int, apply: Callable[[Doubles], Doubles], transposed: Callable[[Doubles], Doubles], count: int
 ) -> tuple[Any, Any, Any]:
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, svds
+    from scipy.sparse.linalg import ArpackError, LinearOperator, svds
 
     operator = LinearOperator((tokens, tokens), matvec=apply, rmatvec=transposed, dtype=np.float64)
     start = np.random.default_rng(_SEED).standard_normal(tokens)
     try:
         return svds(operator, k=count, v0=start, tol=_TOLERANCE, maxiter=_MOST_RESTARTS, solver="arpack")
-    except ArpackNoConvergence:
+    except ArpackError:
         raise NotSolvedError("singular values") from None

@@ -6,6 +6,8 @@ Owns asking for signals by name. Computing never raises: what has no value is sa
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
+import numpy as np
+
 from glassbox.signals import (
     asymmetry,
     attention_tracker,
@@ -20,7 +22,7 @@ from glassbox.signals import (
     selfattn,
     spectral,
 )
-from glassbox.signals.values import SignalValues
+from glassbox.signals.values import Floats, SignalValues
 from glassbox.store.trace_record import RequestTrace
 
 COMPUTE: Final[Mapping[str, Callable[[RequestTrace], SignalValues]]] = {
@@ -56,6 +58,17 @@ def _compute(trace: RequestTrace, name: str, focus_heads: Collection[tuple[int, 
     if name not in COMPUTE:
         return SignalValues(refused=f"signals must be of {', '.join(COMPUTE)}, got {name[:80]!r}; correct or remove it")
     try:
-        return focus.compute(trace, focus_heads) if name == "focus" else COMPUTE[name](trace)
+        with np.errstate(all="ignore"):  # whatever numbers there are, they are not the log's
+            return _finite(focus.compute(trace, focus_heads) if name == "focus" else COMPUTE[name](trace))
     except Exception as error:  # a trace is what another process left: it may be of any size and hold any numbers
         return SignalValues(refused=f"{name} failed: {type(error).__name__}: {error}; please report this")
+
+
+def _finite(values: SignalValues) -> SignalValues:
+    """With NaN for what is infinite."""
+
+    def known(arrays: dict[str, Floats]) -> dict[str, Floats]:
+        return {name: np.where(np.isfinite(array), array, np.float32(np.nan)) for name, array in arrays.items()}
+
+    of_request = {name: value if np.isfinite(value) else float("nan") for name, value in values.of_request.items()}
+    return SignalValues(known(values.by_place), known(values.by_token), of_request, values.refused)

@@ -37,7 +37,10 @@ def routing_values(head: KeptHead, deadline: Deadline, limits: Limits) -> dict[s
     Raises:
         NotSolvedError, OutOfTimeError: a value is not found.
     """
-    operator = AttentionOperator(head, deadline, limits, columns=1 / np.sqrt(received(head, deadline)))
+    sums = received(head, deadline)
+    operator = AttentionOperator(head, deadline, limits, np.where(sums > 0, sums, np.inf) ** -0.5)
+    if not operator.square_sum:
+        return {}  # a learned sink takes everything
     left, values, right = leading_triples(operator, limits)
     several = len(values) > 1
     return {

@@ -46,6 +46,8 @@ def rows_missing(trace: RequestTrace) -> str:
     if not rows:
         return "no row of the request was measured; is its model observed?"
     tokens = int(trace.positions[-1]) + 1
+    if trace.truncated:  # then the last ones may be missing, too; the last generated token never has a row
+        tokens = max(tokens, trace.prompt_len + trace.num_generated - 1)
     if rows == tokens:
         return ""
     return (

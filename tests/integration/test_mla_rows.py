@@ -17,12 +17,17 @@ from glassbox.adapter.attention.mla_view import latent_view_of
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import ROW_DECODE
 from glassbox.core.statistics import INDEX, NUM_STATISTICS
+from glassbox.kernels.reference.row_probe import row_probe_ref
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import BatchTables, MeasuredLayers
+from glassbox.measure.contract import AskedPrompt, BatchTables, MeasuredLayers
 from glassbox.measure.cpu_measurer import CpuMeasurer
+from glassbox.processes.worker.traces.active import ActiveTrace
+from glassbox.processes.worker.traces.traced_step import TracedPrompt, TracedStep
+from glassbox.store.trace_record import TraceOptions
 from tests.kernels.row_lists import entry
 from tests.kernels.tolerances import assert_two_oracles
+from tests.trace_samples import make_host
 
 pytestmark = pytest.mark.integration
 
@@ -91,7 +96,7 @@ class Step:
         lens = torch.tensor([length for _, length, _ in SEQUENCES], dtype=torch.int32)
         return BatchTables(self.table, torch.from_numpy(self.starts).int(), lens, object())
 
-    def measure(self, native: bool) -> Tensor:
+    def measure(self, native: bool, traced: TracedStep | None = None) -> Tensor:
         """[R, H, NUM_STATISTICS + 1]."""
         accumulators = Accumulators(1, HEADS, "cpu")
         added: list[Tensor] = []
@@ -99,7 +104,7 @@ class Step:
         layers = MeasuredLayers(accumulators, {NAME: 0}, sink_tokens=4, local_window=8)
         measurer = CpuMeasurer(layers, errors=ErrorCounter(SimpleNamespace(error=pytest.fail)), native=native)  # type: ignore[arg-type]
         measurer.on_build([NAME], self.tables)
-        measurer.begin(self.rows, frozenset({0}), None, None)
+        measurer.begin(self.rows, frozenset({0}), traced, None)
         # Of the first tokens vLLM has absorbed the queries itself.
         nope, rotary = self.q[:DECODED].split([NOPE, ROTARY], dim=-1)
         absorbed = (torch.einsum("thp,hpl->thl", nope, self.weights), rotary)
@@ -121,14 +126,18 @@ class Step:
             largest = max(largest, float(products.max()))
         return self.scale * largest
 
-    def reference(self, dtype: torch.dtype) -> Tensor:
-        """Of heads of which K was made, in that precision."""
+    def keys(self, dtype: torch.dtype) -> list[Tensor]:
+        """Of the heads, of each sequence, [n, H, NOPE + ROTARY]."""
         keys = []
         for latent, rotary in self.latents:
             of_heads = torch.einsum("nl,hpl->nhp", latent.to(dtype), self.weights.to(dtype))
             keys.append(torch.cat([of_heads, rotary.to(dtype)[:, None].expand(-1, HEADS, -1)], dim=-1))
+        return keys
+
+    def reference(self, dtype: torch.dtype) -> Tensor:
+        """Of heads of which K was made, in that precision."""
         return row_stats_ref(
-            self.q[[int(self.starts[b]) + token for b, token in ROWS]].to(dtype), keys, self.positions,
+            self.q[[int(self.starts[b]) + token for b, token in ROWS]].to(dtype), self.keys(dtype), self.positions,
             request=[b for b, _ in ROWS],
             phase=[ROW_DECODE if p >= SEQUENCES[b][2] else 0 for (b, _), p in zip(ROWS, self.positions, strict=True)],
             prompt_len=[SEQUENCES[b][2] for b, _ in ROWS], scale=self.scale, local_window=8, dtype=dtype,
@@ -154,3 +163,31 @@ def test_bfloat16(native: bool) -> None:
     masses = [INDEX[name] for name in ("top1_ratio", "sink_ratio", "local_ratio")]
     assert float(error[..., masses].abs().max()) < 0.02
     assert torch.equal(measured.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_all_rows_of_a_prompt(native: bool) -> None:
+    """A chunk of 30 tokens behind 60 others: attention of the heads whose K was made, and what it sums to."""
+    step, sequence = Step(torch.float32), 2
+    num_rows, length, prompt_len = SEQUENCES[sequence]
+    trace = ActiveTrace(
+        make_host((0,), HEADS, head_size=LATENT + ROTARY), "a", why="opt_in", options=TraceOptions(prompt="all"),
+        traceparent=None, prompt_len=prompt_len, local_layers=(0,), head_columns=(0, 1, 3),
+    )  # fmt: skip
+    asked = AskedPrompt(
+        sequence, int(step.starts[sequence]), num_rows, length - num_rows, frozenset({0}), (0, 1, 3),
+        np.zeros((0, 2), dtype=np.int32), grams=False, kept=False, keys_from=0,
+    )  # fmt: skip
+    nobody = np.arange(0)
+    of_list = step.measure(native, TracedStep([], step.rows, nobody, 1, HEADS, [TracedPrompt(trace, asked)]))
+    np.testing.assert_array_equal(step.measure(native), of_list)
+    record = trace.record()
+    assert list(range(60, 90)) == record.positions.tolist()
+    keys, received = step.keys(torch.float64)[sequence], np.zeros((HEADS, length))
+    for row, position in enumerate(record.positions.tolist()):
+        p = row_probe_ref(step.q[asked.token + row], keys, position, scale=step.scale).numpy()
+        np.testing.assert_allclose(record.previous_mass[row, 0], p[[0, 1, 3], -2], rtol=0, atol=1e-4)
+        top = record.stats[row, 0, :, INDEX["top1_ratio"]]
+        np.testing.assert_allclose(top, p[[0, 1, 3]].max(-1), rtol=0, atol=1e-4)
+        received[:, : position + 1] += p
+    np.testing.assert_allclose(record.received[0], received[[0, 1, 3]], rtol=1e-3, atol=1e-3)

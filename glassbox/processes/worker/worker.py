@@ -112,7 +112,7 @@ class Worker:
             tokenizer_revision=facts.tokenizer_revision,
             unobserved=untraceable(facts),
         )
-        self._sampled = SampledOptions(lambda: settings.config, host, errors)
+        self._sampled = SampledOptions(lambda: settings.config, host, errors, other_stages(facts))
         self._requests = RequestTracker(
             host, self._deferred, on_awaited=self._write_awaited, sampled=lambda: self._sampled.options
         )

@@ -179,7 +179,7 @@ class TestTop:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", ["check", "top", "heatmap", "report", "diff"])
+    @pytest.mark.parametrize("command", ["check", "top", "heads", "heatmap", "report", "diff"])
     def test_has_examples_and_exit_status(self, command: str) -> None:
         """Examples stand in lines of their own, in 80 columns."""
         text = invoke(command, "--help", env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}).stdout
@@ -191,7 +191,7 @@ class TestHelp:
     @pytest.mark.parametrize(
         ("words", "expected"),
         [
-            (["hea"], ["heatmap"]),
+            (["hea"], ["heads", "heatmap"]),
             (["diff", "a", "b", "--fail"], ["--fail-above"]),
             (["heatmap", "--statistic", "s"], ["sink_ratio"]),
             (["top", "--phase", "pre"], ["prefill"]),

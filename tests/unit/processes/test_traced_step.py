@@ -8,9 +8,10 @@ import numpy as np
 
 from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_SLOT
 from glassbox.core.statistics import NUM_STATISTICS
-from glassbox.kernels.probe_answers import ProbeAnswers
+from glassbox.kernels.probe_answers import ProbeAnswers, PromptAnswers
+from glassbox.measure.contract import AskedPrompt
 from glassbox.processes.worker.traces.active import ActiveTrace
-from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
+from glassbox.processes.worker.traces.traced_step import TracedPrompt, TracedRows, TracedStep
 from glassbox.store.trace_record import Span, TraceOptions
 from tests.trace_samples import make_host
 
@@ -211,3 +212,110 @@ class TestProbes:
         step.commit()
         assert one.record().mean_topk_positions.tolist() == [[-1, -1]]
         assert one.record().mean_topk_mass.tolist() == [[0, 0]]
+
+
+class TestSums:
+    """What rows add to their request's sums: those of whole prompts, and those of the list."""
+
+    OPTIONS = TraceOptions(prompt="all", signals=("spectral", "cyclic"), spans=(Span("a", 0, 1),))
+    HOST = replace(HOST, head_size=6)
+
+    def trace(self, **changes: Any) -> ActiveTrace:
+        fields: dict[str, Any] = {"options": self.OPTIONS, "local_layers": (0, 2), "head_columns": (0, 2)}
+        return ActiveTrace(self.HOST, "a", why="opt_in", traceparent=None, prompt_len=4, **(fields | changes))
+
+    @staticmethod
+    def asked(one: ActiveTrace, position: int = 0, num_rows: int = 4) -> TracedPrompt:
+        spans = np.array([[0, 1]], dtype=np.int32)
+        layers = frozenset(one.local_layers)
+        return TracedPrompt(
+            one, AskedPrompt(0, 0, num_rows, position, layers, one.head_columns, spans, True, True, position)
+        )
+
+    @staticmethod
+    def answers(seed: int, heads: int = 2, size: int = 6, rows: int = 4) -> PromptAnswers[Any]:
+        """Of heads 0 and 2, or of 0 alone, where each has a KV head of its own."""
+        rng = np.random.default_rng(seed)
+        number = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+        q, k = number(rows, heads, size), number(rows, heads, size)
+        return PromptAnswers(
+            number(rows, heads, NUM_STATISTICS + 1), number(rows, heads), number(rows, heads, 1), number(heads, rows),
+            1, np.einsum("nhd,nhe->hde", q, q, dtype=float), np.einsum("nhd,nhe->hde", k, k, dtype=float), q, k,
+            number(heads, 4),
+        )  # fmt: skip
+
+    def test_a_prompt(self) -> None:
+        """Each layer's answers stand at its heads; smaller heads are filled up, and what a layer lacks has no value."""
+        one = self.trace()
+        step = TracedStep([], np.zeros((0, NUM_ROW_COLUMNS), dtype=np.int32), np.arange(0), 3, 3, [self.asked(one)])
+        assert (None, 0, {0, 2}) == (step.asked(), step.num_slots, step.local_layers)
+        whole, fewer = self.answers(0), self.answers(1, heads=1, size=4)
+        step.add_prompt(0, 0, whole)
+        step.add_prompt(0, 2, fewer)
+        step.commit()
+        record = one.record()
+        assert ([0, 1, 2, 3], [0] * 4) == (record.positions.tolist(), record.phases.tolist())
+        for name in ("stats", "previous_mass", "span_mass", "queries"):
+            np.testing.assert_array_equal(getattr(whole, name), getattr(record, name)[:, 0], err_msg=name)
+        np.testing.assert_array_equal(fewer.stats[:, 0], record.stats[:, 1, 0])
+        assert np.isnan(record.stats[:, 1, 1]).all()
+        np.testing.assert_array_equal(np.pad(fewer.queries[:, 0], ((0, 0), (0, 2))), record.queries[:, 1, 0])
+        np.testing.assert_array_equal(np.pad(fewer.keys[:, 0], ((0, 0), (0, 2))), record.keys[:, 1, 0])
+        np.testing.assert_array_equal(whole.received, record.received[0])
+        np.testing.assert_array_equal(whole.score_params, record.score_params[0])
+        assert np.isnan(record.singular_values).any(-1).tolist() == [[False, False], [False, True]]
+
+    def test_rows_of_the_list(self) -> None:
+        """Those of the prompt, measured once already, are not summed again; keys are shared by query heads."""
+        one = self.trace(options=replace(self.OPTIONS, top_k=2))
+        prompt = self.asked(one)
+        step = TracedStep([rows_of(one, 0, 3, 4)], np.zeros((2, NUM_ROW_COLUMNS), dtype=np.int32), np.arange(2), 3, 3,
+                          [prompt])  # fmt: skip
+        asked = step.asked()
+        assert asked is not None
+        assert ((1,), True) == (asked.received, asked.queries)
+        step.add_prompt(0, 0, self.answers(0))
+        step.add_prompt(0, 2, self.answers(1))
+        rng = np.random.default_rng(2)
+        queries, keys = rng.standard_normal((2, 2, 3, 6), np.float32), rng.standard_normal((2, 2, 1, 6), np.float32)
+        rows = [{layer: attention(layer, position) for layer in (0, 2)} for position in (3, 4)]
+        received = np.stack([rows[1][layer] for layer in (0, 2)])
+        step.add_answers((0, 2), replace(found(step, (0, 2), rows), received=(received,), queries=queries, keys=keys))
+        step.commit()
+        record = one.record()
+        assert [0, 1, 2, 3, 4] == record.positions.tolist()
+        expected = np.stack([self.answers(seed).received for seed in (0, 1)])
+        np.testing.assert_allclose(expected + received[:, [0, 2], :4], record.received[..., :4], rtol=1e-6)
+        np.testing.assert_array_equal(received[:, [0, 2], 4], record.received[..., 4])
+        np.testing.assert_array_equal(queries[1][:, [0, 2]], record.queries[4])
+        np.testing.assert_array_equal(keys[1][:, [0, 0]], record.keys[4])
+        assert (record.topk_positions[3] >= 0).all()
+        assert (record.topk_positions[:3] == -1).all()
+
+    def test_nothing_was_answered(self) -> None:
+        """A step that failed leaves no value where its rows count, and says nothing wrong."""
+        one = self.trace()
+        TracedStep(
+            [rows_of(one, 0, 4)], np.zeros((1, NUM_ROW_COLUMNS), dtype=np.int32), np.arange(1), 3, 3, [self.asked(one)]
+        ).commit()
+        record = one.record()
+        assert np.isnan(record.received).all()
+        assert np.isnan(record.singular_values).all()
+        assert np.isnan(record.stats).all()
+
+    def test_attention_to_the_token_before(self) -> None:
+        """By layer or by slot, as statistics are given."""
+        before = np.arange(2 * 2 * 3, dtype=np.float32).reshape(2, 2, 3)
+        stats = np.zeros((2, 2, 3, NUM_STATISTICS + 1), dtype=np.float32)
+        one, other = trace(TraceOptions(), (0, 2), (1,)), trace(TraceOptions())
+        step = step_of(rows_of(one, 0, 5, 6))
+        step.add_stats([0, 2], stats, before)
+        step.commit()
+        np.testing.assert_array_equal(before[:, :, 1].T, one.record().previous_mass[..., 0])
+        row_list = np.zeros((2, NUM_ROW_COLUMNS), dtype=np.int32)
+        row_list[:, ROW_SLOT] = [1, 0]
+        step = TracedStep([rows_of(other, 0, 5, 6)], row_list, np.arange(2), 3, 3)
+        ring = np.arange(2 * 3 * 3, dtype=np.float32).reshape(2, 3, 3)
+        step.set_stats(np.zeros((2, 3, 3, NUM_STATISTICS + 1), dtype=np.float32), ring)
+        step.commit()
+        np.testing.assert_array_equal(ring[[1, 0]], other.record().previous_mass)

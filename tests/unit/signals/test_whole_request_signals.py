@@ -193,6 +193,15 @@ class TestStreaming:
         assert 0 < expected["G"] < 1e-12
         assert found.by_place["G"][0, 0] == pytest.approx(expected["G"], rel=0.5)
 
+    def test_one_direction(self) -> None:
+        """Queries and keys that are all alike make one singular value; what the others' roots leave is no ratio."""
+        trace = measured_trace(*make_heads(12))
+        values = np.zeros_like(trace.singular_values)
+        values[..., 0], values[..., 1:] = 50, 4e-7
+        found = signal_values(with_arrays(trace, singular_values=values), ["spectral"])["spectral"].by_place
+        assert [50, 0, 0] == [found[name][1, 1] for name in ("sv1", "singular_value_1", "sv_entropy")]
+        assert np.isnan(found["sv_ratio"]).all()
+
     def test_learned_sink_of_unknown_strength(self) -> None:
         """Without its logit the rows' sums aren't known: no value, and it says so; the others don't need them."""
         q, k = make_heads(12)
@@ -232,6 +241,15 @@ class TestMissingRows:
             assert "glassbox_prompt: all" in values.refused
             assert (values.by_place, values.by_token) == ({}, {})
 
+    @pytest.mark.parametrize("name", [*STREAMING, *ON_DEMAND])
+    def test_over_a_limit(self, name: str) -> None:
+        """A trace that ends before its request does is not taken for the whole of it; one that lost nothing is."""
+        q, k = make_heads(12)
+        cut = measured_trace(q, k, prompt_len=10, num_generated=8, truncated=True)
+        assert "rows of 5 of 17 tokens are missing" in signal_values(cut, [name])[name].refused
+        whole = measured_trace(q, k, prompt_len=10, num_generated=3, truncated=True)
+        assert signal_values(whole, [name])[name].refused == ""
+
     @pytest.mark.parametrize("name", ["spectral", "asymmetry", "laplacian", "heavy_hitters", "rauq", *ON_DEMAND])
     def test_arrays_that_were_not_asked_for(self, name: str) -> None:
         """Say by which name they are."""
@@ -252,6 +270,25 @@ class TestMissingRows:
         values = signal_values(with_arrays(trace, **none), SIGNAL_NAMES)
         assert all("failed" not in one.refused for one in values.values())
         assert "no row of the request was measured" in values["spectral"].refused
+
+    @given(seed=st.integers(0, 10_000), share=st.sampled_from([0.002, 0.05, 1.0]), tokens=st.integers(1, 12))
+    @settings(max_examples=50, deadline=None)
+    def test_numbers_of_any_kind(self, seed: int, share: float, tokens: int) -> None:
+        """Whatever stands in a trace: nothing fails, nothing warns, and nothing is infinite."""
+        rng = np.random.default_rng(seed)
+        q, k = make_heads(tokens, layers=1, heads=2, seed=seed, kv_heads=1)
+        trace = measured_trace(q, k, logprobs=np.full(3, -1, dtype=np.float32), layer=Layer(sink=0.3))
+        names = ("stats", "previous_mass", "received", "singular_values", "queries", "keys", "score_params", "logprobs")
+        odd = {}
+        for name in names:
+            values = trace.arrays[name].copy()
+            at = rng.random(values.shape) < share
+            values[at] = rng.choice([np.nan, np.inf, -np.inf, 0, -1, 1e38, -1e38, 1e-38], size=at.sum())
+            odd[name] = values
+        for name, values in signal_values(with_arrays(trace, **odd), SIGNAL_NAMES).items():
+            assert "failed" not in values.refused, name
+            for array in (*values.by_place.values(), *values.by_token.values()):
+                assert not np.isinf(array).any()
 
     def test_unknown_name(self) -> None:
         """Is refused in words."""
@@ -344,6 +381,19 @@ class TestOnDemand:
             for i in range(4):
                 assert found.by_place[f"singular_value_{i}"][0, 0] == pytest.approx(1, abs=1e-6)
             assert found.by_place["commutator_norm"][0, 0] == pytest.approx(0, abs=1e-6)
+
+    @pytest.mark.parametrize("limits", [Limits(), Limits(dense_tokens=0), Limits(dense_tokens=0, stored_bytes=0)])
+    def test_nothing_to_find(self, limits: Limits) -> None:
+        """An operator that is 0 has no direction for Lanczos to begin with, and its value is 0."""
+        for q in (np.zeros((40, 8)), np.eye(40) * 60):
+            head = KeptHead(q, q, scale=1.0)
+            magnetic_values = magnetic.magnetic_values(head, Deadline(60), limits)
+            assert {"frustration": 0, "phase_curl": 0, "phase_curl_w": 0} == magnetic_values
+        assert 0 == attention_tracker.tracker_values(head, Deadline(60), limits)["sigma2_asym"]
+        assert 0 == routing.routing_values(head, Deadline(60), limits)["phi_hat"]
+        drained = KeptHead(q, q, scale=1.0, sink=1e6)
+        assert {} == routing.routing_values(drained, Deadline(60), limits)
+        assert {} == attention_tracker.tracker_values(drained, Deadline(60), limits)
 
     def test_ties(self) -> None:
         """Tokens that are all alike: of each pair the earlier one wins, so there is no cycle and no frustration."""

@@ -31,10 +31,18 @@ class SampledOptions:
         config: returns the configuration in force.
         host: the worker.
         errors: told of files that can't be taken, as stage `probes`.
+        elsewhere: layers of the model that are on other pipeline stages.
     """
 
-    def __init__(self, config: Callable[[], GlassboxConfig], host: TraceHost, errors: ErrorCounter) -> None:
+    def __init__(
+        self,
+        config: Callable[[], GlassboxConfig],
+        host: TraceHost,
+        errors: ErrorCounter,
+        elsewhere: frozenset[int] = frozenset(),
+    ) -> None:
         self._config, self._host = config, host
+        self._layers = sorted({*host.layers, *elsewhere})
         self._probes = ProbeFiles(config, lambda error: errors.count(STAGE, error))
         self._warned: set[str] = set()
         self.options = TraceOptions()
@@ -44,7 +52,7 @@ class SampledOptions:
         probes = self._probes.current()
         for probe in probes:
             try:
-                probe.check_fits(self._host.model_name, self._host.layers, range(self._host.num_heads_total))
+                probe.check_fits(self._host.model_name, self._layers, range(self._host.num_heads_total))
             except ProbeError as error:
                 if str(error) not in self._warned and self._host.layers:
                     self._warned.add(str(error))
