@@ -43,6 +43,7 @@ class ActionWatch:
         probes: returns the probes in force; called by one thread of this object's own.
         errors: told of errors, as stages `actions` and `audit`.
         counts: to go on from.
+        goes_on: the rules in force were already, so that requests which have ended since are judged by them, too.
         clock: Unix time in seconds.
         acting: what does it; made of `run_dir`, `errors` and `counts` unless given.
     """
@@ -54,6 +55,7 @@ class ActionWatch:
         probes: Callable[[], Sequence[Probe]],
         errors: ErrorCounter,
         counts: Mapping[str, int] | None = None,
+        goes_on: bool = False,
         clock: Callable[[], float] = time.time,
         acting: Acting | None = None,
     ) -> None:
@@ -63,6 +65,8 @@ class ActionWatch:
         self._book, self._heads = RuleBook(), ChosenHeads(config)
         # Held while rules are judged and done: running requests are judged in one thread, ended ones in another.
         self._lock = threading.Lock()
+        # Unix time since which each rule is in force: what had ended before is not judged by it.
+        self._since_s = dict.fromkeys(config().actions.rules, 0.0 if goes_on else clock())
         # Generated tokens and rows of each running trace when it was last judged.
         self._judged: dict[TraceKey, tuple[int, int]] = {}
         self._ending = threading.Event()
@@ -126,6 +130,7 @@ class ActionWatch:
         keys = {summary.key for summary in summaries}
         self._judged = {key: at for key, at in self._judged.items() if key in keys}
         with self._lock:
+            self._follow(config.actions.rules)
             self._book.keep(keys, {rule.name for rule in config.actions.rules})
         if not rules:
             return
@@ -139,6 +144,11 @@ class ActionWatch:
             trace = self._directory.load(summary)
             if trace is not None and trace.status == "active":
                 self._judge_running(summary, trace, rules, probes, signals)
+
+    def _follow(self, rules: Sequence[RuleConfig]) -> None:
+        """Note since when rules are in force."""
+        now_s = self._clock()
+        self._since_s = {rule: self._since_s.get(rule, now_s) for rule in rules}
 
     def _judge_running(
         self,
@@ -163,6 +173,11 @@ class ActionWatch:
         key: TraceKey = (trace.engine, trace.internal_id, trace.client)
         ended = trace.status != "active"
         with self._lock:
+            now_s = self._clock()
+            self._follow(self._config().actions.rules)
+            if ended:  # probes that an edit brings score what had ended before, too
+                end_s = trace.end_time_s or now_s
+                rules = [rule for rule in rules if self._since_s.get(rule, now_s) <= end_s]
             for match in self._book.judge(rules, key, values, trace.num_generated, ended=ended):
                 self._acting.perform(match, trace, scores.summary())
             if ended:  # its record and its span follow at once

@@ -23,7 +23,6 @@ from glassbox.export.liveness import Liveness
 from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import LivenessCollector, PrometheusCollector
 from glassbox.processes.exporter import page_writer
-from glassbox.processes.exporter.action_watch import ActionWatch
 from glassbox.processes.exporter.launch import wants_actions
 from glassbox.processes.exporter.page_writer import PageWriter
 from glassbox.processes.exporter.sink import Sink
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from glassbox.export.otel import OtelSink
+    from glassbox.processes.exporter.action_watch import ActionWatch
     from glassbox.processes.exporter.own_port import OwnPort
     from glassbox.web.doors import Door
 
@@ -91,6 +91,8 @@ class Sinks:
         before = read_status(self._run_dir)
         self.errors = export_errors(logger, before.errors if before else None, self._advice)
         self._takes_over = before is not None
+        # From where an exporter that died was.
+        self._goes_on = before is not None and not before.ended
         self._restarts = before.restarts + (not before.ended) if before is not None else 0
         self._source = FamilySource(self._run_dir, config)
         self._registry = CollectorRegistry()
@@ -170,6 +172,7 @@ class Sinks:
         self._traces.apply(skip_present=self._takes_over)
         # A sink opened by an edit reports from now on, like one that takes over from a dead exporter.
         self._takes_over = True
+        self._goes_on = False
 
     def _open_http(self, config: GlassboxConfig) -> "OwnPort":
         # Not at the top: an exporter without a port of its own needs no web framework in its memory.
@@ -219,10 +222,19 @@ class Sinks:
         assert jsonl.expanded_path is not None
         return JsonlSink(jsonl.expanded_path, jsonl.max_mb, skip_first=self._takes_over)
 
-    def _open_actions(self, _config: GlassboxConfig) -> ActionWatch:
+    def _open_actions(self, _config: GlassboxConfig) -> "ActionWatch":
+        # Not at the top: without rules an exporter needs no client of HTTP in its memory.
+        from glassbox.processes.exporter.action_watch import ActionWatch
+
         probes = ProbeFiles(self._config, lambda error: self.errors.count("actions", error))
         watch = ActionWatch(
-            self._run_dir, self._config, probes.current, self.errors, self._action_counts, clock=self._clock
+            self._run_dir,
+            self._config,
+            probes.current,
+            self.errors,
+            self._action_counts,
+            goes_on=self._goes_on,
+            clock=self._clock,
         )
         watch.start()
         return watch

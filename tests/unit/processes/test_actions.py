@@ -101,7 +101,7 @@ def trace(seed: int = 1, value: float = 0.9, running: bool = False, **changes: A
     made = make_trace(seed=seed, request_id=f"cmpl-{seed}-0", top_k=0, spans=(), attention=False)
     stats = made.arrays["stats"].copy()
     stats[..., INDEX["top1_ratio"]] = value
-    status = {"status": "active", "end_time_s": None} if running else {}
+    status = {"status": "active", "end_time_s": None} if running else {"end_time_s": time.time() + 60}
     return replace(made, arrays={**made.arrays, "stats": stats}, **{**status, **changes})
 
 
@@ -165,6 +165,19 @@ class TestRunning:
         assert {} == server.counts()
         server.end(trace())
         assert {"r|log|done": 1} == server.counts()
+
+    def test_what_ended_before_the_rule(self, server: Server) -> None:
+        """An edit that brings a rule, or a probe, does nothing about requests that had ended; a restart does."""
+        server.rule("log")
+        server.end(trace(end_time_s=server.now - 1))
+        assert {} == server.counts()
+        server.end(trace(end_time_s=server.now + 1))
+        assert {"r|log|done": 1} == server.counts()
+        again = ActionWatch(server.run_dir, server.config, lambda: [PROBE], server.errors, goes_on=True)
+        old = trace(seed=2, end_time_s=server.now - 1)
+        again.ended(old, scores_of(old, [PROBE]))
+        assert {"r|log|done": 1} == dict(again.counts())
+        again._acting.close(server.config().actions)
 
     def test_a_trace_that_cannot_be_scored(self, server: Server) -> None:
         """Others are judged all the same."""
