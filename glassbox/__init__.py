@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from glassbox.processes.extraction import Extractor
     from glassbox.processes.offline import Capture, capture
 
-__all__ = ["Capture", "__version__", "capture"]
+__all__ = ["Capture", "Extractor", "__version__", "capture"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,4 +17,8 @@ def __getattr__(name: str) -> Any:
         from glassbox.processes import offline
 
         return getattr(offline, name)
+    if name == "Extractor":
+        from glassbox.processes.extraction import Extractor
+
+        return Extractor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

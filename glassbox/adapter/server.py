@@ -482,7 +482,8 @@ class Wrappers:
                 salt = self._intake.salt(told, None if tokens is None else len(tokens))
                 if salt is not None:
                     request.cache_salt = f"{request.cache_salt or ''}{_SALT}{salt}"
-            self._logprobs_mode = getattr(processor.vllm_config.model_config, "logprobs_mode", None)
+            model_config = getattr(processor.vllm_config, "model_config", None)
+            self._logprobs_mode = getattr(model_config, "logprobs_mode", None)
             return request
 
         return process_inputs

@@ -10,16 +10,20 @@ from typing import Annotated
 import typer
 
 from glassbox import __version__
+from glassbox.cli.commands.analyze import analyze
 from glassbox.cli.commands.baselines import baseline
 from glassbox.cli.commands.bench import CONTEXT_SETTINGS, bench
 from glassbox.cli.commands.check import check
 from glassbox.cli.commands.common import fail
 from glassbox.cli.commands.diff import diff
 from glassbox.cli.commands.doctor import doctor
+from glassbox.cli.commands.evaluate import evaluate
+from glassbox.cli.commands.extract import extract
 from glassbox.cli.commands.heads import heads
 from glassbox.cli.commands.heatmap import heatmap
 from glassbox.cli.commands.report import report
 from glassbox.cli.commands.top import top
+from glassbox.cli.commands.train import train
 from glassbox.cli.dashboards.command import dashboards
 
 main = typer.Typer(
@@ -105,6 +109,10 @@ main.command()(heads)
 main.command()(heatmap)
 main.command()(report)
 main.command()(diff)
+main.command()(extract)
+main.command()(analyze)
+main.command()(train)
+main.command()(evaluate)
 main.command(context_settings=CONTEXT_SETTINGS)(bench)
 main.command()(dashboards)
 main.add_typer(baseline, name="baseline")

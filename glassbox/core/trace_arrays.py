@@ -263,7 +263,7 @@ TRACE_ARRAYS: Final[tuple[TraceArray, ...]] = (
         merge="places",
         fill=math.nan,
         meaning="What makes attention of queries and keys: scale, soft cap (0 is none), window in keys (0 is none) and "
-        "the logit of a learned sink (NaN is none).",
+        "the logit of a learned sink (NaN is none). A scale of NaN: it depends on more (ALiBi, chunked attention).",
     ),
     TraceArray(
         name="logprobs",

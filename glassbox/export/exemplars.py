@@ -1,11 +1,13 @@
-"""Exemplars: for a bucket of a histogram, a traced request whose row fell into it.
+"""Exemplars: for a bucket of a histogram, a traced request whose row or score fell into it.
 
-Owns which request and which row. How they are written is `prometheus.py`'s: only OpenMetrics has a place for them.
+Owns which request and which row or score. How they are written is `prometheus.py`'s: only OpenMetrics has a place for
+them.
 """
 
 import math
 import re
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,12 @@ import numpy as np
 
 from glassbox.core.statistics import NUM_BUCKETS, PHASES, STATISTICS
 from glassbox.export.family import DETAIL_LABELS
+from glassbox.export.score_families import SCORE_METRICS
+from glassbox.export.trace_scores import in_list
 from glassbox.store.llm_spans import LlmSpanReader
 from glassbox.store.merge import Detail
+from glassbox.store.score_files import ScoreFiles, StoredScores
+from glassbox.store.score_totals import SCORE_BOUNDS
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace
 
@@ -113,6 +119,26 @@ def collect(
     return found
 
 
+def of_scores(
+    scored: Sequence[tuple[RequestTrace, Mapping[str, str], StoredScores | None]], now_s: float
+) -> dict[tuple[str, tuple[str, ...]], list[Exemplar | None]]:
+    """An exemplar for every bucket of a probe's scores.
+
+    Args:
+        scored: traces with their labels and scores; of several the first one wins, so newest first.
+        now_s: Unix seconds.
+    """
+    found: dict[tuple[str, tuple[str, ...]], list[Exemplar | None]] = {}
+    for trace, labels, scores in scored:
+        for name, value in in_list(scores)["scores"].items():
+            key = (SCORE_METRICS[0].name, (trace.model_name, trace.engine, name))
+            buckets = found.setdefault(key, [None] * (len(SCORE_BOUNDS) + 1))
+            bucket = bisect_left(SCORE_BOUNDS, value)
+            if buckets[bucket] is None:
+                buckets[bucket] = Exemplar(labels, value, now_s if trace.end_time_s is None else trace.end_time_s)
+    return found
+
+
 class TraceExemplars:
     """The exemplars of a server's newest traces; read again only when a trace was written, and not all the time.
 
@@ -133,6 +159,7 @@ class TraceExemplars:
         self._not_before = -math.inf
         self._directory = TraceDirectory(run_dir)
         self._spans = LlmSpanReader(run_dir)
+        self._scores = ScoreFiles(run_dir)
         self._key: object = None
         self._named = False
         self._exemplars: Exemplars = NONE
@@ -144,7 +171,7 @@ class TraceExemplars:
             OSError: the run directory may not be read.
         """
         named = self._names_requests()
-        key = (self._directory.versions(), detail, named)
+        key = (self._directory.versions(), self._scores.refresh(), detail, named)
         if not named and self._named:
             self._exemplars = NONE  # of before the edit; not even for a moment
         if key != self._key and self._clock() >= self._not_before:
@@ -157,7 +184,12 @@ class TraceExemplars:
                 labels = labels_of(trace, self._ids(trace), named) if trace is not None else None
                 if trace is not None and labels is not None:
                     labelled.append((trace, labels))
-            self._exemplars = collect(labelled, detail, time.time())
+            now_s = time.time()
+            scored = [
+                (trace, labels, self._scores.of((trace.engine, trace.internal_id, trace.client)))
+                for trace, labels in labelled
+            ]
+            self._exemplars = {**collect(labelled, detail, now_s), **of_scores(scored, now_s)}
             self._key = key
             self._named = named
         return self._exemplars

@@ -71,8 +71,11 @@ class TraceScores:
             values = signal_values(trace, now, heads)
             summary, places, final = stored.summary, dict(stored.places), True
         else:
-            scores = scores_of(trace, probes, now, focus_heads=heads)
+            ready = [one for one in probes if all(signal_row(name).cost == "streaming" for name in one.needs.signals)]
+            scores = scores_of(trace, ready, now, focus_heads=heads)
             values, summary, places = scores.signals, scores.summary(), {}
+            later = {one.name for one in probes} - {one.name for one in ready}
+            summary["probes"] |= {name: {"score": None, "reason": _LATER} for name in sorted(later)}
             summary["signals"] |= {name: {"values": {}, "refused": _LATER} for name in asked if name not in now}
             final = trace.status != "active" and not (probes or asked)
         for name, one in values.items():

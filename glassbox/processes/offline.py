@@ -103,8 +103,6 @@ def capture(
         RuntimeError: no attention of the model is observed, or traces are missing; the message says what to look at.
     """
     pyarrow(_USER)
-    _see_that_it_is_observed()
-    config = load_config(find_config())
     prompts = list(prompts)
     params = _params(llm, prompts, sampling_params)
     per_prompt = _per_prompt("spans", spans, len(prompts))
@@ -113,6 +111,31 @@ def capture(
         with_options(one, _options(layers, heads, top_k, of_prompt, rows) | more)
         for one, of_prompt in zip(params, per_prompt, strict=True)
     ]
+    answered, traces = traced(llm, prompts, asked, timeout_s=timeout_s)
+    outputs = [one.output for one in answered]
+    tables = trace_tables(traces, _USER)
+    return Capture(outputs=outputs, traces=traces, requests=_requests_table(answered, traces), **vars(tables))
+
+
+def traced(
+    llm: OfflineEngine, prompts: Sequence[Any], asked: Sequence[OfflineParams], *, timeout_s: float = 60.0
+) -> tuple[list[Answered], list[list[RequestTrace]]]:
+    """Generate answers, and wait for their traces.
+
+    Args:
+        llm: a vllm.LLM, made after glassbox was installed.
+        prompts: as for `LLM.generate`.
+        asked: parameters of each prompt, with the options by which it asks for its trace.
+        timeout_s: how long to wait for the traces after the answers are there.
+
+    Returns:
+        Answers and traces of each prompt; of these one per answer.
+
+    Raises:
+        RuntimeError: no attention of the model is observed, or traces are missing; the message says what to look at.
+    """
+    _see_that_it_is_observed()
+    config = load_config(find_config())
     # More than max_active at once would be refused.
     batch = max(1, config.requests.max_active // max([1, *(num_answers(one) for one in asked)]))
     answered: list[Answered] = []
@@ -122,9 +145,7 @@ def capture(
         done = generate(llm, prompts[start : start + batch], asked[start : start + batch])
         answered += done
         traces += _wait(llm, done, since_s, timeout_s, config)
-    outputs = [one.output for one in answered]
-    tables = trace_tables(traces, _USER)
-    return Capture(outputs=outputs, traces=traces, requests=_requests_table(answered, traces), **vars(tables))
+    return answered, traces
 
 
 def _see_that_it_is_observed() -> None:

@@ -27,7 +27,9 @@ import numpy as np
 from glassbox.core.files import open_regular, write_atomically
 from glassbox.core.json_fields import MAX_NUMBER, FieldError, JsonFields, parse_json
 from glassbox.core.printable import printable
-from glassbox.signals.features import Feature, features, parse_feature
+from glassbox.core.signal_table import signal_row
+from glassbox.signals.features import ANSWER, PROMPT, Feature, features, parse_feature
+from glassbox.signals.values import SignalValues
 from glassbox.store.trace_record import RequestTrace
 
 FORMAT: Final = "glassbox-probe"
@@ -178,17 +180,23 @@ class Probe:
     def needs(self) -> Needs:
         """What must be measured of a request so that it can be scored."""
         parsed = [feature.parsed for feature in self.features]
+        signals = tuple(sorted({one.signal for one in parsed} - {ANSWER, PROMPT}))
         return Needs(
-            signals=(),
+            signals=signals,
             layers=tuple(sorted({one.layer for one in parsed if one.layer is not None})),
             heads=tuple(sorted({one.head for one in parsed if one.head is not None})),
             spans=tuple(sorted({one.span for one in parsed if one.span is not None})),
-            prompt=False,
+            prompt=any(signal_row(signal).prompt for signal in signals),
         )
 
-    def score(self, trace: RequestTrace) -> ProbeScore | None:
-        """The score of a request, as far as its rows go; None if it has none of the features (so far)."""
-        return self.score_features(features(trace, [feature.name for feature in self.features]))
+    def score(self, trace: RequestTrace, computed: Mapping[str, SignalValues] | None = None) -> ProbeScore | None:
+        """The score of a request, as far as its rows go; None if it has none of the features (so far).
+
+        Args:
+            trace: of the request.
+            computed: signals of the trace that are not computed again.
+        """
+        return self.score_features(features(trace, [feature.name for feature in self.features], computed))
 
     def score_features(self, values: Mapping[str, float]) -> ProbeScore | None:
         """The same of its features, by name; those without a value are missing."""

@@ -109,12 +109,14 @@ def scores_of(
     """
     wanted = dict.fromkeys([*signals, *(name for probe in probes for name in probe.needs.signals)])
     found = _signals(trace, wanted, focus_heads, clock() + budget_s, clock)
+    # Probes were trained on the focus of all heads.
+    computed = {name: one for name, one in found.items() if name != "focus" or focus_heads is None}
     scored: dict[str, ProbeScore] = {}
     unscored: dict[str, str] = {}
     failed = set()
     for probe in probes:
         try:
-            score = probe.score(trace)
+            score = probe.score(trace, computed)
         except Exception as error:  # a file's numbers and a trace's: neither may take the others' scores away
             failed.add(probe.name)
             unscored[probe.name] = f"{type(error).__name__}: {error}"

@@ -7,7 +7,7 @@ and the spans take it from here. What a score is made of is `signals/scores.py`'
 import contextlib
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -60,14 +60,18 @@ class ScoreFiles:
         make_folder(self._folder)
         write_file(self._folder / _name(key), data)
 
-    def refresh(self) -> None:
+    def refresh(self) -> Mapping[str, FileVersion]:
         """Look at what is there now; `of` answers from it.
+
+        Returns:
+            the version of each file.
 
         Raises:
             OSError: the folder may not be listed.
         """
         self._versions = list_files(self._folder, _PREFIX, _SUFFIX)
         self._cache = {name: entry for name, entry in self._cache.items() if name in self._versions}
+        return self._versions
 
     def of(self, key: TraceKey) -> StoredScores | None:
         """The scores of a request; None if it has none, or they can't be read."""
@@ -101,8 +105,13 @@ def _read(path: Path) -> StoredScores | None:
     try:
         content = read_json(path, MAX_BYTES)
         scores = StoredScores(**content)
-        if isinstance(scores.summary, dict) and isinstance(scores.places, dict):
+        is_whole = isinstance(scores.places, dict) and isinstance(scores.summary["signals"], dict)
+        if is_whole and all(_is_score(one["score"]) for one in scores.summary["probes"].values()):
             return scores
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass
     return None
+
+
+def _is_score(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))

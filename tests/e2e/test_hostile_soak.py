@@ -15,7 +15,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +36,7 @@ pytestmark = pytest.mark.e2e
 LONG_S: Final = float(os.environ.get("GLASSBOX_SOAK_S", "3600"))
 SHORT_S: Final = 60.0
 INTERVAL_S: Final = 1.0
+RUN_DIR: Final = "run"
 SCRAPE_S: Final = 1.0
 # Of one process: 1 MB a minute.
 MAX_GROWTH_MB_PER_H: Final = 60.0
@@ -48,14 +49,18 @@ SLACK_S: Final = 45.0
 TELLING: Final = {"GlassboxSnapshotStale", "GlassboxExporterDown", "GlassboxSinkFailing"}
 # A full disk is an error, of which the alert tells for some time; one of the edits is out of range.
 BROKEN_HERE: Final = {"GlassboxErrors", "GlassboxConfigReloadFailed"}
+# What measuring may cost, and the share above which an alert tells: it is kept, whatever clients ask.
+BUDGET: Final = {"overhead_budget": 0.03}
+TOLD_ABOVE: Final = 0.05
 EDITS: Final[tuple[dict[str, Any], ...]] = (
     {"sample_rate": 0.05},
-    {"sample_rate": 0.2, "sampling": {"layers": {"every": 4}, "max_rows_per_step": 16}},
+    {"sample_rate": 0.2, "sampling": {**BUDGET, "layers": {"every": 4}, "max_rows_per_step": 16}},
     {"sample_rate": 7.0},  # out of range: the last good configuration stays
     {"sample_rate": 0.05, "log_level": "warning"},
-    {"sample_rate": 0.1, "sampling": {"prefill_rows_per_request": 64}},
+    {"sample_rate": 0.1, "sampling": {**BUDGET, "prefill_rows_per_request": 64}},
 )
-SHORT_RULES: Final = RuleSettings(stale_s=6.0, hold=dict.fromkeys(RuleSettings().hold, "4s"))
+LONG_RULES: Final = RuleSettings(overhead_budget=TOLD_ABOVE)
+SHORT_RULES: Final = replace(LONG_RULES, stale_s=6.0, hold=dict.fromkeys(RuleSettings().hold, "4s"))
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Trouble:
         self.silences: list[Silence] = []
         self.failures: list[str] = []
         self._server, self._disk, self._rng = server, disk, random.Random(0)
+        self._run_dir = disk.path / RUN_DIR
         # How long a silence lasts before somebody must have been told: the age, and the alert's `for`.
         stale_s = rules.stale_s + rules.stale_intervals * INTERVAL_S
         self._full_s = stale_s + _seconds(rules.hold["SnapshotStale"]) + SLACK_S
@@ -156,14 +162,17 @@ class Trouble:
                 process.send_signal(signal.SIGCONT)
 
     def _fill(self) -> None:
-        """What is freed is filled again, until the oldest traces are gone and a snapshot finds no room."""
-        begin = time.time()
+        """What is freed is filled again, until the oldest traces are gone and no snapshot has found room for long."""
+        begin = silent = time.time()
         try:
-            while time.time() - begin < self._full_s and not self._stop.wait(0.2):
+            while time.time() - silent < self._full_s and not self._stop.wait(0.2):
+                if time.time() - begin > 5 * self._full_s:
+                    raise TimeoutError(f"snapshots still found room after {time.time() - begin:.0f} s")
                 self._disk.fill()
+                silent = max(begin, *(path.stat().st_mtime for path in self._run_dir.glob("worker-*.npz")))
         finally:
             self._disk.empty()
-        self._note("full disk", begin, self._full_s, {"GlassboxSnapshotStale"})
+        self._note("full disk", silent, self._full_s, {"GlassboxSnapshotStale"})
 
     def _note(self, what: str, begin: float, whole_s: float, alerts: set[str]) -> None:
         """A silence that was cut short by the end need not be told."""
@@ -196,6 +205,7 @@ def watched_server(
     with SmallDisk(folder / "disk", 64) as disk:
         config = {
             "sample_rate": 0.1,
+            "sampling": dict(BUDGET),
             "requests": {"keep": 64, "keep_mb": 8},
             "export": {
                 "interval_s": INTERVAL_S,
@@ -203,7 +213,7 @@ def watched_server(
                 "jsonl": {"path": str(folder / "windows.jsonl"), "max_mb": 1},
             },
         }
-        server = start_server(config=config, env={"GLASSBOX_RUN_DIR": str(disk.path / "run")}, **options)
+        server = start_server(config=config, env={"GLASSBOX_RUN_DIR": str(disk.path / RUN_DIR)}, **options)
         target = f"127.0.0.1:{server.port}"
         with PrometheusServer(folder, [target], interval_s=SCRAPE_S, rule_files=[rule_file]) as prometheus:
             prometheus.wait_for("glassbox_snapshot_age_seconds")
@@ -275,7 +285,7 @@ class TestLong:
     @pytest.mark.timeout(LONG_S + 1800)
     def test_an_hour_of_it(self, start_server: Callable[..., GlassboxServer], tmp_path: Path) -> None:
         """200 clients: no failed request; every silence told; memory, descriptors and files flat after warm-up."""
-        rules, args = RuleSettings(), ("--max-num-batched-tokens", "256")
+        rules, args = LONG_RULES, ("--max-num-batched-tokens", "256")
         with watched_server(start_server, tmp_path, rules, args=args) as (server, disk, prometheus):
             warm_up(server)
             trouble, begin = Trouble(server, disk, rules, long=True), time.time()
@@ -283,14 +293,14 @@ class TestLong:
             print(f"{dict(load.answered)} requests, {load.tokens / LONG_S:.1f} tokens per second")
             assert [] == load.failures + trouble.failures
             settle(server)
+            growth = told_growth(seen)
             assert_told(prometheus, trouble, begin)
-        assert_flat(seen)
+        assert_flat(seen, growth)
 
 
-def assert_flat(seen: Seen) -> None:
-    """Of processes that lived all along: memory by its slope, descriptors and files by their lows, first and last."""
+def told_growth(seen: Seen) -> dict[str, float]:
+    """MB per hour of each process that lived all along; says them, and what else they had."""
     lasting = [name for name, points in seen.memory_mb.items() if len(points) > 0.95 * len(seen.files)]
-    assert len(lasting) >= 2
     growth = {name: growth_mb_per_h(seen.memory_mb[name]) for name in lasting}
     for name, slope in growth.items():
         points, descriptors = seen.memory_mb[name], seen.descriptors[name]
@@ -298,8 +308,14 @@ def assert_flat(seen: Seen) -> None:
             f"{name}: {points[0][1]:.0f} -> {points[-1][1]:.0f} MB, {slope:+.1f} MB/h; {_lows(descriptors)} descriptors"
         )
     print(f"files: {_lows(seen.files)}")
+    return growth
+
+
+def assert_flat(seen: Seen, growth: dict[str, float]) -> None:
+    """Memory by its slope, descriptors and files by their lows, first and last."""
+    assert len(growth) >= 2
     assert {name: slope for name, slope in growth.items() if slope > MAX_GROWTH_MB_PER_H} == {}
-    for name in lasting:
+    for name in growth:
         first, last = _lows(seen.descriptors[name])
         assert last <= first + MAX_MORE_DESCRIPTORS, name
     first, last = _lows(seen.files)

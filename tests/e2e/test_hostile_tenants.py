@@ -1,19 +1,25 @@
-"""Two tenants with keys of their own at one `vllm serve` of two API servers: what they ask, and what they are shown.
+"""Two tenants with keys of their own at one `vllm serve` of two API servers, and strangers at both of its ports.
 
 Every route and method by itself is in tests/unit/web/test_tenants.py; here it is that vLLM hands on who asked,
-whichever of its APIs and of its processes is asked.
+whichever of its APIs and of its processes is asked, and that what a stranger sends or another program leaves in the run
+directory neither shows nor stops anything.
 """
 
+import contextlib
+import http.client
 import json
-from collections.abc import Iterator
+import os
+import socket
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import httpx
 import pytest
 
-from tests.serving import MODEL_NAME, GlassboxServer, wait_for
+from tests.prometheus_server import free_port
+from tests.serving import HOST, MODEL_NAME, GlassboxServer, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -23,6 +29,7 @@ CONFIG: dict[str, Any] = {
     "requests": {"isolate": True, "include_text": True, "keep": 40, "per_client": {"keep": 30}},
     "export": {"interval_s": 0.5},
 }
+TOKEN = "token-of-the-operator"
 SECRET = "The harbour's secret is blue"
 MESSAGES = [{"role": "user", "content": SECRET}]
 TRACE = {"glassbox": "trace"}
@@ -43,8 +50,10 @@ def headers_of(name: str | None, **more: str) -> dict[str, str]:
 
 
 class Tenants:
-    def __init__(self, server: GlassboxServer) -> None:
-        self.server = server
+    """A server, its clients, and the port of its operators."""
+
+    def __init__(self, server: GlassboxServer, own_port: int) -> None:
+        self.server, self.own_port = server, own_port
 
     def ask(self, name: str, path: str, **headers: str) -> str:
         """Ask for a traced answer; returns the id that the client gets."""
@@ -69,9 +78,15 @@ class Tenants:
 def tenants(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
     args = ("--api-server-count", "2", "--api-key", *KEYS.values())
     folder = tmp_path_factory.mktemp("tenants")
+    tokens = folder / "tokens"
+    tokens.write_text(TOKEN)
+    tokens.chmod(0o600)
+    own_port = free_port()
+    own = {"port": own_port, "host": HOST, "token_file": str(tokens), "max_connections": 64}
+    config = {**CONFIG, "export": {**CONFIG["export"], "http": own}}
     env = {"VLLM_PLUGINS": "glassbox"}
-    with GlassboxServer(demo_model_path, folder, config=CONFIG, args=args, env=env) as server:
-        yield Tenants(server)
+    with GlassboxServer(demo_model_path, folder, config=config, args=args, env=env) as server:
+        yield Tenants(server, own_port)
 
 
 class TestTenants:
@@ -118,3 +133,188 @@ class TestTenants:
                 assert 0 == path.stat().st_mode & 0o077, path
                 assert not [key for key in KEYS.values() if key.encode() in path.read_bytes()], path
         assert not [key for key in KEYS.values() if f"Bearer {key}" in tenants.server.log_path.read_text()]
+
+
+# Ways to write a path that proxies, frameworks and guards have disagreed on.
+SPELLINGS: Final = (
+    "/glassbox/v1/requests",
+    "/glassbox/v1/requests/",
+    "//glassbox/v1/requests",
+    "/glassbox//v1/requests",
+    "/glassbox/./v1/requests",
+    "/glassbox/page/../v1/requests",
+    "/v1/../glassbox/v1/requests",
+    "/%67lassbox/v1/requests",
+    "/glassbox%2Fv1%2Frequests",
+    "/glassbox/v1/requests%00",
+    "/glassbox/v1/requests;/v1/models",
+    "/GLASSBOX/v1/requests",
+    "/glassbox/v1/requests?api_key=key-of-alice",
+    "/glassbox/v1/requests?authorization=Bearer%20key-of-alice",
+    "http://localhost/glassbox/v1/requests",
+    "/glassbox/v1/snapshot",
+    "/glassbox/v1/stream",
+)
+METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY")
+# What is nobody's key, though it looks like one.
+NO_PROOFS: Final[tuple[dict[str, str], ...]] = (
+    {},
+    {"Authorization": "Bearer "},
+    {"Authorization": "Bearer key-of-alic"},
+    {"Authorization": "Bearer key-of-alice2"},
+    {"Authorization": "Bearer key-of-alice,key-of-bob"},
+    {"Authorization": "Basic a2V5LW9mLWFsaWNl"},
+    {"Authorization": "key-of-alice"},
+    {"X-Api-Key": "key-of-alice"},
+    {"Cookie": "glassbox_key=key-of-alice; Authorization=Bearer key-of-alice"},
+    {"X-Forwarded-For": "127.0.0.1", "X-Original-URL": "/v1/models", "X-Forwarded-Host": "localhost"},
+)
+
+
+def status_and_body(port: int, method: str, path: str, headers: dict[str, str]) -> tuple[int, bytes]:
+    """Of an answer to exactly these bytes, which a client library would have tidied; at most the first 64 KiB."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=30.0)
+    try:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, b"" if answer.getheader("Content-Type", "").startswith("text/event") else answer.read(
+            65536
+        )
+    finally:
+        connection.close()
+
+
+class TestStrangers:
+    """Without a key, or with what is none."""
+
+    def ports(self, tenants: Tenants) -> tuple[int, int]:
+        return tenants.server.port, tenants.own_port
+
+    def assert_nothing_shown(self, tenants: Tenants, ids: list[str], method: str, path: str, **headers: str) -> None:
+        for port in self.ports(tenants):
+            status, body = status_and_body(port, method, path, headers)
+            assert status in {307, 308, 400, 401, 403, 404, 405, 421}, (port, method, path, headers, status)
+            assert SECRET.encode() not in body, (method, path)
+            assert not [one for one in ids if one.encode() in body and one not in path], (method, path)
+
+    def test_no_spelling_of_a_path_leads_past_the_guard(self, tenants: Tenants) -> None:
+        tenants.ask("alice", "/v1/completions")
+        ids = tenants.settled("alice", 1)
+        for path in (*SPELLINGS, f"/glassbox/v1/requests/{ids[0]}", f"/glassbox/v1/requests/{ids[0]}%2F.."):
+            self.assert_nothing_shown(tenants, ids, "GET", path)
+
+    def test_nor_does_a_method(self, tenants: Tenants) -> None:
+        ids = tenants.settled("alice", 1)
+        for method in METHODS[1:]:
+            self.assert_nothing_shown(tenants, ids, method, f"/glassbox/v1/requests/{ids[0]}")
+
+    def test_nor_does_what_is_no_proof(self, tenants: Tenants) -> None:
+        ids = tenants.settled("alice", 1)
+        for headers in NO_PROOFS:
+            self.assert_nothing_shown(tenants, ids, "GET", "/glassbox/v1/requests", **headers)
+
+    def test_a_key_of_one_port_is_none_of_the_other(self, tenants: Tenants) -> None:
+        token, key = {"Authorization": f"Bearer {TOKEN}"}, headers_of("alice")
+        assert 401 == status_and_body(tenants.server.port, "GET", LIST, token)[0]
+        assert 401 == status_and_body(tenants.own_port, "GET", LIST, key)[0]
+        assert 200 == status_and_body(tenants.own_port, "GET", LIST, token)[0]
+        assert 200 == status_and_body(tenants.server.port, "GET", LIST, key)[0]
+
+
+class TestIds:
+    """An id is whatever a client says, and leads to its own traces alone."""
+
+    def test_the_internal_id_of_another(self, tenants: Tenants) -> None:
+        """Asked for by the name that vLLM gave the victim's: with and without the suffix that it appends."""
+        request_id = tenants.ask("alice", "/v1/completions", **{"X-Request-Id": "precious"})
+        tenants.ask("alice", "/v1/completions")  # the worker hears of an end with its next step
+        own = wait_for(
+            lambda: tenants.get("alice", f"/{request_id}").json(),
+            lambda found: found.get("status") == "finished",
+            60.0,
+            "alice's trace",
+        )
+        for said in (own["internal_id"], own["internal_id"][: -len("-01234567")], f"0_{own['internal_id']}"):
+            tenants.ask("bob", "/v1/completions", **{"X-Request-Id": said})
+        tenants.ask("bob", "/v1/completions")
+        assert tenants.get("alice", f"/{request_id}").json()["internal_id"] == own["internal_id"]
+        for name in (own["internal_id"], request_id):
+            answer = tenants.get("bob", f"/{name}")
+            assert answer.status_code == 404 or answer.json()["internal_id"] != own["internal_id"]
+
+    @pytest.mark.parametrize("said", ["../../../etc/passwd", "a" * 4000, "%00%0d%0aX-Key: 1", "<script>", "."])
+    def test_one_that_is_no_name(self, tenants: Tenants, said: str) -> None:
+        """It is served and traced, and nothing is written but in the run directory."""
+        request_id = tenants.ask("bob", "/v1/completions", **{"X-Request-Id": said})
+        tenants.ask("bob", "/v1/completions")  # the worker hears of an end with its next step
+        found = wait_for(
+            lambda: tenants.ids("bob"), lambda ids: any(one.startswith(request_id) for one in ids), 60.0, "bob's trace"
+        )
+        assert len(found) <= 31
+        server = tenants.server
+        assert [] == [path for path in server.folder.rglob("*passwd*") if server.run_dir not in path.parents]
+
+
+def _endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+def _sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+def _socket(path: Path) -> None:
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)
+
+
+def _for_all(path: Path) -> None:
+    path.write_bytes(os.urandom(4096))
+    path.chmod(0o666)
+
+
+class TestRunDirectory:
+    """What another program leaves there is neither waited for nor believed."""
+
+    @pytest.mark.parametrize("put", [_endless, _folder, _sparse, _socket, _for_all])
+    @pytest.mark.parametrize("name", ["worker-0-7-forged.npz", "metrics-page.forged"])
+    def test_things_that_are_no_files_of_ours(self, tenants: Tenants, put: Callable[[Path], None], name: str) -> None:
+        path = tenants.server.run_dir / name
+        put(path)
+        try:
+            asked = httpx.get(f"{tenants.server.url}/metrics", timeout=20.0)
+            assert asked.status_code == 200
+            assert "glassbox_steps_total" in asked.text
+            assert 'rank="7"' not in asked.text
+            assert "alice" not in asked.text
+            assert 200 == status_and_body(tenants.own_port, "GET", LIST, {"Authorization": f"Bearer {TOKEN}"})[0]
+        finally:
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+class TestReaders:
+    """Connections that never end, at the operators' port: whoever has a token still gets in, and exports go on."""
+
+    @pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\nHost: x\r\n", b"\x16\x03\x01\x02"])
+    def test_three_hundred_of_them(self, tenants: Tenants, sent: bytes) -> None:
+        """Silent ones, such with half a request's head, and such that speak TLS to a port without."""
+        with contextlib.ExitStack() as stack:
+            for _ in range(300):
+                with contextlib.suppress(OSError):
+                    connection = stack.enter_context(socket.create_connection((HOST, tenants.own_port), timeout=5.0))
+                    connection.sendall(sent)
+            proof = {"Authorization": f"Bearer {TOKEN}"}
+
+            def scraped() -> str:
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    return status_and_body(tenants.own_port, "GET", "/metrics", proof)[1].decode()
+                return ""
+
+            assert wait_for(scraped, lambda page: "glassbox_" in page, 30.0, "a page in spite of them")
+        errors = tenants.server.metric("glassbox_errors_total", stage="http")
+        assert not errors

@@ -14,10 +14,15 @@ import pytest
 import torch
 
 from glassbox.adapter.offline_engine import deliver_ends
+from glassbox.cli.commands.heads import FocusPrompt, focus_of, located
+from glassbox.core.signal_table import SIGNAL_NAMES, signal_row
 from glassbox.core.statistics import INDEX
+from glassbox.signals.registry import signal_values
+from glassbox.signals.values import SignalValues
 from glassbox.store import rundir
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace
+from tests import signal_truth
 from tests.attached import attached_hook, plugin, running_observer
 from tests.integration.transformers_truth import EagerModel, WholeTruth, whole_truth
 
@@ -177,7 +182,9 @@ class TestMixedBatch:
             (trace,) = found
             assert ((), False) == (trace.notes, trace.truncated)
             assert trace.positions[0] == 0
-            assert_equals_truth(trace, whole_truth(eager, [*prompt, *output.outputs[0].token_ids]))
+            truth = whole_truth(eager, [*prompt, *output.outputs[0].token_ids])
+            assert_equals_truth(trace, truth)
+            assert_signals(trace, truth)
         assert attached_hook().errors.counts() == {}
 
 
@@ -203,3 +210,127 @@ class TestPrefixCache:
         assert 2 == len(traces)
         for trace in traces:
             assert_equals_truth(trace, whole_truth(eager, trace.token_ids.tolist()))
+
+
+def assert_signals(trace: RequestTrace, truth: WholeTruth) -> None:
+    """Those that it can have, at its last place, against the whole matrix of attention; short ones on demand, too."""
+    layer, head = trace.layers[-1], trace.heads[-1]
+    q, k = (x[layer, head].astype(np.float64) for x in (truth.queries, truth.keys))
+    scores = q @ k.T / 8  # a head's size is 64
+    weights = np.tril(np.exp(scores - scores.max(axis=1, keepdims=True)))
+    p = weights / weights.sum(axis=1, keepdims=True)
+    expected = {
+        "asymmetry": signal_truth.asymmetry(p),
+        "selfattn": {"attn_diag_logmean": truth.self_logprob[layer, head].mean()},
+        "laplacian": {"eigval_0": (p.sum(axis=0) - np.diag(p)).max()},
+    }
+    if "singular_values" in trace.options.arrays:
+        expected["spectral"] = {"sv1": truth.singular_values(layer, head)[0]}
+    if "keys" in trace.options.arrays and len(p) < 300:
+        expected |= {"tracker": signal_truth.tracker(p), "magnetic": signal_truth.magnetic(scores)}
+    for name, found in signal_values(trace, expected).items():
+        assert found.refused == ""
+        for value, number in expected[name].items():
+            power = 2 if value in {"G", "Gamma", "C"} else 1  # these are roots of differences
+            here = float(found.by_place[value][-1, -1]) ** power
+            assert here == pytest.approx(number**power, rel=RELATIVE, abs=MASS), f"{name}_{value} of {trace.request_id}"
+
+
+class TestSignals:
+    def test_all_of_one_request(self, engine: Engine, eager: EagerModel, text: list[int]) -> None:
+        """Each value at each place, from dense float64 matrices of transformers' queries, keys and attention."""
+        asked = {
+            **ON_DEMAND,
+            "glassbox_signals": list(SIGNAL_NAMES),
+            "glassbox_spans": ["instruction=0:9", "answer=40:60"],
+        }
+        outputs = engine.serve([text[600:640]], [12], [asked])
+        ((trace,),) = engine.traces(outputs)
+        tokens = [*text[600:640], *outputs[0].outputs[0].token_ids]
+        truth, attention = whole_truth(eager, tokens), eager.attention(tokens)[..., :-1, :-1].astype(np.float64)
+        found = signal_values(trace, SIGNAL_NAMES)
+        assert dict.fromkeys(SIGNAL_NAMES, "") == {name: values.refused for name, values in found.items()}
+        for i, layer in enumerate(trace.layers):
+            for h, head in enumerate(trace.heads):
+                p, q, k = attention[layer, head], truth.queries[layer, head], truth.keys[layer, head]
+                for name, expected in expected_values(p, q, k, trace).items():
+                    for value, number in expected.items():
+                        power = 2 if value in {"G", "Gamma", "C"} else 1  # these are roots of differences
+                        here = float(found[name].by_place[value][i, h]) ** power
+                        where = f"{name}_{value}_L{layer}_H{head}"
+                        assert here == pytest.approx(number**power, rel=RELATIVE, abs=MASS), where
+        assert_rauq(found["rauq"], truth, attention, trace)
+
+    def test_holes(self, engine: Engine, text: list[int]) -> None:
+        """Of a prompt that came from the prefix cache in part: what needs all rows says so, the others have values."""
+        prompt = text[700:800]
+        engine.serve([prompt], [1], [None])
+        asked = {**ON_DEMAND, "glassbox_prompt": "new", "glassbox_signals": list(SIGNAL_NAMES)}
+        ((trace,),) = engine.traces(engine.serve([prompt], [4], [asked]))
+        found = signal_values(trace, SIGNAL_NAMES)
+        for name, values in found.items():
+            if signal_row(name).prompt and name != "heavy_hitters":
+                assert "rows of 96 of 103 tokens are missing" in values.refused
+        assert 7 / 103 == found["heavy_hitters"].of_request["rows_ratio"]
+        assert "" == found["rauq"].refused == found["lookback"].refused
+
+    def test_focus_of_prompts(self, engine: Engine, eager: EagerModel) -> None:
+        """What `glassbox heads` finds its heads by: the last token's attention to the instruction."""
+        prompts = [
+            FocusPrompt(1, "Translate into French: the harbour", "Translate into French:", False),
+            FocusPrompt(2, ({"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}), 0, True),
+        ]
+        focus, layers, heads = focus_of(engine.llm, prompts)  # type: ignore[arg-type]
+        assert (tuple(range(30)), tuple(range(9))) == (layers, heads)
+        for prompt, found in zip(prompts, focus, strict=True):
+            tokens, (start, end) = located(prompt, engine.llm.get_tokenizer())
+            expected = eager.attention(tokens)[:, :, -1, start:end].sum(-1)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=MASS)
+
+
+def expected_values(p: np.ndarray, q: np.ndarray, k: np.ndarray, trace: RequestTrace) -> dict[str, dict[str, float]]:
+    """Of one head with attention p [T, T]; by the definitions of tests/signal_truth.py."""
+    own, received = np.diag(p), p.sum(axis=0)
+    answer = [lookback(p[row, : row + 1], trace.prompt_len) for row in range(trace.prompt_len, len(p))]
+    scores = q.astype(np.float64) @ k.astype(np.float64).T
+    order = np.argsort(-received)[:10]
+    last = p[trace.prompt_len - 1]
+    return {
+        "spectral": signal_truth.spectrum(scores),
+        "asymmetry": signal_truth.asymmetry(p),
+        "selfattn": {"attn_diag_logmean": np.log(own).mean(), "eigval_9": np.sort(own)[-10]},
+        "laplacian": {f"eigval_{i}": value for i, value in enumerate(np.sort(received - own)[::-1][:10])},
+        "routing": signal_truth.routing(p),
+        "tracker": signal_truth.tracker(p),
+        "cyclic": signal_truth.cyclic(scores),
+        "magnetic": signal_truth.magnetic(scores / 8),
+        "lookback": {"mean": np.mean(answer), "mean_answer": np.mean(answer), "lowest": lowest(answer)},
+        "focus": {"mass_instruction": last[:9].sum(), "mass": last[:9].sum()},
+        "heavy_hitters": {"received_0": received[order[0]], "top10_share": received[order].sum() / received.sum()},
+    }
+
+
+def lookback(p: np.ndarray, prompt_len: int) -> float:
+    context, generated = p[:prompt_len].mean(), p[prompt_len:].mean()
+    return float(context / (context + generated))
+
+
+def lowest(ratios: list[float]) -> float:
+    return float(min(np.mean(ratios[i : i + 8]) for i in range(len(ratios) - 7)))
+
+
+def assert_rauq(values: SignalValues, truth: WholeTruth, attention: np.ndarray, trace: RequestTrace) -> None:
+    """Token by token, at the head with the most attention to the token before."""
+    first, last = trace.prompt_len, attention.shape[-1]
+    logprobs = truth.logprobs[first - 1 : last - 1]
+    scores = []
+    for layer in trace.layers:
+        previous = np.array(
+            [[attention[layer, head, t, t - 1] for head in trace.heads] for t in range(first + 1, last)]
+        )
+        c = [np.exp(logprobs[0])]
+        for logprob, a in zip(logprobs[1:], previous[:, previous.mean(axis=0).argmax()], strict=True):
+            c.append(0.2 * np.exp(logprob) + 0.8 * a * c[-1])
+        scores.append(-np.mean(np.log(c)))
+    np.testing.assert_allclose(np.nanmax(values.by_place["layer_score"], axis=1), scores, rtol=5 * RELATIVE)
+    assert values.of_request == {"score": pytest.approx(max(scores), rel=5 * RELATIVE), "tokens": last - first}

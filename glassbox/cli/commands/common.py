@@ -6,12 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from glassbox.core.printable import printable
 from glassbox.core.statistics import STATISTICS, Phase
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WIDTH_WITHOUT_TERMINAL = 120
 
 
 class PhaseChoice(StrEnum):
@@ -65,6 +70,14 @@ def one_line_errors(status: int = 1) -> Iterator[None]:
         what = f"{type(error).__name__}: {error}"[:300]
         where = f"{Path(place.filename).name}:{place.lineno}"
         raise fail(f"can't make sense of that ({what}, at {where}); is it of glassbox, and whole?", status) from None
+
+
+def wide_console() -> "Console":
+    """A console that is wide enough for a table where no terminal says otherwise (a pipe, CI)."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
 
 
 def check_output(path: Path, *suffixes: str) -> None:

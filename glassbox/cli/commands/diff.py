@@ -12,6 +12,7 @@ from glassbox.cli.commands.common import (
     PhaseOption,
     complete_statistic,
     one_line_errors,
+    wide_console,
 )
 
 if TYPE_CHECKING:
@@ -74,8 +75,6 @@ def diff(
     """
     import json
 
-    from rich.console import Console
-
     from glassbox.core.statistics import PHASES, STATISTICS
     from glassbox.view.asking import Access
     from glassbox.view.compare import compare
@@ -96,9 +95,7 @@ def diff(
         if as_json:
             typer.echo(json.dumps(_json(comparison, shown, fail_above, above), indent=2, allow_nan=False))
         else:
-            console = Console(highlight=False)
-            if not console.is_terminal:
-                console = Console(highlight=False, width=120)
+            console = wide_console()
             _print(console, comparison, shown)
             if fail_above is not None:
                 verdict = f"{len(above):,} of {len(comparison.differences):,} exceed {fail_above:g}."

@@ -23,14 +23,14 @@ def scores() -> list[dashboard.Panel]:
             "Score by probe",
             "Median score of each probe: the probability of what it looks for. A median that moves means other "
             f"requests, or a model that pays attention to something else. {_ONLY}",
-            [Query(_quantile(0.5), _LEGEND)],
+            [Query(_quantile(0.5), _LEGEND, exemplar=True)],
             "percentunit",
             bounds=(0.0, 1.0),
         ),
         lines(
             "Highest scores by probe",
             "95th percentile of the scores of each probe.",
-            [Query(_quantile(0.95), _LEGEND)],
+            [Query(_quantile(0.95), _LEGEND, exemplar=True)],
             "percentunit",
             bounds=(0.0, 1.0),
         ),

@@ -18,6 +18,8 @@ from glassbox.export.family_source import FamilySource
 from glassbox.export.prometheus import PrometheusCollector
 from glassbox.store.llm_spans import write
 from glassbox.store.merge import Detail
+from glassbox.store.score_files import ScoreFiles, StoredScores
+from glassbox.store.score_totals import ScoreTotals, write_totals
 from glassbox.store.snapshot import write_snapshot
 from glassbox.store.trace_directory import traces_path
 from glassbox.store.trace_record import RequestTrace, write_trace
@@ -170,3 +172,32 @@ class TestExposition:
         after = exemplars.current("layer")
         ids = {one.labels["request_id"] for buckets in after.values() for one in buckets if one is not None}
         assert "newer" in ids
+
+
+class TestScores:
+    def test_the_newest_request_of_a_bucket(self, tmp_path: Path) -> None:
+        """Of each probe, once the exporter has scored it; the page that a strict parser reads has them."""
+        write_snapshot(tmp_path, make_snapshot())
+        registry = CollectorRegistry()
+        exemplars = TraceExemplars(tmp_path, clock=iter(range(0, 1000, 10)).__next__)
+        registry.register(PrometheusCollector(FamilySource(tmp_path, GlassboxConfig), exemplars))
+        totals, files = ScoreTotals(1.0, ("drift",)), ScoreFiles(tmp_path)
+        for seed, score in ((1, 0.31), (2, 0.34), (3, 0.97)):
+            trace = make_trace(seed=seed, request_id=f"cmpl-{seed}-0")
+            write_trace(traces_path(tmp_path), trace)
+            totals.engine(("tiny/model", "0")).probe("drift").add(score)
+        write_totals(tmp_path, totals)
+        assert {} == self.shown(registry)
+        for seed, score in ((1, 0.31), (2, 0.34), (3, 0.97)):
+            summary = {"probes": {"drift": {"score": score}}, "signals": {}}
+            files.write(("0", f"cmpl-{seed}-0-{seed:08x}", None), StoredScores(summary))
+        assert {"0.4": ("cmpl-2-0", 0.34), "+Inf": ("cmpl-3-0", 0.97)} == self.shown(registry)
+
+    def shown(self, registry: CollectorRegistry) -> dict[str, tuple[str, float]]:
+        text = generate_openmetrics(registry).decode()
+        return {
+            sample.labels["le"]: (sample.exemplar.labels["request_id"], sample.exemplar.value)
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if family.name == "glassbox_probe_score" and sample.exemplar
+        }

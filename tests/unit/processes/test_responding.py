@@ -26,10 +26,12 @@ from glassbox.export.trace_scores import TraceScores
 from glassbox.processes.api_server import responding
 from glassbox.processes.api_server.intake import Intake
 from glassbox.processes.api_server.responding import MAX_CHOICES, Answers
+from glassbox.signals.probe import ProbeFeature
 from glassbox.store import process_name
 from glassbox.store.snapshot import write_snapshot
 from glassbox.store.trace_directory import TraceDirectory, traces_path
 from glassbox.store.trace_record import RequestTrace, write_trace
+from tests import probe_samples
 from tests.export_samples import make_snapshot
 from tests.trace_samples import make_trace
 
@@ -41,13 +43,18 @@ class Server:
 
     Attributes:
         settings: of `requests:`.
+        probes: of `probes:`.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.settings: dict[str, Any] = {"respond_wait_s": 10.0}
-        self.answers = Answers(lambda: GlassboxConfig.model_validate({"requests": self.settings}), run_dir)
+        self.probes: list[Any] = []
+        self.answers = Answers(self.config, run_dir)
         self.worker("i0")
+
+    def config(self) -> GlassboxConfig:
+        return GlassboxConfig.model_validate({"requests": self.settings, "probes": self.probes})
 
     def worker(self, instance: str, **fields: Any) -> None:
         write_snapshot(self.run_dir, make_snapshot(**{"layers": (0, 3), "instance": instance, **fields}))
@@ -133,6 +140,16 @@ class TestSummary:
         assert {name: scores[name] for name in ("probes", "signals", "final")} == said
         assert set(said["signals"]["focus"]["values"])
         assert said["signals"]["tracker"]["refused"].startswith("it is computed once, by the exporter")
+
+    def test_of_probes(self, server: Server, tmp_path: Path) -> None:
+        """Their scores; one that reads a signal on demand has none yet, and says so."""
+        slow = probe_samples.write(tmp_path, "slow", features=(ProbeFeature("tracker_sigma2_L0_H0", 0.5, 1.0, 1.0),))
+        server.probes = [{"file": str(file)} for file in (probe_samples.write(tmp_path), slow)]
+        trace = server.write(make_trace())
+        probes = server.of(sent())["scores"]["probes"]
+        assert pytest.approx(probe_samples.score_of(trace), rel=1e-5) == probes["drift"]["score"]
+        assert None is probes["slow"]["score"]
+        assert probes["slow"]["reason"].startswith("it is computed once, by the exporter")
 
     def test_of_each_sample(self, server: Server) -> None:
         """By the engine's ids, which number them; prompts come in their order, whichever was sent first."""
@@ -281,7 +298,7 @@ class TestIntake:
     @pytest.fixture
     def app(self, server: Server) -> Iterator[Any]:
         undo = note_requests()
-        intake = Intake(lambda: GlassboxConfig.model_validate({"requests": server.settings}), server.run_dir)
+        intake = Intake(server.config, server.run_dir)
 
         def process_inputs(_: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             return SimpleNamespace(

@@ -166,10 +166,10 @@ class TestFailures:
         exporter.settings["probes"].append({"file": str(probe_samples.write(tmp_path, "other"))})
         true = Probe.score
 
-        def fail(probe: Probe, trace: RequestTrace) -> ProbeScore | None:
+        def fail(probe: Probe, *of_trace: Any) -> ProbeScore | None:
             if probe.name == "drift":
                 raise ArithmeticError("odd")
-            return true(probe, trace)
+            return true(probe, *of_trace)
 
         monkeypatch.setattr(Probe, "score", fail)
         trace = exporter.trace(1)

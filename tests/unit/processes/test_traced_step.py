@@ -263,6 +263,7 @@ class TestSums:
         np.testing.assert_array_equal(np.pad(fewer.keys[:, 0], ((0, 0), (0, 2))), record.keys[:, 1, 0])
         np.testing.assert_array_equal(whole.received, record.received[0])
         np.testing.assert_array_equal(whole.score_params, record.score_params[0])
+        assert () == record.notes
         assert np.isnan(record.singular_values).any(-1).tolist() == [[False, False], [False, True]]
 
     def test_rows_of_the_list(self) -> None:
@@ -302,6 +303,8 @@ class TestSums:
         assert np.isnan(record.received).all()
         assert np.isnan(record.singular_values).all()
         assert np.isnan(record.stats).all()
+        (note,) = record.notes
+        assert note.startswith("queries and keys of layers 0, 8 don't make their attention")
 
     def test_attention_to_the_token_before(self) -> None:
         """By layer or by slot, as statistics are given."""

@@ -624,7 +624,7 @@ class TestWholePrompts:
             ("max_prompt_rows", WHOLE, {"max_prompt_rows": 4}, {},
              "it has 5 tokens, and requests.max_prompt_rows is 4"),
             ("prompt_memory", {**WHOLE, "glassbox_signals": ["spectral"]}, {"max_trace_mb": 1}, {"head_size": 256},
-             r"all 5 need 4\.2 MB, and requests.max_trace_mb is 1, with .* MB left of max_active_mb; raise them"),
+             r"all 5 need 4\.5 MB, and requests.max_trace_mb is 1, with .* MB left of max_active_mb; raise them"),
             ("signals", {**WHOLE, "glassbox_signals": ["spectral"]}, {}, {"head_size": 576},
              "singular values are for heads of at most 256 numbers, got 576"),
             ("signals", {**WHOLE, "glassbox_signals": ["cyclic"]}, {}, {"num_heads_total": 40},

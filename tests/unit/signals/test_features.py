@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from glassbox.core.signal_table import SIGNALS
 from glassbox.core.statistics import INDEX, NUM_STATISTICS
 from glassbox.signals.features import Feature, features, parse_feature
-from glassbox.store.trace_record import RequestTrace, Span
+from glassbox.signals.registry import signal_values
+from glassbox.store.trace_record import RequestTrace, Span, TraceOptions
 from tests.trace_samples import make_trace, with_arrays
 
 POSITIONS = (3, 5, 6, 7, 8)  # a prompt of 6 tokens, two of its rows and three generated ones
@@ -91,6 +93,10 @@ class TestWanted:
             "answer_span._L0_H0\n",
             "prompt_span.a b_L0_H0",
             "prompt_span." + "a" * 200 + "_L0_H0",
+            "spectral_sv1",
+            "spectral_sv9_L0_H0",
+            "rauq_score_L0_H0",
+            "rauq_score_user",
         ],
     )
     def test_what_is_no_name(self, name: str) -> None:
@@ -99,3 +105,35 @@ class TestWanted:
             parse_feature(name)
         with pytest.raises(ValueError, match=r"is no name of a feature|layer or head above"):
             features(make_trace(), [name])
+
+
+class TestSignals:
+    def test_are_those_of_the_registry(self) -> None:
+        """Of each layer and head, of the request, and by span; those that the request asked for, or that are wanted."""
+        trace = make_trace(options=TraceOptions(signals=("focus", "lookback")), prompt_len=6)
+        values = signal_values(trace, ("focus", "lookback"))
+        found = features(trace)
+        assert found["focus_mass_user_L3_H1"] == pytest.approx(values["focus"].by_place["mass_user"][1, 1])
+        assert found["focus_mass_user"] == pytest.approx(values["focus"].of_request["mass_user"])
+        assert found["lookback_mean_L0_H2"] == pytest.approx(values["lookback"].by_place["mean"][0, 2])
+        assert list(found) == [parse_feature(name).name for name in found]
+        unasked = make_trace(prompt_len=6)
+        assert not [name for name in features(unasked) if name.startswith(("focus", "lookback"))]
+        wanted = ["focus_mass_user", "lookback_mean_L0_H2"]
+        assert {name: found[name] for name in wanted} == features(unasked, wanted)
+
+    def test_a_refused_one_has_no_features(self) -> None:
+        """It needs what the trace lacks."""
+        assert {} == features(make_trace(), ["spectral_sv1_L0_H0"])
+
+    def test_every_value_of_the_table_has_a_name(self) -> None:
+        """With a place or without one, never both, but for values by span."""
+        for signal in SIGNALS:
+            for value in signal.values:
+                of_request = value in signal.of_request
+                place = (None, None) if of_request else (0, 1)
+                feature = Feature(signal.name, value, *place)
+                assert parse_feature(feature.name) == feature
+            for value in signal.by_span:
+                feature = Feature(signal.name, f"{value}_system", 0, 1)
+                assert (feature, "system") == (parse_feature(feature.name), parse_feature(feature.name).span)

@@ -87,6 +87,16 @@ class TestNeeds:
             needs.prompt,
         )
 
+    def test_of_signals(self) -> None:
+        """Their names, the spans that they are of, and whether they need the whole prompt."""
+        focus, rauq, spectral = (
+            replace(PROBE, features=(ProbeFeature(name, 0.0, 1.0, 1.0),)).needs
+            for name in ("focus_mass_user_L0_H1", "rauq_score", "spectral_sv1_L0_H0")
+        )
+        assert (("focus",), ("user",), False) == (focus.signals, focus.spans, focus.prompt)
+        assert (("rauq",), (), (), False) == (rauq.signals, rauq.layers, rauq.heads, rauq.prompt)
+        assert (("spectral",), True) == (spectral.signals, spectral.prompt)
+
     def test_a_model_that_has_them(self) -> None:
         """More layers and heads do no harm."""
         PROBE.check_fits("m", range(4), range(9))

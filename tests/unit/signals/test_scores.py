@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from glassbox.core.signal_table import SIGNAL_NAMES
+from glassbox.signals import registry
 from glassbox.signals.probe import ProbeFeature, ProbeScore
 from glassbox.signals.scores import MAX_MISSING, MAX_TEXT, MAX_VALUES, Scores, scores_of
 from glassbox.signals.values import SignalValues
+from glassbox.store.trace_record import RequestTrace
 from tests import probe_samples
 from tests.trace_samples import make_trace
 
@@ -70,6 +72,26 @@ class TestScoring:
         assert "" == scores.signals["focus"].refused
         assert "took too long" in scores.signals["tracker"].refused
         assert "drift" in scores.probes
+
+    def test_a_signal_is_computed_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """For all probes that read it and whoever asked; its features are those of the trace."""
+        asked: list[str] = []
+        true = registry._compute
+
+        def count_it(trace: RequestTrace, name: str, heads: object) -> SignalValues:
+            asked.append(name)
+            return true(trace, name, heads)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(registry, "_compute", count_it)
+        feature = ProbeFeature("focus_mass_user_L3_H1", 0.0, 1.0, 1.0)
+        probes = [probe_samples.make_probe(name, features=(feature,)) for name in ("a", "b")]
+        trace = make_trace()
+        scores = scores_of(trace, probes, ["focus"])
+        assert ["focus"] == asked
+        z = 0.2 + float(trace.span_mass[1, 1, 1, 1])
+        assert (
+            pytest.approx(1 / (1 + math.exp(-(1.25 * z - 0.1)))) == scores.probes["a"].value == scores.probes["b"].value
+        )
 
     def test_only_what_was_asked_for_is_told(self) -> None:
         """A probe's own signals are its business."""

@@ -503,13 +503,26 @@ class TestNotes:
         write_snapshot(run_dir, make_snapshot())
         assert len(FamilySource(run_dir, GlassboxConfig).view().engines) == 1
 
-    @pytest.mark.parametrize("content", [b"[" * 100_000, b"7", b'{"summary": 7}', b'{"summary": {}, "more": 1}', b"{}"])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"[" * 100_000,
+            b"7",
+            b'{"summary": 7}',
+            b'{"summary": {"probes": {}, "signals": {}}, "more": 1}',
+            b'{"summary": {"probes": {"p": {"score": "high"}}, "signals": {}}}',
+            b'{"summary": {"probes": {"p": 1}, "signals": {}}}',
+            b'{"summary": {"probes": {}}}',
+            b"{}",
+        ],
+    )
     def test_scores(self, run_dir: Path, content: bytes) -> None:
         """As if the request had none."""
         files, key = ScoreFiles(run_dir), ("0", "cmpl-1-0-00000000", None)
-        files.write(key, StoredScores({"probes": {}}))
+        scores = StoredScores({"probes": {"p": {"score": 0.5}, "q": {"score": None}}, "signals": {}})
+        files.write(key, scores)
         files.refresh()
-        assert files.of(key) == StoredScores({"probes": {}})
+        assert files.of(key) == scores
         (path,) = (run_dir / "scores").iterdir()
         write_file(path, content)
         files.refresh()

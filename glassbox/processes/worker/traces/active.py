@@ -356,6 +356,13 @@ class ActiveTrace:
         if without_key:
             notes.append(f"the keys of {without_key} positions are missing: their steps were not measured")
         kept = "keys" in found
+        without = np.flatnonzero(np.isnan(found["score_params"][..., 0]).all(1)) if kept and self.head_columns else ()
+        if len(without):
+            layers = ", ".join(str(self._host.layers[self.local_layers[i]]) for i in without)
+            notes.append(
+                f"queries and keys of layers {layers} don't make their attention (ALiBi, chunked attention, or no row "
+                f"was measured), so signals on demand have no value there"
+            )
         sizes = {
             **self.sizes,
             "position": found["received"].shape[-1],

@@ -53,14 +53,15 @@ class SumSizes:
 
     @property
     def fixed_nbytes(self) -> int:
-        """Bytes whatever the request's length."""
-        return 2 * 8 * self.layers * self.heads * self.head_size**2 if self.grams else 0
+        """Bytes whatever the request's length: sums of products, and the vectors that wait for them."""
+        vectors = 2 * self.layers * self.heads * self.head_size
+        return vectors * (8 * self.head_size + 4 * _ROWS_AT_ONCE) if self.grams else 0
 
     @property
     def nbytes_per_position(self) -> int:
-        """Bytes that a position adds."""
+        """Bytes that a position adds: to the sum and to the rows that wait for it, and its key."""
         places = self.layers * self.heads
-        return places * (8 * self.received + 4 * self.head_size * self.kept)
+        return places * ((8 + 4 * _CERTAIN_AFTER) * self.received + 4 * self.head_size * self.kept)
 
 
 @dataclass(frozen=True, eq=False)

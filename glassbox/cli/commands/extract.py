@@ -1,0 +1,243 @@
+"""The command `glassbox extract`. Owns options, progress, the environment of the engine, and exit status."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from glassbox.cli.commands.common import (
+    ApiKeyOption,
+    HeaderOption,
+    check_output,
+    fail,
+    one_line_errors,
+    require,
+)
+
+if TYPE_CHECKING:
+    from glassbox.view.asking import Access
+    from glassbox.view.samples.feature_table import SampleRow
+    from glassbox.view.samples.parts import Parts
+    from glassbox.view.samples.samples_file import Sample
+
+_INTERRUPTED: Final = 130
+Rows = Callable[[Sequence["Sample"]], list["SampleRow"]]
+
+
+def extract(
+    data: Annotated[Path, typer.Option("--data", help="Samples, a line of JSON each; docs/probes.md has the format.")],
+    model: Annotated[str, typer.Option("--model", help="Name or folder of the model; with --url as it is served.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The table.")] = Path("features.parquet"),
+    max_tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Of an answer that the model gives.")] = 64,
+    layers: Annotated[
+        str | None, typer.Option(help="Only these, such as 0,5,11; without it all.", show_default=False)
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help="The same of heads.", show_default=False)] = None,
+    signals: Annotated[
+        str | None,
+        typer.Option(
+            help="Signals of whole requests, too, such as spectral,rauq (docs/signals.md).", show_default=False
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Samples at once, and between two savings.")] = 16,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Of vllm.LLM, such as max_model_len=4096 or dtype=float16; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure with this glassbox YAML, not with one that is made for it.",
+            show_default=False,
+            dir_okay=False,
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Ask this running server (http://host:port), not an engine of its own.", show_default=False),
+    ] = None,
+    api_key: ApiKeyOption = None,
+    header: HeaderOption = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an earlier run has done.")] = False,
+) -> None:
+    """Measure labelled samples: a table with a row for each and a column for each feature.
+
+    Every sample is asked greedily, or read together with the answer that it
+    brings. What is done is saved after each batch: a run that was ended, in any
+    way, goes on with the same command, and none is lost or there twice.
+    Exit status: 0, or 1 if the data, the model or the server can't be used.
+
+    \b
+    Examples:
+      glassbox extract --model MODEL --data train.jsonl -o train.parquet
+      glassbox extract --model MODEL --data test.jsonl --engine-arg max_model_len=2048
+      glassbox extract --url http://localhost:8000 --model NAME --data train.jsonl
+    """
+    require("analysis", "extracting", "pyarrow")
+    check_output(output, ".parquet")
+    with one_line_errors():
+        from glassbox.view.asking import Access
+        from glassbox.view.samples.parts import open_parts
+        from glassbox.view.samples.samples_file import read_samples
+
+        chosen = {"layers": _indices("--layers", layers), "heads": _indices("--heads", heads)}
+        names = _signals(signals)
+        if names and url is not None:
+            raise fail("--signals are computed from an engine's own traces; leave out --url, or --signals")
+        arguments = _engine_arguments(engine_arg or ())
+        found = read_samples(data)
+        settings = {
+            "model": model,
+            "data": found.digest,
+            "max_tokens": max_tokens,
+            "layers": layers,
+            "heads": heads,
+            "signals": list(names),
+            "url": url,
+        }
+        with open_parts(output, settings, _origin(model, data), restart=restart) as parts:
+            todo = [sample for sample in found.samples if sample.index not in parts.done]
+            if todo:
+                asked = {"max_tokens": max_tokens, **chosen}
+                if url is None:
+                    rows = _offline(model, arguments, config, found.samples, {**asked, "signals": names})
+                else:
+                    rows = _online(url, model, Access.of(api_key, header or ()), asked)
+                _run(rows, todo, len(found.samples), batch, parts)
+            problems = parts.merge(output)
+    if problems:
+        typer.echo(
+            f"glassbox: {problems} of {len(found.samples)} samples have no features; the column `problem` says why",
+            err=True,
+        )
+    typer.echo(str(output))
+
+
+def _run(rows: Rows, todo: Sequence["Sample"], total: int, batch: int, parts: "Parts") -> None:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("samples", total=total, completed=total - len(todo))
+        try:
+            for start in range(0, len(todo), batch):
+                some = todo[start : start + batch]
+                parts.add(rows(some))
+                progress.advance(task, len(some))
+        except KeyboardInterrupt:
+            done = f"{len(parts.done)} of {total} samples are in {parts.folder}"
+            raise fail(f"interrupted; {done}, and the same command goes on", _INTERRUPTED) from None
+
+
+def _offline(
+    model: str, arguments: dict[str, Any], config: Path | None, samples: Sequence["Sample"], asked: dict[str, Any]
+) -> Rows:
+    """With an engine in this process: however this ends, no other one stays behind."""
+    require("cpu` or `cuda", "extracting without --url", "vllm")
+    from glassbox import Extractor
+
+    # Removed at the very end: the engine follows the file as long as it lives.
+    folder = Path(tempfile.mkdtemp(prefix="glassbox-extract-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if config is None:
+        config = folder / "glassbox.yaml"
+        config.write_text(Extractor.config(samples), encoding="utf-8")
+    # Before vLLM is imported, which reads its variables then.
+    os.environ |= {"GLASSBOX_CONFIG": str(config.absolute()), "GLASSBOX_RUN_DIR": str(folder / "run")}
+    os.environ.pop("GLASSBOX_DISABLE", None)
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    try:
+        extractor = Extractor(Extractor.load_engine(model, arguments), **asked)
+    except Exception as error:  # of vLLM, torch or transformers
+        raise _engine_error(model, error) from None
+
+    def rows(samples: Sequence["Sample"]) -> list["SampleRow"]:
+        try:
+            return extractor.rows(samples)
+        except Exception as error:
+            raise _engine_error(model, error) from None
+
+    return rows
+
+
+def _online(url: str, model: str, access: "Access", asked: dict[str, Any]) -> Rows:
+    from glassbox.view.samples.remote import RemoteModel
+
+    if not url.startswith(("http://", "https://")):
+        raise fail(f"--url must be an address of http or https, got {url[:80]!r}; write such as http://localhost:8000")
+    return RemoteModel(url, model, access, **asked).rows
+
+
+def _engine_error(model: str, error: Exception) -> Exception:
+    from glassbox.view.measured import ViewError
+
+    what = f"{type(error).__name__}: {error}"[:600]
+    return ViewError(
+        f"vLLM can't run {model} ({what}); VLLM_LOGGING_LEVEL=INFO says more, --engine-arg helps with memory"
+    )
+
+
+def _origin(model: str, data: Path) -> Any:
+    from datetime import UTC, datetime
+
+    from glassbox import __version__
+    from glassbox.core.json_fields import MAX_TEXT
+    from glassbox.core.printable import printable
+    from glassbox.view.samples.feature_table import TableOrigin
+
+    name = Path(model).name if Path(model).is_dir() else model
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return TableOrigin(printable(name)[:MAX_TEXT], __version__, printable(data.name)[:MAX_TEXT], date)
+
+
+def _indices(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise fail(f"{option} must be whole numbers with commas, got {text[:80]!r}; write such as 0,5,11")
+    return tuple(int(part) for part in parts)
+
+
+def _signals(text: str | None) -> tuple[str, ...]:
+    from glassbox.core.trace_options import OptionError, parse_signals
+
+    if text is None:
+        return ()
+    try:
+        return parse_signals("--signals", [name.strip() for name in text.split(",")])
+    except OptionError as error:
+        raise fail(str(error)) from None
+
+
+def _engine_arguments(given: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    arguments: dict[str, Any] = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not equals or not name.isidentifier():
+            raise fail(f"--engine-arg must be NAME=VALUE, got {one[:80]!r}; write such as max_model_len=4096")
+        try:
+            arguments[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise fail(f"--engine-arg {name} must have a plain value, got {value[:80]!r}; write such as 4096") from None
+    return arguments
