@@ -55,6 +55,7 @@ def make_snapshot(
         "trace_refused": {"max_active": 2},
         "traces_dropped": 0,
         "trace_skipped_steps": 0,
+        "watched_delay_seconds": 0.0,
         "traced_requests": {"opt_in": 3, "sampled": 0},
         "traced_requests_active": 1,
         "overhead_seconds": 0.125,

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from glassbox.adapter.http_reply import Reply
+from glassbox.adapter.http_tags import Tags
 from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.patch import patch_method
 
@@ -30,10 +31,12 @@ class HttpRequest:
     Attributes:
         scope: ASGI's.
         reply: what answers it; None of a websocket.
+        tags: of its response; None of a websocket.
     """
 
     scope: MutableMapping[str, Any]
     reply: Reply | None = None
+    tags: Tags | None = None
 
     def values(self, name: str) -> Sequence[str]:
         """What the headers of a name (in small letters) say, in their order."""
@@ -80,9 +83,10 @@ def noting(original: Any) -> Any:
         if scope["type"] not in ("http", "websocket") or _request.get() is not None:
             await original(app, scope, receive, send)
             return
-        reply = Reply(send, FIELD) if scope["type"] == "http" else None
+        tags = Tags(send) if scope["type"] == "http" else None
+        reply = None if tags is None else Reply(tags, FIELD)
         # FastAPI writes its own name into the scope only now.
-        token = _request.set(HttpRequest({**scope, "app": app}, reply))
+        token = _request.set(HttpRequest({**scope, "app": app}, reply, tags))
         try:
             await original(app, scope, receive, reply or send)
         finally:

@@ -47,6 +47,7 @@ class Feature(Enum):
     LLM_SPANS = "attention spans beside vLLM's own"
     CAPTURE = "glassbox.capture"
     INSPECTION = "glassbox check --model"
+    ABORTS = "ending requests by rules (actions)"
     ENGINES = "telling the engines of an API server from those of others on its node"
     METRICS_PAGE = "handing out its metrics at vLLM's port as bytes (they are rendered there instead)"
     RAY = "GLASSBOX_* variables in Ray's workers"
@@ -320,6 +321,13 @@ INTERNALS: Final[tuple[Internal, ...]] = (
     *_names("vllm.v1.engine.async_llm", Feature.LLM_SPANS, "AsyncLLM.__init__"),
     *_names("vllm.v1.engine.llm_engine", Feature.LLM_SPANS, "LLMEngine.__init__"),
     *_names("vllm.entrypoints.serve.instrumentator.metrics", Feature.METRICS_PAGE, "attach_router"),
+    *_names(
+        "vllm.v1.engine.async_llm",
+        Feature.ABORTS,
+        "AsyncLLM.abort",
+        "AsyncLLM.output_handler",
+        "AsyncLLM.output_processor",
+    ),
     *_names("vllm.v1.engine.core_client", Feature.ENGINES, "MPClient", "MPClient.engine_ranks_managed"),
 )
 

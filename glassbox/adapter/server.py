@@ -25,6 +25,7 @@ from glassbox.adapter.late_patch import LatePatches
 from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import VllmConfig
 from glassbox.adapter.release import vllm_version
+from glassbox.adapter.running_requests import RunningRequests
 from glassbox.core.logs import get_logger, log_once
 from glassbox.core.trace_options import (
     BEAM_PROMPT_KEY,
@@ -325,6 +326,9 @@ class Intake(Protocol):
     def serves(self, engines: EngineLabels) -> None:
         """This process sends requests to these engines (see `engines_of`)."""
 
+    def works_at(self, requests: RunningRequests) -> None:
+        """Requests of this process may be ended here."""
+
 
 class Logprobs(Protocol):
     """See processes/api_server/logprobs.py."""
@@ -563,6 +567,9 @@ class Wrappers:
             self._intake.starts()
             original(engine, *args, **kwargs)
             self._intake.serves(engines_of(engine))
+            # Not of LLM, whose caller alone could end its requests.
+            if not lacks(Feature.ABORTS) and hasattr(engine, "output_handler"):
+                self._intake.works_at(RunningRequests(engine))
             front_end = front_end_of_process()
             if front_end is not None:
                 self._intake.tell_front_end(front_end)

@@ -22,6 +22,7 @@ from glassbox.config.model import (
     MAX_TRACED_REQUESTS,
     MLA_BACKENDS,
     SUPPORTED_INNER_BACKENDS,
+    ActionsConfig,
     BaselineConfig,
     ExportConfig,
     GlassboxConfig,
@@ -33,6 +34,7 @@ from glassbox.config.model import (
     PrometheusConfig,
     RecordsConfig,
     RequestsConfig,
+    RuleConfig,
     SamplingConfig,
     StatisticsConfig,
 )
@@ -48,6 +50,7 @@ __all__ = [
     "MLA_BACKENDS",
     "RESTART_FIELDS",
     "SUPPORTED_INNER_BACKENDS",
+    "ActionsConfig",
     "BaselineConfig",
     "ConfigError",
     "ExportConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "PrometheusConfig",
     "RecordsConfig",
     "RequestsConfig",
+    "RuleConfig",
     "SamplingConfig",
     "StatisticsConfig",
     "changes",
@@ -158,16 +162,26 @@ def changes(old: GlassboxConfig, new: GlassboxConfig) -> list[str]:
         values = [reduce(getitem, path, dump) for dump in (before, after)]
         if values[0] != values[1]:
             hidden = any(is_secret(path, value, GlassboxConfig) for value in values)
-            found.append(f"{key} (not shown)" if hidden else f"{key} {' -> '.join(map(shown, values))}")
+            # What changed in a list of mappings doesn't fit a line.
+            told = (
+                " changed" if any(_holds_mappings(value) for value in values) else f" {' -> '.join(map(shown, values))}"
+            )
+            found.append(f"{key} (not shown)" if hidden else f"{key}{told}")
     return found
+
+
+def _holds_mappings(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
 def hide_secrets(dump: dict[str, Any]) -> dict[str, Any]:
     """The settings of `model_dump`, with `(not shown)` for the texts of those that may be secrets."""
 
-    def hidden(value: Any, path: tuple[str, ...]) -> Any:
+    def hidden(value: Any, path: tuple[int | str, ...]) -> Any:
         if isinstance(value, dict):
             return {name: hidden(inner, (*path, name)) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [hidden(inner, (*path, index)) for index, inner in enumerate(value)]
         return "(not shown)" if isinstance(value, str) and is_secret(path, value, GlassboxConfig) else value
 
     return {name: hidden(value, (name,)) for name, value in dump.items()}

@@ -23,11 +23,12 @@ from pydantic import (
     StrictStr,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from glassbox.core.adapter_slots import MAX_ADAPTERS
 from glassbox.core.printable import printable
-from glassbox.core.signal_table import SIGNAL_NAMES
+from glassbox.core.signal_table import SIGNAL_NAMES, signal_row
 
 # Of multi-head latent attention, and the first release that has each of those that older ones lack.
 MLA_BACKENDS: Final = {
@@ -49,6 +50,8 @@ MAX_TRACED_REQUESTS: Final = 1024
 MAX_SERIES: Final = 10_000_000
 # Each is a label of the metrics, and time for every traced request.
 MAX_PROBES: Final = 16
+# Each is a value of a metric's label, and each with a webhook a thread and a queue.
+MAX_RULES: Final = 32
 _HEADER_NAME: Final = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
 
 
@@ -765,6 +768,242 @@ class ExportConfig(_Section):
         return self.prometheus.port if self.prometheus.enabled else None
 
 
+class AuditConfig(_Section):
+    """What the rules did, as a file."""
+
+    path: _Path | None = _field(
+        None,
+        "File of JSON lines, one for each thing that a rule did or would have done; a leading ~ is the home directory. "
+        "null: none is written.",
+        "must be a file's path or null",
+        "use `null` to write none",
+    )
+    max_mb: int = _field(
+        64,
+        "MB, 1 to 1048576: size at which the file is rotated; four times as much is kept.",
+        "must be between 1 and 1048576",
+        "use `path: null` to write none",
+        ge=1,
+        le=1_048_576,
+    )
+
+    @property
+    def expanded_path(self) -> Path | None:
+        """`path` with ~ replaced, None if nothing is to be written."""
+        return None if self.path is None else Path(self.path).expanduser()
+
+
+class WebhookConfig(_Section):
+    """Where a rule's events are sent."""
+
+    url: str | None = _field(
+        None,
+        "URL that events are posted to: https, or http of this host.",
+        "must be an https URL, or an http URL of this host, or null",
+        "use a URL such as `https://example.org/hook`",
+        repr=False,  # those of chat services hold their secret in the path
+    )
+    secret_file: _Path | None = _file("File with the secret that events are signed with; others may not read it.")
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, value: str | None) -> str | None:
+        if value is None or (_is_url(value) and (value.startswith("https:") or _is_this_host(value))):
+            return value
+        raise ValueError(
+            "must be an https URL, or an http URL of this host, or null; use a URL such as `https://example.org/hook`"
+        )
+
+
+def _is_this_host(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+ActionName = Literal["log", "tag", "abort", "webhook"]
+
+
+class RuleConfig(_Section):
+    """When something is done about a traced request, and what."""
+
+    name: str = Field(
+        description="Of the rule, in metrics and records: 1 to 64 letters, digits, _, . and -.",
+        json_schema_extra={
+            "rule": "must be 1 to 64 letters, digits, _, . or -",
+            "remedy": "give it one such as `injection`",
+        },
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
+    )
+    probe: str | None = _field(
+        None,
+        "Name of a probe of `probes`, whose score is looked at: a probability.",
+        "must be a probe's name or null",
+        "name one of `probes`",
+        min_length=1,
+        max_length=128,
+    )
+    signal: str | None = _field(
+        None,
+        "NAME.VALUE of a signal (docs/signals.md), which is looked at; of one with a number for each layer and head "
+        "their mean.",
+        "must be NAME.VALUE of a signal, or null",
+        "write one such as `spectral.sv_ratio`",
+        pattern=r"^[a-z_0-9]+\.[A-Za-z0-9_.-]{1,96}$",
+    )
+    above: float | None = _field(
+        None,
+        "The rule applies where the number is larger.",
+        "must be a number or null",
+        "give either above or below",
+    )
+    below: float | None = _field(
+        None,
+        "The rule applies where the number is smaller.",
+        "must be a number or null",
+        "give either above or below",
+    )
+    when: Literal["running", "ended"] | None = _field(
+        None,
+        "running: a request is looked at several times a second while it runs, and at its end; ended: once it has "
+        "ended. null: running if the rule aborts, else ended.",
+        "must be running, ended or null",
+        "use `null` if in doubt",
+    )
+    min_generated: int = _field(
+        0,
+        "Tokens, 0 to 1048576, that a request must have generated: numbers of few rows scatter.",
+        "must be between 0 and 1048576",
+        "use `0` for no such bound",
+        ge=0,
+        le=1_048_576,
+    )
+    do: tuple[ActionName, ...] = _field(
+        ("log",),
+        "What is done: any of log, tag, abort and webhook.",
+        "must be a list of log, tag, abort and webhook, each once",
+        "write `[log]`",
+        strict=False,
+        min_length=1,
+    )
+    dry_run: bool = _switch(
+        True, "Whether the rule only says what it would do: in the log, the counter and the audit file."
+    )
+    per_minute: int = _field(
+        60,
+        "Requests, 1 to 6000 a minute, for which the rule does something; for further ones it is only counted.",
+        "must be between 1 and 6000",
+        "use `60`",
+        ge=1,
+        le=6000,
+    )
+    webhook: WebhookConfig = _section(WebhookConfig)
+
+    @field_validator("do")
+    @classmethod
+    def _check_do(cls, value: tuple[ActionName, ...]) -> tuple[ActionName, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("must be a list of log, tag, abort and webhook, each once; delete the repeated one")
+        return value
+
+    @field_validator("signal")
+    @classmethod
+    def _check_signal(cls, value: str | None) -> str | None:
+        signal, _, name = (value or "").partition(".")
+        if value is not None and signal not in SIGNAL_NAMES:
+            raise ValueError(f"must be a value of one of the signals {', '.join(SIGNAL_NAMES)}; write one of these")
+        if value is None:
+            return None
+        row = signal_row(signal)
+        if name not in row.values and not any(name.startswith(f"{one}_") for one in row.by_span):
+            known = [f"{signal}.{one}" for one in row.values] + [f"{signal}.{one}_SPAN" for one in row.by_span]
+            raise ValueError(f"must be one of {', '.join(known)}; write one of these")
+        return value
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> "RuleConfig":
+        if (self.probe is None) == (self.signal is None):
+            raise ValueError("must have either probe or signal; give one of them")
+        if (self.above is None) == (self.below is None):
+            raise ValueError("must have either above or below; give one of them")
+        if "abort" in self.do and self.when == "ended":
+            raise ValueError("must look at requests that run, to abort them; write `when: running`, or remove abort")
+        if self.watches_running and self.signal and signal_row(self.signal.partition(".")[0]).cost == "on demand":
+            raise ValueError(
+                f"must look at {self.signal} once requests have ended, for it is made of all their queries and keys; "
+                "write `when: ended`, without abort"
+            )
+        if "webhook" in self.do and (self.webhook.url is None or self.webhook.secret_file is None):
+            raise ValueError("must have webhook.url and webhook.secret_file to send webhooks; give both, or remove it")
+        return self
+
+    @property
+    def watches_running(self) -> bool:
+        """Whether requests are looked at while they run."""
+        return self.when == "running" or (self.when is None and "abort" in self.do)
+
+    @property
+    def source(self) -> str:
+        """What is looked at, in words."""
+        return f"probe {self.probe}" if self.probe is not None else f"signal {self.signal}"
+
+    @property
+    def condition(self) -> str:
+        """What is looked at and when it applies, in words."""
+        return f"{self.source} {'above' if self.above is not None else 'below'} {self.threshold:g}"
+
+    @property
+    def threshold(self) -> float:
+        """The number that is compared with."""
+        threshold = self.above if self.above is not None else self.below
+        assert threshold is not None
+        return threshold
+
+    def applies(self, value: float) -> bool:
+        """Whether it applies to a number; never to NaN."""
+        return value > self.threshold if self.above is not None else value < self.threshold
+
+    @property
+    def secret_path(self) -> Path | None:
+        """`webhook.secret_file` with ~ replaced, None if no webhook is sent."""
+        path = self.webhook.secret_file
+        return Path(path).expanduser() if path is not None and "webhook" in self.do else None
+
+
+class ActionsConfig(_Section):
+    """What is done about traced requests whose attention tells something."""
+
+    audit: AuditConfig = _section(AuditConfig)
+    rules: tuple[RuleConfig, ...] = _field(
+        (),
+        f"Rules, at most {MAX_RULES}: a name, a probe or signal, a threshold, and what to do (docs/actions.md).",
+        f"must be a list of at most {MAX_RULES} rules with different names",
+        "use `[]` for none",
+        strict=False,
+        max_length=MAX_RULES,
+    )
+
+    @field_validator("rules")
+    @classmethod
+    def _check_names(cls, value: tuple[RuleConfig, ...]) -> tuple[RuleConfig, ...]:
+        names = [rule.name for rule in value]
+        if len(set(names)) < len(names):
+            raise ValueError("must have different names, since metrics tell them apart by these; rename one")
+        return value
+
+    @property
+    def watches_running(self) -> bool:
+        """Whether requests are looked at while they run."""
+        return any(rule.watches_running for rule in self.rules)
+
+    @property
+    def reaches_requests(self) -> bool:
+        """Whether API servers have something to do for a rule: end a request, or tag a response."""
+        return any(not rule.dry_run and {"abort", "tag"} & set(rule.do) for rule in self.rules)
+
+
 class GlassboxConfig(_Section):
     """The whole file. Every key may be left out."""
 
@@ -817,7 +1056,14 @@ class GlassboxConfig(_Section):
     )
     canary: CanaryConfig = _section(CanaryConfig)
     baseline: BaselineConfig = _section(BaselineConfig)
+    actions: ActionsConfig = _section(ActionsConfig)
     export: ExportConfig = _section(ExportConfig)
+
+    @property
+    def sampled_signals(self) -> tuple[str, ...]:
+        """Signals of requests that the trace rate chooses: those of `requests`, and what rules look at."""
+        of_rules = (rule.signal.partition(".")[0] for rule in self.actions.rules if rule.signal is not None)
+        return tuple(dict.fromkeys([*self.requests.signals, *of_rules]))
 
     @field_validator("probes")
     @classmethod

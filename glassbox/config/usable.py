@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from glassbox.config.load import GlassboxConfig, load_config
+from glassbox.config.load import GlassboxConfig, RuleConfig, load_config
+from glassbox.config.webhook_secret import read_webhook_secret
 from glassbox.config.wording import setting_error
 from glassbox.core.printable import printable
+from glassbox.core.secret_file import SecretFileError
 
 # The longest suffix of a file that is rotated, replaced or locked: `.jsonl` becomes `.jsonl.3`.
 _LONGEST_SUFFIX: Final = 8
@@ -94,8 +96,24 @@ def require_usable(
         if problem is not None:
             shown = f"{setting.rule(config)}, got {printable(written)!r} ({problem})"
             raise setting_error(path, setting.key, shown, setting.remedy)
+    for number, rule in enumerate(config.actions.rules):
+        if before is None or rule not in before.actions.rules:
+            _require_secret(path, number, rule)
     if also is not None:
         also(path, config, before)
+
+
+def _require_secret(path: Path, number: int, rule: RuleConfig) -> None:
+    written = rule.webhook.secret_file
+    if written is None or "webhook" not in rule.do:
+        return
+    try:
+        read_webhook_secret(expanded(written))
+    except (_Unusable, SecretFileError) as error:
+        key = f"actions.rules.{number}.webhook.secret_file"
+        problem, _, remedy = str(error).partition("; ")
+        shown = problem if problem.startswith("must") else f"must be a file that can be read ({problem})"
+        raise setting_error(path, key, f"{shown}, got {printable(written)!r}", remedy or "name another") from None
 
 
 def _problem(setting: _PathSetting, written: str, config: GlassboxConfig) -> str | None:
@@ -223,6 +241,13 @@ _PATHS: Final = (
     _PathSetting(
         "export.jsonl.path",
         lambda config: (config.export.jsonl.path, ""),
+        lambda _config: "must be a file that can be written to",
+        "name another, correct its permissions, or use `null` to write none",
+        _try_file,
+    ),
+    _PathSetting(
+        "actions.audit.path",
+        lambda config: (config.actions.audit.path, ""),
         lambda _config: "must be a file that can be written to",
         "name another, correct its permissions, or use `null` to write none",
         _try_file,

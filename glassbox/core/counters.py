@@ -246,6 +246,16 @@ ENGINE_NUMBERS: Final[tuple[EngineNumber, ...]] = (
         merge=MergeRule.SUM,
     ),
     EngineNumber(
+        name="watched_delay_seconds",
+        metric="watched_requests_delay_seconds",
+        otel_name="watched_requests.delay",
+        kind="gauge",
+        unit="s",
+        help="Seconds that running requests lag behind which rules of `actions` watch; 0 while none do.",
+        merge=MergeRule.LARGEST_LIVE,
+        holds=float,
+    ),
+    EngineNumber(
         name="trace_skipped_steps",
         metric="trace_skipped_steps_total",
         otel_name="trace_skipped_steps",

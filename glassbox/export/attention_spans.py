@@ -25,6 +25,7 @@ from glassbox.export.otel import make_resource
 from glassbox.export.otlp import resolve, span_exporter
 from glassbox.export.trace_document import flat_signals, mean
 from glassbox.signals import request_signals
+from glassbox.store.acts import tags_of
 from glassbox.store.llm_spans import LlmSpan
 from glassbox.store.trace_record import RequestTrace
 
@@ -45,7 +46,7 @@ _NS_PER_S: Final = 1_000_000_000
 
 
 def attributes(trace: RequestTrace, scores: Mapping[str, Any] | None = None) -> dict[str, AttributeValue]:
-    """The span's attributes: bounded in number, all scalar.
+    """The span's attributes: bounded in number, all scalar but the names of the rules that tagged the request.
 
     Signals are `glassbox.<name>`. Of a signal with a value for each layer (or anything else of which there are more
     than fit) only the mean, least and largest are given. Probes are `glassbox.probe.<name>.score` and `.label`, signals
@@ -72,6 +73,8 @@ def attributes(trace: RequestTrace, scores: Mapping[str, Any] | None = None) -> 
     found |= {f"glassbox.{name}": value for name, value in _signals(trace)}
     for name, score in _scored(scores):
         found |= {f"glassbox.probe.{name}.score": score["score"], f"glassbox.probe.{name}.label": _label(score)}
+    if tags := tags_of((scores or {}).get("actions", ())):
+        found["glassbox.rules"] = tags
     return found | dict(_asked_signals(scores))
 
 

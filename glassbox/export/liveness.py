@@ -14,6 +14,7 @@ from typing import Final
 
 from glassbox.config.load import GlassboxConfig
 from glassbox.export.family import Family, Kind, Series, define, from_to
+from glassbox.store.acts import OUTCOMES, count_key
 from glassbox.store.exporter_lock import ExporterLock
 from glassbox.store.exporter_status import read_status
 from glassbox.store.merge import MergedEngine
@@ -78,7 +79,15 @@ _FAILURES: Final = _of_server(
     "Failures of a sink of the exporter, one that hangs included.",
     ("sink",),
 )
-LIVENESS_METRICS: Final = (_AGE, _INTERVAL, _UP, _SILENCE, _RESTARTS, _LAST_SUCCESS, _FAILURES)
+_ACTIONS: Final = _of_server(
+    "actions_total",
+    "actions",
+    "counter",
+    "{action}",
+    "What rules of `actions` did about traced requests, or would have done, by outcome.",
+    ("rule", "action", "outcome"),
+)
+LIVENESS_METRICS: Final = (_AGE, _INTERVAL, _UP, _SILENCE, _RESTARTS, _LAST_SUCCESS, _FAILURES, _ACTIONS)
 
 
 @dataclass(frozen=True)
@@ -89,11 +98,13 @@ class Life:
         engines: as last read, of whatever age.
         interval_s: of the configuration.
         needs_exporter: whether the configuration asks for what only an exporter does.
+        rules: in force: names and what they do.
     """
 
     engines: Sequence[MergedEngine]
     interval_s: float
     needs_exporter: bool
+    rules: Sequence[tuple[str, tuple[str, ...]]] = ()
 
 
 def liveness_families(life: Life, run_dir: Path, now_s: float) -> list[Family]:
@@ -126,7 +137,13 @@ def liveness_families(life: Life, run_dir: Path, now_s: float) -> list[Family]:
                 series.setdefault(_LAST_SUCCESS.name, []).append(Series((sink,), last_success_s, began_s))
                 failures = status.errors.get(sink, 0)
                 series.setdefault(_FAILURES.name, []).append(Series((sink,), failures, began_s))
-    return [replace(one, series=tuple(found)) for one in LIVENESS_METRICS if (found := series.get(one.name))]
+        # Of the rules in force from the start, so that a rate sees the first one.
+        known = [(rule, action, outcome) for rule, do in life.rules for action in do for outcome in OUTCOMES]
+        counts = {} if status is None else dict(status.actions)
+        found = {count_key(*labels): counts.pop(count_key(*labels), 0) for labels in known} | counts
+        labelled = [(tuple(key.split("|")), count) for key, count in sorted(found.items())]
+        series[_ACTIONS.name] = [Series(labels, count, began_s) for labels, count in labelled if len(labels) == 3]
+    return [replace(one, series=tuple(of_one)) for one in LIVENESS_METRICS if (of_one := series.get(one.name))]
 
 
 class Liveness:
@@ -157,5 +174,6 @@ class Liveness:
         config = self._config()
         with contextlib.suppress(OSError):  # counted by whoever shows the rest of the page; the ages grow
             self._last = self._engines()
-        life = Life(self._last, config.export.interval_s, self._needs_exporter(config))
+        rules = [(rule.name, rule.do) for rule in config.actions.rules] if config.enabled else []
+        life = Life(self._last, config.export.interval_s, self._needs_exporter(config), rules)
         return liveness_families(life, self._run_dir, self._clock())

@@ -6,6 +6,7 @@ has scored. Signals on demand are never made here: somebody waits for the answer
 
 import threading
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from glassbox.signals.probe_files import ProbeFiles
 from glassbox.signals.registry import signal_values
 from glassbox.signals.scores import scores_of
 from glassbox.signals.values import SignalValues
+from glassbox.store.acts import acts_of
 from glassbox.store.score_files import ScoreFiles, StoredScores
 from glassbox.store.trace_directory import TraceKey
 from glassbox.store.trace_record import RequestTrace
@@ -34,6 +36,7 @@ class TraceScores:
 
     def __init__(self, run_dir: Path, config: Callable[[], GlassboxConfig]) -> None:
         self._files, self._probes, self._heads = ScoreFiles(run_dir), ProbeFiles(config), ChosenHeads(config)
+        self._run_dir = Path(run_dir)
         self._lock = threading.Lock()
 
     def stored(self, keys: Collection[TraceKey]) -> dict[TraceKey, StoredScores]:
@@ -52,7 +55,8 @@ class TraceScores:
 
         Returns:
             `probes` and `signals` as in `Scores.summary`; `places`, by signal and value numbers [layer][head];
-            `final`, false while more may come: the request runs, or the exporter has not scored it.
+            `final`, false while more may come: the request runs, or the exporter has not scored it; and `actions`, what
+        rules did about it (fields of `store/acts.py`), if they did anything.
 
         Raises:
             OSError: the run directory may not be read.
@@ -76,7 +80,8 @@ class TraceScores:
             final = trace.status != "active" and not (probes or asked)
         for name, one in values.items():
             places[name] = {value: plain(array) for value, array in one.by_place.items()}
-        return {**summary, "places": places, "final": final}
+        acts = [asdict(act) for act in acts_of(self._run_dir, trace.engine, trace.internal_id)]
+        return {**summary, "places": places, "final": final} | ({"actions": acts} if acts else {})
 
 
 def in_list(stored: StoredScores | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def sampled_options(probes: Sequence[Probe], signals: Sequence[str]) -> TraceOpt
 
     Args:
         probes: in force.
-        signals: of `requests.signals`.
+        signals: that the YAML file asks for.
     """
     wanted = tuple(dict.fromkeys([*signals, *(name for probe in probes for name in probe.needs.signals)]))
     every_row = any(probe.needs.prompt for probe in probes) or any(signal_row(name).prompt for name in wanted)

@@ -4,6 +4,7 @@ Owns which probes are in force. A file that can't be read any more, or is none, 
 force and is told once. What a probe's file says is `probe.py`'s.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +29,20 @@ def load_probe(named: ProbeConfig) -> Probe:
 
 
 def require_probes(path: Path, config: GlassboxConfig, before: GlassboxConfig | None) -> None:
-    """Read the probes that a configuration names, and the heads of `focus`; a `config.usable.Trial`.
+    """Read the probes that a configuration names and the heads of `focus`, and see that its rules name these probes; a
+    `config.usable.Trial`.
 
     Raises:
-        ConfigError: a file can't be read or is none, or two probes have the same name.
+        ConfigError: a file can't be read or is none, two probes have the same name, or a rule names none of them.
     """
     require_heads(path, config, before)
-    if before is not None and before.probes == config.probes:
-        return
+    if before is None or before.probes != config.probes:
+        _require_files(path, config)
+        before = None
+    _require_named(path, config, before)
+
+
+def _require_files(path: Path, config: GlassboxConfig) -> None:
     names: dict[str, str] = {}
     for number, named in enumerate(config.probes):
         key = f"probes.{number}.file"
@@ -48,6 +55,24 @@ def require_probes(path: Path, config: GlassboxConfig, before: GlassboxConfig | 
             rule = f"must be probes of different names, got {probe.name} in {printable(names[probe.name])!r}, too"
             raise setting_error(path, key, rule, "give one of them another name in its file, or take it out")
         names[probe.name] = named.file
+
+
+def _require_named(path: Path, config: GlassboxConfig, before: GlassboxConfig | None) -> None:
+    known = () if before is None else before.actions.rules
+    new = [(n, rule) for n, rule in enumerate(config.actions.rules) if rule.probe is not None and rule not in known]
+    if not new:
+        return
+    names = set()
+    for named in config.probes:
+        # One whose file broke since it was read stays in force, and must not hold back an edit of a rule.
+        with contextlib.suppress(ProbeError, RuntimeError):
+            names.add(load_probe(named).name)
+    for number, rule in new:
+        if rule.probe not in names:
+            listed = f", which are {', '.join(sorted(names))}" if names else ", of which there are none"
+            problem = f"must be the name of one of probes{listed}, got {printable(str(rule.probe))!r}"
+            key = f"actions.rules.{number}.probe"
+            raise setting_error(path, key, problem, "name one of them, or add the probe's file to probes")
 
 
 class ProbeFiles:

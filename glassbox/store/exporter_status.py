@@ -25,6 +25,7 @@ class ExporterStatus:
             there was none yet.
         restarts: how many exporters of the server ended without having been asked to.
         ended: it has done its last round.
+        actions: how often each action of each rule had each outcome, by "rule|action|outcome".
     """
 
     pid: int
@@ -33,6 +34,7 @@ class ExporterStatus:
     sinks: Mapping[str, float] = field(default_factory=dict)
     restarts: int = 0
     ended: bool = False
+    actions: Mapping[str, int] = field(default_factory=dict)
 
 
 def write_status(run_dir: Path, status: ExporterStatus) -> None:
@@ -75,6 +77,7 @@ def read_status(run_dir: Path) -> ExporterStatus | None:
             {str(sink): float(time_s) for sink, time_s in content["sinks"].items()},
             int(content["restarts"]),
             bool(content["ended"]),
+            {str(key): int(count) for key, count in content["actions"].items()},
         )
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError):  # an Infinity is no int
         return None

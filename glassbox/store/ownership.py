@@ -23,6 +23,7 @@ from glassbox.store import (
     exporter_status,
     llm_spans,
     metrics_page,
+    orders,
     process_name,
     rundir,
     score_files,
@@ -156,6 +157,7 @@ def _leftovers(path: Path) -> Iterator[Path]:
     yield from (path / name for name in list_files(path, "worker-", ".npz"))
     spans = path / llm_spans.FOLDER
     yield from (spans / name for name in list_files(spans, "", ".json"))
+    yield from (path / orders.FOLDER / name for name in list_files(path / orders.FOLDER, "", ""))
     traces = TraceDirectory(path)
     yield from (traces.path / name for name in traces.unfinished())
     for folder in (path, spans, traces.path, path / score_files.FOLDER):

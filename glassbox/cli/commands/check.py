@@ -51,6 +51,7 @@ def check(
     import yaml
 
     from glassbox.cli.commands.check_probes import probe_lines, read_probes
+    from glassbox.cli.commands.check_rules import rule_lines
     from glassbox.config.load import ConfigError, find_config, replaced_keys
     from glassbox.config.usable import load_usable
     from glassbox.signals.probe_files import require_probes
@@ -77,6 +78,7 @@ def check(
         *replaced_keys(config),
         *shape.lines(),
         *probe_lines(config, probes),
+        *rule_lines(config),
         *_series_lines(config, shape, engines),
     ):
         typer.echo(f"# {line}".rstrip())

@@ -40,7 +40,7 @@ def probe_lines(config: "GlassboxConfig", probes: "Sequence[Probe]") -> Iterator
     """What each probe needs, and what is therefore kept of requests that the trace rate chooses."""
     from glassbox.signals.needs import sampled_options
 
-    if not probes and not config.requests.signals:
+    if not probes and not config.sampled_signals:
         return
     for probe in probes:
         needs, trained = probe.needs, probe.trained
@@ -58,7 +58,7 @@ def probe_lines(config: "GlassboxConfig", probes: "Sequence[Probe]") -> Iterator
     if rate <= 0:
         yield "Scored are requests whose client asks for a trace; requests.trace_rate is 0, so no others."
         return
-    options = sampled_options(probes, config.requests.signals)
+    options = sampled_options(probes, config.sampled_signals)
     every = "every row of the prompt" if options.prompt != "sampled" else "sampled rows of the prompt"
     yield (
         f"Of {rate:.3g} of all requests (requests.trace_rate) are kept: layers {_listed(options.layers, 'all')}, heads "

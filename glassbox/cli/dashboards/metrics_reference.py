@@ -91,9 +91,10 @@ What `reason` of `glassbox_layers_bypassed` says of a layer:
 
 
 _LIVENESS = """\
-`glassbox_snapshot_age_seconds`, `glassbox_export_interval_seconds` and all that begin with `glassbox_exporter_` or
-`glassbox_sink_` are made by the process that answers the scrape, when it does: vLLM's API server (each of several), or
-the exporter on its own port. So a full disk and an exporter that was killed, stopped or hangs can't hide themselves.
+`glassbox_snapshot_age_seconds`, `glassbox_export_interval_seconds`, `glassbox_actions_total` and all that begin with
+`glassbox_exporter_` or `glassbox_sink_` are made by the process that answers the scrape, when it does: vLLM's API
+server (each of several), or the exporter on its own port. So a full disk and an exporter that was killed, stopped or
+hangs can't hide themselves.
 They don't count for `export.prometheus.max_series`. Those of the exporter exist where the configuration needs one, and
 on the exporter's own port always; if that port is all that is scraped, `up == 0` is what tells that it is gone.
 

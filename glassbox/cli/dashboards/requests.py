@@ -121,6 +121,31 @@ def _traced() -> list[dashboard.Panel]:
     ]
 
 
+def _rules() -> list[dashboard.Panel]:
+    late = promql.reduce("max", ("model_name", "engine"), promql.select("glassbox_watched_requests_delay_seconds"))
+    by = ("instance", "rule", "action", "outcome")
+    rate = f"rate({promql.of_server('glassbox_actions_total')}[$__rate_interval])"
+    return [
+        lines(
+            "Actions by rule and outcome",
+            "What rules (actions in the YAML) did about traced requests per second, or would have done (dry_run).",
+            [Query(promql.reduce("sum", by, rate), "{{instance}} {{rule}}: {{action}}, {{outcome}}")],
+            RATE_UNIT,
+            bounds=(0.0, None),
+            size=(12, 8),
+        ),
+        lines(
+            "Delay of watched requests",
+            "Seconds that running requests lag behind which rules watch: above 1 rules apply late, because so many or "
+            "so long requests are traced.",
+            [Query(late, "{{model_name}} engine {{engine}}")],
+            "s",
+            bounds=(0.0, None),
+            size=(12, 8),
+        ),
+    ]
+
+
 def _one_request() -> dashboard.Panel:
     return note(
         "From here to one request",
@@ -158,5 +183,6 @@ def page() -> Page:
             Section("Probes and signals", scores(), folded=True),
             Section("What was measured", _measured()),
             Section("Traced requests", [*_traced(), _one_request()]),
+            Section("Rules", _rules(), folded=True),
         ],
     )

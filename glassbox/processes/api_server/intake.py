@@ -17,6 +17,7 @@ from glassbox.adapter import server
 from glassbox.adapter.front_end import FrontEnd
 from glassbox.adapter.http_reply import Reply
 from glassbox.adapter.http_request import HttpRequest, note_requests
+from glassbox.adapter.running_requests import RunningRequests
 from glassbox.adapter.server import EngineLabels, ExtraArgs, SentRequest
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
@@ -47,6 +48,7 @@ from glassbox.processes.api_server import message_spans
 from glassbox.processes.api_server.llm_span_watcher import LlmSpanWatcher, watch
 from glassbox.processes.api_server.logprobs import RequestLogprobs
 from glassbox.processes.api_server.measured_shape import MeasuredShape
+from glassbox.processes.api_server.order_taker import OrderTaker
 from glassbox.processes.api_server.responding import Answers
 from glassbox.signals.needs import sampled_options
 from glassbox.signals.probe_files import ProbeFiles
@@ -110,6 +112,7 @@ class Intake:
         self._answers = Answers(config, run_dir)
         self._probes = ProbeFiles(config)
         self.logprobs = RequestLogprobs(config, run_dir, self._sampled)
+        self._orders = OrderTaker(config, run_dir)
 
     def is_for_us(self, extra_args: object) -> TypeGuard[ExtraArgs]:
         """See server.Intake."""
@@ -183,7 +186,7 @@ class Intake:
 
     def _sampled(self) -> TraceOptions:
         """What workers keep of a request that the trace rate chooses."""
-        return sampled_options(self._probes.current(), self._config().requests.signals)
+        return sampled_options(self._probes.current(), self._config().sampled_signals)
 
     def begin(self, request_id: str, traceparent: str | None) -> ExtraArgs:
         """See server.Intake."""
@@ -198,11 +201,13 @@ class Intake:
         if request is None or not config.enabled or not (traced or rate > 0):
             return {}
         if traced:
+            self._orders.asked(request_id, request)
             return self._client(request, config)
         # By chance, not by its id: a client could choose one that is always traced, though it may not ask for it.
         if not is_sampled_request(secrets.token_hex(8), rate):
             return {SAMPLED_KEY: False}
         self.traced.add(request_id)
+        self._orders.asked(request_id, request)
         return {SAMPLED_KEY: True, **self._client(request, config)}
 
     def _client(self, request: HttpRequest, config: GlassboxConfig) -> ExtraArgs:
@@ -258,6 +263,10 @@ class Intake:
                 front_end.shows,
             )
 
+    def works_at(self, requests: RunningRequests) -> None:
+        """See server.Intake."""
+        self._orders.serves(requests)
+
     def watch_spans(self, endpoint: str) -> None:
         """See server.Intake."""
         try:
@@ -273,7 +282,8 @@ class Intake:
         )
 
     def close(self) -> None:
-        """Take the watchers out of the tracer providers, and end the threads that answers have started."""
+        """Take the watchers out of the tracer providers, and end the threads that answers and orders have started."""
+        self._orders.close()
         while self._unwatch:
             self._unwatch.pop()()
         self._answers.close()

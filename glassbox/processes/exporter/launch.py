@@ -53,7 +53,12 @@ def may_trace(config: GlassboxConfig) -> bool:
 
 def wants_scores(config: GlassboxConfig) -> bool:
     """True if the configuration asks for scores or signals of traced requests; clients may ask for signals, too."""
-    return may_trace(config) and bool(config.probes or config.requests.signals)
+    return may_trace(config) and bool(config.probes or config.sampled_signals)
+
+
+def wants_actions(config: GlassboxConfig) -> bool:
+    """True if there are rules."""
+    return config.enabled and bool(config.actions.rules)
 
 
 def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None, run_dir: Path | None = None) -> bool:
@@ -70,7 +75,7 @@ def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None, 
         return False
     pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
     pushed = pushed or wants_records(config) or wants_spans(config)
-    pushed = pushed or wants_scores(config)
+    pushed = pushed or wants_scores(config) or wants_actions(config)
     is_handed_out = run_dir is not None and has_front(run_dir)
     by_exporter = is_handed_out or multiprocess_files.directory(environ) is not None
     at_vllm = export.prometheus.shown_at_vllm and by_exporter

@@ -146,9 +146,11 @@ class Scorer:
         # After the file, without which the trace comes again: it counts once.
         self._count(trace, scores, seconds)
         try:
+            # First: records and spans wait for the scores, and say what was done about them.
             self._on_scored(trace, scores)
         except Exception as error:  # whoever acts on scores must not end the scoring
             self._errors.count(STAGE, error)
+        self._files.write(summary.key, StoredScores(scores.summary(), _places(scores), round(seconds, 6)))
 
     def _count(self, trace: RequestTrace, scores: Scores, seconds: float) -> None:
         engine = self._totals.engine((trace.model_name, trace.engine))

@@ -23,17 +23,22 @@ from glassbox.export.liveness import Liveness
 from glassbox.export.multiprocess import MultiprocessWriter
 from glassbox.export.prometheus import LivenessCollector, PrometheusCollector
 from glassbox.processes.exporter import page_writer
+from glassbox.processes.exporter.launch import wants_actions
 from glassbox.processes.exporter.page_writer import PageWriter
 from glassbox.processes.exporter.sink import Sink
 from glassbox.processes.exporter.trace_sinks import TraceSinks, otlp_target
+from glassbox.signals.probe_files import ProbeFiles
+from glassbox.signals.scores import Scores
 from glassbox.store import multiprocess_files
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
 from glassbox.store.metrics_page import has_front
+from glassbox.store.trace_record import RequestTrace
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from glassbox.export.otel import OtelSink
+    from glassbox.processes.exporter.action_watch import ActionWatch
     from glassbox.processes.exporter.own_port import OwnPort
     from glassbox.web.doors import Door
 
@@ -47,6 +52,7 @@ _ADVICE: Final = {
     "otel": ("export.otel.endpoint", "the collector must listen there, by that protocol"),
     "otel_traces": ("export.otel.endpoint", "the collector must listen there, by that protocol"),
     "jsonl": ("export.jsonl.path", "name a file, in a folder with room that this user may write to"),
+    "audit": ("actions.audit.path", "name a file, in a folder with room that this user may write to"),
     "scores": ("probes", "each must be a file of glassbox train that this user may read"),
     "records": ("requests.records.path", "name a place with room that this user may write to"),
 }
@@ -85,6 +91,8 @@ class Sinks:
         before = read_status(self._run_dir)
         self.errors = export_errors(logger, before.errors if before else None, self._advice)
         self._takes_over = before is not None
+        # From where an exporter that died was.
+        self._goes_on = before is not None and not before.ended
         self._restarts = before.restarts + (not before.ended) if before is not None else 0
         self._source = FamilySource(self._run_dir, config)
         self._registry = CollectorRegistry()
@@ -127,13 +135,24 @@ class Sinks:
             sends_later=lambda otel: otel.last_success_s,
         )
         self._jsonl: Sink[JsonlSink] = sink("jsonl", wants=_wants_jsonl, opens=self._open_jsonl)
-        self._traces = TraceSinks(self._run_dir, config, self.errors, self._environ, clock, succeeded)
+        self._traces = TraceSinks(
+            self._run_dir, config, self.errors, self._environ, clock, succeeded, on_scored=self._act_on
+        )
+        self._action_counts = before.actions if before is not None else {}
+        self._actions: Sink[ActionWatch] = sink(
+            "actions",
+            wants=lambda config: wants_actions(config) or None,
+            opens=self._open_actions,
+            closes=lambda watch, _: watch.close(),
+            works=lambda watch: watch.is_alive,
+        )
         self._all: tuple[Sink[Any], ...] = (
             self._http,
             self._page,
             self._multiprocess,
             self._otel,
             self._jsonl,
+            self._actions,
             self._traces.scores,
             self._traces.records,
             self._traces.spans,
@@ -147,12 +166,13 @@ class Sinks:
     def apply(self) -> None:
         """Open, change and close sinks so that they are what the configuration of the moment says."""
         config = self._config()
-        for sink in (self._http, self._page, self._multiprocess, self._otel, self._jsonl):
+        for sink in (self._http, self._page, self._multiprocess, self._otel, self._jsonl, self._actions):
             sink.apply(config)
             self._beat()
         self._traces.apply(skip_present=self._takes_over)
         # A sink opened by an edit reports from now on, like one that takes over from a dead exporter.
         self._takes_over = True
+        self._goes_on = False
 
     def _open_http(self, config: GlassboxConfig) -> "OwnPort":
         # Not at the top: an exporter without a port of its own needs no web framework in its memory.
@@ -202,6 +222,28 @@ class Sinks:
         assert jsonl.expanded_path is not None
         return JsonlSink(jsonl.expanded_path, jsonl.max_mb, skip_first=self._takes_over)
 
+    def _open_actions(self, _config: GlassboxConfig) -> "ActionWatch":
+        # Not at the top: without rules an exporter needs no client of HTTP in its memory.
+        from glassbox.processes.exporter.action_watch import ActionWatch
+
+        probes = ProbeFiles(self._config, lambda error: self.errors.count("actions", error))
+        watch = ActionWatch(
+            self._run_dir,
+            self._config,
+            probes.current,
+            self.errors,
+            self._action_counts,
+            goes_on=self._goes_on,
+            clock=self._clock,
+        )
+        watch.start()
+        return watch
+
+    def _act_on(self, trace: RequestTrace, scores: Scores) -> None:
+        watch = self._actions.value
+        if watch is not None:
+            watch.ended(trace, scores)
+
     def _advice(self, stage: str) -> str:
         """What to look at when a sink fails: the key, what it says, and what to do."""
         if stage not in _ADVICE:
@@ -228,11 +270,17 @@ class Sinks:
             self._give(view, looked_s)
         self._beat()
         self._traces.round(last)
+        self._actions.give()
+        if (watch := self._actions.value) is not None:
+            self._action_counts = watch.counts()
         with self.errors.guard("status"):
             sinks = {sink.name: sink.last_success_s for sink in self._all if sink.is_wanted}
             errors = self.errors.counts()
             write_status(
-                self._run_dir, ExporterStatus(os.getpid(), self._clock(), errors, sinks, self._restarts, ended=last)
+                self._run_dir,
+                ExporterStatus(
+                    os.getpid(), self._clock(), errors, sinks, self._restarts, last, dict(self._action_counts)
+                ),
             )
 
     def look(self) -> None:
@@ -257,6 +305,7 @@ class Sinks:
         for sink in (self._http, self._otel, self._page, self._multiprocess, self._jsonl):
             sink.close()
         self._traces.close()
+        self._actions.close()
 
 
 def _wants_http(config: GlassboxConfig) -> object:

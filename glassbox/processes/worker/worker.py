@@ -41,7 +41,7 @@ from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.active import TraceHost
 from glassbox.processes.worker.traces.sampled import STAGE, SampledOptions
 from glassbox.processes.worker.traces.tracker import RequestTracker
-from glassbox.processes.worker.traces.writer import TraceWriter
+from glassbox.processes.worker.traces.writer import WATCHED_INTERVAL_S, TraceWriter
 from glassbox.processes.worker.unread import UnreadWatch
 from glassbox.store import process_name, rundir
 from glassbox.store.snapshot import Snapshot, write_snapshot
@@ -224,16 +224,25 @@ class Worker:
             self._unread.look(self._settings.config)
 
     def _wait(self) -> None:
-        """Until the next snapshot, an edit or the end; an exporter that died or hangs isn't left until then."""
-        end_s = time.monotonic() + self._settings.config.export.interval_s
+        """Until the next snapshot, an edit or the end; an exporter that died or hangs isn't left until then, nor are
+        running requests that rules watch."""
+        config = self._settings.config
+        watched = config.enabled and config.actions.watches_running
+        now_s = time.monotonic()
+        end_s, look_s = now_s + config.export.interval_s, now_s + _LOOK_S
         while (left_s := end_s - time.monotonic()) > 0:
-            if self._wake.wait(min(left_s, _LOOK_S)):
+            if self._wake.wait(min(left_s, WATCHED_INTERVAL_S if watched else _LOOK_S)):
                 self._wake.clear()
                 if self._due.is_set():
                     self._due.clear()
                     return
                 self._write_traces(running=False)
-            if left_s > _LOOK_S:
+            if watched:
+                with self._errors.guard("traces"):
+                    self._deferred.run()
+                    self._traces.write_watched(config.requests)
+            if time.monotonic() >= look_s:
+                look_s = time.monotonic() + _LOOK_S
                 self._look_at_exporter()
 
     def write_if_changed(self) -> None:
@@ -296,6 +305,7 @@ class Worker:
             "build": self._build,
             "trace_refused": refused,
             "traces_dropped": self._traces.dropped,
+            "watched_delay_seconds": self._traces.watched_delay_s,
             "traced_requests": traced,
             "traced_requests_active": len(self._requests.active()),
         }

@@ -13,11 +13,13 @@ from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.trace_arrays import without_values
 from glassbox.measure.deferred import DeferredActions
+from glassbox.processes.worker.traces import writer as writer_module
 from glassbox.processes.worker.traces.active import ActiveTrace, Chunk
 from glassbox.processes.worker.traces.tracker import RequestTracker
-from glassbox.processes.worker.traces.writer import RUNNING_SHARE, TraceWriter
+from glassbox.processes.worker.traces.writer import RUNNING_SHARE, WATCHED_INTERVAL_S, WATCHED_SHARE, TraceWriter
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import TraceOptions
+from tests.export_samples import logged
 from tests.trace_samples import make_host, new_request, scheduled_step
 
 
@@ -54,6 +56,9 @@ class Setup:
 
     def write(self) -> int:
         return self.writer.write(self.config.requests)
+
+    def write_watched(self) -> int:
+        return self.writer.write_watched(self.config.requests)
 
     def found(self) -> dict[str, tuple[str, int]]:
         return {s.internal_id: (s.status, s.num_rows) for s in self.directory.summaries()}
@@ -206,3 +211,61 @@ class TestRecord:
         assert trace.record().positions.tolist() == [5, 6, 7, 8]
         trace.end("finished", num_generated=3)
         assert trace.record().positions.tolist() == [5, 6]
+
+
+class TestWatched:
+    """Running requests that rules watch: written several times a second, within their share of a core."""
+
+    def test_what_has_changed(self, tmp_path: Path) -> None:
+        """Whatever `write` must wait for; and the end of a request is `write`'s."""
+        setup = Setup(tmp_path)
+        setup.arrive("a", "b")
+        setup.write()
+        setup.look_s = 10.0  # running ones are not due for long
+        setup.tracker.active()[0].append(chunk(5))
+        setup.write()
+        setup.look_s = 0.0
+        setup.tracker.active()[0].append(chunk(6))
+        assert (0, 1, 0) == (setup.write(), setup.write_watched(), setup.write_watched())
+        assert {"a": ("active", 2), "b": ("active", 0)} == setup.found()
+        setup.finish("a")
+        assert (0, 1) == (setup.write_watched(), setup.write())
+
+    def test_a_share_of_a_core(self, tmp_path: Path) -> None:
+        """Each is written as often as the others, however many they are, and all together cost no more."""
+        setup = Setup(tmp_path)
+        ids = ("a", "b", "c", "d", "e")
+        setup.arrive(*ids)
+        setup.write()
+        setup.look_s = 0.05
+        rounds, written = 400, 0
+        for position in range(rounds):
+            for trace in setup.tracker.active():
+                trace.append(chunk(5 + position))
+            setup.now_s += WATCHED_INTERVAL_S
+            written += setup.write_watched()
+        assert written == pytest.approx(rounds * WATCHED_INTERVAL_S * WATCHED_SHARE / setup.look_s, abs=2)
+        rows = [num_rows for _, num_rows in setup.found().values()]
+        # One write a second, so that each of them comes every five.
+        assert rounds - min(rows) <= 5 * 5
+
+    def test_lateness_is_told(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """In a metric, and once in the log with what helps; it is over when the trace is written."""
+        logging.getLogger(writer_module.__name__).__dict__.pop("_glassbox_logged_once", None)
+        setup = Setup(tmp_path)
+        setup.arrive("a", "b")
+        setup.write()
+        setup.look_s = 0.2
+        for step in range(8):
+            for trace in setup.tracker.active():
+                trace.append(chunk(5 + step))
+            setup.write_watched()
+            setup.now_s += WATCHED_INTERVAL_S
+        assert setup.writer.watched_delay_s == pytest.approx(7 * WATCHED_INTERVAL_S)
+        told = [line for line in logged(caplog.records) if "late for the rules" in line]
+        assert 1 == len(told)
+        assert "requests.max_active" in told[0]
+        setup.look_s = 0.0
+        setup.now_s += 60
+        setup.write_watched()
+        assert 0 == setup.writer.watched_delay_s

@@ -67,7 +67,7 @@ def worker(rank: int) -> Any:
             server=SimpleNamespace(model_name="tiny/model", engine="0", rank=rank, num_heads=2, num_layers=1),
             layers=SimpleNamespace(indices=(0,), names=("a",), heads=(1,), bypassed={}, num_heads=1),
         ),
-        _traces=SimpleNamespace(dropped=0),
+        _traces=SimpleNamespace(dropped=0, watched_delay_s=0.0),
         _heads=GlobalHeads((rank,), 2),
         _place=make_place((0,)),
         _canary=QuietCanary((0,)),

@@ -57,4 +57,4 @@ class SampledOptions:
                 if str(error) not in self._warned and self._host.layers:
                     self._warned.add(str(error))
                     logger.warning("%s. Until then its scores lack these features", error)
-        self.options = sampled_options(probes, self._config().requests.signals)
+        self.options = sampled_options(probes, self._config().sampled_signals)

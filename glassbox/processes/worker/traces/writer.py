@@ -4,13 +4,14 @@ Owns when a trace is written and which files of the worker are removed. The form
 memory `active.py`.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 from glassbox.config.load import RequestsConfig
-from glassbox.core.logs import get_logger
+from glassbox.core.logs import get_logger, log_once
 from glassbox.processes.worker.traces.active import ActiveTrace, TraceHost
 from glassbox.processes.worker.traces.tracker import RequestTracker
 from glassbox.store.tokenizer_note import write_source
@@ -21,10 +22,21 @@ logger = get_logger(__name__)
 
 # Share of a core that writing running requests again may take. It is taken from the steps: they wait for Python's lock.
 RUNNING_SHARE: Final = 0.005
+# The same while rules watch running requests, and how often these are then written: rules apply within a second.
+WATCHED_SHARE: Final = 0.05
+WATCHED_INTERVAL_S: Final = 0.25
+# What of it may be saved up.
+_MOST_SAVED_S: Final = WATCHED_SHARE * WATCHED_INTERVAL_S
+# A watched trace that is older than this is said to be late.
+_LATE_S: Final = 1.0
 
 
 class TraceWriter:
     """Writes the traces of one worker.
+
+    Attributes:
+        watched_delay_s: seconds that the oldest written trace of a running request lags behind, as far as rules watch
+            these; 0 if none do.
 
     Args:
         run_dir: of the server.
@@ -51,6 +63,11 @@ class TraceWriter:
         # Version of each running request's trace that lies in the directory, by internal id.
         self._written: dict[str, int] = {}
         self._tokenizer_told = False
+        # Of watched requests: seconds that writing them may still take, since when that is known, and when each was
+        # last seen to be as it is written, by internal id.
+        self._saved_s, self._saved_at_s = _MOST_SAVED_S, clock()
+        self._fresh_s: dict[str, float] = {}
+        self.watched_delay_s = 0.0
 
     def write(self, config: RequestsConfig, *, running: bool = True) -> int:
         """Write what has changed: ended requests once, running ones again and again. Ended ones are released.
@@ -99,6 +116,52 @@ class TraceWriter:
             self._prune(config, active)
         if failure is not None:
             raise failure
+        return written
+
+    def write_watched(self, config: RequestsConfig) -> int:
+        """Write running requests that have changed, for rules that watch them: those first that were written longest
+        ago, until `WATCHED_SHARE` of the time since the last call is used up.
+
+        Returns:
+            Number of files written.
+
+        Raises:
+            OSError: one can't be written.
+        """
+        now_s = self._clock()
+        self._saved_s = min(self._saved_s + WATCHED_SHARE * (now_s - self._saved_at_s), _MOST_SAVED_S)
+        self._saved_at_s = now_s
+        active = self._tracker.active()
+        stale = [trace for trace in active if self._written.get(trace.internal_id) != trace.version]
+        waiting = {trace.internal_id for trace in stale}
+        self._fresh_s = {
+            one.internal_id: self._fresh_s.get(one.internal_id, now_s) if one.internal_id in waiting else now_s
+            for one in active
+        }
+        written = 0
+        for trace in sorted(stale, key=lambda trace: self._fresh_s[trace.internal_id]):
+            if self._saved_s <= 0:
+                break
+            before = self._cpu_clock()
+            self._write(trace)
+            self._saved_s -= self._cpu_clock() - before
+            self._fresh_s[trace.internal_id] = now_s
+            written += 1
+        if written:
+            self._prune(config, active)
+        self.watched_delay_s = now_s - min(self._fresh_s.values(), default=now_s)
+        if self.watched_delay_s > _LATE_S:
+            log_once(
+                logger,
+                logging.WARNING,
+                "watched",
+                "Running requests are written %.1f s late for the rules of `actions`, so these apply late: so many or "
+                "so long ones are traced that writing them would take more than %.0f %% of a core "
+                "(glassbox_watched_requests_delay_seconds). Trace fewer at a time (requests.max_active), or fewer "
+                "layers and heads",
+                self.watched_delay_s,
+                100 * WATCHED_SHARE,
+            )
         return written
 
     @property

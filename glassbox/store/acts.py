@@ -1,0 +1,121 @@
+"""What rules did about a request: small files of the run directory, for its record, span and page.
+
+Owns the files, one for each request about which something was done, and the names of actions and outcomes. The exporter
+writes them; every process of the server reads them.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from glassbox.store.trusted_file import list_files, make_folder, read_json, write_file
+
+FOLDER: Final = "acts"
+# As many as traces are usually kept, and more.
+MAX_FILES: Final = 4096
+# Rules times actions.
+MAX_ACTS: Final = 128
+# Listing many files takes its time.
+PRUNE_EVERY: Final = 256
+_MAX_BYTES: Final = 1 << 16
+
+ACTIONS: Final = ("log", "tag", "abort", "webhook")
+# Values of the label `outcome`, and what each means.
+OUTCOMES: Final = {
+    "done": "it was done; of a webhook: the receiver accepted it",
+    "dry_run": "it would have been done, but the rule is a dry run",
+    "limited": "the rule had reached per_minute",
+    "late": "the request had ended already",
+    "dropped": "too many others waited",
+    "failed": "nobody took it: no API server has the request, or the receiver refused or could not be reached",
+}
+
+
+def count_key(rule: str, action: str, outcome: str) -> str:
+    """By which it is counted in the exporter's status."""
+    return f"{rule}|{action}|{outcome}"
+
+
+@dataclass(frozen=True)
+class Act:
+    """One thing that a rule did, or would have done.
+
+    Attributes:
+        rule: its name.
+        action, outcome: see ACTIONS and OUTCOMES.
+        value: that it found; None if it isn't finite.
+        time_s: Unix time at which it applied.
+    """
+
+    rule: str
+    action: str
+    outcome: str
+    value: float | None
+    time_s: float
+
+
+class Acts:
+    """The files of one server, for their writer.
+
+    Args:
+        run_dir: of the server.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = Path(run_dir)
+        self._written = 0
+
+    def note(self, engine: str, internal_id: str, acts: Iterable[Act]) -> None:
+        """Add to what was done about a request.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        done = [*acts_of(self._run_dir, engine, internal_id), *acts][-MAX_ACTS:]
+        path = _path(self._run_dir, engine, internal_id)
+        make_folder(path.parent)
+        write_file(path, json.dumps([asdict(one) for one in done]).encode())
+        self._written += 1
+        if self._written % PRUNE_EVERY == 0:
+            self._prune()
+
+    def _prune(self) -> None:
+        folder = self._run_dir / FOLDER
+        found = sorted((time_ns, name) for name, (_, time_ns, _) in list_files(folder, "", ".json").items())
+        for _, name in found[: max(len(found) - MAX_FILES, 0)]:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+
+
+def acts_of(run_dir: Path, engine: str, internal_id: str) -> list[Act]:
+    """What was done about a request, oldest first; empty if nothing was, or if it can't be read."""
+    try:
+        content = read_json(_path(run_dir, engine, internal_id), _MAX_BYTES)
+        return [_decode(one) for one in content]
+    except (OSError, ValueError, TypeError, ArithmeticError):
+        return []
+
+
+def tags_of(acts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of the rules that have tagged a request, of the fields of its acts."""
+    return sorted({act["rule"] for act in acts if (act["action"], act["outcome"]) == ("tag", "done")})
+
+
+def _decode(content: dict[str, Any]) -> Act:
+    act = Act(**content)
+    value = None if act.value is None else float(act.value)
+    if not all(isinstance(text, str) for text in (act.rule, act.action, act.outcome)):
+        raise TypeError("names must be texts")
+    if value is not None and not math.isfinite(value):
+        value = None
+    return Act(act.rule, act.action, act.outcome, value, float(act.time_s))
+
+
+def _path(run_dir: Path, engine: str, internal_id: str) -> Path:
+    whole = f"{engine}/{internal_id}".encode("utf-8", "surrogatepass")
+    return Path(run_dir) / FOLDER / f"{hashlib.sha256(whole).hexdigest()[:32]}.json"
