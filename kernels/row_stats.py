@@ -6,13 +6,13 @@ statistics are those of `glassbox/core/statistics.py`, whose symbols (m, Zk, E, 
 
 How it works. The keys of all listed rows, cut into tiles, form one sequence of units (row, KV head, tile); every
 program of a persistent grid takes an equal, contiguous share of it. So one long row spreads over the whole GPU, and
-many short ones are not split. A (row, KV head) that crosses a share's border leaves a partial state per program,
-and the program that arrives last merges them; nothing waits for another program. The grid, and everything the host
-passes, is the same on every launch: row list, lengths and block table are read on the device, so a captured launch is
-right on replay, and one with an empty row list reads one word and returns.
+many short ones are not split. A (row, KV head) that crosses a share's border leaves a partial state per program; of 16
+neighbours the program that arrives last merges theirs, and so on; nothing waits for another program. The grid, and
+everything the host passes, is the same on every launch: row list, lengths and block table are read on the device, so a
+captured launch is right on replay, and one with an empty row list reads one word and returns.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -756,6 +756,7 @@ def _wide_tilings(q: torch.Tensor, k_cache: torch.Tensor) -> tuple[Tiling, ...]:
     """Several, the fastest first, since what fits depends on the GPU's shared memory: the queries of 128 heads are 144
     KiB of bfloat16, a tile of 32 keys is 36 KiB."""
     group, page = q.shape[1] // k_cache.shape[1], k_cache.shape[2]
+    best: tuple[Tiling, ...]
     few = (Tiling(keys=32, warps=4, stages=2), Tiling(keys=16, warps=4, stages=1))
     wide = (
         Tiling(keys=32, warps=8, stages=2, heads=128, beside=1),
@@ -766,19 +767,16 @@ def _wide_tilings(q: torch.Tensor, k_cache: torch.Tensor) -> tuple[Tiling, ...]:
     if not _is_hopper(q.device) or torch.float32 in (q.dtype, k_cache.dtype):
         return others
     fp8 = k_cache.itemsize == 1
-    best: tuple[Tiling, ...]
+    # The second of each is for pages of 32 tokens.
     if group <= 16:
-        best = (Tiling(keys=64, warps=4, stages=4 if fp8 else 3, beside=1),)
+        stages = 4 if fp8 else 3
+        best = (Tiling(keys=64, warps=4, stages=stages, beside=1), Tiling(keys=32, warps=4, stages=stages))
+    elif group <= 64 and fp8:
+        best = (Tiling(keys=32, warps=4, stages=4, heads=64, held=True),)
     elif group <= 64:
-        best = (
-            Tiling(keys=32, warps=4, stages=4, heads=64, held=True)
-            if fp8
-            else Tiling(keys=64, warps=4, stages=2, heads=64, beside=1),
-        )
+        best = tuple(Tiling(keys, 4, stages, heads=64, beside=1) for keys, stages in ((64, 2), (32, 4)))
     else:
-        best = (Tiling(keys=64, warps=8, stages=3, heads=128, held=True, beside=1),)
-    # Pages of 32 tokens.
-    best += tuple(replace(tiling, keys=32) for tiling in best if tiling.keys > 32)
+        best = tuple(Tiling(keys, 8, stages, heads=128, held=True, beside=1) for keys, stages in ((64, 3), (32, 4)))
     return (*(tiling for tiling in best if page % tiling.keys == 0 and _by_page(k_cache, tiling)), *others)
 
 

@@ -22,9 +22,9 @@ def _page_of(table_ptr, tile, last_tile, BLOCK_N: tl.constexpr, PAGE: tl.constex
 @triton.jit
 def wide_sums(  # noqa: PLR0912, PLR0915
     q,  # [BLOCK_H, BLOCK_D]
-    q_rest,  # [BLOCK_H, BLOCK_REST]
+    q_rest,  # [BLOCK_H, BLOCK_REST]; q if there is no rest
     k_head_ptr,
-    k_desc,
+    k_desc,  # with BY_PAGE, see `_row_stats_kernel`
     k_rest_desc,
     kv_head,
     table_ptr,
@@ -70,7 +70,8 @@ def wide_sums(  # noqa: PLR0912, PLR0915
     if HELD:
         # The queries in registers, not in shared memory, which is for more keys then: they take the layout of what they
         # are added to, a product's, and operands in that layout stay where they are.
-        product = tl.dot(q_rest, tl.trans(tl.zeros([16, BLOCK_REST], DOT_DTYPE)), input_precision="ieee")
+        zeros = tl.zeros([16, BLOCK_REST if BLOCK_REST > 0 else BLOCK_D], DOT_DTYPE)
+        product = tl.dot(q_rest, tl.trans(zeros), input_precision="ieee")
         nothing = (tl.max(product, 1) * 0.0)[:, None].to(DOT_DTYPE)
         q = q + nothing
         q_rest = q_rest + nothing
@@ -107,6 +108,7 @@ def wide_sums(  # noqa: PLR0912, PLR0915
         age = (position - begin).to(tl.float32) - column
         if not PLAIN:
             s = s * factor
+            bad += tl.sum(tl.where(visible[None, :], s * 0.0, 0.0), 1)  # which a cap would hide
             if HAS_SOFT_CAP:
                 s = soft_capped(s, soft_cap)
             if HAS_ALIBI:
@@ -149,7 +151,7 @@ def wide_sums(  # noqa: PLR0912, PLR0915
             z_generated = z_generated * decay + of_generated
             sink = sink * decay + of_sink
             local = local * decay + of_local
-    bad = e * 0.0
+    bad += e * 0.0
     if PLAIN:
         m = m * factor
         own = own * factor

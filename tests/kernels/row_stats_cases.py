@@ -239,6 +239,8 @@ CASES: tuple[Case, ...] = (
         sliding_window=40,
     ),
     replace(MIXED, name="latent-nan", heads=4, kv_heads=1, head_size=576, keys=((0, 67, 0, NAN), (1, 3, 0, INF))),
+    replace(BASE, name="latent-capped-inf", kv_heads=1, head_size=576, soft_cap=8.0, keys=((0, 3, 0, INF),)),
+    replace(BASE, name="wide-held", heads=65, kv_heads=1, head_size=512, page=64),
     replace(MIXED, name="thinned", rows=((0, 4), (3, 1), (1, 0)), num_programs=3),
 )
 # For every tiling: pages smaller than a tile, larger, and neither a divisor nor a multiple.
