@@ -22,81 +22,19 @@ from glassbox.store.snapshot import read_snapshots
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace
 from tests.attached import attached_hook, plugin, running_observer
+from tests.integration.traced_engine import TracedEngine
 from tests.integration.transformers_truth import EagerModel
 
 pytestmark = pytest.mark.integration
 
 # Both sides compute in float32 with their own order of summation.
 MASS, HALF = 1e-4, 6e-4  # a float16 below 1 has steps of at most 2^-11
-PREFILL_ROWS, CHUNK, BLOCK = 8, 64, 32
+PREFILL_ROWS, CHUNK = 8, 64
 TRACE: dict[str, Any] = {"glassbox": "trace"}
 
 
-class Engine:
-    """An in-process vLLM with the plugin, whose preemptions are counted."""
-
-    def __init__(self, model: Path, patch: pytest.MonkeyPatch) -> None:
-        from vllm import LLM
-        from vllm.v1.core.sched.scheduler import Scheduler
-
-        self.preemptions = 0
-        original = Scheduler._preempt_request
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            self.preemptions += 1
-            return original(*args, **kwargs)
-
-        patch.setattr(Scheduler, "_preempt_request", counting)
-        self.llm = LLM(
-            str(model),
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=256,
-            block_size=BLOCK,
-            num_gpu_blocks_override=20,  # 640 tokens
-            max_num_batched_tokens=CHUNK,
-            max_num_seqs=16,
-            enable_prefix_caching=True,
-            seed=0,
-        )
-
-    def serve(
-        self, prompts: list[list[int]], max_tokens: list[int], extra_args: list[dict[str, Any] | None], n: int = 1
-    ) -> list[Any]:
-        """All prompts at once; vLLM's outputs."""
-        from vllm import SamplingParams
-
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            [
-                SamplingParams(temperature=float(n > 1), n=n, max_tokens=tokens, ignore_eos=True, extra_args=extra)
-                for tokens, extra in zip(max_tokens, extra_args, strict=True)
-            ],
-            use_tqdm=False,
-        )
-        deliver_ends(self.llm)
-        return list(outputs)
-
-    def traces(self, outputs: list[Any]) -> dict[str, list[RequestTrace]]:
-        """Of ended requests, by external id, once all of them lie in the run directory."""
-        directory = TraceDirectory(rundir.run_dir())
-        ids = {output.request_id for output in outputs}
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            summaries = [s for s in directory.summaries() if s.request_id in ids]
-            if not any(s.status == "active" for s in summaries) and not self.tracker.ended():
-                break
-            time.sleep(0.05)
-        return {output.request_id: directory.traces(output.request_id) for output in outputs}
-
-    @property
-    def tracker(self) -> Any:
-        observer = running_observer()
-        return observer.requests
-
-
 @pytest.fixture(scope="module")
-def engine(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TracedEngine]:
     folder = tmp_path_factory.mktemp("glassbox")
     config = (
         "sample_rate: 0.25\n"
@@ -105,7 +43,7 @@ def engine(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         "export: {interval_s: 0.2}\n"
     )
     with plugin(folder, config) as patch:
-        yield Engine(demo_model_path, patch)
+        yield TracedEngine(demo_model_path, patch, chunk=CHUNK, blocks=20, max_model_len=256)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +144,7 @@ def assert_signals(trace: RequestTrace, attention: np.ndarray) -> None:
 
 class TestMixedBatch:
     def test_sixteen_requests_with_preemption_chunks_and_prefix_cache(
-        self, engine: Engine, eager: EagerModel, text: list[int]
+        self, engine: TracedEngine, eager: EagerModel, text: list[int]
     ) -> None:
         """Each of the traced ones equals transformers in everything it asked for; the others left no trace."""
         prompts = [text[7 * i : 7 * i + 9 + 11 * i] for i in range(12)]
@@ -248,7 +186,7 @@ class TestMixedBatch:
         assert engine.tracker.active() == engine.tracker.ended() == []
         assert attached_hook().errors.counts() == {}
 
-    def test_answers_of_one_prompt(self, engine: Engine, eager: EagerModel, text: list[int]) -> None:
+    def test_answers_of_one_prompt(self, engine: TracedEngine, eager: EagerModel, text: list[int]) -> None:
         """With n > 1 each answer has its own rows."""
         (output,) = engine.serve([text[:20]], [12], [{**TRACE, "glassbox_rows": 1, "glassbox_layers": [0, 12]}], n=3)
         traces = engine.traces([output])[output.request_id]
@@ -259,7 +197,7 @@ class TestMixedBatch:
         for trace in traces:
             assert_equals_truth(trace, eager.attention(trace.token_ids.tolist()))
 
-    def test_aborted(self, engine: Engine, text: list[int]) -> None:
+    def test_aborted(self, engine: TracedEngine, text: list[int]) -> None:
         """A request that is aborted amid its answer is said to be, and is gone from memory."""
         from vllm import SamplingParams
 
@@ -282,7 +220,7 @@ class TestMixedBatch:
 
 
 class TestStatisticsStayOnesOfTheSample:
-    def test_traced_and_excluded_rows(self, engine: Engine, text: list[int]) -> None:
+    def test_traced_and_excluded_rows(self, engine: TracedEngine, text: list[int]) -> None:
         """Row counts are those of sampled steps, whoever is traced; a request that is off counts nowhere."""
         observer = running_observer()
 
@@ -304,7 +242,7 @@ class TestRowsOfRequests:
     """Each prompt is counted once, and each generated token that was computed; every step is measured here."""
 
     @pytest.fixture
-    def counted(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[int]]]:
+    def counted(self, engine: TracedEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[int]]]:
         """Rows of each phase since the test began, of any layer and head."""
         observer = running_observer()
         config = observer._config.model_copy(update={"sample_rate": 1.0})
@@ -320,7 +258,7 @@ class TestRowsOfRequests:
         yield count
         assert observer.counters.dropped_rows == {}
 
-    def test_preempted(self, engine: Engine, text: list[int], counted: Callable[[], list[int]]) -> None:
+    def test_preempted(self, engine: TracedEngine, text: list[int], counted: Callable[[], list[int]]) -> None:
         """What a resumed request computes again is not counted again, of its prompt or of its answer."""
         prompts = [[i, *text[7 * i : 7 * i + 9 + 11 * i]] for i in range(12)]
         lengths = [20 + 5 * i for i in range(12)]
@@ -331,7 +269,7 @@ class TestRowsOfRequests:
             sum(min(PREFILL_ROWS, len(prompt)) for prompt in prompts), sum(length - 1 for length in lengths)
         ]  # fmt: skip
 
-    def test_beams(self, engine: Engine, text: list[int], counted: Callable[[], list[int]]) -> None:
+    def test_beams(self, engine: TracedEngine, text: list[int], counted: Callable[[], list[int]]) -> None:
         """Each step of a beam search is a request; its newest token is a decode row, and nothing else of it is one."""
         from vllm.sampling_params import BeamSearchParams
 
@@ -343,7 +281,9 @@ class TestRowsOfRequests:
 
 
 class TestSnapshots:
-    def test_one_within_the_last_step(self, engine: Engine, text: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_within_the_last_step(
+        self, engine: TracedEngine, text: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A snapshot that falls into a step lacks its rows; the next one has them, though no step follows."""
         worker = attached_hook().worker
         assert worker is not None
@@ -366,7 +306,7 @@ class TestSnapshots:
 
 
 class TestCapture:
-    def test_tables(self, engine: Engine, eager: EagerModel, text: list[int]) -> None:
+    def test_tables(self, engine: TracedEngine, eager: EagerModel, text: list[int]) -> None:
         """The tables hold what the traces hold, a line for each number."""
         import pyarrow.compute as pc
         from vllm import SamplingParams
@@ -413,7 +353,7 @@ class TestCapture:
                 np.testing.assert_allclose(line["attention"], p, rtol=0, atol=HALF)
                 assert line["first_key"] == 0
 
-    def test_bad_options(self, engine: Engine) -> None:
+    def test_bad_options(self, engine: TracedEngine) -> None:
         """They are an error before anything is generated."""
         with pytest.raises(ValueError, match="glassbox_top_k must be a whole number from 0 to 32, got 99"):
             capture(engine.llm, ["x"], top_k=99)

@@ -4,7 +4,6 @@ The engine has a KV cache for some of its 16 requests and a chunk size smaller t
 chunked, preempted, resumed and served from the prefix cache while they run side by side.
 """
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from glassbox.adapter.offline_engine import deliver_ends
 from glassbox.cli.commands.heads import FocusPrompt, focus_of, located
 from glassbox.core.signal_table import SIGNAL_NAMES, signal_row
 from glassbox.core.statistics import INDEX
 from glassbox.signals.registry import signal_values
 from glassbox.signals.values import SignalValues
-from glassbox.store import rundir
-from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace
 from tests import signal_truth
-from tests.attached import attached_hook, plugin, running_observer
+from tests.attached import attached_hook, plugin
+from tests.integration.traced_engine import TracedEngine
 from tests.integration.transformers_truth import EagerModel, WholeTruth, whole_truth
 
 pytestmark = pytest.mark.integration
 
 # Both sides compute in float32 with their own order of summation; a mass is at most 1.
 MASS, LOGPROB, RELATIVE = 1e-4, 2e-3, 1e-3
-CHUNK, BLOCK = 256, 32
+CHUNK = 256
 ALL: dict[str, Any] = {"glassbox": "trace", "glassbox_prompt": "all"}
 NEW: dict[str, Any] = {"glassbox": "trace", "glassbox_prompt": "new", "glassbox_signals": ["spectral", "rauq"]}
 SIGNALS: dict[str, Any] = {**ALL, "glassbox_signals": ["spectral", "laplacian", "rauq"], "glassbox_spans": ["a=0:4"]}
@@ -39,67 +36,8 @@ ON_DEMAND: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Engine:
-    """An in-process vLLM with the plugin, whose preemptions are counted."""
-
-    def __init__(self, model: Path, patch: pytest.MonkeyPatch) -> None:
-        from vllm import LLM
-        from vllm.v1.core.sched.scheduler import Scheduler
-
-        self.preemptions = 0
-        original = Scheduler._preempt_request
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            self.preemptions += 1
-            return original(*args, **kwargs)
-
-        patch.setattr(Scheduler, "_preempt_request", counting)
-        self.llm = LLM(
-            str(model),
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=1600,
-            block_size=BLOCK,
-            num_gpu_blocks_override=56,  # 1792 tokens
-            max_num_batched_tokens=CHUNK,
-            max_num_seqs=16,
-            enable_prefix_caching=True,
-            seed=0,
-        )
-
-    def serve(
-        self, prompts: list[list[int]], max_tokens: list[int], extra_args: list[dict[str, Any] | None], n: int = 1
-    ) -> list[Any]:
-        """All prompts at once; vLLM's outputs."""
-        from vllm import SamplingParams
-
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            [
-                SamplingParams(temperature=float(n > 1), n=n, max_tokens=tokens, ignore_eos=True, extra_args=extra)
-                for tokens, extra in zip(max_tokens, extra_args, strict=True)
-            ],
-            use_tqdm=False,
-        )
-        deliver_ends(self.llm)
-        return list(outputs)
-
-    def traces(self, outputs: list[Any]) -> list[list[RequestTrace]]:
-        """Of ended requests, once all of them lie in the run directory."""
-        directory = TraceDirectory(rundir.run_dir())
-        ids = {output.request_id for output in outputs}
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            summaries = [s for s in directory.summaries() if s.request_id in ids]
-            requests = running_observer().requests
-            if not any(s.status == "active" for s in summaries) and not requests.ended():
-                break
-            time.sleep(0.05)
-        return [directory.traces(output.request_id) for output in outputs]
-
-
 @pytest.fixture(scope="module")
-def engine(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TracedEngine]:
     folder = tmp_path_factory.mktemp("glassbox")
     config = (
         "sample_rate: 0.25\n"
@@ -107,7 +45,7 @@ def engine(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         "export: {interval_s: 0.2}\n"
     )
     with plugin(folder, config) as patch:
-        yield Engine(demo_model_path, patch)
+        yield TracedEngine(demo_model_path, patch, chunk=CHUNK, blocks=56, max_model_len=1600)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +102,7 @@ def assert_equals_truth(trace: RequestTrace, truth: WholeTruth) -> None:
 
 class TestMixedBatch:
     def test_sixteen_requests_with_preemption_and_chunks(
-        self, engine: Engine, eager: EagerModel, text: list[int]
+        self, engine: TracedEngine, eager: EagerModel, text: list[int]
     ) -> None:
         """Prompts of 5 to 1,500 tokens; no row of them enters the histograms because of its trace."""
         lengths = [5, 33, 1500, 64, 90, 128, 200, 257, 300, 12, 400, 20, 600, 70, 31, 32]
@@ -174,7 +112,9 @@ class TestMixedBatch:
         before = engine.preemptions
         outputs = engine.serve(prompts, [12 + i for i in range(16)], extra_args)
         assert engine.preemptions > before, "the cache must be too small for this test to mean anything"
-        for prompt, output, extra, found in zip(prompts, outputs, extra_args, engine.traces(outputs), strict=True):
+        for prompt, output, extra, found in zip(
+            prompts, outputs, extra_args, engine.traces(outputs).values(), strict=True
+        ):
             assert output.outputs[0].logprobs is None
             if extra is None:
                 assert found == []
@@ -189,13 +129,13 @@ class TestMixedBatch:
 
 
 class TestPrefixCache:
-    def test_all_and_new(self, engine: Engine, eager: EagerModel, text: list[int]) -> None:
+    def test_all_and_new(self, engine: TracedEngine, eager: EagerModel, text: list[int]) -> None:
         """With `all` nothing comes from the cache, not even of a request that said so before; with `new` it does, which
         the trace says."""
         prompt = text[300:470]
         engine.serve([prompt], [4], [None])
         outputs = [engine.serve([prompt], [6], [extra])[0] for extra in (SIGNALS, SIGNALS, NEW)]
-        again, second, new = (found[0] for found in engine.traces(outputs))
+        again, second, new = (found[0] for found in engine.traces(outputs).values())
         tokens = [*prompt, *outputs[0].outputs[0].token_ids]
         assert [0, 0, 160] == [trace.positions[0] for trace in (again, second, new)]
         assert ((), ()) == (again.notes, second.notes)
@@ -203,10 +143,10 @@ class TestPrefixCache:
         for trace, first_row in ((again, 0), (second, 0), (new, 160)):
             assert_equals_truth(trace, whole_truth(eager, tokens, first_row))
 
-    def test_answers_of_one_prompt(self, engine: Engine, eager: EagerModel, text: list[int]) -> None:
+    def test_answers_of_one_prompt(self, engine: TracedEngine, eager: EagerModel, text: list[int]) -> None:
         """With n > 1 each answer has its own salt."""
         outputs = engine.serve([text[500:600]], [5], [SIGNALS], n=2)
-        (traces,) = engine.traces(outputs)
+        (traces,) = engine.traces(outputs).values()
         assert 2 == len(traces)
         for trace in traces:
             assert_equals_truth(trace, whole_truth(eager, trace.token_ids.tolist()))
@@ -237,7 +177,7 @@ def assert_signals(trace: RequestTrace, truth: WholeTruth) -> None:
 
 
 class TestSignals:
-    def test_all_of_one_request(self, engine: Engine, eager: EagerModel, text: list[int]) -> None:
+    def test_all_of_one_request(self, engine: TracedEngine, eager: EagerModel, text: list[int]) -> None:
         """Each value at each place, from dense float64 matrices of transformers' queries, keys and attention."""
         asked = {
             **ON_DEMAND,
@@ -245,7 +185,7 @@ class TestSignals:
             "glassbox_spans": ["instruction=0:9", "answer=40:60"],
         }
         outputs = engine.serve([text[600:640]], [12], [asked])
-        ((trace,),) = engine.traces(outputs)
+        ((trace,),) = engine.traces(outputs).values()
         tokens = [*text[600:640], *outputs[0].outputs[0].token_ids]
         truth, attention = whole_truth(eager, tokens), eager.attention(tokens)[..., :-1, :-1].astype(np.float64)
         found = signal_values(trace, SIGNAL_NAMES)
@@ -261,12 +201,12 @@ class TestSignals:
                         assert here == pytest.approx(number**power, rel=RELATIVE, abs=MASS), where
         assert_rauq(found["rauq"], truth, attention, trace)
 
-    def test_holes(self, engine: Engine, text: list[int]) -> None:
+    def test_holes(self, engine: TracedEngine, text: list[int]) -> None:
         """Of a prompt that came from the prefix cache in part: what needs all rows says so, the others have values."""
         prompt = text[700:800]
         engine.serve([prompt], [1], [None])
         asked = {**ON_DEMAND, "glassbox_prompt": "new", "glassbox_signals": list(SIGNAL_NAMES)}
-        ((trace,),) = engine.traces(engine.serve([prompt], [4], [asked]))
+        ((trace,),) = engine.traces(engine.serve([prompt], [4], [asked])).values()
         found = signal_values(trace, SIGNAL_NAMES)
         for name, values in found.items():
             if signal_row(name).prompt and name != "heavy_hitters":
@@ -274,7 +214,7 @@ class TestSignals:
         assert 7 / 103 == found["heavy_hitters"].of_request["rows_ratio"]
         assert "" == found["rauq"].refused == found["lookback"].refused
 
-    def test_focus_of_prompts(self, engine: Engine, eager: EagerModel) -> None:
+    def test_focus_of_prompts(self, engine: TracedEngine, eager: EagerModel) -> None:
         """What `glassbox heads` finds its heads by: the last token's attention to the instruction."""
         prompts = [
             FocusPrompt(1, "Translate into French: the harbour", "Translate into French:", False),
