@@ -127,6 +127,7 @@ class TestNumbers:
             ("glassbox.attention.output_error_worst_ratio", "1", "gauge"),
             ("glassbox.kv_cache.quantization_error_ratio", "1", "gauge"),
             ("glassbox.kv_cache.saturated_ratio", "1", "gauge"),
+            ("glassbox.watched_requests.delay", "s", "gauge"),
             ("glassbox.traced_requests_active", "{request}", "gauge"),
             ("glassbox.traced_requests", "{request}", "sum"),
             ("glassbox.trace_refused", "{request}", "sum"),

@@ -136,6 +136,7 @@ class TestExposition:
             "glassbox_sample_rate",
             "glassbox_layers_observed",
             "glassbox_layers_bypassed",
+            "glassbox_watched_requests_delay_seconds",
             "glassbox_traced_requests_active",
             "glassbox_build_info",
             "glassbox_config_last_reload_successful",
