@@ -142,7 +142,7 @@ class TestExposition:
             "glassbox_config_last_reload_successful",
             "glassbox_config_last_reload_timestamp_seconds",
         }
-        assert len(types) == len(histograms) + 25
+        assert len(types) == len(histograms) + 26
 
     def test_signed_histograms_have_buckets_only(self, run_dir: Path) -> None:
         """max_logit has neither _sum nor _count, the others have both."""
