@@ -23,6 +23,8 @@ _REMEDIES: Final[Mapping[str, str]] = {
     "records": "make room on the disk of requests.records.path, let this user write there; parquet needs pyarrow",
     "probes": "name files of glassbox train in probes, that this user may read",
     "scores": "mend the probe or the file of heads that the log names, or make room on the disk of the run directory",
+    "actions": "mend the probe that the log names, or make room on the disk of the run directory",
+    "audit": "make room on the disk of actions.audit.path, and let this user write there",
     "baseline": "make a baseline of this model with this glassbox: glassbox baseline save",
     "exporter": "see the log for why its process can't be started: memory, limit of processes",
     "probe": "the GPU's memory is full: lower --gpu-memory-utilization",

@@ -303,8 +303,9 @@ class TestSums:
         assert np.isnan(record.received).all()
         assert np.isnan(record.singular_values).all()
         assert np.isnan(record.stats).all()
-        (note,) = record.notes
-        assert note.startswith("queries and keys of layers 0, 8 don't make their attention")
+        rows, kept = record.notes
+        assert rows.startswith("rows of the prompt are missing in some layers")
+        assert kept.startswith("queries and keys of layers 0, 8 don't make their attention")
 
     def test_attention_to_the_token_before(self) -> None:
         """By layer or by slot, as statistics are given."""
