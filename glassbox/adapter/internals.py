@@ -264,7 +264,15 @@ INTERNALS: Final[tuple[Internal, ...]] = (
     # Whoever starts workers with Ray.
     *_names("vllm.ray.ray_env", Feature.RAY, "DEFAULT_ENV_VAR_PREFIXES"),
     # `vllm.LLM`, in the process of whoever calls it.
-    *_names("vllm", Feature.CAPTURE, "LLM", "LLM.llm_engine", "LLM.get_default_sampling_params", "LLM.generate"),
+    *_names(
+        "vllm",
+        Feature.CAPTURE,
+        "LLM",
+        "LLM.llm_engine",
+        "LLM.get_default_sampling_params",
+        "LLM.get_tokenizer",
+        "LLM.generate",
+    ),
     *_names("vllm", Feature.CAPTURE, "RequestOutput", "RequestOutput.request_id", "RequestOutput.outputs"),
     *_names("vllm", Feature.CAPTURE, "SamplingParams.n"),
     *_names("vllm.outputs", Feature.CAPTURE, "CompletionOutput", "CompletionOutput.text"),
