@@ -67,6 +67,15 @@ class _Prepared:
         return self.prompt + self.answer
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A sample that was asked: what of it was sent, the model's text, and the trace of both."""
+
+    prepared: _Prepared
+    generated: str
+    trace: RequestTrace
+
+
 class Extractor:
     """Makes rows of samples.
 
@@ -110,25 +119,37 @@ class Extractor:
         Raises:
             RuntimeError: no attention of the model is observed, or traces are missing.
         """
+        return [
+            _without(sample, str(asked)) if isinstance(asked, SampleProblemError) else _row(sample, asked)
+            for sample, asked in zip(samples, self._ask(samples), strict=True)
+        ]
+
+    def traces(self, samples: Sequence[Sample]) -> list[RequestTrace | SampleProblemError]:
+        """The trace of each sample, in their order, or why it can't be asked.
+
+        Raises:
+            RuntimeError: as for `rows`.
+        """
+        return [asked if isinstance(asked, SampleProblemError) else asked.trace for asked in self._ask(samples)]
+
+    def _ask(self, samples: Sequence[Sample]) -> list[_Asked | SampleProblemError]:
         see_that_it_is_observed()
         prepared: dict[int, _Prepared] = {}
-        problems: dict[int, str] = {}
+        found: dict[int, _Asked | SampleProblemError] = {}
         for i, sample in enumerate(samples):
             try:
                 prepared[i] = self._prepare(sample)
             except SampleProblemError as error:
-                problems[i] = str(error)
+                found[i] = error
         prompts = [token_prompt(one.tokens) for one in prepared.values()]
         params = [
             with_options(greedy_params(1 if one.answer else self._max_tokens), self._options(one.spans))
             for one in prepared.values()
         ]
         answered, traces = traced(self._llm, prompts, params, timeout_s=self._timeout_s)
-        found = {
-            i: _row(samples[i], prepared[i], answer.texts[0], of_sample[0])
-            for i, answer, of_sample in zip(prepared, answered, traces, strict=True)
-        }
-        return [found[i] if i in found else _without(sample, problems[i]) for i, sample in enumerate(samples)]
+        for (i, one), answer, of_sample in zip(prepared.items(), answered, traces, strict=True):
+            found[i] = _Asked(one, answer.texts[0], of_sample[0])
+        return [found[i] for i in range(len(samples))]
 
     def _options(self, spans: Sequence[Span]) -> dict[str, Any]:
         options: dict[str, Any] = {CHOICE_KEY: "trace"}
@@ -238,7 +259,8 @@ def _by_tokens(place: SpanPlace) -> Span:
     return Span(place.name, *place.tokens)
 
 
-def _row(sample: Sample, prepared: _Prepared, generated: str, trace: RequestTrace) -> SampleRow:
+def _row(sample: Sample, asked: _Asked) -> SampleRow:
+    prepared, trace = asked.prepared, asked.trace
     given = bool(prepared.answer)
     return SampleRow(
         sample=sample.index,
@@ -249,7 +271,7 @@ def _row(sample: Sample, prepared: _Prepared, generated: str, trace: RequestTrac
         truncated=trace.truncated,
         prompt_tokens=len(prepared.prompt),
         answer_tokens=len(prepared.answer) if given else trace.num_generated,
-        answer=sample.answer if given else generated,
+        answer=sample.answer if given else asked.generated,
         features=features(trace),
     )
 

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from glassbox.cli.commands.heads import FocusPrompt, focus_of, located
+from glassbox import Extractor
+from glassbox.cli.commands.heads import focus_of
 from glassbox.core.signal_table import SIGNAL_NAMES, signal_row
 from glassbox.core.statistics import INDEX
 from glassbox.signals.registry import signal_values
 from glassbox.signals.values import SignalValues
 from glassbox.store.trace_record import RequestTrace
+from glassbox.view.measured import ViewError
+from glassbox.view.samples.samples_file import Sample, SpanPlace
 from tests import signal_truth
 from tests.attached import attached_hook, plugin
 from tests.integration.traced_engine import TracedEngine
@@ -27,6 +30,7 @@ pytestmark = pytest.mark.integration
 
 # Both sides compute in float32 with their own order of summation; a mass is at most 1.
 MASS, LOGPROB, RELATIVE = 1e-4, 2e-3, 1e-3
+USER = {"role": "user", "content": "Hello"}
 CHUNK = 256
 ALL: dict[str, Any] = {"glassbox": "trace", "glassbox_prompt": "all"}
 NEW: dict[str, Any] = {"glassbox": "trace", "glassbox_prompt": "new", "glassbox_signals": ["spectral", "rauq"]}
@@ -216,16 +220,35 @@ class TestSignals:
 
     def test_focus_of_prompts(self, engine: TracedEngine, eager: EagerModel) -> None:
         """What `glassbox heads` finds its heads by: the last token's attention to the instruction."""
+        text, chat = "Translate into French: the harbour", ({"role": "system", "content": "Be short."}, USER)
+        by_text, by_message = (
+            SpanPlace("instruction", text="Translate into French:"),
+            SpanPlace("instruction", message=0),
+        )
         prompts = [
-            FocusPrompt(1, "Translate into French: the harbour", "Translate into French:", False),
-            FocusPrompt(2, ({"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}), 0, True),
+            Sample(0, "1", text, None, None, False, None, (by_text,)),
+            Sample(1, "2", None, chat, None, True, None, (by_message,)),
         ]
-        focus, layers, heads = focus_of(engine.llm, prompts)  # type: ignore[arg-type]
+        extractor = Extractor(engine.llm, max_tokens=1)  # type: ignore[arg-type]
+        focus, layers, heads = focus_of(extractor, prompts)
         assert (tuple(range(30)), tuple(range(9))) == (layers, heads)
-        for prompt, found in zip(prompts, focus, strict=True):
-            tokens, (start, end) = located(prompt, engine.llm.get_tokenizer())
-            expected = eager.attention(tokens)[:, :, -1, start:end].sum(-1)
+        tokenizer = engine.llm.get_tokenizer()
+        rendered = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
+        for whole, instruction, found in zip((text, rendered), (by_text.text, "Be short."), focus, strict=True):
+            tokens, wanted = tokenizer.encode(whole), tokenizer.encode(instruction)
+            start = next(i for i in range(len(tokens)) if tokens[i : i + len(wanted)] == wanted)
+            expected = eager.attention(tokens)[:, :, -1, start : start + len(wanted)].sum(-1)
             np.testing.assert_allclose(found, expected, rtol=0, atol=MASS)
+
+    def test_focus_on_what_a_prompt_lacks(self, engine: TracedEngine) -> None:
+        """Says of which prompt, and why."""
+        extractor = Extractor(engine.llm, max_tokens=1)  # type: ignore[arg-type]
+        for place, message in (
+            (SpanPlace("instruction", text="dog"), "must be a text that stands in the prompt once, it does 0 times"),
+            (SpanPlace("instruction", tokens=(0, 99)), "spans instruction must end within the prompt's"),
+        ):
+            with pytest.raises(ViewError, match=f"^prompt x: .*{message}"):
+                focus_of(extractor, [Sample(0, "x", "a cat", None, None, False, None, (place,))])
 
 
 def expected_values(p: np.ndarray, q: np.ndarray, k: np.ndarray, trace: RequestTrace) -> dict[str, dict[str, float]]:

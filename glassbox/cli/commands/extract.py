@@ -1,13 +1,7 @@
-"""The command `glassbox extract`. Owns options, progress, the environment of the engine, and exit status."""
+"""The command `glassbox extract`. Owns options, progress and exit status."""
 
-import atexit
-import os
-import shutil
-import signal
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -20,6 +14,7 @@ from glassbox.cli.commands.common import (
     one_line_errors,
     require,
 )
+from glassbox.cli.commands.own_engine import EngineArgOption, engine_arguments, engine_errors, load_extractor
 
 if TYPE_CHECKING:
     from glassbox.view.asking import Access
@@ -47,14 +42,7 @@ def extract(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, max=1024, help="Samples at once, and between two savings.")] = 16,
-    engine_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Of vllm.LLM, such as max_model_len=4096 or dtype=float16; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    engine_arg: EngineArgOption = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -95,7 +83,7 @@ def extract(
         names = _signals(signals)
         if names and url is not None:
             raise fail("--signals are computed from an engine's own traces; leave out --url, or --signals")
-        arguments = _engine_arguments(engine_arg or ())
+        arguments = engine_arguments(engine_arg or ())
         found = read_samples(data)
         settings = {
             "model": model,
@@ -151,33 +139,12 @@ def _run(rows: Rows, todo: Sequence["Sample"], total: int, batch: int, parts: "P
 def _offline(
     model: str, arguments: dict[str, Any], config: Path | None, samples: Sequence["Sample"], asked: dict[str, Any]
 ) -> Rows:
-    """With an engine in this process: however this ends, no other one stays behind."""
     require("cpu` or `cuda", "extracting without --url", "vllm")
-    from glassbox import Extractor
-
-    # As Ctrl-C does: what was done is told, and nothing stays behind.
-    signal.signal(signal.SIGTERM, _interrupt)
-    # Removed at the very end: the engine follows the file as long as it lives.
-    folder = Path(tempfile.mkdtemp(prefix="glassbox-extract-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    if config is None:
-        config = folder / "glassbox.yaml"
-        config.write_text(Extractor.config(samples), encoding="utf-8")
-    # Before vLLM is imported, which reads its variables then.
-    os.environ |= {"GLASSBOX_CONFIG": str(config.absolute()), "GLASSBOX_RUN_DIR": str(folder / "run")}
-    os.environ.pop("GLASSBOX_DISABLE", None)
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    try:
-        extractor = Extractor(Extractor.load_engine(model, arguments), **asked)
-    except Exception as error:  # of vLLM, torch or transformers
-        raise _engine_error(model, error) from None
+    extractor = load_extractor(model, arguments, samples, config, **asked)
 
     def rows(samples: Sequence["Sample"]) -> list["SampleRow"]:
-        try:
+        with engine_errors(model):
             return extractor.rows(samples)
-        except Exception as error:
-            raise _engine_error(model, error) from None
 
     return rows
 
@@ -188,19 +155,6 @@ def _online(url: str, model: str, access: "Access", asked: dict[str, Any]) -> Ro
     if not url.startswith(("http://", "https://")):
         raise fail(f"--url must be an address of http or https, got {url[:80]!r}; write such as http://localhost:8000")
     return RemoteModel(url, model, access, **asked).rows
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _engine_error(model: str, error: Exception) -> Exception:
-    from glassbox.view.measured import ViewError
-
-    what = f"{type(error).__name__}: {error}"[:600]
-    return ViewError(
-        f"vLLM can't run {model} ({what}); VLLM_LOGGING_LEVEL=INFO says more, --engine-arg helps with memory"
-    )
 
 
 def _origin(model: str, data: Path) -> Any:
@@ -234,18 +188,3 @@ def _signals(text: str | None) -> tuple[str, ...]:
         return parse_signals("--signals", [name.strip() for name in text.split(",")])
     except OptionError as error:
         raise fail(str(error)) from None
-
-
-def _engine_arguments(given: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
-    arguments: dict[str, Any] = {}
-    for one in given:
-        name, equals, value = one.partition("=")
-        if not equals or not name.isidentifier():
-            raise fail(f"--engine-arg must be NAME=VALUE, got {one[:80]!r}; write such as max_model_len=4096")
-        try:
-            arguments[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise fail(f"--engine-arg {name} must have a plain value, got {value[:80]!r}; write such as 4096") from None
-    return arguments
