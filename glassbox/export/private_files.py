@@ -17,19 +17,7 @@ from glassbox.core.logs import get_logger, log_once
 logger = get_logger(__name__)
 
 FILE_MODE: Final = 0o600
-_FOLDER_MODE: Final = 0o700
 _OTHERS: Final = 0o077
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, for this user alone; one that is there stays as it is.
-
-    Raises:
-        OSError: it can't be made.
-    """
-    # Path.mkdir gives its mode to the last one alone.
-    for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
-        missing.mkdir(mode=_FOLDER_MODE, exist_ok=True)
 
 
 def open_private(path: Path, flags: int) -> int:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from glassbox.core.statistics import PHASES, STATISTICS
 from glassbox.core.trace_arrays import TraceArray, shown_along_tokens
-from glassbox.export.private_files import make_folder, narrow, open_private
+from glassbox.export.private_files import narrow, open_private
 from glassbox.export.rotation import BYTES_PER_MB, KEPT_FILES, RotatingFile
 from glassbox.export.trace_document import flat_signals
+from glassbox.store.trusted_file import make_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa

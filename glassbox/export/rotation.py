@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from glassbox.export.private_files import make_folder, narrow, open_private
+from glassbox.export.private_files import narrow, open_private
+from glassbox.store.trusted_file import make_folder
 
 KEPT_FILES: Final = 3
 BYTES_PER_MB: Final = 1_000_000

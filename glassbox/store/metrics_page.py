@@ -13,13 +13,12 @@ Its time (mtime) is that of the snapshots it was made of, also if they have not 
 
 import json
 import os
-import stat
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from glassbox.store.trusted_file import write_file
+from glassbox.store.trusted_file import open_descriptor, write_file
 
 NAME: Final = "metrics.page"
 Format = Literal["text", "openmetrics"]
@@ -170,15 +169,11 @@ def open_page(run_dir: Path) -> MetricsPage:
 
     Raises:
         OSError: there is none, or it can't be read.
-        ValueError: it is none, or not this user's.
+        DistrustError: it is no regular file, or others could have written it.
+        ValueError: it is none.
     """
-    # Never blocks, whatever somebody has put there.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    handle = os.open(Path(run_dir) / NAME, flags)
+    handle, found = open_descriptor(Path(run_dir) / NAME)
     try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-            raise ValueError(f"{NAME} must be a file of user {os.geteuid()}")
         return MetricsPage(lambda at, length: os.pread(handle, length, at), found.st_mtime, lambda: os.close(handle))
     except BaseException:
         os.close(handle)

@@ -31,6 +31,7 @@ _KINDS: Final = {
     stat.S_IFREG: "file",
 }
 _MODE: Final = 0o600
+_FOLDER_MODE: Final = 0o700
 _REMEDY: Final = "remove it, or set GLASSBOX_RUN_DIR to a directory of this user's"
 
 
@@ -50,17 +51,25 @@ def open_file(path: Path, limit: int, *, named: bool = False) -> Iterator[Binary
         DistrustError: it isn't, or is no regular file, or is larger, or others may write to it.
         OSError: it can't be opened.
     """
-    with _open_folder(path.parent, named) as (folder, owners):
-        # Looked at before it is opened, too: to open a device can be enough to make it do something.
-        _check_file(path, os.stat(path.name, dir_fd=folder, follow_symlinks=False), owners)
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        handle = os.open(path.name, flags, dir_fd=folder)
+    handle, found = open_descriptor(path, named=named)
     with os.fdopen(handle, "rb") as file:
-        found = os.fstat(handle)
-        _check_file(path, found, owners)
         if found.st_size > limit:
             raise DistrustError(f"{path} must have at most {limit} bytes, got {found.st_size}; {_REMEDY}")
         yield file
+
+
+def open_descriptor(path: Path, *, named: bool = False) -> tuple[int, os.stat_result]:
+    """Such a file whatever its size, for whoever reads parts of it and closes it later; and what is known of it.
+
+    Raises:
+        OSError: as for `open_file`.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with _open_folder(path.parent, named) as (folder, owners):
+        # Looked at before it is opened, too: to open a device can be enough to make it do something.
+        _check_file(path, os.stat(path.name, dir_fd=folder, follow_symlinks=False), owners)
+        handle = os.open(path.name, flags, dir_fd=folder)
+    return _checked(handle, path, owners)
 
 
 def read_file(path: Path, limit: int, *, named: bool = False) -> bytes:
@@ -132,12 +141,15 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder for this user only, unless it is there.
+    """Make a folder, and those above it, for this user only; one that is there stays as it is.
 
     Raises:
         OSError: it can't be made.
     """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Path.mkdir gives its mode to the last one alone.
+    for missing in reversed([folder for folder in path.parents if not folder.exists()]):
+        missing.mkdir(mode=_FOLDER_MODE, exist_ok=True)
+    path.mkdir(mode=_FOLDER_MODE, exist_ok=True)
 
 
 def open_lock(path: Path, *, create: bool) -> int:
@@ -152,12 +164,7 @@ def open_lock(path: Path, *, create: bool) -> int:
         with contextlib.suppress(FileNotFoundError):
             _check_file(path, os.stat(path.name, dir_fd=folder, follow_symlinks=False), owners)
         handle = os.open(path.name, flags, _MODE, dir_fd=folder)
-    try:
-        _check_file(path, os.fstat(handle), owners)
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
+    return _checked(handle, path, owners)[0]
 
 
 @contextlib.contextmanager
@@ -175,6 +182,17 @@ def _open_folder(path: Path, named: bool) -> Iterator[tuple[int, frozenset[int]]
         yield handle, owners
     finally:
         os.close(handle)
+
+
+def _checked(handle: int, path: Path, owners: frozenset[int]) -> tuple[int, os.stat_result]:
+    """The descriptor, which is closed if its file is not trusted, and what was looked at."""
+    try:
+        found = os.fstat(handle)
+        _check_file(path, found, owners)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle, found
 
 
 def _check_file(path: Path, found: os.stat_result, owners: frozenset[int]) -> None:

@@ -26,6 +26,7 @@ from glassbox.store.metrics_page import (
     remove_page,
     write_page,
 )
+from glassbox.store.trusted_file import DistrustError
 from tests.export_samples import make_snapshot
 from tests.metrics_pages import Families
 
@@ -131,13 +132,18 @@ class TestFile:
         with pytest.raises(ValueError, match="a block outside"):
             MetricsPage.of_bytes(data.replace(b",4]", b",9]"), 0.0)
 
-    def test_not_a_file(self, tmp_path: Path) -> None:
-        """Neither a link nor a pipe is followed or waited for."""
+    def test_what_others_could_have_put_there(self, tmp_path: Path) -> None:
+        """A pipe is not waited for, no link followed, and what others may write is not shown."""
         os.mkfifo(tmp_path / NAME)
-        with pytest.raises(ValueError, match="must be a file"):
+        with pytest.raises(DistrustError, match="must be a regular file, not a pipe"):
             open_page(tmp_path)
         (tmp_path / NAME).unlink()
         (tmp_path / "elsewhere").write_bytes(render([]))
         (tmp_path / NAME).symlink_to(tmp_path / "elsewhere")
-        with pytest.raises(OSError, match="symbolic links"):
+        with pytest.raises(DistrustError, match="must be a regular file, not a link"):
+            open_page(tmp_path)
+        (tmp_path / NAME).unlink()
+        write_page(tmp_path, render([]), 1000.0)
+        (tmp_path / NAME).chmod(0o622)
+        with pytest.raises(DistrustError, match="others"):
             open_page(tmp_path)
