@@ -3,7 +3,6 @@
 import os
 import shlex
 import shutil
-import stat
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +13,7 @@ from glassbox.cli.doctor.child import try_imports
 from glassbox.cli.doctor.finding import Finding, error, ok, unknown, warning
 from glassbox.cli.doctor.question import Question
 from glassbox.core.cache import cache_dir
+from glassbox.core.trusted_path import distrusted_folder
 
 _COMPILERS: Final = ("g++", "clang++", "c++")
 # Imports torch, and compiles where that has not been done: two seconds on an idle machine.
@@ -44,14 +44,15 @@ def cache(question: Question) -> Iterator[Finding]:
         yield warning(name, f"{problem}: the kernel is compiled at each start", "set HOME or XDG_CACHE_HOME")
         return
     elsewhere = "set XDG_CACHE_HOME to a folder of your own on a file system without noexec"
-    there = next(path for path in (folder / "native", folder, *folder.parents) if path.exists())
-    found = there.stat()
-    if there in (folder, folder / "native") and found.st_uid != os.geteuid():
-        seen = f"{there} belongs to user {found.st_uid}: whoever writes there runs code in this user's servers"
-        yield error(name, seen, elsewhere)
-    elif there in (folder, folder / "native") and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        seen = f"{there} can be written by others, who run code in this user's servers that way"
-        yield error(name, seen, f"chmod go-w {shlex.quote(str(there))}")
+    ours = (folder, folder / "native")
+    there = next(path for path in (*reversed(ours), *folder.parents) if path.exists())
+    if (reason := distrusted_folder(folder.parent, shared=True)) is not None:
+        yield warning(name, f"{reason}: the kernel is compiled at each start", elsewhere)
+    elif (reason := distrusted_folder(ours[-1])) is not None:
+        present = [path for path in ours if path.exists()]
+        mine = all(path.stat().st_uid == os.geteuid() for path in present)
+        remedy = f"chmod go-w {shlex.join(map(str, present))}" if mine else elsewhere
+        yield error(name, f"{reason}: whoever writes there could run code in this user's servers", remedy)
     elif os.statvfs(there).f_flag & os.ST_NOEXEC:
         seen = f"{there} is on a file system that is mounted noexec: nothing compiled can be loaded from it"
         yield warning(name, seen, elsewhere)

@@ -339,6 +339,14 @@ class TestKernel:
         assert 0o755 == stat.S_IMODE(folder.stat().st_mode)
         assert {"kernel.cache": "ok"} == statuses(kernel.cache(asked()))
 
+    def test_a_cache_in_a_folder_that_others_may_write(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Workers don't use it, and say so; as they do, it is judged with the folders above it."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "open" / "cache"))
+        (tmp_path / "open").mkdir()
+        (tmp_path / "open").chmod(0o777)
+        (found,) = kernel.cache(asked())
+        assert (Status.WARNING, True) == (found.status, "open is writable by other users" in found.seen)
+
     def test_a_cache_without_exec(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What is compiled can't be loaded from it; the reason is named."""
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
