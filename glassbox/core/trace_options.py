@@ -5,7 +5,7 @@ very rules that the worker follows. Where options come from and what is done abo
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -160,6 +160,25 @@ class ClientChoice:
 
 
 _NOTHING: Final = ClientChoice()
+
+
+def traced_with(
+    layers: Iterable[int] | None = None,
+    heads: Iterable[int] | None = None,
+    spans: Iterable[Span | MessageSpan] = (),
+    signals: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The keys by which a request asks to be traced, as `parse_options` reads them. They are not checked here."""
+    options: dict[str, Any] = {CHOICE_KEY: "trace"}
+    if layers is not None:
+        options[LAYERS_KEY] = list(layers)
+    if heads is not None:
+        options[HEADS_KEY] = list(heads)
+    if places := [str(span) for span in spans]:
+        options[SPANS_KEY] = places
+    if names := list(signals):
+        options[SIGNALS_KEY] = names
+    return options
 
 
 def parse_options(extra_args: Mapping[str, Any] | None, *, from_client: bool = False) -> ClientChoice:

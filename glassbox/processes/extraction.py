@@ -17,20 +17,10 @@ from glassbox.adapter.offline_engine import (
     token_prompt,
     with_options,
 )
-from glassbox.core.trace_options import (
-    CHOICE_KEY,
-    HEADS_KEY,
-    LAYERS_KEY,
-    SIGNALS_KEY,
-    SPANS_KEY,
-    MessageSpan,
-    OptionError,
-    Span,
-    parse_options,
-)
+from glassbox.core.trace_options import MessageSpan, OptionError, Span, parse_options, traced_with
 from glassbox.processes.api_server.message_spans import resolve
 from glassbox.processes.offline import see_that_it_is_observed, traced
-from glassbox.signals.features import ANSWER, features
+from glassbox.signals.features import ANSWER
 from glassbox.store.trace_record import RequestTrace
 from glassbox.view.samples.feature_table import SampleRow
 from glassbox.view.samples.samples_file import Sample, SpanPlace
@@ -120,7 +110,7 @@ class Extractor:
             RuntimeError: no attention of the model is observed, or traces are missing.
         """
         return [
-            _without(sample, str(asked)) if isinstance(asked, SampleProblemError) else _row(sample, asked)
+            SampleRow.without(sample, str(asked)) if isinstance(asked, SampleProblemError) else _row(sample, asked)
             for sample, asked in zip(samples, self._ask(samples), strict=True)
         ]
 
@@ -152,16 +142,7 @@ class Extractor:
         return [found[i] for i in range(len(samples))]
 
     def _options(self, spans: Sequence[Span]) -> dict[str, Any]:
-        options: dict[str, Any] = {CHOICE_KEY: "trace"}
-        if self._layers is not None:
-            options[LAYERS_KEY] = list(self._layers)
-        if self._heads is not None:
-            options[HEADS_KEY] = list(self._heads)
-        if spans:
-            options[SPANS_KEY] = [str(span) for span in spans]
-        if self._signals:
-            options[SIGNALS_KEY] = list(self._signals)
-        return options
+        return traced_with(self._layers, self._heads, spans, self._signals)
 
     def _prepare(self, sample: Sample) -> _Prepared:
         """Tokens and spans of a sample.
@@ -262,19 +243,10 @@ def _by_tokens(place: SpanPlace) -> Span:
 def _row(sample: Sample, asked: _Asked) -> SampleRow:
     prepared, trace = asked.prepared, asked.trace
     given = bool(prepared.answer)
-    return SampleRow(
-        sample=sample.index,
-        id=sample.id,
-        label=sample.label,
-        group=sample.group,
-        problem=None,
-        truncated=trace.truncated,
+    return SampleRow.of(
+        sample,
+        trace,
         prompt_tokens=len(prepared.prompt),
         answer_tokens=len(prepared.answer) if given else trace.num_generated,
         answer=sample.answer if given else asked.generated,
-        features=features(trace),
     )
-
-
-def _without(sample: Sample, problem: str) -> SampleRow:
-    return SampleRow(sample.index, sample.id, sample.label, sample.group, problem, False, 0, 0, sample.answer)

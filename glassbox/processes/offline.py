@@ -27,15 +27,13 @@ from glassbox.config.load import GlassboxConfig, find_config, load_config
 from glassbox.core.counters import BYPASS_REASONS
 from glassbox.core.trace_options import (
     CHOICE_KEY,
-    HEADS_KEY,
-    LAYERS_KEY,
     PROMPT_KEY,
     ROWS_KEY,
     SIGNALS_KEY,
-    SPANS_KEY,
     TOP_K_KEY,
     Span,
     parse_options,
+    traced_with,
 )
 from glassbox.export.trace_tables import TraceTables, pyarrow, trace_tables
 from glassbox.store import rundir
@@ -184,13 +182,8 @@ def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
 def _options(
     layers: Iterable[int] | None, heads: Iterable[int] | None, top_k: int, spans: Spans, rows: bool
 ) -> dict[str, Any]:
-    options: dict[str, Any] = {CHOICE_KEY: "trace", TOP_K_KEY: top_k, ROWS_KEY: rows}
-    if layers is not None:
-        options[LAYERS_KEY] = list(layers)
-    if heads is not None:
-        options[HEADS_KEY] = list(heads)
-    if spans:
-        options[SPANS_KEY] = [str(Span(name, start, end)) for name, (start, end) in spans.items()]
+    places = [Span(name, start, end) for name, (start, end) in spans.items()] if spans else ()
+    options = {**traced_with(layers, heads, places), TOP_K_KEY: top_k, ROWS_KEY: rows}
     parse_options(options)
     return options
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from glassbox.cli.main import main
 from glassbox.signals.features import features
 from glassbox.store.trace_directory import TraceDirectory
+from glassbox.view.samples import remote
 from tests.serving import MODEL_NAME, GlassboxServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -22,15 +23,26 @@ SAMPLES = (
     {"prompt": "The capital of France is", "answer": " Paris, I believe"},
     {"prompt": "twice twice", "spans": {"a": "twice"}},
 )
+SAMPLE_COLUMNS = {
+    "sample", "id", "label", "group", "problem", "truncated", "prompt_tokens", "answer_tokens", "answer"
+}  # fmt: skip
 
 
-def test_rows_are_those_of_the_servers_traces(server: GlassboxServer, tmp_path: Path) -> None:
-    """Of prompts and chats, of answers that are given and that are not; what can't be asked is said in its row."""
+@pytest.mark.parametrize("signals", ["", "spectral,lookback"])
+def test_rows_are_those_of_the_servers_traces(
+    server: GlassboxServer, signals: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of prompts and chats, of answers that are given and that are not; what can't be asked is said in its row.
+
+    Without signals traces are fetched in parts, here of one row each; with signals whole.
+    """
+    monkeypatch.setattr(remote, "_PART_BYTES", 1)
     data, output = tmp_path / "a.jsonl", tmp_path / "a.parquet"
     data.write_text("".join(f"{json.dumps(sample)}\n" for sample in SAMPLES))
     directory = TraceDirectory(server.run_dir)
     before = {summary.internal_id for summary in directory.summaries()}
     command = ("extract", "--url", server.url, "--model", MODEL_NAME, "--data", data, "-o", output, "--max-tokens", 6)
+    command += ("--signals", signals) if signals else ()
     result = CliRunner().invoke(main, [str(part) for part in command])
     assert 0 == result.exit_code, result.stderr
     rows = pq.read_table(output).to_pylist()
@@ -42,8 +54,9 @@ def test_rows_are_those_of_the_servers_traces(server: GlassboxServer, tmp_path: 
     assert len(new) == 4
     expected = [features(trace) for summary in new for trace in directory.traces(summary.internal_id)]
     for row in rows[:4]:
-        found = {name: value for name, value in row.items() if "_L" in name and value is not None}
-        # JSON has six digits, Parquet single precision.
+        found = {name: value for name, value in row.items() if name not in SAMPLE_COLUMNS and value is not None}
+        assert bool(signals) == any(name.startswith("spectral_") for name in found)
+        # Parquet has single precision.
         assert any(
-            found == pytest.approx(of_trace, rel=2e-5, abs=1e-6) for of_trace in expected if len(of_trace) == len(found)
+            found == pytest.approx(of_trace, rel=1e-6, abs=1e-8) for of_trace in expected if len(of_trace) == len(found)
         )

@@ -81,8 +81,6 @@ def extract(
 
         chosen = {"layers": _indices("--layers", layers), "heads": _indices("--heads", heads)}
         names = _signals(signals)
-        if names and url is not None:
-            raise fail("--signals are computed from an engine's own traces; leave out --url, or --signals")
         arguments = engine_arguments(engine_arg or ())
         found = read_samples(data)
         settings = {
@@ -97,9 +95,9 @@ def extract(
         with open_parts(output, settings, _origin(model, data), restart=restart) as parts:
             todo = [sample for sample in found.samples if sample.index not in parts.done]
             if todo:
-                asked = {"max_tokens": max_tokens, **chosen}
+                asked = {"max_tokens": max_tokens, **chosen, "signals": names}
                 if url is None:
-                    rows = _offline(model, arguments, config, found.samples, {**asked, "signals": names})
+                    rows = _offline(model, arguments, config, found.samples, asked)
                 else:
                     rows = _online(url, model, Access.of(api_key, header or ()), asked)
                 _run(rows, todo, len(found.samples), batch, parts)

@@ -24,9 +24,11 @@ import numpy.typing as npt
 
 from glassbox.core.json_fields import FieldError, JsonFields, parse_json
 from glassbox.core.printable import printable
-from glassbox.signals.features import Feature, parse_feature
+from glassbox.signals.features import Feature, features, parse_feature
+from glassbox.store.trace_record import RequestTrace
 from glassbox.view.input_file import open_file
 from glassbox.view.measured import ViewError
+from glassbox.view.samples.samples_file import Sample
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,6 +56,19 @@ class SampleRow:
     answer_tokens: int
     answer: str | None
     features: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, sample: Sample, trace: RequestTrace, *, prompt_tokens: int, answer_tokens: int, answer: str | None
+    ) -> "SampleRow":
+        """Of a sample that was measured."""
+        about = (sample.index, sample.id, sample.label, sample.group)
+        return cls(*about, None, trace.truncated, prompt_tokens, answer_tokens, answer, features(trace))
+
+    @classmethod
+    def without(cls, sample: Sample, problem: str) -> "SampleRow":
+        """Of one that can't be asked."""
+        return cls(sample.index, sample.id, sample.label, sample.group, problem, False, 0, 0, sample.answer)
 
 
 @dataclass(frozen=True)

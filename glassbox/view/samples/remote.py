@@ -8,26 +8,17 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import numpy as np
 
-from glassbox.core.statistics import INDEX, NUM_STATISTICS, PHASES
-from glassbox.core.trace_arrays import TRACE_ARRAYS, without_values
-from glassbox.core.trace_options import (
-    CHOICE_KEY,
-    HEADS_KEY,
-    LAYERS_KEY,
-    PROMPT_KEY,
-    SPANS_KEY,
-    MessageSpan,
-    Span,
-    TraceOptions,
-)
-from glassbox.signals.features import ANSWER, features
-from glassbox.store.trace_record import RequestTrace
+from glassbox.core.statistics import NUM_STATISTICS
+from glassbox.core.trace_arrays import TRACE_ARRAYS
+from glassbox.core.trace_options import PROMPT_KEY, MessageSpan, Span, traced_with
+from glassbox.signals.features import ANSWER
+from glassbox.store.trace_record import RequestTrace, decode_trace
 from glassbox.view.asking import Access, without_user
 from glassbox.view.measured import ViewError
 from glassbox.view.samples.feature_table import SampleRow
@@ -37,10 +28,10 @@ if TYPE_CHECKING:
     import httpx
 
 TRACES: Final = "/glassbox/v1/requests/"
-MAX_ANSWER_BYTES: Final = 64 << 20
+# The server bounds an answer's arrays at 64 MB.
+MAX_ANSWER_BYTES: Final = 96 << 20
+_PART_BYTES: Final = 32 << 20
 _POLL_S: Final = 0.2
-# Of an answer's numbers, which the server bounds at 500,000.
-_NUMBERS: Final = 400_000
 _SHOWN: Final = 300
 
 
@@ -58,6 +49,7 @@ class RemoteModel:
         access: what the server is sent.
         max_tokens: of an answer that the model gives.
         layers, heads: global indices; None is all.
+        signals: names of core/signal_table.py that are computed, too, of traces that are fetched whole.
         timeout_s: for an answer, and again for its trace.
     """
 
@@ -67,6 +59,7 @@ class RemoteModel:
     max_tokens: int = 64
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
+    signals: tuple[str, ...] = ()
     timeout_s: float = 300.0
 
     def rows(self, samples: Sequence[Sample]) -> list[SampleRow]:
@@ -89,29 +82,22 @@ class RemoteModel:
     async def _row(self, client: "httpx.AsyncClient", sample: Sample) -> SampleRow:
         try:
             path, body = await self._asked(client, sample)
-            answer = await self._json(client, "POST", path, body)
+            answer = await self._json(client, "POST", path, body=body)
             given = sample.answer is not None
             trace = await self._trace(client, answer)
             text = sample.answer if given else _text(answer)
             start = trace.prompt_len
             if given:
                 start = int(trace.span_ranges[trace.span_names.index(ANSWER), 0])
-            return SampleRow(
-                sample=sample.index,
-                id=sample.id,
-                label=sample.label,
-                group=sample.group,
-                problem=None,
-                truncated=trace.truncated,
+            return SampleRow.of(
+                sample,
+                trace,
                 prompt_tokens=start,
                 answer_tokens=trace.prompt_len - start if given else trace.num_generated,
                 answer=text,
-                features=features(trace),
             )
         except SampleRefusedError as error:
-            return SampleRow(
-                sample.index, sample.id, sample.label, sample.group, str(error), False, 0, 0, sample.answer
-            )
+            return SampleRow.without(sample, str(error))
 
     async def _asked(self, client: "httpx.AsyncClient", sample: Sample) -> tuple[str, dict[str, Any]]:
         """Path and body of the request."""
@@ -119,8 +105,9 @@ class RemoteModel:
             raise SampleRefusedError(
                 "spans by text need the model's tokenizer; with --url give positions of tokens, or a message"
             )
-        spans = [str(Span(place.name, *place.tokens)) for place in sample.spans if place.tokens is not None]
-        spans += [str(MessageSpan(place.name, place.message)) for place in sample.spans if place.message is not None]
+        spans: list[Span | MessageSpan] = []
+        spans += [Span(place.name, *place.tokens) for place in sample.spans if place.tokens is not None]
+        spans += [MessageSpan(place.name, place.message) for place in sample.spans if place.message is not None]
         given = sample.answer is not None
         body: dict[str, Any] = {"model": self.model, "temperature": 0.0, "max_tokens": 1 if given else self.max_tokens}
         if sample.messages is not None:
@@ -128,7 +115,7 @@ class RemoteModel:
             if given:
                 messages.append({"role": "assistant", "content": sample.answer})
                 body |= {"add_generation_prompt": False, "continue_final_message": True}
-                spans.append(str(MessageSpan(ANSWER, -1)))
+                spans.append(MessageSpan(ANSWER, -1))
             body["messages"] = messages
         else:
             path, body["prompt"] = "/v1/completions", sample.prompt
@@ -136,14 +123,8 @@ class RemoteModel:
                 prompt = await self._tokens(client, sample.prompt, special=True)
                 answer = await self._tokens(client, sample.answer, special=False)
                 body["prompt"] = prompt + answer
-                spans.append(str(Span(ANSWER, len(prompt), len(prompt) + len(answer))))
-        options: dict[str, Any] = {CHOICE_KEY: "trace"}
-        if self.layers is not None:
-            options[LAYERS_KEY] = list(self.layers)
-        if self.heads is not None:
-            options[HEADS_KEY] = list(self.heads)
-        if spans:
-            options[SPANS_KEY] = spans
+                spans.append(Span(ANSWER, len(prompt), len(prompt) + len(answer)))
+        options = traced_with(self.layers, self.heads, spans, self.signals)
         if given:  # its rows are rows of the prompt
             options[PROMPT_KEY] = "all"
         return path, {**body, "vllm_xargs": options}
@@ -152,13 +133,13 @@ class RemoteModel:
         if isinstance(text, tuple):
             return list(text)
         body = {"model": self.model, "prompt": text, "add_special_tokens": special}
-        tokens = (await self._json(client, "POST", "/tokenize", body)).get("tokens")
+        tokens = (await self._json(client, "POST", "/tokenize", body=body)).get("tokens")
         if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
             raise ViewError(f"{self._shown} answers in another form at /tokenize; is that a vLLM server?")
         return tokens
 
     async def _trace(self, client: "httpx.AsyncClient", answer: Mapping[str, Any]) -> RequestTrace:
-        """Of the rows that features are made of: the prompt's last one and the answer's."""
+        """With the rows that features are made of: the prompt's last one and the answer's; all if signals are, too."""
         path = TRACES + quote(str(answer.get("id")), safe="")
         deadline = time.monotonic() + self.timeout_s
         while True:
@@ -171,37 +152,34 @@ class RemoteModel:
                 )
             await asyncio.sleep(_POLL_S)
         try:
-            places = len(document["layers"]) * len(document["heads"])
-            ranges = document["options"]["spans"]
-            end = document["prompt_len"] + document["num_generated"]
-            first, last = document["prompt_len"] - 1, end
-            if ANSWER in ranges:
-                first, last = ranges[ANSWER][0] - 1, ranges[ANSWER][1]
-            step = max(1, _NUMBERS // max(1, places * (NUM_STATISTICS + 8 + len(ranges))))
-            parts = []
-            for start in range(max(first, 0), last, step):
-                tokens = f"{start}:{min(start + step, last)}"
-                chosen = {"layers": "all", "heads": "all", "tokens": tokens}
-                part = await self._json(client, "GET", path, parameters=chosen)
-                parts.append(part["detail"])
-            return _made(document, parts)
+            chosen = [{}] if self.signals else [{"tokens": tokens} for tokens in _parts(document)]
+            contents = [await self._content(client, "GET", path, parameters={"format": "npz", **one}) for one in chosen]
+            return _joined([decode_trace(content or b"", document["request_id"]) for content in contents])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             if isinstance(error, SampleRefusedError | ViewError):
                 raise
             what = f"{type(error).__name__}: {error}"[:_SHOWN]
             raise ViewError(f"{self._shown} tells of a request in another form ({what}); use its version") from None
 
-    async def _json(
+    async def _json(self, client: "httpx.AsyncClient", method: str, path: str, **asked: Any) -> Any:
+        """What the server answers, as JSON; arguments and errors are those of `_content`."""
+        content = await self._content(client, method, path, **asked)
+        try:
+            return None if content is None else _plain(content)
+        except ValueError:
+            raise ViewError(f"{self._shown}{path} must answer with JSON; is that a vLLM server?") from None
+
+    async def _content(
         self,
         client: "httpx.AsyncClient",
         method: str,
         path: str,
-        body: Mapping[str, Any] | None = None,
         *,
+        body: Mapping[str, Any] | None = None,
         parameters: Mapping[str, str] | None = None,
         missing_ok: bool = False,
-    ) -> Any:
-        """What the server answers.
+    ) -> bytes | None:
+        """What the server answers; None if it has no such request, and that is allowed.
 
         Raises:
             SampleRefusedError: it refuses this request.
@@ -229,17 +207,14 @@ class RemoteModel:
         if reply.status_code != 200:
             remedy = "start vLLM with VLLM_PLUGINS=glassbox" if path.startswith(TRACES) else "is that a vLLM server?"
             raise ViewError(f"{self._shown}{path} answers HTTP {reply.status_code} ({said}); {remedy}")
-        try:
-            return _plain(content)
-        except ValueError:
-            raise ViewError(f"{self._shown}{path} must answer with JSON; is that a vLLM server?") from None
+        return bytes(content)
 
     @property
     def _shown(self) -> str:
         return without_user(self.url)
 
 
-def _plain(content: bytes | bytearray) -> Any:
+def _plain(content: bytes) -> Any:
     value = json.loads(content)
     if not isinstance(value, dict):
         raise ValueError("must be a mapping")
@@ -265,61 +240,22 @@ def _text(answer: Mapping[str, Any]) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _made(document: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> RequestTrace:
-    """A trace of some rows, as the server tells it."""
-    layers, heads = tuple(document["layers"]), tuple(document["heads"])
-    ranges: dict[str, list[int]] = document["options"]["spans"]
-    rows = sum(len(part["position"]) for part in parts)
-    sizes = {"token": rows, "layer": len(layers), "head": len(heads), "top_k": 0, "span": len(ranges)}
-    arrays = without_values(sizes)
-    at = 0
-    for part in parts:
-        here = slice(at, at := at + len(part["position"]))
-        arrays["positions"][here] = part["position"]
-        arrays["phases"][here] = [[phase.value for phase in PHASES].index(name) for name in part["phase"]]
-        for name, values in part["statistics"].items():
-            if name in INDEX:
-                arrays["stats"][here, ..., INDEX[name]] = _numbers(values)
-        for s, name in enumerate(ranges):
-            arrays["span_mass"][here, ..., s] = _numbers(part["spans"][name])
-    return _record(document, layers, heads, ranges, arrays)
+def _parts(document: Mapping[str, Any]) -> list[str]:
+    """Ranges of positions, `start:end`, that together are the rows of features."""
+    ranges = document["options"]["spans"]
+    first, last = document["prompt_len"] - 1, document["prompt_len"] + document["num_generated"]
+    if ANSWER in ranges:
+        first, last = ranges[ANSWER][0] - 1, ranges[ANSWER][1]
+    row_bytes = 4 * len(document["layers"]) * len(document["heads"]) * (NUM_STATISTICS + len(ranges))
+    step = max(1, _PART_BYTES // max(1, row_bytes))
+    return [f"{start}:{min(start + step, last)}" for start in range(max(first, 0), last, step)]
 
 
-def _numbers(values: Any) -> Any:
-    return np.array(values, dtype=np.float64)  # null is NaN
-
-
-def _record(
-    document: Mapping[str, Any],
-    layers: tuple[int, ...],
-    heads: tuple[int, ...],
-    ranges: Mapping[str, Sequence[int]],
-    arrays: dict[str, Any],
-) -> RequestTrace:
-    sizes = {"span": len(ranges), "layer": len(layers), "head": len(heads)}
-    whole = {array.name: arrays.get(array.name, array.filled(sizes)) for array in TRACE_ARRAYS}
-    whole["span_ranges"] = np.array(list(ranges.values()), dtype=np.int32).reshape(-1, 2)
-    return RequestTrace(
-        request_id=document["request_id"],
-        internal_id=document["internal_id"],
-        engine=document["engine"],
-        rank=0,
-        model_name=document["model_name"],
-        instance="",
-        requested_model=document["requested_model"],
-        adapter=document["adapter"],
-        client=None,
-        why=document["why"],
-        status=document["status"],
-        start_time_s=document["start_time_s"],
-        end_time_s=document["end_time_s"],
-        prompt_len=document["prompt_len"],
-        num_generated=document["num_generated"],
-        traceparent=None,
-        layers=layers,
-        heads=heads,
-        options=TraceOptions(spans=tuple(Span(name, *map(int, ends)) for name, ends in ranges.items())),
-        truncated=document["truncated"],
-        span_names=tuple(ranges),
-        arrays=whole,
-    )
+def _joined(parts: Sequence[RequestTrace]) -> RequestTrace:
+    """One trace of the parts of one, each with some of its rows."""
+    arrays = {
+        array.name: np.concatenate([part.arrays[array.name] for part in parts])
+        for array in TRACE_ARRAYS
+        if array.by_token
+    }
+    return replace(parts[0], arrays={**parts[0].arrays, **arrays})

@@ -139,7 +139,6 @@ class TestExtract:
             (("--layers", "0,x"), "--layers must be whole numbers with commas, got '0,x'"),
             (("--engine-arg", "max_model_len"), "--engine-arg must be NAME=VALUE, got 'max_model_len'"),
             (("--signals", "spectral,rauk"), "--signals must list names of spectral, asymmetry"),
-            (("--signals", "rauq", "--url", "http://a:1"), "--signals are computed from an engine's own traces"),
             (("--url", "localhost:8000"), "--url must be an address of http or https, got 'localhost:8000'"),
             (("--url", "http://127.0.0.1:9"), "http://127.0.0.1:9 can't be asked"),
             (("-o", "a.csv"), "--output must end with .parquet"),
