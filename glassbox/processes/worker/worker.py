@@ -145,6 +145,7 @@ class Worker:
             listen=SEAT.listening.listen,
             errors=errors,
             exact=not facts.drafts,
+            written_s=lambda: self._traces.ended_s,
         )
         self._exporter = ExporterProcess(settings.path)
         self._unread = UnreadWatch(rundir.run_dir())
