@@ -52,7 +52,8 @@ class TestOrders:
         [b"", b"[]", b"{}", b'{"internal_id": 1}', b"[" * 100_000,
          json.dumps({**vars(make_order()), "do": "kill"}).encode(), json.dumps({**vars(make_order()), "x": 1}).encode(),
          json.dumps({**vars(make_order()), "internal_id": ["a"]}).encode(),
-         json.dumps({**vars(make_order()), "time_s": "nan"}).encode()],
+         json.dumps({**vars(make_order()), "time_s": "nan"}).encode(),
+         json.dumps({**vars(make_order()), "time_s": 10**400}).encode()],
     )  # fmt: skip
     def test_garbage(self, tmp_path: Path, content: bytes) -> None:
         """It is no order, and an answer of that kind is a failure."""
