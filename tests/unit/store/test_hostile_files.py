@@ -128,7 +128,9 @@ KEPT = {
         lambda d: bool(logprobs_of(d)),
     ),
     "order": Kept("*.json", lambda d: orders.give(d, ORDER), lambda d: bool(list(OrderReader(d).fresh(ORDER.time_s)))),
-    "acts": Kept("*.json", lambda d: Acts(d).note("0", "a", [ACT]), lambda d: bool(acts_of(d, "0", "a"))),
+    "acts": Kept(
+        "*.json", lambda d: Acts(d).note(("0", "a", None), [ACT]), lambda d: bool(acts_of(d, ("0", "a", None)))
+    ),
     "refusals": Kept(
         "refused-*.json",
         lambda d: write_refusals(d, "0", 0, "i0", [Refusal("a", "why", 1.0)]),
