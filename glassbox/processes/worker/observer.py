@@ -389,7 +389,8 @@ class Observer:
     def _without_sample(self, rows: np.ndarray, layers: frozenset[int], traced: frozenset[int]) -> frozenset[int]:
         """Takes the rows out of the sample: layers that are only checked see the same list. Returns what remains."""
         counted = np.count_nonzero((rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0)
-        self.counters.dropped_rows["canary"] += int(counted) * self._places(layers)
+        if counted:  # a step that is measured for its traces alone has no sample
+            self.counters.dropped_rows["canary"] += int(counted) * self._places(layers)
         rows[:, ROW_PHASE] |= ROW_UNCOUNTED
         return layers & traced
 
