@@ -80,7 +80,7 @@ class TraceScores:
             final = trace.status != "active" and not (probes or asked)
         for name, one in values.items():
             places[name] = {value: plain(array) for value, array in one.by_place.items()}
-        acts = [asdict(act) for act in acts_of(self._run_dir, trace.engine, trace.internal_id)]
+        acts = [asdict(act) for act in acts_of(self._run_dir, key)]
         return {**summary, "places": places, "final": final} | ({"actions": acts} if acts else {})
 
 

@@ -43,6 +43,8 @@ _OWN_SHARE: Final = 0.5
 _MAX_LEVEL: Final = 32
 # Of a step that measures traces: what it costs beyond so many seconds of step time is forgiven (kernels are compiled).
 _TRACE_REPAY_S: Final = 600.0
+# The same of what clients can ask for again and again though it takes seconds: whole prompts, and ended traces.
+_DEAR_REPAY_S: Final = 3600.0
 # A trace that would keep fewer than one step of 2^3 tells too little to begin it.
 _REFUSED_FROM_LEVEL: Final = 4
 
@@ -219,7 +221,8 @@ class TraceBudget:
     They take what the sample leaves of the budget, at least its half. Traces that come now and then are paid from an
     account, up to what a minute earns, and lose nothing. Once it is overdrawn they keep to what is earned while they
     run: at level k every 2^k-th of the steps with traced requests measures them, so what one rank keeps at a higher
-    level the others keep at a lower one. A pause fills the account again.
+    level the others keep at a lower one. A pause fills the account again. What ended traces cost beside the steps is
+    taken from the same account.
 
     Args:
         overhead_budget: largest share of step time that measuring may cost, traces and sample together; None is no
@@ -246,7 +249,7 @@ class TraceBudget:
     @property
     def refuses(self) -> bool:
         """Whether so little is left that no further trace may begin."""
-        return self._level >= _REFUSED_FROM_LEVEL
+        return self._level >= _REFUSED_FROM_LEVEL or self._is_deep_in_debt
 
     def set_budget(self, overhead_budget: float | None) -> None:
         """Change the budget; the account starts anew. None lifts it at once."""
@@ -264,9 +267,24 @@ class TraceBudget:
             return True
         # The last of 2^level, where `is_sampled_step` takes the first: the sample's cost is known from steps without
         # traces. However dear a step is: nothing more before most of it is paid back.
-        return (number + 1) % (1 << self._level) == 0 and self._account_s > -_REPAY_AT * self._budget * _REPAY_S
+        return (number + 1) % (1 << self._level) == 0 and not self._is_deep_in_debt
 
-    def record(self, traced_s: float, sample_s: float, step_s: float, *, wanted: bool) -> None:
+    @property
+    def _is_deep_in_debt(self) -> bool:
+        return self._budget is not None and self._account_s <= -_REPAY_AT * self._budget * _REPAY_S
+
+    def charge(self, seconds: float) -> None:
+        """Tell what traces took beside the steps since the last call."""
+        if self._budget is not None and seconds > 0:
+            self._account_s = self._owed(self._account_s - seconds, self._budget, dear=True)
+            self._overdrawn |= self._account_s < 0
+
+    def _owed(self, account_s: float, budget: float, *, dear: bool) -> float:
+        """The account after a cost, which is forgiven as far as it goes beyond a bound; older debts are not."""
+        bound_s = budget * (_DEAR_REPAY_S if dear else _TRACE_REPAY_S)
+        return max(account_s, min(-bound_s, self._account_s))
+
+    def record(self, traced_s: float, sample_s: float, step_s: float, *, wanted: bool, dear: bool = False) -> None:
         """Tell what a step took.
 
         Args:
@@ -274,6 +292,7 @@ class TraceBudget:
             sample_s: seconds that it spent besides.
             step_s: seconds of the whole step, glassbox's included. A step without a duration is left out.
             wanted: whether the step had traced requests, measured or not.
+            dear: whether it measured whole prompts.
         """
         if self._budget is None or not (step_s > 0 and traced_s >= 0 and sample_s >= 0):
             return
@@ -287,7 +306,7 @@ class TraceBudget:
         account_s = self._account_s + allowed * step_s - traced_s
         if self._overdrawn and wanted:
             account_s = min(account_s, 0.0)  # saved is what a pause earns, so that traces come evenly in between
-        self._account_s = min(max(account_s, -self._budget * _TRACE_REPAY_S), most_s)
+        self._account_s = min(self._owed(account_s, self._budget, dear=dear), most_s)
         if self._account_s < 0:
             self._overdrawn = True
         elif self._account_s >= most_s / 2:

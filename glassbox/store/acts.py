@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from glassbox.store.trace_directory import TraceKey
 from glassbox.store.trusted_file import list_files, make_folder, read_json, write_file
 
 FOLDER: Final = "acts"
@@ -70,14 +71,14 @@ class Acts:
         self._run_dir = Path(run_dir)
         self._written = 0
 
-    def note(self, engine: str, internal_id: str, acts: Iterable[Act]) -> None:
+    def note(self, key: TraceKey, acts: Iterable[Act]) -> None:
         """Add to what was done about a request.
 
         Raises:
             OSError: it can't be written.
         """
-        done = [*acts_of(self._run_dir, engine, internal_id), *acts][-MAX_ACTS:]
-        path = _path(self._run_dir, engine, internal_id)
+        done = [*acts_of(self._run_dir, key), *acts][-MAX_ACTS:]
+        path = _path(self._run_dir, key)
         make_folder(path.parent)
         write_file(path, json.dumps([asdict(one) for one in done]).encode())
         self._written += 1
@@ -92,10 +93,10 @@ class Acts:
                 (folder / name).unlink()
 
 
-def acts_of(run_dir: Path, engine: str, internal_id: str) -> list[Act]:
+def acts_of(run_dir: Path, key: TraceKey) -> list[Act]:
     """What was done about a request, oldest first; empty if nothing was, or if it can't be read."""
     try:
-        content = read_json(_path(run_dir, engine, internal_id), _MAX_BYTES)
+        content = read_json(_path(run_dir, key), _MAX_BYTES)
         return [_decode(one) for one in content]
     except (OSError, ValueError, TypeError, ArithmeticError):
         return []
@@ -113,9 +114,13 @@ def _decode(content: dict[str, Any]) -> Act:
         raise TypeError("names must be texts")
     if value is not None and not math.isfinite(value):
         value = None
-    return Act(act.rule, act.action, act.outcome, value, float(act.time_s))
+    time_s = float(act.time_s)
+    if not math.isfinite(time_s):
+        raise ValueError("a time must be finite")
+    return Act(act.rule, act.action, act.outcome, value, time_s)
 
 
-def _path(run_dir: Path, engine: str, internal_id: str) -> Path:
-    whole = f"{engine}/{internal_id}".encode("utf-8", "surrogatepass")
+def _path(run_dir: Path, key: TraceKey) -> Path:
+    # With the client: where vLLM's ids are the clients', two of them may choose the same.
+    whole = json.dumps(key).encode()
     return Path(run_dir) / FOLDER / f"{hashlib.sha256(whole).hexdigest()[:32]}.json"

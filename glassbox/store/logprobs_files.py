@@ -5,16 +5,22 @@ leaves them here, and whoever reads a trace finds them under the same request an
 """
 
 import hashlib
+import re
+from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from glassbox.core.files import FileVersion
+from glassbox.store.trace_record import UNKNOWN
 from glassbox.store.trusted_file import list_files, make_folder, read_file, write_file
 
 _PREFIX: Final = "logprobs-"
 _SUFFIX: Final = ".f32"
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
 _DTYPE: Final = np.dtype("<f4")
 # More tokens than any context has.
 MAX_BYTES: Final = 1 << 26
@@ -23,9 +29,18 @@ _PRUNE_EVERY: Final = 64
 
 
 def _name(internal_id: str, client: str | None) -> str:
-    # A client chooses a part of the id, so nothing of it stands in a name.
+    # A client chooses a part of the id, so nothing of it stands in a name; whose the file is does.
     whole = f"{client or ''}/{internal_id}".encode("utf-8", "surrogatepass")
-    return f"{_PREFIX}{hashlib.sha256(whole).hexdigest()[:32]}{_SUFFIX}"
+    owner = _UNSAFE.sub("_", client or UNKNOWN)
+    return f"{_PREFIX}{owner}-{hashlib.sha256(whole).hexdigest()[:32]}{_SUFFIX}"
+
+
+def _too_many(files: Mapping[str, FileVersion], keep: int) -> list[str]:
+    """Names of the files beyond `keep`: each time the oldest of the client that has most, as with traces."""
+    of_clients: dict[str, deque[str]] = {}
+    for name in sorted(files, key=lambda name: files[name][1]):
+        of_clients.setdefault(name.rpartition("-")[0], deque()).append(name)
+    return [max(of_clients.values(), key=len).popleft() for _ in range(len(files) - keep)]
 
 
 class LogprobsFiles:
@@ -40,7 +55,7 @@ class LogprobsFiles:
         self._written = 0
 
     def write(self, internal_id: str, client: str | None, logprobs: npt.ArrayLike, *, keep: int) -> None:
-        """Leave those of a request, and remove the oldest beyond about `keep`.
+        """Leave those of a request, and remove what is beyond about `keep`.
 
         Raises:
             OSError: it can't be written.
@@ -50,8 +65,7 @@ class LogprobsFiles:
         self._written += 1
         if self._written % _PRUNE_EVERY == 0:
             files = list_files(self._directory, _PREFIX, _SUFFIX)
-            oldest = sorted(files, key=lambda name: files[name][1])[: max(len(files) - keep, 0)]
-            for name in oldest:
+            for name in _too_many(files, keep):
                 (self._directory / name).unlink(missing_ok=True)
 
 

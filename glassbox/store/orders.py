@@ -141,6 +141,6 @@ def _read(path: Path) -> Order | None:
         if not all(isinstance(text, str) for text in texts) or order.do not in {"abort", "tag"}:
             raise TypeError("ids must be texts, and what to do known")
         return Order(*texts[:2], order.do, order.rule, float(order.time_s))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, ArithmeticError) as error:
         logger.debug("%s: %s", path.name, error)
         return None

@@ -29,6 +29,7 @@ from glassbox.store import (
     score_files,
     score_totals,
     tokenizer_note,
+    trace_refusals,
 )
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trusted_file import list_files, open_lock
@@ -155,6 +156,7 @@ def _leftovers(path: Path) -> Iterator[Path]:
     names = (exporter_status.STATUS_NAME, score_totals.TOTALS_NAME, api_server_note.NAME, tokenizer_note.NAME)
     yield from (path / name for name in (*names, UNREAD_NAME, *metrics_page.NAMES))
     yield from (path / name for name in list_files(path, "worker-", ".npz"))
+    yield from (path / name for name in list_files(path, trace_refusals.PREFIX, trace_refusals.SUFFIX))
     spans = path / llm_spans.FOLDER
     yield from (spans / name for name in list_files(spans, "", ".json"))
     yield from (path / orders.FOLDER / name for name in list_files(path / orders.FOLDER, "", ""))

@@ -104,14 +104,27 @@ def _name(key: TraceKey) -> str:
 def _read(path: Path) -> StoredScores | None:
     try:
         content = read_json(path, MAX_BYTES)
+        json.dumps(content, allow_nan=False)  # one that isn't JSON would make every list of requests none
         scores = StoredScores(**content)
-        is_whole = isinstance(scores.places, dict) and isinstance(scores.summary["signals"], dict)
-        if is_whole and all(_is_score(one["score"]) for one in scores.summary["probes"].values()):
+        signals, probes, places = scores.summary["signals"], scores.summary["probes"], scores.places
+        if (
+            all(isinstance(of_signal, dict) for of_signal in places.values())
+            and all(_is_probe(one) for one in probes.values())
+            and all(isinstance(one["values"], dict) and _is(one.get("refused", ""), str) for one in signals.values())
+        ):
             return scores
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass
     return None
 
 
-def _is_score(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+def _is_probe(content: dict[str, Any]) -> bool:
+    """Whether what it says can be shown: a probability or none, and texts that are texts."""
+    shares, texts = (content["score"], content.get("threshold")), (content.get("label"), content.get("reason"))
+    return all(one is None or (_is(one, int, float) and 0 <= one <= 1) for one in shares) and all(
+        one is None or isinstance(one, str) for one in texts
+    )
+
+
+def _is(value: object, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)

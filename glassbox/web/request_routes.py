@@ -41,6 +41,8 @@ _LIST_PARAMETERS: Final = ("limit", "status", "why", "model_name", "requested_mo
 _ONE_PARAMETERS: Final = ("layers", "heads", "tokens", "format")
 _INDICES: Final = re.compile(r"\d{1,6}(,\d{1,6}){0,1023}")
 _OTHERS: Final = ("internal_id", "status", "start_time_s", "end_time_s")
+# The first layer's keys tell the tokens to whoever has the model.
+_VECTORS: Final = ("queries", "keys", "score_params")
 _RANGE: Final = re.compile(r"(\d{1,10}):(\d{1,10})")
 
 
@@ -128,7 +130,7 @@ class _Traces:
             if parameters.get("format") == "html":
                 return _html(trace, chosen, texts, scores)
             if parameters.get("format") == "npz":
-                return _arrays(trace, chosen, shows_text=texts is not None)
+                return _arrays(trace, chosen, shows_text=texts is not None, shows_vectors=viewer.reads_text)
             shown = document(trace, texts, scores)
             # Further samples (n > 1) or prompts that the id may mean, and older requests that came with the same one.
             shown["others"] = [{name: getattr(other, name) for name in _OTHERS} for other in found[1:]]
@@ -139,11 +141,14 @@ class _Traces:
         return json_answer(shown)
 
 
-def _arrays(trace: RequestTrace, chosen: Selection, *, shows_text: bool) -> Response:
-    """The trace as its file holds it; without the tokens, if they may not be shown."""
+def _arrays(trace: RequestTrace, chosen: Selection, *, shows_text: bool, shows_vectors: bool) -> Response:
+    """The trace as its file holds it; without the tokens, and queries and keys, if they may not be shown."""
     part = part_of(trace, chosen)
     if not shows_text:
         part = replace(part, arrays={**part.arrays, "token_ids": trace_array("token_ids").filled({})})
+    if not shows_vectors:
+        sizes = {**part.sizes, "dim": 0, "param": 0}
+        part = replace(part, arrays={**part.arrays, **{name: trace_array(name).filled(sizes) for name in _VECTORS}})
     if part.nbytes > MAX_ARRAY_BYTES:
         raise SelectionError(
             f"the answer must have at most {MAX_ARRAY_BYTES >> 20} MB, got {part.nbytes >> 20}; choose fewer layers "

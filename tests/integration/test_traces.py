@@ -6,6 +6,7 @@ chunked and served from the prefix cache while they run side by side.
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from glassbox.store import rundir
 from glassbox.store.snapshot import read_snapshots
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace
+from glassbox.store.trace_refusals import RefusalReader
 from tests.attached import attached_hook, plugin, running_observer
 from tests.integration.traced_engine import TracedEngine
 from tests.integration.transformers_truth import EagerModel
@@ -217,6 +219,20 @@ class TestMixedBatch:
         assert trace.status == "aborted"
         assert 0 < trace.num_generated < 100
         assert_positions(trace)
+
+    def test_refused_while_an_answer_waits(
+        self, engine: TracedEngine, text: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The worker tells why, for the API server that waits; nothing is told of a request whose answer doesn't."""
+        tracker = engine.tracker
+        with monkeypatch.context() as patch:
+            patch.setattr(tracker, "_host", replace(tracker._host, unobserved="a test"))
+            engine.serve([text[:9], text[:8]], [2, 2], [{**TRACE, "glassbox_respond": 1}, TRACE])
+        reader, deadline = RefusalReader(rundir.run_dir()), time.monotonic() + 30
+        while not (told := [one for worker in reader.read() for one in worker.refusals.values()]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert ["the attention of this model is not observed (a test)"] == [refusal.why for refusal in told]
 
 
 class TestStatisticsStayOnesOfTheSample:

@@ -25,6 +25,7 @@ from glassbox.core.logs import get_logger, log_once
 from glassbox.store.snapshot import EngineWorkers
 from glassbox.store.trace_directory import TraceDirectory, prompt_number
 from glassbox.store.trace_record import call_and_sample, trace_suffix
+from glassbox.store.trace_refusals import RefusalReader, WorkerRefusals, refused_request
 
 if TYPE_CHECKING:
     from glassbox.export.trace_scores import TraceScores
@@ -118,7 +119,8 @@ class Answer:
             shown = [wait.result() if _has_result(wait) else None for wait in waits]
             why = (
                 f"no trace within {config.respond_wait_s:g} s of the answer (requests.respond_wait_s): it takes "
-                "longer, and is then found where `trace` says, or it was refused (glassbox_trace_refused_total)"
+                "longer, and is then found where `trace` says, or some workers refused it "
+                "(glassbox_trace_refused_total)"
             )
         else:
             shown = [None] * len(told)
@@ -166,6 +168,8 @@ class Summaries:
         self._scores: TraceScores | None = None
         # How the names of what lies there end, and when that was looked up.
         self._suffixes: frozenset[str] = frozenset()
+        self._reader = RefusalReader(run_dir)
+        self._refusals: list[WorkerRefusals] = []
         self._listed_s = -math.inf
 
     def prepare(self) -> None:
@@ -178,11 +182,17 @@ class Summaries:
                 self._scores = TraceScores(self._run_dir, self._config)
 
     def of(self, choice: Choice) -> dict[str, Any] | None:
-        """What is said of a request; None as long as not all workers that trace it have written its end."""
-        from glassbox.export.answer_summary import summary_of
+        """What is said of a request; None as long as not all workers that trace it have written its end, nor all have
+        said that they don't."""
+        from glassbox.export.answer_summary import summary_of, summary_without
 
-        if not choice.internal_id or not self._may_be_there(choice):
+        if not choice.internal_id:
             return None
+        if not self._may_be_there(choice):
+            why = self._refused(choice)
+            if why is None:
+                return None
+            return summary_without(choice.request_id, choice.internal_id, f"its trace was refused: {why}")
         headers = self._directory.headers(choice.internal_id, choice.client)
         headers = {name: one for name, one in headers.items() if one["start_time_s"] >= choice.since_s}
         if not headers or any(one["status"] == "active" for one in headers.values()) or not self._is_whole(headers):
@@ -198,8 +208,24 @@ class Summaries:
         with self._lock:
             now_s = time.monotonic()
             if now_s - self._listed_s > _LISTED_FOR_S:
+                self._refusals = self._reader.read()
                 self._suffixes, self._listed_s = self._directory.suffixes(), now_s
             return trace_suffix(choice.client, choice.internal_id) in self._suffixes
+
+    def _refused(self, choice: Choice) -> str | None:
+        """Why no worker traces it; None as long as one may."""
+        request = refused_request(choice.internal_id, choice.client)
+        with self._lock:
+            found = [
+                (worker, refusal)
+                for worker in self._refusals
+                if (refusal := worker.refusals.get(request)) is not None and refusal.time_s >= choice.since_s
+            ]
+            if not found:
+                return None
+            workers = self._workers.of(found[0][0].engine)
+        refusing = {worker.instance for worker, _ in found}
+        return found[0][1].why if {worker.instance for worker in workers} <= refusing else None
 
     def _is_whole(self, headers: Mapping[str, Mapping[str, Any]]) -> bool:
         first = next(iter(headers.values()))

@@ -26,6 +26,7 @@ from glassbox.signals.rule_book import Match
 from glassbox.store import orders
 from glassbox.store.acts import MAX_ACTS, OUTCOMES, Act, Acts, count_key
 from glassbox.store.orders import Do, Order
+from glassbox.store.trace_directory import TraceKey
 from glassbox.store.trace_record import RequestTrace
 
 logger = get_logger(__name__)
@@ -92,8 +93,7 @@ class Acting:
         # What senders' threads have told.
         self._told: deque[tuple[_Doing, str, str]] = deque()
         self._audit: tuple[tuple[Path, int], RotatingFile] | None = None
-        # By engine and internal id of a request.
-        self._fresh_acts: dict[tuple[str, str], deque[Act]] = {}
+        self._fresh_acts: dict[TraceKey, deque[Act]] = {}
         self._lines: deque[str] = deque(maxlen=MAX_LINES)
         with errors.guard(STAGE):
             orders.withdraw_all(self._run_dir)
@@ -194,8 +194,8 @@ class Acting:
         """Leave what was done beside the requests' traces. Never raises."""
         acts, self._fresh_acts = self._fresh_acts, {}
         with self._errors.guard(STAGE):
-            for (engine, internal_id), of_request in acts.items():
-                self._acts.note(engine, internal_id, of_request)
+            for key, of_request in acts.items():
+                self._acts.note(key, of_request)
 
     def _collect_answers(self) -> None:
         if not self._ordered:
@@ -240,8 +240,8 @@ class Acting:
         self._lines.append(json.dumps(line, allow_nan=False, separators=(",", ":")))
         value = match.value if math.isfinite(match.value) else None
         act = Act(match.rule.name, doing.action, outcome, value, doing.time_s)
-        request = (doing.about["engine"], doing.about["internal_id"])
-        self._fresh_acts.setdefault(request, deque(maxlen=MAX_ACTS)).append(act)
+        key = (doing.about["engine"], doing.about["internal_id"], doing.about["client"])
+        self._fresh_acts.setdefault(key, deque(maxlen=MAX_ACTS)).append(act)
 
     def _forget_counts(self, rules: set[str]) -> None:
         """Edits could make rules of ever new names, each of them a label."""

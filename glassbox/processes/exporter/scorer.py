@@ -6,6 +6,7 @@ left `store/score_files.py`'s. Other sinks wait for a trace's scores for a while
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,8 @@ from glassbox.store.trace_directory import TraceDirectory, TraceKey, TraceSummar
 from glassbox.store.trace_record import RequestTrace
 
 STAGE: Final = "scores"
+# After so many seconds what has ended meanwhile is looked at, too: many dear ones must not hold up the cheap ones.
+ROUND_S: Final = 20.0
 # Told of each scored trace, from the scoring thread.
 OnScored = Callable[[RequestTrace, Scores], None]
 
@@ -104,13 +107,14 @@ class Scorer:
             write_totals(self._run_dir, self._totals)
 
     def _score_all(self, due: Sequence[TraceSummary], present: Sequence[TraceSummary], probes: Sequence[Probe]) -> None:
-        """The work of the thread."""
+        """The work of the thread: the cheap ones first, and of the dear ones each client's in turn."""
+        end_s = time.monotonic() + ROUND_S
         had: list[TraceSummary] = []
         failures = self._errors.counts().get(STAGE, 0)
         try:
             try:
-                for summary in due:
-                    if self._closing:
+                for summary in _in_turn(due):
+                    if self._closing or (had and time.monotonic() > end_s):
                         break
                     if (trace := self._directory.load(summary)) is not None:
                         self._score(summary, trace, probes)
@@ -123,7 +127,8 @@ class Scorer:
             self._errors.count(STAGE, error)
         if self._errors.counts().get(STAGE, 0) == failures:
             self._errors.worked(STAGE)
-            self.last_success_s = self._clock()
+            if len(had) == len(due):
+                self.last_success_s = self._clock()
 
     def _due(self, present: Sequence[TraceSummary], has_probes: bool) -> list[TraceSummary]:
         """Those that have ended since and of which there is something to score; the others are passed for good, so
@@ -166,6 +171,18 @@ class Scorer:
                 self._errors.count(STAGE, f"probe {name}: {reason}")
         for name, values in scores.signals.items():
             engine.signal(name)["refused" if values.refused else "computed"] += 1
+
+
+def _in_turn(due: Sequence[TraceSummary]) -> list[TraceSummary]:
+    """Requests without signals on demand first; of the others the first one of each client, then the second ones."""
+    turns: Counter[str | None] = Counter()
+    places = []
+    for summary in due:
+        dear = any(signal_row(name).cost == "on demand" for name in summary.signals)
+        places.append((dear, turns[summary.client] if dear else 0))
+        turns[summary.client] += dear
+    order = sorted(range(len(due)), key=lambda number: places[number])
+    return [due[number] for number in order]
 
 
 def _places(scores: Scores) -> dict[str, dict[str, list[object]]]:

@@ -86,6 +86,7 @@ class Observer:
         listen: told whether layers are to call `after_attention`: in warm-up, since graphs are captured there, and
             then in measured steps.
         exact: the runner computes all scheduled tokens; one that leaves out drafts computes fewer.
+        written_s: returns the seconds that ended traces have taken beside the steps, so far.
         clock: seconds, monotonic.
     """
 
@@ -103,6 +104,7 @@ class Observer:
         listen: Callable[[bool], None],
         errors: ErrorCounter,
         exact: bool = True,
+        written_s: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.armed = False
@@ -114,6 +116,7 @@ class Observer:
         self._locals = {name: local for local, name in enumerate(layer_names)}
         self._read_config, self._errors, self._clock = config, errors, clock
         self._exact, self._progress = exact, RequestProgress()
+        self._written_s, self._charged_s = written_s, 0.0
         self._step: Step | None = None
         self._tables: BatchTables | None = None  # of the metadata that was built last
         self._config = config()
@@ -317,6 +320,7 @@ class Observer:
                 step.traced = traces is not None
                 uncounted = np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED)
                 of_prompts = sum(prompt.num_rows for prompt in traces.prompts) if traces is not None else 0
+                step.whole_prompts = of_prompts > 0
                 step.counted_share = (len(rows) - uncounted) / (len(rows) + of_prompts)
             if check is not None:
                 # After those of the traced rows, which are told from others by having one.
@@ -385,7 +389,8 @@ class Observer:
     def _without_sample(self, rows: np.ndarray, layers: frozenset[int], traced: frozenset[int]) -> frozenset[int]:
         """Takes the rows out of the sample: layers that are only checked see the same list. Returns what remains."""
         counted = np.count_nonzero((rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0)
-        self.counters.dropped_rows["canary"] += int(counted) * self._places(layers)
+        if counted:  # a step that is measured for its traces alone has no sample
+            self.counters.dropped_rows["canary"] += int(counted) * self._places(layers)
         rows[:, ROW_PHASE] |= ROW_UNCOUNTED
         return layers & traced
 
@@ -476,6 +481,9 @@ class Observer:
 
     def _spend(self, step: Step, step_s: float) -> None:
         """Tell the samplers what a step took, the sample and the traces apart."""
+        written_s = self._written_s()
+        self._trace_budget.charge(written_s - self._charged_s)
+        self._charged_s = written_s
         if step.checked:  # a check is not repeated in the next sampled steps
             return
         own_s = step.overhead_s
@@ -483,4 +491,4 @@ class Observer:
             own_s = self._steps.own_cost(own_s, step.sampled, step.counted_share)
         traced_s = step.overhead_s - own_s
         self._steps.record(own_s, step_s, step.sampled, traced_s)
-        self._trace_budget.record(traced_s, own_s, step_s, wanted=step.has_traced)
+        self._trace_budget.record(traced_s, own_s, step_s, wanted=step.has_traced, dear=step.whole_prompts)

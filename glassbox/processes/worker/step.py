@@ -44,6 +44,7 @@ class Step:
         ran: names of the layers that have run in it.
         overhead_s: seconds that glassbox has spent in it so far.
         counted_share: of its rows, that belong to the sample.
+        whole_prompts: all rows of prompts are measured in it.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Step:
         self.prepared: PreparedBatch | None = None
         self.started_s: Final = clock()
         self.sampled = self.checked = self.measured = self.rows_chosen = False
-        self.has_traced = self.skips_traced = self.traced = False
+        self.has_traced = self.skips_traced = self.traced = self.whole_prompts = False
         self.ran: set[str] = set()
         self.batch: Batch | None = None
         self.rows: np.ndarray | None = None

@@ -39,12 +39,14 @@ from glassbox.processes.worker.canary import Canary, WorkerPlace
 from glassbox.processes.worker.nonfinite import NonfiniteWatch
 from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.active import TraceHost
+from glassbox.processes.worker.traces.refusals import PAUSE_S, RefusalNotes
 from glassbox.processes.worker.traces.sampled import STAGE, SampledOptions
 from glassbox.processes.worker.traces.tracker import RequestTracker
 from glassbox.processes.worker.traces.writer import WATCHED_INTERVAL_S, TraceWriter
 from glassbox.processes.worker.unread import UnreadWatch
 from glassbox.store import process_name, rundir
 from glassbox.store.snapshot import Snapshot, write_snapshot
+from glassbox.store.trace_refusals import Refusal
 
 logger = get_logger(__name__)
 
@@ -113,8 +115,13 @@ class Worker:
             unobserved=untraceable(facts),
         )
         self._sampled = SampledOptions(lambda: settings.config, host, errors, other_stages(facts))
+        self._refusals = RefusalNotes(rundir.run_dir(), host)
         self._requests = RequestTracker(
-            host, self._deferred, on_awaited=self._write_awaited, sampled=lambda: self._sampled.options
+            host,
+            self._deferred,
+            on_awaited=self._write_awaited,
+            on_refused=self._tell_refused,
+            sampled=lambda: self._sampled.options,
         )
         place = WorkerPlace(
             layers=layers.indices,
@@ -145,6 +152,7 @@ class Worker:
             listen=SEAT.listening.listen,
             errors=errors,
             exact=not facts.drafts,
+            written_s=lambda: self._traces.ended_s,
         )
         self._exporter = ExporterProcess(settings.path)
         self._unread = UnreadWatch(rundir.run_dir())
@@ -209,6 +217,11 @@ class Worker:
         with self._errors.guard("traces"):
             self._deferred.finish()
             self._traces.write(self._settings.config.requests, running=running)
+        self._write_refusals()
+
+    def _write_refusals(self) -> None:
+        with self._errors.guard("traces"):
+            self._refusals.write()
 
     def _wake_for_all(self) -> None:
         self._due.set()
@@ -216,6 +229,11 @@ class Worker:
 
     def _write_awaited(self) -> None:
         """An answer waits for a trace that has ended: it is written now, and what runs later."""
+        self._wake.set()
+
+    def _tell_refused(self, refusal: Refusal) -> None:
+        """An answer waits for a trace that won't come."""
+        self._refusals.add(refusal)
         self._wake.set()
 
     def _look_at_exporter(self) -> None:
@@ -231,12 +249,14 @@ class Worker:
         now_s = time.monotonic()
         end_s, look_s = now_s + config.export.interval_s, now_s + _LOOK_S
         while (left_s := end_s - time.monotonic()) > 0:
-            if self._wake.wait(min(left_s, WATCHED_INTERVAL_S if watched else _LOOK_S)):
+            pause_s = PAUSE_S if self._refusals.wait else WATCHED_INTERVAL_S if watched else _LOOK_S
+            if self._wake.wait(min(left_s, pause_s)):
                 self._wake.clear()
                 if self._due.is_set():
                     self._due.clear()
                     return
                 self._write_traces(running=False)
+            self._write_refusals()
             if watched:
                 with self._errors.guard("traces"):
                     self._deferred.run()

@@ -148,6 +148,29 @@ class TestTraceBudget:
             server.run(5000, traced=False)
             assert server.run(20)[1] == pytest.approx(0.5, rel=0.05)
 
+    def test_whole_prompts_again_and_again(self) -> None:
+        """A step with a whole prompt takes 20 s each time one is measured: that is paid back, not forgiven."""
+        traces, traced_s, time_s = TraceBudget(0.01), 0.0, 0.0
+        for _ in range(80_000):
+            cost_s = 20.0 * traces.next_step()
+            traces.record(cost_s, 0.0, 0.1 + cost_s, wanted=True, dear=cost_s > 0)
+            traced_s, time_s = traced_s + cost_s, time_s + 0.1 + cost_s
+        assert 0.002 < traced_s / time_s <= 0.0125
+
+    def test_what_ended_traces_cost_beside_the_steps(self) -> None:
+        """Rows cost nearly nothing, but each ended trace 0.1 s: further ones are refused, and begin again later."""
+        traces, begun, time_s = TraceBudget(0.01), 0, 0.0
+        for _ in range(100_000):
+            if not traces.refuses:
+                traces.charge(0.1)
+                begun += 1
+            traces.record(1e-5 * traces.next_step(), 0.0, 0.01, wanted=True)
+            time_s += 0.01
+        assert 0.005 < 0.1 * begun / time_s <= 0.0125
+        traces.set_budget(None)
+        traces.charge(10.0)
+        assert not traces.refuses
+
     def test_ranks(self) -> None:
         """What a rank on a higher level keeps, a rank on a lower one keeps too."""
         cheap, dear = TraceBudget(0.01), TraceBudget(0.01)

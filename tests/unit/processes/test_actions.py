@@ -135,7 +135,7 @@ class TestRunning:
         assert ("r", "probe far above 0.5", "abort", "done", "cmpl-1-0", False) == tuple(
             line[key] for key in ("rule", "condition", "action", "outcome", "request_id", "dry_run")
         )
-        (act,) = acts_of(server.run_dir, "0", "cmpl-1-0-00000001")
+        (act,) = acts_of(server.run_dir, ("0", "cmpl-1-0-00000001", None))
         assert ("r", "abort", "done") == (act.rule, act.action, act.outcome)
 
     def test_nobody_answers(self, server: Server, caplog: pytest.LogCaptureFixture) -> None:

@@ -132,6 +132,7 @@ class Setup:
         self.listening: list[bool] = []
         # Of `listen`: fails from now on, after it has done its work.
         self.deaf = False
+        self.written_s = 0.0
         self.errors = ErrorCounter(logging.getLogger("test.observer"))
         self.config = GlassboxConfig.model_validate({"sample_rate": 1.0, **config})
         self.requests = RequestTracker(make_host(layers=LAYERS, num_heads=NUM_HEADS), DeferredActions(self.errors))
@@ -146,6 +147,7 @@ class Setup:
             adapters=AdapterSlots(0),
             listen=self.listen,
             errors=self.errors,
+            written_s=lambda: self.written_s,
             clock=self.clock,
         )
         self.observer.arm()
@@ -514,6 +516,20 @@ class TestTracedRequests:
         setup.step([DECODE], step_s=0.05, new={0: {"glassbox": "trace"}})
         assert setup.requests.counts()[0]["budget"] == 1
         assert not setup.requests.active()[0].record().truncated
+
+    def test_traces_whose_end_is_dear(self) -> None:
+        """Writing ended ones is paid from the same budget, so further ones are refused until it is paid back."""
+        setup = Setup(sample_rate=0.0, sampling={"overhead_budget": 0.01})
+        for number, budget in enumerate((0, 0, 1)):
+            setup.step([DECODE], step_s=0.05, new={0: {"glassbox": "trace"}})
+            assert budget == setup.requests.counts()[0]["budget"], number
+            setup.observer.idle_step(SimpleNamespace(), scheduled_step(finished_req_ids={"request-0"}))
+            setup.written_s += 0.5
+            setup.step([DECODE], step_s=0.05)
+        for _ in range(3000):
+            setup.step([DECODE], step_s=0.05)
+        setup.step([DECODE], step_s=0.05, new={0: {"glassbox": "trace"}})
+        assert 1 == setup.requests.counts()[0]["budget"]
 
     def test_without_a_budget(self) -> None:
         """Traces are measured in every step, whatever they cost."""

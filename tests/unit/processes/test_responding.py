@@ -31,6 +31,7 @@ from glassbox.store import process_name
 from glassbox.store.snapshot import write_snapshot
 from glassbox.store.trace_directory import TraceDirectory, traces_path
 from glassbox.store.trace_record import RequestTrace, write_trace
+from glassbox.store.trace_refusals import Refusal, refused_request, write_refusals
 from tests import probe_samples
 from tests.export_samples import make_snapshot
 from tests.trace_samples import make_trace
@@ -62,6 +63,19 @@ class Server:
     def write(self, trace: RequestTrace) -> RequestTrace:
         write_trace(traces_path(self.run_dir), trace)
         return trace
+
+    def refuse(
+        self,
+        internal_id: str = "cmpl-1-0-00000000",
+        *,
+        client: str | None = None,
+        time_s: float = 0.0,
+        rank: int = 0,
+        why: str = "the moon is full",
+    ) -> None:
+        """A worker says that it has not traced a request."""
+        refusal = Refusal(refused_request(internal_id, client), why, time_s)
+        write_refusals(self.run_dir, "0", rank, f"i{rank}", [refusal])
 
     def missing(self, *sent: SentRequest) -> str:
         """Why it says nothing of the first one, after a short wait."""
@@ -245,6 +259,55 @@ class TestWaiting:
             return turns
 
         assert asyncio.run(run()) > 20
+
+
+class TestRefused:
+    def test_is_said_at_once(self, server: Server) -> None:
+        """With the reason in words, and no wait for what never comes."""
+        server.settings["respond_wait_s"] = 20.0
+        timer = later(0.1, server.refuse)
+        begun = time.monotonic()
+        said = server.of(sent())
+        timer.join()
+        assert time.monotonic() - begun < 5.0
+        assert "its trace was refused: the moon is full" == said["missing"]
+        assert {"index", "request_id", "internal_id", "trace", "missing"} == said.keys()
+
+    def test_of_another(self, server: Server) -> None:
+        """Another client's of the same id, or an older request's, is none of this one's."""
+        server.refuse("a", client="0" * 24)
+        assert "refused:" not in server.missing(sent("a", "b", client="1" * 24))
+        server.refuse("a", time_s=time.time() - 60)
+        assert "refused:" not in server.missing(sent("a", "a"))
+        server.refuse("a", time_s=time.time() + 60)
+        assert "refused:" in server.missing(sent("a", "a"))
+
+    def test_by_all_workers(self, server: Server) -> None:
+        """A stage of a pipeline refuses what another one traces: that is waited for."""
+        server.worker("i1", rank=1, layers=(8, 9))
+        server.refuse(rank=1)
+        assert "refused:" not in server.missing(sent())
+        server.write(make_trace(options=replace(make_trace().options, layers=(0, 3))))
+        assert "finished" == server.of(sent())["status"]
+        server.refuse("cmpl-2-0-00000000")
+        server.refuse("cmpl-2-0-00000000", rank=1)
+        assert "refused:" in server.missing(sent("cmpl-2-0-00000000", "cmpl-2-0"))
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"[]", b"{}", b"[" * 100_000, b'{"engine": "0", "instance": "i0", "refusals": [1]}',
+         b'{"engine": 0, "instance": "i0", "refusals": []}', b'{"engine": "0", "instance": "i0", "refusals": {}}',
+         b'{"engine": "0", "instance": "i0", "refusals": [{"request": "a", "why": 1, "time_s": 0}]}',
+         b'{"engine": "0", "instance": "i0", "refusals": [{"request": "a", "why": "b", "time_s": 1%s}]}' % (b"0" * 400),
+         b"x" * (1 << 20)],
+    )  # fmt: skip
+    def test_garbage(self, server: Server, content: bytes) -> None:
+        """Says nothing, and keeps nothing else back."""
+        (server.run_dir / "refused-0-1.json").write_bytes(content)
+        (server.run_dir / "refused-0-1.json").chmod(0o600)
+        (server.run_dir / "refused-0-2.json").symlink_to("/dev/zero")
+        server.refuse()
+        assert "its trace was refused: the moon is full" == server.missing(sent())
 
 
 class TestWhose:

@@ -69,6 +69,11 @@ class Exporter:
         found = totals.engines[ENGINE].probes[probe].outcomes
         return {outcome: count for outcome, count in found.items() if count}
 
+    def is_scored(self, trace: RequestTrace) -> bool:
+        files = ScoreFiles(self.run_dir)
+        files.refresh()
+        return files.of((trace.engine, trace.internal_id, trace.client)) is not None
+
     def summary(self, trace: RequestTrace) -> dict[str, Any]:
         files = ScoreFiles(self.run_dir)
         files.refresh()
@@ -250,6 +255,42 @@ class TestFailures:
         go_on.set()
         exporter.sinks.scores.give(lambda scorer: scorer.look(10))
         assert 1 == sum(exporter.outcomes().values())
+
+
+class TestManyDearOnes:
+    def test_cheap_ones_and_other_clients_first(self, exporter: Exporter, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of one client's many requests with signals on demand none holds up a request of another."""
+        order, true = [], scorer_module.scores_of
+
+        def note(trace: RequestTrace, *args: Any, **options: Any) -> Scores:
+            order.append(trace.request_id)
+            return true(trace, *args, **options)
+
+        monkeypatch.setattr(scorer_module, "scores_of", note)
+        dear = TraceOptions(signals=("tracker",))
+        for seed in range(1, 7):
+            exporter.trace(10 + seed, options=dear, client="0" * 24)
+        exporter.trace(1, options=dear, client="1" * 24)
+        exporter.trace(2, client="1" * 24)
+        exporter.round()
+        assert "cmpl-2-0" == order[0]
+        assert "cmpl-1-0" in order[1:3]
+        assert 8 == len(order)
+
+    def test_what_ends_meanwhile(self, exporter: Exporter, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Is scored before the dear ones that were there, once the round's time is up; each is scored once."""
+        monkeypatch.setattr(scorer_module, "ROUND_S", 0.0)
+        dear = [exporter.trace(seed, options=TraceOptions(signals=("tracker",))) for seed in (1, 2)]
+        exporter.round()
+        assert 1 == sum(exporter.is_scored(trace) for trace in dear)
+        cheap = exporter.trace(3)
+        exporter.round()
+        assert exporter.is_scored(cheap)
+        assert 1 == sum(exporter.is_scored(trace) for trace in dear)
+        exporter.round()
+        exporter.round()
+        assert all(exporter.is_scored(trace) for trace in dear)
+        assert 3 == len(exporter.scored) == sum(exporter.outcomes().values())
 
 
 class TestSpans:

@@ -82,6 +82,17 @@ class TestWrite:
         assert setup.write() == 0
         assert list(setup.writer._written) == ["b"]
 
+    def test_what_ended_ones_take_is_told(self, tmp_path: Path) -> None:
+        """And not what running ones take, which has a share of its own."""
+        setup = Setup(tmp_path)
+        setup.arrive("a", "b")
+        setup.look_s = 0.5
+        setup.write()
+        assert 0 == setup.writer.ended_s
+        setup.finish("a")
+        setup.write()
+        assert 0.5 == setup.writer.ended_s
+
     def test_ended_ones_alone_where_somebody_waits_for_one(self, tmp_path: Path) -> None:
         """Running ones are written with their next turn."""
         setup = Setup(tmp_path)

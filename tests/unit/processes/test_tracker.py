@@ -24,6 +24,7 @@ from glassbox.measure.sampling import RowSampler, is_sampled_request
 from glassbox.processes.worker.traces.active import TOO_LONG_FOR_KEYS
 from glassbox.processes.worker.traces.traced_step import NOT_MEASURED
 from glassbox.processes.worker.traces.tracker import REFUSAL_REASONS, RequestTracker, row_positions
+from glassbox.store.trace_refusals import Refusal, refused_request
 from tests.trace_samples import Continued, make_host, new_request, scheduled_step
 
 LOCAL_LAYERS = frozenset({0, 1})
@@ -178,7 +179,8 @@ class TestOptIn:
         assert not arrive(requests, "a", "b")
         assert not arrive(requests, "c", extra_args={"something": "else"})
         assert requests.marks(("a", "b", "c")) == (None, None)
-        assert requests._refused == requests._off == set()
+        assert not requests._refused
+        assert not requests._off
 
 
 class TestRefusals:
@@ -210,7 +212,7 @@ class TestRefusals:
         (message,) = {r.getMessage() for r in caplog.records if "is served, but not traced" in r.getMessage()}
         assert "Request r0 is served, but not traced: " in message
         finish(found, "r0", "r1", "r2")
-        assert found._refused == set()
+        assert not found._refused
 
     def test_max_active(self) -> None:
         """The next ones are refused, never queued: a place that becomes free is for those who come then."""
@@ -330,6 +332,22 @@ class TestEnds:
         assert told == []
         finish(requests, "c")
         assert told == [3]
+
+    def test_one_whose_answer_waits_is_refused(self) -> None:
+        """Is told of when it is gone, with its reason; of others nobody is told."""
+        told: list[Refusal] = []
+        deferred = DeferredActions(ErrorCounter(logging.getLogger("test.requests")))
+        requests = RequestTracker(make_host(), deferred, on_refused=told.append)
+        arrive(requests, "a", extra_args=TRACE, settings_=config(opt_in=False))
+        awaited = {**TRACE, "glassbox_respond": 1, "glassbox_client": "0" * 24}
+        arrive(requests, "b", extra_args=awaited, settings_=config(opt_in=False))
+        assert told == []
+        finish(requests, "a", "b")
+        (refusal,) = told
+        assert refused_request("b", "0" * 24) == refusal.request
+        assert "clients may not ask for traces (requests.opt_in: false)" == refusal.why
+        finish(requests, "b")
+        assert [refusal] == told
 
     def test_an_id_that_comes_again(self) -> None:
         """Gone and new in one step are two requests."""

@@ -25,20 +25,24 @@ from glassbox.config.load import GlassboxConfig
 from glassbox.core.array_file import ArrayFile
 from glassbox.export.family_source import FamilySource
 from glassbox.export.token_text import TokenTexts
+from glassbox.store import orders, trusted_file
 from glassbox.store import snapshot as snapshots
-from glassbox.store import trusted_file
+from glassbox.store.acts import Act, Acts, acts_of
 from glassbox.store.api_server_note import is_noted, write_note
 from glassbox.store.delivered import Delivered
 from glassbox.store.exporter_lock import ExporterLock
 from glassbox.store.exporter_status import ExporterStatus, read_status, write_status
 from glassbox.store.llm_spans import LlmSpan, LlmSpanReader
 from glassbox.store.llm_spans import write as write_span
+from glassbox.store.logprobs_files import LogprobsFiles, read_logprobs
+from glassbox.store.orders import Order, OrderReader
 from glassbox.store.score_files import ScoreFiles, StoredScores
-from glassbox.store.score_totals import TOTALS_NAME, read_totals
+from glassbox.store.score_totals import TOTALS_NAME, ScoreTotals, read_totals, write_totals
 from glassbox.store.snapshot import SnapshotReader, read_snapshots, write_snapshot
 from glassbox.store.tokenizer_note import read_source, write_source
 from glassbox.store.trace_directory import TraceDirectory, traces_path
 from glassbox.store.trace_record import write_trace
+from glassbox.store.trace_refusals import Refusal, RefusalReader, write_refusals
 from glassbox.store.trusted_file import DistrustError, list_files, read_file, write_file
 from tests.export_samples import make_snapshot
 from tests.trace_samples import make_trace
@@ -80,6 +84,22 @@ def says_tokenizer(run_dir: Path) -> bool:
         return False
 
 
+def scores_of(run_dir: Path) -> StoredScores | None:
+    files = ScoreFiles(run_dir)
+    files.refresh()
+    return files.of(KEY)
+
+
+def logprobs_of(run_dir: Path) -> list[float]:
+    try:
+        return [value for value in read_logprobs(traces_path(run_dir), "a", None, 1).tolist() if value == -1.0]
+    except DistrustError:
+        return []
+
+
+KEY = ("0", "cmpl-1-0-00000000", None)
+SCORES = StoredScores({"probes": {"p": {"score": 0.5}}, "signals": {}})
+ORDER, ACT = Order("a-00000000", "a", "abort", "r", 1e9), Act("r", "abort", "done", 0.5, 1e9)
 HELD: list[ExporterLock | None] = []
 KEPT = {
     "snapshot": Kept("worker-*.npz", lambda d: write_snapshot(d, make_snapshot()), lambda d: bool(read_snapshots(d))),
@@ -98,6 +118,24 @@ KEPT = {
     "note": Kept("api_server", write_note, is_noted),
     "lock": Kept("exporter.lock", lambda d: HELD.append(ExporterLock.acquire(d)), locked),
     "tokenizer": Kept("tokenizer.json", lambda d: write_source(d, "nowhere", None), says_tokenizer),
+    "score": Kept("score-*.json", lambda d: ScoreFiles(d).write(KEY, SCORES), lambda d: scores_of(d) is not None),
+    "totals": Kept(
+        TOTALS_NAME, lambda d: write_totals(d, ScoreTotals(1.0, ("p",))), lambda d: read_totals(d) is not None
+    ),
+    "logprobs": Kept(
+        "logprobs-*.f32",
+        lambda d: LogprobsFiles(traces_path(d)).write("a", None, [-1.0], keep=9),
+        lambda d: bool(logprobs_of(d)),
+    ),
+    "order": Kept("*.json", lambda d: orders.give(d, ORDER), lambda d: bool(list(OrderReader(d).fresh(ORDER.time_s)))),
+    "acts": Kept(
+        "*.json", lambda d: Acts(d).note(("0", "a", None), [ACT]), lambda d: bool(acts_of(d, ("0", "a", None)))
+    ),
+    "refusals": Kept(
+        "refused-*.json",
+        lambda d: write_refusals(d, "0", 0, "i0", [Refusal("a", "why", 1.0)]),
+        lambda d: bool(RefusalReader(d).read()),
+    ),
 }
 
 
@@ -512,6 +550,14 @@ class TestNotes:
             b'{"summary": {"probes": {}, "signals": {}}, "more": 1}',
             b'{"summary": {"probes": {"p": {"score": "high"}}, "signals": {}}}',
             b'{"summary": {"probes": {"p": 1}, "signals": {}}}',
+            b'{"summary": {"probes": {"p": {"score": NaN}}, "signals": {}}}',
+            b'{"summary": {"probes": {"p": {"score": 1e999}}, "signals": {}}}',
+            b'{"summary": {"probes": {"p": {"score": 1%s}}, "signals": {}}}' % (b"0" * 400),
+            b'{"summary": {"probes": {"p": {"score": 0.5, "label": [1]}}, "signals": {}}}',
+            b'{"summary": {"probes": {}, "signals": {}, "more": -Infinity}}',
+            b'{"summary": {"probes": {}, "signals": {"s": [1]}}}',
+            b'{"summary": {"probes": {}, "signals": {"s": {"values": 7}}}}',
+            b'{"summary": {"probes": {}, "signals": {}}, "places": {"s": 7}}',
             b'{"summary": {"probes": {}}}',
             b"{}",
         ],

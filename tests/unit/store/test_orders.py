@@ -17,6 +17,9 @@ def make_order(number: int = 1, do: orders.Do = "abort", rule: str = "r", time_s
     return Order(f"cmpl-{number}-0-0123abcd", f"cmpl-{number}-0", do, rule, time_s)
 
 
+NO_TIME = b'[{"rule": "r", "action": "log", "outcome": "done", "value": 1.0, "time_s": NaN}]'
+
+
 class TestOrders:
     def test_each_is_read_once(self, tmp_path: Path) -> None:
         """By every API server; a request's orders of other kinds and rules are others."""
@@ -52,7 +55,8 @@ class TestOrders:
         [b"", b"[]", b"{}", b'{"internal_id": 1}', b"[" * 100_000,
          json.dumps({**vars(make_order()), "do": "kill"}).encode(), json.dumps({**vars(make_order()), "x": 1}).encode(),
          json.dumps({**vars(make_order()), "internal_id": ["a"]}).encode(),
-         json.dumps({**vars(make_order()), "time_s": "nan"}).encode()],
+         json.dumps({**vars(make_order()), "time_s": "nan"}).encode(),
+         json.dumps({**vars(make_order()), "time_s": 10**400}).encode()],
     )  # fmt: skip
     def test_garbage(self, tmp_path: Path, content: bytes) -> None:
         """It is no order, and an answer of that kind is a failure."""
@@ -83,9 +87,10 @@ class TestActs:
         """In their order; of others nothing."""
         done = [Act("r", "tag", "done", 0.75, NOW_S), Act("r", "abort", "failed", None, NOW_S)]
         for act in done:
-            Acts(tmp_path).note("0", "cmpl-1", [act])
-        assert done == acts_of(tmp_path, "0", "cmpl-1")
-        assert [] == acts_of(tmp_path, "1", "cmpl-1")
+            Acts(tmp_path).note(("0", "cmpl-1", None), [act])
+        assert done == acts_of(tmp_path, ("0", "cmpl-1", None))
+        assert [] == acts_of(tmp_path, ("1", "cmpl-1", None))
+        assert [] == acts_of(tmp_path, ("0", "cmpl-1", "0" * 24))
         assert ["r"] == tags_of(vars(act) for act in done)
         assert 0o600 == next((tmp_path / acts.FOLDER).iterdir()).stat().st_mode & 0o777
 
@@ -96,16 +101,16 @@ class TestActs:
         monkeypatch.setattr(acts, "PRUNE_EVERY", 2)
         writer = Acts(tmp_path)
         for number in range(10):
-            writer.note("0", "cmpl-1", [Act("r", "log", "done", float(number), NOW_S)])
-        assert [7.0, 8.0, 9.0] == [act.value for act in acts_of(tmp_path, "0", "cmpl-1")]
+            writer.note(("0", "cmpl-1", None), [Act("r", "log", "done", float(number), NOW_S)])
+        assert [7.0, 8.0, 9.0] == [act.value for act in acts_of(tmp_path, ("0", "cmpl-1", None))]
         for number in range(20):
-            writer.note("0", f"cmpl-{number}", [Act("r", "log", "done", 1.0, NOW_S)])
+            writer.note(("0", f"cmpl-{number}", None), [Act("r", "log", "done", 1.0, NOW_S)])
         assert len(list((tmp_path / acts.FOLDER).iterdir())) <= 5 + 1
-        assert acts_of(tmp_path, "0", "cmpl-19")
+        assert acts_of(tmp_path, ("0", "cmpl-19", None))
 
-    @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'[{"rule": 1}]', b"[" * 60_000])
+    @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'[{"rule": 1}]', b"[" * 60_000, NO_TIME])
     def test_garbage(self, tmp_path: Path, content: bytes) -> None:
         """It says that nothing was done."""
-        Acts(tmp_path).note("0", "cmpl-1", [Act("r", "log", "done", 1.0, NOW_S)])
+        Acts(tmp_path).note(("0", "cmpl-1", None), [Act("r", "log", "done", 1.0, NOW_S)])
         next((tmp_path / acts.FOLDER).iterdir()).write_bytes(content)
-        assert [] == acts_of(tmp_path, "0", "cmpl-1")
+        assert [] == acts_of(tmp_path, ("0", "cmpl-1", None))

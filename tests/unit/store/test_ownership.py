@@ -16,6 +16,7 @@ from glassbox.store.score_totals import ScoreTotals, read_totals, write_totals
 from glassbox.store.snapshot import read_snapshots, write_snapshot
 from glassbox.store.trace_directory import TraceDirectory, traces_path
 from glassbox.store.trace_record import write_trace
+from glassbox.store.trace_refusals import Refusal, RefusalReader, write_refusals
 from tests.export_samples import logged, make_snapshot
 from tests.other_process import OtherProcess
 from tests.trace_samples import make_trace
@@ -165,6 +166,7 @@ class TestRestart:
         write_snapshot(named, make_snapshot(steps=77))
         write_status(named, ExporterStatus(1, 1.0, {"otel": 5}))
         write_totals(named, ScoreTotals(1.0, ("drift",)))
+        write_refusals(named, "0", 0, "i0", [Refusal("a", "why", 1.0)])
         write_trace(traces_path(named), make_trace(request_id="ended"))
         write_trace(traces_path(named), make_trace(seed=1, request_id="ran", status="active", end_time_s=None))
         (named / ".worker-0-0-x.npz.tmp").write_bytes(b"half")
@@ -178,6 +180,7 @@ class TestRestart:
         assert read_snapshots(named) == []
         assert read_status(named) is None
         assert read_totals(named) is None
+        assert RefusalReader(named).read() == []
         assert [trace.request_id for trace in TraceDirectory(named).summaries()] == ["ended"]
         assert (named / "notes.txt").read_text() == "the operator's"
         assert list(named.glob(".*")) == []

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
@@ -33,10 +34,11 @@ from glassbox.processes.worker.traces.writer import TraceWriter
 from glassbox.store import trace_directory
 from glassbox.store.snapshot import write_snapshot
 from glassbox.store.tokenizer_note import write_source
-from glassbox.store.trace_directory import TraceDirectory
+from glassbox.store.trace_directory import TraceDirectory, traces_path
+from glassbox.store.trace_record import decode_trace, write_trace
 from glassbox.web.app import make_app, make_routes
 from tests.export_samples import logged, make_snapshot
-from tests.trace_samples import make_host, new_request, scheduled_step
+from tests.trace_samples import make_host, make_trace, new_request, scheduled_step, with_arrays_of_signals
 from tests.unit.export.test_token_text import make_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="comes with vLLM")
@@ -175,10 +177,13 @@ TABLE = [
     (f"{LIST}/mine", 200, 403),
     (f"{LIST}/mine?layers=0", 200, 403),
     (f"{LIST}/mine?format=html", 200, 403),
+    (f"{LIST}/mine?format=npz", 200, 403),
     (f"{LIST}/theirs", 404, 403),
     (f"{LIST}/theirs?layers=0", 404, 403),
     (f"{LIST}/theirs?format=html", 404, 403),
+    (f"{LIST}/theirs?format=npz", 404, 403),
     (f"{LIST}/theirs-internal", 404, 403),
+    (f"{LIST}/theirs-internal?format=npz", 404, 403),
     (f"{LIST}/missing", 404, 403),
 ]
 
@@ -235,6 +240,19 @@ class TestWhoGetsWhat:
             shown = server.own_port.get(f"{LIST}/{request_id}")
             assert shown.status_code == 200
             assert "text" not in shown.json()
+
+    def test_an_operator_reads_no_text_in_arrays(self, door: Any) -> None:
+        """Neither tokens nor queries and keys, of which whoever has the model can make them; the client has its own."""
+        server, who, ids = door
+        client = server.get(ids["alice"], who["alice"]).json()["client"]
+        trace = with_arrays_of_signals(make_trace(request_id="vectors", client=client))
+        write_trace(traces_path(server.run_dir), trace)
+        own = decode_trace(server.get("vectors", who["alice"], format="npz").content, "own")
+        assert 4 == own.keys.shape[-1] == own.queries.shape[-1]
+        assert len(own.token_ids)
+        shown = decode_trace(server.own_port.get(f"{LIST}/vectors", params={"format": "npz"}).content, "operator's")
+        assert (0, 0, 0) == (shown.keys.size, shown.queries.size, len(shown.token_ids))
+        np.testing.assert_array_equal(trace.received, shown.received)
 
     def test_an_own_port_that_lets_everybody_in(self, door: Any) -> None:
         """Whoever asks there may be a client: it shows metrics, and no traces."""

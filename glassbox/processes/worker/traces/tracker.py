@@ -28,6 +28,8 @@ from glassbox.core.signal_table import MAX_KEPT_PLACES, MAX_KEPT_TOKENS
 from glassbox.core.trace_options import (
     BEAM_PROMPT_KEY,
     CHOICE_KEY,
+    CLIENT_KEY,
+    RESPOND_KEY,
     ClientChoice,
     OptionError,
     TraceOptions,
@@ -41,6 +43,7 @@ from glassbox.processes.worker.traces.quota import RowQuota
 from glassbox.processes.worker.traces.sums import MAX_GRAM_HEAD_SIZE
 from glassbox.processes.worker.traces.traced_step import TracedPrompt, TracedRows, TracedStep
 from glassbox.store.trace_record import Why, external_id
+from glassbox.store.trace_refusals import Refusal, refused_request
 
 logger = get_logger(__name__)
 
@@ -96,6 +99,7 @@ class RequestTracker:
         deferred: where what was measured waits for the device, and so the end of a trace, too.
         clock: seconds, monotonic.
         on_awaited: told that a request is gone whose answer waits for its trace.
+        on_refused: told that such a request is gone which was not traced.
         sampled: returns what is kept of a request that the trace rate chooses.
     """
 
@@ -105,15 +109,17 @@ class RequestTracker:
         deferred: DeferredActions,
         clock: Callable[[], float] = time.monotonic,
         on_awaited: Callable[[], None] = lambda: None,
+        on_refused: Callable[[Refusal], None] = lambda _: None,
         sampled: Callable[[], TraceOptions] = TraceOptions,
     ) -> None:
         self._sampled = sampled
         self._host, self._deferred, self._on_awaited = host, deferred, on_awaited
+        self._on_refused = on_refused
         self._active: dict[str, ActiveTrace] = {}
         self._ended: list[ActiveTrace] = []
         # Requests without statistics, and refused ones: the V2 runner brings a preempted request as a new one.
         self._off: set[str] = set()
-        self._refused: set[str] = set()
+        self._refused: dict[str, Refusal | None] = {}
         self._refusals: Counter[Reason] = Counter()
         self._traced: Counter[Why] = Counter()
         self._config: GlassboxConfig | None = None
@@ -328,14 +334,14 @@ class RequestTracker:
             if (new.extra_args or {}).get(CHOICE_KEY) == "off":
                 self._off.add(req_id)
             else:
-                self._refuse(req_id, "bad_options", str(error))
+                self._refuse(new, "bad_options", str(error))
             return
         if choice.choice == "off":
             self._off.add(req_id)
         elif choice.choice == "trace" and config.requests.opt_in:
             self._start(new, "opt_in", choice, config, local_layers)
         elif choice.choice == "trace":
-            self._refuse(req_id, "opt_in_off")
+            self._refuse(new, "opt_in_off")
         elif config.enabled and self._is_sampled(req_id, choice, config.requests.trace_rate):
             self._start(new, "sampled", replace(choice, options=self._sampled()), config, local_layers)
 
@@ -350,25 +356,25 @@ class RequestTracker:
         host, options = self._host, choice.options
         kept = tuple(n for n in sorted(local_layers) if options.layers is None or host.layers[n] in set(options.layers))
         if not config.enabled:
-            self._refuse(new.req_id, "disabled")
+            self._refuse(new, "disabled")
         elif host.unobserved:
-            self._refuse(new.req_id, "not_observed", host.unobserved)
+            self._refuse(new, "not_observed", host.unobserved)
         elif not kept and why == "sampled" and options.layers is not None:
             return  # probes read other layers, those of other pipeline stages
         elif not kept:
-            self._refuse(new.req_id, "bad_options", f"glassbox_layers must name a measured layer of {host.layers}")
+            self._refuse(new, "bad_options", f"glassbox_layers must name a measured layer of {host.layers}")
         elif options.heads is not None and min(options.heads) >= host.num_heads_total:
-            self._refuse(new.req_id, "bad_options", f"glassbox_heads must be below {host.num_heads_total}")
+            self._refuse(new, "bad_options", f"glassbox_heads must be below {host.num_heads_total}")
         elif not host.knows_positions:
-            self._refuse(new.req_id, "positions")
+            self._refuse(new, "positions")
         elif self._spent:
-            self._refuse(new.req_id, "budget")
+            self._refuse(new, "budget")
         elif len(self._active) >= config.requests.max_active:
-            self._refuse(new.req_id, "max_active")
+            self._refuse(new, "max_active")
         elif (reason := self._over_quota(choice.client, config.requests.per_client)) is not None:
-            self._refuse(new.req_id, reason)
+            self._refuse(new, reason)
         elif self._room() <= 0:
-            self._refuse(new.req_id, "memory")
+            self._refuse(new, "memory")
         else:
             self._traced[why] += 1
             trace = self._active[new.req_id] = ActiveTrace(
@@ -466,24 +472,27 @@ class RequestTracker:
         used = sum(trace.nbytes for trace in (*self._active.values(), *list(self._ended)))
         return self._config.requests.max_active_mb * _MB - used
 
-    def _refuse(self, req_id: str, reason: Reason, detail: str = "") -> None:
-        self._refused.add(req_id)
+    def _refuse(self, new: Arrival, reason: Reason, detail: str = "") -> None:
+        given = new.extra_args or {}
+        why = f"{REFUSAL_REASONS[reason]}{f' ({detail})' if detail else ''}"
+        awaited = Refusal(refused_request(new.req_id, given.get(CLIENT_KEY)), why, time.time())
+        self._refused[new.req_id] = awaited if RESPOND_KEY in given else None
         self._refusals[reason] += 1
         log_once(
             logger,
             logging.WARNING,
             f"refused-{reason}",
-            "Request %s is served, but not traced: %s%s. Further ones are only counted "
+            "Request %s is served, but not traced: %s. Further ones are only counted "
             "(glassbox_trace_refused_total{reason=%r}).",
-            external_id(req_id),
-            REFUSAL_REASONS[reason],
-            f" ({detail})" if detail else "",
+            external_id(new.req_id),
+            why,
             reason,
         )
 
     def _finish(self, runner: Runner, req_id: str) -> None:
         self._off.discard(req_id)
-        self._refused.discard(req_id)
+        if (refusal := self._refused.pop(req_id, None)) is not None:
+            self._on_refused(refusal)
         trace = self._active.pop(req_id, None)
         if trace is None:
             return
