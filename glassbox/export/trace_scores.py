@@ -4,6 +4,7 @@ Owns taking them from where the exporter has left them, and making at once those
 has scored. Signals on demand are never made here: somebody waits for the answer.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from glassbox.signals.registry import signal_values
 from glassbox.signals.scores import scores_of
 from glassbox.signals.values import SignalValues
 from glassbox.store.acts import acts_of
-from glassbox.store.score_files import ScoreFiles, StoredScores
+from glassbox.store.score_files import ScoreFiles, StoredScores, note_awaited
 from glassbox.store.trace_directory import TraceKey
 from glassbox.store.trace_record import RequestTrace
 
@@ -78,6 +79,9 @@ class TraceScores:
             summary["probes"] |= {name: {"score": None, "reason": _LATER} for name in sorted(later)}
             summary["signals"] |= {name: {"values": {}, "refused": _LATER} for name in asked if name not in now}
             final = trace.status != "active" and not (probes or asked)
+            if later or len(now) < len(asked):
+                with contextlib.suppress(OSError):  # the disk is full
+                    note_awaited(self._run_dir)  # there may be no exporter: nothing else of a server may need one
         for name, one in values.items():
             places[name] = {value: plain(array) for value, array in one.by_place.items()}
         acts = [asdict(act) for act in acts_of(self._run_dir, key)]

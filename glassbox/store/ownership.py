@@ -154,7 +154,7 @@ def _clear(path: Path) -> None:
 
 def _leftovers(path: Path) -> Iterator[Path]:
     names = (exporter_status.STATUS_NAME, score_totals.TOTALS_NAME, api_server_note.NAME, tokenizer_note.NAME)
-    yield from (path / name for name in (*names, UNREAD_NAME, *metrics_page.NAMES))
+    yield from (path / name for name in (*names, UNREAD_NAME, score_files.AWAITED_NAME, *metrics_page.NAMES))
     yield from (path / name for name in list_files(path, "worker-", ".npz"))
     yield from (path / name for name in list_files(path, trace_refusals.PREFIX, trace_refusals.SUFFIX))
     spans = path / llm_spans.FOLDER

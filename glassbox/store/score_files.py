@@ -7,6 +7,7 @@ and the spans take it from here. What a score is made of is `signals/scores.py`'
 import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from glassbox.store.trace_directory import TraceKey
 from glassbox.store.trusted_file import list_files, make_folder, read_json, write_file
 
 FOLDER: Final = "scores"
+AWAITED_NAME: Final = "scores.awaited"
+# Where nobody has asked for so long, no exporter is started for it.
+AWAITED_S: Final = 600.0
 _PREFIX: Final = "score-"
 _SUFFIX: Final = ".json"
 # A summary has 16 probes and a few hundred numbers, and on demand there are 32 layers x heads.
@@ -128,3 +132,20 @@ def _is_probe(content: dict[str, Any]) -> bool:
 
 def _is(value: object, *kinds: type) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def note_awaited(run_dir: Path) -> None:
+    """Tell the workers of this node that somebody was shown a request without what the exporter alone makes of it.
+
+    Raises:
+        OSError: it can't be written, or there is no run directory.
+    """
+    (Path(run_dir) / AWAITED_NAME).touch(mode=0o600)
+
+
+def are_awaited(run_dir: Path) -> bool:
+    """Whether somebody was of late."""
+    try:
+        return time.time() - (Path(run_dir) / AWAITED_NAME).stat().st_mtime < AWAITED_S
+    except OSError:
+        return False

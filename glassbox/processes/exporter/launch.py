@@ -23,6 +23,7 @@ from glassbox.processes.exporter.silence import SilenceWatch, kill_exporter
 from glassbox.store import multiprocess_files, rundir
 from glassbox.store.exporter_lock import ExporterLock
 from glassbox.store.metrics_page import has_front
+from glassbox.store.score_files import are_awaited
 
 logger = get_logger(__name__)
 
@@ -67,7 +68,8 @@ def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None, 
     Args:
         config: of the moment.
         environ: of the worker; by default this process's.
-        run_dir: of the server; None leaves out the page that an API server of this node hands out.
+        run_dir: of the server; None leaves out the page that an API server of this node hands out, and the signals on
+            demand that it has shown to be missing.
     """
     environ = os.environ if environ is None else environ
     export = config.export
@@ -76,6 +78,7 @@ def is_needed(config: GlassboxConfig, environ: Mapping[str, str] | None = None, 
     pushed = (export.otel.enabled and export.otel.metrics) or export.jsonl.path is not None
     pushed = pushed or wants_records(config) or wants_spans(config)
     pushed = pushed or wants_scores(config) or wants_actions(config)
+    pushed = pushed or (run_dir is not None and may_trace(config) and are_awaited(run_dir))
     is_handed_out = run_dir is not None and has_front(run_dir)
     by_exporter = is_handed_out or multiprocess_files.directory(environ) is not None
     at_vllm = export.prometheus.shown_at_vllm and by_exporter

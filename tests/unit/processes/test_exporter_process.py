@@ -30,6 +30,7 @@ from glassbox.processes.exporter.sinks import Sinks
 from glassbox.store.exporter_lock import ExporterLock
 from glassbox.store.exporter_status import read_status
 from glassbox.store.metrics_page import FRONT_S, NAME, note_front, open_page
+from glassbox.store.score_files import AWAITED_S, note_awaited
 from glassbox.store.snapshot import write_snapshot
 from tests.export_samples import limited_file_size, make_snapshot, write_config
 from tests.otlp_receiver import OtlpReceiver
@@ -131,6 +132,15 @@ class TestIsNeeded:
         assert is_needed(config(prometheus={"on_vllm_port": False}), {}, tmp_path) is False
         (note,) = tmp_path.iterdir()
         os.utime(note, (time.time() - FRONT_S - 1,) * 2)  # nobody has scraped since
+        assert is_needed(config(), {}, tmp_path) is False
+
+    def test_signals_that_somebody_awaits(self, tmp_path: Path) -> None:
+        """A server that nobody scrapes makes those on demand, too, once a client has looked for them."""
+        assert is_needed(config(), {}, tmp_path) is False
+        note_awaited(tmp_path)
+        assert is_needed(config(), {}, tmp_path) is True
+        (note,) = tmp_path.iterdir()
+        os.utime(note, (time.time() - AWAITED_S - 1,) * 2)
         assert is_needed(config(), {}, tmp_path) is False
 
     def test_own_port_only(self) -> None:

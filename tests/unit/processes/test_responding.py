@@ -28,6 +28,7 @@ from glassbox.processes.api_server.intake import Intake
 from glassbox.processes.api_server.responding import MAX_CHOICES, Answers
 from glassbox.signals.probe import ProbeFeature
 from glassbox.store import process_name
+from glassbox.store.score_files import are_awaited
 from glassbox.store.snapshot import write_snapshot
 from glassbox.store.trace_directory import TraceDirectory, traces_path
 from glassbox.store.trace_record import RequestTrace, write_trace
@@ -154,6 +155,7 @@ class TestSummary:
         assert {name: scores[name] for name in ("probes", "signals", "final")} == said
         assert set(said["signals"]["focus"]["values"])
         assert said["signals"]["tracker"]["refused"].startswith("it is computed once, by the exporter")
+        assert are_awaited(server.run_dir)  # by which a worker starts one, where none runs
 
     def test_of_probes(self, server: Server, tmp_path: Path) -> None:
         """Their scores; one that reads a signal on demand has none yet, and says so."""
