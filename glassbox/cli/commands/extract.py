@@ -81,6 +81,9 @@ def extract(
 
         chosen = {"layers": _indices("--layers", layers), "heads": _indices("--heads", heads)}
         names = _signals(signals)
+        if url is not None and not url.startswith(("http://", "https://")):
+            told = f"--url must be an address of http or https, got {url[:80]!r}"
+            raise fail(f"{told}; write such as http://localhost:8000")
         arguments = engine_arguments(engine_arg or ())
         found = read_samples(data)
         settings = {
@@ -102,9 +105,10 @@ def extract(
                     rows = _online(url, model, Access.of(api_key, header or ()), asked)
                 _run(rows, todo, len(found.samples), batch, parts)
             problems = parts.merge(output)
-    if problems:
+    for problem, samples in problems.most_common(1):
         typer.echo(
-            f"glassbox: {problems} of {len(found.samples)} samples have no features; the column `problem` says why",
+            f"glassbox: {problems.total()} of {len(found.samples)} samples have no features, {samples} of them since: "
+            f"{problem}; the column `problem` says why",
             err=True,
         )
     typer.echo(str(output))
@@ -150,8 +154,6 @@ def _offline(
 def _online(url: str, model: str, access: "Access", asked: dict[str, Any]) -> Rows:
     from glassbox.view.samples.remote import RemoteModel
 
-    if not url.startswith(("http://", "https://")):
-        raise fail(f"--url must be an address of http or https, got {url[:80]!r}; write such as http://localhost:8000")
     return RemoteModel(url, model, access, **asked).rows
 
 

@@ -222,6 +222,8 @@ def _features(path: Path, names: Sequence[str]) -> dict[str, Feature]:
             columns[name] = parse_feature(name)
         except ValueError:
             continue
+    if not columns and "problem" in names:
+        raise ViewError(f"{path} has features of none of its samples: its column `problem` says why; extract it again")
     if not columns or "label" not in names:
         raise ViewError(f"{path} must have a column `label` and columns of features; {_REMEDY}")
     if len(set(names)) < len(names):

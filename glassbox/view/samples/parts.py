@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -53,11 +54,11 @@ class Parts:
         write_atomically(self.folder / f"{_PREFIX}{first:09d}{_SUFFIX}", sink.getvalue().to_pybytes())
         self.done |= {row.sample for row in rows}
 
-    def merge(self, output: Path) -> int:
+    def merge(self, output: Path) -> "Counter[str]":
         """Write the table and remove the folder.
 
         Returns:
-            How many samples have a problem.
+            The problems, and how many samples have each.
 
         Raises:
             OSError: it can't be written; the folder stays.
@@ -71,7 +72,7 @@ class Parts:
         pq.write_table(table, sink)
         write_atomically(output, sink.getvalue())
         shutil.rmtree(self.folder)
-        return len(table) - int(table["problem"].null_count)
+        return Counter(table["problem"].drop_null().to_pylist())
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob(f"{_PREFIX}*{_SUFFIX}"))
@@ -101,20 +102,23 @@ def open_parts(output: Path, settings: Mapping[str, Any], origin: TableOrigin, *
             for path in folder.iterdir():
                 if path.name != _LOCK:
                     path.unlink()
-        _check_settings(folder, settings, output)
-        yield Parts(folder, origin)
+        parts = Parts(folder, origin)
+        _check_settings(parts, settings, output)
+        yield parts
     finally:
         os.close(lock)
 
 
-def _check_settings(folder: Path, settings: Mapping[str, Any], output: Path) -> None:
-    path = folder / _SETTINGS
+def _check_settings(parts: Parts, settings: Mapping[str, Any], output: Path) -> None:
+    path = parts.folder / _SETTINGS
+    if not parts.done:  # of a run that got nowhere, as with a wrong address, nothing depends on its settings
+        write_atomically(path, json.dumps(settings, indent=1).encode())
+        return
     try:
         with open_regular(path, _MAX_SETTINGS) as file:
             before = parse_json(file.read())
     except FileNotFoundError:
-        write_atomically(path, json.dumps(settings, indent=1).encode())
-        return
+        raise ViewError(f"{path} is missing; begin anew with --restart") from None
     except FieldError as error:
         raise ViewError(f"{path} {error}; begin anew with --restart") from None
     differing = [name for name, value in settings.items() if not isinstance(before, dict) or before.get(name) != value]

@@ -71,6 +71,7 @@ class TestTable:
         [
             (lambda t: t.drop_columns(["label"]), "must have a column `label` and columns of features"),
             (lambda t: t.select(["sample", "label"]), "must have a column `label` and columns of features"),
+            (lambda t: t.select(["sample", "label", "problem"]), "has features of none of its samples: .* `problem`"),
             (
                 lambda t: t.set_column(t.column_names.index("label"), "label", pa.array([2, 0, 1, 0])),
                 "the column label must have true and false",
@@ -118,7 +119,7 @@ class TestParts:
         with self.open(tmp_path) as parts:
             assert {0, 1, 2, 3, 4, 5} == parts.done
             parts.add(rows[6:])
-            assert 0 == parts.merge(tmp_path / "a.parquet")
+            assert {} == parts.merge(tmp_path / "a.parquet")
         table = read_table(tmp_path / "a.parquet")
         assert tuple(row.id for row in rows) == table.ids
         assert [tmp_path / "a.parquet"] == list(tmp_path.iterdir())
@@ -140,7 +141,7 @@ class TestParts:
         with self.open(tmp_path) as parts:
             parts.add([replace(rows[0], problem="too long", features={})])
             parts.add(rows[1:])
-            assert 1 == parts.merge(tmp_path / "a.parquet")
+            assert {"too long": 1} == parts.merge(tmp_path / "a.parquet")
         assert pq.read_table(tmp_path / "a.parquet")["problem"].to_pylist() == ["too long", None, None]
 
     def test_other_settings_are_not_mixed(self, tmp_path: Path) -> None:
@@ -154,6 +155,22 @@ class TestParts:
             pass
         with self.open(tmp_path, restart=True, max_tokens=9) as parts:
             assert set() == parts.done
+
+    def test_a_run_that_got_nowhere(self, tmp_path: Path) -> None:
+        """Whoever corrects an option need not begin anew: nothing depends on the old one. Nor are parts without
+        settings mixed with any."""
+        with self.open(tmp_path):
+            pass
+        with self.open(tmp_path, max_tokens=9) as parts:
+            parts.add(make_rows(2))
+        with pytest.raises(ViewError, match="was begun with another max_tokens"), self.open(tmp_path):
+            pass
+        (tmp_path / "a.parquet.parts" / "settings.json").unlink()
+        with (
+            pytest.raises(ViewError, match=r"settings.json is missing; begin anew with --restart"),
+            self.open(tmp_path),
+        ):
+            pass
 
     def test_one_at_a_time(self, tmp_path: Path) -> None:
         """Two would write each other's samples."""
