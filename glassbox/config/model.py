@@ -815,6 +815,11 @@ class WebhookConfig(_Section):
         )
 
 
+def _which(one: object) -> str:
+    """Of two keys of which exactly one is wanted, and isn't there."""
+    return "neither" if one is None else "both"
+
+
 def _is_this_host(url: str) -> bool:
     host = urlsplit(url).hostname or ""
     try:
@@ -925,18 +930,24 @@ class RuleConfig(_Section):
     @model_validator(mode="after")
     def _check_whole(self) -> "RuleConfig":
         if (self.probe is None) == (self.signal is None):
-            raise ValueError("must have either probe or signal; give one of them")
+            raise ValueError(f"must have either probe or signal, got {_which(self.probe)}; give one of them")
         if (self.above is None) == (self.below is None):
-            raise ValueError("must have either above or below; give one of them")
+            raise ValueError(f"must have either above or below, got {_which(self.above)}; give one of them")
         if "abort" in self.do and self.when == "ended":
-            raise ValueError("must look at requests that run, to abort them; write `when: running`, or remove abort")
+            raise ValueError(
+                "must look at requests that run, to abort them, got when: ended; write `when: running`, or remove abort"
+            )
         if self.watches_running and self.signal and signal_row(self.signal.partition(".")[0]).cost == "on demand":
             raise ValueError(
-                f"must look at {self.signal} once requests have ended, for it is made of all their queries and keys; "
-                "write `when: ended`, without abort"
+                f"must look at {self.signal} once requests have ended, for it is made of all their queries and keys, "
+                f"got {'abort' if 'abort' in self.do else 'when: running'}; write `when: ended`, without abort"
             )
         if "webhook" in self.do and (self.webhook.url is None or self.webhook.secret_file is None):
-            raise ValueError("must have webhook.url and webhook.secret_file to send webhooks; give both, or remove it")
+            given = [name for name in ("url", "secret_file") if getattr(self.webhook, name) is not None]
+            raise ValueError(
+                "must have webhook.url and webhook.secret_file to send webhooks, got "
+                f"{given[0] if given else 'neither'}; give both, or remove webhook from do"
+            )
         return self
 
     @property

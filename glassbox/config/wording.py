@@ -77,6 +77,8 @@ def _describe(detail: ErrorDetails, model: type[BaseModel]) -> tuple[str, str]:
         # A validator of ours, which words rule and remedy itself.
         rule, _, own_remedy = str(detail["ctx"]["error"]).partition("; ")
         remedy = own_remedy or remedy
+        if ", got " in rule:  # of several keys: it says, too, which of them there are
+            return rule, remedy
     elif problem == "missing":
         return f"{rule}, got nothing", remedy
     elif problem in _EXPECTED_TYPES:

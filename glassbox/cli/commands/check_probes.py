@@ -56,7 +56,13 @@ def probe_lines(config: "GlassboxConfig", probes: "Sequence[Probe]") -> Iterator
             )
     rate = config.requests.trace_rate
     if rate <= 0:
-        yield "Scored are requests whose client asks for a trace; requests.trace_rate is 0, so no others."
+        if probes:
+            yield "Scored are requests whose client asks for a trace; requests.trace_rate is 0, so no others."
+        if config.requests.signals:
+            yield (
+                f"Signals {_listed(config.requests.signals)} (requests.signals) are computed of no request: they are "
+                "for those that requests.trace_rate chooses, which is 0; raise it, or let clients name signals."
+            )
         return
     options = sampled_options(probes, config.sampled_signals)
     every = "every row of the prompt" if options.prompt != "sampled" else "sampled rows of the prompt"

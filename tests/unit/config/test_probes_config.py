@@ -126,6 +126,14 @@ class TestCheck:
         assert "('lost' from 0.75 on)" in said
         assert "requests.trace_rate is 0" in said
 
+    def test_signals_of_no_request(self, file: Path) -> None:
+        """Named without a rate that chooses requests: nothing is computed, and that is said."""
+        file.write_text("requests: {signals: [spectral, rauq]}")
+        told = "Signals spectral, rauq (requests.signals) are computed of no request"
+        assert told in self.checked(file)
+        file.write_text("requests: {signals: [spectral, rauq], trace_rate: 0.01}")
+        assert told not in self.checked(file)
+
     def test_of_spans(self, file: Path, tmp_path: Path) -> None:
         """Only a client knows them."""
         features = (ProbeFeature("prompt_span.system_L1_H0", 0.5, 0.1, 1.0),)

@@ -61,20 +61,20 @@ class TestRules:
     @pytest.mark.parametrize(
         ("change", "told"),
         [
-            ({"probe": None}, ".0 must have either probe or signal, got a mapping; give one of them"),
-            ({"signal": "spectral.sv1"}, ".0 must have either probe or signal, got a mapping; give one of them"),
-            ({"above": None}, ".0 must have either above or below, got a mapping; give one of them"),
-            ({"below": 0.1}, ".0 must have either above or below, got a mapping; give one of them"),
+            ({"probe": None}, ".0 must have either probe or signal, got neither; give one of them"),
+            ({"signal": "spectral.sv1"}, ".0 must have either probe or signal, got both; give one of them"),
+            ({"above": None}, ".0 must have either above or below, got neither; give one of them"),
+            ({"below": 0.1}, ".0 must have either above or below, got both; give one of them"),
             ({"name": "a|b"}, ".0.name must be 1 to 64 letters, digits, _, . or -, got the string 'a|b'; give it one "
              "such as injection"),
             ({"do": ["kill"]}, ".0.do.0 must be a list of log, tag, abort and webhook, each once, got the string "
              "'kill'; write [log]"),
             ({"do": ["log", "log"]}, ".0.do must be a list of log, tag, abort and webhook, each once, got "
              "['log', 'log']; delete the repeated one"),
-            ({"do": ["abort"], "when": "ended"}, ".0 must look at requests that run, to abort them, got a mapping; "
+            ({"do": ["abort"], "when": "ended"}, ".0 must look at requests that run, to abort them, got when: ended; "
              "write when: running, or remove abort"),
-            ({"do": ["webhook"]}, ".0 must have webhook.url and webhook.secret_file to send webhooks, got a mapping; "
-             "give both, or remove it"),
+            ({"do": ["webhook"]}, ".0 must have webhook.url and webhook.secret_file to send webhooks, got neither; "
+             "give both, or remove webhook from do"),
             ({"per_minute": 0}, ".0.per_minute must be between 1 and 6000, got 0; use 60"),
             ({"dry_run": "no"}, ".0.dry_run must be true or false, got the string 'no'; write false without quotes"),
             ({"thresold": 1}, ".0.thresold is not a known key; known here: name, probe, signal, above, below, when, "
@@ -105,7 +105,12 @@ class TestRules:
         """They are not made while a request runs."""
         rule = {"name": "r", "signal": "routing.phi_hat", "below": 0.1}
         assert not parsed(rule).actions.watches_running
-        assert "must look at routing.phi_hat once requests have ended" in refused({**rule, "do": ["abort"]})
+        told = (
+            ".0 must look at routing.phi_hat once requests have ended, for it is made of all their queries and keys, "
+            "got {}; write when: ended, without abort"
+        )
+        assert told.format("abort") == refused({**rule, "do": ["abort"]})
+        assert told.format("when: running") == refused({**rule, "when": "running"})
 
     def test_of_sampled_requests(self) -> None:
         """What rules look at is there, beside what else is asked for; each once."""
