@@ -55,6 +55,7 @@ MAY_BE_EMPTY: Final = {
     "KV cache error by layers": "the cache is not quantised",
     "KV cache saturation by layers": "the cache is not quantised",
     "Configuration reloads": "the annotation marks a change of the last seconds",
+    "Actions by rule and outcome": "there is no rule",
     **{str(panel.title): "LoRA adapters are not told apart" for panel in adapter_panels.adapters()},
     **{str(panel.title): "there is no probe, and nobody asks for a signal" for panel in probe_panels.scores()},
 }
@@ -224,8 +225,8 @@ class TestQueries:
         }
         assert 30 < len(seen)
         assert {name: known[name] - {"job", "instance"} for name in seen} == seen
-        # Without what there is of adapters, of an exporter or of probes alone.
-        others = ("adapter_", "exporter_", "sink_", "probe_", "signal_", "scoring_")
+        # Without what there is of rules, adapters, an exporter or probes alone.
+        others = ("actions_", "adapter_", "exporter_", "sink_", "probe_", "signal_", "scoring_")
         needs_an_event = {
             "glassbox_errors_total",
             "glassbox_dropped_rows_total",
