@@ -145,7 +145,7 @@ class TestExporterProcess:
         server.edit_config(export=export(jsonl={"path": str(path)}))
         (exporter,) = wait_for(lambda: exporters(server), bool, what="an exporter")
         assert_serves(server)
-        wait_for(path.exists, bool, what="a window in the file")
+        wait_for(path.exists, bool, 90.0, "a window in the file")
         begin = errors(server, "exporter")
         exporter.send_signal(signal.SIGKILL)
         (successor,) = wait_for(

@@ -117,7 +117,7 @@ class TestTenants:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda _: tenants.ask("bob", "/v1/completions", **named), range(60)))
         tenants.ask("bob", "/v1/completions")  # the worker hears of an end with its next step
-        assert len(tenants.settled("bob", 25)) <= 31
+        wait_for(lambda: len(tenants.ids("bob")), lambda kept: 25 <= kept <= 31, 60.0, "what bob may keep")
         again = tenants.get("alice", f"/{request_id}").json()
         assert (again["internal_id"], again["others"]) == (first["internal_id"], [])
         assert tenants.ids("alice") == own
@@ -287,11 +287,14 @@ class TestRunDirectory:
         path = tenants.server.run_dir / name
         put(path)
         try:
-            asked = httpx.get(f"{tenants.server.url}/metrics", timeout=20.0)
-            assert asked.status_code == 200
-            assert "glassbox_steps_total" in asked.text
-            assert 'rank="7"' not in asked.text
-            assert "alice" not in asked.text
+            page = wait_for(
+                lambda: httpx.get(f"{tenants.server.url}/metrics", timeout=20.0).raise_for_status().text,
+                lambda text: "glassbox_steps_total" in text,
+                30.0,
+                "glassbox's metrics",
+            )
+            assert 'rank="7"' not in page
+            assert "alice" not in page
             assert 200 == status_and_body(tenants.own_port, "GET", LIST, {"Authorization": f"Bearer {TOKEN}"})[0]
         finally:
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
