@@ -9,27 +9,29 @@ compressed bodies, streams that fail. It knows ASGI and the formats of the APIs,
 
 import json
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Final
 
+from glassbox.adapter.event_stream import (
+    BREAK,
+    DATA,
+    DONE,
+    MEDIA_TYPE,
+    Message,
+    Send,
+    chunk_without_choices,
+    last_chunk,
+)
 from glassbox.core.logs import get_logger, log_once
 
 logger = get_logger(__name__)
 
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
 # Waits for the field's value, which is JSON; None: there is none.
 Field = Callable[[], Awaitable[bytes | None]]
 
 _JSON: Final = "application/json"
-_EVENTS: Final = "text/event-stream"
-_DONE: Final = b"data: [DONE]"
-# Line breaks in a text are escaped in JSON, so nothing that a model says looks like these.
-_BREAK: Final = b"\n\n"
-_DATA: Final = b"data: "
 _NO_CHOICES: Final = b'"choices":[]'
 _LAST_EVENTS: Final = (b"event: message_stop\n", b"event: response.completed\n", b"event: response.incomplete\n")
-_CHUNK_MEMBERS: Final = ("id", "object", "created", "model")
 
 
 class Reply:
@@ -75,7 +77,7 @@ class Reply:
         kind = _kind(self._start)
         if self._held:
             return _Whole(self._send, self._start, self._name, self._value)
-        if kind == _EVENTS:
+        if kind == MEDIA_TYPE:
             return _Stream(self._send, self._name, self._value)
         if self._start["status"] == 200:
             log_once(
@@ -146,7 +148,7 @@ class _Stream:
         body: bytes = message.get("body", b"")
         if self._added:
             await self._send(message)
-        elif body.startswith(_DONE) or _BREAK + _DONE in body:
+        elif body.startswith(DONE) or BREAK + DONE in body:
             await self._before_done(message, body)
         elif body.startswith(_LAST_EVENTS):
             self._added = True
@@ -156,9 +158,9 @@ class _Stream:
 
     async def _pass(self, message: Message, body: bytes) -> None:
         await self._send_usage()
-        if body.startswith(_DATA):
+        if body.startswith(DATA):
             self._last = body
-            if _NO_CHOICES in body and body.endswith(_BREAK) and message.get("more_body", False):
+            if _NO_CHOICES in body and body.endswith(BREAK) and message.get("more_body", False):
                 self._usage = message
                 return
         await self._send(message)
@@ -170,24 +172,23 @@ class _Stream:
 
     async def _before_done(self, message: Message, body: bytes) -> None:
         self._added = True
-        before, _, rest = body.rpartition(_DONE)
+        before, _, rest = body.rpartition(DONE)
         last = before or self._last
-        chunk = _object(last)
-        value = None if chunk is None or "error" in chunk or "choices" not in chunk else await self._field()
+        chunk = last_chunk(last) if last.startswith(DATA) else None
+        value = None if chunk is None or "error" in chunk else await self._field()
         if value is not None and self._usage is not None:
             usage, self._usage = self._usage["body"], None
-            text = with_member(usage.removeprefix(_DATA), self._name, value)
-            await self._send({**message, "body": _DATA + text + _BREAK, "more_body": True})
+            text = with_member(usage.removeprefix(DATA), self._name, value)
+            await self._send({**message, "body": DATA + text + BREAK, "more_body": True})
         elif value is not None and chunk is not None:
-            own: dict[str, Any] = {name: chunk[name] for name in _CHUNK_MEMBERS if name in chunk} | {"choices": []}
-            text = with_member(json.dumps(own, separators=(",", ":")).encode(), self._name, value)
-            before += _DATA + text + _BREAK
+            text = with_member(chunk_without_choices(chunk), self._name, value)
+            before += DATA + text + BREAK
         await self._send_usage()
-        await self._send({**message, "body": before + _DONE + rest})
+        await self._send({**message, "body": before + DONE + rest})
 
     async def _in_event(self, body: bytes) -> bytes:
-        head, mark, data = body.partition(b"\n" + _DATA)
-        event, _, rest = data.partition(_BREAK)
+        head, mark, data = body.partition(b"\n" + DATA)
+        event, _, rest = data.partition(BREAK)
         value = await self._field() if mark else None
         if value is None:
             return body
@@ -198,14 +199,4 @@ class _Stream:
                 event = json.dumps(parsed, separators=(",", ":"), ensure_ascii=False).encode()
         except (ValueError, KeyError):
             event = with_member(event, self._name, value)
-        return head + mark + event + _BREAK + rest
-
-
-def _object(chunk: bytes) -> dict[str, Any] | None:
-    """What the last event of some holds; None if that is no JSON object."""
-    text = chunk.rstrip().rpartition(_DATA)[2] if chunk.startswith(_DATA) else b""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+        return head + mark + event + BREAK + rest

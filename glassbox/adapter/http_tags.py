@@ -5,19 +5,22 @@ begins before its request is measured, so there it is always too late for one: a
 its `[DONE]`, without choices, as vLLM's usage chunk is. Streams of named events tell nothing.
 """
 
-import json
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Final
+from collections.abc import Awaitable
+from typing import Final
 
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
+from glassbox.adapter.event_stream import (
+    BREAK,
+    DATA,
+    DONE,
+    MEDIA_TYPE,
+    Message,
+    Send,
+    chunk_without_choices,
+    last_chunk,
+)
 
 HEADER: Final = "x-glassbox-rules"
 MEMBER: Final = "glassbox_rules"
-_EVENTS: Final = b"text/event-stream"
-_DATA: Final = b"data: "
-_DONE: Final = b"data: [DONE]"
-_CHUNK_MEMBERS: Final = ("id", "object", "created", "model")
 
 
 class Tags:
@@ -52,7 +55,7 @@ class Tags:
         self._begun = True
         headers = list(message.get("headers", ()))
         types = [value for name, value in headers if name.lower() == b"content-type"]
-        self._is_stream = message["status"] == 200 and any(value.startswith(_EVENTS) for value in types)
+        self._is_stream = message["status"] == 200 and any(value.startswith(MEDIA_TYPE.encode()) for value in types)
         self._in_header = sorted(set(self._names))
         if not self._in_header:
             return message
@@ -60,26 +63,15 @@ class Tags:
 
     def _chunk(self, message: Message) -> Message:
         body: bytes = message.get("body", b"")
-        if _DONE not in body:
+        if DONE not in body:
             self._last = body or self._last
             return message
         self._done = True
         late = sorted(set(self._names) - set(self._in_header))
-        before, _, rest = body.rpartition(_DONE)
-        chunk = _members_of(before or self._last)
+        before, _, rest = body.rpartition(DONE)
+        chunk = last_chunk(before or self._last)
         if not late or chunk is None:
             return message
-        text = json.dumps({**chunk, "choices": [], MEMBER: late}, separators=(",", ":")).encode()
+        text = chunk_without_choices(chunk, **{MEMBER: late})
         # What comes with the end stays the last, as a summary that the request has asked for (`http_reply.py`).
-        return {**message, "body": _DATA + text + b"\n\n" + before + _DONE + rest}
-
-
-def _members_of(events: bytes) -> dict[str, Any] | None:
-    """What chunks of a stream have in common, of the last one here; None if that is none."""
-    try:
-        chunk = json.loads(events.rstrip().rpartition(_DATA)[2])
-    except ValueError:
-        return None
-    if not isinstance(chunk, dict) or "choices" not in chunk:
-        return None
-    return {name: chunk[name] for name in _CHUNK_MEMBERS if name in chunk}
+        return {**message, "body": DATA + text + BREAK + before + DONE + rest}
