@@ -26,10 +26,8 @@ from glassbox.adapter.offline_engine import (
 from glassbox.config.load import GlassboxConfig, find_config, load_config
 from glassbox.core.counters import BYPASS_REASONS
 from glassbox.core.trace_options import (
-    CHOICE_KEY,
     PROMPT_KEY,
     ROWS_KEY,
-    SIGNALS_KEY,
     TOP_K_KEY,
     Span,
     parse_options,
@@ -189,10 +187,8 @@ def _options(
 
 
 def _signal_options(prompt: str, signals: Iterable[str]) -> dict[str, Any]:
-    options: dict[str, Any] = {} if prompt == "sampled" else {PROMPT_KEY: prompt}
-    if names := list(signals):
-        options[SIGNALS_KEY] = names
-    parse_options({CHOICE_KEY: "trace", **options})
+    options = traced_with(signals=signals) | ({} if prompt == "sampled" else {PROMPT_KEY: prompt})
+    parse_options(options)
     return options
 
 
