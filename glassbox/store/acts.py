@@ -5,7 +5,6 @@ writes them; every process of the server reads them.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from glassbox.store.file_names import key_digest
 from glassbox.store.trace_directory import TraceKey
 from glassbox.store.trusted_file import list_files, make_folder, read_json, write_file
 
@@ -121,6 +121,4 @@ def _decode(content: dict[str, Any]) -> Act:
 
 
 def _path(run_dir: Path, key: TraceKey) -> Path:
-    # With the client: where vLLM's ids are the clients', two of them may choose the same.
-    whole = json.dumps(key).encode()
-    return Path(run_dir) / FOLDER / f"{hashlib.sha256(whole).hexdigest()[:32]}.json"
+    return Path(run_dir) / FOLDER / f"{key_digest(key)}.json"

@@ -4,8 +4,6 @@ Owns these files. A worker doesn't hear of log-probabilities: the process that t
 leaves them here, and whoever reads a trace finds them under the same request and client.
 """
 
-import hashlib
-import re
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.core.files import FileVersion
+from glassbox.store.file_names import clean, request_digest
 from glassbox.store.trace_record import UNKNOWN
 from glassbox.store.trusted_file import list_files, make_folder, read_file, write_file
 
 _PREFIX: Final = "logprobs-"
 _SUFFIX: Final = ".f32"
-_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
 _DTYPE: Final = np.dtype("<f4")
 # More tokens than any context has.
 MAX_BYTES: Final = 1 << 26
@@ -30,9 +28,7 @@ _PRUNE_EVERY: Final = 64
 
 def _name(internal_id: str, client: str | None) -> str:
     # A client chooses a part of the id, so nothing of it stands in a name; whose the file is does.
-    whole = f"{client or ''}/{internal_id}".encode("utf-8", "surrogatepass")
-    owner = _UNSAFE.sub("_", client or UNKNOWN)
-    return f"{_PREFIX}{owner}-{hashlib.sha256(whole).hexdigest()[:32]}{_SUFFIX}"
+    return f"{_PREFIX}{clean(client or UNKNOWN)}-{request_digest(internal_id, client)}{_SUFFIX}"
 
 
 def _too_many(files: Mapping[str, FileVersion], keep: int) -> list[str]:

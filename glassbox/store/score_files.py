@@ -5,7 +5,6 @@ and the spans take it from here. What a score is made of is `signals/scores.py`'
 """
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Collection, Mapping
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from glassbox.core.files import FileVersion
+from glassbox.store.file_cache import FileCache
+from glassbox.store.file_names import key_digest
 from glassbox.store.trace_directory import TraceKey
 from glassbox.store.trusted_file import list_files, make_folder, read_json, write_file
 
@@ -48,7 +49,7 @@ class ScoreFiles:
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = Path(run_dir) / FOLDER
-        self._cache: dict[str, tuple[FileVersion, StoredScores | None]] = {}
+        self._files = FileCache(lambda name: _read(self._folder / name))
         self._versions: dict[str, FileVersion] = {}
 
     def write(self, key: TraceKey, scores: StoredScores) -> None:
@@ -74,17 +75,14 @@ class ScoreFiles:
             OSError: the folder may not be listed.
         """
         self._versions = list_files(self._folder, _PREFIX, _SUFFIX)
-        self._cache = {name: entry for name, entry in self._cache.items() if name in self._versions}
+        self._files.keep(self._versions)
         return self._versions
 
     def of(self, key: TraceKey) -> StoredScores | None:
         """The scores of a request; None if it has none, or they can't be read."""
         name = _name(key)
-        if (version := self._versions.get(name)) is None:
-            return None
-        if name not in self._cache or self._cache[name][0] != version:
-            self._cache[name] = (version, _read(self._folder / name))
-        return self._cache[name][1]
+        version = self._versions.get(name)
+        return None if version is None else self._files.of(name, version)
 
     def keep(self, keys: Collection[TraceKey]) -> None:
         """Remove the files of all other requests: their traces are gone.
@@ -100,9 +98,7 @@ class ScoreFiles:
 
 
 def _name(key: TraceKey) -> str:
-    engine, internal_id, client = key
-    whole = json.dumps([engine, internal_id, client]).encode()
-    return f"{_PREFIX}{hashlib.sha256(whole).hexdigest()[:32]}{_SUFFIX}"
+    return f"{_PREFIX}{key_digest(key)}{_SUFFIX}"
 
 
 def _read(path: Path) -> StoredScores | None:

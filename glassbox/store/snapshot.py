@@ -7,7 +7,6 @@ but time.
 
 import io
 import json
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -30,6 +29,8 @@ from glassbox.core.counters import ENGINE_NUMBER, EngineValue
 from glassbox.core.files import FileVersion
 from glassbox.core.logs import get_logger
 from glassbox.core.output_checks import LAYER_CHECK_DTYPES, LayerChecks
+from glassbox.store.file_cache import FileCache
+from glassbox.store.file_names import clean
 from glassbox.store.process_name import is_dead
 from glassbox.store.trusted_file import list_files, make_folder, open_file, write_file
 
@@ -38,7 +39,6 @@ logger = get_logger(__name__)
 FORMAT_VERSION: Final = 6
 _CHECKS: Final = "checks_"  # before the names of the arrays of LayerChecks in a file
 _ADAPTERS: Final = "adapters_"  # likewise of AdapterArrays, if it has those
-_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
 # 80 layers of 64 heads take 2 to 20 MB, by how large their counts are.
 MAX_BYTES: Final = 1 << 28
 # Merging makes room for every head of the model, so few bytes must not be able to ask for very many.
@@ -173,7 +173,7 @@ _META: Final = tuple(field.name for field in fields(Snapshot) if field.name not 
 
 def snapshot_name(snapshot: Snapshot) -> str:
     """File name of a snapshot: one per instance, so that writing again replaces it."""
-    engine, instance = (_UNSAFE.sub("_", part) for part in (snapshot.engine, snapshot.instance))
+    engine, instance = map(clean, (snapshot.engine, snapshot.instance))
     return f"worker-{engine}-{snapshot.rank}-{instance}.npz"
 
 
@@ -264,7 +264,7 @@ class SnapshotReader:
 
     def __init__(self, run_dir: Path, *, named: bool = False, clock: Callable[[], float] = time.time) -> None:
         self._run_dir, self._named, self._clock = Path(run_dir), named, clock
-        self._cache: dict[str, tuple[FileVersion, Snapshot | None]] = {}
+        self._files = FileCache(self._load)
         self.unreadable = 0
 
     def versions(self) -> dict[str, FileVersion]:
@@ -274,8 +274,8 @@ class SnapshotReader:
             OSError: the directory may not be listed, or is not this user's.
         """
         versions = list_files(self._run_dir, "worker-", ".npz", named=self._named)
-        self._cache = {name: entry for name, entry in self._cache.items() if name in versions}
-        dead = self._dead({name: entry[1] for name, entry in self._cache.items() if versions[name] == entry[0]})
+        self._files.keep(versions)
+        dead = self._dead({name: snapshot for name, read, snapshot in self._files.items() if versions[name] == read})
         return {name: version for name, version in versions.items() if name not in dead}
 
     def _dead(self, snapshots: Mapping[str, Snapshot | None]) -> set[str]:
@@ -304,10 +304,7 @@ class SnapshotReader:
             OSError: if the directory exists but may not be listed.
         """
         versions = self.versions() if versions is None else versions
-        for name, version in versions.items():
-            if name not in self._cache or self._cache[name][0] != version:
-                self._cache[name] = (version, self._load(name))
-        found = {name: self._cache[name][1] for name in sorted(versions)}
+        found = {name: self._files.of(name, version) for name, version in sorted(versions.items())}
         dead = self._dead(found)
         return [snapshot for name, snapshot in found.items() if snapshot is not None and name not in dead]
 
@@ -350,7 +347,7 @@ class EngineWorkers:
         Raises:
             OSError: the directory may not be listed, or is not this user's.
         """
-        names = list_files(self._run_dir, f"worker-{_UNSAFE.sub('_', engine)}-", ".npz")
+        names = list_files(self._run_dir, f"worker-{clean(engine)}-", ".npz")
         self._known = {name: self._known[name] if name in self._known else self._read(name) for name in names}
         found = (worker for worker in self._known.values() if worker is not None and worker.engine == engine)
         return [worker for worker in found if not is_dead(worker.instance)]

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 
 from glassbox.core.files import FileVersion
 from glassbox.core.logs import get_logger, log_once
+from glassbox.store.file_cache import FileCache
 from glassbox.store.logprobs_files import read_logprobs
 from glassbox.store.trace_ranks import merge_ranks
 from glassbox.store.trace_record import (
@@ -96,7 +97,7 @@ class TraceDirectory:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = traces_path(run_dir)
-        self._cache: dict[str, tuple[FileVersion, dict[str, Any] | None]] = {}
+        self._headers = FileCache(lambda name: self._try(read_header, name))
         self._seen: dict[str, FileVersion] = {}
         self.unreadable = 0
 
@@ -114,7 +115,7 @@ class TraceDirectory:
         """Names of the files of requests that run, and of those that can't be read."""
         versions = self.versions()
         self._requests(versions, versions)
-        return [name for name, (_, header) in self._cache.items() if header is None or header["status"] == "active"]
+        return [name for name, _, header in self._headers.items() if header is None or header["status"] == "active"]
 
     def read(self) -> list[RequestTrace]:
         """All traces, merged over workers, newest first. Reads every file: `summaries` is cheaper."""
@@ -202,12 +203,10 @@ class TraceDirectory:
         Args:
             versions: of all files; what is known of others is forgotten.
         """
-        self._cache = {name: entry for name, entry in self._cache.items() if name in versions}
+        self._headers.keep(versions)
         requests: dict[TraceKey, dict[str, dict[str, Any]]] = {}
         for name in sorted(names):
-            if name not in self._cache or self._cache[name][0] != versions[name]:
-                self._cache[name] = (versions[name], self._try(read_header, name))
-            if (header := self._cache[name][1]) is not None:
+            if (header := self._headers.of(name, versions[name])) is not None:
                 key = header["engine"], header["internal_id"], header["client"]
                 requests.setdefault(key, {})[name] = header
         newest_first = sorted(requests, key=lambda key: (-_start(requests[key]), key[:2], key[2] or ""))

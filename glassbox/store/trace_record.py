@@ -6,7 +6,6 @@ ranks become one `trace_ranks.py`, how a directory of them is read and kept smal
 ask `core/trace_options.py`, whose names can be imported from here, too.
 """
 
-import hashlib
 import io
 import json
 import re
@@ -33,6 +32,7 @@ from glassbox.core.trace_options import (
     TraceOptions,
     parse_options,
 )
+from glassbox.store.file_names import clean, request_digest
 from glassbox.store.trusted_file import make_folder, open_file, write_file
 
 __all__ = [
@@ -70,7 +70,8 @@ Why = Literal["opt_in", "sampled"]
 Status = Literal["active", "finished", "aborted", "lost"]
 
 _INTERNAL: Final = re.compile(r"(?:\d+_)?(?P<external>.+)-[0-9a-f]{8}", re.DOTALL)
-_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
+# Of the digest at a name's end.
+_DIGITS: Final = 12
 # In names, of a client that isn't known.
 UNKNOWN: Final = "unknown"
 _NAME_CHARS: Final = 80
@@ -250,14 +251,13 @@ def trace_name(engine: str, rank: int, instance: str, client: str | None, intern
     A client chooses a part of the id: it is cut and cleaned, and a digest keeps names apart. The client's own name is
     part of it, so that whose a file is can be told without reading it, and no client's file replaces another's.
     """
-    parts = (_clean(instance), _client_part(client), _clean_id(internal_id))
+    parts = (clean(instance), _client_part(client), _clean_id(internal_id))
     return f"{trace_prefix(engine, rank)}{'-'.join(parts)}{trace_suffix(client, internal_id)}"
 
 
 def trace_suffix(client: str | None, internal_id: str) -> str:
     """How the names of a request's traces end, on whichever worker."""
-    whole = f"{client or ''}/{internal_id}".encode("utf-8", "surrogatepass")
-    return f"-{hashlib.sha256(whole).hexdigest()[:12]}.npz"
+    return f"-{request_digest(internal_id, client)[:_DIGITS]}.npz"
 
 
 def client_of_name(name: str) -> str | None:
@@ -283,16 +283,12 @@ def may_be_of(name: str, request_id: str) -> bool:
     )
 
 
-def _clean(text: str) -> str:
-    return _UNSAFE.sub("_", text)
-
-
 def _clean_id(request_id: str) -> str:
-    return _clean(request_id[:_NAME_CHARS])
+    return clean(request_id[:_NAME_CHARS])
 
 
 def _client_part(client: str | None) -> str:
-    return _clean(client or UNKNOWN)
+    return clean(client or UNKNOWN)
 
 
 def _parts(name: str) -> list[str] | None:
@@ -302,7 +298,7 @@ def _parts(name: str) -> list[str] | None:
 
 def trace_prefix(engine: str, rank: int) -> str:
     """How the names of a worker's files begin, and those of its predecessors after a restart."""
-    return f"trace-{_UNSAFE.sub('_', engine)}-{rank}-"
+    return f"trace-{clean(engine)}-{rank}-"
 
 
 def write_trace(directory: Path, trace: RequestTrace) -> Path:

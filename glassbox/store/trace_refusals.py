@@ -4,15 +4,14 @@ Owns the file of each worker: its newest refusals, each with its reason in words
 for a trace that never comes.
 """
 
-import hashlib
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from glassbox.core.files import FileVersion
+from glassbox.store.file_cache import FileCache
+from glassbox.store.file_names import clean
 from glassbox.store.trusted_file import list_files, read_json, write_file
 
 PREFIX: Final = "refused-"
@@ -21,7 +20,6 @@ SUFFIX: Final = ".json"
 MAX_REFUSALS: Final = 256
 MAX_WHY: Final = 300
 _MAX_BYTES: Final = 1 << 19
-_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.]")
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Refusal:
     """Of one request.
 
     Attributes:
-        request: what tells it from others, without saying who asked; see `refused_request`.
+        request: what tells it from others, without saying who asked; see `file_names.request_digest`.
         why: in words.
         time_s: Unix time at which it came.
     """
@@ -53,12 +51,6 @@ class WorkerRefusals:
     refusals: dict[str, Refusal]
 
 
-def refused_request(internal_id: str, client: str | None) -> str:
-    """What tells a client's request from others."""
-    whole = f"{client or ''}/{internal_id}".encode("utf-8", "surrogatepass")
-    return hashlib.sha256(whole).hexdigest()[:32]
-
-
 def write_refusals(run_dir: Path, engine: str, rank: int, instance: str, refusals: Iterable[Refusal]) -> None:
     """Replace a worker's file.
 
@@ -67,7 +59,7 @@ def write_refusals(run_dir: Path, engine: str, rank: int, instance: str, refusal
     """
     told = [asdict(refusal) | {"why": refusal.why[:MAX_WHY]} for refusal in refusals][-MAX_REFUSALS:]
     content = {"engine": engine, "instance": instance, "refusals": told}
-    write_file(Path(run_dir) / f"{PREFIX}{_UNSAFE.sub('_', engine)}-{rank}{SUFFIX}", json.dumps(content).encode())
+    write_file(Path(run_dir) / f"{PREFIX}{clean(engine)}-{rank}{SUFFIX}", json.dumps(content).encode())
 
 
 class RefusalReader:
@@ -75,7 +67,7 @@ class RefusalReader:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = Path(run_dir)
-        self._cache: dict[str, tuple[FileVersion, WorkerRefusals | None]] = {}
+        self._files = FileCache(lambda name: _read(self._run_dir / name))
 
     def read(self) -> list[WorkerRefusals]:
         """What is there now; a file that can't be read says nothing.
@@ -84,13 +76,9 @@ class RefusalReader:
             OSError: the run directory may not be listed, or is not this user's.
         """
         found = list_files(self._run_dir, PREFIX, SUFFIX)
-        self._cache = {
-            name: self._cache[name]
-            if name in self._cache and self._cache[name][0] == version
-            else (version, _read(self._run_dir / name))
-            for name, version in found.items()
-        }
-        return [refusals for _, refusals in self._cache.values() if refusals is not None]
+        self._files.keep(found)
+        told = [self._files.of(name, version) for name, version in found.items()]
+        return [refusals for refusals in told if refusals is not None]
 
 
 def _read(path: Path) -> WorkerRefusals | None:

@@ -22,10 +22,11 @@ from glassbox.adapter.http_reply import Reply
 from glassbox.adapter.server import SentRequest
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
+from glassbox.store.file_names import request_digest
 from glassbox.store.snapshot import EngineWorkers
 from glassbox.store.trace_directory import TraceDirectory, prompt_number
 from glassbox.store.trace_record import call_and_sample, trace_suffix
-from glassbox.store.trace_refusals import RefusalReader, WorkerRefusals, refused_request
+from glassbox.store.trace_refusals import RefusalReader, WorkerRefusals
 
 if TYPE_CHECKING:
     from glassbox.export.trace_scores import TraceScores
@@ -214,7 +215,7 @@ class Summaries:
 
     def _refused(self, choice: Choice) -> str | None:
         """Why no worker traces it; None as long as one may."""
-        request = refused_request(choice.internal_id, choice.client)
+        request = request_digest(choice.internal_id, choice.client)
         with self._lock:
             found = [
                 (worker, refusal)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from glassbox.processes.worker.traces.refusals import PAUSE_S, RefusalNotes
-from glassbox.store.trace_refusals import MAX_REFUSALS, MAX_WHY, Refusal, RefusalReader, refused_request
+from glassbox.store.file_names import request_digest
+from glassbox.store.trace_refusals import MAX_REFUSALS, MAX_WHY, Refusal, RefusalReader
 from tests.trace_samples import make_host
 
 
@@ -18,7 +19,7 @@ class Notes(RefusalNotes):
 
 
 def refusal(number: int, why: str = "no") -> Refusal:
-    return Refusal(refused_request(f"cmpl-{number}", None), why, float(number))
+    return Refusal(request_digest(f"cmpl-{number}", None), why, float(number))
 
 
 def read(run_dir: Path) -> list[Refusal]:

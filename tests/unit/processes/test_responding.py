@@ -28,11 +28,12 @@ from glassbox.processes.api_server.intake import Intake
 from glassbox.processes.api_server.responding import MAX_CHOICES, Answers
 from glassbox.signals.probe import ProbeFeature
 from glassbox.store import process_name
+from glassbox.store.file_names import request_digest
 from glassbox.store.score_files import are_awaited
 from glassbox.store.snapshot import write_snapshot
 from glassbox.store.trace_directory import TraceDirectory, traces_path
 from glassbox.store.trace_record import RequestTrace, write_trace
-from glassbox.store.trace_refusals import Refusal, refused_request, write_refusals
+from glassbox.store.trace_refusals import Refusal, write_refusals
 from tests import probe_samples
 from tests.export_samples import make_snapshot
 from tests.trace_samples import make_trace
@@ -75,7 +76,7 @@ class Server:
         why: str = "the moon is full",
     ) -> None:
         """A worker says that it has not traced a request."""
-        refusal = Refusal(refused_request(internal_id, client), why, time_s)
+        refusal = Refusal(request_digest(internal_id, client), why, time_s)
         write_refusals(self.run_dir, "0", rank, f"i{rank}", [refusal])
 
     def missing(self, *sent: SentRequest) -> str:

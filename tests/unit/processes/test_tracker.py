@@ -24,7 +24,8 @@ from glassbox.measure.sampling import RowSampler, is_sampled_request
 from glassbox.processes.worker.traces.active import TOO_LONG_FOR_KEYS
 from glassbox.processes.worker.traces.traced_step import NOT_MEASURED
 from glassbox.processes.worker.traces.tracker import REFUSAL_REASONS, RequestTracker, row_positions
-from glassbox.store.trace_refusals import Refusal, refused_request
+from glassbox.store.file_names import request_digest
+from glassbox.store.trace_refusals import Refusal
 from tests.trace_samples import Continued, make_host, new_request, scheduled_step
 
 LOCAL_LAYERS = frozenset({0, 1})
@@ -344,7 +345,7 @@ class TestEnds:
         assert told == []
         finish(requests, "a", "b")
         (refusal,) = told
-        assert refused_request("b", "0" * 24) == refusal.request
+        assert request_digest("b", "0" * 24) == refusal.request
         assert "clients may not ask for traces (requests.opt_in: false)" == refusal.why
         finish(requests, "b")
         assert [refusal] == told

@@ -42,8 +42,9 @@ from glassbox.processes.worker.traces.active import TOO_LONG_FOR_KEYS, ActiveTra
 from glassbox.processes.worker.traces.quota import RowQuota
 from glassbox.processes.worker.traces.sums import MAX_GRAM_HEAD_SIZE
 from glassbox.processes.worker.traces.traced_step import TracedPrompt, TracedRows, TracedStep
+from glassbox.store.file_names import request_digest
 from glassbox.store.trace_record import Why, external_id
-from glassbox.store.trace_refusals import Refusal, refused_request
+from glassbox.store.trace_refusals import Refusal
 
 logger = get_logger(__name__)
 
@@ -475,7 +476,7 @@ class RequestTracker:
     def _refuse(self, new: Arrival, reason: Reason, detail: str = "") -> None:
         given = new.extra_args or {}
         why = f"{REFUSAL_REASONS[reason]}{f' ({detail})' if detail else ''}"
-        awaited = Refusal(refused_request(new.req_id, given.get(CLIENT_KEY)), why, time.time())
+        awaited = Refusal(request_digest(new.req_id, given.get(CLIENT_KEY)), why, time.time())
         self._refused[new.req_id] = awaited if RESPOND_KEY in given else None
         self._refusals[reason] += 1
         log_once(
