@@ -174,6 +174,15 @@ def _check_path(value: str) -> str:
 _Path = Annotated[StrictStr, Field(min_length=1), AfterValidator(_check_path)]
 
 
+class _FileSection(_Section):
+    path: _Path | None
+
+    @property
+    def expanded_path(self) -> Path | None:
+        """`path` with ~ replaced, None if there is none."""
+        return None if self.path is None else Path(self.path).expanduser()
+
+
 def _check_inner_backend(value: str) -> str:
     if value != "auto" and value not in SUPPORTED_INNER_BACKENDS:
         raise ValueError(f"must be auto or one of {', '.join(SUPPORTED_INNER_BACKENDS)}; use `auto` if in doubt")
@@ -239,7 +248,7 @@ class StatisticsConfig(_Section):
     )
 
 
-class RecordsConfig(_Section):
+class RecordsConfig(_FileSection):
     """Traced requests that have ended, as records in a file."""
 
     path: _Path | None = _field(
@@ -262,11 +271,6 @@ class RecordsConfig(_Section):
         ge=1,
         le=1_048_576,
     )
-
-    @property
-    def expanded_path(self) -> Path | None:
-        """`path` with ~ replaced, None if nothing is to be written."""
-        return None if self.path is None else Path(self.path).expanduser()
 
 
 class PerClientConfig(_Section):
@@ -605,7 +609,7 @@ def _is_host_port(value: str) -> bool:
     return "/" not in value and ":" in value and _is_url(f"http://{value}") and urlsplit(f"//{value}").port is not None
 
 
-class JsonlConfig(_Section):
+class JsonlConfig(_FileSection):
     """Summaries of each export interval as lines of JSON in a file."""
 
     path: _Path | None = _field(
@@ -623,13 +627,8 @@ class JsonlConfig(_Section):
         le=1_048_576,
     )
 
-    @property
-    def expanded_path(self) -> Path | None:
-        """`path` with ~ replaced, None if nothing is to be written."""
-        return None if self.path is None else Path(self.path).expanduser()
 
-
-class BaselineConfig(_Section):
+class BaselineConfig(_FileSection):
     """The run that the drift metrics compare with (`glassbox baseline save` writes its file)."""
 
     path: _Path | None = _field(
@@ -658,11 +657,6 @@ class BaselineConfig(_Section):
         ge=1,
         le=86_400,
     )
-
-    @property
-    def expanded_path(self) -> Path | None:
-        """`path` with ~ replaced, None if nothing is compared."""
-        return None if self.path is None else Path(self.path).expanduser()
 
 
 class ProbeConfig(_Section):
@@ -768,7 +762,7 @@ class ExportConfig(_Section):
         return self.prometheus.port if self.prometheus.enabled else None
 
 
-class AuditConfig(_Section):
+class AuditConfig(_FileSection):
     """What the rules did, as a file."""
 
     path: _Path | None = _field(
@@ -786,11 +780,6 @@ class AuditConfig(_Section):
         ge=1,
         le=1_048_576,
     )
-
-    @property
-    def expanded_path(self) -> Path | None:
-        """`path` with ~ replaced, None if nothing is to be written."""
-        return None if self.path is None else Path(self.path).expanduser()
 
 
 class WebhookConfig(_Section):
