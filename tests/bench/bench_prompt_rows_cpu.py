@@ -7,8 +7,6 @@ A case is a whole prompt in one layer, its keys in pages; the time is the median
 """
 
 import argparse
-import csv
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +17,9 @@ from vllm import _custom_ops as ops
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from glassbox.core.cpu import cpu_model  # noqa: E402
 from glassbox.kernels.layer_params import LayerParams  # noqa: E402
 from glassbox.kernels.prompt_rows_cpu import PromptChunk, PromptWishes, prompt_rows_cpu  # noqa: E402
-from tests.bench.bench_row_stats_cpu import SHAPES, Shape, milliseconds  # noqa: E402
+from tests.bench.bench_row_stats_cpu import SHAPES, Shape, milliseconds, revision, write_csv  # noqa: E402
 from tests.kernels.test_row_stats_cpu import PlainReader  # noqa: E402
 
 LENGTHS = (128, 512, 1500)
@@ -76,10 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    lines = []
+    commit, lines = revision(), []
     for shape in SHAPES:
         for length in LENGTHS:
             for dtype in (torch.bfloat16, torch.float32):
@@ -90,14 +84,8 @@ def main() -> None:
                 lines.append([shape.name, str(length), name, *times, *(f"{ratio:.2f}" for ratio in ratios)])
                 print("  ".join(f"{text:>13}" for text in lines[-1]), flush=True)
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            file.write(f"# {cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {commit}\n")
-            file.write(f"# command: python {' '.join(sys.argv)}\n")
-            writer = csv.writer(file, lineterminator="\n")
-            header = ["model", "tokens", "dtype", "attention_ms", "native_ms", "torch_ms", "grams_ms"]
-            header += ["native_ratio", "torch_ratio", "grams_ratio"]
-            writer.writerow(header)
-            writer.writerows(lines)
+        header = ["model", "tokens", "dtype", "attention_ms", "native_ms", "torch_ms", "grams_ms"]
+        write_csv(options.csv, commit, [*header, "native_ratio", "torch_ratio", "grams_ratio"], lines)
 
 
 if __name__ == "__main__":

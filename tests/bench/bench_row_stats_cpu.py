@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,15 +97,28 @@ def milliseconds(functions: dict[str, Callable[[], object]], rounds: int) -> dic
     return {name: statistics.median(of) for name, of in times.items()}
 
 
+def revision() -> str:
+    """Of the working tree."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def write_csv(path: Path, commit: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """The lines of a measurement, below what and where it was."""
+    with path.open("w", newline="") as file:
+        file.write(f"# {cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {commit}\n")
+        file.write(f"# command: python {' '.join(sys.argv)}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    lines = []
+    commit, lines = revision(), []
     for shape in SHAPES:
         for step in STEPS:
             for dtype in (torch.bfloat16, torch.float32):
@@ -117,12 +130,7 @@ def main() -> None:
                     "  ".join(f"{text:<26}" if i < 2 else f"{text:>9}" for i, text in enumerate(lines[-1])), flush=True
                 )
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            file.write(f"# {cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {commit}\n")
-            file.write(f"# command: python {' '.join(sys.argv)}\n")
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["model", "step", "dtype", "native_ms", "torch_ms", "ratio"])
-            writer.writerows(lines)
+        write_csv(options.csv, commit, ["model", "step", "dtype", "native_ms", "torch_ms", "ratio"], lines)
 
 
 if __name__ == "__main__":

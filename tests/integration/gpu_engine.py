@@ -10,13 +10,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from glassbox.store.trace_record import RequestTrace
 
 FAULTY_LAYER, FAULTY_HEAD = 7, 3
 FAULTY_LATENT_LAYER: Final = 1
@@ -77,6 +80,41 @@ class EngineResult:
         """Of `run`."""
         report: dict[str, Any] = json.loads(Path(f"{self.spec.out}.json").read_text())
         return report
+
+
+class TracedResult(EngineResult):
+    """What one engine left behind of traced requests."""
+
+    @cached_property
+    def traces(self) -> "list[list[RequestTrace]]":
+        """Of each request."""
+        from glassbox.store.trace_directory import TraceDirectory
+
+        directory = TraceDirectory(self.spec.run_dir)
+        return [directory.traces(request_id) for request_id in self.report["ids"]]
+
+    def asked(self) -> "Iterator[tuple[Mapping[str, Any], list[RequestTrace], list[int]]]":
+        """What each request said to glassbox, its traces, and all its tokens."""
+        assert self.spec.extra_args is not None
+        every = zip(self.spec.extra_args, self.traces, self.spec.prompts, self.report["tokens"], strict=True)
+        return ((extra or {}, found, prompt + answer) for extra, found, prompt, answer in every)
+
+
+def traced_spec(lengths: Sequence[int], kinds: Sequence[dict[str, Any] | None], config: dict[str, Any]) -> EngineSpec:
+    """Requests of these prompt lengths that say these things in turn; so few KV blocks that some are preempted, and
+    chunks of 64 tokens."""
+    model = model_path()
+    text = tokenized_text(model)
+    return EngineSpec(
+        str(model),
+        [text[7 * i : 7 * i + n] for i, n in enumerate(lengths)],
+        [20 + 3 * i for i in range(len(lengths))],
+        extra_args=[kinds[i % len(kinds)] for i in range(len(lengths))],
+        out="",
+        config=config,
+        backend="FLASH_ATTN",
+        llm_args={"max_model_len": 512, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 40},
+    )
 
 
 def _environment(spec: EngineSpec) -> None:

@@ -6,7 +6,6 @@ decode tokens, and requests are preempted and resumed.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ import numpy as np
 import pytest
 
 from glassbox.core.statistics import INDEX
-from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace
-from tests.integration.gpu_engine import EngineResult, EngineSpec, model_path, run_engines, tokenized_text
+from tests.integration.gpu_engine import TracedResult, run_engines, traced_spec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration]
 
@@ -38,40 +36,22 @@ LENGTHS = [65, 17, 250, 64, 128, 129, 5, 77, 200, 12, 193, 40, 1, 90, 31]
 OBSERVED = ("v2", "v1", "triton", "eager")
 
 
-class Traced(EngineResult):
+class Traced(TracedResult):
     """What one engine left behind of traced requests."""
-
-    @cached_property
-    def traces(self) -> list[list[RequestTrace]]:
-        """Of each request."""
-        directory = TraceDirectory(self.spec.run_dir)
-        return [directory.traces(request_id) for request_id in self.report["ids"]]
 
     def whole(self) -> Iterator[tuple[RequestTrace, list[int]]]:
         """Traces of whole prompts, each with all tokens of the request."""
-        assert self.spec.extra_args is not None
-        every = zip(self.spec.extra_args, self.traces, self.spec.prompts, self.report["tokens"], strict=True)
-        for extra, found, prompt, answer in every:
-            if "glassbox_prompt" in (extra or {}):
+        for extra, found, tokens in self.asked():
+            if "glassbox_prompt" in extra:
                 (trace,) = found
-                yield trace, prompt + answer
+                yield trace, tokens
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Traced]:
     """Both runners, two backends, with CUDA graphs and without."""
-    model, folder = model_path(), tmp_path_factory.mktemp("gpu-prompts")
-    text = tokenized_text(model)
-    base = EngineSpec(
-        str(model),
-        [text[7 * i : 7 * i + n] for i, n in enumerate(LENGTHS)],
-        [20 + 3 * i for i in range(len(LENGTHS))],
-        extra_args=[KINDS[i % len(KINDS)] for i in range(len(LENGTHS))],
-        out="",
-        config=CONFIG,
-        backend="FLASH_ATTN",
-        llm_args={"max_model_len": 512, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 40},
-    )
+    folder = tmp_path_factory.mktemp("gpu-prompts")
+    base = traced_spec(LENGTHS, KINDS, CONFIG)
     variants = {
         "v2": base,
         "v1": replace(base, v2_runner=False),

@@ -1,7 +1,6 @@
 """Traces on a GPU with CUDA graphs: whose each row is, and what it holds, against transformers' eager attention."""
 
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,13 @@ import numpy as np
 import pytest
 
 from glassbox.core.statistics import INDEX
-from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace
 from tests.integration.gpu_engine import (
     PREFILL_ROWS,
-    EngineResult,
-    EngineSpec,
+    TracedResult,
     measured_positions,
-    model_path,
     run_engines,
-    tokenized_text,
+    traced_spec,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration]
@@ -41,37 +37,19 @@ KINDS: list[dict[str, Any] | None] = [EVERYTHING, None, TRACE, {"glassbox": "off
 LENGTHS = [3, 17, 250, 64, 128, 31, 5, 77, 200, 12, 90, 40]
 
 
-class Traced(EngineResult):
+class Traced(TracedResult):
     """What one engine left behind of traced requests."""
-
-    @cached_property
-    def traces(self) -> list[list[RequestTrace]]:
-        """Of each request."""
-        directory = TraceDirectory(self.spec.run_dir)
-        return [directory.traces(request_id) for request_id in self.report["ids"]]
 
     def of(self, kind: dict[str, Any]) -> list[tuple[RequestTrace, list[int]]]:
         """Traces of the requests that asked for `kind`, each with all tokens of the request."""
-        assert self.spec.extra_args is not None
-        every = zip(self.spec.extra_args, self.traces, self.spec.prompts, self.report["tokens"], strict=True)
-        return [(found[0], prompt + answer) for extra, found, prompt, answer in every if extra == kind]
+        return [(found[0], tokens) for extra, found, tokens in self.asked() if extra == kind]
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Traced]:
     """Both runners, with a KV cache for a few of the requests and a small chunk size."""
-    model, folder = model_path(), tmp_path_factory.mktemp("gpu-traces")
-    text = tokenized_text(model)
-    base = EngineSpec(
-        str(model),
-        [text[7 * i : 7 * i + n] for i, n in enumerate(LENGTHS)],
-        [20 + 3 * i for i in range(len(LENGTHS))],
-        extra_args=[KINDS[i % len(KINDS)] for i in range(len(LENGTHS))],
-        out="",
-        config=CONFIG,
-        backend="FLASH_ATTN",
-        llm_args={"max_model_len": 512, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 40},
-    )
+    folder = tmp_path_factory.mktemp("gpu-traces")
+    base = traced_spec(LENGTHS, KINDS, CONFIG)
     variants = {
         "v2": base,
         "v1": replace(base, v2_runner=False),
