@@ -66,7 +66,7 @@ def ways(shape: Shape, step: Rows, dtype: torch.dtype) -> dict[str, Callable[[],
         head_size=shape.head_size, block_size=128, dtype=dtype, transposed=True,
     )  # fmt: skip
     pages, table = batch.cache()
-    layer = batch.native_layer(pages, transposed=True)[0]
+    layer, lying = batch.native_layer(pages, transposed=True)
     reader = PlainReader(pages, transposed=True)
 
     def by_torch() -> None:
@@ -77,6 +77,7 @@ def ways(shape: Shape, step: Rows, dtype: torch.dtype) -> dict[str, Callable[[],
             row_stats_cpu(layers[begin : begin + some], plan)
 
     def by_kernel() -> None:
+        assert lying.data_ptr()  # the kernel reads it by its address, so it must stay alive as long as this
         native = NativeStep(batch.native_rows(table), shape.layers, shape.heads, shape.head_size)
         for number in range(shape.layers):
             native.take(number, layer, batch.q)
