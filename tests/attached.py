@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,10 @@ def running_observer() -> Observer:
 
 @contextmanager
 def plugin(folder: Path, config: str) -> Iterator[pytest.MonkeyPatch]:
-    """glassbox, attached to this process, for a vLLM in it.
+    """glassbox, attached to this process, for vLLMs in it, which are shut down at the end.
+
+    vLLM would shut an engine down when the garbage collector finds it, and takes the process's parallel groups away
+    with it: from the next test's engine, if that is being built just then.
 
     Args:
         folder: for its files.
@@ -48,5 +52,25 @@ def plugin(folder: Path, config: str) -> Iterator[pytest.MonkeyPatch]:
         patch.setenv("HF_HUB_OFFLINE", "1")
         unregister()
         register()
-        yield patch
+        with _engines_shut_down(patch):
+            yield patch
         unregister()
+
+
+@contextmanager
+def _engines_shut_down(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    from vllm.v1.engine.core_client import InprocClient
+
+    built = []
+    original = InprocClient.__init__
+
+    def remembering(client: InprocClient, *args: Any, **kwargs: Any) -> None:
+        original(client, *args, **kwargs)
+        built.append(client)
+
+    patch.setattr(InprocClient, "__init__", remembering)
+    try:
+        yield
+    finally:
+        for client in built:
+            client.shutdown()
