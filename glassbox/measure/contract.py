@@ -274,12 +274,14 @@ class LatentForward(NamedTuple):
         output: of these, [A', Hq, Lkv], A' of them real, before it is projected to V of each head; None as `absorbed`.
         plain: queries of the others, [T - A, Hq, P + R]; None if there are none.
         absorb: gives some of these as `absorbed` has them.
+        head_keys: gives K of some heads (int64 [h]) as vLLM makes it of cached vectors [n, Lkv + R], [h, n, P + R].
     """
 
     absorbed: tuple[Tensor, Tensor] | None
     output: Tensor | None
     plain: Tensor | None
     absorb: Callable[[Tensor], tuple[Tensor, Tensor]]
+    head_keys: Callable[[Tensor, Tensor], Tensor]
 
     @property
     def num_absorbed(self) -> int:

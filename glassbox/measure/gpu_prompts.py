@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -26,6 +27,7 @@ from glassbox.kernels.paged_keys import MAX_HEAD_SIZE
 from glassbox.kernels.probe_answers import PromptAnswers, kv_heads
 from glassbox.kernels.prompt_rows import PromptChunk, prompt_rows
 from glassbox.measure.contract import AskedPrompt, BatchTables, Forward, LatentForward, StepTraces, StridedLayer
+from glassbox.measure.latent_prompts import absorbed_queries, latent_prompt_rows
 
 logger = get_logger(__name__)
 
@@ -107,20 +109,23 @@ class GpuPrompts:
 
     def compile(self, layer: StridedLayer, forward: Forward | LatentForward, kv_cache: Tensor) -> None:
         """In warm-up: measure one row of whatever is there, so that no served step waits for a compiler."""
-        if isinstance(forward, LatentForward) or layer.head_size > MAX_HEAD_SIZE:
+        latent = forward if isinstance(forward, LatentForward) else None
+        query = forward.plain if isinstance(forward, LatentForward) else forward.query
+        if query is None or query.shape[2] > MAX_HEAD_SIZE:
             return
         params, keys = layer.params, layer.keys(kv_cache)
         of_params = (params.soft_cap, params.alibi_slopes, params.sinks, params.q_scale, params.k_scale)
         kind = (
-            forward.query.dtype, forward.query.stride(), layer.num_heads, keys.dtype, keys.shape[1:], keys.stride(),
+            query.dtype, query.stride(), layer.num_heads, keys.dtype, keys.shape[1:], keys.stride(),
             *(one is None for one in of_params),
         )  # fmt: skip
         if kind in self._compiled:
             return
         self._compiled.add(kind)
         first = torch.zeros(1, dtype=torch.int32, device=keys.device)  # head, and block
-        prompt_rows(
-            forward.query,
+        measure = prompt_rows if latent is None else partial(latent_prompt_rows, latent)
+        measure(
+            query,
             keys,
             first,
             PromptChunk(0, 1, 0),
@@ -141,12 +146,16 @@ class GpuPrompts:
         """Queue what the step's prompts ask of a layer whose attention was queued just now."""
         for number, asked in enumerate(self._asked):
             if local in asked.local_layers:
-                query = None if isinstance(forward, LatentForward) else forward.query
-                self._queue(number, local, layer, query, asked.token, kv_cache, tables)
+                if isinstance(forward, LatentForward):
+                    token = asked.token - forward.num_absorbed
+                    self._queue(number, local, layer, forward.plain, token, kv_cache, tables, forward)
+                else:
+                    self._queue(number, local, layer, forward.query, asked.token, kv_cache, tables)
 
     def measure_kept(self, number: int, local: int, layer: StridedLayer, queries: Tensor, tables: BatchTables) -> None:
         """Queue what a prompt asks of a layer in which a CUDA graph has kept its queries, [N, H, D]."""
-        self._queue(number, local, layer, queries, 0, None, tables)
+        is_wide = layer.head_size > MAX_HEAD_SIZE  # absorbed ones
+        self._queue(number, local, layer, None if is_wide else queries, 0, None, tables)
 
     def missing(self) -> list[tuple[int, AskedPrompt, list[int]]]:
         """Number, question and layers of what was asked, and neither measured nor tried so far."""
@@ -198,14 +207,17 @@ class GpuPrompts:
         token: int,
         kv_cache: Tensor | None,
         tables: BatchTables,
+        latent: LatentForward | None = None,
     ) -> None:
         """One that fails is not tried in other layers of the step."""
         if number in self._failed:
             return
         try:
-            if query is None:
+            if query is None or token < 0:
                 raise UnmeasuredPromptError(
-                    "whole prompts of latent attention (MLA) are not measured on a GPU; leave out glassbox_prompt"
+                    "whole prompts of latent attention (MLA) are not measured on a GPU in chunks that vLLM computes as "
+                    "it decodes: of 1 token, with FLASHMLA of up to 128, with FLASH_ATTN_MLA of up to 512. Use "
+                    "--attention-backend TRITON_MLA, or leave out glassbox_prompt"
                 )
             if self._waiting_bytes + self._found_bytes > _WAITING_BYTES:
                 raise UnmeasuredPromptError(
@@ -214,7 +226,7 @@ class GpuPrompts:
                 )
             asked = self._asked[number]
             queries = query[token : token + asked.num_rows]
-            answers = self._answers(asked, number, layer, queries, layer.keys(kv_cache), tables)
+            answers = self._answers(asked, number, layer, queries, layer.keys(kv_cache), tables, latent)
         except Exception as error:
             self._failed.add(number)
             self._errors.count("prompt", error)
@@ -223,7 +235,14 @@ class GpuPrompts:
             self._found_bytes += _nbytes(answers)
 
     def _answers(
-        self, asked: AskedPrompt, number: int, layer: StridedLayer, queries: Tensor, keys: Tensor, tables: BatchTables
+        self,
+        asked: AskedPrompt,
+        number: int,
+        layer: StridedLayer,
+        queries: Tensor,
+        keys: Tensor,
+        tables: BatchTables,
+        latent: LatentForward | None,
     ) -> PromptAnswers[Tensor]:
         table, device = tables.block_table[asked.batch], queries.device
         chosen = tuple(head for head in asked.heads if head < layer.num_heads)
@@ -233,7 +252,8 @@ class GpuPrompts:
             if number not in self._spans:
                 self._spans[number] = _to_device(asked.spans.astype(np.int32), device)
             spans, span_range = self._spans[number], (int(asked.spans[:, 0].min()), int(asked.spans[:, 1].max()))
-        numbers = prompt_rows(
+        measure = prompt_rows if latent is None else partial(latent_prompt_rows, latent)
+        numbers = measure(
             queries,
             keys,
             table,
@@ -247,6 +267,8 @@ class GpuPrompts:
         )
         vectors: dict[str, Tensor] = {}
         if asked.grams or asked.kept:
+            if latent is not None:  # as those of generated rows
+                queries = absorbed_queries(latent, queries)
             new_keys = sequence_keys(keys, table, min(asked.keys_from, asked.num_keys), asked.num_keys)
             vectors = self._vectors(asked, chosen, group, layer.params, queries, new_keys)
         return PromptAnswers(group=group, **numbers._asdict(), **vectors)

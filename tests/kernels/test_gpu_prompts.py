@@ -15,7 +15,9 @@ from tests.kernels.interpreter import DEVICE, ON_GPU
 from glassbox.core.errors import ErrorCounter
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.prompt_rows_cpu import PromptChunk, PromptWishes, prompt_rows_cpu
-from glassbox.measure import gpu_prompts
+from glassbox.kernels.reference.row_probe import row_probe_ref
+from glassbox.kernels.reference.row_stats import row_stats_ref
+from glassbox.measure import gpu_prompts, latent_prompts
 from glassbox.measure.contract import AskedPrompt, BatchTables, Forward, LatentForward
 from glassbox.measure.gpu_prompts import GpuPrompts, probed_vectors
 from tests.kernels.row_stats_cases import FP8, Case, Inputs, Sequence, make_inputs
@@ -138,12 +140,129 @@ def test_a_prompt_that_fails_is_counted_once_and_harms_no_other(
     assert len(prompts._found) == 1
 
 
-def test_latent_attention_is_refused(prompts: GpuPrompts, errors: ErrorCounter) -> None:
-    inputs = make_inputs(CASE, DEVICE)
-    prompts.begin([ASKED])
-    measure(prompts, 0, inputs, LatentForward(None, None, inputs.q, lambda q: (q, q)))
+class LatentStep:
+    """A step of a layer with latent attention: a request that decodes, whose query vLLM has absorbed, then a prompt.
+
+    Args:
+        dtype: of the model; cache_dtype: of the cached vectors, which are divided by `k_scale`, None is 1.
+    """
+
+    latent, rotary, nope, heads, page = 32, 16, 24, 4, 8
+
+    def __init__(self, dtype: torch.dtype, cache_dtype: torch.dtype, k_scale: float | None) -> None:
+        generator = torch.Generator().manual_seed(3)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.weights = (normal(self.heads, self.nope, self.latent) * self.latent**-0.5).to(DEVICE, dtype)
+        blocks = torch.randperm(12, generator=generator).int().to(DEVICE)
+        self.block_table = torch.stack([blocks[:5], blocks[5:10]])
+        self.seq_lens = torch.tensor([40, 30], dtype=torch.int32, device=DEVICE)
+        vectors = normal(12, 1, self.page, self.latent + self.rotary)
+        cache = torch.full_like(vectors, torch.nan).to(DEVICE, cache_dtype)
+        used = self.block_table.flatten().long()
+        cache.view(torch.uint8 if cache_dtype in FP8 else cache_dtype)[used] = (
+            vectors[used.cpu()].to(cache_dtype).to(DEVICE).view(torch.uint8 if cache_dtype in FP8 else cache_dtype)
+        )
+        self.k_cache = cache
+        self.params = LayerParams(
+            scale=(self.nope + self.rotary) ** -0.5,
+            # Of absorbed queries, if these are quantised: not the prompt's.
+            q_scale=None if k_scale is None else torch.tensor([2.0], device=DEVICE),
+            k_scale=None if k_scale is None else torch.tensor([k_scale], device=DEVICE),
+        )
+        self.plain = normal(9, self.heads, self.nope + self.rotary).to(DEVICE, dtype) * 2
+        decoded = normal(1, self.heads, self.latent + self.rotary).to(DEVICE, dtype)
+        self.forward = LatentForward(
+            (decoded[..., : self.latent], decoded[..., self.latent :]), None, self.plain, self.absorb, self.head_keys
+        )
+
+    num_heads, head_size, name = heads, latent + rotary, "layer"
+
+    def keys(self, kv_cache: Tensor | None = None) -> Tensor:
+        return self.k_cache
+
+    def absorb(self, plain: Tensor) -> tuple[Tensor, Tensor]:
+        nope, rotary = plain.split([self.nope, self.rotary], dim=-1)
+        latent = torch.einsum("thp,hpl->thl", nope, self.weights)
+        scale = 1.0 if self.params.q_scale is None else float(self.params.q_scale)
+        return latent / scale, rotary / scale
+
+    def head_keys(self, vectors: Tensor, heads: Tensor) -> Tensor:
+        nope = torch.einsum("nl,hpl->hnp", vectors[:, : self.latent], self.weights[heads])
+        return torch.cat([nope, vectors[:, self.latent :].expand(len(heads), -1, -1)], dim=-1)
+
+    def tables(self) -> BatchTables:
+        starts = torch.tensor([0, 1, 10], dtype=torch.int32, device=DEVICE)
+        return BatchTables(self.block_table, starts, self.seq_lens, self)
+
+    def keys_of_heads(self) -> Tensor:
+        """Of the prompt, float64 [n, H, P + R]."""
+        stored = self.k_cache.cpu().float()[self.block_table[1].cpu().long(), 0].flatten(0, 1)[:30].double()
+        stored *= 1.0 if self.params.k_scale is None else float(self.params.k_scale)
+        nope = torch.einsum("nl,hpl->nhp", stored[:, : self.latent], self.weights.cpu().double())
+        return torch.cat([nope, stored[:, None, self.latent :].expand(-1, self.heads, -1)], dim=-1)
+
+
+LATENT_ASKED = replace(ASKED, heads=(0, 1, 3), grams=False)
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "k_scale"), [(torch.float32, None), (FP8[0], 0.5)], ids=["float32", "fp8 of another scale"]
+)
+def test_latent_attention(
+    prompts: GpuPrompts, errors: ErrorCounter, monkeypatch: pytest.MonkeyPatch, cache_dtype: torch.dtype,
+    k_scale: float | None,
+) -> None:  # fmt: skip
+    """Rows of the heads whose keys were made, against float64; what is kept is absorbed, as generated rows are."""
+    step = LatentStep(torch.float32, cache_dtype, k_scale)
+    monkeypatch.setattr(latent_prompts, "_KEYS_BYTES", 2 * 32 * 40 * 4)  # two of the three heads at a time
+    prompts.begin([LATENT_ASKED])
+    prompts.measure(0, step, step.forward, step.k_cache, step.tables())
+    assert errors.counts() == {}
+    found, keys, scale = prompts._found[0].answers, step.keys_of_heads(), step.params.scale
+    assert found.group == step.heads, "all heads have one key of the cache"
+    heads, positions = list(LATENT_ASKED.heads), list(range(21, 30))
+    queries = step.plain.cpu().double()
+    expected = row_stats_ref(
+        queries, [keys], positions, request=[0] * 9, phase=[0] * 9, prompt_len=[30] * 9, scale=scale,
+        sink_tokens=CASE.sink_tokens, local_window=CASE.local_window,
+    )[:, heads]  # fmt: skip
+    close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4, "equal_nan": True, "check_dtype": False}
+    torch.testing.assert_close(found.stats.cpu(), expected, **close)
+    attention = [row_probe_ref(queries[row], keys, position, scale=scale) for row, position in enumerate(positions)]
+    received = torch.zeros(step.heads, 30, dtype=torch.float64)
+    for row, p in enumerate(attention):
+        received[:, : p.shape[1]] += p
+        torch.testing.assert_close(found.previous_mass[row].cpu(), p[heads, -2], **close)
+        masses = torch.stack([p[heads, start:end].sum(1) for start, end in LATENT_ASKED.spans.tolist()], dim=1)
+        torch.testing.assert_close(found.span_mass[row].cpu(), masses, **close)
+    torch.testing.assert_close(found.received.cpu(), received[heads], **close)
+    assert found.queries is not None
+    assert found.keys is not None
+    products = torch.einsum("rhd,nkd->hrn", found.queries.cpu(), found.keys.cpu())
+    exact = torch.einsum("rhd,nhd->hrn", queries[:, heads], keys[5:, heads])
+    torch.testing.assert_close(products, exact, rtol=1e-4, atol=1e-3, check_dtype=False)
+
+
+def test_rows_that_come_absorbed_are_refused(
+    prompts: GpuPrompts, errors: ErrorCounter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In chunks so short that vLLM computes them as it decodes, replayed from a graph or not: counted, and said."""
+    step = LatentStep(torch.float32, torch.float32, None)
+    prompts.begin([replace(LATENT_ASKED, token=0, num_rows=1)])
+    prompts.measure(0, step, step.forward, step.k_cache, step.tables())
     assert errors.counts() == {"prompt": 1}
+    prompts.begin([LATENT_ASKED])
+    prompts.measure(0, step, step.forward._replace(plain=None), step.k_cache, step.tables())
+    assert errors.counts() == {"prompt": 2}
+    wide = Layer(make_inputs(CASE, DEVICE), head_size=576)
+    prompts.begin([LATENT_ASKED])
+    prompts.measure_kept(0, 2, wide, torch.zeros(9, 4, 576, device=DEVICE), wide.tables())
+    assert errors.counts() == {"prompt": 3}
     assert prompts._found == []
+    assert "in chunks that vLLM computes as it decodes" in caplog.text
 
 
 def test_what_a_graph_has_run_is_known_and_measured_from_kept_queries(

@@ -1,6 +1,7 @@
 """The forward pass of a layer with latent attention (MLA) in the measurers' terms.
 
-Owns how queries are absorbed: q_nope @ W_UK for each head, as vLLM does it for the tokens that it decodes.
+Owns how queries are absorbed, q_nope @ W_UK for each head, as vLLM does it for the tokens that it decodes; and how keys
+of each head are made of latent vectors, as vLLM does it for those that it prefills.
 """
 
 from functools import partial
@@ -28,7 +29,7 @@ def latent_forward(
         absorbed = (absorbed[..., : layer.kv_lora_rank], absorbed[..., layer.kv_lora_rank :])
     served = output[0] if isinstance(output, tuple) else output
     served = served if isinstance(served, Tensor) and served.ndim == 3 else None
-    return LatentForward(absorbed, served, plain, partial(absorb_queries, layer))
+    return LatentForward(absorbed, served, plain, partial(absorb_queries, layer), partial(head_keys, layer))
 
 
 def has_quantised_queries(layer: LatentLayer) -> bool:
@@ -51,11 +52,30 @@ def absorb_queries(layer: LatentLayer, plain: Tensor) -> tuple[Tensor, Tensor]:
         scale = getattr(impl, "_w_scale", None)  # of FP8 weights, from 0.31 on
         _custom_ops.bmm_cpu(latent.transpose(0, 1), nope.transpose(0, 1), impl._w_uk_packed, True, scale)
     else:
-        # [Hq, P, Lkv]; made when the weights are loaded.
-        weights = getattr(layer, "W_UK_T", None)
-        if weights is None:
-            raise RuntimeError(f"{layer.layer_name} must have W_UK_T, by which queries are absorbed; don't observe it")
-        torch.bmm(nope.transpose(0, 1), weights, out=latent.transpose(0, 1))
+        torch.bmm(nope.transpose(0, 1), _absorbing_weights(layer), out=latent.transpose(0, 1))
     if has_quantised_queries(layer):
         return latent / layer._q_scale.to(latent.dtype), rotary / layer._q_scale.to(rotary.dtype)
     return latent, rotary
+
+
+def head_keys(layer: LatentLayer, vectors: Tensor, heads: Tensor) -> Tensor:
+    """Keys of some heads, [h, n, P + R], in the type of the vectors.
+
+    Args:
+        layer: vLLM's.
+        vectors: [n, Lkv + R], of the model's type, without the scale of their cache.
+        heads: int64 [h].
+    """
+    latent, rotary = vectors.split([layer.kv_lora_rank, layer.qk_rope_head_dim], dim=-1)
+    weights = _absorbing_weights(layer).index_select(0, heads)
+    # [n, Lkv] @ [h, Lkv, P] -> [h, n, P]
+    nope = torch.matmul(latent, weights.transpose(1, 2))
+    return torch.cat([nope, rotary.expand(len(heads), -1, -1)], dim=-1)
+
+
+def _absorbing_weights(layer: LatentLayer) -> Tensor:
+    """[Hq, P, Lkv]; made when the weights are loaded."""
+    weights: Tensor | None = getattr(layer, "W_UK_T", None)
+    if weights is None:
+        raise RuntimeError(f"{layer.layer_name} must have W_UK_T, by which queries are absorbed; don't observe it")
+    return weights

@@ -117,6 +117,16 @@ class TestAbsorbing:
         scores = torch.einsum("thl,nl->thn", of_latent, latent) + torch.einsum("thr,nr->thn", of_rotary, rotary)
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
+    def test_keys_of_some_heads(self) -> None:
+        """Those that plain queries score, in the type of what they are made of."""
+        layer = latent_layer(torch.zeros(BLOCKS, BLOCK, LATENT + ROTARY))
+        vectors = torch.randn(11, LATENT + ROTARY)
+        found = latent_forward(layer, None, None, self.plain).head_keys(vectors, torch.tensor([2, 0]))
+        nope = torch.einsum("nl,hpl->hnp", vectors[:, :LATENT], layer.W_UK_T[[2, 0]])
+        expected = torch.cat([nope, vectors[:, LATENT:].expand(2, -1, -1)], dim=-1)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert found.is_contiguous(), "its pages are views"
+
     def test_where_vllm_quantises_its_own(self) -> None:
         """They are divided by the scale by which all are multiplied; a backend that takes them as they are has none."""
         cache = torch.zeros(BLOCKS, BLOCK, LATENT + ROTARY, dtype=torch.uint8)
