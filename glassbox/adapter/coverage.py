@@ -54,7 +54,7 @@ def coverage_lines(facts: WorkerFacts, config: GlassboxConfig, path: object) -> 
 
 
 def bypass_lines(found: ObservedLayers) -> Iterator[Line]:
-    """A line for each reason why layers are not observed, encoders of images and audio included."""
+    """A line for each reason why layers are not observed, encoders of images and audio included, or rows of theirs."""
     for bypass in dict.fromkeys(found.bypassed.values()):
         names = [name for name, why in found.bypassed.items() if why == bypass]
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
@@ -68,6 +68,12 @@ def bypass_lines(found: ObservedLayers) -> Iterator[Line]:
             logging.INFO,
             f"{found.num_encoder_layers} attention layers of the model's encoder (images, audio) are not among these: "
             "they have no KV cache, and are not observed",
+        )
+    if found.ahead:
+        yield Line(
+            logging.INFO,
+            f"Rows of {found.ahead} whose tokens see keys behind their own are not measured, only counted "
+            "(glassbox_dropped_rows_total{reason='mask'}): they are no rows of causal attention",
         )
 
 

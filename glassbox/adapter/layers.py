@@ -5,7 +5,7 @@ inside functions: importing this module loads none.
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -212,6 +212,7 @@ class ObservedLayers:
         bypassed_indices: global index of each of these, by name.
         num_encoder_layers: attention layers of encoders of images or audio, which are no layers of the language model
             and have no KV cache; they are in neither.
+        ahead: which tokens' rows in observed layers see keys behind their own, so that they are dropped; or empty.
     """
 
     names: tuple[str, ...]
@@ -223,6 +224,7 @@ class ObservedLayers:
     bypassed: Mapping[str, Bypass]
     bypassed_indices: Mapping[str, int]
     num_encoder_layers: int = 0
+    ahead: str = ""
 
     @property
     def num_heads(self) -> int:
@@ -237,6 +239,7 @@ def find_layers(
     model: Any = None,
     of_all: Bypass | None = None,
     attach: str = "auto",
+    open_images: bool = False,
 ) -> ObservedLayers:
     """Sort the attention layers of a loaded model into observed and bypassed; drafters' are neither.
 
@@ -246,6 +249,7 @@ def find_layers(
         model: vLLM's, which they are modules of.
         of_all: a reason why none of them can be observed.
         attach: as `find_bypass` takes it.
+        open_images: see `has_open_images`.
     """
     theirs: dict[str, AttentionLayer] = {}
     bypassed: dict[str, Bypass] = {}
@@ -278,7 +282,19 @@ def find_layers(
         bypassed=bypassed,
         bypassed_indices={name: index[name] for name in bypassed},
         num_encoder_layers=_num_encoder_layers(model),
+        ahead=_looking_ahead(of_model, open_images),
     )
+
+
+def has_open_images(vllm_config: VllmConfig) -> bool:
+    """Whether the tokens of an image see each other in the language model (Gemma 3, PaliGemma)."""
+    return bool(getattr(vllm_config.model_config, "is_mm_prefix_lm", False))
+
+
+def _looking_ahead(layers: Sequence[AttentionLayer], open_images: bool) -> str:
+    if any(cls.__name__ == "PrefillPrefixLMAttention" for layer in layers for cls in type(layer).__mro__):
+        return "prompts"
+    return "images" if layers and open_images else ""
 
 
 def _num_encoder_layers(model: Any) -> int:

@@ -14,7 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from glassbox.adapter.layers import Bypass, ObservedLayers, attention_layers, bypass_of_all, find_layers
+from glassbox.adapter.layers import (
+    Bypass,
+    ObservedLayers,
+    attention_layers,
+    bypass_of_all,
+    find_layers,
+    has_open_images,
+)
 
 # Importing vLLM and torch, mostly; large models take no longer.
 _TIMEOUT_S: Final = 300
@@ -104,6 +111,7 @@ def _main(model: str, config_file: str, answer: str) -> None:
             model=built,
             of_all=bypass_of_all(vllm_config),
             attach=config.attach,
+            open_images=has_open_images(vllm_config),
         )
         fields = {**vars(found), "bypassed": {name: list(asdict(why).values()) for name, why in found.bypassed.items()}}
         Path(answer).write_text(json.dumps(fields), encoding="utf-8")

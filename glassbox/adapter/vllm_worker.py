@@ -11,6 +11,7 @@ from glassbox.adapter.layers import (
     attention_layers,
     bypass_of_all,
     find_layers,
+    has_open_images,
     server_info,
 )
 from glassbox.adapter.protocols import VllmWorker
@@ -57,6 +58,7 @@ def read_worker(vllm_worker: VllmWorker) -> WorkerFacts:
         model=built,
         of_all=bypass_of_all(vllm_config),
         attach=SEAT.attach,
+        open_images=has_open_images(vllm_config),
     )
     return WorkerFacts(
         server=server_info(vllm_config),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.attached import plugin, running_observer
+from tests.families.serving import glassbox_log
 
 pytestmark = pytest.mark.integration
 
@@ -17,8 +18,11 @@ CONFIG = f"sample_rate: 1.0\nsampling: {{prefill_rows_per_request: {ROWS}}}\ncan
 
 
 def test_bidirectional_prompts(demo_model_path: Path, tmp_path: Path) -> None:
-    """Of a prompt its last row is as causal, the others are dropped and counted; decode rows are all there."""
-    with plugin(tmp_path, CONFIG) as patch:
+    """Of a prompt its last row is as causal, the others are dropped and counted, and said at start and at the first.
+
+    Decode rows are all there.
+    """
+    with glassbox_log() as log, plugin(tmp_path, CONFIG) as patch:
         from vllm import LLM, SamplingParams
         from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import PrefillPrefixLMAttention
         from vllm.model_executor.models import llama
@@ -44,3 +48,7 @@ def test_bidirectional_prompts(demo_model_path: Path, tmp_path: Path) -> None:
         assert len(prompts) * (ROWS - 1) * layers * heads == observer.counters.dropped_rows["mask"]
         assert 0 == observer.counters.canary_rows["failed"] < observer.counters.canary_rows["reproduced"]
         assert {} == observer._errors.counts()
+        assert [
+            line for line in log if "Rows of prompts whose tokens see keys behind their own are not measured" in line
+        ]
+        assert 1 == len([line for line in log if "left out of the histograms: prompt tokens that see keys" in line])

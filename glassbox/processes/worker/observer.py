@@ -33,7 +33,7 @@ from glassbox.adapter.row_mask import MaskError, RowMask, read_mask
 from glassbox.adapter.runner import Batch, BatchMismatchError, check_batch, read_batch
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
-from glassbox.core.counters import ENGINE_NUMBERS
+from glassbox.core.counters import DROP_REASONS, ENGINE_NUMBERS
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
@@ -367,8 +367,16 @@ class Observer:
 
     def _drop(self, reason: str, rows: int) -> None:
         """Rows that are not measured, in rows_total's unit: one per layer and head."""
-        if rows:
-            self.counters.dropped_rows[reason] += rows * self._places(self._layers)
+        if not rows:
+            return
+        if not self.counters.dropped_rows[reason]:
+            logger.info(
+                "Rows of measured steps are left out of the histograms: %s. Further ones are only counted "
+                "(glassbox_dropped_rows_total{reason='%s'}; docs/metrics.md)",
+                DROP_REASONS[reason],
+                reason,
+            )
+        self.counters.dropped_rows[reason] += rows * self._places(self._layers)
 
     def _add_checked(
         self,

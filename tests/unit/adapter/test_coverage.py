@@ -55,6 +55,12 @@ class TestCoverage:
         """They are none of the layers that are counted, and that is said."""
         assert "27 attention layers of the model's encoder" in said(replace(found(0, 1), num_encoder_layers=27))[1]
 
+    def test_rows_that_look_ahead(self) -> None:
+        """What is left out of layers that are observed, with the metric that counts it."""
+        (_, line) = said(replace(found(0, 1), ahead="images"))
+        assert line.startswith("Rows of images whose tokens see keys behind their own are not measured, only counted")
+        assert "glassbox_dropped_rows_total{reason='mask'}" in line
+
     def test_nothing(self) -> None:
         """It is said, and how many layers there are."""
         first, second = said(found(bypassed=dict.fromkeys(range(20), MLA)))

@@ -66,6 +66,15 @@ class TestFindLayers:
         found = find_layers({"layers.0.attn": plain}, attach="custom")
         assert "start vLLM with --attention-backend CUSTOM" in found.bypassed["layers.0.attn"].reason
 
+    def test_rows_that_look_ahead(self) -> None:
+        """Told by vLLM's class of layers, or by what it says of images; of layers that are observed."""
+        open_class: Any = type("PrefillPrefixLMAttention", (SimpleNamespace,), {})
+        found = find_layers({"layers.0.attn": open_class(**vars(layer(True))), "layers.1.attn": layer(True)})
+        assert (found.indices, found.ahead) == ((0, 1), "prompts")
+        assert find_layers({"layers.0.attn": layer(True)}, open_images=True).ahead == "images"
+        assert find_layers({"layers.0.attn": layer(True)}).ahead == ""
+        assert find_layers({"layers.0.attn": layer(None)}, open_images=True).ahead == ""
+
     @pytest.mark.parametrize(
         ("kind", "slug"), [("encoder", "encoder"), ("encoder_only", "encoder"), ("encoder_decoder", "cross")]
     )

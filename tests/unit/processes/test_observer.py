@@ -296,13 +296,20 @@ class TestSampledStep:
 
 
 class TestRowsAreWhatTheyAreCalled:
-    def test_drafts(self) -> None:
-        """They are not measured, and counted as rows are."""
+    def test_drafts(self, caplog: pytest.LogCaptureFixture) -> None:
+        """They are not measured, and counted as rows are; the log says so once."""
         setup = Setup(sampling={"layers": [1, 3]})
-        setup.step([(4, 9, 7), DECODE], scheduled_spec_decode_tokens={"request-0": [1, 2, 3]})
+        with caplog.at_level("INFO", "glassbox"):
+            setup.step([(4, 9, 7), DECODE], scheduled_spec_decode_tokens={"request-0": [1, 2, 3]})
         (rows,) = setup.measurer.rows
         assert rows[:, [ROW_QUERY, ROW_PHASE]].tolist() == [[0, 1], [4, 1]]
         assert setup.observer.counters.dropped_rows == {"draft": 3 * 2 * NUM_HEADS}
+        assert "left out of the histograms: draft tokens of speculative decoding" in caplog.text
+        caplog.clear()
+        with caplog.at_level("INFO", "glassbox"):
+            setup.step([(4, 12, 7), DECODE], scheduled_spec_decode_tokens={"request-0": [1, 2, 3]})
+        assert setup.observer.counters.dropped_rows == {"draft": 6 * 2 * NUM_HEADS}
+        assert caplog.text == ""
 
     def test_drafts_of_one_that_is_off(self) -> None:
         """A request without statistics leaves none out."""
