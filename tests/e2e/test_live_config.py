@@ -153,8 +153,12 @@ class TestLogLevel:
 
 class TestSampling:
     def test_layers(self, server: GlassboxServer) -> None:
-        """Only the layers in the list are measured."""
-        edit(server, sampling={"layers": [0, 5]})
+        """Only the layers in the list are measured; one that isn't there is a warning."""
+        log = Log(server)
+        edit(server, sampling={"layers": [0, 5, NUM_LAYERS]})
+        (line, *_) = log.wait("sampling.layers names layers that are not observed")
+        assert f"the model has no attention layer {NUM_LAYERS}. Observed are 0-{NUM_LAYERS - 1}" in line
+        assert " WARNING " in line
         before = self.by_layer(server)
         server.complete(new_prompt(20), max_tokens=5, ignore_eos=True)
         after = self.by_layer(server)
