@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from glassbox.core.output_checks import LayerState
-from tests.integration.gpu_engine import FAULTY_HEAD, FAULTY_LATENT_LAYER, EngineSpec, measured_positions, run_engines
+from glassbox.core.statistics import INDEX
+from tests.integration.gpu_engine import (
+    FAULTY_HEAD,
+    FAULTY_LATENT_LAYER,
+    EngineSpec,
+    TracedResult,
+    measured_positions,
+    run_engines,
+)
 from tests.integration.mla_models import LAYERS, VOCABULARY, save_mla_model
 from tests.integration.test_gpu_vllm import CONFIG, Result, assert_as_near_as_transformers
 
@@ -46,6 +54,14 @@ def _variants(base: EngineSpec) -> dict[str, EngineSpec]:
         "auto": base,
         "fp8": replace(triton, kv_cache_dtype="fp8"),
         "triton-kernel": replace(triton, fault="latent kernel"),
+        # The third comes in two chunks; none ends with a chunk of one token, whose query would be absorbed.
+        "triton-whole": replace(
+            triton,
+            prompts=[base.prompts[i] for i in (3, 4, 2)],
+            max_tokens=[8, 9, 10],
+            extra_args=[{"glassbox": "trace", "glassbox_prompt": "all", "glassbox_spans": ["head=0:4"]}] * 3,
+            config={**CONFIG, "requests": {"max_trace_mb": 256, "max_active_mb": 1024}},
+        ),
     }
 
 
@@ -97,6 +113,44 @@ def test_healthy(results: dict[str, Result], name: str) -> None:
     assert set(report["layer_states"]) == {LayerState.CERTIFIED}
     assert report["canary_rows"]["failed"] == 0
     assert max(report["worst_ratio"]) < 0.8
+
+
+def test_whole_prompts(results: dict[str, Result]) -> None:
+    """Keys of heads are made of the cache: as near to transformers as its own bfloat16, within a factor of two."""
+    import torch
+
+    from tests.integration.transformers_truth import EagerModel, whole_truth
+
+    result = TracedResult(results["triton-whole"].spec)
+    assert result.report["errors"] == {}
+    path = Path(result.spec.model)
+    exact, rounded = (EagerModel(path, dtype, device="cuda") for dtype in (torch.float32, torch.bfloat16))
+    squares: dict[str, list[np.ndarray]] = {}
+    for _, (trace,), tokens in result.asked():
+        assert (trace.notes, trace.truncated) == ((), False)
+        assert trace.positions.tolist() == list(range(len(tokens) - 1))
+        np.testing.assert_allclose(trace.received.sum(-1), len(tokens) - 1, rtol=1e-4)
+        np.testing.assert_allclose(
+            trace.span_mass[..., 0], trace.stats[..., INDEX["sink_ratio"]], rtol=0, atol=1e-4
+        )  # the span is the sink's
+        true, yardstick = whole_truth(exact, tokens), whole_truth(rounded, tokens)
+        length = np.sqrt(np.arange(len(tokens) - 1, 0, -1))  # of a random walk of the rows that add up
+        for name, found, of_truth in (
+            ("previous_mass", np.moveaxis(trace.previous_mass, 0, 2)[..., 1:], lambda one: one.previous[..., 1:]),
+            (
+                "self_mass",
+                np.exp(np.moveaxis(trace.stats[..., INDEX["self_logprob"]], 0, 2)),
+                lambda one: np.exp(one.self_logprob),
+            ),
+            ("received", trace.received / length, lambda one, length=length: one.received / length),
+        ):
+            for whose, values in (("ours", found), ("theirs", of_truth(yardstick))):
+                difference = (values - of_truth(true)).astype(np.float64)
+                squares.setdefault(f"{name} {whose}", []).append(np.square(difference).ravel())
+    rms = {name: float(np.sqrt(np.concatenate(parts).mean())) for name, parts in squares.items()}
+    print("whole prompts", {name: f"{value:.3g}" for name, value in rms.items()})
+    for name in ("previous_mass", "self_mass", "received"):
+        assert rms[f"{name} ours"] <= 2 * rms[f"{name} theirs"], name
 
 
 def test_a_broken_kernel(results: dict[str, Result]) -> None:
