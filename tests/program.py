@@ -48,15 +48,39 @@ def environment(config: Path | None = None, run_dir: Path | None = None, **more:
     }
 
 
+def write_plugin(folder: Path, group: str, target: str) -> None:
+    """Make a plugin of vLLM that is found by whoever has the folder among its import paths.
+
+    Args:
+        folder: is made.
+        group: of entry points.
+        target: what is loaded, `module:name`.
+    """
+    name = f"glassbox_tests_{target.rpartition(':')[2]}"
+    metadata = folder / f"{name}-0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n", encoding="utf-8")
+    (metadata / "entry_points.txt").write_text(f"[{group}]\n{name} = {target}\n", encoding="utf-8")
+
+
 def run_program(
-    program: str, args: Sequence[str], env: Mapping[str, str], cwd: Path, timeout_s: float = 300.0
+    program: str,
+    args: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path,
+    timeout_s: float = 300.0,
+    prefix: Sequence[str] = (),
 ) -> Finished:
-    """Run `tests/<program>` to its end; the test fails if the program does. What it writes lies in `cwd` meanwhile."""
+    """Run `tests/<program>` to its end; the test fails if the program does. What it writes lies in `cwd` meanwhile.
+
+    Args:
+        prefix: words before the command (`unshare`).
+    """
     written = cwd / f"{Path(program).stem}.log"
     with written.open("w") as log:
         try:
             ended = subprocess.run(
-                [sys.executable, str(_ROOT / "tests" / program), *args],
+                [*prefix, sys.executable, str(_ROOT / "tests" / program), *args],
                 env=dict(env),
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,

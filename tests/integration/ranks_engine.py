@@ -8,12 +8,11 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from tests.program import RESULT
+from tests.program import RESULT, write_plugin
 
 RANKS, BROKEN_RANK, BROKEN_LAYER, BROKEN_HEAD = 3, 1, 12, 2
-_PLUGIN: Final = "glassbox_tests_broken_rank"
 
 
 def break_one_rank() -> None:
@@ -34,12 +33,7 @@ def break_one_rank() -> None:
 
 def main(folder: Path) -> None:
     """Serve, and print what the ranks' snapshots say together."""
-    metadata = folder / f"{_PLUGIN}-0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {_PLUGIN}\nVersion: 0\n", encoding="utf-8")
-    (metadata / "entry_points.txt").write_text(
-        f"[vllm.general_plugins]\n{_PLUGIN} = tests.integration.ranks_engine:break_one_rank\n", encoding="utf-8"
-    )
+    write_plugin(folder, "vllm.general_plugins", "tests.integration.ranks_engine:break_one_rank")
     sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     from vllm import LLM, SamplingParams
