@@ -70,6 +70,8 @@ class Truth(StrEnum):
     QUERIES = "float64, from vLLM's own q and k"
 
 
+# Query heads of every model whose settings don't say otherwise.
+HEADS: Final = 4
 # Both sides compute in float32, each in its own order; scores of some tens make the most of that. 5e-5 was seen.
 ROUNDING: Final = 1e-4
 
@@ -130,6 +132,12 @@ class Family:
     def observed(self) -> list[int]:
         """Of those that are to be observed."""
         return sorted(layer for part in self.parts if part.expected is OBSERVED for layer in part.layers)
+
+    @property
+    def heads(self) -> list[int]:
+        """Query heads of each of these, by the model's configuration."""
+        each = self.settings.get("num_attention_heads_per_layer")
+        return [each[layer] if each else self.settings.get("num_attention_heads", HEADS) for layer in self.observed]
 
     @property
     def bypassed(self) -> dict[Unobserved, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.families import foreign
-from tests.families.family import Family, Task
+from tests.families.family import HEADS, Family, Task
 
 VOCABULARY: Final = 512
 # The smallest head size that vLLM's kernels for CPUs have is 32.
@@ -18,7 +18,7 @@ COMMON: Final[Mapping[str, Any]] = {
     "hidden_size": 128,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_attention_heads": HEADS,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }

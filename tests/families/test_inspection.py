@@ -27,7 +27,7 @@ def _parameters() -> list[Any]:
 
 @pytest.mark.parametrize("family", _parameters())
 def test_layers_and_heads(family: Family, tmp_path: Path) -> None:
-    """Those that `test_served_families.py` finds in the served model; heads are those of its configuration."""
+    """Those that `test_served_families.py` finds in the served model, and with them its time series."""
     make_checkpoint(family, tmp_path / "model")
     found = inspect_model(tmp_path / "model", packaged_config())
     assert family.observed == list(found.indices)
@@ -35,5 +35,4 @@ def test_layers_and_heads(family: Family, tmp_path: Path) -> None:
     for bypass in found.bypassed.values():
         bypassed[bypass.slug] += 1
     assert {why.slug: count for why, count in family.bypassed.items()} == bypassed
-    heads = family.settings.get("num_attention_heads_per_layer", [family.settings.get("num_attention_heads", 4)])
-    assert set(heads) == set(found.heads) or not found.heads
+    assert family.heads == list(found.heads)

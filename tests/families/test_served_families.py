@@ -10,8 +10,13 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from glassbox.export.check_families import CHECK_METRICS
+from glassbox.export.families import build_families, samples_per_place
+from glassbox.export.prometheus import to_metric
+from glassbox.store.merge import merge
+from glassbox.store.snapshot import Snapshot
 from tests.families.comparison import TOKEN_GAP, VECTOR_GAP, assert_rows_are_there, largest_deviation
-from tests.families.family import Family, Truth
+from tests.families.family import Family, Task, Truth
 from tests.families.models import make_checkpoint
 from tests.families.serving import CannotServeError, Observation, Served, serve_observed, serve_plain
 from tests.families.softmax_truth import Forward, run_eager
@@ -124,6 +129,9 @@ def _assert_said(family: Family, observation: Observation) -> None:
     assert {} == {stage: count for stage, count in numbers["errors"].items() if count}
     assert len(family.observed) == numbers["layers_observed"]
     assert family.observed == list(snapshot.layers)
+    assert family.heads == list(snapshot.layer_heads)
+    if family.task is not Task.EMBED:  # without generated tokens some have no value yet
+        assert sum(family.heads) * samples_per_place() == _num_samples(snapshot)
     bypassed = {slug: count for slug, count in numbers["layers_bypassed"].items() if count}
     assert {why.slug: count for why, count in family.bypassed.items()} == bypassed
     for why in family.bypassed:
@@ -131,3 +139,11 @@ def _assert_said(family: Family, observation: Observation) -> None:
     if family.observed:
         assert numbers["canary_rows"]["reproduced"]
         assert not numbers["canary_rows"].get("failed")
+
+
+def _num_samples(snapshot: Snapshot) -> int:
+    """Of the statistics, as Prometheus gets them by layer and head."""
+    checks = {metric.name for metric in CHECK_METRICS}
+    families = build_families(merge([snapshot]), "head")
+    shown = [one for one in families if one.name.startswith("glassbox_attention_") and one.name not in checks]
+    return sum(len(to_metric(one).samples) for one in shown)
