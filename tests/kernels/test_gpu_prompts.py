@@ -218,6 +218,7 @@ def test_latent_attention(
     """Rows of the heads whose keys were made, against float64; what is kept is absorbed, as generated rows are."""
     step = LatentStep(torch.float32, cache_dtype, k_scale)
     monkeypatch.setattr(latent_prompts, "_KEYS_BYTES", 2 * 32 * 40 * 4)  # two of the three heads at a time
+    prompts.compile(step, step.forward, step.k_cache)  # in warm-up, of whatever is there
     prompts.begin([LATENT_ASKED])
     prompts.measure(0, step, step.forward, step.k_cache, step.tables())
     assert errors.counts() == {}
