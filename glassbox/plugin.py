@@ -20,9 +20,13 @@ def register() -> None:
         if is_disabled():
             _stay_out()
             return
-        from glassbox.processes import registration
+        from glassbox.core.start_parts import StartParts
 
-        registration.register()
+        start = StartParts()
+        with start.timed("register"):
+            from glassbox.processes import registration
+
+            registration.register(start)
     except Exception:
         # vLLM dies of an exception from here, and an observer must not be the reason: also not a package that it needs
         # and that can't be imported.

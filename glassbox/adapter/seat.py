@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from glassbox.adapter.attention.listening import Listening
 from glassbox.config.settings import Settings
 from glassbox.core.logs import get_logger
+from glassbox.core.start_parts import StartParts
 
 if TYPE_CHECKING:  # every process of a server has a seat, and only workers need torch
     from torch import Tensor
@@ -94,6 +95,7 @@ class Seat:
         hook: of this process, once a worker warms up in it.
         listener: of this worker, while there is one.
         listening: which forward methods the observed impls have.
+        start: what glassbox has taken of this process's start.
         inner_name: what CUSTOM stands for, between `validate_configuration` and `full_cls_name`, which vLLM calls one
             after the other for one layer.
     """
@@ -104,6 +106,7 @@ class Seat:
         self.hook: Hook | None = None
         self.listener: Listener | None = None
         self.listening: Final = Listening()
+        self.start = StartParts()
         self.inner_name: str | None = None
         self._make_hook: Callable[[], Hook] | None = None
 
@@ -136,9 +139,11 @@ class Seat:
         make, self._make_hook = self._make_hook, None
         try:
             if make is not None:
-                self.hook = make()
+                with self.start.timed("import"):
+                    self.hook = make()
             if self.hook is not None:
-                self.hook.prepare(vllm_worker)
+                with self.start.timed("prepare"):
+                    self.hook.prepare(vllm_worker)
         except Exception:
             logger.exception("glassbox could not observe this worker; the server runs unobserved")
 

@@ -12,7 +12,9 @@ from enum import Enum, auto
 from numbers import Integral, Real
 from typing import Any, Final, Literal
 
-EngineValue = bool | int | float | Mapping[str, int] | Mapping[str, str]
+from glassbox.core.start_parts import START_PARTS
+
+EngineValue = bool | int | float | Mapping[str, int] | Mapping[str, float] | Mapping[str, str]
 
 # Why a layer is not observed: values of the label `reason` of layers_bypassed, and what each means.
 BYPASS_REASONS: Final[Mapping[str, str]] = {
@@ -98,14 +100,15 @@ class EngineNumber:
 
     def accepts(self, value: object) -> bool:
         """Whether a value, of this process or of a file, has the kind that the entry says."""
+        number = Integral if self.holds is int else Real
         if self.labels:
-            inner = str if self.kind == "info" else Integral
+            inner = str if self.kind == "info" else number
             return isinstance(value, Mapping) and all(
                 isinstance(key, str) and isinstance(part, inner) for key, part in value.items()
             )
         if self.holds is bool:
             return isinstance(value, bool)
-        return isinstance(value, Integral if self.holds is int else Real)
+        return isinstance(value, number)
 
 
 # In the order of the metrics.
@@ -263,6 +266,18 @@ ENGINE_NUMBERS: Final[tuple[EngineNumber, ...]] = (
         unit="{step}",
         help="Steps whose rows traced requests lost, because overhead_budget was spent; their traces say truncated.",
         merge=MergeRule.LARGEST_PLACE,
+    ),
+    EngineNumber(
+        name="start_seconds",
+        metric="start_seconds",
+        otel_name="start",
+        kind="gauge",
+        unit="s",
+        help="Seconds that glassbox took of its workers' start, by part; of the slowest.",
+        merge=MergeRule.LARGEST_LIVE,
+        holds=float,
+        labels=("part",),
+        values=tuple(START_PARTS),
     ),
     EngineNumber(
         name="build",

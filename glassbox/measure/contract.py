@@ -5,7 +5,7 @@ answered, and neither knows the other's insides.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from glassbox.core.accumulator_arrays import MeasuredArrays
 from glassbox.core.rows import ROW_BATCH, ROW_QUERY
+from glassbox.core.start_parts import StartParts
 from glassbox.core.trace_options import MAX_ATTENTION_KEYS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.probe_answers import ProbeAnswers, PromptAnswers, Questions
@@ -51,6 +52,7 @@ class DeviceNeeds:
         num_kv_heads: largest local number of the layers.
         deferred: takes what waits for the device.
         is_piecewise: see `GraphNodes`.
+        start: is told what graphs cost.
     """
 
     max_rows: int
@@ -59,6 +61,7 @@ class DeviceNeeds:
     query_dtype: torch.dtype
     deferred: DeferredActions
     is_piecewise: Callable[[], bool]
+    start: StartParts = field(default_factory=StartParts)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ caches. So after its attention only a layer's queries are put by, until as many 
 once, or the step ends; the keys that its rows see stay in the cache until then.
 """
 
-import logging
 import sys
 import time
 from collections.abc import Hashable, Mapping, Sequence
@@ -18,7 +17,6 @@ import torch
 
 from glassbox.core.accumulator_arrays import MeasuredArrays
 from glassbox.core.errors import ErrorCounter
-from glassbox.core.logs import get_logger, log_once
 from glassbox.core.native import NativeError
 from glassbox.core.rows import ROW_ADAPTER_SHIFT, ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_UNCOUNTED
 from glassbox.kernels.probe_answers import ProbeAnswers
@@ -41,8 +39,6 @@ from glassbox.measure.contract import (
 )
 from glassbox.measure.cpu_output_check import CpuOutputCheck
 from glassbox.measure.native_layers import CachedLayer, LayerKind
-
-logger = get_logger(__name__)
 
 # Statistics of several layers are added to the accumulators together: it costs a dozen torch calls either way.
 _FLUSH_ELEMENTS: Final = 1 << 21  # 8 MB of float32
@@ -122,7 +118,7 @@ class CpuMeasurer:
         self._plans: dict[tuple[int, int | None, int], RowPlan] = {}
         self._waiting: dict[Hashable, _Waiting] = {}
         # Of the native kernel: what it knows of layers, and the step's rows and results.
-        self._native = native and _has_kernel()
+        self._native = native and _has_kernel(errors)
         self._cached_layers: dict[int, CachedLayer] = {}
         self._native_rows: dict[Hashable, NativeRows] = {}
         self._natives: dict[Hashable, _Native] = {}
@@ -429,16 +425,10 @@ class CpuMeasurer:
             self._accumulators.add(layers, torch.cat([stats for _, stats in group]), phases, adapters)
 
 
-def _has_kernel() -> bool:
+def _has_kernel(errors: ErrorCounter) -> bool:
     try:
         native_kernel()
     except (NativeError, OSError) as error:
-        log_once(
-            logger,
-            logging.WARNING,
-            "native",
-            "Rows are measured by torch, which takes several times as long as the compiled kernel: %s",
-            error,
-        )
+        errors.count("kernel", f"rows are measured by torch, which takes several times as long: {error}")
         return False
     return True

@@ -106,7 +106,7 @@ class GpuMeasurer:
         self._traced: StepTraces | None = None
         self._check: OutputCheck | None = None
         self._deferred, self._errors = needs.deferred, errors
-        self._graphs = GraphNodes(errors, needs.is_piecewise)
+        self._graphs = GraphNodes(errors, needs.is_piecewise, needs.start)
         self._graphs.watch()
         self._copy_stream = torch.cuda.Stream(device)
         self._step_done = torch.cuda.Event()

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 
 from glassbox.core.errors import ErrorCounter
+from glassbox.core.start_parts import StartParts
 
 # As torch instantiates: memory that a graph allocates and does not free is freed at its next launch.
 _AUTO_FREE_ON_LAUNCH: Final = 1
@@ -30,11 +31,13 @@ class GraphNodes:
     Args:
         errors: counts graphs that keep their nodes.
         is_piecewise: whether a forward pass runs that is captured, or replayed, in pieces around the attention.
+        start: is told what the second executables cost.
     """
 
-    def __init__(self, errors: ErrorCounter, is_piecewise: Callable[[], bool]) -> None:
+    def __init__(self, errors: ErrorCounter, is_piecewise: Callable[[], bool], start: StartParts | None = None) -> None:
         self.measuring = False
         self._errors, self._is_piecewise = errors, is_piecewise
+        self._start = StartParts() if start is None else start
         self._capturing: Any = None
         self._restore: Callable[[], None] | None = None
         try:
@@ -81,7 +84,8 @@ class GraphNodes:
         self._capturing = None
         if graph.nodes:
             try:
-                self._split(graph)
+                with self._start.timed("graphs"):
+                    self._split(graph)
             except Exception as error:
                 self._errors.count("graph_nodes", error)
         graph.instantiate()

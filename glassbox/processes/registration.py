@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glassbox.adapter.seat import SEAT
+from glassbox.core.start_parts import StartParts
 
 if TYPE_CHECKING:
     from glassbox.adapter.seat import Hook
@@ -120,8 +121,11 @@ def _make_hook(settings: "Settings") -> "Hook":
     return StepHook(settings)
 
 
-def register() -> None:
+def register(start: StartParts | None = None) -> None:
     """Attach glassbox to this process, wholly or not at all; see `plugin.register`.
+
+    Args:
+        start: is told what is done from now on; by default none is known of what was done before.
 
     Raises:
         SystemExit: the YAML is unusable.
@@ -129,6 +133,7 @@ def register() -> None:
     """
     if SEAT.registration is not None:
         return
+    SEAT.start = StartParts() if start is None else start
     try:
         _register()
     except Exception:

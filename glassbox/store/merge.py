@@ -184,7 +184,7 @@ def _joined(values: Sequence[Any], join: Callable[[Iterable[Any]], Any]) -> Any:
     if not isinstance(values[0], Mapping):
         return join(values)
     labels = sorted({label for value in values for label in value})
-    return {label: int(join([value.get(label, 0) for value in values])) for label in labels}
+    return {label: join([value.get(label, 0) for value in values]) for label in labels}
 
 
 def _largest_place(workers: _Workers, name: str) -> EngineValue:

@@ -164,21 +164,24 @@ def test_some_layers_each_way(step: Step, monkeypatch: pytest.MonkeyPatch) -> No
     assert_same(step.measured(), expected)
 
 
-def test_without_a_compiler(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch measures, and the log says so."""
+def test_without_a_compiler(step: Step, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """torch measures; it is counted, and the log says so."""
     expected = step.measured()
-    said: list[str] = []
 
     def no_compiler() -> None:
         raise NativeError("no C++ compiler")
 
     monkeypatch.setattr(cpu_measurer, "native_kernel", no_compiler)
-    monkeypatch.setattr(cpu_measurer, "log_once", lambda *args: said.append(args[3] % args[4:]))
     monkeypatch.setattr(cpu_measurer, "NativeStep", None)
-    assert_same(step.measured(), expected)
-    assert said == [
-        "Rows are measured by torch, which takes several times as long as the compiled kernel: no C++ compiler"
-    ]
+    logger = logging.getLogger("glassbox.tests")
+    logger.addHandler(caplog.handler)
+    try:
+        arrays, traces, errors = step.measured()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert {"kernel": 1} == errors.counts()
+    assert "rows are measured by torch, which takes several times as long: no C++ compiler" in caplog.text
+    assert_same((arrays, traces, expected[2]), expected)
 
 
 def test_another_cache(step: Step) -> None:

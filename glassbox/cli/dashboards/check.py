@@ -16,7 +16,9 @@ from glassbox.export.families import METRICS
 from glassbox.export.family import Family
 
 # Metrics that no panel shows, and why.
-NOT_SHOWN: Final[dict[str, str]] = {}
+NOT_SHOWN: Final[dict[str, str]] = {
+    "glassbox_start_seconds": "it never changes once a server has started; `glassbox doctor` judges it",
+}
 _SCRAPED: Final = frozenset({"job", "instance"})
 _GRAFANA: Final = {"$__rate_interval": "5m", "$baseline": "1d"}
 

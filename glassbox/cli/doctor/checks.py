@@ -44,6 +44,7 @@ RUNNING: Final[tuple[Check, ...]] = (
     served_metrics.shown,
     served_metrics.versions,
     served_metrics.configuration,
+    served_metrics.start,
     served_metrics.layers,
     served_metrics.sampling,
     served_metrics.errors,

@@ -26,6 +26,7 @@ _REMEDIES: Final[Mapping[str, str]] = {
     "actions": "mend the probe that the log names, or make room on the disk of the run directory",
     "audit": "make room on the disk of actions.audit.path, and let this user write there",
     "baseline": "make a baseline of this model with this glassbox: glassbox baseline save",
+    "kernel": "install g++, or name a compiler by CXX; see kernel.compiler, kernel.cache and kernel.compiled",
     "exporter": "see the log for why its process can't be started: memory, limit of processes",
     "probe": "the GPU's memory is full: lower --gpu-memory-utilization",
     "prompt": "ask for fewer layers or heads of whole prompts, leave cudagraph_mode at its default, and as for probe",

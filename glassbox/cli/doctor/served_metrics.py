@@ -11,6 +11,7 @@ from glassbox.cli.doctor.question import Question
 from glassbox.cli.doctor.run_directories import PORT_OR_PUSH
 from glassbox.cli.doctor.scraped_page import MetricsPage
 from glassbox.core.counters import BYPASS_REASONS
+from glassbox.core.start_parts import START_PARTS
 from glassbox.view.text import format_seconds
 
 # Of a worker's numbers: an idle one writes every 15 s.
@@ -20,6 +21,8 @@ _INTERVALS: Final = 6
 _ENOUGH_STEPS: Final = 10
 # Of the file sinks and of OTLP: some push once a minute.
 _SINK_OLD_S: Final = 300.0
+# Seconds that a worker's start may take longer for glassbox.
+_LONGEST_START_S: Final = 2.0
 _UNCERTIFIED: Final = ("not_certified", "not_reproduced")
 
 
@@ -105,6 +108,26 @@ def configuration(question: Question) -> Iterator[Finding]:
         yield error("server.config", seen, "glassbox check FILE; docs/runbooks/GlassboxConfigReloadFailed.md")
     elif page.samples("config_last_reload_successful"):
         yield ok("server.config", "the server's YAML is in force")
+
+
+def start(question: Question) -> Iterator[Finding]:
+    """What the workers' start took for glassbox."""
+    page = _page(question)
+    parts = {} if page is None else page.by("start_seconds", "part")
+    if not parts:
+        return
+    each = ", ".join(f"{part} {parts[part]:.2f}" for part in START_PARTS if part in parts)
+    seen = f"a worker's start took {sum(parts.values()):.1f} s longer ({each})"
+    if sum(parts.values()) <= _LONGEST_START_S:
+        yield ok("server.start", seen)
+    elif max(parts, key=lambda part: parts[part]) == "kernels":
+        remedy = (
+            "kernels are compiled once if ~/.cache/glassbox, and on a GPU TRITON_CACHE_DIR (~/.triton/cache), outlive "
+            "the server: keep them on a volume; else see docs/performance.md"
+        )
+        yield warning("server.start", seen, remedy)
+    else:
+        yield warning("server.start", seen, "a slow disk or a busy machine; docs/performance.md has what is usual")
 
 
 def layers(question: Question) -> Iterator[Finding]:

@@ -37,6 +37,7 @@ from glassbox.core.counters import DROP_REASONS, ENGINE_NUMBERS
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
+from glassbox.core.start_parts import StartParts
 from glassbox.measure.contract import BatchTables, Measurer
 from glassbox.measure.sampling import RowSampler, StepSampler, TraceBudget
 from glassbox.processes.worker.adapters import AdapterSlots
@@ -85,6 +86,7 @@ class Observer:
         adapters: in which slots of the accumulators the rows of LoRA adapters are counted.
         listen: told whether layers are to call `after_attention`: in warm-up, since graphs are captured there, and
             then in measured steps.
+        start: is told what warm-up costs.
         exact: the runner computes all scheduled tokens; one that leaves out drafts computes fewer.
         written_s: returns the seconds that ended traces have taken beside the steps, so far.
         clock: seconds, monotonic.
@@ -103,6 +105,7 @@ class Observer:
         adapters: AdapterSlots,
         listen: Callable[[bool], None],
         errors: ErrorCounter,
+        start: StartParts | None = None,
         exact: bool = True,
         written_s: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.perf_counter,
@@ -115,6 +118,7 @@ class Observer:
         self._all_layers, self._layer_heads = layers, layer_heads
         self._locals = {name: local for local, name in enumerate(layer_names)}
         self._read_config, self._errors, self._clock = config, errors, clock
+        self._start = StartParts() if start is None else start
         self._exact, self._progress = exact, RequestProgress()
         self._written_s, self._charged_s = written_s, 0.0
         self._step: Step | None = None
@@ -127,7 +131,8 @@ class Observer:
     def arm(self) -> None:
         """Warm-up is over: count steps from now on."""
         try:
-            self.measurer.end_warm_up()
+            with self._start.timed("kernels"):
+                self.measurer.end_warm_up()
         finally:
             self._listen(False)
         self.armed = True
@@ -447,17 +452,20 @@ class Observer:
     def _measuring(self, layer_name: str) -> Iterator[bool]:
         """Whether a layer is to be measured; one that fails does not keep the others, and it is the step's overhead."""
         step = self._step
-        started = self._clock() if step is not None else 0.0
+        if step is None:  # vLLM warms up
+            with self._start.timed("kernels"), self._errors.guard("observe"):
+                yield True
+            return
+        started = self._clock()
         try:
             yield not self._repeats(step, layer_name)
         except Exception as error:
             self._errors.count("observe", error)
-        if step is not None:
-            step.overhead_s += self._clock() - started
+        step.overhead_s += self._clock() - started
 
-    def _repeats(self, step: Step | None, name: str) -> bool:
+    def _repeats(self, step: Step, name: str) -> bool:
         """Whether a layer runs again in a step; it is not observed any more, for its first keys are overwritten."""
-        if step is None or not step.measured:
+        if not step.measured:
             return False
         if name not in step.ran:
             step.ran.add(name)

@@ -96,8 +96,10 @@ class Worker:
             query_dtype=facts.query_dtype,
             deferred=self._deferred,
             is_piecewise=is_piecewise_forward,
+            start=SEAT.start,
         )
-        measurer = make_measurer(measured, needs, errors)
+        with SEAT.start.timed("kernels"):
+            measurer = make_measurer(measured, needs, errors)
         host = TraceHost(
             engine=server.engine,
             rank=server.rank,
@@ -151,6 +153,7 @@ class Worker:
             adapters=adapters,
             listen=SEAT.listening.listen,
             errors=errors,
+            start=SEAT.start,
             exact=not facts.drafts,
             written_s=lambda: self._traces.ended_s,
         )
@@ -169,18 +172,20 @@ class Worker:
 
     def start(self) -> None:
         """Count steps from now on; start the snapshot thread and follow the YAML."""
-        # First, whatever the disk says: what was made for warm-up ends with it.
-        self.observer.arm()
-        rundir.create()
-        rundir.purge_dead()
-        for line in switched_off(self._vllm.version):
-            logger.warning("%s", line)
-        for level, text in coverage_lines(self._facts, self._settings.config, self._settings.path):
-            logger.log(level, "%s", text)
-        self._say_selection()
-        with self._errors.guard(STAGE):
-            self._sampled.refresh()
-        self._settings.watch()
+        with SEAT.start.timed("arm"):
+            # First, whatever the disk says: what was made for warm-up ends with it.
+            self.observer.arm()
+            rundir.create()
+            rundir.purge_dead()
+            for line in switched_off(self._vllm.version):
+                logger.warning("%s", line)
+            for level, text in coverage_lines(self._facts, self._settings.config, self._settings.path):
+                logger.log(level, "%s", text)
+            self._say_selection()
+            with self._errors.guard(STAGE):
+                self._sampled.refresh()
+            self._settings.watch()
+        logger.info("%s", SEAT.start.line())
         self._thread = threading.Thread(target=self._run, name="glassbox-snapshots", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -322,6 +327,7 @@ class Worker:
             "layers_bypassed": {**bypassed, **not_observed},
             "reload_successful": status.successful,
             "reload_timestamp_s": status.timestamp_s,
+            "start_seconds": SEAT.start.seconds(),
             "build": self._build,
             "trace_refused": refused,
             "traces_dropped": self._traces.dropped,

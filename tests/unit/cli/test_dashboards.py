@@ -359,7 +359,9 @@ class TestCheck:
         """All metrics are missing from no dashboard; a listed one with a reason is not."""
         found = check.check_all([], build_groups())
         assert [
-            f"no panel shows {family.name}; add one, or list it in NOT_SHOWN with a reason" for family in METRICS
+            f"no panel shows {family.name}; add one, or list it in NOT_SHOWN with a reason"
+            for family in METRICS
+            if family.name != "glassbox_start_seconds"
         ] == found
 
 

@@ -61,7 +61,7 @@ class TestPage:
     def test_a_server_that_is_well(self) -> None:
         """Its answer, metrics, version, YAML, layers, certificate, samples and errors."""
         found = statuses(page_findings(good_page()))
-        expected = ("reachable", "metrics", "version", "config", "layers", "certified", "sampling", "errors")
+        expected = ("reachable", "metrics", "version", "config", "start", "layers", "certified", "sampling", "errors")
         assert {"server.age": "unknown", **{f"server.{name}": "ok" for name in expected}} == found
 
     def test_a_server_that_is_not_there(self) -> None:
@@ -105,6 +105,18 @@ class TestPage:
         assert "error" == statuses(page_findings("glassbox_steps_total{ what\n"))["server.metrics"]
         page = good_page() + 'glassbox_errors_total{engine="0",model_name="m",stage="\x1b[2J"} 3\n'
         assert all("\x1b" not in f"{finding.seen}{finding.remedy}" for finding in page_findings(page))
+
+    @pytest.mark.parametrize(
+        ("parts", "seen", "remedy"),
+        [
+            ({"kernels": 7.5, "register": 0.25}, "7.8 s longer (register 0.25, ", "keep them on a volume"),
+            ({"kernels": 0.5, "import": 2.0}, "2.5 s longer", "a slow disk or a busy machine"),
+        ],
+    )
+    def test_a_slow_start(self, parts: Mapping[str, float], seen: str, remedy: str) -> None:
+        """The part that took most says what helps."""
+        found = told(page_findings(good_page(start_seconds=parts)))["server.start"]
+        assert (Status.WARNING, True, True) == (found.status, seen in found.seen, remedy in (found.remedy or ""))
 
     def test_layers_that_are_not_observed(self) -> None:
         """By reason, with its meaning."""

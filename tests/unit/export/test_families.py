@@ -268,6 +268,7 @@ class TestFamilies:
             "glassbox_trace_refused_total": ("counter", (*engine, "reason")),
             "glassbox_traces_dropped_total": ("counter", engine),
             "glassbox_trace_skipped_steps_total": ("counter", engine),
+            "glassbox_start_seconds": ("gauge", (*engine, "part")),
             "glassbox_build_info": ("gauge", (*engine, "version", "vllm_version", "backend")),
             "glassbox_config_last_reload_successful": ("gauge", engine),
             "glassbox_config_last_reload_timestamp_seconds": ("gauge", engine),
@@ -362,7 +363,7 @@ class TestFamilies:
         found = build_families(merge([make_snapshot()]), "head")
         names = {name for f in found if f.name != "glassbox_worker_info" for name in f.label_names}
         assert names == {
-            "model_name", "engine", "phase", "layer", "head", "reason", "stage", "why", "result", "tensor",
+            "model_name", "engine", "phase", "layer", "head", "reason", "stage", "why", "result", "tensor", "part",
             "version", "vllm_version", "backend",
         }  # fmt: skip
 

@@ -133,6 +133,7 @@ class TestNumbers:
             ("glassbox.trace_refused", "{request}", "sum"),
             ("glassbox.traces_dropped", "{file}", "sum"),
             ("glassbox.trace_skipped_steps", "{step}", "sum"),
+            ("glassbox.start", "s", "gauge"),
             ("glassbox.build_info", "1", "gauge"),
             ("glassbox.config.last_reload_successful", "1", "gauge"),
             ("glassbox.config.last_reload_timestamp", "s", "gauge"),

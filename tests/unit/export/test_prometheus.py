@@ -138,11 +138,12 @@ class TestExposition:
             "glassbox_layers_bypassed",
             "glassbox_watched_requests_delay_seconds",
             "glassbox_traced_requests_active",
+            "glassbox_start_seconds",
             "glassbox_build_info",
             "glassbox_config_last_reload_successful",
             "glassbox_config_last_reload_timestamp_seconds",
         }
-        assert len(types) == len(histograms) + 26
+        assert len(types) == len(histograms) + 27
 
     def test_signed_histograms_have_buckets_only(self, run_dir: Path) -> None:
         """max_logit has neither _sum nor _count, the others have both."""
