@@ -18,7 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from glassbox.core.native import load_cpp
+from glassbox.core.native import compile_cpp, load_cpp
 from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_COLUMNS, ROW_DECODE, ROW_SLOT
 from glassbox.core.statistics import INDEX, NUM_STATISTICS
 from glassbox.core.trace_arrays import trace_array
@@ -128,6 +128,15 @@ class NativeKernel:
     take: Callable[..., None]
     row_stats: Callable[..., int]
     prompt_tile: Callable[..., None]
+
+
+def compile_native_kernel() -> None:
+    """Compile the functions, if that has not been done on a CPU like this one; they are not loaded.
+
+    Raises:
+        NativeError, OSError: see `compile_cpp`.
+    """
+    compile_cpp(_SOURCE, _definitions())
 
 
 @functools.cache

@@ -50,6 +50,20 @@ def unprivileged() -> tuple[str, ...]:
     return (require_tool("setpriv", "util-linux"), f"--bounding-set={drop}", "--inh-caps=-all")
 
 
+def own_cache(folder: Path, compiler: str) -> dict[str, str]:
+    """Environment of a server with a cache of glassbox's own, whose kernel a shell script compiles; vLLM's is the usual
+    one."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    script = folder / "c++"
+    script.write_text(f"#!/bin/sh\n{compiler}\n")
+    script.chmod(0o755)
+    return {
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT") or str(usual / "vllm"),
+        "CXX": str(script),
+    }
+
+
 def wait_for(
     read: Callable[[], _Value],
     accept: Callable[[_Value], bool],

@@ -16,19 +16,30 @@ from glassbox.adapter.protocols import VllmWorker
 from glassbox.adapter.seat import SEAT
 
 # (module, class), the CPU's inherits from the other.
+_CPU_WORKER: Final = "vllm.v1.worker.cpu_worker"
 _WORKER_CLASSES: Final = (
     ("vllm.v1.worker.gpu_worker", "Worker"),
-    ("vllm.v1.worker.cpu_worker", "CPUWorker"),
+    (_CPU_WORKER, "CPUWorker"),
 )
 # The last call before real steps.
 _WARM_UP = "compile_or_warm_up_model"
 
 
-def install() -> Callable[[], None]:
-    """Tell the seat of every worker of this process; the returned function takes that back."""
+def install(cpu_worker_comes: Callable[[], None] = lambda: None) -> Callable[[], None]:
+    """Tell the seat of every worker of this process; the returned function takes that back.
+
+    Args:
+        cpu_worker_comes: is called when this process turns out to be a worker on a CPU, long before it warms up.
+    """
+
+    def tell(_: ModuleType) -> Callable[[], None]:
+        cpu_worker_comes()
+        return lambda: None
+
     patches = LatePatches()
     for module_name, class_name in _WORKER_CLASSES:
         patches.add(module_name, partial(_patch, class_name))
+    patches.add(_CPU_WORKER, tell)
     return patches.remove
 
 

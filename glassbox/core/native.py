@@ -6,9 +6,12 @@ server that runs without one (--enforce-eager) is no reason to fail, so whoever 
 What is loaded is run: it is taken from the cache only if no other user could have put it there. Where the cache can't
 be trusted, written to or run from, the file is compiled at each start, in a folder of this process's own. Which of the
 two it is doesn't depend on what lies in the cache.
+
+Workers that start together, and threads, compile a file once: the others wait for the one that began.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -17,7 +20,10 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +43,9 @@ _FLAGS: Final = (
 _TARGETS: Final = (("-march=native",), ("-mcpu=native",), ())
 _COMPILERS: Final = ("g++", "clang++", "c++")
 _TIMEOUT_S: Final = 120
+# For another that compiles it, and between two looks at it.
+_LONGEST_WAIT_S: Final = 120.0
+_WAIT_S: Final = 0.02
 _CACHE_REMEDY: Final = "set XDG_CACHE_HOME to a directory of this user's from which files can be executed"
 _TEMPORARY_REMEDY: Final = "set XDG_CACHE_HOME or TMPDIR to such a directory"
 
@@ -47,6 +56,46 @@ class NativeError(RuntimeError):
 
 class _NoPlaceError(NativeError):
     """The cache can't be used."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A file to compile.
+
+    Attributes:
+        compiler, options: its command.
+        name: of the result, which says all that it depends on.
+    """
+
+    compiler: Sequence[str]
+    options: Sequence[str]
+    source: Path
+    name: str
+
+    @classmethod
+    def of(cls, source: Path, defines: Mapping[str, str] | None) -> "_Job":
+        compiler = _compiler()
+        options = (*_FLAGS, *(f"-D{macro}={text}" for macro, text in (defines or {}).items()))
+        key = hashlib.sha256(source.read_bytes())
+        machine = (os.path.realpath(compiler[0]), compiler[1:], options, _TARGETS, sorted(cpu_flags()))
+        key.update(repr(machine).encode())
+        return cls(compiler, options, source, f"{source.stem}-{key.hexdigest()[:20]}.so")
+
+    def compile_to(self, target: Path) -> Path:
+        return _compile(self.compiler, self.options, self.source, target)
+
+
+def compile_cpp(source: Path, defines: Mapping[str, str] | None = None) -> None:
+    """Compile a C++ file into the cache, unless it lies there, so that `load_cpp` finds it.
+
+    Raises:
+        NativeError: it can't be compiled, or the cache can't be used.
+        OSError: the source can't be read.
+    """
+    job = _Job.of(source, defines)
+    path = _cache_folder() / job.name
+    if not _is_kept(path):
+        _compile_once(job, path)
 
 
 def load_cpp(source: Path, defines: Mapping[str, str] | None = None) -> ctypes.CDLL:
@@ -60,19 +109,11 @@ def load_cpp(source: Path, defines: Mapping[str, str] | None = None) -> ctypes.C
         NativeError: it can't be compiled, or there is no folder from which it may be loaded.
         OSError: the result can't be written or loaded.
     """
-    compiler = _compiler()
-    options = (*_FLAGS, *(f"-D{macro}={text}" for macro, text in (defines or {}).items()))
-    key = hashlib.sha256(source.read_bytes())
-    key.update(repr((os.path.realpath(compiler[0]), compiler[1:], options, _TARGETS, sorted(cpu_flags()))).encode())
-    name = f"{source.stem}-{key.hexdigest()[:20]}.so"
-
-    def compile_to(target: Path) -> Path:
-        return _compile(compiler, options, source, target)
-
+    job = _Job.of(source, defines)
     try:
-        return _from_cache(compile_to, _cache_folder() / name)
+        return _from_cache(job, _cache_folder() / job.name)
     except _NoPlaceError as error:
-        return _compiled_alone(compile_to, name, error)
+        return _compiled_alone(job, error)
 
 
 def _cache_folder() -> Path:
@@ -106,28 +147,80 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _from_cache(compile_to: Callable[[Path], Path], path: Path) -> ctypes.CDLL:
+def _is_kept(path: Path) -> bool:
+    return path.exists() and distrusted_file(path) is None
+
+
+def _from_cache(job: _Job, path: Path) -> ctypes.CDLL:
     """Loaded from the cache, after it was compiled there if it isn't yet.
 
     Raises:
         NativeError: it can't be compiled.
         _NoPlaceError: it can't be written there, or not be loaded from there.
     """
-    if path.exists() and distrusted_file(path) is None:
+    damaged = None
+    if _is_kept(path):
         try:
             return ctypes.CDLL(str(path))
         except OSError as error:
             logger.warning("%s can't be loaded (%s); it is compiled again", path, error)
+            damaged = path.stat().st_ino
+    _compile_once(job, path, damaged)
     try:
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as partial:
-            # Renamed when it is whole: several workers may start at once.
-            compile_to(Path(partial) / path.name).replace(path)
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise _NoPlaceError(f"{path.parent} can't be used: {error.strerror or error}; {_CACHE_REMEDY}") from None
+        raise _no_place(path, error) from None
 
 
-def _compiled_alone(compile_to: Callable[[Path], Path], name: str, why: _NoPlaceError) -> ctypes.CDLL:
+def _no_place(path: Path, error: OSError) -> _NoPlaceError:
+    return _NoPlaceError(f"{path.parent} can't be used: {error.strerror or error}; {_CACHE_REMEDY}")
+
+
+def _compile_once(job: _Job, path: Path, damaged: int | None = None) -> None:
+    """Compile into the cache, or wait until another has.
+
+    Args:
+        job: what.
+        path: where it belongs.
+        damaged: inode of a file there that is of no use.
+
+    Raises:
+        NativeError: it can't be compiled.
+        _NoPlaceError: it can't be written there.
+    """
+    try:
+        with (
+            _one_at_a_time(path.parent),
+            tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as partial,
+        ):
+            if not _is_kept(path) or path.stat().st_ino == damaged:
+                # Renamed when it is whole: a lock does not hold everywhere.
+                job.compile_to(Path(partial) / path.name).replace(path)
+    except OSError as error:
+        raise _no_place(path, error) from None
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which ends with its process; where there is none, or for too long, go on without."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        deadline = time.monotonic() + _LONGEST_WAIT_S
+        with suppress(OSError):  # not every file system locks folders
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(_WAIT_S)
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # also for a process that was forked meanwhile
+        os.close(handle)
+
+
+def _compiled_alone(job: _Job, why: _NoPlaceError) -> ctypes.CDLL:
     """Compiled for this process. A library stays loaded when its file is gone."""
     try:
         with tempfile.TemporaryDirectory(prefix="glassbox-") as alone:
@@ -139,7 +232,7 @@ def _compiled_alone(compile_to: Callable[[Path], Path], name: str, why: _NoPlace
                     f"{why}. Nor can the temporary directory be used: {folder.parent} is on a file system that is "
                     f"mounted noexec; {_TEMPORARY_REMEDY}"
                 )
-            library = ctypes.CDLL(str(compile_to(folder / name)))
+            library = ctypes.CDLL(str(job.compile_to(folder / job.name)))
     except FileNotFoundError as error:  # tempfile finds no directory that can be written to
         raise NativeError(f"{why}. Nor is there a temporary directory: {error.strerror}; {_TEMPORARY_REMEDY}") from None
     log_once(

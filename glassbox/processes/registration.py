@@ -45,6 +45,7 @@ class Registration:
         from glassbox.config.load import CONFIG_ENV, packaged_config, restart_needed
         from glassbox.config.settings import Settings
         from glassbox.core.logs import get_logger, set_level
+        from glassbox.measure.ahead import compile_ahead
         from glassbox.processes.api_server import intake, shown_metrics
         from glassbox.store import multiprocess_files, ownership, rundir
 
@@ -72,7 +73,7 @@ class Registration:
         undo.callback(settings.close)
         attached.callback(overrides.override(config))
         if config.enabled:
-            attached.callback(worker_start.install())
+            attached.callback(worker_start.install(compile_ahead))
 
         def on_change(edited: "GlassboxConfig") -> None:
             set_level(edited.log_level)

@@ -14,10 +14,12 @@ import httpx
 import psutil
 import pytest
 
+from glassbox.cli.doctor import served_metrics
+from tests.doctor_findings import asked
 from tests.e2e.samples import counts_against_rows, glassbox_samples
 from tests.otlp_receiver import OtlpReceiver
 from tests.prometheus_server import free_port
-from tests.serving import GlassboxServer, require_tool, wait_for
+from tests.serving import GlassboxServer, own_cache, require_tool, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -27,14 +29,17 @@ ERRORS = "glassbox_errors_total"
 
 @pytest.fixture(scope="module")
 def _failing_server(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GlassboxServer]:
-    with GlassboxServer(demo_model_path, tmp_path_factory.mktemp("failing")) as server:
+    folder = tmp_path_factory.mktemp("failing")
+    env = own_cache(folder, "echo 'error: out of order' >&2; exit 1")
+    with GlassboxServer(demo_model_path, folder, env=env) as server:
         server.complete("Warm")
         yield server
 
 
 @pytest.fixture
 def failing_server(_failing_server: GlassboxServer) -> Iterator[GlassboxServer]:
-    """A server of this module's own, whose export is disturbed; its YAML is put back after each test."""
+    """A server of this module's own, whose export is disturbed and which has no compiler; its YAML is put back after
+    each test."""
     yield _failing_server
     _failing_server.restore_config()
 
@@ -71,6 +76,18 @@ def assert_counts_rows(server: GlassboxServer) -> None:
 
 def exporters(server: GlassboxServer) -> list[psutil.Process]:
     return [process for process in server.processes() if "glassbox.processes.exporter" in process.cmdline()]
+
+
+class TestKernel:
+    def test_a_kernel_that_cannot_be_compiled(self, failing_server: GlassboxServer) -> None:
+        """torch measures every row; it is counted, logged once with the reason, and doctor says what helps."""
+        server = failing_server
+        server.wait_metric(ERRORS, lambda count: count == 1, stage="kernel")
+        assert logged(server, "kernel failed: rows are measured by torch") == 1
+        assert logged(server, "can't compile row_stats.cpp: error: out of order") == 1
+        assert_counts_rows(server)
+        found = {finding.seen: finding.remedy or "" for finding in served_metrics.errors(asked(url=server.url))}
+        assert "install g++" in found["1 errors in stage kernel since the start"]
 
 
 class TestMissingCollector:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.e2e.samples import Key, glassbox_samples
-from tests.serving import BASE_CONFIG, GlassboxServer
+from tests.serving import BASE_CONFIG, GlassboxServer, own_cache
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -20,7 +20,7 @@ STOPPED_S = 30.0
 
 @dataclass(frozen=True)
 class Lives:
-    """What two servers with the same settings did, the first killed, the second stopped.
+    """What two servers with the same settings and caches did, the first killed, the second stopped.
 
     Attributes:
         dead_samples: of the first, before it was killed; and its run directory.
@@ -29,6 +29,8 @@ class Lives:
         new_samples: of the second at its start, and its run directories (all that there are).
         served_rows: rows of the second after it has served one request.
         left_processes, left_dirs: of the second after SIGTERM.
+        compiled: how often the kernel was by the end of the first, and of the second.
+        started: what the second told of its start: seconds, and lines of its log.
     """
 
     dead_samples: dict[Key, float]
@@ -41,6 +43,8 @@ class Lives:
     left_processes: list[str]
     left_dirs: list[str]
     exporters: list[str]
+    compiled: tuple[int, int]
+    started: tuple[float | None, list[str]]
 
 
 def names(directory: Path) -> list[str]:
@@ -71,7 +75,13 @@ def lives(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     runtime.mkdir(mode=0o700)
     # No run directory is named: glassbox's own, which it must clean up itself. JSONL needs the exporter process.
     config = {**BASE_CONFIG, "export": {"interval_s": 1, "jsonl": {"path": str(folder / "windows.jsonl")}}}
-    env = {"GLASSBOX_RUN_DIR": None, "XDG_RUNTIME_DIR": str(runtime)}
+    runs = folder / "runs"
+    cache = own_cache(folder, f'echo "$*" >> "{runs}"; exec g++ "$@"')
+    env = {"GLASSBOX_RUN_DIR": None, "XDG_RUNTIME_DIR": str(runtime), **cache}
+
+    def compiled() -> int:
+        return runs.read_text().count("row_stats.cpp")
+
     with contextlib.ExitStack() as stack:
 
         def start(name: str) -> GlassboxServer:
@@ -84,6 +94,7 @@ def lives(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         first.settled_rows()
         dead_samples = glassbox_samples(first.metrics())
         (dead_dir,) = names(runtime)
+        first_compiled = compiled()
         processes = first.processes()
         exporters = [line for line in living(processes) if "glassbox.processes.exporter" in line]
         # The exporter has a session of its own, so this does not hit it: it must see for itself that all is over.
@@ -96,6 +107,7 @@ def lives(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         second.complete("The sea is", max_tokens=8)
         second.settled_rows()
         served_rows = second.metric("glassbox_attention_rows_total", phase="decode")
+        seconds, log = second.metric("glassbox_start_seconds"), second.log_path.read_text(errors="replace")
         processes = second.processes()
         os.kill(second.pid, signal.SIGTERM)
         left = remaining(processes, STOPPED_S)
@@ -110,6 +122,8 @@ def lives(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
             left_processes=left,
             left_dirs=names(runtime),
             exporters=exporters,
+            compiled=(first_compiled, compiled()),
+            started=(seconds, [line for line in log.splitlines() if "glassbox took" in line]),
         )
 
 
@@ -141,6 +155,17 @@ class TestKilled:
     def test_the_new_server_counts_only_its_own(self, lives: Lives) -> None:
         """One request with 8 tokens: 7 decode rows in each of 30 x 9 heads."""
         assert lives.served_rows == 7 * 30 * 9
+
+    def test_a_start_with_a_warm_cache_compiles_nothing(self, lives: Lives) -> None:
+        """The first one compiled the kernel, once."""
+        assert (1, 1) == lives.compiled
+
+    def test_the_start_is_told(self, lives: Lives) -> None:
+        """What glassbox took of it, as a metric and in one line of the log, which agree."""
+        seconds, (line,) = lives.started
+        assert seconds is not None
+        assert seconds > 0
+        assert f"glassbox took {seconds:.2f} s of this worker's start (register " in line
 
 
 class TestStopped:

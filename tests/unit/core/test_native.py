@@ -2,17 +2,21 @@
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import os
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from glassbox.core import logs, native
-from glassbox.core.native import NativeError, load_cpp
+from glassbox.core.native import NativeError, compile_cpp, load_cpp
 from tests.export_samples import logged
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
@@ -356,3 +360,76 @@ def test_a_damaged_library(source: Path, cache: Path) -> None:
     path.write_bytes(b"\x7fELF and nothing else")
     assert load_cpp(source).answer() == 42
     assert load_cpp(source).answer() == 42
+
+
+class TestTogether:
+    """Several workers of a machine, and threads of one, may want the same file at once."""
+
+    PROGRAM = (
+        "import sys; from pathlib import Path; from glassbox.core.native import load_cpp\n"
+        "print(load_cpp(Path(sys.argv[1])).answer())"
+    )
+
+    @pytest.fixture
+    def compiler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A compiler that takes its time; the file has a line for each run."""
+        command, told = tmp_path / "slow-g++", tmp_path / "runs"
+        command.write_text(f'#!/bin/sh\necho run >> "{told}"\nsleep 1\nexec g++ "$@"\n')
+        command.chmod(0o755)
+        monkeypatch.setenv("CXX", str(command))
+        return told
+
+    def test_processes_compile_once(self, source: Path, compiler: Path) -> None:
+        """Three start together; a fourth comes later."""
+        command = [sys.executable, "-c", self.PROGRAM, str(source)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+
+        def started() -> "subprocess.Popen[str]":
+            return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+        together = [started() for _ in range(3)]
+        assert ["42\n"] * 3 == [process.communicate(timeout=60)[0] for process in together]
+        assert "42\n" == started().communicate(timeout=60)[0]
+        assert ["run"] == compiler.read_text().split()
+
+    def test_a_file_that_was_compiled_ahead_is_waited_for(self, source: Path, compiler: Path) -> None:
+        """By whoever loads it meanwhile; compiling it once more does nothing."""
+        thread = threading.Thread(target=compile_cpp, args=(source,))
+        thread.start()
+        while not compiler.exists():
+            time.sleep(0.01)
+        assert 42 == load_cpp(source).answer()
+        thread.join()
+        compile_cpp(source)
+        assert ["run"] == compiler.read_text().split()
+
+    def test_whoever_holds_the_lock_for_ever_keeps_nobody(
+        self, source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A process that was stopped; a file system without locks."""
+        load_cpp(source)
+        source.write_text(SOURCE.replace("42", "43"))
+        monkeypatch.setattr(native, "_LONGEST_WAIT_S", 0.1)
+        held = os.open(cache, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            assert 43 == load_cpp(source).answer()
+        finally:
+            os.close(held)
+
+        def no_locks(_handle: int, _operation: int) -> None:
+            raise OSError(errno.ENOLCK, "no locks available")
+
+        monkeypatch.setattr(native.fcntl, "flock", no_locks)
+        source.write_text(SOURCE.replace("42", "44"))
+        assert 44 == load_cpp(source).answer()
+
+    def test_ahead_where_the_cache_cannot_be_used(
+        self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: list[list[str]]
+    ) -> None:
+        """Nothing is compiled that nobody could find."""
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        with pytest.raises(NativeError, match="set XDG_CACHE_HOME"):
+            compile_cpp(source)
+        assert [] == runs

@@ -1,0 +1,19 @@
+"""The kernel for CPUs is compiled while vLLM loads the model, so that no start waits for the compiler."""
+
+import threading
+from contextlib import suppress
+
+
+def compile_ahead() -> None:
+    """Begin, on a thread, unless it lies in the cache. Whoever needs the kernel meanwhile waits for it.
+
+    What goes wrong here goes wrong there again, where it is told.
+    """
+    threading.Thread(target=_compile, name="glassbox-compile", daemon=True).start()
+
+
+def _compile() -> None:
+    with suppress(Exception):
+        from glassbox.kernels.row_stats_native import compile_native_kernel
+
+        compile_native_kernel()
