@@ -41,16 +41,17 @@ demo: $(STAMP)  ## Serve a small real model and show its attention; DEMO_ARGS=--
 	@$(VENV)/bin/glassbox demo $(DEMO_ARGS)
 
 # The kernels' tests have processes of their own: Triton's interpreter must be chosen before anything imports Triton.
-# A test of these and of the unit tests keeps one core busy, so two go at once. So do those that run vLLM without its
-# servers, if each computes on one thread (two of them with OpenMP's spinning threads are slower than one after the
-# other). The rest starts servers, which want all cores.
+# A test of these and of the unit tests keeps one core busy, so two go at once, and so do those that run vLLM without its
+# servers: each computes on one thread, since two of them with OpenMP's spinning threads are slower than one after the
+# other (the kernels' in torch take six times as much processor time). The rest starts servers, which want all cores.
+ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 IN_PROCESS := tests/families tests/integration tests/releases \
 	$(addprefix tests/e2e/,test_attach.py test_bad_config.py test_same_output.py)
 test: lint  ## Lint, then run all tests that need neither a GPU nor hours
 ifeq ($(PYTEST_ARGS),)
-	$(PYTEST) -n 2 tests/kernels
-	$(PYTEST) -n 2 tests/unit
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PYTEST) -n 2 --dist loadscope $(IN_PROCESS)
+	$(ONE_THREAD) $(PYTEST) -n 2 tests/kernels
+	$(ONE_THREAD) $(PYTEST) -n 2 tests/unit
+	$(ONE_THREAD) $(PYTEST) -n 2 --dist loadscope $(IN_PROCESS)
 	$(PYTEST) $(addprefix --ignore=,tests/kernels tests/unit $(IN_PROCESS))
 else
 	$(PYTEST) $(PYTEST_ARGS)
@@ -87,7 +88,7 @@ releases: $(STAMP)  ## Test every supported vLLM release that runs on this CPU, 
 
 # One thread, as in `make test`: what is compared there must be what is recorded here.
 families: $(STAMP)  ## Serve a tiny model of each family of models, and write the table of what is observed of them
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PY) -m pytest --timeout 900 --durations 30 \
+	$(ONE_THREAD) $(PY) -m pytest --timeout 900 --durations 30 \
 		--record-models docs/data/models.json tests/families $(PYTEST_ARGS); \
 	status=$$?; $(PY) -m tools.models_table && exit $$status
 

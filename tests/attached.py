@@ -1,5 +1,6 @@
 """What glassbox has in this process, for tests that run vLLM in it."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,11 +58,24 @@ def plugin(folder: Path, config: str) -> Iterator[pytest.MonkeyPatch]:
         unregister()
 
 
+def start_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes most of the start of a tiny model, and of its end.
+
+    vLLM looks at a model's class in a process of its own, which takes as long as all the rest; and for every engine it
+    looks at all objects a dozen times, which takes as long again.
+    """
+    from vllm.model_executor.models import registry
+
+    patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+    patch.setattr(gc, "collect", lambda generation=2: 0)
+
+
 @contextmanager
 def _engines_shut_down(patch: pytest.MonkeyPatch) -> Iterator[None]:
     from vllm.v1.engine.core_client import InprocClient
 
-    built = []
+    collect, built = gc.collect, []
+    start_quickly(patch)
     original = InprocClient.__init__
 
     def remembering(client: InprocClient, *args: Any, **kwargs: Any) -> None:
@@ -74,3 +88,5 @@ def _engines_shut_down(patch: pytest.MonkeyPatch) -> Iterator[None]:
     finally:
         for client in built:
             client.shutdown()
+        if built:
+            collect()  # once for all of them: their weights and caches lie in cycles

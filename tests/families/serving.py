@@ -1,6 +1,5 @@
 """Tiny models served by vLLM in this process, with glassbox and without it."""
 
-import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,7 +13,7 @@ from torch import Tensor
 from glassbox.adapter.seat import SEAT
 from glassbox.core.logs import ROOT
 from glassbox.store.snapshot import Snapshot
-from tests.attached import plugin
+from tests.attached import plugin, start_quickly
 from tests.families.models import AUDIO, SAMPLING_RATE, VOCABULARY
 from tests.families.query_truth import QueryRecorder
 from tests.families.softmax_truth import Scores
@@ -127,16 +126,11 @@ def engine(model: Path, settings: Mapping[str, Any]) -> Iterator[Any]:
     """An in-process vLLM, of which nothing is left afterwards."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.model_executor.models import registry
 
     with ExitStack() as stack:
         # Models without experts leave groups that those with experts can't use.
         stack.callback(cleanup_dist_env_and_memory)
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        # vLLM looks at a model's class in a process of its own, which takes as long as all the rest; and for every
-        # engine it looks at all objects a dozen times, which takes as long again.
-        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
-        patch.setattr(gc, "collect", lambda generation=2: 0)
+        start_quickly(stack.enter_context(pytest.MonkeyPatch.context()))
         with _vllm_may_refuse():
             llm = LLM(str(model), **{**ENGINE, **settings})
         stack.callback(llm.llm_engine.engine_core.shutdown)

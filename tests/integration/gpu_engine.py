@@ -39,7 +39,7 @@ class EngineSpec:
         config: glassbox's YAML as a mapping; None sets GLASSBOX_DISABLE=1.
         v2_runner: VLLM_USE_V2_MODEL_RUNNER; None leaves it to vLLM.
         llm_args: further arguments of vllm.LLM, or others than those of `run`.
-        fault: what is broken in layer FAULTY_LAYER, by name; see `_break`.
+        fault: what is broken, in layer FAULTY_LAYER if it is one layer's, by name; see `_break`.
         adapter: folder of a LoRA adapter that prompts ask for; `adapted` says which of them do, None is all.
     """
 
@@ -218,12 +218,21 @@ def run(spec: EngineSpec) -> None:
 
 
 def _break(fault: str) -> None:
-    """Break a layer.
+    """Break a layer, or what measures it.
 
     kernel: vLLM's attention gives 1.02 times the output in one head, in CUDA graphs as well; latent kernel: that of
     TRITON_MLA does, in layer FAULTY_LATENT_LAYER. scale: glassbox takes the
-    scores for 1 % larger. keys: glassbox reads the keys of the slot before.
+    scores for 1 % larger. keys: glassbox reads the keys of the slot before. compile: Triton compiles none of the row
+    kernel.
     """
+    if fault == "compile":
+        from glassbox.kernels import row_stats
+
+        def cannot_compile(*_: Any, **__: Any) -> None:
+            raise RuntimeError("ptxas is out of order")
+
+        row_stats._row_stats_kernel.run = cannot_compile
+        return
     from glassbox.adapter.attention import layer_view
 
     if fault == "kernel":

@@ -73,6 +73,7 @@ def _variants(base: EngineSpec) -> dict[str, EngineSpec]:
         "fp8": replace(flash, kv_cache_dtype="fp8"),
         "flash-kernel": replace(flash, fault="kernel"),
         "flash-scale": replace(flash, fault="scale"),
+        "flash-uncompiled": replace(flash, fault="compile"),
     }
 
 
@@ -252,6 +253,14 @@ class TestServing:
     def test_tokens_are_those_without_the_plugin(self, results: dict[str, Result], observed: str, plain: str) -> None:
         """Greedy, token for token, at sample rate 1."""
         assert results[observed].report["tokens"] == results[plain].report["tokens"]
+
+    def test_a_kernel_that_cannot_be_compiled(self, results: dict[str, Result]) -> None:
+        """Warm-up and captures go on without it, and so does serving, token for token; it is counted at each layer."""
+        uncompiled = results["flash-uncompiled"]
+        assert uncompiled.report["tokens"] == results["flash-plain"].report["tokens"]
+        assert {"observe"} == set(uncompiled.report["errors"])
+        assert uncompiled.report["errors"]["observe"] >= len(uncompiled.report["layers"])
+        assert not uncompiled.arrays["rows"].any()
 
     def test_memory(self, results: dict[str, Result]) -> None:
         """Allocated on the device, against the same engine without the plugin."""

@@ -105,6 +105,23 @@ def test_one_layer_does_not_keep_the_others(monkeypatch: pytest.MonkeyPatch) -> 
     assert worker.errors.counts() == {"observe": 2}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "stage"), [("row_stats", "observe"), ("compile", "prompt")])
+def test_gpu_warm_up(monkeypatch: pytest.MonkeyPatch, name: str, stage: str) -> None:
+    """A kernel that can't be launched while vLLM warms up is counted for each layer; steps are measured once it can."""
+    from glassbox.measure import gpu_measurer
+
+    with monkeypatch.context() as patch:
+        patch.setattr({"compile": gpu_measurer.GpuPrompts}.get(name, gpu_measurer), name, broken)
+        worker = ObservedWorker("cuda")
+    assert {stage: len(LAYERS)} == worker.errors.counts()
+    assert worker.observer.armed
+    assert worker.listening[-1] is False
+    worker.step()
+    assert worker.rows() == [len(KEYS)] * len(LAYERS)
+    assert {stage: len(LAYERS)} == worker.errors.counts()
+
+
 class BrokenRing:
     """Of a GPU's measurer: it fails when the row list is on its way to the device."""
 

@@ -114,7 +114,9 @@ class TestWorkerStart:
         told: list[Any] = []
         monkeypatch.setattr(SEAT, "warm_up_begins", told.append)
         monkeypatch.setattr(SEAT, "warm_up_ended", lambda: told.append("ended"))
-        undo = worker_start.install()
+        undo = worker_start.install(lambda: told.append("on a CPU"))
+        assert ["on a CPU"] == told, "once, as soon as its module is there"
+        told.clear()
         workers = [Vllm.Worker(), Vllm.CPUWorker()]
         assert ["warm", "warm"] == [worker.compile_or_warm_up_model() for worker in workers]
         assert [workers[0], "ended", workers[1], "ended"] == told
