@@ -1,6 +1,7 @@
 """What a running server's /metrics says of glassbox: whether it is there, what is observed, how old the numbers are."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Final
 
@@ -111,11 +112,14 @@ def configuration(question: Question) -> Iterator[Finding]:
 
 
 def start(question: Question) -> Iterator[Finding]:
-    """What the workers' start took for glassbox."""
+    """What the start of the slowest engine's workers took for glassbox."""
     page = _page(question)
-    parts = {} if page is None else page.by("start_seconds", "part")
-    if not parts:
+    engines: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    for labels, seconds in () if page is None else page.samples("start_seconds"):
+        engines[labels.get("engine", "")][labels.get("part", "")] = seconds
+    if not engines:
         return
+    parts = max(engines.values(), key=lambda engine: sum(engine.values()))
     each = ", ".join(f"{part} {parts[part]:.2f}" for part in START_PARTS if part in parts)
     seen = f"a worker's start took {sum(parts.values()):.1f} s longer ({each})"
     if sum(parts.values()) <= _LONGEST_START_S:

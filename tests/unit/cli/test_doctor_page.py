@@ -118,6 +118,15 @@ class TestPage:
         found = told(page_findings(good_page(start_seconds=parts)))["server.start"]
         assert (Status.WARNING, True, True) == (found.status, seen in found.seen, remedy in (found.remedy or ""))
 
+    def test_the_start_is_that_of_the_slowest_engine(self) -> None:
+        """Engines start side by side, so what they took does not add up."""
+        lines = good_page(start_seconds={"kernels": 1.5}).splitlines()
+        more = [
+            line.replace('engine="0"', 'engine="1"').replace("1.5", "1.75") for line in lines if "start_sec" in line
+        ]
+        found = told(page_findings("\n".join([*lines, *(line for line in more if line[0] != "#"), ""])))["server.start"]
+        assert (Status.OK, True) == (found.status, "1.8 s longer" in found.seen)
+
     def test_layers_that_are_not_observed(self) -> None:
         """By reason, with its meaning."""
         some = told(page_findings(good_page(layers_bypassed={"encoder": 3})))["server.layers"]
