@@ -117,6 +117,8 @@ class GpuMeasurer:
         # Those that are launched in this step, and those of them whose numbers are kept.
         self._layers: frozenset[int] = frozenset()
         self._measured: frozenset[int] = frozenset()
+        # Whose launch has failed in warm-up.
+        self._uncompiled: set[int] = set()
         # Whose outputs are kept.
         self._kept: set[int] = set()
         # ROW_QUERY and ROW_SLOT of the listed rows.
@@ -186,7 +188,8 @@ class GpuMeasurer:
         """Queue this layer's launch.
 
         During warm-up it is queued too, with no rows, so that the kernel is compiled before a capture; during a
-        capture always, since every replay will run it.
+        capture always, since every replay will run it; but not if it failed before, for a kernel that is compiled and
+        loaded amid a capture may end that, and vLLM with it.
         """
         local = self._local_layers.get(layer.name)
         if local is None:
@@ -203,12 +206,15 @@ class GpuMeasurer:
         elif self._warming and not capturing:
             with self._errors.guard("prompt"):
                 self._prompts.compile(layer, forward, kv_cache)
-        if not listed:
+        if not listed or (capturing and local in self._uncompiled):
             return
+        if self._warming and not capturing:
+            self._uncompiled.add(local)  # until it has been launched
         if isinstance(forward, LatentForward):
             self._launch_latent(local, layer, forward, kv_cache, tables)
         else:
             self._launch(local, layer, forward, kv_cache, tables)
+        self._uncompiled.discard(local)
 
     def finish(self) -> None:
         """See contract.Measurer. Later replays find no rows."""

@@ -255,7 +255,7 @@ class TestServing:
         assert results[observed].report["tokens"] == results[plain].report["tokens"]
 
     def test_a_kernel_that_cannot_be_compiled(self, results: dict[str, Result]) -> None:
-        """Warm-up and captures go on without it, and so does serving, token for token; it is counted at each layer."""
+        """Warm-up and serving go on without it, token for token; it is counted at each layer, and never captured."""
         uncompiled = results["flash-uncompiled"]
         assert uncompiled.report["tokens"] == results["flash-plain"].report["tokens"]
         assert {"observe"} == set(uncompiled.report["errors"])
