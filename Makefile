@@ -47,6 +47,8 @@ demo: $(STAMP)  ## Serve a small real model and show its attention; DEMO_ARGS=--
 ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 IN_PROCESS := tests/families tests/integration tests/releases \
 	$(addprefix tests/e2e/,test_attach.py test_bad_config.py test_same_output.py)
+# Tests start some hundred processes, which would compile all modules each time where an image forbids to keep bytecode.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: lint  ## Lint, then run all tests that need neither a GPU nor hours
 ifeq ($(PYTEST_ARGS),)
 	$(ONE_THREAD) $(PYTEST) -n 2 tests/kernels
