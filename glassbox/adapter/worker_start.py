@@ -15,8 +15,8 @@ from glassbox.adapter.patch import patch_method
 from glassbox.adapter.protocols import VllmWorker
 from glassbox.adapter.seat import SEAT
 
-# (module, class), the CPU's inherits from the other.
 _CPU_WORKER: Final = "vllm.v1.worker.cpu_worker"
+# (module, class), the CPU's inherits from the other.
 _WORKER_CLASSES: Final = (
     ("vllm.v1.worker.gpu_worker", "Worker"),
     (_CPU_WORKER, "CPUWorker"),
