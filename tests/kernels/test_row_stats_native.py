@@ -184,17 +184,18 @@ class TestRows:
         assert rows(300).is_light(32, 128, cores=64)
 
 
+@pytest.fixture(scope="class")
+def _cheap_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """It hardly optimises, and for no CPU in particular: a quarter of the time, and numbers that are alike."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_FLAGS", ("-O1", *native._FLAGS[1:]))
+        patch.setattr(native, "_TARGETS", ((),))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 class TestTables:
     """Columns, numbers of types and structs are those of Python, whatever they are."""
-
-    @pytest.fixture(scope="class")
-    def _cheap_compiler(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-        """It hardly optimises, and for no CPU in particular: a quarter of the time, and numbers that are alike."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "_FLAGS", ("-O1", *native._FLAGS[1:]))
-            patch.setattr(native, "_TARGETS", ((),))
-            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-            yield
 
     @pytest.fixture
     def compile_again(self, _cheap_compiler: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
