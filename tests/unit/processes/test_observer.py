@@ -14,6 +14,7 @@ from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_PROMPT_LEN, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
+from glassbox.core.start_parts import StartParts
 from glassbox.measure.contract import CheckLimits
 from glassbox.measure.deferred import DeferredActions
 from glassbox.processes.worker.adapters import AdapterSlots
@@ -128,6 +129,7 @@ class Setup:
 
     def __init__(self, canary: Canary | None = None, **config: Any) -> None:
         self.clock = Clock()
+        self.start = StartParts(self.clock)
         self.measurer = FakeMeasurer(self.clock)
         self.listening: list[bool] = []
         # Of `listen`: fails from now on, after it has done its work.
@@ -147,6 +149,7 @@ class Setup:
             adapters=AdapterSlots(0),
             listen=self.listen,
             errors=self.errors,
+            start=self.start,
             written_s=lambda: self.written_s,
             clock=self.clock,
         )
@@ -229,6 +232,20 @@ class TestArming:
         assert setup.observer.armed
         setup.observer.disarm()
         assert not setup.observer.armed
+
+    def test_what_warm_up_costs_is_of_the_start(self) -> None:
+        """Its layers, also those that fail, and its end; a step's are overhead."""
+        setup = Setup()
+        setup.measurer.seconds = {"after_attention": 0.5, "end_warm_up": 0.25}
+        setup.measurer.failing = {"after_attention"}
+        for layer in setup.layers:
+            setup.observer.after_attention(*layer)
+        setup.observer.arm()
+        assert {"observe": len(NAMES)} == setup.errors.counts()
+        setup.measurer.failing = set()
+        setup.step([DECODE])
+        assert 0.5 * len(NAMES) + 0.25 == setup.start.seconds()["kernels"]
+        assert 0.5 * len(NAMES) == setup.observer.counters.overhead_seconds
 
     def test_layers_are_listened_to_in_warm_up_and_in_measured_steps(self) -> None:
         """Graphs are captured in warm-up; a step that is not measured is vLLM's own."""
