@@ -19,6 +19,7 @@ from glassbox.processes.api_server import shown_metrics
 from glassbox.processes.registration import unregister
 from glassbox.store import rundir
 from glassbox.store.ownership import OWNER_ENV
+from tests.broken_configs import BROKEN, Broken
 from tests.other_process import OtherProcess
 
 registry = pytest.importorskip("vllm.v1.attention.backends.registry", reason="needs vLLM")
@@ -171,16 +172,18 @@ class TestRegister:
 
 
 class TestRefusal:
-    def test_bad_file(self) -> None:
-        """The process ends with one line; nothing was attached."""
+    @pytest.mark.parametrize(
+        "broken", [one for one in BROKEN if not one.lacks_permission], ids=lambda broken: broken.name
+    )
+    def test_bad_file(self, broken: Broken) -> None:
+        """The process ends with one line; nothing was attached, and no run directory made."""
         path = Path(os.environ["GLASSBOX_CONFIG"])
-        path.write_text("sample_rate: 3\n")
+        broken.apply(path)
         with pytest.raises(SystemExit) as end:
             register()
-        assert end.value.code == (
-            f"glassbox: {path}: sample_rate must be between 0 and 1, got 3; use 0 to stop sampling"
-        )
+        assert f"glassbox: {broken.message(path)}" == end.value.code
         assert not attached()
+        assert [] == [found for found in path.parent.iterdir() if found != path]
 
     def test_a_path_that_cannot_be_used(self) -> None:
         """Valid is not enough: the exporter would die of it, again and again."""
