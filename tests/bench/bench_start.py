@@ -20,7 +20,9 @@ import csv
 import os
 import platform
 import re
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -219,7 +221,7 @@ def main() -> None:
     parser.add_argument("args", nargs="*", help="further arguments of vllm serve, after --")
     options = parser.parse_args()
     base = tuple(arg for arg in BASE_ARGS if not (options.graphs and arg == "--enforce-eager"))
-    command = f"python -m tests.bench.bench_start --rounds {options.rounds}" + " --graphs" * options.graphs
+    command = shlex.join(["python", "-m", "tests.bench.bench_start", *sys.argv[1:]])
     with tempfile.TemporaryDirectory(prefix="glassbox-warm-") as warm:
         setting = Setting(options.model or demo_model(), (*base, *options.args), Path(warm))
         for kind in options.kinds:
