@@ -118,6 +118,8 @@ class PromptAnswers(Generic[Values]):
         span_mass: float32 [N, H, spans], of each span; NaN where stats are.
         received: float32 [H, keys up to the last row's], attention to each position, summed over the rows; NaN at
             positions that a row whose stats are NaN sees.
+        received_squares: likewise the sum of its squares, each row's attention to itself left out; None if it was not
+            asked for.
         group: query heads that share a KV head. The K KV heads of the chosen heads are `kv_heads(heads, group)`.
         query_gram: float64 [H, D, D], sum over the rows of q q^T, not scaled; None if it was not asked for.
         key_gram: float64 [K, D, D], likewise of the keys from `AskedPrompt.keys_from` to the last row's own.
@@ -137,6 +139,7 @@ class PromptAnswers(Generic[Values]):
     queries: Values | None = None
     keys: Values | None = None
     score_params: Values | None = None
+    received_squares: Values | None = None
 
     def moved(self, move: Callable[[Values], Moved]) -> "PromptAnswers[Moved]":
         """The same with `move` applied to each."""
@@ -155,6 +158,7 @@ class PromptAnswers(Generic[Values]):
             maybe(self.queries),
             maybe(self.keys),
             maybe(self.score_params),
+            maybe(self.received_squares),
         )
 
 

@@ -8,9 +8,9 @@ outside CUDA graphs, from the layer's own queries, and never waits for the devic
 How it works. Two passes over the keys. In the first a program has a tile of queries of one head and goes over the tiles
 of keys that they see, with a running maximum m: out come the row's statistics, and m and Z. In the second a program has
 a tile of keys and goes over the queries that see them: with m and Z known, the attention that the keys receive is a sum
-in its registers. So nothing is added by two programs, and the same input gives the same bits. Masks, the first
-`sink_tokens` keys, the `local_window` and the row's own key are looked at in the tiles alone that have them. Masses of
-spans are a third pass, over the tiles that have some, if any is asked.
+in its registers, as that of its squares is. So nothing is added by two programs, and the same input gives the same
+bits. Masks, the first `sink_tokens` keys, the `local_window` and the row's own key are looked at in the tiles alone
+that have them. Masses of spans are a third pass, over the tiles that have some, if any is asked.
 """
 
 from dataclasses import dataclass
@@ -66,6 +66,7 @@ _FREE_POINTERS: Final = [
     "previous_ptr",
     "span_mass_ptr",
     "received_ptr",
+    "squares_ptr",
 ]
 _FREE_INTEGERS: Final = [
     "stride_q_scale",
@@ -326,11 +327,11 @@ def _load_reference(reference_ptr, number, rows, num_rows, stride_reference):
 
 
 @triton.jit
-def _received(
+def _given(
     dot, reference, log_z, begin, positions, lowest, factor, soft_cap, slope, unit,
     MASKED: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_N]: attention of the rows to each of a tile's keys, from dot products [BLOCK_N, BLOCK_M]."""
+    """[BLOCK_N, BLOCK_M]: attention of each row to each of a tile's keys, from dot products of this shape."""
     offs_n = tl.arange(0, BLOCK_N)
     ages = (positions - begin)[None, :] - offs_n[:, None]
     s = _scores(dot, ages, factor, soft_cap, slope, HAS_SOFT_CAP, HAS_ALIBI)
@@ -338,11 +339,11 @@ def _received(
     p = tl.exp2(tl.minimum(s - reference[None, :], 0.0) * unit - log_z[None, :])
     if MASKED:
         p = tl.where((ages >= 0) & (begin + offs_n[:, None] >= lowest[None, :]), p, 0.0)
-    return tl.sum(p, 1)
+    return p
 
 
 @triton.jit(do_not_specialize=_FREE_INTEGERS, do_not_specialize_on_alignment=_FREE_POINTERS)
-def _received_kernel(
+def _received_kernel(  # noqa: PLR0915
     q_ptr,  # [num_rows, H, D]
     k_ptr,  # [num_blocks, Hkv, PAGE, D]
     table_ptr,  # [max_blocks] int32
@@ -352,6 +353,7 @@ def _received_kernel(
     alibi_slopes_ptr,  # [H]
     reference_ptr,  # [num_heads, 2, stride_reference] float32
     received_ptr,  # [num_heads, stride_received] float32
+    squares_ptr,  # likewise
     stride_q_token,
     stride_q_head,
     stride_k_block,
@@ -375,6 +377,7 @@ def _received_kernel(
     HAS_K_SCALE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    HAS_SQUARES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -420,13 +423,18 @@ def _received_kernel(
         every = tl.minimum((begin // -reach + 1) * -reach - 1, last_position)
     begin_tile = tl.maximum(begin - first_position, 0) // BLOCK_M
     end_tile = tl.maximum(some - first_position + BLOCK_M, 0) // BLOCK_M
-    plain = tl.minimum(tl.maximum(tl.cdiv(last - first_position, BLOCK_M), begin_tile), end_tile)
+    # What a row gives itself has no part in the squares.
+    seen_whole = last - first_position
+    if HAS_SQUARES:
+        seen_whole += 1
+    plain = tl.minimum(tl.maximum(tl.cdiv(seen_whole, BLOCK_M), begin_tile), end_tile)
     plain_end = tl.maximum(every + 1 - first_position, 0) // BLOCK_M
     # Rows of padding weigh nothing.
     plain_end = tl.where(every == last_position, end_tile, plain_end)
     plain_end = tl.minimum(tl.maximum(plain_end, plain), end_tile)
     before = plain - begin_tile
     received = tl.zeros([BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_N], tl.float32)
     for i in tl.range(0, before + end_tile - plain_end, num_stages=STAGES):
         rows = tl.where(i < before, begin_tile + i, plain_end - before + i) * BLOCK_M + offs_m
         q = _load_queries(q_head_ptr, rows, offs_d, num_rows, stride_q_token, HEAD_SIZE, BLOCK_D).to(DOT_DTYPE)
@@ -434,21 +442,29 @@ def _received_kernel(
         dot = tl.dot(k, tl.trans(q), input_precision="ieee")
         positions = first_position + rows
         reference, log_z = _load_reference(reference_ptr, number, rows, num_rows, stride_reference)
-        received += _received(
+        p = _given(
             dot, reference, log_z, begin, positions, first_visible(positions, reach), factor, soft_cap, slope, unit,
             True, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_N,
         )  # fmt: skip
+        received += tl.sum(p, 1)
+        if HAS_SQUARES:
+            squares += tl.sum(tl.where(positions[None, :] > j[:, None], p * p, 0.0), 1)
     for row_tile in tl.range(plain, plain_end, num_stages=STAGES):
         rows = row_tile * BLOCK_M + offs_m
         q = _load_queries(q_head_ptr, rows, offs_d, num_rows, stride_q_token, HEAD_SIZE, BLOCK_D).to(DOT_DTYPE)
         dot = tl.dot(k, tl.trans(q), input_precision="ieee")
         positions = first_position + rows
         reference, log_z = _load_reference(reference_ptr, number, rows, num_rows, stride_reference)
-        received += _received(
+        p = _given(
             dot, reference, log_z, begin, positions, positions, factor, soft_cap, slope, unit,
             False, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_N,
         )  # fmt: skip
+        received += tl.sum(p, 1)
+        if HAS_SQUARES:
+            squares += tl.sum(p * p, 1)
     tl.store(received_ptr + number.to(tl.int64) * stride_received + j, received, mask=j <= last_position)
+    if HAS_SQUARES:
+        tl.store(squares_ptr + number.to(tl.int64) * stride_received + j, squares, mask=j <= last_position)
 
 
 @triton.jit(do_not_specialize=_FREE_INTEGERS, do_not_specialize_on_alignment=_FREE_POINTERS)
@@ -605,13 +621,14 @@ class PromptNumbers(NamedTuple):
 
     Attributes:
         stats: float32 [N, H, S + 1]; previous_mass: float32 [N, H]; span_mass: float32 [N, H, spans].
-        received: float32 [H, num_keys].
+        received: float32 [H, num_keys]; received_squares: likewise, or None.
     """
 
     stats: Tensor
     previous_mass: Tensor
     span_mass: Tensor
     received: Tensor
+    received_squares: Tensor | None
 
 
 def _tiling(q: Tensor, k_cache: Tensor) -> PromptTiling:
@@ -634,6 +651,7 @@ def prompt_rows(
     *,
     spans: Tensor | None = None,
     span_range: tuple[int, int] = (0, UNLIMITED),
+    squares: bool = False,
     sink_tokens: int = 4,
     local_window: int = 128,
     tiling: PromptTiling | None = None,
@@ -649,6 +667,7 @@ def prompt_rows(
         heads: int32, which query heads, ascending.
         spans: int32 [spans, 2] on the device, (start, exclusive end) of positions, at most MAX_SPANS; or None.
         span_range: where the first of them starts and the last one ends, if the host knows it.
+        squares: whether `received_squares` are wanted.
         sink_tokens, local_window: of the statistics sink_ratio and local_ratio, in tokens.
         tiling: None takes one that fits.
 
@@ -666,6 +685,7 @@ def prompt_rows(
     stats = empty(num_rows, num_heads, NUM_STATISTICS + 1)
     previous = empty(num_rows, num_heads)
     received = empty(num_heads, num_keys)
+    received_squares = empty(num_heads, num_keys) if squares else None
     reference = empty(num_heads, 2, num_rows)
     span_mass = empty(num_rows, num_heads, 0 if spans is None else len(spans))
     q_scale, k_scale = params.q_scale, params.k_scale
@@ -697,8 +717,9 @@ def prompt_rows(
         HAS_SINKS=params.sinks is not None, **constants, **of_rows.options(head_size),
     )  # fmt: skip
     _received_kernel[by_keys](
-        *keys, reference, received, *strides, num_keys, *scoring, **constants, **of_keys.options(head_size)
-    )
+        *keys, reference, received, received_squares, *strides, num_keys, *scoring, HAS_SQUARES=squares, **constants,
+        **of_keys.options(head_size),
+    )  # fmt: skip
     if spans is not None:
         padded = torch.zeros(MAX_SPANS, 2, dtype=torch.int32, device=q.device)
         padded[: len(spans)] = spans
@@ -707,7 +728,7 @@ def prompt_rows(
             *keys, padded, reference, span_mass, *strides, *scoring, *tiles, len(spans), **constants,
             **of_rows.options(head_size),
         )  # fmt: skip
-    return PromptNumbers(stats, previous, span_mass, received)
+    return PromptNumbers(stats, previous, span_mass, received, received_squares)
 
 
 def _check(q: Tensor, k_cache: Tensor, block_table: Tensor, chunk: PromptChunk, spans: Tensor | None) -> None:

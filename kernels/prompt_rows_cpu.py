@@ -79,7 +79,7 @@ class PromptWishes:
     Attributes:
         heads: query heads, ascending.
         spans: int32 [S, 2], (start, exclusive end) of positions.
-        grams, kept, keys_from: see contract.AskedPrompt.
+        grams, kept, keys_from, squares: see contract.AskedPrompt.
         sink_tokens, local_window: of the statistics sink_ratio and local_ratio, in tokens.
     """
 
@@ -90,6 +90,7 @@ class PromptWishes:
     keys_from: int = 0
     sink_tokens: int = 4
     local_window: int = 128
+    squares: bool = False
 
 
 def prompt_rows_cpu(chunk: PromptChunk, asked: PromptWishes, *, native: bool = False) -> PromptAnswers[Tensor]:
@@ -108,14 +109,14 @@ def prompt_rows_cpu(chunk: PromptChunk, asked: PromptWishes, *, native: bool = F
         raise ValueError(f"heads must be below {num_heads}, got {asked.heads[-1]}; ask for those that the layer has")
     group = num_heads // chunk.reader.num_kv_heads
     if not asked.heads:  # another rank has those that were asked for
-        return _Rows.empty(num_rows, 0, len(asked.spans), chunk.end).answers(group)
+        return _Rows.empty(num_rows, 0, chunk.end, asked).answers(group)
     wanted = kv_heads(asked.heads, group)
     first = chunk.lowest(chunk.position)
     keys_from = min(asked.keys_from, chunk.end)
     base = min(first, keys_from) if asked.grams or asked.kept else first
     keys = chunk.keys(base, wanted)
     queries = chunk.queries[:, list(asked.heads)].float()
-    rows = _Rows.empty(num_rows, len(asked.heads), len(asked.spans), chunk.end)
+    rows = _Rows.empty(num_rows, len(asked.heads), chunk.end, asked)
     for k, kv_head in enumerate(wanted):
         of_group = [number for number, head in enumerate(asked.heads) if head // group == kv_head]
         _measure(chunk, asked, queries, keys[k], base, slice(of_group[0], of_group[-1] + 1), rows, native=native)
@@ -156,18 +157,23 @@ class _Rows:
     previous: Tensor
     span_mass: Tensor
     received: Tensor  # float64
+    squares: Tensor | None  # likewise
 
     @classmethod
-    def empty(cls, num_rows: int, num_heads: int, num_spans: int, num_keys: int) -> "_Rows":
+    def empty(cls, num_rows: int, num_heads: int, num_keys: int, asked: PromptWishes) -> "_Rows":
         return cls(
             torch.full((num_rows, num_heads, NUM_STATISTICS + 1), torch.nan),
             torch.full((num_rows, num_heads), torch.nan),
-            torch.full((num_rows, num_heads, num_spans), torch.nan),
+            torch.full((num_rows, num_heads, len(asked.spans)), torch.nan),
             torch.zeros(num_heads, num_keys, dtype=torch.float64),
+            torch.zeros(num_heads, num_keys, dtype=torch.float64) if asked.squares else None,
         )
 
     def answers(self, group: int, **others: Tensor | None) -> PromptAnswers[Tensor]:
-        return PromptAnswers(self.stats, self.previous, self.span_mass, self.received.float(), group, **others)
+        squares = None if self.squares is None else self.squares.float()
+        return PromptAnswers(
+            self.stats, self.previous, self.span_mass, self.received.float(), group, received_squares=squares, **others
+        )
 
 
 def _measure(
@@ -227,6 +233,7 @@ def _fill_natively(
         previous=rows.previous[place].numpy(),
         span_mass=rows.span_mass[place].numpy(),
         received=rows.received[place[1], base : base + scores.shape[2]].numpy(),
+        squares=None if rows.squares is None else rows.squares[place[1], base : base + scores.shape[2]].numpy(),
         sink_tokens=asked.sink_tokens,
         local_window=asked.local_window,
     ).measure()
@@ -322,12 +329,19 @@ def _fill_masses(
         mass = (share @ inside) * kept.unsqueeze(-1)
         rows.span_mass[place] = mass.masked_fill(bad.unsqueeze(-1), torch.nan).transpose(0, 1)
     received = rows.received[place[1], base : base + num_keys]
+    squares = None if rows.squares is None else rows.squares[place[1], base : base + num_keys]
     if bad.any():
         share = share.masked_fill(bad.unsqueeze(-1), 0.0)
         kept = kept.masked_fill(bad, 0.0)
         for head, row in bad.nonzero().tolist():
-            received[head, int(lowest[row]) - base : int(positions[row]) + 1 - base] = torch.nan
+            seen = slice(int(lowest[row]) - base, int(positions[row]) + 1 - base)
+            received[head, seen] = torch.nan
+            if squares is not None:
+                squares[head, seen.start : seen.stop - 1] = torch.nan
     received += torch.bmm(kept.unsqueeze(1), share).squeeze(1)
+    if squares is not None:
+        torch.diagonal(share, num_keys - num_rows, -2, -1).zero_()
+        squares += torch.bmm(kept.square().unsqueeze(1), share.square()).squeeze(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -75,7 +75,8 @@ struct GlassboxTile {
     float* previous;   // attention to the position before
     float* span_mass;  // [num_spans] each
     double* received;  // of the first head and column, added to; the next head's stand received_stride further
-    float* scratch;    // [columns]
+    double* squares;   // likewise, without what rows give themselves; or null
+    float* scratch;    // [2, columns]
     int64_t heads, rows, columns, row_stride, received_stride, num_spans;
     int64_t position, base;  // of the first row and of the first column
     int64_t reach, sink_tokens, local_window;
@@ -635,20 +636,21 @@ void glassbox_prompt_tile(const GlassboxTile* tile) {
     GlassboxLayer layer{};
     layer.slopes = tile->slopes, layer.soft_cap = tile->soft_cap;
     for (int64_t head = 0; head < tile->heads; ++head) {
-        std::fill_n(tile->scratch, tile->columns, 0.0f);
+        std::fill_n(tile->scratch, 2 * tile->columns, 0.0f);
         for (int64_t r = 0; r < tile->rows; ++r) {
             const Row row = Row::at(tile->position + r, tile->reach);
             const int64_t n = row.keys(), at = r * tile->row_stride + head, column = row.first - tile->base;
             float* seen = tile->scores + (head * tile->rows + r) * tile->columns + column;
             float* out = tile->stats + at * NUM_COLUMNS;
             float* masses = tile->span_mass + at * tile->num_spans;
-            float* sums = tile->scratch + column;
+            float *sums = tile->scratch + column, *squares = sums + tile->columns;
             if (!all_finite(seen, n)) {
                 std::fill_n(out, NUM_COLUMNS, NAN_F);
                 out[NONFINITE] = 1.0f;
                 tile->previous[at] = NAN_F;
                 std::fill_n(masses, tile->num_spans, NAN_F);
                 std::fill_n(sums, n, NAN_F);
+                std::fill_n(squares, n - 1, NAN_F);
                 continue;
             }
             cap_and_bias(seen, n, layer, head);
@@ -661,8 +663,14 @@ void glassbox_prompt_tile(const GlassboxTile* tile) {
             const float share = float(inverse_z);
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j) sums[j] += seen[j] * share;
+            if (tile->squares == nullptr) continue;
+#pragma omp simd
+            for (int64_t j = 0; j < n - 1; ++j) squares[j] += (seen[j] * share) * (seen[j] * share);
         }
         double* received = tile->received + head * tile->received_stride;
         for (int64_t j = 0; j < tile->columns; ++j) received[j] += tile->scratch[j];
+        if (tile->squares == nullptr) continue;
+        double* squares = tile->squares + head * tile->received_stride;
+        for (int64_t j = 0; j < tile->columns; ++j) squares[j] += tile->scratch[tile->columns + j];
     }
 }

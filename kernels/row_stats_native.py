@@ -76,7 +76,7 @@ class _Asked(ctypes.Structure):
 class _Tile(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("scores", "slopes", "sinks", "spans")),
-        *((name, _POINTER) for name in ("stats", "previous", "span_mass", "received", "scratch")),
+        *((name, _POINTER) for name in ("stats", "previous", "span_mass", "received", "squares", "scratch")),
         *((name, _INT) for name in ("heads", "rows", "columns", "row_stride", "received_stride", "num_spans")),
         *((name, _INT) for name in ("position", "base", "reach", "sink_tokens", "local_window")),
         ("soft_cap", _REAL),
@@ -496,7 +496,7 @@ class ScoredTile:
         soft_cap, reach: as of `LayerParams`.
         spans: int32 [S, 2] contiguous.
         stats, previous, span_mass: float32 [M, G, ...], of larger arrays whose rows have one stride in heads.
-        received: float64 [G, n], likewise; added to.
+        received: float64 [G, n], likewise; added to. squares: likewise, or None, those of attention to earlier keys.
         sink_tokens, local_window: in tokens.
     """
 
@@ -512,13 +512,14 @@ class ScoredTile:
     previous: NDArray[np.float32]
     span_mass: NDArray[np.float32]
     received: NDArray[np.float64]
+    squares: NDArray[np.float64] | None
     sink_tokens: int
     local_window: int
 
     def measure(self) -> None:
         """Fill them in, on the calling thread."""
         heads, rows, columns = self.scores.shape
-        scratch = np.empty(columns, dtype=np.float32)
+        scratch = np.empty(2 * columns, dtype=np.float32)
         tile = _Tile(
             scores=self.scores.ctypes.data,
             slopes=_address(self.slopes),
@@ -528,6 +529,7 @@ class ScoredTile:
             previous=self.previous.ctypes.data,
             span_mass=self.span_mass.ctypes.data,
             received=self.received.ctypes.data,
+            squares=_address(self.squares),
             scratch=scratch.ctypes.data,
             heads=heads,
             rows=rows,

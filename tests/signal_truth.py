@@ -64,6 +64,11 @@ def asymmetry(matrix: np.ndarray) -> dict[str, float]:
     return {"G": g, "Gamma": gamma, "C": math.sqrt(max(g**2 - gamma**2, 0))}
 
 
+def row_norms(matrix: np.ndarray) -> np.ndarray:
+    """Of each row of M_asym, over that of M."""
+    return np.asarray(np.linalg.norm((matrix - matrix.T) / 2, axis=1) / np.linalg.norm(matrix))
+
+
 def conductance(matrix: np.ndarray) -> float:
     """Smallest conductance of the first parts of the nodes in the order of the second singular vectors."""
     left, _, right = np.linalg.svd(matrix)
@@ -180,6 +185,7 @@ def measured_trace(
         "stats": stats,
         "previous_mass": previous,
         "received": attention.sum(axis=2).astype(np.float32),
+        "received_squares": (np.tril(attention, -1) ** 2).sum(axis=2).astype(np.float32),
         "singular_values": singular.astype(np.float32),
         "keys": np.zeros((tokens, layers, heads, 0), dtype=np.float32),
         "span_mass": np.zeros((tokens, layers, heads, 0), dtype=np.float32),

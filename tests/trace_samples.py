@@ -166,7 +166,8 @@ def with_arrays(trace: RequestTrace, **arrays: Any) -> RequestTrace:
 def with_arrays_of_signals(trace: RequestTrace, *, dim: int = 4, seed: int = 0) -> RequestTrace:
     """The trace with random numbers in the arrays that are kept on request alone, heads of size `dim`."""
     rng = np.random.default_rng(seed)
-    sizes = {**trace.sizes, "position": int(trace.positions[-1]) + 1, "singular": NUM_SINGULAR_VALUES, "dim": dim}
+    sizes = {**trace.sizes, "singular": NUM_SINGULAR_VALUES, "dim": dim}
+    sizes |= dict.fromkeys(("position", "squared_position"), int(trace.positions[-1]) + 1)
     sizes |= {"param": len(SCORE_PARAMS), "generated": trace.num_generated}
     arrays = {name: trace_array(name).filled(sizes) for name in ON_REQUEST}
     arrays["logprobs"] = np.zeros(trace.num_generated, dtype=np.float32)

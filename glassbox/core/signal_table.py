@@ -17,7 +17,15 @@ ON_DEMAND_SECONDS: Final = 60
 # Largest singular values of a trace's `singular_values`.
 NUM_SINGULAR_VALUES: Final = 16
 # Arrays of a trace that are empty unless a signal needs them, or every row of the prompt is asked for (`received`).
-ON_REQUEST: Final = ("received", "singular_values", "queries", "keys", "score_params", "logprobs")
+ON_REQUEST: Final = (
+    "received",
+    "received_squares",
+    "singular_values",
+    "queries",
+    "keys",
+    "score_params",
+    "logprobs",
+)
 
 # `streaming`: from sums that grow with the tokens; `on demand`: from all queries and keys at once, within the bounds.
 Cost = Literal["streaming", "on demand"]
@@ -82,16 +90,16 @@ SIGNALS: Final[tuple[Signal, ...]] = (
     Signal(
         name="asymmetry",
         prompt=True,
-        arrays=("stats", "received"),
+        arrays=("stats", "received", "received_squares"),
         cost="streaming",
         values=("G", "Gamma", "C"),
         by_token=("row_norm",),
         meaning="How far the attention P is from symmetric, and how much of that is a gradient or circulates.",
         formula="G = ||P_asym|| / ||P||; Gamma^2 = (2 ||P_asym 1||^2 / L) / ||P||^2; C^2 = G^2 - Gamma^2; "
-        "row_norm = ||P_asym[i, :]|| / ||P||, only beside a signal on demand",
+        "row_norm = ||P_asym[i, :]|| / ||P||",
         source=_UPSTREAM,
-        bounds="a number a token and head",
-        refuses=f"{_EVERY_ROW}; a head has a learned sink of unknown strength",
+        bounds="two numbers a token and head",
+        refuses=f"{_EVERY_ROW}; a head's rows and columns don't add up to the same",
     ),
     Signal(
         name="selfattn",

@@ -7,8 +7,8 @@ module lists these arrays. How the numbers are made is known in `kernels/`, what
 Axes are named, and sized by whoever knows the request: token (kept rows, T), layer (L), head (H), top_k (k), span (S),
 key (positions that a kept row attends to), kept_token and offset (T and T + 1 if whole attention vectors are kept, else
 0), id (tokens whose ids are known), generated (generated tokens). 0 unless asked for (`core/signal_table.py`): position
-(of the sequence, to the last measured row's), singular, dim (of a head) and param. The axes in `FIXED` are of one size
-always.
+(of the sequence, to the last measured row's), squared_position (likewise), singular, dim (of a head) and param. The
+axes in `FIXED` are of one size always.
 """
 
 import math
@@ -35,6 +35,7 @@ Axis = Literal[
     "offset",
     "id",
     "position",
+    "squared_position",
     "singular",
     "dim",
     "param",
@@ -230,6 +231,14 @@ TRACE_ARRAYS: Final[tuple[TraceArray, ...]] = (
         merge="places",
         fill=math.nan,
         meaning="Attention to each position, summed over the measured rows. Drafts that were not kept don't count.",
+    ),
+    TraceArray(
+        name="received_squares",
+        axes=("layer", "head", "squared_position"),
+        dtype="float32",
+        merge="places",
+        fill=math.nan,
+        meaning="Squares of the attention to each position from later ones, summed over the measured rows.",
     ),
     TraceArray(
         name="singular_values",

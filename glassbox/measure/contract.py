@@ -120,6 +120,7 @@ class AskedPrompt:
         spans: int32 [S, 2], (start, exclusive end) of position ranges whose mass is wanted.
         grams: whether sums of q q^T and k k^T are wanted; kept: whether queries and keys are.
         keys_from: position of the first key that these want.
+        squares: whether the squares of the attention that positions receive are wanted.
     """
 
     batch: int
@@ -132,6 +133,7 @@ class AskedPrompt:
     grams: bool
     kept: bool
     keys_from: int
+    squares: bool = False
 
     @property
     def num_keys(self) -> int:

@@ -371,6 +371,7 @@ class CpuMeasurer:
         wishes = PromptWishes(
             heads=[head for head in asked.heads if head < query.shape[1]],
             spans=torch.from_numpy(asked.spans),
+            squares=asked.squares,
             grams=asked.grams,
             kept=asked.kept,
             keys_from=asked.keys_from,

@@ -124,16 +124,18 @@ class GpuPrompts:
         self._compiled.add(kind)
         first = torch.zeros(1, dtype=torch.int32, device=keys.device)  # head, and block
         measure = prompt_rows if latent is None else partial(latent_prompt_rows, latent)
-        measure(
-            query,
-            keys,
-            first,
-            PromptChunk(0, 1, 0),
-            params,
-            first,
-            spans=first.new_zeros(1, 2),
-            span_range=(0, 1),
-        )
+        for squares in (False, True):
+            measure(
+                query,
+                keys,
+                first,
+                PromptChunk(0, 1, 0),
+                params,
+                first,
+                spans=first.new_zeros(1, 2),
+                span_range=(0, 1),
+                squares=squares,
+            )
 
     def measure(
         self,
@@ -262,6 +264,7 @@ class GpuPrompts:
             self._on_device(chosen, device),
             spans=spans,
             span_range=span_range,
+            squares=asked.squares,
             sink_tokens=self._sink_tokens,
             local_window=self._local_window,
         )

@@ -81,6 +81,7 @@ def _cached_vectors(
     return stored.to(dtype)
 
 
-def _joined(name: str, parts: tuple[Tensor, ...]) -> Tensor:
-    """Numbers of all heads: what keys receive has these first, what rows have second."""
-    return torch.cat(parts, dim=0 if name.startswith("received") else 1)
+def _joined(name: str, parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    """Numbers of all heads, if there are any: what keys receive has these first, what rows have second."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there, dim=0 if name.startswith("received") else 1) if there else None

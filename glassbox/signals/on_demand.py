@@ -76,8 +76,7 @@ def over_heads(
     limits: Limits,
     *,
     attention: bool,
-    names: tuple[str, ...] = (),
-    row_names: tuple[str, ...] = (),
+    names: tuple[str, ...],
 ) -> SignalValues:
     """Values of each head that the bounds allow.
 
@@ -89,13 +88,11 @@ def over_heads(
         attention: True if it makes attention of queries and keys: heads for which that isn't what was measured (a bias,
             an unknown mask) have no value.
         names: of the numbers.
-        row_names: of the numbers of each row.
     """
     if refused := _refused(trace, signal, limits):
         return SignalValues(refused=refused)
-    tokens, shape = len(trace.positions), trace.stats.shape[1:3]
+    shape = trace.stats.shape[1:3]
     by_place: dict[str, Floats] = {name: np.full(shape, np.nan, dtype=np.float32) for name in names}
-    by_token: dict[str, Floats] = {name: np.full((tokens, *shape), np.nan, dtype=np.float32) for name in row_names}
     deadline, skipped = Deadline(limits.seconds), _Skipped(limits)
     for place in np.ndindex(shape):
         if np.ravel_multi_index(place, shape) >= limits.places:
@@ -110,15 +107,12 @@ def over_heads(
             try:
                 deadline.check()
                 for name, value in of_head(head, deadline, limits).items():
-                    if name in by_place:
-                        by_place[name][place] = value
-                    else:
-                        by_token[name][(slice(None), *place)] = value
+                    by_place[name][place] = value
             except OutOfTimeError:
                 skipped.out_of_time += 1
             except (NotSolvedError, np.linalg.LinAlgError) as error:
                 skipped.not_solved.append(str(error))
-    return SignalValues(by_place=by_place, by_token=by_token, refused=skipped.in_words(int(np.prod(shape))))
+    return SignalValues(by_place=by_place, refused=skipped.in_words(int(np.prod(shape))))
 
 
 def _refused(trace: RequestTrace, signal: str, limits: Limits) -> str:

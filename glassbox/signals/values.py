@@ -66,21 +66,25 @@ def statistic(trace: RequestTrace, name: str) -> Doubles:
     return trace.stats[..., INDEX[name]].astype(np.float64)
 
 
-def row_sums(trace: RequestTrace) -> Doubles:
-    """Attention of each row to all keys, [T, L, H]: 1, less what a learned sink takes.
+def row_sums(trace: RequestTrace) -> tuple[Doubles, npt.NDArray[np.bool_]]:
+    """Attention of each row to all keys: 1, less what a learned sink takes.
 
-    With the parameters of the scores it is computed. Without, it is 1 where what the positions received adds up to the
-    rows, and NaN elsewhere, for then there is a sink of unknown strength.
+    A sink of logit b takes top1_ratio e^(b - max_logit) of a row. With the parameters of the scores b is known. Else it
+    follows from what is missing of all rows together: their number less what the positions received.
+
+    Returns:
+        [T, L, H], NaN in heads that received more than the rows gave; and bool [L, H], the heads of which b followed.
     """
-    sums = np.ones(trace.stats.shape[:-1])
-    received = trace.received.sum(axis=-1, dtype=np.float64)
-    sums[:, np.abs(received - len(sums)) > _LOST_MASS * len(sums)] = np.nan
-    if not trace.score_params.size:
-        return sums
-    sink = trace.score_params[..., SINK].astype(np.float64)
-    taken = statistic(trace, "top1_ratio") * np.exp(sink - statistic(trace, "max_logit"))
-    known = ~np.isnan(trace.score_params[..., SCALE])
-    return np.where(known, 1 - np.where(np.isnan(sink), 0, taken), sums)
+    log_taken = np.log(statistic(trace, "top1_ratio")) - statistic(trace, "max_logit")  # less b
+    missing = len(log_taken) - trace.received.sum(axis=-1, dtype=np.float64)
+    inferred = ~(np.abs(missing) <= _LOST_MASS * len(log_taken))
+    most = log_taken.max(axis=0)
+    sink = np.where(inferred, np.log(missing) - most - np.log(np.exp(log_taken - most).sum(axis=0)), -np.inf)
+    if trace.score_params.size:
+        known = ~np.isnan(trace.score_params[..., SCALE])
+        given = trace.score_params[..., SINK].astype(np.float64)
+        sink, inferred = np.where(known, np.where(np.isnan(given), -np.inf, given), sink), inferred & ~known
+    return 1 - np.exp(log_taken + sink), inferred
 
 
 def finite_mean(values: Floats) -> float:

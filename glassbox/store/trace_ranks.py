@@ -16,7 +16,7 @@ from glassbox.core.trace_arrays import NO_POSITION, Sizes, TraceArray, trace_arr
 from glassbox.store.trace_record import RequestTrace, joined_attention, no_attention
 
 # Axes of which ranks may have more and less: a worker's file may be older, and one may have refused what others kept.
-_LONGEST: Final = ("top_k", "position", "singular", "dim", "param")
+_LONGEST: Final = ("top_k", "position", "squared_position", "singular", "dim", "param")
 
 
 def merge_ranks(traces: Sequence[RequestTrace]) -> RequestTrace:

@@ -65,7 +65,7 @@ __all__ = [
     "write_trace",
 ]
 
-FORMAT_VERSION: Final = 6
+FORMAT_VERSION: Final = 7
 Why = Literal["opt_in", "sampled"]
 Status = Literal["active", "finished", "aborted", "lost"]
 
@@ -188,6 +188,7 @@ class RequestTrace:
             "kept_token": rows if self.has_attention else 0,
             "offset": rows + 1 if self.has_attention else 0,
             "position": self.received.shape[-1],
+            "squared_position": self.received_squares.shape[-1],
             "singular": self.singular_values.shape[-1],
             "dim": self.queries.shape[-1],
             "param": self.score_params.shape[-1],

@@ -31,3 +31,11 @@ def received_ref(rows: Sequence[Tensor], first_visible: Sequence[int]) -> Tensor
     for row, first in zip(rows, first_visible, strict=True):
         total[:, first : row.shape[1]] += row[:, first:]
     return total
+
+
+def received_squares_ref(rows: Sequence[Tensor], first_visible: Sequence[int]) -> Tensor:
+    """As `received_ref`, of the squares, and without what each row gives its own position."""
+    total = torch.zeros(rows[0].shape[0], max(row.shape[1] for row in rows), dtype=torch.float64)
+    for row, first in zip(rows, first_visible, strict=True):
+        total[:, first : row.shape[1] - 1] += row[:, first:-1] ** 2
+    return total

@@ -24,6 +24,7 @@ from tests.kernels.test_row_stats_cpu import PlainReader  # noqa: E402
 
 LENGTHS = (128, 512, 1500)
 BLOCK = 128
+_MEASURED = ("native", "torch", "grams", "squares")
 
 
 def ways(shape: Shape, length: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -65,6 +66,7 @@ def ways(shape: Shape, length: int, dtype: torch.dtype) -> dict[str, Callable[[]
         "native": lambda: prompt_rows_cpu(chunk, PromptWishes(heads, spans), native=True),
         "torch": lambda: prompt_rows_cpu(chunk, PromptWishes(heads, spans)),
         "grams": lambda: prompt_rows_cpu(chunk, PromptWishes(heads, spans, grams=True), native=True),
+        "squares": lambda: prompt_rows_cpu(chunk, PromptWishes(heads, spans, squares=True), native=True),
     }
 
 
@@ -78,14 +80,14 @@ def main() -> None:
         for length in LENGTHS:
             for dtype in (torch.bfloat16, torch.float32):
                 found = milliseconds(ways(shape, length, dtype), options.rounds)
-                ratios = [found[way] / found["attention"] for way in ("native", "torch", "grams")]
+                ratios = [found[way] / found["attention"] for way in _MEASURED]
                 name = str(dtype).removeprefix("torch.")
                 times = [f"{value:.2f}" for value in found.values()]
                 lines.append([shape.name, str(length), name, *times, *(f"{ratio:.2f}" for ratio in ratios)])
                 print("  ".join(f"{text:>13}" for text in lines[-1]), flush=True)
     if options.csv:
-        header = ["model", "tokens", "dtype", "attention_ms", "native_ms", "torch_ms", "grams_ms"]
-        write_csv(options.csv, commit, [*header, "native_ratio", "torch_ratio", "grams_ratio"], lines)
+        header = ["model", "tokens", "dtype", "attention_ms", *(f"{way}_ms" for way in _MEASURED)]
+        write_csv(options.csv, commit, [*header, *(f"{way}_ratio" for way in _MEASURED)], lines)
 
 
 if __name__ == "__main__":

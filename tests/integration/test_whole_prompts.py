@@ -34,7 +34,9 @@ USER = {"role": "user", "content": "Hello"}
 CHUNK = 256
 ALL: dict[str, Any] = {"glassbox": "trace", "glassbox_prompt": "all"}
 NEW: dict[str, Any] = {"glassbox": "trace", "glassbox_prompt": "new", "glassbox_signals": ["spectral", "rauq"]}
-SIGNALS: dict[str, Any] = {**ALL, "glassbox_signals": ["spectral", "laplacian", "rauq"], "glassbox_spans": ["a=0:4"]}
+SIGNALS: dict[str, Any] = {
+    **ALL, "glassbox_signals": ["spectral", "asymmetry", "laplacian", "rauq"], "glassbox_spans": ["a=0:4"]
+}  # fmt: skip
 ON_DEMAND: dict[str, Any] = {
     **ALL, "glassbox_signals": ["routing"], "glassbox_layers": [0, 29], "glassbox_heads": [1, 4, 8]
 }  # fmt: skip
@@ -164,7 +166,6 @@ def assert_signals(trace: RequestTrace, truth: WholeTruth) -> None:
     weights = np.tril(np.exp(scores - scores.max(axis=1, keepdims=True)))
     p = weights / weights.sum(axis=1, keepdims=True)
     expected = {
-        "asymmetry": signal_truth.asymmetry(p),
         "selfattn": {"attn_diag_logmean": truth.self_logprob[layer, head].mean()},
         "laplacian": {"eigval_0": (p.sum(axis=0) - np.diag(p)).max()},
     }
@@ -172,6 +173,8 @@ def assert_signals(trace: RequestTrace, truth: WholeTruth) -> None:
         expected["spectral"] = {"sv1": truth.singular_values(layer, head)[0]}
     if "keys" in trace.options.arrays and len(p) < 300:
         expected |= {"tracker": signal_truth.tracker(p), "magnetic": signal_truth.magnetic(scores)}
+    if "received_squares" in trace.options.arrays:
+        expected["asymmetry"] = signal_truth.asymmetry(p)
     for name, found in signal_values(trace, expected).items():
         assert found.refused == ""
         for value, number in expected[name].items():
@@ -203,6 +206,8 @@ class TestSignals:
                         here = float(found[name].by_place[value][i, h]) ** power
                         where = f"{name}_{value}_L{layer}_H{head}"
                         assert here == pytest.approx(number**power, rel=RELATIVE, abs=MASS), where
+                row_norms = found["asymmetry"].by_token["row_norm"][:, i, h]
+                np.testing.assert_allclose(row_norms**2, signal_truth.row_norms(p) ** 2, rtol=RELATIVE, atol=MASS)
         assert_rauq(found["rauq"], truth, attention, trace)
 
     def test_holes(self, engine: TracedEngine, text: list[int]) -> None:

@@ -37,6 +37,7 @@ ASKED = AskedPrompt(
     grams=True,
     kept=True,
     keys_from=5,
+    squares=True,
 )
 
 
@@ -111,10 +112,13 @@ def test_everything_is_what_the_cpu_measures(prompts: GpuPrompts, errors: ErrorC
         inputs.q[1:10].cpu(), 21, PagesReader(cache), inputs.block_table[1, :2].cpu().long(), CASE.page,
         replace(params, k_scale=None, alibi_slopes=slopes, sinks=sinks),
     )  # fmt: skip
-    wishes = PromptWishes([1, 2], torch.from_numpy(ASKED.spans), True, True, 5, CASE.sink_tokens, CASE.local_window)
+    wishes = PromptWishes(
+        [1, 2], torch.from_numpy(ASKED.spans), True, True, 5, CASE.sink_tokens, CASE.local_window, True
+    )
     expected, found = prompt_rows_cpu(chunk, wishes), prompts._found[1].answers
     assert found.group == expected.group == 2
-    for name in ("stats", "previous_mass", "span_mass", "received", "query_gram", "key_gram", "queries", "keys"):
+    sums = ("received", "received_squares", "query_gram", "key_gram")
+    for name in ("stats", "previous_mass", "span_mass", *sums, "queries", "keys"):
         of_gpu, of_cpu = getattr(found, name), getattr(expected, name)
         assert of_gpu.dtype == of_cpu.dtype, name
         torch.testing.assert_close(

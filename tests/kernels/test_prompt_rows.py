@@ -14,7 +14,7 @@ from tests.kernels.interpreter import DEVICE, ON_GPU
 from glassbox.core.statistics import INDEX
 from glassbox.kernels.key_grams import gram, keys_at, sequence_keys
 from glassbox.kernels.prompt_rows import PromptChunk, PromptNumbers, PromptTiling, Tile, prompt_rows
-from glassbox.kernels.reference.prompt_rows import previous_mass_ref, received_ref
+from glassbox.kernels.reference.prompt_rows import previous_mass_ref, received_ref, received_squares_ref
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.kernels.reference.visible import first_visible
@@ -135,7 +135,8 @@ def test_all_numbers_equal_the_reference(case: Case) -> None:
     inputs = make_inputs(case, DEVICE)
     expected = Expected(case, inputs)
     spans = torch.tensor(SPANS, dtype=torch.int32, device=DEVICE)
-    found = measure(case, inputs, list(range(case.heads)), spans=spans, tiling=SMALL if not ON_GPU else None)
+    tiling = SMALL if not ON_GPU else None
+    found = measure(case, inputs, list(range(case.heads)), spans=spans, squares=True, tiling=tiling)
     assert_two_oracles(
         found.stats.cpu(),
         expected.stats,
@@ -151,6 +152,9 @@ def test_all_numbers_equal_the_reference(case: Case) -> None:
     assert_close(
         found.received, received_ref(expected.attention, expected.first_visible), error * len(expected.positions)
     )
+    assert found.received_squares is not None
+    squares = received_squares_ref(expected.attention, expected.first_visible)
+    assert_close(found.received_squares, squares, 2 * error * len(expected.positions))
 
 
 def test_chosen_heads_alone_are_measured() -> None:
@@ -162,6 +166,7 @@ def test_chosen_heads_alone_are_measured() -> None:
     assert torch.equal(some.previous_mass, every.previous_mass[:, [1, 2]])
     assert torch.equal(some.received, every.received[[1, 2]])
     assert some.span_mass.shape == (17, 2, 0)
+    assert some.received_squares is None
 
 
 def test_chunks_of_a_prompt_are_the_whole_prompt() -> None:
@@ -242,9 +247,12 @@ def test_large_chunks(dtype: torch.dtype, head_size: int) -> None:
     inputs = make_inputs(case, DEVICE)
     expected = Expected(case, inputs)
     spans = torch.tensor(SPANS, dtype=torch.int32, device=DEVICE)
-    found = measure(case, inputs, list(range(8)), spans=spans)
+    found = measure(case, inputs, list(range(8)), spans=spans, squares=True)
     assert_two_oracles(found.stats.cpu(), expected.stats, expected.same_dtype, expected.magnitude, 1500)
     error = expected.mass_error()
     assert_close(found.received, received_ref(expected.attention, expected.first_visible), error * 700)
+    assert found.received_squares is not None
+    squares = received_squares_ref(expected.attention, expected.first_visible)
+    assert_close(found.received_squares, squares, 2 * error * 700)
     masses = [[[span_mass_ref(of_head, *span) for span in SPANS] for of_head in row] for row in expected.attention]
     assert_close(found.span_mass, torch.tensor(masses, dtype=torch.float64), error)

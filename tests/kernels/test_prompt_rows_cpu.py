@@ -10,6 +10,7 @@ from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.kernels import prompt_rows_cpu as kernel
 from glassbox.kernels.probe_answers import PromptAnswers, kv_heads
 from glassbox.kernels.prompt_rows_cpu import PromptChunk, PromptWishes, prompt_rows_cpu
+from glassbox.kernels.reference.prompt_rows import received_squares_ref
 from glassbox.kernels.reference.row_probe import row_probe_ref, span_mass_ref
 from tests.kernels.test_row_stats_cpu import Batch, PlainReader, implementation
 
@@ -17,7 +18,7 @@ __all__ = ["implementation"]  # a fixture of this module, too
 
 ROUNDING = 2.0**-23
 SPANS = ((0, 3), (20, 60))
-ALL: dict[str, Any] = {"grams": True, "kept": True}
+ALL: dict[str, Any] = {"squares": True, "grams": True, "kept": True}
 
 
 def one_chunk(length: int, query: int, **options: Any) -> Batch:
@@ -51,7 +52,8 @@ def attention(batch: Batch) -> list[np.ndarray]:
 
 
 def check(batch: Batch) -> PromptAnswers[torch.Tensor]:
-    found = measure(batch)
+    found = measure(batch, squares=True)
+    assert found.received_squares is not None
     assert (len(batch.rows), batch.num_heads, NUM_STATISTICS + 1) == found.stats.shape
     batch.check_statistics(found.stats)
     expected = attention(batch)
@@ -65,6 +67,8 @@ def check(batch: Batch) -> PromptAnswers[torch.Tensor]:
     for p in expected:
         received[:, : p.shape[1]] += p
     np.testing.assert_allclose(found.received, received, rtol=4 * ROUNDING, atol=len(expected) * tolerance)
+    squares = received_squares_ref([torch.from_numpy(p) for p in expected], [0] * len(expected))
+    np.testing.assert_allclose(found.received_squares, squares, rtol=4 * ROUNDING, atol=2 * len(expected) * tolerance)
     return found
 
 
@@ -105,7 +109,7 @@ class TestAgainstReference:
         whole, some = measure(batch, **ALL), measure(batch, (1, 4, 5), **ALL)
         for name in ("stats", "previous_mass", "span_mass"):
             np.testing.assert_array_equal(getattr(whole, name)[:, [1, 4, 5]], getattr(some, name), err_msg=name)
-        for name in ("received", "query_gram"):
+        for name in ("received", "received_squares", "query_gram"):
             np.testing.assert_array_equal(getattr(whole, name)[[1, 4, 5]], getattr(some, name), err_msg=name)
         one = measure(batch, (5,), **ALL)
         assert ([0, 1], [1]) == (kv_heads((1, 4, 5), some.group), kv_heads((5,), one.group))
@@ -124,7 +128,8 @@ class TestNotFinite:
         """It has no numbers, nor have the positions that it sees, in its head alone."""
         batch = one_chunk(40, 20, soft_cap=soft_cap, window=10)
         batch.q[7, 2] = torch.inf  # at position 27
-        found = measure(batch)
+        found = measure(batch, squares=True)
+        assert found.received_squares is not None
         batch.check_statistics(found.stats)
         assert found.stats[7, 2, NUM_STATISTICS] == 1
         assert [(7, 2)] == found.previous_mass.isnan().nonzero().apply_(int).tolist() or found.previous_mass[
@@ -132,6 +137,7 @@ class TestNotFinite:
         ].isnan()
         assert list(range(18, 28)) == found.received[2].isnan().nonzero().flatten().tolist()
         assert not found.received[[0, 1, 3, 4, 5]].isnan().any()
+        assert [[2, at] for at in range(18, 27)] == found.received_squares.isnan().nonzero().tolist(), "of later rows"
 
 
 class TestQueriesAndKeys:
@@ -155,6 +161,7 @@ class TestQueriesAndKeys:
         """Then there is none."""
         found = measure(one_chunk(20, 20))
         assert (None,) * 5 == (found.query_gram, found.key_gram, found.queries, found.keys, found.score_params)
+        assert found.received_squares is None
 
     def test_what_scores_depend_on(self) -> None:
         """0 is no cap and no window, NaN no sink; a scale of NaN says that there is more to it."""

@@ -31,13 +31,18 @@ class Request:
         seen = self.attention[..., position, : position + 1]
         return SummedRow(position, seen, self.queries[position], self.keys[position], drafts)
 
+    def squares(self, rows: range, end: int) -> np.ndarray:
+        """Of the attention to each position from later rows, [L, H, end]."""
+        earlier = np.tril(self.attention.astype(np.float64), -1)
+        return np.asarray((earlier[:, :, rows, :end] ** 2).sum(2))
+
     def prompt(self, layer: int, first: int, end: int, keys_from: int) -> PromptAnswers[Any]:
         q, k = self.queries[first:end, layer], self.keys[keys_from:end, layer, ::2]
         nothing = np.zeros(0, np.float32)
         return PromptAnswers(
             nothing, nothing, nothing, self.attention[layer, :, first:end, :end].sum(1), 2,
             np.einsum("nhd,nhe->hde", q, q, dtype=np.float64), np.einsum("nhd,nhe->hde", k, k, dtype=np.float64),
-            q, k, np.ones((HEADS, 4), np.float32),
+            q, k, np.ones((HEADS, 4), np.float32), self.squares(range(first, end), end)[layer],
         )  # fmt: skip
 
     def add_prompt(self, sums: TraceSums, first: int, end: int) -> None:
@@ -50,6 +55,7 @@ class Request:
         assert 0 == without_key
         received = self.attention[:, :, rows, :end].astype(np.float64).sum(2)
         np.testing.assert_allclose(found["received"], received, rtol=1e-6)
+        np.testing.assert_allclose(found["received_squares"], self.squares(rows, end), rtol=1e-6)
         np.testing.assert_array_equal(found["keys"], self.keys[:end])
         for layer, head in np.ndindex(PLACE):
             product = self.queries[rows, layer, head].astype(np.float64) @ self.keys[:end, layer, head].T
@@ -59,7 +65,8 @@ class Request:
 
 
 def new_sums(**changes: bool) -> TraceSums:
-    return TraceSums(SumSizes(LAYERS, HEADS, DIM, **({"received": True, "grams": True, "kept": True} | changes)))
+    every = dict.fromkeys(("received", "grams", "kept", "squares"), True)
+    return TraceSums(SumSizes(LAYERS, HEADS, DIM, **(every | changes)))
 
 
 class TestRows:
@@ -120,18 +127,22 @@ class TestMissing:
             sums.add_rows([request.row(position)])
         found, _ = sums.arrays(12, None)
         assert np.isnan(found["received"]).any(-1).tolist() == [[False] * 4, [False, False, False, True]]
-        assert np.isnan(found["received"][1, 3]).tolist() == [True] * 6 + [False] * 6
+        for name in ("received", "received_squares"):
+            assert np.isnan(found[name]).sum((0, 1)).tolist() == [1] * 6 + [0] * 6
+            assert np.isnan(found[name][1, 3]).tolist() == [True] * 6 + [False] * 6
         assert np.isnan(found["singular_values"]).any(-1).tolist() == [[False] * 4, [False, False, False, True]]
 
     @staticmethod
     def three(request: Request) -> PromptAnswers[Any]:
         """Of a layer with three heads."""
         whole = request.prompt(1, 0, 6, 0)
-        cut = {name: getattr(whole, name)[:3] for name in ("received", "query_gram", "score_params")}
+        cut = {
+            name: getattr(whole, name)[:3] for name in ("received", "query_gram", "score_params", "received_squares")
+        }
         queries = request.queries[:6, 1, :3]
         return PromptAnswers(
             whole.stats, whole.previous_mass, whole.span_mass, cut["received"], 2, cut["query_gram"], whole.key_gram,
-            queries, whole.keys, cut["score_params"],
+            queries, whole.keys, cut["score_params"], cut["received_squares"],
         )  # fmt: skip
 
     def test_steps_that_were_not_measured(self) -> None:
@@ -149,11 +160,11 @@ class TestMissing:
         sums.drop_keys()
         sums.add_rows([request.row(10)])
         found, _ = sums.arrays(11, None)
-        assert {"received", "singular_values"} == found.keys()
+        assert {"received", "received_squares", "singular_values"} == found.keys()
 
     def test_nothing_but_received(self) -> None:
         """No keys are missing where none were asked for."""
-        request, sums = Request(12), new_sums(grams=False, kept=False)
+        request, sums = Request(12), new_sums(grams=False, kept=False, squares=False)
         request.add_prompt(sums, 0, 10)
         sums.add_rows([SummedRow(11, request.attention[..., 11, :], None, None, None)])
         found, without_key = sums.arrays(12, None)

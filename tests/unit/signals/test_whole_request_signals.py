@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glassbox.core.signal_table import SIGNAL_NAMES, SIGNALS
+from glassbox.core.signal_table import ON_REQUEST, SIGNAL_NAMES, SIGNALS
 from glassbox.core.statistics import INDEX
 from glassbox.signals import attention_tracker, cyclic, magnetic, routing
 from glassbox.signals.kept_head import KeptHead
@@ -56,6 +56,7 @@ NUMBERS_STREAMING = {
     },
     "laplacian": {"eigval_0": 1.5269934, "eigval_1": 1.0003286, "eigval_2": 0.64803264, "eigval_5": 0.0},
 }
+ROW_NORMS = [0.24850999, 0.25064649, 0.2173259, 0.22864411, 0.17349793, 0.15368261]
 NUMBERS_ON_DEMAND = {
     "routing": {
         "sv1": 1.0,
@@ -145,22 +146,27 @@ class TestTable:
 
 
 class TestStreaming:
+    @pytest.mark.parametrize("kept", [True, False])
     @pytest.mark.parametrize("kind", LAYERS)
     @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 40])
-    def test_against_whole_matrices(self, kind: str, tokens: int) -> None:
-        """Whatever the mask, for any length, with keys that several query heads share."""
+    def test_against_whole_matrices(self, kind: str, tokens: int, kept: bool) -> None:
+        """Whatever the mask, for any length, with keys that several query heads share, with and without queries."""
         q, k = make_heads(tokens, seed=tokens, size=1.5)
-        found = signal_values(measured_trace(q, k, layer=LAYERS[kind]), STREAMING)
+        found = signal_values(measured_trace(q, k, layer=LAYERS[kind], kept=kept), STREAMING)
         assert [""] * 4 == [values.refused for values in found.values()]
         for layer, head in ((0, 0), (1, 3)):
             expected = expected_streaming(q[layer, head], k[layer, head], LAYERS[kind])
             for name, values in expected.items():
                 assert_values(found[name], values, layer, head)
+            row_norms = truth.row_norms(attention_of(q[layer, head], k[layer, head], LAYERS[kind]))
+            found_norms = found["asymmetry"].by_token["row_norm"][:, layer, head]
+            np.testing.assert_allclose(found_norms**2, row_norms**2, rtol=0, atol=TOLERANCE)
 
     def test_numbers(self) -> None:
         """Upstream's formulas on these queries and keys, made by tests/signal_truth.py and written down."""
         found = signal_values(numbers(), STREAMING)
         assert_numbers(found, NUMBERS_STREAMING)
+        np.testing.assert_allclose(found["asymmetry"].by_token["row_norm"][:, 0, 0], ROW_NORMS, rtol=TOLERANCE)
 
     def test_fewer_tokens_than_values(self) -> None:
         """What a matrix of three tokens doesn't have is no value; neither is the second of one token."""
@@ -180,9 +186,9 @@ class TestStreaming:
         values = signal_values(measured_trace(q, k), ["asymmetry"])["asymmetry"]
         attention = attention_of(q[0, 0], k[0, 0], Layer())
         assert_values(values, truth.asymmetry(attention), 0, 0)
-        skew = (attention - attention.T) / 2
-        expected = np.linalg.norm(skew, axis=1) / np.linalg.norm(attention)
-        np.testing.assert_allclose(values.by_token["row_norm"][:, 0, 0], expected, atol=1e-6)
+        row_norms = values.by_token["row_norm"][:, 0, 0]
+        np.testing.assert_allclose(row_norms**2, truth.row_norms(attention) ** 2, rtol=0, atol=1e-6)
+        assert float((row_norms**2).sum()) == pytest.approx(float(values.by_place["G"][0, 0]) ** 2, abs=TOLERANCE)
 
     def test_rows_on_the_diagonal(self) -> None:
         """Where each token sees but itself, up to e^-30, the difference of squares has no digits, and G does."""
@@ -203,19 +209,31 @@ class TestStreaming:
         assert np.isnan(found["sv_ratio"]).all()
 
     def test_learned_sink_of_unknown_strength(self) -> None:
-        """Without its logit the rows' sums aren't known: no value, and it says so; the others don't need them."""
-        q, k = make_heads(12)
-        found = signal_values(measured_trace(q, k, layer=Layer(sink=1.0), kept=False), STREAMING)
-        assert "8 heads have a learned sink of unknown strength" in found["asymmetry"].refused
-        assert np.isnan(found["asymmetry"].by_place["G"]).all()
-        assert np.isfinite(found["laplacian"].by_place["eigval_0"]).all()
+        """Its logit follows from what the rows lack, be it next to nothing or nearly all of them."""
+        q, k = make_heads(30)
+        for sink in (-6.0, -3.0, 3.0, 9.0):
+            found = signal_values(measured_trace(q, k, layer=Layer(sink=sink), kept=False), ["asymmetry"])["asymmetry"]
+            assert found.refused == "", sink
+            for place in ((0, 0), (1, 3)):
+                expected = truth.asymmetry(attention_of(q[place], k[place], Layer(sink=sink)))
+                for name, value in expected.items():
+                    assert found.by_place[name][place] == pytest.approx(value, rel=2e-3, abs=1e-4), (sink, name)
 
-    def test_without_queries(self) -> None:
-        """G, Gamma and C need none; the norm of each row does, and isn't there."""
-        q, k = make_heads(12)
-        values = signal_values(measured_trace(q, k, kept=False), ["asymmetry"])["asymmetry"]
-        assert (values.refused, values.by_token) == ("", {})
-        assert_values(values, truth.asymmetry(attention_of(q[1, 1], k[1, 1], Layer())), 1, 1)
+    def test_rows_that_the_sums_lack(self) -> None:
+        """Are no learned sink: rows and columns then don't have the same squares, and such a head says so."""
+        q, k = make_heads(30)
+        trace = measured_trace(q, k, kept=False)
+        attention = attention_of(q[1, 2], k[1, 2], Layer())
+        received, squares = trace.received.copy(), trace.received_squares.copy()
+        received[1, 2] -= attention[20].astype(np.float32)
+        squares[1, 2, :20] -= attention[20, :20].astype(np.float32) ** 2
+        found = signal_values(with_arrays(trace, received=received, received_squares=squares), STREAMING)
+        assert found["asymmetry"].refused.startswith(
+            "1 of 8 heads have rows and columns that don't add up to the same: rows are missing from the sums"
+        )
+        assert np.argwhere(np.isnan(found["asymmetry"].by_place["G"])).tolist() == [[1, 2]]
+        assert np.isnan(found["asymmetry"].by_token["row_norm"][:, 1, 2]).all()
+        assert np.isfinite(found["laplacian"].by_place["eigval_0"]).all()
 
     def test_a_head_without_a_value(self) -> None:
         """A row that was not finite takes its head's values, not those of the others."""
@@ -256,7 +274,7 @@ class TestMissingRows:
         q, k = make_heads(12)
         trace = measured_trace(q, k, kept=False)
         nothing = np.zeros((2, 4, 0), dtype=np.float32)
-        without = {"received": nothing, "singular_values": nothing, "keys": trace.keys[:0]}
+        without = {"received": nothing, "received_squares": nothing, "singular_values": nothing, "keys": trace.keys[:0]}
         values = signal_values(with_arrays(trace, **without), [name])[name]
         assert f"name {name} in its glassbox_signals" in values.refused
 
@@ -278,7 +296,7 @@ class TestMissingRows:
         rng = np.random.default_rng(seed)
         q, k = make_heads(tokens, layers=1, heads=2, seed=seed, kv_heads=1)
         trace = measured_trace(q, k, logprobs=np.full(3, -1, dtype=np.float32), layer=Layer(sink=0.3))
-        names = ("stats", "previous_mass", "received", "singular_values", "queries", "keys", "score_params", "logprobs")
+        names = ("stats", "previous_mass", *ON_REQUEST)
         odd = {}
         for name in names:
             values = trace.arrays[name].copy()

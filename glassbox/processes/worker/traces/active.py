@@ -178,6 +178,7 @@ class ActiveTrace:
             received="received" in arrays,
             grams="singular_values" in arrays,
             kept="keys" in arrays,
+            squares="received_squares" in arrays,
         )
         self.sums = TraceSums(wanted) if wanted.received or wanted.grams or wanted.kept else None
         self._dim = wanted.head_size if wanted.kept else 0
@@ -365,7 +366,8 @@ class ActiveTrace:
             )
         sizes = {
             **self.sizes,
-            "position": found["received"].shape[-1],
+            "position": end if "received" in found else 0,
+            "squared_position": end if "received_squares" in found else 0,
             "singular": NUM_SINGULAR_VALUES if "singular_values" in found else 0,
             "dim": self._dim if kept else 0,
             "param": len(SCORE_PARAMS) if kept else 0,

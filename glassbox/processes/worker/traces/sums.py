@@ -6,7 +6,7 @@ computed beyond the request's end. So the latest of them wait by themselves unti
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
@@ -41,7 +41,7 @@ class SumSizes:
     Attributes:
         layers, heads: L and H.
         head_size: D, the largest of the layers; the numbers of smaller ones are filled up with 0.
-        received, grams, kept: what there is of the three.
+        received, grams, kept, squares: what there is of the four; squares only beside received.
     """
 
     layers: int
@@ -50,6 +50,7 @@ class SumSizes:
     received: bool
     grams: bool
     kept: bool
+    squares: bool = False
 
     @property
     def fixed_nbytes(self) -> int:
@@ -59,9 +60,10 @@ class SumSizes:
 
     @property
     def nbytes_per_position(self) -> int:
-        """Bytes that a position adds: to the sum and to the rows that wait for it, and its key."""
+        """Bytes that a position adds: to the sums and to the rows that wait for them, and its key."""
         places = self.layers * self.heads
-        return places * ((8 + 4 * _CERTAIN_AFTER) * self.received + 4 * self.head_size * self.kept)
+        sums = (8 + 4 * _CERTAIN_AFTER) * self.received + 8 * self.squares
+        return places * (sums + 4 * self.head_size * self.kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,9 @@ class TraceSums:
         place = (sizes.layers, sizes.heads)
         # Positions up to the last row's; what lies behind is room.
         self._end = 0
-        self._received = np.zeros((*place, 0))
+        # The attention that positions receive, and its squares from later ones, by array of the trace.
+        names = [name for name, there in (("received", sizes.received), ("received_squares", sizes.squares)) if there]
+        self._received = {name: np.zeros((*place, 0)) for name in names}
         gram = (*place, sizes.head_size, sizes.head_size) if sizes.grams else (*place, 0, 0)
         self._query_gram, self._key_gram = np.zeros(gram), np.zeros(gram)
         self._keys = np.full((0, *place, sizes.head_size), np.nan, dtype=np.float32)
@@ -124,18 +128,20 @@ class TraceSums:
             self._make_room(end)
             self._end = max(self._end, end)
             self._has_key[keys_from:end] = True
-            unanswered = np.ones(self._received.shape[:2], dtype=bool)
+            unanswered = np.ones((self.sizes.layers, self.sizes.heads), dtype=bool)
             for layer, heads, answers in found:
                 unanswered[layer, : len(heads)] = False
                 self._add_answers(layer, heads, answers, keys_from)
             # Later positions are not seen by these rows.
-            self._received[unanswered, :end] = np.nan
+            for sums in self._received.values():
+                sums[unanswered, :end] = np.nan
             self._query_gram[unanswered] = np.nan
 
     def _add_answers(self, layer: int, heads: Sequence[int], answers: PromptAnswers[Any], keys_from: int) -> None:
         columns = slice(0, len(heads))
-        if self.sizes.received:
-            self._received[layer, columns, : answers.received.shape[1]] += answers.received
+        for name, sums in self._received.items():
+            added = getattr(answers, name)
+            sums[layer, columns, : answers.received.shape[1]] += np.nan if added is None else added
         groups = kv_heads(heads, answers.group)
         shared = [groups.index(head // answers.group) for head in heads]
         if self.sizes.grams:
@@ -176,8 +182,7 @@ class TraceSums:
     def _add_row(self, row: SummedRow) -> None:
         self._make_room(row.position + 1)
         self._end = max(self._end, row.position + 1)
-        if row.received is not None:
-            self._received[..., : row.position + 1] += row.received
+        _add_attention(self._received, row)
         if row.queries is not None:
             self._has_key[row.position] = True
             if self.sizes.grams:
@@ -188,10 +193,10 @@ class TraceSums:
     def _make_room(self, end: int) -> None:
         if end > len(self._has_key):
             self._has_key = np.append(self._has_key, np.zeros(end + _ROOM - len(self._has_key), dtype=bool))
-        if self.sizes.received and end > self._received.shape[2]:
-            wider = np.zeros((*self._received.shape[:2], end + _ROOM))
-            wider[..., : self._end] = self._received[..., : self._end]
-            self._received = wider
+        for name, sums in self._received.items():
+            if end > sums.shape[2]:
+                self._received[name] = np.zeros((*sums.shape[:2], end + _ROOM))
+                self._received[name][..., : self._end] = sums[..., : self._end]
         if self.sizes.kept and end > len(self._keys):
             longer = np.full((end + _ROOM, *self._keys.shape[1:]), np.nan, dtype=np.float32)
             longer[: self._end] = self._keys[: self._end]
@@ -222,15 +227,15 @@ class TraceSums:
             shown = min(end, self._end)
             has_key = np.zeros(end, dtype=bool)
             has_key[:shown] = self._has_key[:shown]
-            received = np.zeros((*self._received.shape[:2], end if self.sizes.received else 0))
-            received[..., :shown] = self._received[..., :shown]
+            received = {name: np.zeros((*sums.shape[:2], end)) for name, sums in self._received.items()}
+            for name, sums in self._received.items():
+                received[name][..., :shown] = sums[..., :shown]
             query_gram, key_gram = self._query_gram.copy(), self._key_gram.copy()
             keys = np.full((end if self.sizes.kept else 0, *self._keys.shape[1:]), np.nan, dtype=np.float32)
             keys[:shown] = self._keys[:shown]
             params = self._params.copy()
         for row in kept:
-            if row.received is not None:
-                received[..., : row.position + 1] += row.received
+            _add_attention(received, row)
             if row.queries is not None:
                 has_key[row.position] = True
                 if self.sizes.kept:
@@ -239,12 +244,23 @@ class TraceSums:
         if self.sizes.grams and with_products:
             query_gram += _gram([row.queries for row in with_products])
             key_gram += _gram([row.keys for row in with_products])
-        found: dict[str, npt.NDArray[Any]] = {"received": received.astype(np.float32)}
+        found: dict[str, npt.NDArray[Any]] = {name: sums.astype(np.float32) for name, sums in received.items()}
         if self.sizes.grams:
             found["singular_values"] = singular_values(query_gram, key_gram)
         if self.sizes.kept:
             found |= {"keys": keys, "score_params": params}
         return found, int((~has_key).sum()) if self.sizes.grams or self.sizes.kept else 0
+
+
+def _add_attention(sums: Mapping[str, npt.NDArray[np.float64]], row: SummedRow) -> None:
+    """Add a row's attention to `received`, and its squares to `received_squares`, where there are these."""
+    if row.received is None:
+        return
+    if "received" in sums:
+        sums["received"][..., : row.position + 1] += row.received
+    if "received_squares" in sums:
+        # What it gives itself is known from its own statistics.
+        sums["received_squares"][..., : row.position] += row.received[..., :-1].astype(np.float64) ** 2
 
 
 def _gram(rows: Sequence[Any]) -> npt.NDArray[np.float64]:

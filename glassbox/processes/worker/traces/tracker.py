@@ -286,6 +286,7 @@ class RequestTracker:
                 grams=sums is not None and sums.sizes.grams,
                 kept=sums is not None and sums.sizes.kept,
                 keys_from=keys_from,
+                squares=sums is not None and sums.sizes.squares,
             )
             found.append(TracedPrompt(trace, asked))
         return found
@@ -410,7 +411,7 @@ class RequestTracker:
             self._leave_out(trace, "signals", arrays, why)
         if trace.prompt == "sampled":
             return
-        of_prompt = arrays - {"received", "singular_values", "queries", "keys", "score_params"}
+        of_prompt = arrays - {"received", "received_squares", "singular_values", "queries", "keys", "score_params"}
         if trace.prompt_len > limits.max_prompt_rows:
             why = (
                 f"only the prompt's sampled rows are measured: it has {trace.prompt_len} tokens, and "
