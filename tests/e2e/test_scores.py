@@ -15,7 +15,7 @@ from tests import probe_samples
 from tests.e2e.test_traced_requests import Shown
 from tests.otlp_receiver import OtlpReceiver, attributes
 from tests.prometheus_server import free_port
-from tests.serving import GlassboxServer, wait_for
+from tests.serving import MODEL_NAME, GlassboxServer, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -24,6 +24,7 @@ FEATURES = (
     ProbeFeature("answer_entropy_ratio_L3_H1", mean=0.5, scale=0.3, coefficient=0.8),
     ProbeFeature("prompt_sink_ratio_L20_H5", mean=0.6, scale=0.4, coefficient=-0.6),
 )
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PROMPT = "The harbour master counted the boats twice before"
 
 
@@ -59,7 +60,9 @@ class TestProbe:
                 lambda count: count == 0,
                 what="the probe's series",
             )
-            answer = server.post("/v1/completions", prompt=PROMPT, max_tokens=12, ignore_eos=True)
+            asked = {"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": 12, "ignore_eos": True}
+            headers = {"traceparent": f"00-{TRACE_ID}-00f067aa0ba902b7-01"}
+            answer = httpx.post(f"{server.url}/v1/completions", json=asked, headers=headers, timeout=120.0).json()
             list_url = f"http://127.0.0.1:{port}/glassbox/v1/requests"
             shown = self.scored(server, list_url, answer["id"])
             score = shown["scores"]["probes"]["harbour"]
@@ -90,6 +93,7 @@ class TestProbe:
             )
             receiver.wait_until(lambda got: "glassbox.probe.score" in got.metrics(), 60.0)
         (span,) = spans
+        assert (TRACE_ID, "00f067aa0ba902b7") == (span.trace_id.hex(), span.parent_span_id.hex())
         assert pytest.approx(value) == attributes(span.attributes)["glassbox.probe.harbour.score"]
         (event,) = (event for event in span.events if event.name == "gen_ai.evaluation.result")
         said = attributes(event.attributes)

@@ -208,7 +208,10 @@ class Intake:
             return {SAMPLED_KEY: False}
         self.traced.add(request_id)
         self._orders.asked(request_id, request)
-        return {SAMPLED_KEY: True, **self._client(request, config)}
+        # Its span belongs to the client's trace, too. Several are none (W3C Trace Context).
+        contexts = request.values("traceparent")
+        traceparent = {TRACEPARENT_KEY: contexts[0]} if len(contexts) == 1 else {}
+        return {SAMPLED_KEY: True, **traceparent, **self._client(request, config)}
 
     def _client(self, request: HttpRequest, config: GlassboxConfig) -> ExtraArgs:
         header, keys = config.requests.client_header, request.api_keys

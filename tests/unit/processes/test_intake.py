@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from glassbox.adapter import http_request
 from glassbox.adapter import server as vllm_server
 from glassbox.adapter.server import INTAKE_PATCHES, EngineLabels, Patch, Wrappers
 from glassbox.config.load import GlassboxConfig
@@ -177,6 +178,24 @@ class TestProcessInputs:
         assert {**traced, "glassbox_traceparent": TRACEPARENT} == server.add(traced, {"traceparent": TRACEPARENT})
         assert traced == server.add(traced, None)
         assert {"other": 1} == server.add({"other": 1}, {"traceparent": TRACEPARENT})
+
+    @pytest.mark.parametrize(
+        ("headers", "added"),
+        [
+            ([(b"traceparent", TRACEPARENT.encode())], {"glassbox_traceparent": TRACEPARENT}),
+            ([(b"traceparent", TRACEPARENT.encode()), (b"traceparent", b"00-0-0-01")], {}),
+            ([], {}),
+        ],
+    )
+    def test_of_a_request_that_the_rate_chooses(
+        self, tmp_path: Path, headers: list[tuple[bytes, bytes]], added: dict[str, str]
+    ) -> None:
+        """Its client has said nothing to glassbox; its span is in the client's trace all the same."""
+        request = http_request.HttpRequest({"headers": headers})
+        for rate, expected in ((1, {"glassbox_sampled": True, **added}), (0, {})):
+            server = Server({"requests": {"trace_rate": rate}}, run_dir=tmp_path)
+            assert expected == server.intake.asked_by("r1", request, traced=False)
+            assert ("r1" in server.intake.traced) == bool(rate)
 
     @pytest.mark.parametrize(
         "extra_args",
