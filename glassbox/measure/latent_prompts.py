@@ -61,8 +61,13 @@ def latent_prompt_rows(
         own = torch.arange(len(some), dtype=torch.int32, device=q.device)
         of_chunk = q.index_select(1, index)
         found.append(prompt_rows(of_chunk, paged, table, chunk, LayerParams(scale=params.scale), own, **options))
+    squares = [one.received_squares for one in found if one.received_squares is not None]
     return PromptNumbers(
-        *(_joined(name, parts) for name, parts in zip(PromptNumbers._fields, zip(*found, strict=True), strict=True))
+        stats=torch.cat([one.stats for one in found], 1),
+        previous_mass=torch.cat([one.previous_mass for one in found], 1),
+        span_mass=torch.cat([one.span_mass for one in found], 1),
+        received=torch.cat([one.received for one in found]),
+        received_squares=torch.cat(squares) if squares else None,
     )
 
 
@@ -79,9 +84,3 @@ def _cached_vectors(
     if stored.dtype in FP8_TYPES or k_scale is not None:
         stored = stored.float() if k_scale is None else stored.float() * k_scale
     return stored.to(dtype)
-
-
-def _joined(name: str, parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    """Numbers of all heads, if there are any: what keys receive has these first, what rows have second."""
-    there = [part for part in parts if part is not None]
-    return torch.cat(there, dim=0 if name.startswith("received") else 1) if there else None

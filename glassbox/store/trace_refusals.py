@@ -30,11 +30,13 @@ class Refusal:
         request: what tells it from others, without saying who asked; see `file_names.request_digest`.
         why: in words.
         time_s: Unix time at which it came.
+        lacks_layers: the worker measures none of the layers that were asked for: those that do may trace it.
     """
 
     request: str
     why: str
     time_s: float
+    lacks_layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,4 +99,4 @@ def _refusal(content: dict[str, Any]) -> Refusal:
     refusal = Refusal(**content)
     if not (isinstance(refusal.request, str) and isinstance(refusal.why, str)):
         raise TypeError("a request and its reason must be texts")
-    return Refusal(refusal.request, refusal.why[:MAX_WHY], float(refusal.time_s))
+    return Refusal(refusal.request, refusal.why[:MAX_WHY], float(refusal.time_s), bool(refusal.lacks_layers))

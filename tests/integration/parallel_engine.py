@@ -39,6 +39,7 @@ class ParallelSpec:
         out: path without suffix.
         llm_args: arguments of vllm.LLM.
         options: of glassbox, of each request; its traces are saved as well.
+        probe: file of one that scores these traces; empty is none.
     """
 
     model: str
@@ -47,6 +48,7 @@ class ParallelSpec:
     out: str
     llm_args: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] | None = None
+    probe: str = ""
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -61,7 +63,8 @@ class ParallelResult:
 
     Attributes:
         report: `tokens`; of each worker `rank`, `layers`, `heads`, and in `hosts` its host;
-            `states` of the layers, `errors`, `canary_rows`.
+            `states` of the layers, `errors`, `canary_rows`;
+            `scores` of each traced request, as the exporter left them.
     """
 
     spec: ParallelSpec
@@ -113,8 +116,9 @@ def run(spec: ParallelSpec) -> None:
         if (known and int(engine.rows.sum(-1).min()) >= expected) or time.monotonic() > deadline:
             break
         time.sleep(0.1)
+    scores: list[dict[str, Any]] = []
     if spec.options is not None:
-        _save_traces(llm, [output.request_id for output in outputs], spec.out, run_dir)
+        scores = _save_traces(llm, [output.request_id for output in outputs], spec, run_dir)
     np.savez(f"{spec.out}.npz", **{name: getattr(engine, name) for name in _ARRAYS})  # type: ignore[arg-type]
     workers = [
         {"rank": one.rank, "layers": list(one.layers), "heads": [one.heads.start, one.heads.stop]}
@@ -128,21 +132,35 @@ def run(spec: ParallelSpec) -> None:
         "errors": engine.numbers["errors"],
         "canary_rows": engine.numbers["canary_rows"],
         "backend": engine.build["backend"],
+        "scores": scores,
     }
     print(RESULT + json.dumps(report))
 
 
-def _save_traces(llm: Any, request_ids: list[str], out: str, run_dir: Path) -> None:
+def _save_traces(llm: Any, request_ids: list[str], spec: ParallelSpec, run_dir: Path) -> list[dict[str, Any]]:
+    """Save them, and return the scores that the server's exporter has made of them, if there is a probe."""
     from glassbox.adapter.offline_engine import deliver_ends
+    from glassbox.store.score_files import ScoreFiles
     from glassbox.store.trace_directory import TraceDirectory
 
     deliver_ends(llm)
-    directory, deadline = TraceDirectory(run_dir), time.monotonic() + _SETTLED_S
+    directory, files, deadline = TraceDirectory(run_dir), ScoreFiles(run_dir), time.monotonic() + _SETTLED_S
+    scores = []
     for number, request_id in enumerate(request_ids):
         while (trace := directory.get(request_id)) is None or trace.status == "active":
             assert time.monotonic() < deadline, f"{request_id} left no trace"
             time.sleep(0.1)
-        np.savez(f"{out}-trace{number}.npz", notes=np.array(trace.notes, dtype=str), **trace.arrays)  # type: ignore[arg-type]
+        path = f"{spec.out}-trace{number}.npz"
+        np.savez(path, notes=np.array(trace.notes, dtype=str), **trace.arrays)  # type: ignore[arg-type]
+        while spec.probe:
+            files.refresh()
+            found = files.of((trace.engine, trace.internal_id, trace.client))
+            if found is not None:
+                scores.append(dict(found.summary))
+                break
+            assert time.monotonic() < deadline, f"{request_id} has no scores"
+            time.sleep(0.1)
+    return scores
 
 
 def run_engine(
@@ -161,7 +179,8 @@ def run_engine(
     """
     folder.mkdir()
     config = folder / "glassbox.yaml"
-    config.write_text("sample_rate: 1.0\nexport: {interval_s: 0.5}\nrequests: {max_trace_mb: 64}\n")
+    probes = f"probes: [{{file: {spec.probe}}}]\n" if spec.probe else ""
+    config.write_text(f"sample_rate: 1.0\nexport: {{interval_s: 0.5}}\nrequests: {{max_trace_mb: 64}}\n{probes}")
     path = folder / "spec.json"
     path.write_text(json.dumps(asdict(spec)))
     environ = environment(config, folder / "run", **env)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from glassbox.core.output_checks import LayerState
+from glassbox.signals.probe import ProbeFeature
+from tests import probe_samples
 from tests.integration.parallel_engine import (
     HEADS,
     LAYERS,
@@ -27,6 +29,15 @@ from tests.program import environment, run_program
 pytestmark = pytest.mark.integration
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+SIGNALS = ["spectral", "asymmetry", "cyclic", "rauq"]
+# Heads of the first rank and of the second, and what needs the heads of both.
+FEATURES = (
+    ProbeFeature("answer_entropy_ratio_L0_H1", mean=0.6, scale=0.5, coefficient=1.0),
+    ProbeFeature("prompt_top1_ratio_L3_H6", mean=0.3, scale=0.5, coefficient=-1.0),
+    ProbeFeature("spectral_sv_entropy_L2_H7", mean=1.0, scale=0.5, coefficient=0.5),
+    ProbeFeature("asymmetry_G_L1_H5", mean=0.5, scale=0.5, coefficient=0.5),
+    ProbeFeature("rauq_score", mean=2.0, scale=4.0, coefficient=0.5),
+)
 ONE_PROCESS_LESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # each imports vLLM for seconds
 
 
@@ -44,8 +55,9 @@ class TestTwoRanks:
         }
         model = random_llama(folder / "model")
         # Whole prompts are measured beside the sample, which stays what it is.
-        options = {"glassbox": "trace", "glassbox_prompt": "all", "glassbox_signals": ["spectral", "cyclic", "rauq"]}
-        one = ParallelSpec(str(model), prompts(), 4, str(folder / "one"), args, options)
+        options = {"glassbox": "trace", "glassbox_prompt": "all", "glassbox_signals": SIGNALS}
+        probe = str(probe_samples.write(folder, features=FEATURES))
+        one = ParallelSpec(str(model), prompts(), 4, str(folder / "one"), args, options, probe)
         parallel = {**args, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
         specs = {"one": one, "two": replace(one, out=str(folder / "two"), llm_args=parallel)}
         with ThreadPoolExecutor() as pool:
@@ -81,14 +93,36 @@ class TestTwoRanks:
                     np.testing.assert_allclose(merged[name], values, rtol=1e-3, atol=1e-4 * size, err_msg=name)
                 else:
                     np.testing.assert_array_equal(merged[name], values, err_msg=name)
-            for name in ("received", "keys", "queries", "singular_values", "logprobs"):
+            for name in ("received", "received_squares", "keys", "queries", "singular_values", "logprobs"):
                 assert np.isfinite(whole[name]).all(), name
                 assert whole[name].size, name
+
+    def test_a_probe_of_both(self, engines: dict[str, ParallelResult]) -> None:
+        """The exporter scores the ranks' traces as one: heads of both, and numbers over all heads of the request."""
+        of_one, of_two = (engines[name].report["scores"] for name in ("one", "two"))
+        assert len(prompts()) == len(of_one) == len(of_two)
+        for whole, merged in zip(of_one, of_two, strict=True):
+            scores = [summary["probes"]["drift"] for summary in (whole, merged)]
+            assert [0, 0] == [score["missing"] for score in scores]
+            assert 0.01 < scores[0]["score"] < 0.99
+            assert pytest.approx(scores[0]["score"], abs=1e-4) == scores[1]["score"]
+            assert set(SIGNALS) == whole["signals"].keys() == merged["signals"].keys()
+            for name, signal in whole["signals"].items():
+                assert ("refused" in signal, "refused" in merged["signals"][name]) == (False, False)
+                for value, number in signal["values"].items():
+                    there = merged["signals"][name]["values"][value]
+                    assert _flat(number) == pytest.approx(_flat(there), rel=1e-3, abs=1e-4), f"{name}.{value}"
+        assert 1e-3 < np.ptp([summary["probes"]["drift"]["score"] for summary in of_one]), "it tells requests apart"
 
     def test_both_certify(self, engines: dict[str, ParallelResult]) -> None:
         """A layer is certified if every rank has reproduced its heads; nothing failed."""
         for engine in engines.values():
             assert_certified(engine)
+
+
+def _flat(number: Any) -> list[float]:
+    """Mean, least and largest of a value by layer and head; or one of the request."""
+    return [number[part] for part in ("mean", "min", "max")] if isinstance(number, dict) else [number]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from glassbox.store.file_names import request_digest
 from glassbox.store.snapshot import EngineWorkers
 from glassbox.store.trace_directory import TraceDirectory, prompt_number
 from glassbox.store.trace_record import call_and_sample, trace_suffix
-from glassbox.store.trace_refusals import RefusalReader, WorkerRefusals
+from glassbox.store.trace_refusals import Refusal, RefusalReader, WorkerRefusals
 
 if TYPE_CHECKING:
     from glassbox.export.trace_scores import TraceScores
@@ -120,8 +120,7 @@ class Answer:
             shown = [wait.result() if _has_result(wait) else None for wait in waits]
             why = (
                 f"no trace within {config.respond_wait_s:g} s of the answer (requests.respond_wait_s): it takes "
-                "longer, and is then found where `trace` says, or some workers refused it "
-                "(glassbox_trace_refused_total)"
+                "longer, and is then found where `trace` says"
             )
         else:
             shown = [None] * len(told)
@@ -183,20 +182,22 @@ class Summaries:
                 self._scores = TraceScores(self._run_dir, self._config)
 
     def of(self, choice: Choice) -> dict[str, Any] | None:
-        """What is said of a request; None as long as not all workers that trace it have written its end, nor all have
-        said that they don't."""
+        """What is said of a request; None as long as not all workers that trace it have written its end, and none of
+        these has said that it doesn't."""
         from glassbox.export.answer_summary import summary_of, summary_without
 
         if not choice.internal_id:
             return None
-        if not self._may_be_there(choice):
-            why = self._refused(choice)
-            if why is None:
-                return None
-            return summary_without(choice.request_id, choice.internal_id, f"its trace was refused: {why}")
+        there = self._may_be_there(choice)
+        refused = self._refused_by(choice)
+        if refused and (why := self._refusal(refused)) is not None:
+            return summary_without(choice.request_id, choice.internal_id, why)
+        if not there:
+            return None
         headers = self._directory.headers(choice.internal_id, choice.client)
         headers = {name: one for name, one in headers.items() if one["start_time_s"] >= choice.since_s}
-        if not headers or any(one["status"] == "active" for one in headers.values()) or not self._is_whole(headers):
+        ended = headers and all(one["status"] != "active" for one in headers.values())
+        if not ended or not self._is_whole(headers, {worker.instance for worker, _ in refused}):
             return None
         trace = self._directory.merged(headers)
         if trace is None:
@@ -213,29 +214,38 @@ class Summaries:
                 self._suffixes, self._listed_s = self._directory.suffixes(), now_s
             return trace_suffix(choice.client, choice.internal_id) in self._suffixes
 
-    def _refused(self, choice: Choice) -> str | None:
-        """Why no worker traces it; None as long as one may."""
+    def _refused_by(self, choice: Choice) -> list[tuple[WorkerRefusals, Refusal]]:
+        """The workers that have refused it, and each one's refusal."""
         request = request_digest(choice.internal_id, choice.client)
         with self._lock:
-            found = [
+            return [
                 (worker, refusal)
                 for worker in self._refusals
                 if (refusal := worker.refusals.get(request)) is not None and refusal.time_s >= choice.since_s
             ]
-            if not found:
-                return None
-            workers = self._workers.of(found[0][0].engine)
-        refusing = {worker.instance for worker, _ in found}
-        return found[0][1].why if {worker.instance for worker in workers} <= refusing else None
 
-    def _is_whole(self, headers: Mapping[str, Mapping[str, Any]]) -> bool:
+    def _refusal(self, refused: Sequence[tuple[WorkerRefusals, Refusal]]) -> str | None:
+        """Why there will be no whole trace, in words; None if those that have not refused it may have all of it."""
+        with self._lock:
+            living = {worker.instance for worker in self._workers.of(refused[0][0].engine)}
+        here = [refusal for worker, refusal in refused if worker.instance in living]
+        # A stage of a pipeline that has none of the layers doesn't keep others from tracing them.
+        whys = [refusal.why for refusal in here if not refusal.lacks_layers]
+        if whys and len(here) < len(living):
+            return (
+                f"its trace was refused by {len(whys)} of {len(living)} workers: {whys[0]}. What the others have "
+                "measured is found where `trace` says, when it is written"
+            )
+        return f"its trace was refused: {(whys or [here[0].why])[0]}" if here and len(here) == len(living) else None
+
+    def _is_whole(self, headers: Mapping[str, Mapping[str, Any]], refusing: Collection[str]) -> bool:
         first = next(iter(headers.values()))
         with self._lock:
             workers = self._workers.of(first["engine"])
         chosen = first["options"].layers
         # A stage of a pipeline without any of the chosen layers traces nothing.
         tracing = {one.instance for one in workers if (one.layers if chosen is None else one.layers & set(chosen))}
-        return tracing <= {one["instance"] for one in headers.values()}
+        return tracing - set(refusing) <= {one["instance"] for one in headers.values()}
 
 
 def _has_result(task: "asyncio.Task[Any]") -> bool:

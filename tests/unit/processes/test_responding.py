@@ -74,9 +74,10 @@ class Server:
         time_s: float = 0.0,
         rank: int = 0,
         why: str = "the moon is full",
+        lacks_layers: bool = False,
     ) -> None:
         """A worker says that it has not traced a request."""
-        refusal = Refusal(request_digest(internal_id, client), why, time_s)
+        refusal = Refusal(request_digest(internal_id, client), why, time_s, lacks_layers)
         write_refusals(self.run_dir, "0", rank, f"i{rank}", [refusal])
 
     def missing(self, *sent: SentRequest) -> str:
@@ -285,16 +286,45 @@ class TestRefused:
         server.refuse("a", time_s=time.time() + 60)
         assert "refused:" in server.missing(sent("a", "a"))
 
-    def test_by_all_workers(self, server: Server) -> None:
-        """A stage of a pipeline refuses what another one traces: that is waited for."""
-        server.worker("i1", rank=1, layers=(8, 9))
+    @pytest.mark.parametrize("written", [False, True])
+    def test_by_some_ranks(self, server: Server, written: bool) -> None:
+        """One of two tensor-parallel ranks has no room: there will be no whole trace, which is said at once."""
+        server.settings["respond_wait_s"] = 20.0
+        server.worker("i1", rank=1, head_offset=2, total_heads=6)
+        if written:
+            server.write(make_trace(heads=(0, 1, 2)))
+        timer = later(0.1, lambda: server.refuse(rank=1))
+        begun = time.monotonic()
+        said = server.of(sent())
+        timer.join()
+        assert time.monotonic() - begun < 5.0
+        assert said["missing"].startswith("its trace was refused by 1 of 2 workers: the moon is full. What the others")
+        assert "/glassbox/v1/requests/cmpl-1-0-00000000" == said["trace"]
+
+    def test_by_a_rank_that_is_gone(self, server: Server) -> None:
+        """It keeps nobody from tracing."""
         server.refuse(rank=1)
-        assert "refused:" not in server.missing(sent())
-        server.write(make_trace(options=replace(make_trace().options, layers=(0, 3))))
+        server.write(make_trace())
         assert "finished" == server.of(sent())["status"]
-        server.refuse("cmpl-2-0-00000000")
-        server.refuse("cmpl-2-0-00000000", rank=1)
-        assert "refused:" in server.missing(sent("cmpl-2-0-00000000", "cmpl-2-0"))
+
+    @pytest.mark.parametrize("layers", [(0, 3), None])
+    def test_by_a_stage_without_the_layers(self, server: Server, layers: tuple[int, ...] | None) -> None:
+        """Of a pipeline: what another one traces is waited for, whether the client or sampling.layers has chosen it."""
+        server.worker("i1", rank=1, layers=(8, 9))
+        server.refuse(rank=1, lacks_layers=True)
+        assert "refused" not in server.missing(sent())
+        server.write(make_trace(options=replace(make_trace().options, layers=layers)))
+        assert "finished" == server.of(sent())["status"]
+
+    def test_by_all_stages(self, server: Server) -> None:
+        """None has the layers, or the one that has them refuses."""
+        server.worker("i1", rank=1, layers=(8, 9))
+        for number, lacks_layers in enumerate((True, False)):
+            ids = f"cmpl-{number}-0-00000000", f"cmpl-{number}-0"
+            server.refuse(ids[0], why="no such layer", lacks_layers=True)
+            server.refuse(ids[0], rank=1, lacks_layers=lacks_layers)
+            expected = "no such layer" if lacks_layers else "the moon is full"
+            assert f"its trace was refused: {expected}" == server.missing(sent(*ids))
 
     @pytest.mark.parametrize(
         "content",

@@ -364,7 +364,8 @@ class RequestTracker:
         elif not kept and why == "sampled" and options.layers is not None:
             return  # probes read other layers, those of other pipeline stages
         elif not kept:
-            self._refuse(new, "bad_options", f"glassbox_layers must name a measured layer of {host.layers}")
+            detail = f"glassbox_layers must name a measured layer of {host.layers}"
+            self._refuse(new, "bad_options", detail, lacks_layers=True)
         elif options.heads is not None and min(options.heads) >= host.num_heads_total:
             self._refuse(new, "bad_options", f"glassbox_heads must be below {host.num_heads_total}")
         elif not host.knows_positions:
@@ -474,10 +475,10 @@ class RequestTracker:
         used = sum(trace.nbytes for trace in (*self._active.values(), *list(self._ended)))
         return self._config.requests.max_active_mb * _MB - used
 
-    def _refuse(self, new: Arrival, reason: Reason, detail: str = "") -> None:
+    def _refuse(self, new: Arrival, reason: Reason, detail: str = "", *, lacks_layers: bool = False) -> None:
         given = new.extra_args or {}
         why = f"{REFUSAL_REASONS[reason]}{f' ({detail})' if detail else ''}"
-        awaited = Refusal(request_digest(new.req_id, given.get(CLIENT_KEY)), why, time.time())
+        awaited = Refusal(request_digest(new.req_id, given.get(CLIENT_KEY)), why, time.time(), lacks_layers)
         self._refused[new.req_id] = awaited if RESPOND_KEY in given else None
         self._refusals[reason] += 1
         log_once(
