@@ -20,6 +20,16 @@ def format_value(value: float) -> str:
     return f"{value:.1f}" if magnitude < 100 else f"{value:,.0f}"
 
 
+def format_share(value: float) -> str:
+    """Three decimals, so that areas and shares line up; `n/a` for no value."""
+    return f"{value:.3f}" if math.isfinite(value) else "n/a"
+
+
+def format_interval(low: float, high: float) -> str:
+    """Of areas or shares."""
+    return f"{low:.3f} to {high:.3f}" if math.isfinite(low) and math.isfinite(high) else "n/a"
+
+
 def format_count(value: float) -> str:
     """Six figures at most: 42, 9,930, 110k, 3.21M."""
     for limit, divisor, suffix in ((1e5, 1.0, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M")):

@@ -84,6 +84,8 @@ def _print(found: "Analysis", limit: int) -> None:
     console.print(_table("Most telling heads", found.features[:limit]))
     console.print(_table("Best head of each signal", found.best_of_groups()))
     console.print(_table("The lengths alone", found.lengths))
+    if found.left_out:
+        console.print(f"{found.left_out}.", soft_wrap=True)
     console.print(
         f"AUROC with 95 % interval ({found.bootstrap:,} resamplings). p: {found.correction}. at equal length: AUROC "
         "among samples whose tokens fall into the same fifth.",

@@ -56,7 +56,7 @@ def evaluate(
             typer.echo(json.dumps(found.document(), indent=1, allow_nan=False))
         else:
             _print(found)
-        below = fail_below is not None and found.metrics["auroc_low"] < fail_below
+        below = fail_below is not None and not found.reaches(fail_below)
     raise typer.Exit(1 if below else 0)
 
 
@@ -65,6 +65,7 @@ def _print(found: "Evaluation") -> None:
     from rich.table import Table
 
     from glassbox.core.printable import printable
+    from glassbox.view.text import format_interval, format_share
 
     console = wide_console()
     metrics = found.metrics
@@ -74,13 +75,15 @@ def _print(found: "Evaluation") -> None:
     console.print(
         f"{printable(str(found.table.path))}: {len(found.scores):,} samples, {positives:,} "
         f"{found.probe.label}{out}\n"
-        f"AUROC {metrics['auroc']:.3f} ({metrics['auroc_low']:.3f} to {metrics['auroc_high']:.3f}), Brier score "
+        f"AUROC {metrics['auroc']:.3f} ({format_interval(metrics['auroc_low'], metrics['auroc_high'])}), Brier score "
         f"{metrics['brier']:.3f} (always saying the share of positives: {metrics['brier_of_share']:.3f})\n"
         f"At the threshold {found.probe.threshold:.3f}: recall {metrics['recall']:.3f}, false alarms "
-        f"{metrics['false_alarms']:.3f}, precision {metrics['precision']:.3f}",
+        f"{metrics['false_alarms']:.3f}, precision {format_share(metrics['precision'])}",
         markup=False,
         soft_wrap=True,
     )
+    for name, reason in found.no_value.items():
+        console.print(f"{name} is n/a: {reason}", soft_wrap=True)
     table = Table(title="Calibration", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name in ("scores", "mean score", "share of positives", "samples"):
         table.add_column(name, justify="right")

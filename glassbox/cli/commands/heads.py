@@ -123,10 +123,14 @@ def _found(model: str, arguments: Mapping[str, Any], prompts: Sequence["Sample"]
     fall = falls(focus[~attacked], focus[attacked])
     heads = important(fall, layers, numbers, deviations)
     if not heads:
-        most = float(np.nanmax(fall)) if np.isfinite(fall).any() else float("nan")
+        if np.isnan(fall).all():
+            raise ViewError(
+                "no head has a focus on the instruction of every prompt: some prompts' last rows were not measured, or "
+                "no layer is observed; glassbox check names what isn't"
+            )
         raise ViewError(
-            f"no head's focus falls by more than {deviations:g} standard deviations, the most is {most:.2f}; "
-            "use a smaller --deviations, or prompts that are more alike"
+            f"no head's focus falls by more than {deviations:g} standard deviations, the most is "
+            f"{float(np.nanmax(fall)):.2f}; use a smaller --deviations, or prompts that are more alike"
         )
     name = printable(Path(model).name if Path(model).is_dir() else model)[:256]
     return FocusHeads(name, deviations, int((~attacked).sum()), int(attacked.sum()), heads)

@@ -1,5 +1,7 @@
 """The command `glassbox train`. Owns options, what is told of the probe, and exit status."""
 
+import math
+from collections import defaultdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -89,10 +91,10 @@ def _print(trained: "Training", *, shuffled: bool) -> None:
     from rich import box
     from rich.table import Table
 
-    from glassbox.view.text import format_value
+    from glassbox.view.text import format_interval, format_share, format_value
 
     console = wide_console()
-    probe, metrics = trained.probe, trained.probe.trained.metrics
+    probe, held = trained.probe, defaultdict(lambda: math.nan, trained.probe.trained.metrics)
     table = Table(title="Features, the heaviest first", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.add_column("feature", style="bold")
     for name in ("layer", "head", "mean", "deviation", "coefficient"):
@@ -107,8 +109,8 @@ def _print(trained: "Training", *, shuffled: bool) -> None:
     console.print(
         f"{probe.trained.samples:,} samples, {probe.trained.positives:,} positive{kind}; {trained.folds} folds, "
         f"regularisation C = {trained.strength:g}.\n"
-        f"Held out: AUROC {metrics['auroc']:.3f} ({metrics['auroc_low']:.3f} to {metrics['auroc_high']:.3f}), Brier "
-        f"score {metrics['brier']:.3f}.\n"
-        f"At the threshold {probe.threshold:.3f}: recall {metrics['recall']:.3f}, false alarms "
-        f"{metrics['false_alarms']:.3f}, precision {metrics['precision']:.3f}."
+        f"Held out: AUROC {format_share(held['auroc'])} ({format_interval(held['auroc_low'], held['auroc_high'])}), "
+        f"Brier score {held['brier']:.3f}.\n"
+        f"At the threshold {probe.threshold:.3f}: recall {held['recall']:.3f}, false alarms "
+        f"{held['false_alarms']:.3f}, precision {format_share(held['precision'])}."
     )

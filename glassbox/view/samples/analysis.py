@@ -13,6 +13,7 @@ import numpy as np
 from glassbox.signals.features import Feature
 from glassbox.view.samples import auroc as areas
 from glassbox.view.samples.feature_table import FeatureTable
+from glassbox.view.text import format_interval, format_share
 
 CORRECTION: Final = "max statistic of {permutations} permutations of the labels, over all {features} features"
 LENGTHS: Final = ("prompt_tokens", "answer_tokens")
@@ -25,7 +26,8 @@ class Telling:
     Attributes:
         name: of the feature, or of the length.
         feature: what it is; None of a length.
-        auroc, low, high: area, and its interval at 95 %; above 0.5 positives have more of it.
+        auroc, low, high: area, and its interval at 95 % (NaN if one kind has fewer than two samples); above 0.5
+            positives have more of it.
         p: corrected for the number of features; None of a length.
         at_equal_length: the area over pairs of about equal length; None if there are none.
         samples: that have a value.
@@ -52,8 +54,8 @@ class Telling:
         return [
             self.name if feature is None else feature.group,
             *place,
-            f"{self.auroc:.3f}",
-            f"{self.low:.3f} to {self.high:.3f}",
+            format_share(self.auroc),
+            format_interval(self.low, self.high),
             "" if self.p is None else f"{self.p:.3g}",
             "" if self.at_equal_length is None else f"{self.at_equal_length:.3f}",
             f"{self.samples:,}",
@@ -86,6 +88,13 @@ class Analysis:
     def positives(self) -> int:
         """Samples with the label."""
         return int((self.table.labels == 1).sum())
+
+    @property
+    def left_out(self) -> str:
+        """Which features say nothing, in words; empty if all have values."""
+        if not self.silent:
+            return ""
+        return f"{self.silent:,} features have no value in any sample of one kind, so they can't tell, and are left out"
 
     @property
     def num_groups(self) -> int | None:

@@ -89,6 +89,8 @@ def _warnings(analysis: Analysis) -> list[str]:
         found.append(f"{analysis.unlabelled:,} samples without a label are left out.")
     if analysis.table.problems:
         found.append(f"{analysis.table.problems:,} samples without features are left out; the table says why.")
+    if analysis.left_out:
+        found.append(f"{analysis.left_out}.")
     for one in analysis.lengths:
         if one.distance > _LENGTH_TELLS:
             words = one.name.replace("_", " ")

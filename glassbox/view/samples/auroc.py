@@ -91,9 +91,15 @@ def bootstrap_weights(
 def bootstrap_interval(
     values: npt.NDArray[np.float32], labels: Labels, weights: npt.NDArray[np.float32], level: float = LEVEL
 ) -> Doubles:
-    """Percentile interval of each column's area, [F, 2]."""
+    """Percentile interval of each column's area, [F, 2].
+
+    NaN where fewer than two positives or two negatives have a value: one sample, drawn again, is always itself.
+    """
     found = np.full((values.shape[1], 2), np.nan)
     for f in range(values.shape[1]):
+        known = labels[np.isfinite(values[:, f])]
+        if min((known == 1).sum(), (known == 0).sum()) < 2:
+            continue
         found[f] = _interval(*_resampled(values[:, f], labels, weights), level)
     return found
 

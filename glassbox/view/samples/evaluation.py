@@ -61,6 +61,20 @@ class Evaluation:
     without_score: int
     same_model: bool
 
+    @property
+    def no_value(self) -> dict[str, str]:
+        """Why a metric has none, by its name."""
+        reasons = {
+            "precision": "no score reaches the threshold",
+            "auroc_low": "fewer than two samples of a kind, or all of one kind in one group",
+        }
+        reasons["auroc_high"] = reasons["auroc_low"]
+        return {name: reasons[name] for name, value in self.metrics.items() if not np.isfinite(value)}
+
+    def reaches(self, area: float) -> bool:
+        """Whether the area is surely that large: the low end of its interval, if it has one."""
+        return self.metrics["auroc_low"] >= area
+
     def document(self) -> dict[str, Any]:
         """All of it, for JSON."""
         return {
@@ -75,7 +89,8 @@ class Evaluation:
             "without_score": self.without_score,
             "with_problem": self.table.problems,
             "threshold": self.probe.threshold,
-            **{name: round(value, 4) for name, value in self.metrics.items()},
+            **{name: round(value, 4) if np.isfinite(value) else None for name, value in self.metrics.items()},
+            "no_value": self.no_value,
             "calibration": [
                 {
                     "scores": [round(one.low, 4), round(one.high, 4)],

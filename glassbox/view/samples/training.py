@@ -66,7 +66,8 @@ class Training:
     """A probe, and what it was on samples that were held out.
 
     Attributes:
-        probe: trained on all samples.
+        probe: trained on all samples; its `trained.metrics` lack what has no value (of what is nowhere above the
+            threshold there is no precision).
         table: of the samples with a label.
         scores: calibrated, of each sample by models and calibrations that have not seen it.
         strength: of the regularisation (C of scikit-learn).
@@ -157,7 +158,7 @@ def train(table: FeatureTable, wish: Wish, *, bootstrap: int = 2000) -> Training
             positives=int((labels == 1).sum()),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             data=known.path.name,
-            metrics=held_out,
+            metrics={name: value for name, value in held_out.items() if np.isfinite(value)},
         ),
     )
     return Training(probe, known, calibrated, strength, folds, bootstrap)
@@ -179,13 +180,20 @@ def divide(table: FeatureTable, rows: Rows, count: int, seed: int) -> Iterator[t
 
 
 def threshold_metrics(scores: Doubles, labels: Labels, threshold: float) -> dict[str, float]:
-    """Brier score of probabilities, and what the threshold does."""
+    """Brier score of probabilities, and what the threshold does.
+
+    Args:
+        labels: of both kinds.
+
+    Returns:
+        by name; `precision` is NaN where no score reaches the threshold: 0 of 0.
+    """
     above, positive = scores >= threshold, labels == 1
     return {
         "brier": float(((scores - positive) ** 2).mean()),
         "recall": float(above[positive].mean()),
         "false_alarms": float(above[~positive].mean()),
-        "precision": float(positive[above].mean()) if above.any() else 0.0,
+        "precision": float(positive[above].mean()) if above.any() else float("nan"),
     }
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,20 @@ class TestAnalyze:
         assert "\\x1b[2Ja.parquet" in text
         assert "\x1b" not in text
 
+    def test_what_has_no_value(self, tmp_path: Path) -> None:
+        """An interval of one sample, and features that one kind lacks, in words and as null."""
+        rows = make_rows(9)
+        rows = [replace(rows[1], features={**rows[1].features, "prompt_span.x_L0_H0": 0.5}), *rows[::2]]
+        table = write_table(tmp_path / "a.parquet", rows)
+        found = invoke("analyze", table, *QUICK)
+        assert 0 == found.exit_code
+        assert "n/a" in found.stdout
+        assert "nan" not in found.stdout
+        assert "1 features have no value in any sample of one kind" in found.stdout
+        line = json.loads(invoke("analyze", table, *QUICK, "--json").stdout)["features"][0]
+        assert [None, None] == line["interval"]
+        assert 0 == invoke("analyze", table, *QUICK, "-o", tmp_path / "a.html").exit_code
+
     def test_one_kind_of_samples(self, tmp_path: Path) -> None:
         """There is nothing to tell apart."""
         rows = [row for row in make_rows(20) if row.label]
@@ -101,6 +116,11 @@ class TestTrainAndEvaluate:
         assert "AUROC 0.9" in invoke("evaluate", tmp_path / "made.json", test).stdout
         assert 0 == invoke("evaluate", tmp_path / "made.json", test, "--fail-below", 0.8).exit_code
         assert 1 == invoke("evaluate", tmp_path / "made.json", test, "--fail-below", 0.99).exit_code
+        unreached = json.loads((tmp_path / "made.json").read_text()) | {"threshold": 1.0}
+        (tmp_path / "unreached.json").write_text(json.dumps(unreached))
+        told = invoke("evaluate", tmp_path / "unreached.json", test).stdout
+        assert "precision n/a" in told
+        assert "precision is n/a: no score reaches the threshold" in told
         only = invoke("train", train, "-o", tmp_path / "b.json", "--features", "answer_*", "--max-features", 2)
         assert 0 == only.exit_code
         assert {"answer"} == {feature.parsed.signal for feature in read_probe(tmp_path / "b.json").features}

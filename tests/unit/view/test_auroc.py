@@ -91,6 +91,14 @@ class TestInterval:
             assert roc_auc_score(labels[drawn], column[drawn]) == pytest.approx(low)
             assert low == high
 
+    def test_a_single_sample_has_none(self) -> None:
+        """Drawn again it is always itself: an interval of no width would seem to be sure."""
+        values, labels = made()
+        labels[:] = 0
+        labels[np.flatnonzero(np.isfinite(values[:, 0]))[:1]] = 1
+        weights = bootstrap_weights(labels, None, 50, np.random.default_rng(0))
+        assert np.isnan(bootstrap_interval(values[:, :1], labels, weights)).all()
+
     def test_within_strata(self) -> None:
         """One resampling that draws every sample once has the area of these samples; one stratum is no stratum."""
         values, labels = made()

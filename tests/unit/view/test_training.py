@@ -1,5 +1,6 @@
 """Probes that are trained, judged and written: on made data of which the best possible result is known."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,9 +115,34 @@ class TestEvaluation:
         assert found.same_model
 
     def test_a_threshold_that_nothing_reaches(self) -> None:
-        """No precision, and no division by nothing."""
+        """0 of 0 is no precision, and not the worst one."""
         metrics = threshold_metrics(np.array([0.1, 0.2]), np.array([0, 1], np.int8), 0.9)
-        assert (0.0, 0.0, 0.0) == (metrics["recall"], metrics["precision"], metrics["false_alarms"])
+        assert (0.0, 0.0) == (metrics["recall"], metrics["false_alarms"])
+        assert np.isnan(metrics["precision"])
+
+    def test_what_has_no_value(self, tmp_path: Path) -> None:
+        """Null in JSON, with the reason; and no interval is no area that is surely large enough."""
+        probe = replace(train(make_table(tmp_path), WISH).probe, threshold=1.0)
+        rows = make_rows(9)
+        rows = [rows[1], *(row for row in rows if not row.label)]
+        found = evaluate(probe, read_table(write_table(tmp_path / "b.parquet", rows)))
+        document = found.document()
+        assert [None] * 3 == [document[name] for name in ("precision", "auroc_low", "auroc_high")]
+        assert {"precision", "auroc_low", "auroc_high"} == document["no_value"].keys()
+        assert "no score reaches the threshold" == document["no_value"]["precision"]
+        assert not found.reaches(0.0)
+        json.dumps(document, allow_nan=False)
+        assert {} == evaluate(replace(probe, threshold=0.0), make_table(tmp_path, seed=5)).document()["no_value"]
+
+    def test_a_probe_that_says_nothing_at_all(self, tmp_path: Path) -> None:
+        """Of a threshold that no held-out score reaches the file has no precision; it is read all the same."""
+        # As many of either kind have the feature, so that each score is one of a false alarm, too.
+        rows = [replace(row, features={TELLING: float(row.sample % 4 < 2)}) for row in make_rows()]
+        table = read_table(write_table(tmp_path / "a.parquet", rows))
+        probe = train(table, replace(WISH, false_alarms=0.0)).probe
+        assert "precision" not in probe.trained.metrics
+        write_probe(tmp_path / "a.json", probe)
+        assert probe.trained.metrics == read_probe(tmp_path / "a.json").trained.metrics
 
     def test_a_table_of_another_model(self, tmp_path: Path) -> None:
         """A layer that it lacks, or a feature, by name; another name is said, and no error."""
