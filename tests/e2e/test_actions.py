@@ -1,6 +1,8 @@
 """Rules of a running server: the request that they are about ends within a second, and nobody else notices."""
 
 import json
+import socket
+import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ import openai
 import pytest
 
 from glassbox.core.statistics import INDEX
+from glassbox.export.webhooks import MAX_WAITING
 from glassbox.signals.probe import Platt, Probe, ProbeFeature, Trained, write_probe
 from glassbox.store import orders
 from glassbox.store.trace_directory import TraceDirectory
@@ -32,6 +35,8 @@ OTHERS: Final = tuple(f"{word} is a word that" for word in ("Ocean", "Candle", "
 # The rule is to apply after so many tokens, of this many.
 AFTER, TOKENS = 40, 400
 STATISTIC: Final = "distance_tokens"
+# Of the dead webhook: rules that apply to each request, requests of a turn, and those that ask at the same time.
+RULES, REQUESTS, CLIENTS, TURNS = 32, 80, 8, 4
 SECRET: Final = "whsec_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 
 
@@ -239,3 +244,69 @@ class TestDryRun:
         lines = [json.loads(line) for line in wait_for(lambda: audit.read_text().splitlines(), bool)]
         assert [("abort", "dry_run"), ("tag", "dry_run")] == [(line["action"], line["outcome"]) for line in lines]
         assert "It is a dry run; it would do: abort, tag" in server.log_path.read_text()
+
+
+class TestDeadWebhook:
+    @pytest.mark.timeout(300)
+    def test_ten_thousand_events_slow_nobody(self, server: "GlassboxServer", tmp_path: Path) -> None:
+        """An address that takes connections and never answers: requests whose rules post to it take no longer than
+        those in turn with them that no rule is about, and nothing is left open."""
+        feature = ProbeFeature("prompt_entropy_ratio_L0_H0", 0.5, 1.0, 0.1)
+        trained = Trained("smollm2", 2, 1, "2026-01-01T00:00:00Z", "none.parquet")
+        write_probe(tmp_path / "always.json", Probe("always", "any", (feature,), 9.0, Platt(1.0, 0.0), 0.5, trained))
+        secret = tmp_path / "secret"
+        secret.write_text(SECRET)
+        secret.chmod(0o600)
+        with socket.create_server(("127.0.0.1", 0)) as dead:
+            webhook = {"url": f"http://127.0.0.1:{dead.getsockname()[1]}/", "secret_file": str(secret)}
+            rule = {"probe": "always", "above": 0.5, "do": ["webhook"], "dry_run": False, "per_minute": 6000}
+            server.edit_config(
+                probes=[{"file": str(tmp_path / "always.json")}],
+                requests={"keep": 4096},
+                actions={"rules": [{"name": f"w{i}", **rule, "webhook": webhook} for i in range(RULES)]},
+            )
+            wait_for(lambda: server.metric("glassbox_actions_total", rule=f"w{RULES - 1}"), lambda n: n is not None)
+            time.sleep(2.5)  # by then it is in force in every process
+
+            def posted() -> float:
+                return server.metric("glassbox_actions_total", action="webhook") or 0.0
+
+            def turn(layer: int) -> list[float]:
+                """Seconds of each request; those traced in another layer than 0 have no score."""
+
+                def ask(number: int) -> float:
+                    began_s = time.monotonic()
+                    xargs = {"glassbox": "trace", "glassbox_layers": [layer]}
+                    server.complete(f"{number} boats came", max_tokens=2, ignore_eos=True, vllm_xargs=xargs)
+                    return time.monotonic() - began_s
+
+                with ThreadPoolExecutor(CLIENTS) as pool:
+                    return list(pool.map(ask, range(REQUESTS)))
+
+            def open_now() -> dict[int, tuple[int, int]]:
+                return {one.pid: (one.num_fds(), one.num_threads()) for one in server.processes()}
+
+            turn(1)
+            before, opened = posted(), open_now()
+            with_rules, without = [], []
+            for _ in range(TURNS):
+                with_rules += turn(0)
+                without += turn(1)
+            events = RULES * REQUESTS * TURNS
+            assert events > 10_000
+            # All but those that wait for their turn are settled: dropped, for so many are never kept.
+            settled = wait_for(posted, lambda now: now >= before + events - MAX_WAITING - 1, 60.0, "the events")
+            assert settled - before <= events
+            median, usual = statistics.median(with_rules), statistics.median(without)
+            print(f"median of {len(with_rules)}: {median * 1000:.1f} ms, without {usual * 1000:.1f} ms")
+            assert median < 1.5 * usual + 0.02
+            assert max(with_rules) < max(5.0, 2 * max(without)), "an attempt takes five seconds"
+            wait_for(
+                open_now,
+                lambda now: all(
+                    count <= was + 8
+                    for pid, counts in now.items()
+                    for count, was in zip(counts, opened[pid], strict=True)
+                ),
+                what="what was opened to be closed",
+            )

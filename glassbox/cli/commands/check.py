@@ -1,6 +1,6 @@
 """The command `glassbox check`. Owns options, output and exit status."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -13,6 +13,7 @@ from glassbox.core.printable import printable
 if TYPE_CHECKING:
     from glassbox.adapter.layers import ObservedLayers
     from glassbox.config.load import GlassboxConfig
+    from glassbox.signals.focus_heads import FocusHeads
     from glassbox.signals.probe import Probe
 
 # Of the most common size today, 7 to 8 billion parameters (Llama 3, Mistral, Qwen 2.5 have 28 to 32 of each).
@@ -50,6 +51,7 @@ def check(
     """
     import yaml
 
+    from glassbox.cli.commands.check_focus import focus_lines, read_heads
     from glassbox.cli.commands.check_probes import probe_lines, read_probes
     from glassbox.cli.commands.check_rules import rule_lines
     from glassbox.config.load import ConfigError, find_config, replaced_keys
@@ -70,14 +72,15 @@ def check(
         raise fail(f"{path}: {problem}")
     with one_line_errors():
         _check_baseline(config)
-        probes = read_probes(config)
-        shape = _shape(path, config, model, layers, heads, probes)
+        wanted = _Wanted(read_probes(config), read_heads(config))
+        shape = _shape(path, config, model, layers, heads, wanted)
     typer.echo(f"# {printable(str(path))}: valid. With the defaults filled in:")
     typer.echo(yaml.safe_dump(_without_secrets(config), sort_keys=False, allow_unicode=True))
     for line in (
         *replaced_keys(config),
         *shape.lines(),
-        *probe_lines(config, probes),
+        *probe_lines(config, wanted.probes, shape.places),
+        *focus_lines(config, wanted.focus_heads, shape.places),
         *rule_lines(config),
         *_series_lines(config, shape, engines),
     ):
@@ -110,6 +113,14 @@ def _check_baseline(config: "GlassboxConfig") -> None:
 
 
 @dataclass(frozen=True)
+class _Wanted:
+    """What files that the configuration names ask of the model."""
+
+    probes: "Sequence[Probe]"
+    focus_heads: "FocusHeads | None"
+
+
+@dataclass(frozen=True)
 class _Shape:
     """The layers to count for.
 
@@ -117,11 +128,13 @@ class _Shape:
         layer_heads: query heads of each observed one, of all ranks.
         whose: where that comes from.
         found: the model's, as vLLM builds it here; None if it didn't.
+        places: query heads of each measured layer of the model, by its index; None if no model was given.
     """
 
     layer_heads: tuple[int, ...]
     whose: str = ""
     found: "ObservedLayers | None" = None
+    places: Mapping[int, int] | None = None
 
     def lines(self) -> Iterator[str]:
         """Which layers are observed, and why others are not."""
@@ -142,25 +155,27 @@ def _shape(
     model: Path | None,
     layers: int | None,
     heads: int | None,
-    probes: "Sequence[Probe]",
+    wanted: _Wanted,
 ) -> _Shape:
     """The shape to count for, and where it comes from.
 
     Raises:
-        ViewError: the model can't be read, or has not the layers that the file names or a probe reads.
+        ViewError: the model can't be read, has not the layers that the file names or a probe reads, or has none of the
+            focus heads.
     """
     if model is not None:
-        return _shape_of(model, path, config, probes)
+        return _shape_of(model, path, config, wanted)
     if layers is not None and heads is not None:
         return _Shape((heads,) * layers)
     num_layers, num_heads = _DEFAULT_SHAPE
     return _Shape((num_heads,) * num_layers, " (as of an 8B model; for yours use --model, or --layers and --heads)")
 
 
-def _shape_of(model: Path, path: Path, config: "GlassboxConfig", probes: "Sequence[Probe]") -> _Shape:
+def _shape_of(model: Path, path: Path, config: "GlassboxConfig", wanted: _Wanted) -> _Shape:
     """As vLLM builds the model here; where it can't, as its config.json says, and why."""
     from glassbox.adapter.coverage import selection_lines
     from glassbox.adapter.model_inspection import InspectionError, inspect_model
+    from glassbox.cli.commands.check_focus import check_has
     from glassbox.cli.commands.check_probes import check_fit
     from glassbox.cli.commands.model_shape import read_shape
     from glassbox.view.measured import ViewError
@@ -175,13 +190,18 @@ def _shape_of(model: Path, path: Path, config: "GlassboxConfig", probes: "Sequen
     try:
         found = inspect_model(model, path)
     except InspectionError as error:
-        check_fit(probes, str(model), range(by_file.total), by_file.heads)
+        check_fit(wanted.probes, str(model), range(by_file.total), by_file.heads)
+        places = dict.fromkeys(config.sampling.layers.select(range(by_file.total)), by_file.heads)
+        check_has(wanted.focus_heads, str(model), places)
         why = f" ({model}, by its config.json alone, since vLLM could not build it here: {error})"
-        return _Shape((by_file.heads,) * by_file.layers, why)
+        return _Shape((by_file.heads,) * by_file.layers, why, places=places)
     for line in selection_lines(found, config.sampling.layers):
         raise ViewError(f"{path}: {line.text}")
-    check_fit(probes, str(model), config.sampling.layers.select(found.indices), found.num_heads)
-    return _Shape(found.heads, f" ({model}, as vLLM builds it here)", found)
+    measured = config.sampling.layers.select(found.indices)
+    check_fit(wanted.probes, str(model), measured, found.num_heads)
+    places = {layer: heads for layer, heads in zip(found.indices, found.heads, strict=True) if layer in measured}
+    check_has(wanted.focus_heads, str(model), places)
+    return _Shape(found.heads, f" ({model}, as vLLM builds it here)", found, places)
 
 
 def _vllm_line(config: "GlassboxConfig") -> str:

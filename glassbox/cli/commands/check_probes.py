@@ -1,10 +1,11 @@
 """What `glassbox check` says of probes: whether they fit the model, and what they make the server measure."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from glassbox.config.load import GlassboxConfig
+    from glassbox.core.trace_options import TraceOptions
     from glassbox.signals.probe import Probe
 
 
@@ -36,8 +37,14 @@ def check_fit(probes: "Sequence[Probe]", model: str, layers: Collection[int], he
         raise ViewError(str(error)) from None
 
 
-def probe_lines(config: "GlassboxConfig", probes: "Sequence[Probe]") -> Iterator[str]:
-    """What each probe needs, and what is therefore kept of requests that the trace rate chooses."""
+def probe_lines(
+    config: "GlassboxConfig", probes: "Sequence[Probe]", places: Mapping[int, int] | None = None
+) -> Iterator[str]:
+    """What each probe needs, and what is therefore kept of requests that the trace rate chooses.
+
+    Args:
+        places: query heads of each measured layer of the model, by its index; None if it isn't known.
+    """
     from glassbox.signals.needs import sampled_options
 
     if not probes and not config.sampled_signals:
@@ -70,6 +77,29 @@ def probe_lines(config: "GlassboxConfig", probes: "Sequence[Probe]") -> Iterator
         f"Of {rate:.3g} of all requests (requests.trace_rate) are kept: layers {_listed(options.layers, 'all')}, heads "
         f"{_listed(options.heads, 'all')}, signals {_listed(options.signals)}, {every}."
     )
+    yield from _refused(options, places)
+
+
+def _refused(options: "TraceOptions", places: Mapping[int, int] | None) -> Iterator[str]:
+    """Signals that these requests never have a value of, and the bound that they are over."""
+    from glassbox.core.signal_table import MAX_KEPT_PLACES, signal_row
+
+    dear = [name for name in options.signals if signal_row(name).cost == "on demand"]
+    if places is None:
+        known = options.layers is not None and options.heads is not None
+        kept = len(options.layers or ()) * len(options.heads or ()) if known else 0
+    else:
+        kept = sum(
+            sum(options.heads is None or head in options.heads for head in range(heads))
+            for layer, heads in places.items()
+            if options.layers is None or layer in options.layers
+        )
+    if dear and kept > MAX_KEPT_PLACES:
+        yield (
+            f"  {_listed(dear)} have no value of these: signals on demand are for at most {MAX_KEPT_PLACES} layers x "
+            f"heads, and {kept} are kept; use probes that read fewer, or let clients ask with glassbox_layers and "
+            "glassbox_heads"
+        )
 
 
 def _listed(values: Sequence[object] | None, none: str = "none") -> str:

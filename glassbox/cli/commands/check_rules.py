@@ -23,12 +23,14 @@ def rule_lines(config: "GlassboxConfig") -> Iterator[str]:
         yield f"Rules look at traced requests: {' and '.join(filter(None, (asked, chosen)))}."
     if config.actions.audit.path is None:
         yield "What rules do is written to no file; set actions.audit.path for one."
+    else:
+        yield f"What rules do is written to {config.actions.audit.expanded_path} (actions.audit.path)."
 
 
 def _lines_of(rule: "RuleConfig") -> Iterator[str]:
     when = "while requests run" if rule.watches_running else "when requests have ended"
     least = f" with at least {rule.min_generated} generated tokens" if rule.min_generated else ""
-    dry = "; a dry run: it only says what it would do" if rule.dry_run else ""
+    dry = "; a dry run: it only says what it would do" if rule.dry_run else "; it is done (dry_run: false)"
     yield f"Rule {rule.name}: {rule.condition}, {when}{least}{dry}"
     do = ", ".join(f"webhook to {_place(rule)}" if action == "webhook" else action for action in rule.do)
     yield f"  {do}; at most {rule.per_minute} a minute"

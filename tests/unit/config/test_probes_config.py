@@ -7,12 +7,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from glassbox.cli.commands.check_probes import check_fit
+from glassbox.cli.commands.check_focus import check_has, focus_lines
+from glassbox.cli.commands.check_probes import check_fit, probe_lines
 from glassbox.cli.main import main
 from glassbox.config.follow import ConfigFollower
-from glassbox.config.load import ConfigError, load_config, parse_config
+from glassbox.config.load import ConfigError, GlassboxConfig, load_config, parse_config
 from glassbox.config.usable import load_usable
 from glassbox.core.trace_options import TraceOptions
+from glassbox.signals.focus_heads import FocusHead, FocusHeads, write_focus_heads
 from glassbox.signals.needs import sampled_options
 from glassbox.signals.probe import ProbeFeature
 from glassbox.signals.probe_files import require_probes
@@ -140,6 +142,19 @@ class TestCheck:
         file.write_text(f"probes: [{{file: {probe_samples.write(tmp_path, features=features)}}}]")
         assert "spans system: only of requests whose client names them in glassbox_spans" in self.checked(file)
 
+    def test_on_demand_over_the_bound(self, file: Path) -> None:
+        """Of a probe's union of layers and heads; and of the whole model, if it is known."""
+        features = tuple(ProbeFeature(f"tracker_sigma2_L{n}_H{n}", 0.5, 0.1, 1.0) for n in range(6))
+        config = GlassboxConfig.model_validate({"requests": {"trace_rate": 1}})
+        lines = list(probe_lines(config, [probe_samples.make_probe(features=features)]))
+        assert lines[-1].startswith("  tracker have no value of these: signals on demand are for at most 32 layers x")
+        assert "and 36 are kept" in lines[-1]
+        some = dict.fromkeys(range(4), 8)  # of these six layers the model has four
+        assert "are kept: " in list(probe_lines(config, [probe_samples.make_probe(features=features)], some))[-1]
+        whole = GlassboxConfig.model_validate({"requests": {"trace_rate": 1, "signals": ["cyclic"]}})
+        assert "cyclic have no value of these" in list(probe_lines(whole, (), dict.fromkeys(range(30), 9)))[-1]
+        assert "and 270 are kept" in list(probe_lines(whole, (), dict.fromkeys(range(30), 9)))[-1]
+
     def test_of_another_model(self) -> None:
         """A probe that reads a layer or head which the model lacks is refused, with --model."""
         probes = [probe_samples.make_probe(features=(ProbeFeature("answer_entropy_ratio_L7_H3", 0.5, 0.1, 1.0),))]
@@ -151,6 +166,46 @@ class TestCheck:
         ):
             with pytest.raises(ViewError, match=lacking):
                 check_fit(probes, "m", layers, heads)
+
+
+class TestFocusHeads:
+    FOUND = FocusHeads("small", 4.0, 10, 12, (FocusHead(9, 3, 5.5), FocusHead(4, 5, 4.5), FocusHead(9, 1, 4.2)))
+
+    def test_what_check_says(self, file: Path, tmp_path: Path) -> None:
+        """Which heads, of what they were found, and what a request needs to have a focus."""
+        write_focus_heads(tmp_path / "heads.json", self.FOUND)
+        file.write_text(f"requests: {{focus_heads: {tmp_path / 'heads.json'}}}")
+        result = CliRunner().invoke(main, ["check", str(file)])
+        assert 0 == result.exit_code
+        lines = [line.removeprefix("# ") for line in result.stdout.splitlines()]
+        at = lines.index(
+            "The signal focus (Attention Tracker) is taken over 3 heads of layers 4, 9, found with small: over 10 "
+            "normal and 12 attacked prompts their focus falls by more than 4 standard deviations"
+        )
+        assert lines[at + 1].startswith("  a client asks with glassbox_signals: [focus], and glassbox_spans")
+
+    def test_why_it_can_not_run(self) -> None:
+        """Requests without a span, a row that isn't measured, clients that may not ask."""
+        config = GlassboxConfig.model_validate(
+            {
+                "sampling": {"prefill_rows_per_request": 0},
+                "requests": {"opt_in": False, "signals": ["focus"], "trace_rate": 1},
+            }
+        )
+        text = "\n".join(focus_lines(config, None, None))
+        for reason in ("is taken over all traced heads", "these name no span", "opt_in is false", "per_request is 0"):
+            assert reason in text
+        assert [] == list(focus_lines(GlassboxConfig(), None, None))
+
+    def test_with_a_model(self) -> None:
+        """Heads that it lacks are counted; with none of them the signal never has a value, which is an error."""
+        check_has(self.FOUND, "m", {4: 8})
+        lines = list(focus_lines(GlassboxConfig(), self.FOUND, {4: 8, 9: 2}))
+        assert lines[1].startswith("  1 of them are left out: this model has no such heads, or sampling.layers")
+        assert not any("left out" in line for line in focus_lines(GlassboxConfig(), self.FOUND, {4: 8, 9: 4}))
+        check_has(None, "m", {})
+        with pytest.raises(ViewError, match="it has none of the 3 of small; run glassbox heads with this model"):
+            check_has(self.FOUND, "m", {3: 32, 4: 5})
 
 
 class TestNeeds:

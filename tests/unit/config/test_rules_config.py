@@ -205,7 +205,10 @@ class TestShown:
         assert (0, "") == (result.exit_code, result.stderr)
         assert "s3cret" not in result.stdout
         lines = [line.removeprefix("# ") for line in result.stdout.splitlines()]
-        at = lines.index("Rule r: probe p above 0.5, while requests run with at least 8 generated tokens")
+        at = lines.index(
+            "Rule r: probe p above 0.5, while requests run with at least 8 generated tokens; it is done "
+            "(dry_run: false)"
+        )
         assert [
             "  log, abort, webhook to https://hooks.example.org:8443; at most 60 a minute",
             "Rule s: signal asymmetry.G below 0.25, when requests have ended; a dry run: it only says what it would do",
