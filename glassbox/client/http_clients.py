@@ -16,12 +16,10 @@ from glassbox.client.failures import GlassboxClientError, NoGlassboxError
 from glassbox.client.fetching import Answer, Ask, Part, Steps, steps
 from glassbox.client.received import Trace
 from glassbox.client.references import reference_of
-from glassbox.view.asking import Access, without_user
+from glassbox.view.asking import MAX_TRACE_BYTES, Access, content_of, without_user
 from glassbox.view.measured import ViewError
 
 TIMEOUT_S: Final = 30.0
-# Of an answer: the arrays of a trace are at most 64 MB.
-MAX_ANSWER_BYTES: Final = 96 << 20
 _SILENCE_S: Final = 10.0
 _API: Final = "/v1"
 
@@ -62,11 +60,10 @@ class _Server:
             "follow_redirects": False,
         }
 
-    def check_size(self, size: int) -> None:
-        if size > MAX_ANSWER_BYTES:
-            raise NoGlassboxError(
-                f"{self.shown} answers with more than {MAX_ANSWER_BYTES >> 20} MB; is that the server's address?"
-            )
+    def too_large(self) -> NoGlassboxError:
+        return NoGlassboxError(
+            f"{self.shown} answers with more than {MAX_TRACE_BYTES >> 20} MB; is that the server's address?"
+        )
 
 
 class GlassboxClient:
@@ -139,7 +136,8 @@ class GlassboxClient:
                 content = bytearray()
                 for chunk in reply.iter_bytes():
                     content += chunk
-                    self._server.check_size(len(content))
+                    if len(content) > MAX_TRACE_BYTES:
+                        raise self._server.too_large()
                 return Answer(reply.status_code, bytes(content))
         except httpx.HTTPError as error:
             return _failed(error)
@@ -200,11 +198,10 @@ class AsyncGlassboxClient:
     async def _ask(self, ask: Ask) -> Answer:
         try:
             async with self._http.stream(**self._server.arguments(ask)) as reply:
-                content = bytearray()
-                async for chunk in reply.aiter_bytes():
-                    content += chunk
-                    self._server.check_size(len(content))
-                return Answer(reply.status_code, bytes(content))
+                content = await content_of(reply, MAX_TRACE_BYTES)
+                if content is None:
+                    raise self._server.too_large()
+                return Answer(reply.status_code, content)
         except httpx.HTTPError as error:
             return _failed(error)
 

@@ -62,7 +62,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def write_in(folder: int, name: str, data: bytes, *, mode: int = 0o666) -> None:
+def write_in(folder: int, name: str, data: bytes | memoryview, *, mode: int = 0o666) -> None:
     """Replace the file `name` of an open folder.
 
     Args:

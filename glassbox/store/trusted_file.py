@@ -129,7 +129,7 @@ def exists(path: Path) -> bool:
         return False
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> None:
     """Replace a file, for this user only (0600).
 
     Raises:

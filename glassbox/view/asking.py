@@ -23,6 +23,8 @@ TIMEOUT_S: Final = 60.0
 SILENCE_S: Final = 10.0
 # At detail head 80 layers of 64 heads are some 215 MB of text.
 MAX_PAGE_BYTES: Final = 256 << 20
+# Of what a server tells of a request: the arrays of a trace are at most 64 MB.
+MAX_TRACE_BYTES: Final = 96 << 20
 _MAX_REDIRECTS: Final = 5
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e\t]*")
@@ -60,6 +62,16 @@ class Access:
 
 
 NO_ACCESS: Final = Access()
+
+
+async def content_of(reply: "httpx.Response", limit: int) -> bytes | None:
+    """All of a streamed answer; None if it has more than `limit` bytes, of which no more are read then."""
+    content = bytearray()
+    async for part in reply.aiter_bytes():
+        content += part
+        if len(content) > limit:
+            return None
+    return bytes(content)
 
 
 def get_text(url: str, access: Access = NO_ACCESS, timeout_s: float = TIMEOUT_S) -> str:

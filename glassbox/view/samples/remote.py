@@ -10,16 +10,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote
 
 import numpy as np
 
 from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.core.trace_arrays import TRACE_ARRAYS
 from glassbox.core.trace_options import PROMPT_KEY, MessageSpan, Span, traced_with
+from glassbox.export.answer_summary import REQUESTS_PATH, trace_path
 from glassbox.signals.features import ANSWER
 from glassbox.store.trace_record import RequestTrace, decode_trace
-from glassbox.view.asking import Access, without_user
+from glassbox.view.asking import MAX_TRACE_BYTES, Access, content_of, without_user
 from glassbox.view.measured import ViewError
 from glassbox.view.samples.feature_table import SampleRow
 from glassbox.view.samples.samples_file import Sample
@@ -27,9 +27,6 @@ from glassbox.view.samples.samples_file import Sample
 if TYPE_CHECKING:
     import httpx
 
-TRACES: Final = "/glassbox/v1/requests/"
-# The server bounds an answer's arrays at 64 MB.
-MAX_ANSWER_BYTES: Final = 96 << 20
 _PART_BYTES: Final = 32 << 20
 _POLL_S: Final = 0.2
 _SHOWN: Final = 300
@@ -140,7 +137,7 @@ class RemoteModel:
 
     async def _trace(self, client: "httpx.AsyncClient", answer: Mapping[str, Any]) -> RequestTrace:
         """With the rows that features are made of: the prompt's last one and the answer's; all if signals are, too."""
-        path = TRACES + quote(str(answer.get("id")), safe="")
+        path = trace_path(str(answer.get("id")))
         deadline = time.monotonic() + self.timeout_s
         while True:
             document = await self._json(client, "GET", path, missing_ok=True)
@@ -189,14 +186,12 @@ class RemoteModel:
 
         try:
             async with client.stream(method, path, json=body, params=parameters) as reply:
-                content = bytearray()
-                async for part in reply.aiter_bytes():
-                    content += part
-                    if len(content) > MAX_ANSWER_BYTES:
-                        raise ViewError(f"{self._shown} answers with more than {MAX_ANSWER_BYTES >> 20} MB")
+                content = await content_of(reply, MAX_TRACE_BYTES)
         except (httpx.HTTPError, OSError) as error:
             what = str(error) or type(error).__name__
             raise ViewError(f"{self._shown} can't be asked ({what[:_SHOWN]}); is the server there?") from None
+        if content is None:
+            raise ViewError(f"{self._shown} answers with more than {MAX_TRACE_BYTES >> 20} MB")
         said = content[:_SHOWN].decode("utf-8", "replace")
         if reply.status_code in {401, 403}:
             raise ViewError(f"{self._shown} wants to know who asks; give its key with GLASSBOX_API_KEY or --api-key")
@@ -205,9 +200,11 @@ class RemoteModel:
         if reply.status_code == 400:
             raise SampleRefusedError(f"the server refuses it: {said}")
         if reply.status_code != 200:
-            remedy = "start vLLM with VLLM_PLUGINS=glassbox" if path.startswith(TRACES) else "is that a vLLM server?"
+            remedy = (
+                "start vLLM with VLLM_PLUGINS=glassbox" if path.startswith(REQUESTS_PATH) else "is that a vLLM server?"
+            )
             raise ViewError(f"{self._shown}{path} answers HTTP {reply.status_code} ({said}); {remedy}")
-        return bytes(content)
+        return content
 
     @property
     def _shown(self) -> str:
