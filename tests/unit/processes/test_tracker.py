@@ -349,6 +349,10 @@ class TestEnds:
         assert "clients may not ask for traces (requests.opt_in: false)" == refusal.why
         finish(requests, "b")
         assert [refusal] == told
+        # Another stage of the pipeline may have the layers of this one, and trace it.
+        arrive(requests, "c", extra_args={**awaited, "glassbox_layers": [7]})
+        finish(requests, "c")
+        assert [False, True] == [one.lacks_layers for one in told]
 
     def test_an_id_that_comes_again(self) -> None:
         """Gone and new in one step are two requests."""
