@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,11 +63,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def write_in(folder: int, name: str, data: bytes | memoryview, *, mode: int = 0o666) -> None:
+def write_in(folder: int, name: str, data: bytes | memoryview | Iterable[bytes], *, mode: int = 0o666) -> None:
     """Replace the file `name` of an open folder.
 
     Args:
         folder: its descriptor.
+        data: of the file, or its pieces, each of which is written before the next one is asked for.
         mode: of the file, before the umask.
 
     Raises:
@@ -83,11 +85,12 @@ def write_in(folder: int, name: str, data: bytes | memoryview, *, mode: int = 0o
             os.unlink(temporary, dir_fd=folder)
             handle = os.open(temporary, flags, mode, dir_fd=folder)
         with os.fdopen(handle, "wb", buffering=0) as file:
-            view = memoryview(data)
-            while view:  # one write may be short when the disk is about to be full
-                view = view[file.write(view) :]
+            for piece in (data,) if isinstance(data, bytes | memoryview) else data:
+                view = memoryview(piece)
+                while view:  # one write may be short when the disk is about to be full
+                    view = view[file.write(view) :]
         os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-    except OSError:
+    except BaseException:  # also of whoever makes the pieces
         with contextlib.suppress(OSError):
             os.unlink(temporary, dir_fd=folder)
         raise

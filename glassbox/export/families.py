@@ -8,7 +8,7 @@ differ. It does no input or output.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, cast
 
 import numpy as np
@@ -18,7 +18,18 @@ from glassbox.config.model import MAX_SERIES
 from glassbox.core.counters import ENGINE_NUMBERS, EngineNumber
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, PHASES, STATISTICS, Phase, Statistic
 from glassbox.export.check_families import CHECK_METRICS, CHECK_SAMPLES, check_series
-from glassbox.export.family import DETAIL_LABELS, ENGINE_LABELS, Family, Kind, Series, at_detail, define, from_to
+from glassbox.export.family import (
+    DETAIL_LABELS,
+    ENGINE_LABELS,
+    Family,
+    JoinedSeries,
+    Kind,
+    Series,
+    SeriesTable,
+    at_detail,
+    define,
+    from_to,
+)
 from glassbox.export.liveness import LIVENESS_METRICS
 from glassbox.export.score_families import SCORE_METRICS, score_series, score_series_count
 from glassbox.signals.drift_watch import COMPARED, Drift, EngineKey
@@ -172,71 +183,90 @@ def build_families(
         drift: from the baseline, of the engines that can be compared.
         scores: of traced requests, None if none was scored.
     """
-    series: dict[str, list[Series]] = {family.name: [] for family in METRICS}
+    parts: dict[str, list[Sequence[Series]]] = {family.name: [] for family in METRICS}
     for engine in engines:
         part = aggregate(engine, detail)
+        places = _Places(engine, part, detail)
         for statistic in _EXPORTED:
-            series[statistic.metric] += _histogram_series(engine, part, statistic, detail)
+            parts[statistic.metric].append(_histogram_series(places, statistic))
         for family, found in _adapter_series(engine):
-            series[family.name] += found
+            parts[family.name].append(found)
         numbers = ((_WINDOW_MAX, part.window_max), (_ROWS, part.rows), (_NONFINITE, part.nonfinite))
         for family, values in numbers:
-            series[family.name] += _number_series(engine, part, values, detail)
+            parts[family.name].append(_number_series(places, values))
         if compared := (drift or {}).get((engine.model_name, engine.engine)):
-            series[_DRIFT_PSI.name] += _drift_series(engine, part, compared.psi, detail)
-            series[_DRIFT_SHIFT.name] += _drift_series(engine, part, compared.shift, detail)
+            parts[_DRIFT_PSI.name].append(tuple(_drift_series(engine, places, compared.psi, detail)))
+            parts[_DRIFT_SHIFT.name].append(tuple(_drift_series(engine, places, compared.shift, detail)))
         for family, one in check_series(engine, detail):
-            series[family.name].append(one)
+            parts[family.name].append((one,))
         for family, one in score_series(engine, scores) if scores is not None else ():
-            series[family.name].append(one)
-        series[_WORKER.name] += _worker_series(engine)
+            parts[family.name].append((one,))
+        parts[_WORKER.name].append(tuple(_worker_series(engine)))
     for number, engine in enumerate(engines):
         for family, labels, value in _engine_values(engine, (errors or {}) if number == 0 else {}):
             all_labels = (engine.model_name, engine.engine, *labels)
-            series[family.name].append(Series(all_labels, value, engine.start_time_s))
-    return [at_detail(family, detail, tuple(series[family.name])) for family in METRICS if series[family.name]]
+            parts[family.name].append((Series(all_labels, value, engine.start_time_s),))
+    series = {name: JoinedSeries(found) for name, found in parts.items()}
+    return [at_detail(family, detail, series[family.name]) for family in METRICS if series[family.name]]
 
 
-def _places(
-    engine: MergedEngine, part: Aggregate, phases: Iterable[Phase], detail: Detail
-) -> Iterator[tuple[int, int, tuple[str, ...]]]:
-    """Row, phase column and label values of every place that has series."""
-    measured = part.rows.tolist()
-    for phase in phases:
-        p = PHASES.index(phase)
-        for k, labels in enumerate(part.labels):
-            if detail != "head" or measured[k][p]:
-                yield k, p, (engine.model_name, engine.engine, phase.value, *labels)
+class _Places:
+    """Where an engine has series: phase by phase all places of an aggregate, at detail head those with measured rows.
+
+    Attributes:
+        part: the aggregate.
+        start_time_s: of the engine.
+    """
+
+    def __init__(self, engine: MergedEngine, part: Aggregate, detail: Detail) -> None:
+        self.part, self.start_time_s = part, engine.start_time_s
+        rows, columns, labels = [], [], []
+        for p, phase in enumerate(PHASES):
+            its = np.flatnonzero(part.rows[:, p]) if detail == "head" else np.arange(len(part.labels))
+            first = (engine.model_name, engine.engine, phase.value)
+            rows.append(its)
+            columns.append(np.full(len(its), p))
+            labels.append([(*first, *part.labels[k]) for k in its.tolist()])
+        # Tables of many families share these.
+        self._all = np.concatenate(rows), np.concatenate(columns), [one for of_phase in labels for one in of_phase]
+        decode = PHASES.index(Phase.DECODE)
+        self._decode = rows[decode], columns[decode], labels[decode]
+
+    def of(self, decode_only: bool = False) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], list[tuple[str, ...]]]:
+        """Row, phase column and label values of each."""
+        return self._decode if decode_only else self._all
 
 
-def _histogram_series(engine: MergedEngine, part: Aggregate, statistic: Statistic, detail: Detail) -> Iterator[Series]:
+def _histogram_series(places: _Places, statistic: Statistic) -> SeriesTable:
     column = INDEX[statistic.name]
-    counts, sums = part.counts[:, :, column].tolist(), part.sums[:, :, column].tolist()
-    phases = (Phase.DECODE,) if statistic.decode_only else PHASES
-    for k, p, labels in _places(engine, part, phases, detail):
-        total = None if statistic.signed else sums[k][p]
-        yield Series(labels, sum(counts[k][p]), engine.start_time_s, tuple(counts[k][p]), total)
+    k, p, labels = places.of(statistic.decode_only)
+    counts = places.part.counts[k, p, column]
+    sums = None if statistic.signed else places.part.sums[k, p, column]
+    return SeriesTable(labels, counts.sum(axis=-1), places.start_time_s, counts, sums)
 
 
-def _number_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any], detail: Detail) -> Iterator[Series]:
-    numbers = values.tolist()
-    for k, p, labels in _places(engine, part, PHASES, detail):
-        if numbers[k][p] != -math.inf:  # no row in the window: nothing to show
-            yield Series(labels, numbers[k][p], engine.start_time_s)
+def _number_series(places: _Places, values: npt.NDArray[Any]) -> SeriesTable:
+    k, p, labels = places.of()
+    numbers = values[k, p]
+    shown = np.flatnonzero(numbers != -np.inf)  # no row in the window: nothing to show
+    if len(shown) < len(labels):
+        labels, numbers = [labels[at] for at in shown.tolist()], numbers[shown]
+    return SeriesTable(labels, numbers, places.start_time_s)
 
 
-def _adapter_series(engine: MergedEngine) -> Iterator[tuple[Family, Iterator[Series]]]:
+def _adapter_series(engine: MergedEngine) -> Iterator[tuple[Family, SeriesTable]]:
     part = engine.by_adapter
     if part is None:
         return
     # Zeros are shown, as at the details model and layer.
+    places = _Places(engine, part, "model")
     for family, statistic in zip(_ADAPTER_HISTOGRAMS, _EXPORTED, strict=True):
-        yield family, _histogram_series(engine, part, statistic, "model")
-    yield _ADAPTER_ROWS, _number_series(engine, part, part.rows, "model")
-    yield _ADAPTER_NONFINITE, _number_series(engine, part, part.nonfinite, "model")
+        yield family, _histogram_series(places, statistic)
+    yield _ADAPTER_ROWS, _number_series(places, part.rows)
+    yield _ADAPTER_NONFINITE, _number_series(places, part.nonfinite)
 
 
-def _drift_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any], detail: Detail) -> Iterator[Series]:
+def _drift_series(engine: MergedEngine, places: _Places, values: npt.NDArray[Any], detail: Detail) -> Iterator[Series]:
     """Of values [L, H, 2, E]: at a coarser detail than head the one that is farthest from 0."""
     by_place = values  # [K, heads of a place, 2, E]
     if detail == "model":
@@ -246,7 +276,8 @@ def _drift_series(engine: MergedEngine, part: Aggregate, values: npt.NDArray[Any
     known = np.where(np.isnan(by_place), 0.0, by_place)
     worst = np.take_along_axis(known, np.abs(known).argmax(axis=1)[:, None], axis=1)[:, 0]
     numbers = np.where(np.isnan(by_place).all(axis=1), np.nan, worst).tolist()
-    for k, p, labels in _places(engine, part, PHASES, detail):
+    rows, columns, all_labels = places.of()
+    for k, p, labels in zip(rows.tolist(), columns.tolist(), all_labels, strict=True):
         for e, statistic in enumerate(COMPARED):
             if not math.isnan(numbers[k][p][e]):
                 where = (*labels[: len(ENGINE_LABELS) + 1], statistic.name, *labels[len(ENGINE_LABELS) + 1 :])

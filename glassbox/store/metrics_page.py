@@ -1,12 +1,12 @@
 """The page of metrics that the exporter leaves for the API servers, who hand out its bytes as they are.
 
-Owns the file: made by the exporter at each interval, replaced whole, and read in parts, so that nobody who serves it
+Owns the file: made by the exporter at each interval, replaced whole, and written and read in parts, so that nobody
 holds it in memory or parses it. What stands in it is text of `export/page.py`'s; of that this module knows only which
 family, engine and format a block of bytes belongs to.
 
-    glassbox-page-1 <place of the index> <its length>
     blocks of bytes
     the index: JSON, a list of families with the names of their samples and their blocks
+    glassbox-page-2 <place of the index> <its length>
 
 Its time (mtime) is that of the snapshots it was made of, also if they have not changed since.
 """
@@ -22,10 +22,11 @@ from glassbox.store.trusted_file import open_descriptor, write_file
 
 NAME: Final = "metrics.page"
 Format = Literal["text", "openmetrics"]
+FORMATS: Final[tuple[Format, ...]] = ("text", "openmetrics")
 Range = tuple[int, int]  # place in the file, and length
 
-_MAGIC: Final = b"glassbox-page-1"
-_HEADER_BYTES: Final = len(_MAGIC) + 1 + 20 + 1 + 12 + 1
+_MAGIC: Final = b"glassbox-page-2"
+_END_BYTES: Final = len(_MAGIC) + 1 + 20 + 1 + 12 + 1
 _MAX_INDEX_BYTES: Final = 16_000_000
 _FRONT_NOTE: Final = "metrics.front"
 # Where nobody has scraped for so long, no page is made, and no exporter started for it.
@@ -49,29 +50,31 @@ class Block(NamedTuple):
     length: int
 
 
-class PageBuilder:
-    """Puts blocks together, family by family."""
+class PageIndex:
+    """What stands where in a page, noted family by family while its blocks are made."""
 
     def __init__(self) -> None:
-        self._chunks: list[bytes] = []
-        self._at = _HEADER_BYTES
+        self._at = 0
         self._families: list[dict[str, Any]] = []
 
     def begin_family(self, names: Iterable[str]) -> None:
-        """What is added from now on is of a family whose samples have these names."""
+        """What is noted from now on is of a family whose samples have these names."""
         self._families.append({"names": list(names), "blocks": []})
 
-    def add(self, content: bytes, engine: str | None = None, format: Format | None = None) -> None:
-        """Add a block of the family that was begun last; see Block."""
-        self._families[-1]["blocks"].append(Block(engine, format, self._at, len(content)))
-        self._chunks.append(content)
+    def note(self, content: bytes, engine: str | None = None, format: Format | None = None) -> bytes:
+        """A block of the family that was begun last comes next; see Block. Returns its content."""
+        blocks = self._families[-1]["blocks"]
+        if blocks and blocks[-1][:2] == (engine, format):
+            blocks[-1] = blocks[-1]._replace(length=blocks[-1].length + len(content))
+        else:
+            blocks.append(Block(engine, format, self._at, len(content)))
         self._at += len(content)
+        return content
 
-    def finish(self) -> bytes:
-        """The file."""
+    def end(self) -> bytes:
+        """What comes after the last block."""
         index = json.dumps(self._families, separators=(",", ":")).encode()
-        header = b"%s %020d %012d\n" % (_MAGIC, self._at, len(index))
-        return b"".join([header, *self._chunks, index])
+        return b"%s%s %020d %012d\n" % (index, _MAGIC, self._at, len(index))
 
 
 class MetricsPage:
@@ -82,6 +85,7 @@ class MetricsPage:
 
     Args:
         read: returns `length` bytes from a place on, fewer at the end; from any thread.
+        size: bytes that there are.
         time_s: see above.
         close: lets go of what `read` reads from.
 
@@ -90,29 +94,29 @@ class MetricsPage:
     """
 
     def __init__(
-        self, read: Callable[[int, int], bytes], time_s: float, close: Callable[[], None] = lambda: None
+        self, read: Callable[[int, int], bytes], size: int, time_s: float, close: Callable[[], None] = lambda: None
     ) -> None:
         self.read, self.time_s, self.close = read, time_s, close
         try:
-            magic, at, length = read(0, _HEADER_BYTES).split()
+            magic, at, length = read(max(size - _END_BYTES, 0), _END_BYTES).split()
             index_at, index_length = int(at), int(length)
-            if magic != _MAGIC or index_at < _HEADER_BYTES or not 0 < index_length <= _MAX_INDEX_BYTES:
-                raise ValueError("another header")
+            if magic != _MAGIC or index_at < 0 or not 0 < index_length <= _MAX_INDEX_BYTES:
+                raise ValueError("another end")
             self._families = [
                 (frozenset(family["names"]), [Block(*block) for block in family["blocks"]])
                 for family in json.loads(read(index_at, index_length))
             ]
             for _, blocks in self._families:
                 for block in blocks:
-                    if not _HEADER_BYTES <= block.at <= block.at + block.length <= index_at:
+                    if not 0 <= block.at <= block.at + block.length <= index_at:
                         raise ValueError("a block outside of the file")
         except Exception as error:  # garbage can fail anywhere
             raise ValueError(f"{NAME} must be a page of metrics: {type(error).__name__}: {error}") from error
 
     @classmethod
     def of_bytes(cls, data: bytes, time_s: float) -> "MetricsPage":
-        """What PageBuilder has made, without a file."""
-        return cls(lambda at, length: data[at : at + length], time_s)
+        """A page without a file."""
+        return cls(lambda at, length: data[at : at + length], len(data), time_s)
 
     def ranges(
         self, format: Format, engines: Collection[str] | None = None, names: Collection[str] = ()
@@ -140,13 +144,17 @@ class MetricsPage:
         return found
 
 
-def write_page(run_dir: Path, data: bytes, time_s: float) -> None:
+def write_page(run_dir: Path, pieces: Iterable[bytes], time_s: float) -> None:
     """Replace the page.
+
+    Args:
+        pieces: the blocks of a page, and what PageIndex says comes after them.
+        time_s: Unix time of what it shows.
 
     Raises:
         OSError: it can't be written; the older one stays.
     """
-    write_file(Path(run_dir) / NAME, data)
+    write_file(Path(run_dir) / NAME, pieces)
     confirm_page(run_dir, time_s)
 
 
@@ -174,7 +182,9 @@ def open_page(run_dir: Path) -> MetricsPage:
     """
     handle, found = open_descriptor(Path(run_dir) / NAME)
     try:
-        return MetricsPage(lambda at, length: os.pread(handle, length, at), found.st_mtime, lambda: os.close(handle))
+        return MetricsPage(
+            lambda at, length: os.pread(handle, length, at), found.st_size, found.st_mtime, lambda: os.close(handle)
+        )
     except BaseException:
         os.close(handle)
         raise

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -129,8 +129,11 @@ def exists(path: Path) -> bool:
         return False
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
+def write_file(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:
     """Replace a file, for this user only (0600).
+
+    Args:
+        data: of the file, or its pieces, as `files.write_in` takes them.
 
     Raises:
         DistrustError: the folder is not this user's.

@@ -5,21 +5,23 @@ Owns which path leads where. What is answered there is `live_snapshot.py`, `stre
 API server).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from glassbox.config.load import GlassboxConfig
+from glassbox.export import page
 from glassbox.export.family_source import FamilySource
+from glassbox.export.prometheus import Shown
+from glassbox.store.metrics_page import Format
 from glassbox.web.answers import Endpoint, guarded, json_answer
 from glassbox.web.assets import INDEX, asset_answer
 from glassbox.web.guard import METRICS_PATH, Rules, guard_routes
@@ -89,7 +91,7 @@ def make_app(
     source: FamilySource,
     *,
     routes: Sequence[BaseRoute] = (),
-    metrics: CollectorRegistry | None = None,
+    metrics: Sequence[Shown] = (),
     is_guarded: Callable[[], bool] = lambda: False,
     rules: Callable[[], Rules | None] = Rules,
     shows_text: Callable[[], bool] = lambda: True,
@@ -99,7 +101,7 @@ def make_app(
     Args:
         source: what there is to show.
         routes: further ones, which come before glassbox's.
-        metrics: shown at /metrics; None: there is no /metrics.
+        metrics: shown at /metrics, one after the other; without any there is no /metrics.
         is_guarded: whether the port lets only operators in (see `viewers.operators`).
         rules: see `make_routes`.
         shows_text: see `make_routes`.
@@ -107,7 +109,7 @@ def make_app(
     viewers = operators(lambda: source.config, is_guarded)
     shown = make_routes(source, rules=rules, shows_text=shows_text, viewers=viewers)
     own: list[BaseRoute] = [Route("/", _redirect("glassbox/"))]
-    if metrics is not None:
+    if metrics:
         own.append(_metrics_route(metrics))
     guard_routes([*routes, *own], rules)
     return Starlette(routes=[*routes, *shown, *own])
@@ -125,16 +127,21 @@ def _redirect(url: str) -> Endpoint:
     return endpoint
 
 
-def _metrics_route(registry: CollectorRegistry) -> Route:
-    """GET /metrics: the registry in the format that the scraper asks for (OpenMetrics or Prometheus's text)."""
+def _metrics_route(metrics: Sequence[Shown]) -> Route:
+    """GET /metrics: in the format that the scraper asks for (OpenMetrics or Prometheus's text).
 
-    def metrics(request: Request) -> Response:
-        encoder, content_type = choose_encoder(request.headers.get("Accept", ""))
-        names = request.query_params.getlist("name[]")
-        shown = registry.restricted_registry(names) if names else registry
-        return Response(encoder(shown), headers={"Content-Type": content_type})
+    The answer is sent while it is written: at detail head it has hundreds of megabytes, which nobody needs at once.
+    """
+
+    def pieces(names: Sequence[str], format: Format) -> Iterator[bytes]:
+        return page.text([one.shown() for one in metrics], format, names)
 
     async def endpoint(request: Request) -> Response:
-        return await run_in_threadpool(metrics, request)
+        # The names have no dots to escape.
+        accepted = request.headers.get("Accept", "").replace("escaping=dots", "escaping=underscores")
+        _, content_type = choose_encoder(accepted)
+        format: Format = "openmetrics" if content_type.startswith("application/openmetrics-text") else "text"
+        names = request.query_params.getlist("name[]")
+        return StreamingResponse(await run_in_threadpool(pieces, names, format), headers={"Content-Type": content_type})
 
     return Route(METRICS_PATH, guarded(endpoint), middleware=[_COMPRESSED])

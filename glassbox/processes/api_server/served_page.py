@@ -77,7 +77,7 @@ class ServedPage:
     def fresh(self) -> MetricsPage | None:
         """What is told of this moment; None if that is nothing."""
         families = tuple(self._fresh())
-        return MetricsPage.of_bytes(render(families), self._clock()) if families else None
+        return MetricsPage.of_bytes(b"".join(render(families)), self._clock()) if families else None
 
     def _render(self, problem: str) -> MetricsPage | None:
         with self._lock:
@@ -85,7 +85,7 @@ class ServedPage:
             try:
                 view = self._source.view()
                 if self._rendered is None or self._rendered[0] is not view:
-                    self._rendered = (view, render(view.families))
+                    self._rendered = (view, b"".join(render(view.families)))
                 self._rendered_s = now
                 if view.engines:
                     self._say(problem, now)

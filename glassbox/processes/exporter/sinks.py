@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from prometheus_client import CollectorRegistry
-
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import export_errors
 from glassbox.core.logs import get_logger
@@ -95,12 +93,10 @@ class Sinks:
         self._goes_on = before is not None and not before.ended
         self._restarts = before.restarts + (not before.ended) if before is not None else 0
         self._source = FamilySource(self._run_dir, config)
-        self._registry = CollectorRegistry()
         # The id of another client's request is nothing that a client should learn, and /metrics may be open.
         exemplars = TraceExemplars(self._run_dir, names_requests=lambda: not config().requests.isolate)
-        self._registry.register(PrometheusCollector(self._source, exemplars))
         self._liveness = Liveness(self._run_dir, config, lambda: self._source.merged().engines, clock=clock)
-        self._registry.register(LivenessCollector(self._liveness, lambda: True))
+        self._shown = PrometheusCollector(self._source, exemplars), LivenessCollector(self._liveness, lambda: True)
         succeeded = before.sinks if before is not None else {}
 
         def sink(name: str, **how: Any) -> Sink[Any]:
@@ -187,7 +183,7 @@ class Sinks:
 
         return make_app(
             self._source,
-            metrics=self._registry,
+            metrics=self._shown,
             rules=lambda: door.rules,
             shows_text=shows_text,
             is_guarded=lambda: door.authenticates,

@@ -428,7 +428,8 @@ class TestMultiprocess:
 
 @pytest.fixture
 def server(run_dir: Path) -> Iterator[HttpServer]:
-    app = make_app(FamilySource(run_dir, config), metrics=registry_of(run_dir, config))
+    source = FamilySource(run_dir, config)
+    app = make_app(source, metrics=[PrometheusCollector(source)])
     server = HttpServer(0, app, "127.0.0.1")
     yield server
     server.close()

@@ -22,9 +22,12 @@ from glassbox.export.exemplars import TraceExemplars
 from glassbox.export.family_source import FamilySource
 from glassbox.export.liveness import Liveness
 from glassbox.export.multiprocess import MultiprocessWriter
+from glassbox.export.page import EOF_LINE, render
+from glassbox.export.page import text as text_pieces
 from glassbox.export.prometheus import LivenessCollector, PrometheusCollector
 from glassbox.processes.api_server.shown_metrics import ShownMetrics
 from glassbox.store.exporter_status import ExporterStatus, write_status
+from glassbox.store.metrics_page import Format, open_page, write_page
 from glassbox.store.score_totals import ScoreTotals, write_totals
 from glassbox.store.snapshot import Snapshot, write_snapshot
 from glassbox.store.trace_directory import traces_path
@@ -47,28 +50,47 @@ ODD_NAMES = {
 
 # Takes what is to be done at the end of the test.
 Later = Callable[[Callable[[], None]], None]
-Page = Callable[[Path, GlassboxConfig, Path, Later], CollectorRegistry]
+# The answer to a scrape in a format.
+Answer = Callable[[Format], bytes]
+Page = Callable[[Path, GlassboxConfig, Path, Later], Answer]
 
 
-def own_port(run_dir: Path, config: GlassboxConfig, _: Path, __: Later) -> CollectorRegistry:
-    """As the exporter registers it."""
-    registry = CollectorRegistry()
+def of_registry(registry: CollectorRegistry) -> Answer:
+    return lambda format: generate_latest(registry) if format == "text" else generate_openmetrics(registry)
+
+
+def own_port(run_dir: Path, config: GlassboxConfig, _: Path, __: Later) -> Answer:
+    """As the exporter shows it."""
     source = FamilySource(run_dir, lambda: config)
-    registry.register(PrometheusCollector(source, TraceExemplars(run_dir)))
-    registry.register(
-        LivenessCollector(Liveness(run_dir, lambda: config, lambda: source.merged().engines), lambda: True)
-    )
-    return registry
+    liveness = Liveness(run_dir, lambda: config, lambda: source.merged().engines)
+    shown = PrometheusCollector(source, TraceExemplars(run_dir)), LivenessCollector(liveness, lambda: True)
+    return lambda format: b"".join(text_pieces([one.shown() for one in shown], format))
 
 
-def vllms_port(run_dir: Path, config: GlassboxConfig, _: Path, __: Later) -> CollectorRegistry:
+def page_of_vllms_port(run_dir: Path, config: GlassboxConfig, scratch: Path, _: Later) -> Answer:
+    """As the exporter writes it and an API server hands it out behind vLLM's own metrics."""
+    scratch.mkdir()
+    source = FamilySource(run_dir, lambda: config)
+    liveness = Liveness(run_dir, lambda: config, lambda: source.merged().engines)
+    write_page(scratch, render([*source.view().families, *liveness.families()]), 1.0)
+
+    def answer(format: Format) -> bytes:
+        page = open_page(scratch)
+        found = b"".join(page.read(at, length) for at, length in page.ranges(format))
+        page.close()
+        return found + (EOF_LINE if format == "openmetrics" else b"")
+
+    return answer
+
+
+def vllms_port(run_dir: Path, config: GlassboxConfig, _: Path, __: Later) -> Answer:
     """As an API server registers it."""
     registry = CollectorRegistry()
     ShownMetrics(lambda: config, run_dir).show_in(registry)
-    return registry
+    return of_registry(registry)
 
 
-def several_api_servers(run_dir: Path, config: GlassboxConfig, scratch: Path, later: Later) -> CollectorRegistry:
+def several_api_servers(run_dir: Path, config: GlassboxConfig, scratch: Path, later: Later) -> Answer:
     """As the exporter writes it and vLLM's API servers read it."""
     scratch.mkdir()
     writer = MultiprocessWriter(scratch, OWNER)
@@ -81,13 +103,13 @@ def several_api_servers(run_dir: Path, config: GlassboxConfig, scratch: Path, la
     registry = CollectorRegistry()
     ShownMetrics(lambda: config, run_dir).show_beside(Collector)
     Collector(registry, str(scratch))
-    return registry
+    return of_registry(registry)
 
 
-@pytest.fixture(params=[own_port, vllms_port, several_api_servers], ids=lambda page: page.__name__)
-def page(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., CollectorRegistry]:
-    def page(*snapshots: Snapshot, detail: str = "layer") -> CollectorRegistry:
-        """The registry of a server with these snapshots, a trace, and an exporter that has something to tell."""
+@pytest.fixture(params=[own_port, page_of_vllms_port, vllms_port, several_api_servers], ids=lambda page: page.__name__)
+def page(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Answer]:
+    def page(*snapshots: Snapshot, detail: str = "layer") -> Answer:
+        """The answers of a server with these snapshots, a trace, and an exporter that has something to tell."""
         run_dir = tmp_path / "run"
         for snapshot in snapshots:
             write_snapshot(run_dir, snapshot)
@@ -99,10 +121,10 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Collec
         write_totals(run_dir, totals)
         write_status(run_dir, ExporterStatus(1, 1.0, {"otel": 3}, {"otel": 0.0, "jsonl": 5.5}, restarts=1))
         settings = {"prometheus": {"detail": detail, "max_series": 100_000, "port": 9}}
-        registry: CollectorRegistry = request.param(
-            run_dir, GlassboxConfig.model_validate({"export": settings}), tmp_path / "multiproc", request.addfinalizer
+        answer: Answer = request.param(
+            run_dir, GlassboxConfig.model_validate({"export": settings}), tmp_path / "scratch", request.addfinalizer
         )
-        return registry
+        return answer
 
     return page
 
@@ -116,10 +138,10 @@ def read(parse: Any, text: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]]
     }
 
 
-def check_both(registry: CollectorRegistry) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+def check_both(answer: Answer) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """Both formats pass, and say the same."""
-    strict = read(parse_openmetrics, generate_openmetrics(registry))
-    text = generate_latest(registry)
+    strict = read(parse_openmetrics, answer("openmetrics"))
+    text = answer("text")
     assert {key: repr(value) for key, value in strict.items()} == {
         key: repr(float(value)) for key, value in read(parse_text, text).items()
     }
@@ -131,7 +153,7 @@ def check_both(registry: CollectorRegistry) -> dict[tuple[str, frozenset[tuple[s
 
 
 @pytest.mark.parametrize("detail", ["model", "layer", "head"])
-def test_every_detail(page: Callable[..., CollectorRegistry], detail: str) -> None:
+def test_every_detail(page: Callable[..., Answer], detail: str) -> None:
     """All metrics, with exemplars where the page has them, and no `_count` without its `_sum`."""
     found = check_both(page(make_snapshot(), make_snapshot(seed=5, engine="1"), detail=detail))
     names = {name for name, _ in found}
@@ -149,14 +171,14 @@ def test_every_detail(page: Callable[..., CollectorRegistry], detail: str) -> No
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_odd_names(page: Callable[..., CollectorRegistry], name: str) -> None:
+def test_odd_names(page: Callable[..., Answer], name: str) -> None:
     """Come out as they went in."""
     found = check_both(page(make_snapshot(model_name=ODD_NAMES[name], host='host.#1 "x"'), detail="model"))
     assert {dict(labels)["model_name"] for _, labels in found if "model_name" in dict(labels)} == {ODD_NAMES[name]}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_odd_numbers(page: Callable[..., CollectorRegistry], value: float) -> None:
+def test_odd_numbers(page: Callable[..., Answer], value: float) -> None:
     """A sum or counter that is not a number has no sample, a gauge may be anything."""
     snapshot = make_snapshot(overhead_seconds=value, sample_rate=value)
     snapshot.sums[0] = value
@@ -172,6 +194,6 @@ def test_exemplars_are_read(tmp_path: Path, request: pytest.FixtureRequest) -> N
     """The own port's page has them, and the strict parser finds them where they were put."""
     write_snapshot(tmp_path, make_snapshot())
     write_trace(traces_path(tmp_path), make_trace(request_id="mine [1]"))
-    text = generate_openmetrics(own_port(tmp_path, GlassboxConfig(), tmp_path, request.addfinalizer)).decode()
+    text = own_port(tmp_path, GlassboxConfig(), tmp_path, request.addfinalizer)("openmetrics").decode()
     found = [sample.exemplar for family in parse_openmetrics(text) for sample in family.samples if sample.exemplar]
     assert {exemplar.labels["request_id"] for exemplar in found} == {"mine [1]"}

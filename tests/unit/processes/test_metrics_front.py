@@ -114,7 +114,8 @@ class TestAnswer:
         """Every byte of it, in which nothing is glassbox's, and then the page; the length is that of both."""
         server.write_page()
         answer = server.client.get("/metrics")
-        page = MetricsPage.of_bytes(render(build_families(merge([make_snapshot(steps=4711)]), "layer")), 0.0)
+        families = build_families(merge([make_snapshot(steps=4711)]), "layer")
+        page = MetricsPage.of_bytes(b"".join(render(families)), 0.0)
         own = b"".join(page.read(at, length) for at, length in page.ranges("text"))
         begin = server.theirs[0] + own
         assert answer.content.startswith(begin)

@@ -15,7 +15,6 @@ from typing import Any, Final
 import bcrypt
 import httpx
 import pytest
-from prometheus_client import CollectorRegistry
 
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
@@ -65,13 +64,12 @@ class Port:
         write_trace(traces_path(self.run_dir), make_trace())
         self.config = GlassboxConfig()
         self.source = FamilySource(self.run_dir, lambda: self.config)
-        registry = CollectorRegistry()
-        registry.register(PrometheusCollector(self.source))
+        metrics = [PrometheusCollector(self.source)]
         self.errors = Errors()
         self.environ: dict[str, str] = {}
 
         def app(door: Any, shows_text: Callable[[], bool]) -> Any:
-            return make_app(self.source, metrics=registry, rules=lambda: door.rules, shows_text=shows_text)
+            return make_app(self.source, metrics=metrics, rules=lambda: door.rules, shows_text=shows_text)
 
         self.own = OwnPort(app, lambda: self.config, self.errors, self.environ)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from typer.testing import CliRunner
 
 from glassbox.cli.main import main
@@ -35,16 +35,14 @@ def baseline_of(*snapshots: Snapshot) -> Baseline:
     return from_engines(merge(snapshots), "a test")
 
 
-def registry(run_dir: Path, detail: str) -> CollectorRegistry:
+def collector(run_dir: Path, detail: str) -> PrometheusCollector:
     config = GlassboxConfig.model_validate({"export": {"prometheus": {"detail": detail, "max_series": 100_000}}})
-    made = CollectorRegistry()
-    made.register(PrometheusCollector(FamilySource(run_dir, lambda: config)))
-    return made
+    return PrometheusCollector(FamilySource(run_dir, lambda: config))
 
 
 def scraped(run_dir: Path, detail: str = "head") -> Baseline:
     """A baseline of what a server with that run directory shows."""
-    return from_measured(read_text(generate_latest(registry(run_dir, detail)).decode(), "a page", 5.0))
+    return from_measured(read_text(generate_latest(collector(run_dir, detail)).decode(), "a page", 5.0))
 
 
 def assert_same(expected: Baseline, found: Baseline) -> None:
@@ -260,7 +258,7 @@ class TestCommand:
         snapshot = make_snapshot()
         write_snapshot(tmp_path / "run", snapshot)
         source = FamilySource(tmp_path / "run", GlassboxConfig)
-        server = HttpServer(0, make_app(source, metrics=registry(tmp_path / "run", "head")), "127.0.0.1")
+        server = HttpServer(0, make_app(source, metrics=[collector(tmp_path / "run", "head")]), "127.0.0.1")
         try:
             before = time.time()
             result = run("save", f"http://127.0.0.1:{server.port}", "--out", tmp_path / "b.npz")

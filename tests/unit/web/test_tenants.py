@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
 from glassbox.adapter import http_request
@@ -101,10 +100,8 @@ class Server:
         app.router.routes.extend(make_routes(source))
         if keys:
             app.add_middleware(authenticate.AuthenticationMiddleware, tokens=keys)
-        registry = CollectorRegistry()
-        registry.register(PrometheusCollector(source))
         self.port = TestClient(app, follow_redirects=False)
-        own = make_app(source, metrics=registry, is_guarded=lambda: self.guarded)
+        own = make_app(source, metrics=[PrometheusCollector(source)], is_guarded=lambda: self.guarded)
         self.own_port = TestClient(own, follow_redirects=False)
         model = make_tokenizer(folder / "model")
         self.tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))

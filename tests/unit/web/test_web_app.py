@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
@@ -47,9 +46,7 @@ def source(run_dir: Path) -> FamilySource:
 
 @pytest.fixture
 def client(source: FamilySource) -> TestClient:
-    registry = CollectorRegistry()
-    registry.register(PrometheusCollector(source))
-    return TestClient(make_app(source, metrics=registry), follow_redirects=False)
+    return TestClient(make_app(source, metrics=[PrometheusCollector(source)]), follow_redirects=False)
 
 
 def error_of(answer: httpx.Response) -> str:
