@@ -46,9 +46,11 @@ class AccumulatorArray:
         """The array before anything was measured."""
         return np.full(self.shape(*places), self.nothing, dtype=self.dtype)
 
-    def combine(self, first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Two of equal shape as one."""
-        both: npt.NDArray[Any] = np.add(first, second) if self.cumulative else np.maximum(first, second)
+    def combine(
+        self, first: npt.NDArray[Any], second: npt.NDArray[Any], out: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
+        """Two of equal shape as one; put into `out`, if that is given."""
+        both: npt.NDArray[Any] = (np.add if self.cumulative else np.maximum)(first, second, out=out)
         return both
 
     def reduce(self, array: npt.NDArray[Any], axes: tuple[int, ...], keepdims: bool = False) -> npt.NDArray[Any]:

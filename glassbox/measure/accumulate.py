@@ -29,6 +29,8 @@ WINDOW_SLOT_S: Final = 15.0
 _NUM_PHASES: Final = len(PHASES)
 _NONFINITE: Final = NUM_STATISTICS
 _MAX_LOGIT: Final = INDEX["max_logit"]
+# Of statistics that are added together; their indices and counts take some 30 bytes each.
+_CACHED_VALUES: Final = 1 << 16
 
 
 class Accumulators:
@@ -132,19 +134,27 @@ class Accumulators:
         num, rows, heads, _ = stats.shape
         if rows == 0 or num == 0:
             return
+        # So many layers at once that what is computed of them stays in a core's cache.
+        some = max(_CACHED_VALUES // (rows * heads * NUM_STATISTICS), 1)
+        for start in range(0, num, some):
+            self._add_some(layers[start : start + some], stats[start : start + some], phases, adapter)
+
+    def _add_some(self, layers: torch.Tensor, stats: torch.Tensor, phases: torch.Tensor, adapter: int) -> None:
+        num, rows, heads, _ = stats.shape
         values = stats[..., :NUM_STATISTICS]
-        present = ~values.isnan()
-        # Values first bucketed per statistic: [S, N * R * H] against [S, B - 1]; `right=False` is `value <= bound`.
-        by_statistic = values.permute(3, 0, 1, 2).reshape(NUM_STATISTICS, -1).contiguous()
-        bucket = torch.searchsorted(self.bounds, by_statistic).view(NUM_STATISTICS, num, rows, heads)
-        # Flat index into [N, H, 2, S] of each value.
+        # As many bounds as are below a value: its bucket. Comparing all is vectorised, searching is not.
+        bucket = torch.zeros(values.shape, dtype=torch.uint8)
+        for bounds in self.bounds.T:
+            bucket += values > bounds
+        # Flat index into [N, H, 2, S] of each value; those that are none go behind the last one.
         cell = torch.arange(num).view(num, 1, 1) * heads + torch.arange(heads).view(1, 1, heads)
         cell = cell * _NUM_PHASES + phases.view(1, rows, 1)  # [N, R, H]
-        flat = cell.unsqueeze(-1) * NUM_STATISTICS + torch.arange(NUM_STATISTICS)  # [N, R, H, S]
-        counts_index = (flat * NUM_BUCKETS + bucket.permute(1, 2, 3, 0))[present]
         cells = num * heads * _NUM_PHASES
-        counts = torch.bincount(counts_index, minlength=cells * NUM_STATISTICS * NUM_BUCKETS)
-        sums = torch.bincount(flat[present], values[present].double(), cells * NUM_STATISTICS)
+        places = cells * NUM_STATISTICS
+        absent = values.isnan()
+        flat = (cell.unsqueeze(-1) * NUM_STATISTICS + torch.arange(NUM_STATISTICS)).masked_fill_(absent, places)
+        counts = torch.bincount((flat * NUM_BUCKETS + bucket).view(-1), minlength=places * NUM_BUCKETS)
+        sums = torch.bincount(flat.view(-1), values.masked_fill(absent, 0.0).reshape(-1).double(), places)
         row_counts = torch.bincount(cell.reshape(-1), minlength=cells)
         nonfinite = torch.bincount(cell.reshape(-1), stats[..., _NONFINITE].reshape(-1).double(), cells)
         maxima = torch.full((cells,), -torch.inf)
@@ -154,8 +164,8 @@ class Accumulators:
         shape = (num, heads, _NUM_PHASES)
         its = slice(adapter * self.num_heads, adapter * self.num_heads + heads)
         with self.lock:
-            self.counts[layers, its] += counts.view(*shape, NUM_STATISTICS, NUM_BUCKETS)
-            self.sums[layers, its] += sums.view(*shape, NUM_STATISTICS)
+            self.counts[layers, its] += counts[: places * NUM_BUCKETS].view(*shape, NUM_STATISTICS, NUM_BUCKETS)
+            self.sums[layers, its] += sums[:places].view(*shape, NUM_STATISTICS)
             self.rows[layers, its] += row_counts.view(shape)
             self.nonfinite[layers, its] += nonfinite.view(shape).long()
             slot = self.window_max[self._slot]

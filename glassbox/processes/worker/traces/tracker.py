@@ -126,6 +126,8 @@ class RequestTracker:
         self._config: GlassboxConfig | None = None
         self._quota = RowQuota(clock)
         self._spent = False
+        # Bytes that the traces of the step that is under way may still take.
+        self._step_room = 0
 
     def begin_step(
         self,
@@ -201,6 +203,7 @@ class RequestTracker:
         """
         if self._config is None:
             return None
+        self._step_room = self._room()  # once: to sum over all traces for each of them would grow with their square
         prompts = self._prompts(runner, batch, np.maximum(batch.num_computed, new_from), mask)
         indices = np.flatnonzero(rows[:, ROW_SLOT] >= 0)
         if not indices.size and not prompts:
@@ -237,9 +240,10 @@ class RequestTracker:
         if not self._quota.take(trace.client, len(positions), requests.per_client.rows_per_second):
             trace.truncate("requests.per_client.rows_per_second left out later rows")
             return False
-        limit = min(requests.max_trace_mb * _MB, trace.nbytes + self._room())
-        if not trace.reserve(positions, limit, whole=whole):
+        before = trace.nbytes
+        if not trace.reserve(positions, min(requests.max_trace_mb * _MB, before + self._step_room), whole=whole):
             return False
+        self._step_room -= trace.nbytes - before
         if requests.include_text:
             trace.tokens = request_tokens(runner, req_id)
         return True
@@ -356,7 +360,8 @@ class RequestTracker:
         self, new: Arrival, why: Why, choice: ClientChoice, config: GlassboxConfig, local_layers: frozenset[int]
     ) -> None:
         host, options = self._host, choice.options
-        kept = tuple(n for n in sorted(local_layers) if options.layers is None or host.layers[n] in set(options.layers))
+        asked_layers, asked_heads = frozenset(options.layers or ()), frozenset(options.heads or ())
+        kept = tuple(n for n in sorted(local_layers) if options.layers is None or host.layers[n] in asked_layers)
         if not config.enabled:
             self._refuse(new, "disabled")
         elif host.unobserved:
@@ -395,7 +400,7 @@ class RequestTracker:
                 head_columns=tuple(
                     column
                     for column in range(host.num_heads)
-                    if options.heads is None or host.head_offset + column in set(options.heads)
+                    if options.heads is None or host.head_offset + column in asked_heads
                 ),
             )
             self._bound(trace, config)
