@@ -159,8 +159,8 @@ class Batch:
             local_window=self.local_window, asked=asked,
         )  # fmt: skip
 
-    def native_layer(self, pages: Tensor, *, transposed: bool, **changes: Any) -> tuple[NativeLayer, Tensor]:
-        """The layer, and its pages in the order in which it finds them, which must stay alive."""
+    def key_pages(self, pages: Tensor, *, transposed: bool) -> tuple[KeyPages, Tensor]:
+        """Where the kernel finds the keys, and the pages in that order, which must stay alive."""
         lying = pages.transpose(2, 3).contiguous() if transposed else pages
         by_token = np.arange(self.block_size * self.head_size).reshape(self.block_size, self.head_size)
         keys = KeyPages(
@@ -174,6 +174,11 @@ class Batch:
             scale=1.0,
             address=lying.data_ptr(),
         )
+        return keys, lying
+
+    def native_layer(self, pages: Tensor, *, transposed: bool, **changes: Any) -> tuple[NativeLayer, Tensor]:
+        """The layer, and its pages as `key_pages` has them."""
+        keys, lying = self.key_pages(pages, transposed=transposed)
         layer = NativeLayer(
             self.params, replace(keys, **changes), self.q.dtype, num_heads=self.num_heads, head_size=self.head_size
         )
