@@ -366,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ])  # fmt: skip
     if options.csv is not None:
         header = ["part", "dimension", "size", "cpu_ms", "bytes", "peak_mb", "exponent", "lowest", "highest", "of"]
-        write_csv(options.csv, revision(), header, lines)
+        write_csv(options.csv, revision(), header, lines, "tests.bench.bench_growth")
 
 
 if __name__ == "__main__":

@@ -104,11 +104,14 @@ def revision() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def write_csv(path: Path, commit: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """The lines of a measurement, below what and where it was."""
+def write_csv(
+    path: Path, commit: str, header: Sequence[str], lines: Sequence[Sequence[str]], module: str | None = None
+) -> None:
+    """The lines of a measurement, below what and where it was; `module`, if it was run with -m."""
     with path.open("w", newline="") as file:
         file.write(f"# {cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {commit}\n")
-        file.write(f"# command: python {' '.join(sys.argv)}\n")
+        program = sys.argv[0] if module is None else f"-m {module}"
+        file.write(f"# command: python {' '.join([program, *sys.argv[1:]])}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(lines)
