@@ -243,7 +243,7 @@ def large_worker(run_dir: Path) -> Iterator[tuple[str, Action]]:
 def large_exporter(run_dir: Path, detail: Detail, ranks: int) -> Iterator[tuple[str, Action]]:
     settings = {"export": {"prometheus": {"detail": detail, "max_series": 10_000_000}}}
     config = GlassboxConfig.model_validate(settings)
-    yield f"snapshot read, {ranks} ranks", lambda: len(SnapshotReader(run_dir, named=True).read())
+    yield f"snapshot read, {ranks} ranks", lambda: SnapshotReader(run_dir, named=True).read()
     found = SnapshotReader(run_dir, named=True).read()
     yield f"merge, {ranks} ranks", lambda: merge(found)
     source = FamilySource(run_dir, lambda: config)
