@@ -136,13 +136,18 @@ def own_alerts(s: RuleSettings) -> Iterator[Alert]:
         found="",
         when="The configuration file was edited but is not valid; the last good one stays in force.",
     )
+    rows, earlier = (
+        f"sum by ({engine}) (glassbox_attention_rows_total{offset})" for offset in ("", f" offset {s.sampling_window}")
+    )
     steps = f"sum by ({engine}) (increase(glassbox_steps_total[{s.sampling_window}]))"
     sample_rate = f"min by ({engine}) (min_over_time(glassbox_sample_rate[{s.sampling_window}]))"
     yield Alert(
         "NotSampling",
         "warning",
         f"(\n  {steps}\n    *\n  {sample_rate}\n  > {s.min_expected_samples}\n)\n"
-        f"unless\n  sum by ({engine}) (increase(glassbox_attention_rows_total[{s.sampling_window}])) > 0\n"
+        # Two moments, not all of the window's samples of every layer. A restart leaves another number, too.
+        f"unless\n  {rows} != {earlier}\n"
+        f"unless\n  ({rows} > 0 unless {earlier})\n"
         f"unless\n  max by ({engine}) (glassbox_layers_observed) == 0",
         summary=f"glassbox measures nothing in {WHERE}",
         found="",

@@ -26,7 +26,7 @@ class RuleSettings:
         history: what a window is compared against.
         history_offset: the most recent part that is left out of it, so that a fault doesn't dilute its own yardstick.
         history_interval: how often the history is evaluated.
-        min_history: windows that the history must have, else nothing is compared (60: an hour).
+        min_history: windows of a model that the history must have, else nothing is compared (60: an hour).
         min_rows: that a window of one layer and phase must have (all heads together), else it says nothing.
         entropy_factor, entropy_floor: collapse is below factor x history, if the history is above the floor (a layer
             that always looks at one key can't collapse).

@@ -4,11 +4,18 @@ Owns which series are recorded and how the rules are grouped. The alerts are in 
 `liveness_alerts.py`;
 every number stands in `rule_model.RuleSettings`, and the dashboards colour their tiles with the same ones.
 
-Two levels: the rules of the group `glassbox-windows` keep, per engine, layer and phase, a window's mean (or share, or
-maximum), and only if the window has enough rows, so that nothing is ever concluded from a handful. Those of
-`glassbox-history` average them over the last day and over all servers of the same job and model. The alerts compare the
-two. At detail `model` the whole model counts as one layer; at detail `head` the heads of a layer are added up.
+Three levels: the rules of the group `glassbox-windows` keep, per engine, layer and phase, a window's mean (or share, or
+maximum), and only if the window has enough rows, so that nothing is ever concluded from a handful; then what that is on
+average over all servers of the same job and model. Those of `glassbox-history` average the latter over the last day.
+The alerts compare an engine with the history of its model. At detail `model` the whole model counts as one layer; at
+detail `head` the heads of a layer are added up.
+
+There may be hundreds of servers: what has a series for each layer of each of them is read over a window once and over a
+day never (docs/performance.md, "A fleet").
 """
+
+import re
+from typing import Final
 
 from glassbox.cli.dashboards import promql
 from glassbox.cli.dashboards.alerts import attention_alerts, logit_alerts, own_alerts
@@ -24,71 +31,91 @@ from glassbox.cli.dashboards.rule_model import (
     RuleSettings,
 )
 
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds_of(duration: str) -> int:
+    """Of a duration with one unit, such as "10m".
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    found = re.fullmatch(r"(\d+)([smhd])", duration)
+    if found is None:
+        raise ValueError(f"a duration must be a number and one of s, m, h, d, such as 10m, got {duration!r}")
+    return int(found[1]) * _SECONDS[found[2]]
+
 
 class _Recorder:
     """Builds recording rules from the settings."""
 
     def __init__(self, settings: RuleSettings) -> None:
         self.s = settings
+        self.rows = self._rows("entropy_ratio", LAYER_LABELS)
 
     def window(self, subject: str, operation: str, expr: str, comment: str, labels: tuple[str, ...]) -> Recording:
         level = "engine_layer_phase" if labels == LAYER_LABELS else "engine_phase"
         return Recording(f"{level}:{subject}:{operation}{self.s.window}", expr, comment, labels)
 
-    def mean(self, name: str, labels: tuple[str, ...] = LAYER_LABELS) -> Recording:
+    def mean(self, name: str, rows: Recording) -> Recording:
         metric = promql.statistic(name).metric
-        top, bottom = (self._sum(f"rate({metric}_{part}[{self.s.window}])", labels) for part in ("sum", "count"))
+        total = self._sum(f"rate({metric}_sum[{self.s.window}])", rows.labels)
         comment = f"Mean of {name}, where there are enough rows."
-        expr = f"{top}\n  /\n{bottom}\nand\n{self._enough(name, labels)}"
-        return self.window(metric, "mean", expr, comment, labels)
+        return self.window(metric, "mean", f"{total}\n  /\n{rows.record}", comment, rows.labels)
 
     def share_above(self, name: str, bound: float, subject: str, comment: str) -> Recording:
-        metric = promql.statistic(name).metric
+        metric, rows = promql.statistic(name).metric, self.rows
         le = promql.bucket_name(name, bound)
-        below = self._sum(f'rate({metric}_bucket{{le="{le}"}}[{self.s.window}])', LAYER_LABELS)
-        every = self._sum(f"rate({self._rows(name)}[{self.s.window}])", LAYER_LABELS)
-        expr = f"1 - {below}\n  /\n{every}\nand\n{self._enough(name, LAYER_LABELS)}"
-        return self.window(subject, "ratio", expr, comment, LAYER_LABELS)
+        below = self._sum(f'rate({metric}_bucket{{le="{le}"}}[{self.s.window}])', rows.labels)
+        return self.window(subject, "ratio", f"1 - {below}\n  /\n{rows.record}", comment, rows.labels)
 
     def window_max(self) -> Recording:
         metric = "glassbox_attention_max_logit_window_max"
         expr = f"max by ({', '.join(LAYER_LABELS)}) (max_over_time({metric}[{self.s.window}]))"
         return self.window(metric, "max", expr, "Largest logit.", LAYER_LABELS)
 
-    def history(self, window: Recording, function: str = "avg") -> Recording:
-        """What a window's record was during the last day; nothing where the day had too few windows."""
-        s = self.s
+    def lookback_rows(self) -> Recording:
+        """Those of the one statistic that prompts don't have."""
+        return self._rows("lookback_ratio", PHASE_LABELS)
+
+    def of_model(self, window: Recording, function: str = "avg") -> Recording:
+        """A window's record over all servers of a model."""
         labels = tuple(label for label in window.labels if label in (*MODEL_LABELS, "layer"))
-        by = f"by ({', '.join(labels)})"
-        span = f"{window.record}[{s.history}] offset {s.history_offset}"
-        expr = (
-            f"{function} {by} ({function}_over_time({span}))\nand\n"
-            f"sum {by} (count_over_time({span})) >= {s.min_history}"
-        )
         kind = {"avg": "Mean", "max": "Largest"}[function]
-        record = f"{window.record.replace('engine', 'model', 1)}:{function}{s.history}"
-        return Recording(record, expr, f"{kind} of {window.record} in the last {s.history}, of all servers.", labels)
+        record = window.record.replace("engine", "model", 1)
+        expr = f"{function} by ({', '.join(labels)}) ({window.record})"
+        return Recording(record, expr, f"{kind} of {window.record}, of all servers.", labels)
+
+    def history(self, of_model: Recording, function: str = "avg") -> Recording:
+        """What a model's record was during the last day; nothing where the day had too few windows."""
+        s = self.s
+        span = f"{of_model.record}[{s.history}] offset {s.history_offset}"
+        expr = f"{function}_over_time({span})\nand\ncount_over_time({span}) >= {s.min_history}"
+        kind = {"avg": "Mean", "max": "Largest"}[function]
+        record = f"{of_model.record}:{function}{s.history}"
+        return Recording(record, expr, f"{kind} of {of_model.record} in the last {s.history}.", of_model.labels)
 
     @staticmethod
     def _sum(expr: str, labels: tuple[str, ...]) -> str:
         return f"sum by ({', '.join(labels)}) ({expr})"
 
-    @staticmethod
-    def _rows(name: str) -> str:
-        metric, matchers = promql.rows_of(name)
-        return f"{metric}{{{', '.join(matchers)}}}" if matchers else metric
-
-    def _enough(self, name: str, labels: tuple[str, ...]) -> str:
-        return f"{self._sum(f'increase({self._rows(name)}[{self.s.window}])', labels)} >= {self.s.min_rows}"
+    def _rows(self, name: str, labels: tuple[str, ...]) -> Recording:
+        """What the others are divided by: a row is in the histogram of every statistic that its phase has."""
+        metric, s = promql.statistic(name).metric, self.s
+        rows = self._sum(f"rate({metric}_count[{s.window}])", labels)
+        comment = f"Rows per second of {name}, where the window has at least {s.min_rows}."
+        subject = f"{metric}_count"
+        return self.window(subject, "rate", f"{rows} >= {s.min_rows} / {seconds_of(s.window)}", comment, labels)
 
 
 def build_groups(settings: RuleSettings | None = None) -> tuple[Group, ...]:
     """All rules; a demonstration passes settings with short windows."""
     s = settings or RuleSettings()
     rules = _Recorder(s)
+    lookback_rows = rules.lookback_rows()
     windows = {
-        "entropy": rules.mean("entropy_ratio"),
-        "sink": rules.mean("sink_ratio"),
+        "entropy": rules.mean("entropy_ratio", rules.rows),
+        "sink": rules.mean("sink_ratio", rules.rows),
         "saturated": rules.share_above(
             "top1_ratio",
             s.saturation_bound,
@@ -102,14 +129,16 @@ def build_groups(settings: RuleSettings | None = None) -> tuple[Group, ...]:
             f"Share of rows with a logit above {s.logit_limit:g}.",
         ),
         "max": rules.window_max(),
-        "lookback": rules.mean("lookback_ratio", PHASE_LABELS),
+        "lookback": rules.mean("lookback_ratio", lookback_rows),
     }
-    compared = ("entropy", "sink", "saturated", "max", "lookback")
-    history = {name: rules.history(windows[name], "max" if name == "max" else "avg") for name in compared}
+    functions = {"entropy": "avg", "sink": "avg", "saturated": "avg", "max": "max", "lookback": "avg"}
+    models = {name: rules.of_model(windows[name], function) for name, function in functions.items()}
+    history = {name: rules.history(models[name], function) for name, function in functions.items()}
     now = {name: rule.record for name, rule in windows.items()}
     then = {name: rule.record for name, rule in history.items()}
     return (
-        Group("glassbox-windows", s.window_interval, tuple(windows.values())),
+        # In this order: Prometheus evaluates a group's rules one after another, and a rule sees what those before made.
+        Group("glassbox-windows", s.window_interval, (rules.rows, lookback_rows, *windows.values(), *models.values())),
         Group("glassbox-history", s.history_interval, tuple(history.values())),
         Group("glassbox-output", None, tuple(output_alerts(s))),
         Group("glassbox-attention", None, (*attention_alerts(s, now, then), *logit_alerts(s, now, then))),

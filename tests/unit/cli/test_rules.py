@@ -533,6 +533,76 @@ class TestStaysSilent:
         promtool_test(tmp_path, engine_series([Span(HEALTHY_MIN)]), {END_MIN: []})
 
 
+class TestManyServers:
+    """What is read for each layer of each server."""
+
+    def test_history_is_of_the_model(self, tmp_path: Path) -> None:
+        """The mean over servers and time, without a server that has too few rows to say anything."""
+        spans = {"a:8000": replace(HEALTHY, entropy=0.2), "b:8000": replace(HEALTHY, entropy=0.6)}
+        spans["idle:8000"] = replace(HEALTHY, entropy=0.9, rows=50.0)
+        series = [
+            one
+            for instance, traffic in spans.items()
+            for one in engine_series([Span(HEALTHY_MIN, traffic)], instance=instance)
+        ]
+        record = "model_layer_phase:glassbox_attention_entropy_ratio:mean10m"
+        where = 'job="vllm", model_name="tiny/model", phase="decode"'
+        # Layer 0 is healthy on all of them.
+        means = {"0": HEALTHY.entropy, "1": 0.4}
+        tests = [
+            {
+                "expr": f'round({record}{suffix}{{phase="decode"}}, 1e-6)',
+                "eval_time": f"{HEALTHY_MIN - 1}m",
+                "exp_samples": [
+                    {"labels": f'{{{where}, layer="{layer}"}}', "value": mean} for layer, mean in means.items()
+                ],
+            }
+            for suffix in ("", ":avg1d")
+        ]
+        run_promtool(tmp_path, {"interval": "1m", "input_series": series, "promql_expr_test": tests})
+
+    def test_new_server_that_measures_nothing(self, tmp_path: Path) -> None:
+        """It has no rows of half an hour ago to be compared with, and neither has one beside it that measures."""
+        started = engine_series([Span(FAULT_MIN)], start_min=HEALTHY_MIN)
+        broken = [Span(FAULT_MIN, replace(HEALTHY, rows=0.0, sampled=0.0))]
+        silent = engine_series(broken, instance="b:8000", start_min=HEALTHY_MIN)
+        firing = {
+            "expr": 'ALERTS{alertstate="firing", alertname="GlassboxNotSampling"}',
+            "eval_time": f"{HEALTHY_MIN + 29}m",
+            "exp_samples": [
+                {
+                    "labels": 'ALERTS{alertname="GlassboxNotSampling", alertstate="firing", severity="warning", '
+                    'job="vllm", instance="b:8000", model_name="tiny/model", engine="0"}',
+                    "value": 1,
+                }
+            ],
+        }
+        run_promtool(tmp_path, {"interval": "1m", "input_series": [*started, *silent], "promql_expr_test": [firing]})
+
+    def test_no_rule_looks_far_back_for_each_layer_of_each_server(self) -> None:
+        """A day or half an hour of 500 servers x 30 layers would be millions of samples at each evaluation."""
+        known = check.known_series(GROUPS)
+        settings = RuleSettings()
+        read: dict[str, set[str]] = {}
+        for rule in (rule for group in GROUPS for rule in group.rules):
+            for metric, window in re.findall(r"([\w:]+)(?:\{[^}]*\})?\[(\w+)\]", rule.expr):
+                if {"instance", "layer"} <= known[metric]:
+                    read.setdefault(metric, set()).add(window)
+        assert 5 < len(read)
+        assert {settings.window} == set().union(*read.values())
+
+    def test_no_series_of_layers_is_read_twice(self) -> None:
+        """Over the same window, by recording rules."""
+        known = check.known_series(GROUPS)
+        read = [
+            selector
+            for rule in recordings(GROUPS)
+            for selector in re.findall(r"[\w:]+(?:\{[^}]*\})?\[\w+\]", rule.expr)
+            if {"instance", "layer"} <= known[re.split(r"[{\[]", selector)[0]]
+        ]
+        assert 5 < len(read) == len(set(read))
+
+
 class TestRules:
     def test_promtool_accepts_the_rules(self) -> None:
         """`promtool check rules`, with its linter."""
