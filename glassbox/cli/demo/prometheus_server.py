@@ -38,6 +38,7 @@ class PrometheusServer:
         changing_jobs: further jobs, whose targets are set while it runs (`set_targets`).
         scrape_configs: further jobs in the words of Prometheus' own configuration.
         features: experimental ones to switch on, such as exemplar-storage.
+        remote_write: where samples are sent, in the words of Prometheus' own configuration.
 
     Raises:
         RuntimeError: if there is no `prometheus` on PATH.
@@ -56,6 +57,7 @@ class PrometheusServer:
         changing_jobs: Sequence[str] = (),
         scrape_configs: Sequence[Mapping[str, object]] = (),
         features: Sequence[str] = (),
+        remote_write: Sequence[Mapping[str, object]] = (),
     ) -> None:
         if PROMETHEUS is None:
             raise RuntimeError("prometheus must be on PATH; install the Debian package prometheus")
@@ -76,6 +78,7 @@ class PrometheusServer:
             "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": evaluation},
             "rule_files": [str(path) for path in rule_files],
             "scrape_configs": jobs,
+            "remote_write": list(remote_write),
         }
         path = directory / "prometheus.yml"
         path.write_text(yaml.safe_dump(config))
