@@ -8,7 +8,7 @@ from typing import Any, Final
 import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-from glassbox.cli.dashboards import heads, layout, metrics_reference, overview, requests, stack_templates
+from glassbox.cli.dashboards import fleet, heads, layout, metrics_reference, overview, requests, stack_templates
 from glassbox.cli.dashboards.rule_model import Group, Recording, RuleSettings
 from glassbox.cli.dashboards.rules import build_groups, to_data
 from glassbox.cli.dashboards.stack import Stack, stack_files
@@ -17,7 +17,7 @@ COMMAND: Final = "glassbox dashboards"
 RULES_PATH: Final = "deploy/prometheus/rules.yaml"
 PROMETHEUS_RULE_PATH: Final = "deploy/kubernetes/prometheusrule.yaml"
 METRICS_PATH: Final = "docs/metrics.md"
-_PAGES: Final = (overview.page, heads.page, requests.page)
+_PAGES: Final = (overview.page, fleet.page, heads.page, requests.page)
 
 
 def header(sign: str = "#") -> str:

@@ -52,6 +52,8 @@ class _Recorder:
     def __init__(self, settings: RuleSettings) -> None:
         self.s = settings
         self.rows = self._rows("entropy_ratio", LAYER_LABELS)
+        # The one statistic that prompts don't have.
+        self.lookback_rows = self._rows("lookback_ratio", PHASE_LABELS)
 
     def window(self, subject: str, operation: str, expr: str, comment: str, labels: tuple[str, ...]) -> Recording:
         level = "engine_layer_phase" if labels == LAYER_LABELS else "engine_phase"
@@ -74,9 +76,27 @@ class _Recorder:
         expr = f"max by ({', '.join(LAYER_LABELS)}) (max_over_time({metric}[{self.s.window}]))"
         return self.window(metric, "max", expr, "Largest logit.", LAYER_LABELS)
 
-    def lookback_rows(self) -> Recording:
-        """Those of the one statistic that prompts don't have."""
-        return self._rows("lookback_ratio", PHASE_LABELS)
+    def windows(self) -> dict[str, Recording]:
+        """What is kept of each engine, by a short name."""
+        s = self.s
+        return {
+            "entropy": self.mean("entropy_ratio", self.rows),
+            "sink": self.mean("sink_ratio", self.rows),
+            "saturated": self.share_above(
+                "top1_ratio",
+                s.saturation_bound,
+                "glassbox_attention_saturated_rows",
+                f"Share of rows with more than {s.saturation_bound:g} of their attention on one key.",
+            ),
+            "limit": self.share_above(
+                "max_logit",
+                s.logit_limit,
+                "glassbox_attention_over_limit_rows",
+                f"Share of rows with a logit above {s.logit_limit:g}.",
+            ),
+            "max": self.window_max(),
+            "lookback": self.mean("lookback_ratio", self.lookback_rows),
+        }
 
     def of_model(self, window: Recording, function: str = "avg") -> Recording:
         """A window's record over all servers of a model."""
@@ -108,29 +128,16 @@ class _Recorder:
         return self.window(subject, "rate", f"{rows} >= {s.min_rows} / {seconds_of(s.window)}", comment, labels)
 
 
+def window_recordings(settings: RuleSettings) -> dict[str, Recording]:
+    """What is recorded of each engine, and of each of its layers: entropy, sink, saturated, limit, max, lookback."""
+    return _Recorder(settings).windows()
+
+
 def build_groups(settings: RuleSettings | None = None) -> tuple[Group, ...]:
     """All rules; a demonstration passes settings with short windows."""
     s = settings or RuleSettings()
     rules = _Recorder(s)
-    lookback_rows = rules.lookback_rows()
-    windows = {
-        "entropy": rules.mean("entropy_ratio", rules.rows),
-        "sink": rules.mean("sink_ratio", rules.rows),
-        "saturated": rules.share_above(
-            "top1_ratio",
-            s.saturation_bound,
-            "glassbox_attention_saturated_rows",
-            f"Share of rows with more than {s.saturation_bound:g} of their attention on one key.",
-        ),
-        "limit": rules.share_above(
-            "max_logit",
-            s.logit_limit,
-            "glassbox_attention_over_limit_rows",
-            f"Share of rows with a logit above {s.logit_limit:g}.",
-        ),
-        "max": rules.window_max(),
-        "lookback": rules.mean("lookback_ratio", lookback_rows),
-    }
+    windows = rules.windows()
     functions = {"entropy": "avg", "sink": "avg", "saturated": "avg", "max": "max", "lookback": "avg"}
     models = {name: rules.of_model(windows[name], function) for name, function in functions.items()}
     history = {name: rules.history(models[name], function) for name, function in functions.items()}
@@ -138,7 +145,11 @@ def build_groups(settings: RuleSettings | None = None) -> tuple[Group, ...]:
     then = {name: rule.record for name, rule in history.items()}
     return (
         # In this order: Prometheus evaluates a group's rules one after another, and a rule sees what those before made.
-        Group("glassbox-windows", s.window_interval, (rules.rows, lookback_rows, *windows.values(), *models.values())),
+        Group(
+            "glassbox-windows",
+            s.window_interval,
+            (rules.rows, rules.lookback_rows, *windows.values(), *models.values()),
+        ),
         Group("glassbox-history", s.history_interval, tuple(history.values())),
         Group("glassbox-output", None, tuple(output_alerts(s))),
         Group("glassbox-attention", None, (*attention_alerts(s, now, then), *logit_alerts(s, now, then))),

@@ -269,6 +269,8 @@ generatorOptions:
 configMapGenerator:
   - name: glassbox-overview
     files: [glassbox-overview.json]
+  - name: glassbox-fleet
+    files: [glassbox-fleet.json]
   - name: glassbox-heads
     files: [glassbox-heads.json]
   - name: glassbox-requests

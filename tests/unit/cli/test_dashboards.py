@@ -24,7 +24,7 @@ from glassbox.export.prometheus import bucket_names
 
 ROOT = Path(__file__).resolve().parents[3]
 BOARDS = generated.dashboards()
-UIDS = ("glassbox-overview", "glassbox-heads", "glassbox-requests")
+UIDS = ("glassbox-overview", "glassbox-fleet", "glassbox-heads", "glassbox-requests")
 EXPORTED = [statistic for statistic in STATISTICS if statistic.exported]
 # Of Grafana's value formats (packages/grafana-data/src/valueFormats/categories.ts), those that a linter accepts.
 UNITS = {"none", "short", "percentunit", "cps", "dateTimeFromNow", "s"}

@@ -219,7 +219,7 @@ class TestKubernetes:
         assert 0 == done.returncode, done.stderr
         objects = list(yaml.safe_load_all(done.stdout))
         kinds = sorted(entry["kind"] for entry in objects)
-        assert ["ConfigMap"] * 4 + ["Deployment", "Namespace", "PodMonitor", "PrometheusRule", "Service"] == kinds
+        assert ["ConfigMap"] * 5 + ["Deployment", "Namespace", "PodMonitor", "PrometheusRule", "Service"] == kinds
         for entry in objects:
             if entry["kind"] != "Namespace":
                 assert STACK.namespace == entry["metadata"]["namespace"]
