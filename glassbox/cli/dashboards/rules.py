@@ -51,25 +51,23 @@ class _Recorder:
 
     def __init__(self, settings: RuleSettings) -> None:
         self.s = settings
-        self.rows = self._rows("entropy_ratio", LAYER_LABELS)
-        # The one statistic that prompts don't have.
-        self.lookback_rows = self._rows("lookback_ratio", PHASE_LABELS)
 
     def window(self, subject: str, operation: str, expr: str, comment: str, labels: tuple[str, ...]) -> Recording:
         level = "engine_layer_phase" if labels == LAYER_LABELS else "engine_phase"
         return Recording(f"{level}:{subject}:{operation}{self.s.window}", expr, comment, labels)
 
-    def mean(self, name: str, rows: Recording) -> Recording:
+    def mean(self, name: str, labels: tuple[str, ...] = LAYER_LABELS) -> Recording:
         metric = promql.statistic(name).metric
-        total = self._sum(f"rate({metric}_sum[{self.s.window}])", rows.labels)
+        total = self._sum(f"rate({metric}_sum[{self.s.window}])", labels)
         comment = f"Mean of {name}, where there are enough rows."
-        return self.window(metric, "mean", f"{total}\n  /\n{rows.record}", comment, rows.labels)
+        return self.window(metric, "mean", f"{total}\n  /\n{self._rows(name, labels)}", comment, labels)
 
     def share_above(self, name: str, bound: float, subject: str, comment: str) -> Recording:
-        metric, rows = promql.statistic(name).metric, self.rows
+        metric = promql.statistic(name).metric
         le = promql.bucket_name(name, bound)
-        below = self._sum(f'rate({metric}_bucket{{le="{le}"}}[{self.s.window}])', rows.labels)
-        return self.window(subject, "ratio", f"1 - {below}\n  /\n{rows.record}", comment, rows.labels)
+        below = self._sum(f'rate({metric}_bucket{{le="{le}"}}[{self.s.window}])', LAYER_LABELS)
+        expr = f"1 - {below}\n  /\n{self._rows(name, LAYER_LABELS)}"
+        return self.window(subject, "ratio", expr, comment, LAYER_LABELS)
 
     def window_max(self) -> Recording:
         metric = "glassbox_attention_max_logit_window_max"
@@ -80,8 +78,8 @@ class _Recorder:
         """What is kept of each engine, by a short name."""
         s = self.s
         return {
-            "entropy": self.mean("entropy_ratio", self.rows),
-            "sink": self.mean("sink_ratio", self.rows),
+            "entropy": self.mean("entropy_ratio"),
+            "sink": self.mean("sink_ratio"),
             "saturated": self.share_above(
                 "top1_ratio",
                 s.saturation_bound,
@@ -95,7 +93,7 @@ class _Recorder:
                 f"Share of rows with a logit above {s.logit_limit:g}.",
             ),
             "max": self.window_max(),
-            "lookback": self.mean("lookback_ratio", self.lookback_rows),
+            "lookback": self.mean("lookback_ratio", PHASE_LABELS),
         }
 
     def of_model(self, window: Recording, function: str = "avg") -> Recording:
@@ -119,13 +117,13 @@ class _Recorder:
     def _sum(expr: str, labels: tuple[str, ...]) -> str:
         return f"sum by ({', '.join(labels)}) ({expr})"
 
-    def _rows(self, name: str, labels: tuple[str, ...]) -> Recording:
-        """What the others are divided by: a row is in the histogram of every statistic that its phase has."""
-        metric, s = promql.statistic(name).metric, self.s
-        rows = self._sum(f"rate({metric}_count[{s.window}])", labels)
-        comment = f"Rows per second of {name}, where the window has at least {s.min_rows}."
-        subject = f"{metric}_count"
-        return self.window(subject, "rate", f"{rows} >= {s.min_rows} / {seconds_of(s.window)}", comment, labels)
+    def _rows(self, name: str, labels: tuple[str, ...]) -> str:
+        """Rows per second where the window has enough. Not a record of its own, which would be read once for all: what
+        is divided must be of one moment, and a scrape may arrive between two rules, every minute of the same server."""
+        metric, matchers = promql.rows_of(name)
+        rows = f"{metric}{{{', '.join(matchers)}}}" if matchers else metric
+        per_second = self._sum(f"rate({rows}[{self.s.window}])", labels)
+        return f"({per_second} >= {self.s.min_rows} / {seconds_of(self.s.window)})"
 
 
 def window_recordings(settings: RuleSettings) -> dict[str, Recording]:
@@ -145,11 +143,7 @@ def build_groups(settings: RuleSettings | None = None) -> tuple[Group, ...]:
     then = {name: rule.record for name, rule in history.items()}
     return (
         # In this order: Prometheus evaluates a group's rules one after another, and a rule sees what those before made.
-        Group(
-            "glassbox-windows",
-            s.window_interval,
-            (rules.rows, rules.lookback_rows, *windows.values(), *models.values()),
-        ),
+        Group("glassbox-windows", s.window_interval, (*windows.values(), *models.values())),
         Group("glassbox-history", s.history_interval, tuple(history.values())),
         Group("glassbox-output", None, tuple(output_alerts(s))),
         Group("glassbox-attention", None, (*attention_alerts(s, now, then), *logit_alerts(s, now, then))),
