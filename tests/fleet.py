@@ -4,19 +4,19 @@ Owns how a captured page becomes those of a fleet and how they are served, all f
 every line that it was captured with; only values change.
 """
 
-import asyncio
 import gzip
 import math
+import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from aiohttp import web
 
 from glassbox.cli.demo.vllm_server import HOST
 
@@ -102,19 +102,30 @@ def read_page(path: Path) -> str:
     return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
 
 
+class _FleetServer(ThreadingHTTPServer):
+    daemon_threads = True
+    # A Prometheus connects to all of its targets within the first interval.
+    request_queue_size = 512
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A Prometheus that was ended, or gave a scrape up, which its `up` tells, is no error of the fleet."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class Fleet:
     """Serves the pages of `servers` servers, and counts the bytes that are written to it from afar.
 
     Attributes:
-        write_url: takes remote-write requests.
-        written_bytes, writes: of them, up to now; as sent, compressed.
+        port: of all of them, once it is serving.
+        written_bytes: in remote-write requests up to now; as sent, compressed.
     """
 
     def __init__(self, page: FleetPage, servers: int) -> None:
         self._page, self._servers = page, servers
         self._scrapes: defaultdict[int, int] = defaultdict(int)
-        self.written_bytes = self.writes = 0
-        self.port = 0
+        self._lock = threading.Lock()
+        self.port = self.written_bytes = 0
 
     def targets(self) -> list[dict[str, Any]]:
         """For `static_configs`: each with the label `instance` of a server of its own."""
@@ -128,40 +139,50 @@ class Fleet:
 
     @property
     def write_url(self) -> str:
+        """Takes remote-write requests."""
         return f"http://{HOST}:{self.port}/write"
 
     @contextmanager
     def serving(self) -> Iterator["Fleet"]:
-        """Answers in a thread of its own until the block ends."""
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever, daemon=True)
-        thread.start()
-        runner = asyncio.run_coroutine_threadsafe(self._start(), loop).result(30)
-        try:
-            yield self
-        finally:
-            asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(30)
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join(30)
-            loop.close()
+        """Answers in threads of its own until the block ends."""
+        with _FleetServer((HOST, 0), self._handler()) as server:
+            self.port = server.server_port
+            thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+            thread.start()
+            try:
+                yield self
+            finally:
+                server.shutdown()
+                thread.join()
 
-    async def _start(self) -> web.AppRunner:
-        application = web.Application(client_max_size=64 * 1024**2)
-        application.add_routes([web.get("/{server}/metrics", self._scraped), web.post("/write", self._written)])
-        runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
-        await runner.setup()
-        site = web.TCPSite(runner, HOST, 0)
-        await site.start()
-        self.port = runner.addresses[0][1]
-        return runner
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        fleet = self
 
-    async def _scraped(self, request: web.Request) -> web.Response:
-        server = int(request.match_info["server"])
-        body = self._page.at(server, self._scrapes[server], time.time())
-        self._scrapes[server] += 1
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # one connection for all scrapes of a target
 
-    async def _written(self, request: web.Request) -> web.Response:
-        self.written_bytes += len(await request.read())
-        self.writes += 1
-        return web.Response(status=204)
+            def do_GET(self) -> None:  # the name http.server asks for
+                body = fleet._scraped(int(self.path.split("/")[1]))
+                self.send_response(200)
+                self.send_header("Content-Type", CONTENT_TYPE)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_POST(self) -> None:  # the name http.server asks for
+                length = len(self.rfile.read(int(self.headers["Content-Length"])))
+                with fleet._lock:
+                    fleet.written_bytes += length
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        return Handler
+
+    def _scraped(self, server: int) -> bytes:
+        with self._lock:
+            scrape = self._scrapes[server]
+            self._scrapes[server] += 1
+        return self._page.at(server, scrape, time.time())
