@@ -186,6 +186,8 @@ def ask(prometheus: PrometheusServer, expression: str, **of_range: str) -> Answe
         data = prometheus.api("query_range" if of_range else "query", query=expression, stats="all", **of_range)
     except urllib.error.HTTPError as error:
         return Answer(round(time.monotonic() - began, 3), 0, 0, json.load(error)["error"])
+    except TimeoutError:
+        return Answer(round(time.monotonic() - began, 3), 0, 0, "no answer")
     samples = data["stats"]["samples"]
     seconds = round(time.monotonic() - began, 3)
     return Answer(seconds, samples["totalQueryableSamples"], samples["peakSamples"], "")
