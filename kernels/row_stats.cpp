@@ -2,7 +2,7 @@
 // they are there, and many layers are measured in one call: between two layers of a model nothing of what measures them
 // is left in the CPU's caches.
 //
-// Owns the arithmetic alone. What each number means stands in glassbox/core/statistics.py, its exact form in
+// Owns the arithmetic alone, and how the statistics are counted. What each number means stands in glassbox/core/statistics.py, its exact form in
 // reference/row_stats.py and reference/row_probe.py; the structs are filled by row_stats_native.py, field by field. Which
 // column has what, which number is which type, and what its structs look like, it passes as macros to the compiler:
 // GLASSBOX_ROW_COLUMNS, GLASSBOX_STATISTICS, GLASSBOX_TYPES, GLASSBOX_MAX_TOP_K and GLASSBOX_LAYOUT.
@@ -83,6 +83,22 @@ struct GlassboxTile {
     double soft_cap;
 };
 
+// Statistics of rows, and the sums of a worker (glassbox/measure/accumulate.py) that they are added to.
+struct GlassboxSums {
+    int64_t* counts;          // [layers, places, phases, NUM_STATISTICS, buckets]; a place is a head of an adapter
+    double* sums;             // [layers, places, phases, NUM_STATISTICS]
+    int64_t* rows;            // [layers, places, phases]
+    int64_t* nonfinite;       // likewise
+    float* maxima;            // of max_logit: [layers, adapter_heads, phases]
+    const float* bounds;      // [NUM_STATISTICS, buckets - 1], ascending
+    const int64_t* layers;    // [num_layers]: which they are
+    const int64_t* phase_of;  // [num_rows]
+    const int64_t* adapters;  // [num_rows], or null: the first one's
+    const float* stats;       // [num_layers, num_rows, heads, NUM_COLUMNS]; NaN is no value
+    int64_t places, adapter_heads, phases, buckets;
+    int64_t num_layers, num_rows, heads;
+};
+
 int glassbox_sizes(const GlassboxRows*, GlassboxSizes*);
 void glassbox_take(const GlassboxRows*, const GlassboxLayer*, const void* query, int64_t token_stride,
                    int64_t head_stride, float* queries);
@@ -90,6 +106,7 @@ int glassbox_row_stats(const GlassboxRows*, const GlassboxLayer* const* layers, 
                        const float* queries, const GlassboxAsked*, const int64_t* places, float* stats, float* previous,
                        float* scratch);
 void glassbox_prompt_tile(const GlassboxTile*);
+void glassbox_add(const GlassboxSums*);
 }
 
 namespace {
@@ -115,7 +132,7 @@ enum Type : int64_t { GLASSBOX_TYPES };
 enum RowColumn : int32_t { GLASSBOX_ROW_COLUMNS };
 
 // Of the statistics of a row and head (glassbox/core/statistics.py), with NONFINITE behind them.
-enum Column { GLASSBOX_STATISTICS };
+enum Column { GLASSBOX_STATISTICS, NUM_STATISTICS = NONFINITE };
 
 constexpr int64_t CHUNK = 512;
 #ifdef __AVX512F__
@@ -673,4 +690,31 @@ void glassbox_prompt_tile(const GlassboxTile* tile) {
         double* squares = tile->squares + head * tile->received_stride;
         for (int64_t j = 0; j < tile->columns; ++j) squares[j] += tile->scratch[tile->columns + j];
     }
+}
+
+void glassbox_add(const GlassboxSums* to) {
+    const int64_t num_bounds = to->buckets - 1;
+    const float* stats = to->stats;
+    for (int64_t n = 0; n < to->num_layers; ++n)
+        for (int64_t r = 0; r < to->num_rows; ++r) {
+            const int64_t first = (to->adapters == nullptr ? 0 : to->adapters[r]) * to->adapter_heads;
+            for (int64_t head = 0; head < to->heads; ++head, stats += NUM_COLUMNS) {
+                const int64_t cell =
+                    (to->layers[n] * to->places + first + head) * to->phases + to->phase_of[r];
+                to->rows[cell] += 1;
+                to->nonfinite[cell] += int64_t(stats[NONFINITE]);
+                for (int64_t s = 0; s < NUM_STATISTICS; ++s) {
+                    const float value = stats[s];
+                    if (std::isnan(value)) continue;
+                    // The first bound that is no smaller; values beyond the last one have a bucket of their own.
+                    int32_t bucket = 0;
+#pragma omp simd reduction(+ : bucket)
+                    for (int64_t b = 0; b < num_bounds; ++b) bucket += to->bounds[s * num_bounds + b] < value;
+                    to->counts[(cell * NUM_STATISTICS + s) * to->buckets + bucket] += 1;
+                    to->sums[cell * NUM_STATISTICS + s] += value;
+                }
+                float& most = to->maxima[(to->layers[n] * to->adapter_heads + head) * to->phases + to->phase_of[r]];
+                if (stats[MAX_LOGIT] > most) most = stats[MAX_LOGIT];
+            }
+        }
 }

@@ -83,12 +83,24 @@ class _Tile(ctypes.Structure):
     )
 
 
+class Sums(ctypes.Structure):
+    """Statistics of rows, and the accumulators of a worker that the kernel adds them to; see the C++ file."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("counts", "sums", "rows", "nonfinite", "maxima", "bounds")),
+        *((name, _POINTER) for name in ("layers", "phase_of", "adapters", "stats")),
+        *((name, _INT) for name in ("places", "adapter_heads", "phases", "buckets")),
+        *((name, _INT) for name in ("num_layers", "num_rows", "heads")),
+    )
+
+
 _STRUCTS: Final[dict[str, type[ctypes.Structure]]] = {
     "GlassboxRows": _Rows,
     "GlassboxSizes": _Sizes,
     "GlassboxLayer": _Layer,
     "GlassboxAsked": _Asked,
     "GlassboxTile": _Tile,
+    "GlassboxSums": Sums,
 }
 
 
@@ -128,6 +140,7 @@ class NativeKernel:
     take: Callable[..., None]
     row_stats: Callable[..., int]
     prompt_tile: Callable[..., None]
+    add: Callable[..., None]
 
 
 def compile_native_kernel() -> None:
@@ -149,8 +162,14 @@ def native_kernel() -> NativeKernel:
     """
     library = load_cpp(_SOURCE, _definitions())
     kernel = NativeKernel(
-        library.glassbox_sizes, library.glassbox_take, library.glassbox_row_stats, library.glassbox_prompt_tile
+        library.glassbox_sizes,
+        library.glassbox_take,
+        library.glassbox_row_stats,
+        library.glassbox_prompt_tile,
+        library.glassbox_add,
     )
+    library.glassbox_add.restype = None
+    library.glassbox_add.argtypes = [_POINTER]
     library.glassbox_prompt_tile.restype = None
     library.glassbox_prompt_tile.argtypes = [_POINTER]
     library.glassbox_sizes.argtypes = [_POINTER] * 2

@@ -94,6 +94,11 @@ class Accumulators:
         tensors = (self.counts, self.sums, self.rows, self.nonfinite, self.window_max, self.bounds, *reduced)
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @property
+    def window(self) -> torch.Tensor:
+        """The slot of `window_max` in use, [L, H, PHASES]."""
+        return self.window_max[self._slot]
+
     def rotate(self, now_s: float) -> None:
         """Move on to the slot of `now_s` (seconds, any steady clock) and forget maxima older than the window.
 
@@ -168,7 +173,7 @@ class Accumulators:
             self.sums[layers, its] += sums[:places].view(*shape, NUM_STATISTICS)
             self.rows[layers, its] += row_counts.view(shape)
             self.nonfinite[layers, its] += nonfinite.view(shape).long()
-            slot = self.window_max[self._slot]
+            slot = self.window
             slot[layers, :heads] = torch.maximum(slot[layers, :heads], maxima.view(shape))
 
     def exported(self) -> tuple[torch.Tensor, ...]:

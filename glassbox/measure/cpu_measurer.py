@@ -39,8 +39,9 @@ from glassbox.measure.contract import (
 )
 from glassbox.measure.cpu_output_check import CpuOutputCheck
 from glassbox.measure.native_layers import CachedLayer, LayerKind
+from glassbox.measure.native_sums import NativeSums
 
-# Statistics of several layers are added to the accumulators together: it costs a dozen torch calls either way.
+# Statistics of several layers are added to the accumulators together: by torch it takes a dozen calls either way.
 _FLUSH_ELEMENTS: Final = 1 << 21  # 8 MB of float32
 
 # A check takes the time of the step that it is made in.
@@ -111,7 +112,7 @@ class CpuMeasurer:
         # Of the asked rows by layer, [R, Hq, D] and [R, Hkv, D], if they are wanted.
         self._vectors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # Of the rows that enter the accumulators, None is all.
-        self._counted: torch.Tensor | None = None
+        self._counted: np.ndarray | None = None
         # Their ids are keys below, so they must not be another's.
         self._groups: list[object] = []
         # Of torch: plans, and layers that wait.
@@ -119,11 +120,12 @@ class CpuMeasurer:
         self._waiting: dict[Hashable, _Waiting] = {}
         # Of the native kernel: what it knows of layers, and the step's rows and results.
         self._native = native and _has_kernel(errors)
+        self._add = NativeSums(self._accumulators).add if self._native else self._add_by_torch
         self._cached_layers: dict[int, CachedLayer] = {}
         self._native_rows: dict[Hashable, NativeRows] = {}
         self._natives: dict[Hashable, _Native] = {}
         # [N, R, H, NUM_STATISTICS + 1] of so many layers, for the accumulators.
-        self._pending: list[tuple[list[int], torch.Tensor]] = []
+        self._pending: list[tuple[list[int], np.ndarray]] = []
 
     def end_warm_up(self) -> None:
         """Nothing was captured."""
@@ -139,7 +141,7 @@ class CpuMeasurer:
             with self._errors.guard("probe"):
                 self._asked = traced.asked()
         counted = (rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0
-        self._counted = None if counted.all() else torch.from_numpy(np.flatnonzero(counted))
+        self._counted = None if counted.all() else np.flatnonzero(counted)
         self._rows, self._layers, self._traced = rows, layers, traced
 
     def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
@@ -326,9 +328,8 @@ class CpuMeasurer:
         before each."""
         if self._traced is not None:
             self._traced.add_stats(local_layers, stats, previous)
-        counted = torch.from_numpy(stats)
-        self._pending.append((local_layers, counted if self._counted is None else counted[:, self._counted]))
-        if sum(stats.numel() for _, stats in self._pending) > _FLUSH_ELEMENTS:
+        self._pending.append((local_layers, stats if self._counted is None else stats[:, self._counted]))
+        if sum(stats.size for _, stats in self._pending) > _FLUSH_ELEMENTS:
             self._flush()
 
     def _probe(self, waiting: _Waiting, asked: AskedRows) -> None:
@@ -413,17 +414,25 @@ class CpuMeasurer:
         if not pending or self._rows is None or (self._counted is not None and not len(self._counted)):
             return
         self._accumulators.rotate(time.monotonic())
-        marks = torch.from_numpy(self._rows[:, ROW_PHASE].astype(np.int64))
+        marks = self._rows[:, ROW_PHASE].astype(np.int64)
         if self._counted is not None:
             marks = marks[self._counted]
         phases = marks & ROW_DECODE
         adapters = marks >> ROW_ADAPTER_SHIFT if self._accumulators.num_adapters > 1 else None
-        by_heads: dict[int, list[tuple[list[int], torch.Tensor]]] = {}
+        by_heads: dict[int, list[tuple[list[int], np.ndarray]]] = {}
         for local_layers, stats in pending:
             by_heads.setdefault(stats.shape[2], []).append((local_layers, stats))
         for group in by_heads.values():
-            layers = torch.tensor([local for local_layers, _ in group for local in local_layers])
-            self._accumulators.add(layers, torch.cat([stats for _, stats in group]), phases, adapters)
+            layers = [local for local_layers, _ in group for local in local_layers]
+            stats = group[0][1] if len(group) == 1 else np.concatenate([of for _, of in group])
+            self._add(layers, stats, phases, adapters)
+
+    def _add_by_torch(
+        self, layers: Sequence[int], stats: np.ndarray, phases: np.ndarray, adapters: np.ndarray | None
+    ) -> None:
+        """See NativeSums.add."""
+        slots = None if adapters is None else torch.from_numpy(adapters)
+        self._accumulators.add(torch.tensor(layers), torch.from_numpy(stats), torch.from_numpy(phases), slots)
 
 
 def _has_kernel(errors: ErrorCounter) -> bool:

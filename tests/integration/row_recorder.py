@@ -34,8 +34,7 @@ class RowRecorder:
         self._step: list[tuple[str, int, int]] = []
         self._layers: dict[int, np.ndarray] = {}
         measurer = observer.measurer
-        accumulators = measurer._accumulators
-        begin, finish, add = measurer.begin, measurer.finish, accumulators.add
+        begin, finish, add = measurer.begin, measurer.finish, measurer._add
 
         def recording_begin(rows, layers, traced, check):  # type: ignore[no-untyped-def]
             assert observer._step is not None
@@ -55,7 +54,7 @@ class RowRecorder:
             begin(rows, layers, traced, check)
 
         def recording_add(layers, stats, phases, adapters):  # type: ignore[no-untyped-def]
-            for layer, values in zip(layers.tolist(), stats.numpy(), strict=True):
+            for layer, values in zip(layers, stats, strict=True):
                 self._layers[layer] = values.copy()
             add(layers, stats, phases, adapters)
 
@@ -72,7 +71,7 @@ class RowRecorder:
                     self.rows.append(MeasuredRow(request, position, phase, stacked[:, i]))
             self._step, self._layers = [], {}
 
-        measurer.begin, measurer.finish, accumulators.add = recording_begin, recording_finish, recording_add
+        measurer.begin, measurer.finish, measurer._add = recording_begin, recording_finish, recording_add
 
     def take(self) -> list[MeasuredRow]:
         """The rows recorded since the last call."""

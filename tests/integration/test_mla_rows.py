@@ -100,9 +100,9 @@ class Step:
         """[R, H, NUM_STATISTICS + 1]."""
         accumulators = Accumulators(1, HEADS, "cpu")
         added: list[Tensor] = []
-        accumulators.add = lambda layers, stats, *_: added.append(stats.clone())  # type: ignore[method-assign]
         layers = MeasuredLayers(accumulators, {NAME: 0}, sink_tokens=4, local_window=8)
         measurer = CpuMeasurer(layers, errors=ErrorCounter(SimpleNamespace(error=pytest.fail)), native=native)  # type: ignore[arg-type]
+        measurer._add = lambda layers, stats, *_: added.append(torch.from_numpy(stats.copy()))
         measurer.on_build([NAME], self.tables)
         measurer.begin(self.rows, frozenset({0}), traced, None)
         # Of the first tokens vLLM has absorbed the queries itself.
