@@ -707,9 +707,9 @@ void glassbox_add(const GlassboxSums* to) {
                     const float value = stats[s];
                     if (std::isnan(value)) continue;
                     // The first bound that is no smaller; values beyond the last one have a bucket of their own.
-                    int32_t bucket = 0;
-#pragma omp simd reduction(+ : bucket)
-                    for (int64_t b = 0; b < num_bounds; ++b) bucket += to->bounds[s * num_bounds + b] < value;
+                    const float* bounds = to->bounds + s * num_bounds;
+                    int64_t bucket = 0;
+                    while (bucket < num_bounds && bounds[bucket] < value) ++bucket;
                     to->counts[(cell * NUM_STATISTICS + s) * to->buckets + bucket] += 1;
                     to->sums[cell * NUM_STATISTICS + s] += value;
                 }
