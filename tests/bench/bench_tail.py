@@ -47,7 +47,7 @@ from glassbox.config.load import packaged_config
 from glassbox.core.cpu import cpu_model, serving_dtype
 from tests.bench.bench_gpu import LLAMA
 from tests.bench.bench_load import SERVED_NAME, Load, Shape, random_model
-from tests.bench.tail_quantiles import QUANTILES, Requests, tail
+from tests.bench.tail_quantiles import Requests, tail
 
 PLAIN: Final = ("plain", "again")
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
@@ -305,23 +305,19 @@ def table(folder: Path, plan: Plan) -> list[dict[str, Any]]:
     return lines
 
 
-def show(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> None:
-    """One line for each rate, metric and quantile."""
-    for at in LOADS:
-        for name, meaning in METRICS.items():
-            for quantile in (f"p{100 * q:g}" for q in QUANTILES):
-                of = {
-                    line["arm"]: line
-                    for line in lines
-                    if (line["load"], line["metric"], line["quantile"]) == (at, name, quantile)
-                }
-                if not of:
-                    continue
-                print(f"{at} of saturation, {meaning}, {quantile} of {of['plain']['values']}:")
-                for arm in arms:
-                    one = of[arm]
-                    target = f"  target {one['target']}" if one["target"] else ""
-                    print(f"    {arm:16} {one['ms']:>9} ms  {one['ratio']} [{one['low']}, {one['high']}]{target}")
+def markdown(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[str]:
+    """The table as docs/performance.md has it: a line for each rate, metric and quantile, a column for each arm."""
+    found: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for line in lines:
+        key = tuple(line[name] for name in ("load", "requests_per_s", "metric", "quantile"))
+        found.setdefault(key, {})[line["arm"]] = line
+    table = [f"| of saturation | | values | {PLAIN[0]}, ms | {' | '.join(arms)} |", "|---" * (4 + len(arms)) + "|"]
+    for (load, rate, name, quantile), of in found.items():
+        first = of[PLAIN[0]]
+        ratios = " | ".join(f"{of[arm]['ratio']} [{of[arm]['low']}, {of[arm]['high']}]" for arm in arms)
+        where = f"{load} ({rate}/s) | {METRICS[name]}, {quantile} | {first['values']:,}"
+        table.append(f"| {where} | {first['ms']} | {ratios} |")
+    return table
 
 
 def write_csv(path: Path, lines: Sequence[Mapping[str, Any]], about: Mapping[str, str]) -> None:
@@ -404,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = table(folder, plan)
     if not lines:
         sys.exit(f"no round of these options is complete in {folder}; use the options of `run`, or run it")
-    show(lines, (*PLAIN, *plan.settings))
+    print("\n".join(markdown(lines, (*PLAIN, *plan.settings))))
     if given.csv:
         write_csv(given.csv, lines, facts(plan))
         print(f"written to {given.csv}")
