@@ -298,7 +298,10 @@ def server(
         **environ,
     }
     print(f"starting the server {'with' if plugin else 'without'} the plugin ...", flush=True)
-    with VllmServer(demo_model(), args=args, env=env, log_path=folder / "server.log", cwd=folder) as running:
+    # Where nothing is compiled yet, the first start takes minutes.
+    with VllmServer(
+        demo_model(), args=args, env=env, log_path=folder / "server.log", cwd=folder, start_timeout_s=900.0
+    ) as running:
         print(f"vLLM has loaded {loaded_library(options.instructions, running.processes())}", flush=True)
         yield running, config_path
 
