@@ -148,7 +148,8 @@ class Servers:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """All of them; side by side on a GPU, where starting is not what takes the CPU's cores."""
-        with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(self._of) if self._plan.gpu else 1) as pool:
+        # The pool is left last: whoever waits in it for a server to start ends when that is stopped.
+        with ThreadPoolExecutor(len(self._of) if self._plan.gpu else 1) as pool, contextlib.ExitStack() as stack:
             for server in self._of.values():
                 stack.callback(server.stop)
             began = time.monotonic()
