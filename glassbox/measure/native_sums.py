@@ -47,7 +47,7 @@ class NativeSums:
 
         Args:
             layers: N local layers, those of `stats`.
-            stats: [N, R, H, NUM_STATISTICS + 1] of `row_stats_native.py`; NaN is "no value".
+            stats: [N, R, H, NUM_STATISTICS + 1] of `kernels/row_stats_native.py`; NaN is "no value".
             phases: [R], index into PHASES of each row.
             adapters: [R], slot of each row; None is the first one's.
         """
