@@ -50,6 +50,9 @@ class NativeSums:
             stats: [N, R, H, NUM_STATISTICS + 1] of `kernels/row_stats_native.py`; NaN is "no value".
             phases: [R], index into PHASES of each row.
             adapters: [R], slot of each row; None is the first one's.
+
+        Raises:
+            ValueError: there is no place for a layer, a head or a slot; the kernel would write beyond the arrays.
         """
         sums, values = self._sums, np.ascontiguousarray(stats, dtype=np.float32)
         sums.num_layers, sums.num_rows, sums.heads = values.shape[:3]
@@ -57,8 +60,18 @@ class NativeSums:
         chosen = np.array(layers, dtype=np.int64)
         phase_of = np.ascontiguousarray(phases, dtype=np.int64)
         adapter_of = None if adapters is None else np.ascontiguousarray(adapters, dtype=np.int64)
+        self._check(chosen, values.shape[2], adapter_of)
         sums.stats, sums.layers, sums.phase_of = values.ctypes.data, chosen.ctypes.data, phase_of.ctypes.data
         sums.adapters = None if adapter_of is None else adapter_of.ctypes.data
         with self._accumulators.lock:
             sums.maxima = self._accumulators.window.data_ptr()
             self._add(ctypes.addressof(sums))
+
+    def _check(self, layers: NDArray[np.int64], heads: int, adapters: NDArray[np.int64] | None) -> None:
+        largest = 0 if adapters is None else int(adapters.max(initial=0))
+        has = self._accumulators
+        if layers.max(initial=0) >= has.num_layers or heads > has.num_heads or largest >= has.num_adapters:
+            raise ValueError(
+                f"accumulators of {has.num_layers} layers, {has.num_heads} heads and {has.num_adapters} adapters must "
+                f"have a place for each row, got layer {layers.max(initial=0)}, {heads} heads and adapter {largest}"
+            )

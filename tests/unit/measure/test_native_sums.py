@@ -66,3 +66,12 @@ class TestNativeSums:
         none = np.zeros((1, 0, 2, random_stats(1, 1, 1, seed=0).shape[-1]), dtype=np.float32)
         NativeSums(accumulators).add([0], none, np.zeros(0, dtype=np.int64))
         assert 0 == accumulators.rows.sum()
+
+    @pytest.mark.parametrize(("layer", "heads", "adapter"), [(6, 5, 0), (0, 6, 0), (0, 5, 1)])
+    def test_rows_without_a_place_are_refused(self, layer: int, heads: int, adapter: int) -> None:
+        """Nothing is written beyond the arrays."""
+        accumulators = Accumulators(6, 5)
+        stats = random_stats(1, 2, heads, seed=4).numpy()
+        with pytest.raises(ValueError, match="must have a place for each row"):
+            NativeSums(accumulators).add([layer], stats, np.zeros(2, np.int64), np.full(2, adapter))
+        assert 0 == accumulators.rows.sum()
