@@ -120,7 +120,7 @@ class CpuMeasurer:
         self._waiting: dict[Hashable, _Waiting] = {}
         # Of the native kernel: what it knows of layers, and the step's rows and results.
         self._native = native and _has_kernel(errors)
-        self._add = NativeSums(self._accumulators).add if self._native else self._add_by_torch
+        self._sums = NativeSums(self._accumulators) if self._native else None
         self._cached_layers: dict[int, CachedLayer] = {}
         self._native_rows: dict[Hashable, NativeRows] = {}
         self._natives: dict[Hashable, _Native] = {}
@@ -427,10 +427,11 @@ class CpuMeasurer:
             stats = group[0][1] if len(group) == 1 else np.concatenate([of for _, of in group])
             self._add(layers, stats, phases, adapters)
 
-    def _add_by_torch(
-        self, layers: Sequence[int], stats: np.ndarray, phases: np.ndarray, adapters: np.ndarray | None
-    ) -> None:
+    def _add(self, layers: Sequence[int], stats: np.ndarray, phases: np.ndarray, adapters: np.ndarray | None) -> None:
         """See NativeSums.add."""
+        if self._sums is not None:
+            self._sums.add(layers, stats, phases, adapters)
+            return
         slots = None if adapters is None else torch.from_numpy(adapters)
         self._accumulators.add(torch.tensor(layers), torch.from_numpy(stats), torch.from_numpy(phases), slots)
 

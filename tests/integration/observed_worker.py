@@ -81,7 +81,7 @@ class ObservedWorker:
             self.errors,
         )
         if not native:
-            self.measurer._native = False  # type: ignore[attr-defined]
+            self.measurer._native, self.measurer._sums = False, None  # type: ignore[attr-defined]
         self.listening: list[bool] = []
         self.requests = RequestTracker(make_host(layers=LAYERS, num_heads=HEADS), self.deferred)
         self.observer = Observer(

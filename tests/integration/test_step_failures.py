@@ -8,6 +8,7 @@ import pytest
 from glassbox.adapter.attention.layer_view import PackedView
 from glassbox.measure import cpu_measurer
 from glassbox.measure.accumulate import Accumulators
+from glassbox.measure.native_sums import NativeSums
 from glassbox.processes.worker import observer
 from glassbox.processes.worker.traces.traced_step import TracedStep
 from tests.integration.observed_worker import KEYS, LAYERS, ObservedWorker
@@ -27,7 +28,7 @@ CPU: Final[dict[str, Point]] = {
     "kernel": (cpu_measurer.NativeStep, "measure", "observe"),
     "statistics of traces": (TracedStep, "add_stats", "end_step"),
     "answers": (TracedStep, "add_answers", "end_step"),
-    "accumulators": (Accumulators, "add", "end_step"),
+    "accumulators": (NativeSums, "add", "end_step"),
     "traces": (TracedStep, "commit", "end_step"),
 }
 TORCH: Final[dict[str, Point]] = {
@@ -36,6 +37,7 @@ TORCH: Final[dict[str, Point]] = {
     "rows of a layer": (cpu_measurer.LayerRows, "select", "observe"),
     "statistics": (cpu_measurer, "row_stats_cpu", "end_step"),
     "probe": (cpu_measurer, "row_probe_cpu", "probe"),
+    "accumulators": (Accumulators, "add", "end_step"),
 }
 
 
