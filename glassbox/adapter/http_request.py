@@ -8,7 +8,7 @@ started. ASGI promises how an application is called, vLLM promises nothing about
 import functools
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ FIELD: Final = "glassbox"
 _request: ContextVar["HttpRequest | None"] = ContextVar("glassbox_http_request", default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HttpRequest:
     """A request over HTTP, or the one that opened a websocket.
 
@@ -32,11 +32,13 @@ class HttpRequest:
         scope: ASGI's.
         reply: what answers it; None of a websocket.
         tags: of its response; None of a websocket.
+        asked: of what it has the engine do, each tells vLLM's own ids.
     """
 
     scope: MutableMapping[str, Any]
     reply: Reply | None = None
     tags: Tags | None = None
+    asked: list[Callable[[], Sequence[str]]] = field(default_factory=list)
 
     def values(self, name: str) -> Sequence[str]:
         """What the headers of a name (in small letters) say, in their order."""

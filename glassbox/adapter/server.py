@@ -206,13 +206,13 @@ class SentRequest:
 
     Attributes:
         request_id: the external one.
-        client: who sent it, None if that isn't known.
+        client: who sent it, None if that isn't known, or not yet.
 
     Args:
         request: the EngineCoreRequest.
     """
 
-    def __init__(self, request_id: str, client: str | None, request: Any) -> None:
+    def __init__(self, request_id: str, request: Any, client: str | None = None) -> None:
         self.request_id, self.client = request_id, client
         # Noted now: the last sample is made of the request itself.
         self._request, self._samples = request, int(request.sampling_params.n)
@@ -282,12 +282,12 @@ class Intake(Protocol):
     def begin(self, request_id: str, traceparent: str | None) -> ExtraArgs:
         """A request that `admit` let in has an id; returns what its worker gets besides its options."""
 
-    def asked_by(self, request_id: str, request: HttpRequest | None, traced: bool) -> ExtraArgs:
+    def asked_by(self, sent: SentRequest, request: HttpRequest | None, traced: bool) -> ExtraArgs:
         """What the worker gets to know of who asked for a request, and whether the trace rate chose it; empty if it
         needn't know.
 
         Args:
-            request_id: the external one.
+            sent: the request.
             request: over HTTP by which it came, None if by none.
             traced: whether `admit` said so.
         """
@@ -470,10 +470,12 @@ class Wrappers:
             elif traced:
                 added = self._intake.begin(request_id, _traceparent(kwargs))
             if beam_prompt is None and request.sampling_params is not None and not _says_off(extra_args):
-                added = {**added, **self._intake.asked_by(request_id, http, traced)}
+                sent = SentRequest(request_id, request)
+                added = {**added, **self._intake.asked_by(sent, http, traced)}
+                sent.client = added.get(CLIENT_KEY)
                 reply = None if http is None else http.reply
                 if traced and reply is not None and self._intake.wants_answer(extra_args) and _has(Feature.ANSWERS):
-                    self._intake.sent(SentRequest(request_id, added.get(CLIENT_KEY), request), reply)
+                    self._intake.sent(sent, reply)
             if added and request.sampling_params is not None:
                 request.sampling_params.extra_args = {**(extra_args or {}), **added}
             if (traced or added.get(SAMPLED_KEY)) and beam_prompt is None:

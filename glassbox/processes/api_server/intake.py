@@ -194,20 +194,20 @@ class Intake:
         traceparent = traceparent or _traceparent.get()
         return {TRACEPARENT_KEY: str(traceparent)} if traceparent else {}
 
-    def asked_by(self, request_id: str, request: HttpRequest | None, traced: bool) -> ExtraArgs:
+    def asked_by(self, sent: SentRequest, request: HttpRequest | None, traced: bool) -> ExtraArgs:
         """See server.Intake."""
         config = self._config()
         rate = config.requests.trace_rate
         if request is None or not config.enabled or not (traced or rate > 0):
             return {}
         if traced:
-            self._orders.asked(request_id, request)
+            self._orders.asked(sent, request)
             return self._client(request, config)
         # By chance, not by its id: a client could choose one that is always traced, though it may not ask for it.
         if not is_sampled_request(secrets.token_hex(8), rate):
             return {SAMPLED_KEY: False}
-        self.traced.add(request_id)
-        self._orders.asked(request_id, request)
+        self.traced.add(sent.request_id)
+        self._orders.asked(sent, request)
         # Its span belongs to the client's trace, too. Several are none (W3C Trace Context).
         contexts = request.values("traceparent")
         traceparent = {TRACEPARENT_KEY: contexts[0]} if len(contexts) == 1 else {}

@@ -17,6 +17,7 @@ from glassbox.adapter.http_request import HttpRequest
 from glassbox.adapter.internals import Feature, line
 from glassbox.adapter.release import vllm_version
 from glassbox.adapter.running_requests import RunningRequests
+from glassbox.adapter.server import SentRequest
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger, log_once
@@ -41,8 +42,8 @@ class OrderTaker:
         self._config, self._run_dir = config, Path(run_dir)
         self._reader = OrderReader(run_dir)
         self._engines: list[RunningRequests] = []
-        # As long as its response is under way, by external id.
-        self._asked: weakref.WeakValueDictionary[str, HttpRequest] = weakref.WeakValueDictionary()
+        # As long as their responses are under way. Not by the id that a client gives: others may give the same.
+        self._asked: weakref.WeakValueDictionary[int, HttpRequest] = weakref.WeakValueDictionary()
         self._errors = ErrorCounter(logger)
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
@@ -51,11 +52,12 @@ class OrderTaker:
         """This process sends requests to an engine."""
         self._engines.append(engine)
 
-    def asked(self, request_id: str, request: HttpRequest) -> None:
+    def asked(self, sent: SentRequest, request: HttpRequest) -> None:
         """A request that may be traced goes to the engine. Called in the event loop."""
         if not self._config().actions.reaches_requests:
             return
-        self._asked[request_id] = request
+        request.asked.append(sent.internal_ids)
+        self._asked[id(request)] = request
         if not self._engines:
             told = "Rules can't end requests here, but tag them: %s"
             log_once(logger, logging.WARNING, "engines", told, line(Feature.ABORTS, vllm_version()))
@@ -82,14 +84,21 @@ class OrderTaker:
         Raises:
             OSError: they can't be listed, or answered.
         """
-        for order in self._reader.fresh(time.time()):
-            outcome = self._take(order)
+        fresh = list(self._reader.fresh(time.time()))
+        requests = self._requests() if fresh else {}
+        for order in fresh:
+            outcome = self._take(order, requests.get(order.internal_id))
             if outcome is not None:
                 orders.answer(self._run_dir, order, outcome)
 
-    def _take(self, order: Order) -> AnswerOutcome | None:
+    def _requests(self) -> dict[str, HttpRequest]:
+        """Those under way, by vLLM's own ids of what they asked for."""
+        # In one step: the event loop adds to it meanwhile.
+        under_way = [request for reference in self._asked.valuerefs() if (request := reference()) is not None]
+        return {name: request for request in under_way for asked in list(request.asked) for name in asked()}
+
+    def _take(self, order: Order, request: HttpRequest | None) -> AnswerOutcome | None:
         """What came of an order; None if its request is not this process's, as far as can be told."""
-        request = self._asked.get(order.request_id)
         tags = None if request is None else request.tags
         in_time = tags is not None and tags.add(order.rule)
         if order.do == "tag":

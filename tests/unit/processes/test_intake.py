@@ -34,6 +34,7 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 @dataclass
 class Params:
     extra_args: dict[str, Any] | None
+    n: int = 1
 
 
 @dataclass

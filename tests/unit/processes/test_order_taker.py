@@ -15,6 +15,7 @@ import pytest
 from glassbox.adapter.http_request import HttpRequest
 from glassbox.adapter.http_tags import HEADER, MEMBER, Tags
 from glassbox.adapter.running_requests import RunningRequests
+from glassbox.adapter.server import SentRequest
 from glassbox.config.load import GlassboxConfig
 from glassbox.processes.api_server.order_taker import OrderTaker
 from glassbox.store import orders
@@ -99,6 +100,13 @@ def order(run_dir: Path, internal_id: str = "cmpl-1-0-aaaaaaaa", do: Do = "abort
     return given
 
 
+def asked(taker: OrderTaker, internal_id: str, request: HttpRequest) -> None:
+    """As vLLM does it: the request has its client's id first, and its own one when it goes to the engine."""
+    of_engine = SimpleNamespace(request_id=internal_id.rpartition("-")[0], sampling_params=SimpleNamespace(n=1))
+    taker.asked(SentRequest(of_engine.request_id, of_engine), request)
+    of_engine.request_id = internal_id
+
+
 def answered(run_dir: Path) -> list[str]:
     return sorted(orders.answers(run_dir).values())
 
@@ -122,7 +130,7 @@ class TestAbort:
     def test_it_has_ended(self, tmp_path: Path, taker: OrderTaker, engine: Engine) -> None:
         """Here, and its response is still under way."""
         request = HttpRequest({}, tags=Sent().tags)
-        taker.asked("cmpl-3-0", request)
+        asked(taker, "cmpl-3-0-cccccccc", request)
         order(tmp_path, "cmpl-3-0-cccccccc")
         taker.look()
         assert (["late"], []) == (answered(tmp_path), engine.aborted)
@@ -155,7 +163,7 @@ class TestTags:
         """A header has the rules' names; of a rule that aborts, too."""
         sent = Sent()
         request = HttpRequest({}, tags=sent.tags)
-        taker.asked("cmpl-1-0", request)
+        asked(taker, "cmpl-1-0-aaaaaaaa", request)
         order(tmp_path, do="tag", rule="b")
         order(tmp_path, do="abort", rule="a")
         taker.look()
@@ -167,7 +175,7 @@ class TestTags:
         """It has begun: its last chunk tells, and is one that clients know; all others are as they were."""
         sent = Sent()
         request = HttpRequest({}, tags=sent.tags)
-        taker.asked("cmpl-1-0", request)
+        asked(taker, "cmpl-1-0-aaaaaaaa", request)
         sent.begin(b"text/event-stream; charset=utf-8")
         chunk = {"id": "cmpl-1", "object": "text_completion", "created": 7, "model": "m", "choices": [{"text": "a"}]}
         sent.body(b"data: " + json.dumps(chunk).encode() + b"\n\n")
@@ -193,7 +201,7 @@ class TestTags:
         """Named events, errors and what isn't understood pass as they are."""
         sent = Sent()
         request = HttpRequest({}, tags=sent.tags)
-        taker.asked("cmpl-1-0", request)
+        asked(taker, "cmpl-1-0-aaaaaaaa", request)
         sent.begin(b"text/event-stream")
         order(tmp_path, do="tag")
         taker.look()
@@ -204,7 +212,7 @@ class TestTags:
         """A whole answer has begun; nothing is changed of it."""
         sent = Sent()
         request = HttpRequest({}, tags=sent.tags)
-        taker.asked("cmpl-1-0", request)
+        asked(taker, "cmpl-1-0-aaaaaaaa", request)
         sent.begin()
         order(tmp_path, do="tag")
         taker.look()
@@ -212,9 +220,27 @@ class TestTags:
         assert (["late"], b'{"choices":[]}') == (answered(tmp_path), sent.text())
         assert 1 == len(sent.messages[0]["headers"])
 
+    def test_another_client_gives_the_same_id(self, tmp_path: Path, taker: OrderTaker) -> None:
+        """What is found of a request is told with its own answer, and with no other."""
+        mine, others = Sent(), [Sent(), Sent()]
+        requests = [HttpRequest({}, tags=sent.tags) for sent in (others[0], mine, others[1])]
+        for request, internal_id in zip(
+            requests, ("cmpl-1-0-00000000", "cmpl-1-0-aaaaaaaa", "cmpl-1-0-ffffffff"), strict=True
+        ):
+            asked(taker, internal_id, request)
+        order(tmp_path, do="tag")
+        taker.look()
+        for sent in (mine, *others):
+            sent.begin()
+        told = [
+            [value for name, value in sent.messages[0]["headers"] if name == HEADER.encode()]
+            for sent in (mine, *others)
+        ]
+        assert [[b"r"], [], []] == told
+
     def test_a_response_that_is_gone(self, tmp_path: Path, taker: OrderTaker) -> None:
         """Requests are not kept."""
-        taker.asked("cmpl-1-0", HttpRequest({}, tags=Sent().tags))
+        asked(taker, "cmpl-1-0-aaaaaaaa", HttpRequest({}, tags=Sent().tags))
         order(tmp_path, do="tag")
         taker.look()
         assert [] == answered(tmp_path)
@@ -231,12 +257,12 @@ class TestThread:
         def threads() -> int:
             return sum(thread.name == "glassbox-orders" for thread in threading.enumerate())
 
-        taker.asked("cmpl-1-0", request)
+        asked(taker, "cmpl-1-0-aaaaaaaa", request)
         assert 0 == threads()
         for internal_id in ("cmpl-1-0-aaaaaaaa", "cmpl-2-0-bbbbbbbb"):
             rule["dry_run"] = False
-            taker.asked("cmpl-1-0", request)
-            taker.asked("cmpl-1-0", request)
+            asked(taker, "cmpl-1-0-aaaaaaaa", request)
+            asked(taker, "cmpl-1-0-aaaaaaaa", request)
             assert 1 == threads()
             order(tmp_path, internal_id)
             end_s = time.monotonic() + 10

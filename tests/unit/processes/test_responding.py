@@ -116,7 +116,7 @@ def sent(
 ) -> SentRequest:
     """A request that the engine has given its id."""
     request = SimpleNamespace(request_id=request_id, sampling_params=SimpleNamespace(n=samples))
-    made = SentRequest(request_id, client, request)
+    made = SentRequest(request_id, request, client)
     request.request_id = internal_id
     return made
 
