@@ -11,10 +11,11 @@ import itertools
 import os
 import random
 import signal
+import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -37,12 +38,18 @@ LONG_S: Final = float(os.environ.get("GLASSBOX_SOAK_S", "3600"))
 SHORT_S: Final = 60.0
 INTERVAL_S: Final = 1.0
 RUN_DIR: Final = "run"
+EXPORTER: Final = "glassbox.processes.exporter"
 SCRAPE_S: Final = 1.0
 # Of one process: 1 MB a minute.
 MAX_GROWTH_MB_PER_H: Final = 60.0
 # Descriptors and files that a process, or the run directory, may have more at the end than after warm-up.
 MAX_MORE_DESCRIPTORS: Final = 16
 MAX_MORE_FILES: Final = 16
+# Requests whose traces are kept; as many may be active beside them (`requests.max_active`), each a file.
+KEEP: Final = 64
+MAX_ACTIVE: Final = 64
+# Exporters are killed all the while: of those that were seen running for so long, memory says something.
+EXPORTER_LOOKS: Final = 100
 # Prometheus, vLLM and all clients share two cores: a scrape or an evaluation may come so late.
 SLACK_S: Final = 45.0
 # Those that say that something fell silent; but for those about what the test breaks itself, no other may fire.
@@ -74,12 +81,61 @@ class Silence:
 
 
 @dataclass
-class Seen:
-    """What each process and the run directory had, at each look: seconds and a number."""
+class Life:
+    """What one process had, at each look while it ran: seconds since the first look at any, and a number."""
 
-    memory_mb: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
-    descriptors: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    name: str
+    is_exporter: bool = False
+    memory_mb: list[tuple[float, float]] = field(default_factory=list)
+    descriptors: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def growth_mb_per_h(self) -> float:
+        """After its own warm-up."""
+        return growth_mb_per_h(self.memory_mb)
+
+
+@dataclass
+class Seen:
+    """What was there, at each look: seconds and a number.
+
+    Attributes:
+        lives: of each process, also one that came later, by its pid and when it began (pids come again).
+        traces: files in the run directory that hold traces: a full disk takes them away.
+        files: all others there.
+    """
+
+    lives: dict[tuple[int, float], Life] = field(default_factory=dict)
+    traces: list[tuple[float, float]] = field(default_factory=list)
     files: list[tuple[float, float]] = field(default_factory=list)
+
+    def look(self, processes: Iterable[psutil.Process], run_dir: Path, now_s: float) -> None:
+        """Note what there is now. A process that is held shows nothing of what it would do."""
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess), process.oneshot():
+                if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                    continue
+                memory_mb, descriptors = process.memory_info().rss / 1e6, process.num_fds()
+                life = self.lives.setdefault(
+                    (process.pid, process.create_time()), Life(f"{process.pid} {process.name()}")
+                )
+                life.is_exporter = EXPORTER in process.cmdline()
+                life.memory_mb.append((now_s, memory_mb))
+                life.descriptors.append((now_s, descriptors))
+        names = [name for _, _, names in os.walk(run_dir) for name in names]
+        traces = sum(name.startswith("trace-") for name in names)
+        self.traces.append((now_s, traces))
+        self.files.append((now_s, len(names) - traces))
+
+    @property
+    def lasting(self) -> list[Life]:
+        """Of those that lived all along."""
+        return [life for life in self.lives.values() if len(life.memory_mb) > 0.95 * len(self.files)]
+
+    @property
+    def exporters(self) -> list[Life]:
+        """Of those that lived long enough to tell, in their order."""
+        return [life for life in self.lives.values() if life.is_exporter and len(life.memory_mb) >= EXPORTER_LOOKS]
 
 
 class Trouble:
@@ -125,7 +181,7 @@ class Trouble:
         found = []
         for process in self._server.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "glassbox.processes.exporter" in process.cmdline():
+                if EXPORTER in process.cmdline():
                     found.append(process)
         return found
 
@@ -137,8 +193,9 @@ class Trouble:
 
     def _stop_once(self) -> None:
         """The worker that started it replaces it."""
+        # One that was killed just now is started again within seconds, or more on a busy machine.
+        process = wait_for(self._exporters, lambda found: len(found) == 1, 120.0, "an exporter")[0]
         begin = time.time()
-        (process,) = self._exporters()
         process.suspend()
         while time.time() - begin < 300 and not self._stop.wait(1.0):
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
@@ -206,7 +263,7 @@ def watched_server(
         config = {
             "sample_rate": 0.1,
             "sampling": dict(BUDGET),
-            "requests": {"keep": 64, "keep_mb": 8},
+            "requests": {"keep": KEEP, "keep_mb": 8, "max_active": MAX_ACTIVE},
             "export": {
                 "interval_s": INTERVAL_S,
                 "http": {"port": free_port()},
@@ -232,12 +289,7 @@ def storm(server: GlassboxServer, disk: SmallDisk, trouble: Trouble, clients: in
         if now_s - edited > 5.0:
             server.edit_config(**next(edits))
             edited = now_s
-        for process in server.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                name = f"{process.pid} {process.name()}"
-                seen.memory_mb[name].append((time.monotonic() - begin, process.memory_info().rss / 1e6))
-                seen.descriptors[name].append((time.monotonic() - begin, process.num_fds()))
-        seen.files.append((time.monotonic() - begin, disk.files()))
+        seen.look(server.processes(), disk.path / RUN_DIR, time.monotonic() - begin)
 
     with trouble:
         asyncio.run(load.run(seconds, watch, finish=True))
@@ -293,33 +345,46 @@ class TestLong:
             print(f"{dict(load.answered)} requests, {load.tokens / LONG_S:.1f} tokens per second")
             assert [] == load.failures + trouble.failures
             settle(server)
-            growth = told_growth(seen)
+            tell_growth(seen)
             assert_told(prometheus, trouble, begin)
-        assert_flat(seen, growth)
+        assert_flat(seen)
 
 
-def told_growth(seen: Seen) -> dict[str, float]:
-    """MB per hour of each process that lived all along; says them, and what else they had."""
-    lasting = [name for name, points in seen.memory_mb.items() if len(points) > 0.95 * len(seen.files)]
-    growth = {name: growth_mb_per_h(seen.memory_mb[name]) for name in lasting}
-    for name, slope in growth.items():
-        points, descriptors = seen.memory_mb[name], seen.descriptors[name]
+def tell_growth(seen: Seen) -> None:
+    """Say what each process that lived long enough had, and the run directory."""
+    for life in seen.lasting + seen.exporters:
+        (begin, first), (end, last) = life.memory_mb[0], life.memory_mb[-1]
         print(
-            f"{name}: {points[0][1]:.0f} -> {points[-1][1]:.0f} MB, {slope:+.1f} MB/h; {_lows(descriptors)} descriptors"
+            f"{life.name}{', exporter' * life.is_exporter}, {begin:.0f} to {end:.0f} s: {first:.0f} -> {last:.0f} MB, "
+            f"{life.growth_mb_per_h:+.1f} MB/h; {_lows(life.descriptors)} descriptors"
         )
-    print(f"files: {_lows(seen.files)}")
-    return growth
+    print(f"files: {_lows(seen.files)}, at most {max(n for _, n in seen.traces):.0f} traces")
 
 
-def assert_flat(seen: Seen, growth: dict[str, float]) -> None:
-    """Memory by its slope, descriptors and files by their lows, first and last."""
-    assert len(growth) >= 2
+def assert_flat(seen: Seen) -> None:
+    """Memory by its slope, descriptors and files by their lows, first and last.
+
+    No exporter lives as long as the others: the slope is the median of theirs, and nothing that one leaves to the next
+    may make that one larger.
+    """
+    assert len(seen.lasting) >= 2
+    growth = {life.name: life.growth_mb_per_h for life in seen.lasting}
     assert {name: slope for name, slope in growth.items() if slope > MAX_GROWTH_MB_PER_H} == {}
-    for name in growth:
-        first, last = _lows(seen.descriptors[name])
-        assert last <= first + MAX_MORE_DESCRIPTORS, name
+    assert len(seen.exporters) >= 2
+    assert statistics.median(life.growth_mb_per_h for life in seen.exporters) <= MAX_GROWTH_MB_PER_H
+    (begin, first), (end, last) = (_typical(life.memory_mb) for life in (seen.exporters[0], seen.exporters[-1]))
+    assert (last - first) / (end - begin) * 3600 <= MAX_GROWTH_MB_PER_H
+    for life in seen.lasting + seen.exporters:
+        first, last = _lows(life.descriptors)
+        assert last <= first + MAX_MORE_DESCRIPTORS, life.name
     first, last = _lows(seen.files)
     assert last <= first + MAX_MORE_FILES
+    assert max(n for _, n in seen.traces) <= KEEP + MAX_ACTIVE
+
+
+def _typical(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """When an exporter began, and what it had at the age at which all of them still lived."""
+    return points[0][0], statistics.median(n for _, n in points[EXPORTER_LOOKS // 2 : EXPORTER_LOOKS])
 
 
 def _lows(points: list[tuple[float, float]]) -> tuple[float, float]:
