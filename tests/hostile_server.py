@@ -1,6 +1,7 @@
 """A server that answers as no server should: a socket, and a function that does with each connection what it likes."""
 
 import contextlib
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,12 @@ class HostileServer:
                 head = b""
                 while b"\r\n\r\n" not in head and (data := connection.recv(65536)):
                     head += data
-                self.requests.append(head.decode("latin-1"))
+                head, _, body = head.partition(b"\r\n\r\n")
+                # What is left unread would reset the connection, and the answer with it.
+                length = re.search(rb"(?i)\r\ncontent-length: *([0-9]+)", head)
+                while length and len(body) < int(length[1]) and (data := connection.recv(65536)):
+                    body += data
+                self.requests.append(f"{head.decode('latin-1')}\r\n\r\n")
                 self._answer(self, connection)
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ Owns the steps, which are the same for a client that waits and for one that does
 asked, or for how long to wait, and is sent the answers. Whoever drives it is `http_clients.py`.
 """
 
-import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -18,6 +17,8 @@ from glassbox.client.failures import (
 )
 from glassbox.client.received import Trace
 from glassbox.client.references import Reference, internal_id_of
+from glassbox.core.json_fields import parse_json
+from glassbox.core.printable import printable
 from glassbox.export.answer_summary import trace_path
 from glassbox.store.trace_record import decode_trace
 
@@ -115,7 +116,7 @@ def _document(
     )
     if answer.status == 200:
         try:
-            document = json.loads(answer.content)
+            document = parse_json(answer.content)
             if isinstance(document["internal_id"], str) and isinstance(document["status"], str):
                 return document, not_ended
         except (ValueError, KeyError, TypeError):
@@ -170,11 +171,11 @@ def _no_glassbox(server: str, what: str) -> NoGlassboxError:
 def _error(answer: Answer) -> str:
     """What glassbox says; empty if it isn't glassbox that answers."""
     try:
-        error = json.loads(answer.content)["error"]
+        error = parse_json(answer.content)["error"]
     except (ValueError, KeyError, TypeError):
         return ""
-    return error if isinstance(error, str) else ""
+    return printable(error[:_SHOWN]) if isinstance(error, str) else ""
 
 
 def _text(answer: Answer) -> str:
-    return answer.content.decode("utf-8", "replace")[:_SHOWN]
+    return printable(answer.content.decode("utf-8", "replace")[:_SHOWN])

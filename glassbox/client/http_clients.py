@@ -16,11 +16,13 @@ from glassbox.client.failures import GlassboxClientError, NoGlassboxError
 from glassbox.client.fetching import Answer, Ask, Part, Steps, steps
 from glassbox.client.received import Trace
 from glassbox.client.references import reference_of
-from glassbox.view.asking import MAX_TRACE_BYTES, Access, content_of, without_user
+from glassbox.view.asking import MAX_TRACE_BYTES, UNPACKED, Access, check_unpacked, content_of, without_user
 from glassbox.view.measured import ViewError
 
 TIMEOUT_S: Final = 30.0
 _SILENCE_S: Final = 10.0
+# All of an answer: 64 MB from far away take their time, and a server that sends a byte now and then has no end.
+_ANSWER_S: Final = 120.0
 _API: Final = "/v1"
 
 
@@ -42,7 +44,7 @@ class _Server:
         except ViewError as error:
             raise GlassboxClientError(f"api_key can't be sent: {error}") from None
         self.url, self.shown, self.timeout_s = url, without_user(url), timeout_s
-        self.headers = {**sent, **(headers or {})}
+        self.headers = {**UNPACKED, **sent, **(headers or {})}
 
     def steps(self, response: Any, choice: int, part: Part, timeout_s: float | None) -> Steps:
         wanted = reference_of(response, choice)
@@ -59,6 +61,17 @@ class _Server:
             # What is sent along is for this server alone.
             "follow_redirects": False,
         }
+
+    def check_head(self, headers: Mapping[str, str]) -> None:
+        try:
+            check_unpacked(self.shown, headers)
+        except ViewError as error:
+            raise NoGlassboxError(str(error)) from None
+
+    def too_slow(self) -> NoGlassboxError:
+        return NoGlassboxError(
+            f"{self.shown} had not sent all of an answer after {_ANSWER_S:g} s; is that the server's address?"
+        )
 
     def too_large(self) -> NoGlassboxError:
         return NoGlassboxError(
@@ -132,10 +145,14 @@ class GlassboxClient:
 
     def _ask(self, ask: Ask) -> Answer:
         try:
+            end_s = time.monotonic() + _ANSWER_S
             with self._http.stream(**self._server.arguments(ask)) as reply:
+                self._server.check_head(reply.headers)
                 content = bytearray()
                 for chunk in reply.iter_bytes():
                     content += chunk
+                    if time.monotonic() > end_s:
+                        raise self._server.too_slow()
                     if len(content) > MAX_TRACE_BYTES:
                         raise self._server.too_large()
                 return Answer(reply.status_code, bytes(content))
@@ -197,11 +214,14 @@ class AsyncGlassboxClient:
 
     async def _ask(self, ask: Ask) -> Answer:
         try:
-            async with self._http.stream(**self._server.arguments(ask)) as reply:
+            async with asyncio.timeout(_ANSWER_S), self._http.stream(**self._server.arguments(ask)) as reply:
+                self._server.check_head(reply.headers)
                 content = await content_of(reply, MAX_TRACE_BYTES)
                 if content is None:
                     raise self._server.too_large()
                 return Answer(reply.status_code, content)
+        except TimeoutError:
+            raise self._server.too_slow() from None
         except httpx.HTTPError as error:
             return _failed(error)
 

@@ -4,9 +4,12 @@ Owns the logger "glassbox". It never touches vLLM's loggers, and doesn't import 
 without it, and has its worker log for it (`processes/exporter/log_relay.py`).
 """
 
+import copy
 import logging
 import sys
 from typing import Final
+
+from glassbox.core.printable import printable
 
 ROOT: Final = "glassbox"
 _VLLM: Final = "vllm"
@@ -29,6 +32,21 @@ def plain_handler() -> logging.Handler:
     return handler
 
 
+def on_one_line(record: logging.LogRecord) -> logging.LogRecord:
+    r"""The record, with what is no character to be seen in its message as `\n` or `\x1b`.
+
+    Ids, names of models and errors come from clients: none may end a line and begin one of its own, or give a terminal
+    orders.
+    """
+    message = record.getMessage()
+    shown = printable(message)
+    if shown == message:
+        return record
+    record = copy.copy(record)
+    record.msg, record.args = shown, ()
+    return record
+
+
 class _ForwardingHandler(logging.Handler):
     """Gives records to the handlers that vLLM's logger has at that moment.
 
@@ -46,6 +64,7 @@ class _ForwardingHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # Where vLLM was told to leave logging alone it has no handler, and the user's are on the root logger.
         handlers = logging.getLogger(_VLLM).handlers or logging.getLogger().handlers or [self._fallback]
+        record = on_one_line(record)
         for handler in handlers:
             handler.handle(record)
 

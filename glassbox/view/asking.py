@@ -28,6 +28,8 @@ MAX_TRACE_BYTES: Final = 96 << 20
 _MAX_REDIRECTS: Final = 5
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e\t]*")
+# Sent where bodies are read as they come: httpx would unpack whatever a server packs, without a bound.
+UNPACKED: Final = {"Accept-Encoding": "identity"}
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,22 @@ def without_user(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
+def check_unpacked(url: str, headers: Mapping[str, str]) -> None:
+    """Look at the head of an answer to a request with `UNPACKED`.
+
+    Raises:
+        ViewError: its body is packed.
+    """
+    _check_packing(url, headers, "identity")
+
+
+def _check_packing(url: str, headers: Mapping[str, str], *asked: str) -> str:
+    packing = headers.get("content-encoding", "identity").strip().lower()
+    if packing not in asked:
+        raise ViewError(f"{url} answers in {packing[:40]!r}, which was not asked for; is that the server's port?")
+    return packing
+
+
 def _credentials(url: str, access: Access) -> tuple[str, dict[str, str]]:
     """The address without its user, and the headers of a request."""
     parts = urlsplit(url)
@@ -170,9 +188,7 @@ async def _body(url: str, reply: "httpx.Response") -> bytes:
     Raises:
         ViewError: it is too large, packed or unpacked, or damaged.
     """
-    packing = reply.headers.get("content-encoding", "identity").strip().lower()
-    if packing not in {"identity", "gzip"}:
-        raise ViewError(f"{url} answers in {packing[:40]!r}, which was not asked for; is that the server's port?")
+    packing = _check_packing(url, reply.headers, "identity", "gzip")
     parts: list[bytes] = []
     size = 0
     async for part in _unpacked(url, reply.aiter_raw(), packing == "gzip"):

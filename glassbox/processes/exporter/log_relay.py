@@ -13,7 +13,7 @@ import threading
 from typing import Any, Final
 
 from glassbox.core.affinity import leave_workers_cores
-from glassbox.core.logs import get_logger, plain_handler
+from glassbox.core.logs import get_logger, on_one_line, plain_handler
 
 PROCESS_NAME: Final = "glassbox-exporter"
 # A record must be one message of the socket.
@@ -43,6 +43,7 @@ class _Sender(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            record = on_one_line(record)
             told: dict[str, Any] = {name: getattr(record, name) for name in _TOLD}
             told |= {"message": record.getMessage()[:_MAX_CHARS], "process": record.process, "exc_text": None}
             if record.exc_info:

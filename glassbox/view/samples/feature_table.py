@@ -28,7 +28,7 @@ from glassbox.signals.features import Feature, features, parse_feature
 from glassbox.store.trace_record import RequestTrace
 from glassbox.view.input_file import open_file
 from glassbox.view.measured import ViewError
-from glassbox.view.samples.samples_file import Sample
+from glassbox.view.samples.samples_file import MAX_SAMPLES, Sample
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 MAX_BYTES: Final = 8 << 30
 # Of numbers in memory: 2 GB.
 MAX_CELLS: Final = 1 << 29
+# A few kilobytes can hold any number of equal rows and texts: what they unpack to is bounded, too.
+MAX_UNPACKED_BYTES: Final = 8 << 30
+MAX_TEXT_BYTES: Final = 1 << 28
+_TEXTS: Final = ("id", "group", "problem")
+_LENGTHS: Final = ("prompt_tokens", "answer_tokens")
 _KEY: Final = b"glassbox"
 _FORMAT: Final = "glassbox-features"
 _VERSION: Final = 1
@@ -202,17 +207,75 @@ def read_table(path: Path) -> FeatureTable:
     with open_file(path, MAX_BYTES, _REMEDY) as file:
         try:
             parquet = pq.ParquetFile(file)
-            rows, names = parquet.metadata.num_rows, parquet.schema_arrow.names
+            names = parquet.schema_arrow.names
             columns = _features(path, names)
-            if rows * max(len(columns), 1) > MAX_CELLS:
-                raise ViewError(f"{path} must have at most {MAX_CELLS:,} numbers, got {rows} rows of {len(columns)}")
-            table = parquet.read([*(name for name in _own(pa) if name in names), *columns])
+            wanted = [*(name for name in ("label", *_TEXTS, *_LENGTHS) if name in names), *columns]
+            _check_types(path, parquet.schema_arrow, columns)
+            _check_size(path, parquet.metadata, wanted, len(columns))
+            # Texts that are the same are there once, as in the file.
+            texts = [name for name in _TEXTS if name in names and not _is_number(parquet.schema_arrow.field(name).type)]
+            table = pq.ParquetFile(file, metadata=parquet.metadata, read_dictionary=texts).read(wanted)
+            _check_texts(path, table)
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, ViewError):
                 raise
             detail = printable(" ".join(str(error).split())[:200])
             raise ViewError(f"{path} must be a Parquet file ({detail}); {_REMEDY}") from None
     return _read(path, table, columns)
+
+
+def _check_types(path: Path, schema: "pa.Schema", columns: Mapping[str, Feature]) -> None:
+    import pyarrow as pa
+
+    for name in columns:
+        if not _is_number(schema.field(name).type):
+            raise ViewError(f"{path}: the column {name} must have numbers, got {schema.field(name).type}; {_REMEDY}")
+    for name in ("label", *_TEXTS, *_LENGTHS):
+        if name not in schema.names:
+            continue
+        kind = schema.field(name).type
+        value = kind.value_type if pa.types.is_dictionary(kind) else kind
+        is_text = name in _TEXTS and (pa.types.is_string(value) or pa.types.is_large_string(value))
+        is_flag = name == "label" and pa.types.is_boolean(kind)
+        if not (is_text or is_flag or _is_number(kind) or pa.types.is_null(kind)):
+            rule = "true and false (1 and 0)" if name == "label" else "texts" if name in _TEXTS else "numbers"
+            raise ViewError(f"{path}: the column {name} must have {rule}, got {str(kind)[:80]}; {_REMEDY}")
+
+
+def _is_number(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def _check_size(path: Path, metadata: Any, wanted: Sequence[str], num_features: int) -> None:
+    """See what reading would take, before it is done."""
+    rows = metadata.num_rows
+    if rows > MAX_SAMPLES:
+        raise ViewError(f"{path} must have at most {MAX_SAMPLES:,} samples, got {rows:,}; divide it")
+    if rows * max(num_features, 1) > MAX_CELLS:
+        raise ViewError(f"{path} must have at most {MAX_CELLS:,} numbers, got {rows} rows of {num_features}")
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    parts = [group.column(i) for group in groups for i in range(group.num_columns)]
+    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema in wanted)
+    if size > MAX_UNPACKED_BYTES:
+        raise ViewError(f"{path} must unpack to at most {MAX_UNPACKED_BYTES >> 30} GB, got {size >> 30}; divide it")
+
+
+def _check_texts(path: Path, table: "pa.Table") -> None:
+    """See that a column's texts can be had one by one."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name in _TEXTS:
+        size = 0
+        for chunk in table[name].chunks if name in table.column_names else ():
+            if pa.types.is_dictionary(chunk.type):
+                size += pc.sum(pc.take(pc.binary_length(chunk.dictionary), chunk.indices)).as_py() or 0
+        if size > MAX_TEXT_BYTES:
+            raise ViewError(
+                f"{path}: the texts of {name} must take at most {MAX_TEXT_BYTES >> 20} MB, got {size >> 20}"
+            )
 
 
 def _features(path: Path, names: Sequence[str]) -> dict[str, Feature]:
@@ -235,9 +298,6 @@ def _read(path: Path, table: "pa.Table", columns: Mapping[str, Feature]) -> Feat
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    for name in columns:
-        if not (pa.types.is_floating(table[name].type) or pa.types.is_integer(table[name].type)):
-            raise ViewError(f"{path}: the column {name} must have numbers, got {table[name].type}; {_REMEDY}")
     labels = _labels(path, table["label"])
     without = np.zeros(len(table), dtype=bool)
     if "problem" in table.column_names:
@@ -252,7 +312,7 @@ def _read(path: Path, table: "pa.Table", columns: Mapping[str, Feature]) -> Feat
         given = table["group"].cast(pa.string()).to_pylist()
         groups = tuple(f"\0{i}" if group is None else group for i, group in enumerate(given))
     lengths = np.zeros((len(table), 2), dtype=np.int64)
-    for i, name in enumerate(("prompt_tokens", "answer_tokens")):
+    for i, name in enumerate(_LENGTHS):
         if name in table.column_names:
             lengths[:, i] = table[name].cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
     ids = table["id"].cast(pa.string()).to_pylist() if "id" in table.column_names else range(len(table))

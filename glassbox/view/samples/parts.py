@@ -9,20 +9,25 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from glassbox.core.files import open_regular, write_atomically
 from glassbox.core.json_fields import FieldError, parse_json
 from glassbox.view.measured import ViewError
 from glassbox.view.samples.feature_table import SampleRow, TableOrigin, to_arrow
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _SETTINGS: Final = "settings.json"
 _LOCK: Final = "lock"
 _PREFIX, _SUFFIX = "part-", ".parquet"
 _MAX_SETTINGS: Final = 1 << 20
+_MAX_PART: Final = 8 << 30
 
 
 class Parts:
@@ -66,7 +71,7 @@ class Parts:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        parts = [pq.read_table(path) for path in self._paths()]
+        parts = [_read(path) for path in self._paths()]
         table = pa.concat_tables(parts, promote_options="default").sort_by("sample")
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
@@ -87,12 +92,13 @@ def open_parts(output: Path, settings: Mapping[str, Any], origin: TableOrigin, *
         restart: remove what an earlier run has left.
 
     Raises:
-        ViewError: another run works there, or the earlier one had other settings.
+        ViewError: another run works there, or the earlier one had other settings, or was another user's.
         OSError: the folder can't be made or read.
     """
     folder = output.with_name(output.name + ".parts")
-    folder.mkdir(exist_ok=True)
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    folder.mkdir(mode=0o755, exist_ok=True)
+    _check_folder(folder)
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,6 +113,15 @@ def open_parts(output: Path, settings: Mapping[str, Any], origin: TableOrigin, *
         yield parts
     finally:
         os.close(lock)
+
+
+def _check_folder(folder: Path) -> None:
+    """What lies there becomes the table: in /tmp anybody could have made the folder first."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
+        raise ViewError(
+            f"{folder} must be a folder of this user that not everybody may write to; name another --output"
+        )
 
 
 def _check_settings(parts: Parts, settings: Mapping[str, Any], output: Path) -> None:
@@ -128,11 +143,22 @@ def _check_settings(parts: Parts, settings: Mapping[str, Any], output: Path) -> 
         )
 
 
-def _samples(path: Path) -> set[int]:
-    import pyarrow as pa
+def _read(path: Path, columns: list[str] | None = None) -> "pa.Table":
+    """A part.
+
+    Raises:
+        OSError: it can't be read, or is no file.
+    """
     import pyarrow.parquet as pq
 
+    with open_regular(path, _MAX_PART) as file:
+        return pq.read_table(file, columns=columns)
+
+
+def _samples(path: Path) -> set[int]:
+    import pyarrow as pa
+
     try:
-        return set(pq.read_table(path, columns=["sample"])["sample"].to_pylist())
+        return set(_read(path, ["sample"])["sample"].to_pylist())
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ViewError(f"{path} can't be read ({str(error)[:200]}); begin anew with --restart") from None

@@ -5,7 +5,6 @@ VLLM_PLUGINS=glassbox. The server has the tokenizer, so spans are given by messa
 """
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from glassbox.core.json_fields import parse_json
 from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.core.trace_arrays import TRACE_ARRAYS
 from glassbox.core.trace_options import PROMPT_KEY, MessageSpan, Span, traced_with
 from glassbox.export.answer_summary import REQUESTS_PATH, trace_path
 from glassbox.signals.features import ANSWER
 from glassbox.store.trace_record import RequestTrace, decode_trace
-from glassbox.view.asking import MAX_TRACE_BYTES, Access, content_of, without_user
+from glassbox.view.asking import MAX_TRACE_BYTES, UNPACKED, Access, check_unpacked, content_of, without_user
 from glassbox.view.measured import ViewError
 from glassbox.view.samples.feature_table import SampleRow
 from glassbox.view.samples.samples_file import Sample
@@ -72,7 +72,10 @@ class RemoteModel:
 
         limits = httpx.Limits(max_connections=len(samples))
         async with httpx.AsyncClient(
-            base_url=self.url.rstrip("/"), headers=self.access.headers, timeout=self.timeout_s, limits=limits
+            base_url=self.url.rstrip("/"),
+            headers={**UNPACKED, **self.access.headers},
+            timeout=self.timeout_s,
+            limits=limits,
         ) as client:
             return list(await asyncio.gather(*(self._row(client, sample) for sample in samples)))
 
@@ -185,8 +188,17 @@ class RemoteModel:
         import httpx
 
         try:
-            async with client.stream(method, path, json=body, params=parameters) as reply:
+            # httpx's bound is of each piece.
+            async with (
+                asyncio.timeout(self.timeout_s),
+                client.stream(method, path, json=body, params=parameters) as reply,
+            ):
+                check_unpacked(self._shown, reply.headers)
                 content = await content_of(reply, MAX_TRACE_BYTES)
+        except TimeoutError:
+            raise ViewError(
+                f"{self._shown}{path} had not answered after {self.timeout_s:g} s; is it overloaded?"
+            ) from None
         except (httpx.HTTPError, OSError) as error:
             what = str(error) or type(error).__name__
             raise ViewError(f"{self._shown} can't be asked ({what[:_SHOWN]}); is the server there?") from None
@@ -212,7 +224,7 @@ class RemoteModel:
 
 
 def _plain(content: bytes) -> Any:
-    value = json.loads(content)
+    value = parse_json(content)
     if not isinstance(value, dict):
         raise ValueError("must be a mapping")
     return value

@@ -51,6 +51,19 @@ class TestFormat:
         )
         assert (out, err) == ("VLLM WARNING [<string>] once\n", "")
 
+    @pytest.mark.parametrize("beside", ["", VLLM_LOGGING])
+    def test_what_clients_choose(self, beside: str) -> None:
+        """Ids and names end no line and give a terminal no orders, wherever they stand; what else is said stays."""
+        out, err = run(
+            beside
+            + textwrap.dedent(r"""
+            from glassbox.core.logs import get_logger
+            get_logger("glassbox.step").warning("Rule r: request %s has ü", "cmpl-1\nERROR forged\x1b[2J\u202e")
+            """)
+        )
+        assert (out + err).endswith("Rule r: request cmpl-1\\nERROR forged\\x1b[2J\\u202e has ü\n")
+        assert 1 == len((out + err).splitlines())
+
     def test_vllm_configured_later(self) -> None:
         """vLLM may configure its logging after glassbox has its loggers."""
         out, err = run(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,50 @@ class TestTable:
                 read_table(tmp_path / "b.parquet")
 
 
+class TestBombs:
+    """Files of some kilobytes, of which a reader would make gigabytes."""
+
+    @pytest.mark.parametrize("name", ["id", "group", "problem"])
+    def test_a_text_again_and_again(self, name: str, tmp_path: Path) -> None:
+        """A megabyte a hundred thousand times."""
+        count = 100_000
+        texts = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array(["x" * (1 << 20)]))
+        self.write(tmp_path, count, **{name: texts})
+        with pytest.raises(ViewError, match=f"the texts of {name} must take at most 256 MB, got 1000"):
+            read_table(tmp_path / "a.parquet")
+
+    def test_texts_for_numbers(self, tmp_path: Path) -> None:
+        """They are not unpacked to see that they are none."""
+        count = 100_000
+        texts = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array(["x" * (1 << 20)]))
+        for name in ("label", TELLING, "prompt_tokens"):
+            self.write(tmp_path, count, **{name: texts})
+            with pytest.raises(ViewError, match=f"the column {name} must have (numbers|true and false)"):
+                read_table(tmp_path / "a.parquet")
+
+    def test_rows_without_end(self, tmp_path: Path) -> None:
+        """More of them than a file of samples may have."""
+        self.write(tmp_path, 1_000_001)
+        assert (tmp_path / "a.parquet").stat().st_size < 100_000
+        with pytest.raises(ViewError, match="must have at most 1,000,000 samples, got 1,000,001"):
+            read_table(tmp_path / "a.parquet")
+
+    def test_what_pages_unpack_to(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As the file declares."""
+        monkeypatch.setattr("glassbox.view.samples.feature_table.MAX_UNPACKED_BYTES", 1 << 16)
+        self.write(tmp_path, 4, id=pa.array(["x" * 40_000] * 3 + ["y" * 40_000]))
+        with pytest.raises(ViewError, match="must unpack to at most"):
+            read_table(tmp_path / "a.parquet")
+
+    def write(self, folder: Path, count: int, **columns: Any) -> None:
+        whole = {
+            "label": pa.array(np.arange(count) % 2 == 0),
+            TELLING: pa.array(np.zeros(count, np.float32)),
+            **columns,
+        }
+        pq.write_table(pa.table(whole), folder / "a.parquet", store_schema=False)
+
+
 SETTINGS = {"model": "m", "data": "1234", "max_tokens": 8}
 
 
@@ -189,3 +234,26 @@ class TestParts:
             path.write_bytes(b"PAR1")
             with pytest.raises(ViewError, match=r"part-000000000.parquet can't be read .* begin anew with --restart"):
                 Parts(parts.folder, ORIGIN)
+
+    def test_what_others_have_put_there(self, tmp_path: Path) -> None:
+        """A pipe is not waited for; a folder that anybody may write to, or a link to one, is not used, nor is a link
+        for the lock followed."""
+        with self.open(tmp_path) as parts:
+            parts.add(make_rows(2))
+        os.mkfifo(parts.folder / "part-000000007.parquet")
+        with pytest.raises(ViewError, match=r"part-000000007\.parquet can't be read"), self.open(tmp_path):
+            pass
+        (parts.folder / "part-000000007.parquet").unlink()
+        parts.folder.chmod(0o777)
+        with pytest.raises(ViewError, match="must be a folder of this user"), self.open(tmp_path):
+            pass
+        parts.folder.chmod(0o755)
+        (parts.folder / "lock").unlink()
+        (parts.folder / "lock").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(OSError, match="Too many levels"), self.open(tmp_path):
+            pass
+        assert not (tmp_path / "elsewhere").exists()
+        parts.folder.rename(tmp_path / "moved")
+        parts.folder.symlink_to(tmp_path / "moved")
+        with pytest.raises(ViewError, match="must be a folder of this user"), self.open(tmp_path):
+            pass
