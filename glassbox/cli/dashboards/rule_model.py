@@ -51,6 +51,7 @@ class RuleSettings:
         min_expected_samples: sampled steps that were to be expected in it, else its silence says nothing.
         stale_intervals, stale_s: a snapshot or a sink's last success is old after so many intervals of the exports and
             so many seconds more: an idle worker writes every 15 seconds, a busy machine may be late.
+        missed: for so long scrapes may be missed without an alert about silence beginning to wait anew.
         hold: the `for` of each alert, by its name without the prefix.
     """
 
@@ -81,6 +82,7 @@ class RuleSettings:
     min_expected_samples: int = 20
     stale_intervals: int = 3
     stale_s: float = 60.0
+    missed: str = "5m"
     hold: dict[str, str] = field(
         default_factory=lambda: {
             "OutputWrong": "1m",

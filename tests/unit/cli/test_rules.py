@@ -220,6 +220,20 @@ class TestFires:
         """After an hour of it."""
         promtool_test(tmp_path, engine_series(fault(**changes)), {HEALTHY_MIN: [], END_MIN: expected})
 
+    def test_silence_is_told_although_scrapes_are_missed(self, tmp_path: Path) -> None:
+        """As on a machine that has too much to do: every other scrape fails, which ends the series each time."""
+        server = 'job="vllm", instance="a:8000"'
+        engine = f'{server}, model_name="tiny/model", engine="0", rank="0", host="gpu-0", layers="0-1"'
+        values = {
+            f"glassbox_snapshot_age_seconds{{{engine}}}": 80,
+            f"glassbox_export_interval_seconds{{{server}}}": 5,
+            f"glassbox_exporter_up{{{server}}}": 0,
+        }
+        series = [{"series": name, "values": " ".join([f"{value} stale"] * 10)} for name, value in values.items()]
+        promtool_test(
+            tmp_path, series, {1: [], 10: ["SnapshotStale", "ExporterDown"], 11: ["SnapshotStale", "ExporterDown"]}
+        )
+
     def test_first_error_fires_though_it_brings_the_series(self, tmp_path: Path) -> None:
         """One error of a stage that had none: the series begins with 1 and never increases."""
         error = (
