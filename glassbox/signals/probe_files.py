@@ -5,6 +5,8 @@ force and is told once. What a probe's file says is `probe.py`'s.
 """
 
 import contextlib
+import os
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +24,22 @@ def load_probe(named: ProbeConfig) -> Probe:
     """The probe that an entry of the configuration names, with the threshold that it gives.
 
     Raises:
-        ProbeError: as `read_probe`.
+        ProbeError: as `read_probe`, or everybody may write to it.
     """
+    _refuse_everybodys(named.expanded_path)
     probe = read_probe(named.expanded_path)
     return probe if named.threshold is None else replace(probe, threshold=named.threshold)
+
+
+def _refuse_everybodys(path: Path) -> None:
+    """Rules end requests by a probe's score. Whose the file is was the operator's to look at, as with the YAML that
+    names it."""
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return  # for its reader to tell
+    if mode & stat.S_IWOTH:
+        raise ProbeError(path, f"must not be writable by everybody, got mode {mode:04o}; use chmod o-w")
 
 
 def require_probes(path: Path, config: GlassboxConfig, before: GlassboxConfig | None) -> None:

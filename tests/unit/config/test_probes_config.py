@@ -1,5 +1,6 @@
 """Probes in the YAML: valid means usable, at the start, at an edit and in `glassbox check`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,42 @@ class TestUsable:
         said = problem(file, [{"file": f"{tmp_path}/p.json"}])
         assert said.startswith("probes.0.file must be a probe's file, got ")
         assert said.endswith("; name one that glassbox train wrote, or use probes: []")
+
+    def test_a_file_that_everybody_may_write_to(self, file: Path, tmp_path: Path) -> None:
+        """Another user of the host would decide whose requests are ended."""
+        path = probe_samples.write(tmp_path)
+        path.chmod(0o666)
+        assert "must not be writable by everybody, got mode 0666; use chmod o-w" in problem(file, [{"file": str(path)}])
+        path.chmod(0o664)
+        load_usable(file, also=require_probes)
+
+    @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "endless", "numbers", "nested"])
+    def test_a_file_that_is_a_trap(self, kind: str, file: Path, tmp_path: Path) -> None:
+        """Nothing is waited for, and no more is read or believed than a probe can have."""
+        path = tmp_path / "p.json"
+        text = probe_samples.write(tmp_path).read_text()
+        match kind:
+            case "pipe":
+                os.mkfifo(path)
+            case "device":
+                path.symlink_to("/dev/full")
+            case "folder":
+                path.mkdir()
+            case "endless":
+                path.write_bytes(b" " * (5 << 20))
+            case "numbers":
+                path.write_text(text.replace('"intercept": 0.2', '"intercept": NaN'))
+            case "nested":
+                path.write_text("[" * 200_000)
+        said = {
+            "pipe": "a pipe or a device",
+            "device": "writable by everybody",
+            "folder": "Is a directory",
+            "endless": "is larger than 4 MB",
+            "numbers": "intercept must be a number from",
+            "nested": "nested too deeply",
+        }
+        assert said[kind] in problem(file, [{"file": str(path)}])
 
     def test_two_of_a_name(self, file: Path, tmp_path: Path) -> None:
         """Their scores could not be told apart."""

@@ -31,6 +31,8 @@ from glassbox.processes.worker.traces.active import Chunk
 from glassbox.processes.worker.traces.tracker import RequestTracker
 from glassbox.processes.worker.traces.writer import TraceWriter
 from glassbox.store import trace_directory
+from glassbox.store.acts import Act, Acts
+from glassbox.store.score_files import ScoreFiles, StoredScores
 from glassbox.store.snapshot import write_snapshot
 from glassbox.store.tokenizer_note import write_source
 from glassbox.store.trace_directory import TraceDirectory, traces_path
@@ -116,7 +118,7 @@ class Server:
         body = await request.json()
 
         def process_inputs(_: Any, request_id: str, prompt: Any, params: Any) -> Any:
-            return SimpleNamespace(sampling_params=SimpleNamespace(extra_args=params.extra_args))
+            return SimpleNamespace(sampling_params=SimpleNamespace(extra_args=params.extra_args, n=1))
 
         processor = SimpleNamespace(vllm_config=None)
         params = SimpleNamespace(extra_args=body["vllm_xargs"])
@@ -262,6 +264,21 @@ class TestWhoGetsWhat:
         metrics = server.own_port.get("/metrics", headers={"Accept": "application/openmetrics-text"})
         assert metrics.status_code == 200
         assert not [one for one in ids.values() if one in metrics.text]
+
+    def test_scores_and_acts(self, door: Any) -> None:
+        """What probes say of a request, and rules did about it, is its client's, whoever lists or guesses."""
+        server, who, ids = door
+        found = {one.request_id.removesuffix("-0"): one for one in TraceDirectory(server.run_dir).summaries()}
+        key = found[ids["alice"]].key
+        probe = {"score": 0.75, "label": "lost", "threshold": 0.5, "above": True, "missing": 0}
+        ScoreFiles(server.run_dir).write(key, StoredScores({"probes": {"told": probe}, "signals": {}}))
+        Acts(server.run_dir).note(key, [Act("told", "tag", "done", 0.75, 1.0)])
+        own = server.get(ids["alice"], who["alice"]).json()["scores"]
+        assert (0.75, "told") == (own["probes"]["told"]["score"], own["actions"][0]["rule"])
+        assert ["told"] == server.port.get(LIST, headers=who["alice"]).json()["requests"][0]["flagged"]
+        for path in (LIST, f"{LIST}/{ids['alice']}", f"{LIST}/{ids['bob']}", f"{LIST}/{ids['alice']}?format=html"):
+            for name in ("bob", "nobody"):
+                assert "told" not in server.port.get(path, headers=who[name]).text, (path, name)
 
     def test_without_isolation(self, door: Any) -> None:
         """Everybody sees everything, as an operator has said, once the file is edited."""
