@@ -1,4 +1,4 @@
-"""CPU affinity of what runs beside a worker.
+"""CPU affinity and priority of what runs beside a worker.
 
 vLLM binds a CPU worker to the cores it computes on (OpenMP's affinity, numactl), and whatever the worker starts is
 bound with it: an exporter there would take time from the computation, and get next to none itself.
@@ -6,6 +6,10 @@ bound with it: an exporter there would take time from the computation, and get n
 
 import contextlib
 import os
+import threading
+from typing import Final
+
+_LAST: Final = 19
 
 
 def leave_workers_cores(task: int) -> None:
@@ -18,3 +22,11 @@ def leave_workers_cores(task: int) -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         os.sched_setaffinity(task, os.sched_getaffinity(os.getppid()))
+
+
+def come_last() -> None:
+    """Give the calling thread, and the threads that it will start, the lowest priority: it takes next to nothing from
+    whoever computes on the same core. There is no way back. Does nothing where threads have no priority of their own.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LAST)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from glassbox.core.affinity import come_last
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.signal_table import signal_row
 from glassbox.export.trace_document import plain
@@ -114,6 +115,9 @@ class Scorer:
         try:
             try:
                 for summary in _in_turn(due):
+                    if _is_dear(summary):
+                        # What clients may ask for takes up to a minute of a core, of which a CPU server has no spare.
+                        come_last()
                     if self._closing or (had and time.monotonic() > end_s):
                         break
                     if (trace := self._directory.load(summary)) is not None:
@@ -178,11 +182,15 @@ def _in_turn(due: Sequence[TraceSummary]) -> list[TraceSummary]:
     turns: Counter[str | None] = Counter()
     places = []
     for summary in due:
-        dear = any(signal_row(name).cost == "on demand" for name in summary.signals)
+        dear = _is_dear(summary)
         places.append((dear, turns[summary.client] if dear else 0))
         turns[summary.client] += dear
     order = sorted(range(len(due)), key=lambda number: places[number])
     return [due[number] for number in order]
+
+
+def _is_dear(summary: TraceSummary) -> bool:
+    return any(signal_row(name).cost == "on demand" for name in summary.signals)
 
 
 def _places(scores: Scores) -> dict[str, dict[str, list[object]]]:
