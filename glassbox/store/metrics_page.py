@@ -129,8 +129,10 @@ class MetricsPage:
             names: of samples whose families are shown; none is all of them.
         """
         found: list[Range] = []
+        # A URL has room for thousands of names: of two sets the smaller one is gone through.
+        wanted = frozenset(names)
         for of_family, blocks in self._families:
-            if names and of_family.isdisjoint(names):
+            if wanted and of_family.isdisjoint(wanted):
                 continue
             fitting = [block for block in blocks if block.format in (None, format)]
             shown = [block for block in fitting if block.engine is None or engines is None or block.engine in engines]
