@@ -29,6 +29,7 @@ from glassbox.web.live_snapshot import snapshot_answer
 from glassbox.web.request_routes import request_routes
 from glassbox.web.selection import parse_snapshot
 from glassbox.web.stream import Feed, stream_answer
+from glassbox.web.threads import Threads
 from glassbox.web.viewers import Viewers, operators
 
 PAGE_PATH: Final = "/glassbox/"
@@ -56,13 +57,14 @@ def make_routes(
         shows_text: whether traces may show what was said, if `requests.include_text` says so.
     """
     shown = Feed(source) if feed is None else feed
+    threads = Threads()
 
     async def page(request: Request) -> Response:
         return asset_answer(request.path_params.get("path", INDEX), request)
 
     async def snapshot(request: Request) -> Response:
         selection = parse_snapshot(request.query_params)
-        return json_answer(await run_in_threadpool(snapshot_answer, source, selection))
+        return await threads.answer(request, lambda: json_answer(snapshot_answer(source, selection)))
 
     async def stream(request: Request) -> Response:
         return await stream_answer(shown, request)
@@ -79,7 +81,7 @@ def make_routes(
         Route(PAGE_PATH.rstrip("/"), _redirect("glassbox/")),
         route(PAGE_PATH, page),
         route(f"{PAGE_PATH}page/{{path:path}}", page),
-        route(SNAPSHOT_PATH, snapshot),
+        route(SNAPSHOT_PATH, snapshot, compressed=False),  # it is already
         route(STREAM_PATH, stream, compressed=False),
         *request_routes(source.run_dir, requests_config, source.count_error, viewers),
     ]

@@ -10,9 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -28,6 +25,7 @@ from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace, encode_trace
 from glassbox.web.answers import RequestError, guarded, json_answer
 from glassbox.web.request_page import page
+from glassbox.web.threads import Threads
 from glassbox.web.viewers import Viewer, Viewers, clients
 
 LIST_PATH: Final = REQUESTS_PATH
@@ -62,24 +60,20 @@ def request_routes(
     """
     traces = _Traces(run_dir, config)
     viewer = clients(run_dir, config) if viewers is None else viewers
+    threads = Threads()
 
     async def listed(request: Request) -> Response:
-        def answer() -> Response:
-            return json_answer(traces.listed(viewer(request), request.query_params))
-
-        return await run_in_threadpool(answer)
+        return await threads.answer(request, lambda: json_answer(traces.listed(viewer(request), request.query_params)))
 
     async def one(request: Request) -> Response:
-        def answer() -> Response:
-            return traces.one(viewer(request), request.path_params["request_id"], request.query_params)
+        return await threads.answer(
+            request, lambda: traces.one(viewer(request), request.path_params["request_id"], request.query_params)
+        )
 
-        return await run_in_threadpool(answer)
-
-    compressed = Middleware(GZipMiddleware, minimum_size=1024, compresslevel=4)
     return [
-        Route(LIST_PATH, guarded(listed, count_error), middleware=[compressed]),
+        Route(LIST_PATH, guarded(listed, count_error)),
         # An id is a client's to choose, and may hold slashes.
-        Route(f"{LIST_PATH}/{{request_id:path}}", guarded(one, count_error), middleware=[compressed]),
+        Route(f"{LIST_PATH}/{{request_id:path}}", guarded(one, count_error)),
     ]
 
 
@@ -154,7 +148,7 @@ def _arrays(trace: RequestTrace, chosen: Selection, *, shows_text: bool, shows_v
             f"the answer must have at most {MAX_ARRAY_BYTES >> 20} MB, got {part.nbytes >> 20}; choose fewer layers "
             "and heads, or tokens=start:end"
         )
-    # Packing megabytes of floats would hold up the event loop, and make them little smaller.
+    # Packing megabytes of floats takes its time, and makes them little smaller.
     headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Content-Encoding": "identity"}
     return Response(encode_trace(part), headers=headers, media_type="application/octet-stream")
 

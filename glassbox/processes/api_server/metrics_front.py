@@ -9,16 +9,15 @@ import gzip
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from urllib.parse import parse_qs
-
-import anyio
 
 from glassbox.core.logs import get_logger
 from glassbox.export.page import EOF_LINE
 from glassbox.processes.api_server.served_page import ServedPage
 from glassbox.processes.api_server.shown_metrics import HANDED_OUT
 from glassbox.store.metrics_page import Format, MetricsPage
+from glassbox.web.threads import Threads
 
 logger = get_logger(__name__)
 
@@ -27,12 +26,9 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-_Result = TypeVar("_Result")
 
 _PATH: Final = "/metrics"
 _PIECE_BYTES: Final = 1 << 17
-# Of this module alone: a run directory that hangs must not take the threads that vLLM's own routes wait for.
-_MAX_THREADS: Final = 4
 _OWN_FAMILY: Final = b"# TYPE glassbox_"
 _GZIP: Final = 16 + zlib.MAX_WBITS
 
@@ -48,7 +44,7 @@ class MetricsFront:
 
     def __init__(self, app: App, page: ServedPage, engines: Callable[[], frozenset[str] | None] = lambda: None) -> None:
         self._app, self._page, self._engines = app, page, engines
-        self._threads: anyio.CapacityLimiter | None = None
+        self._threads = Threads()
         self._failed = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,9 +74,9 @@ class MetricsFront:
 
     async def _pages(self) -> list[MetricsPage]:
         try:
-            found = [await self._in_thread(self._page.current)]
+            found = [await self._threads.run(self._page.current)]
             if found[0] is not None:
-                found.append(await self._in_thread(self._page.fresh))
+                found.append(await self._threads.run(self._page.fresh))
             self._failed = False
             return [page for page in found if page is not None]
         except Exception as error:
@@ -89,15 +85,10 @@ class MetricsFront:
             self._failed = True
             return []
 
-    async def _in_thread(self, call: Callable[[], _Result]) -> _Result:
-        if self._threads is None:  # bound to the loop of the server
-            self._threads = anyio.CapacityLimiter(_MAX_THREADS)
-        return await anyio.to_thread.run_sync(call, limiter=self._threads)
-
     async def _send_both(self, scope: Scope, theirs: "_Answer", pages: list[MetricsPage], send: Send) -> None:
         body, compressed = theirs.body, theirs.header(b"content-encoding") == b"gzip"
         if compressed:
-            body = await self._in_thread(partial(gzip.decompress, theirs.body))
+            body = await self._threads.run(partial(gzip.decompress, theirs.body))
         format = theirs.format
         assert format is not None
         names = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("name[]", [])
@@ -115,9 +106,9 @@ class MetricsFront:
         await send({**theirs.start, "headers": headers})
         packer = zlib.compressobj(6, zlib.DEFLATED, _GZIP) if compressed else None
         async for piece in self._pieces(body, own, end):
-            packed = piece if packer is None else await self._in_thread(partial(packer.compress, piece))
+            packed = piece if packer is None else await self._threads.run(partial(packer.compress, piece))
             await send({"type": "http.response.body", "body": packed, "more_body": True})
-        last = b"" if packer is None else await self._in_thread(packer.flush)
+        last = b"" if packer is None else await self._threads.run(packer.flush)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _pieces(self, body: bytes, own: list[tuple[MetricsPage, int, int]], end: bytes) -> AsyncIterator[bytes]:
@@ -125,7 +116,7 @@ class MetricsFront:
         for page, start, length in own:
             at, stop = start, start + length
             while at < stop:
-                piece = await self._in_thread(partial(page.read, at, min(_PIECE_BYTES, stop - at)))
+                piece = await self._threads.run(partial(page.read, at, min(_PIECE_BYTES, stop - at)))
                 if not piece:
                     raise RuntimeError("the page of metrics has become shorter while it was read")
                 at += len(piece)
