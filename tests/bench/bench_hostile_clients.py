@@ -154,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         probes = [{"file": str(probe_samples.write(Path(folder)))}]
         configs = {name: {**one, "probes": probes} for name, one in configs.items()}
-        with GlassboxServer(demo_model(), Path(folder), config=configs["opt_in: true"]) as server:
+        begin = configs["opt_in: true"]
+        with GlassboxServer(demo_model(), Path(folder), config=begin, start_timeout_s=900.0) as server:
             rows = [measure(server, name, one, options.seconds, options.rounds) for name, one in configs.items()]
     for row in rows:
         print(row)

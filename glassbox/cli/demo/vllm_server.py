@@ -66,7 +66,7 @@ class VllmServer:
         env: Mapping[str, str | None] | None = None,
         log_path: Path,
         port: int | None = None,
-        start_timeout_s: float = 300.0,
+        start_timeout_s: float = 900.0,
         on_wait: Callable[[], None] = lambda: None,
         cwd: Path | None = None,
         prefix: Sequence[str] = (),
