@@ -128,8 +128,10 @@ class WebhookSender:
 
     async def _send_all(self) -> None:
         self._loop = asyncio.get_running_loop()
-        # No redirects: the operator has named who gets events. The bounds are of an attempt as a whole.
-        async with httpx.AsyncClient(timeout=None, follow_redirects=False) as client:
+        # No redirects: the operator has named who gets events. Nor is a proxy told what is for this host alone, and in
+        # the clear. The bounds are of an attempt as a whole.
+        by_proxy = not self._url.startswith("http:")
+        async with httpx.AsyncClient(timeout=None, follow_redirects=False, trust_env=by_proxy) as client:
             while True:
                 try:
                     event = self._waiting.popleft()

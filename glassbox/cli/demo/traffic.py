@@ -123,7 +123,7 @@ def send_traffic(
     """
     answers = []
     width = max((len(batch) for batch in batches), default=1)
-    with httpx.Client(base_url=url, timeout=_TIMEOUT_S) as client, ThreadPoolExecutor(width) as pool:
+    with httpx.Client(base_url=url, timeout=_TIMEOUT_S, trust_env=False) as client, ThreadPoolExecutor(width) as pool:
         for batch in batches:
             for answer in pool.map(lambda request: _send(client, model, request), batch):
                 answers.append(answer)

@@ -176,7 +176,11 @@ class VllmServer:
         Raises:
             httpx.HTTPError: the server didn't answer, or not with success.
         """
-        return httpx.get(f"{self.url}/metrics", timeout=30.0, follow_redirects=True).raise_for_status().text
+        return (
+            httpx.get(f"{self.url}/metrics", timeout=30.0, follow_redirects=True, trust_env=False)
+            .raise_for_status()
+            .text
+        )
 
     def metrics(self) -> list[Metric]:
         """`/metrics` as metric families (errors as in `metrics_text`)."""
@@ -198,7 +202,7 @@ class VllmServer:
 
     def _wait_healthy(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
-        with httpx.Client(timeout=5.0) as client:
+        with httpx.Client(timeout=5.0, trust_env=False) as client:  # a proxy knows nothing of this host
             while time.monotonic() < deadline:
                 if not self.running:
                     code = self._process.returncode if self._process else None
