@@ -70,21 +70,6 @@ def make_sender(secret_file: Path) -> Iterator[Callable[..., WebhookSender]]:
         sender.close()
 
 
-class TestThisHost:
-    def test_no_proxy_is_asked(
-        self, outcomes: Outcomes, make_sender: Callable[..., WebhookSender], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """What may go unencrypted because it stays on this host does stay there."""
-        with WebhookReceiver() as proxy, WebhookReceiver() as receiver:
-            for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-                monkeypatch.setenv(name, proxy.url.removesuffix("/hook"))
-            for name in ("NO_PROXY", "no_proxy"):
-                monkeypatch.delenv(name, raising=False)
-            make_sender(receiver.url).offer(outcomes.event(1))
-            assert [("msg_1", "done", "")] == outcomes.wait(1)
-        assert (0, 1) == (len(proxy.received), len(receiver.received))
-
-
 @pytest.fixture
 def dead_address() -> Iterator[str]:
     """One that takes connections and never says anything."""
@@ -208,3 +193,18 @@ class TestBurden:
             assert not sender.offer(outcomes.event(99))
         assert [("done", "")] * 20 == [told[1:] for told in outcomes.told]
         assert 20 == len(receiver.received)
+
+
+class TestThisHost:
+    def test_no_proxy_is_asked(
+        self, outcomes: Outcomes, make_sender: Callable[..., WebhookSender], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What may go unencrypted because it stays on this host does stay there."""
+        with WebhookReceiver() as proxy, WebhookReceiver() as receiver:
+            for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+                monkeypatch.setenv(name, proxy.url.removesuffix("/hook"))
+            for name in ("NO_PROXY", "no_proxy"):
+                monkeypatch.delenv(name, raising=False)
+            make_sender(receiver.url).offer(outcomes.event(1))
+            assert [("msg_1", "done", "")] == outcomes.wait(1)
+        assert (0, 1) == (len(proxy.received), len(receiver.received))
