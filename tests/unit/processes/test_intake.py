@@ -17,7 +17,7 @@ import pytest
 
 from glassbox.adapter import http_request
 from glassbox.adapter import server as vllm_server
-from glassbox.adapter.server import INTAKE_PATCHES, EngineLabels, Patch, Wrappers
+from glassbox.adapter.server import INTAKE_PATCHES, EngineLabels, Patch, SentRequest, Wrappers
 from glassbox.config.load import GlassboxConfig
 from glassbox.processes.api_server import intake as intake_module
 from glassbox.processes.api_server.intake import MAX_REMEMBERED, Intake, TracedRequests
@@ -195,7 +195,8 @@ class TestProcessInputs:
         request = http_request.HttpRequest({"headers": headers})
         for rate, expected in ((1, {"glassbox_sampled": True, **added}), (0, {})):
             server = Server({"requests": {"trace_rate": rate}}, run_dir=tmp_path)
-            assert expected == server.intake.asked_by("r1", request, traced=False)
+            sent = SentRequest("r1", SimpleNamespace(sampling_params=Params(None)))
+            assert expected == server.intake.asked_by(sent, request, traced=False)
             assert ("r1" in server.intake.traced) == bool(rate)
 
     @pytest.mark.parametrize(
