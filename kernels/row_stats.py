@@ -115,6 +115,7 @@ _FREE_POINTERS: Final = [
     "seq_lens_ptr",
     "rows_ptr",
     "num_rows_ptr",
+    "list_start_ptr",
     "q_scale_ptr",
     "k_scale_ptr",
     "alibi_slopes_ptr",
@@ -180,6 +181,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     seq_lens_ptr,  # [num_seqs] int32
     rows_ptr,  # [max_rows, _NUM_ROW_COLUMNS] int32
     num_rows_ptr,  # [1] int32
+    list_start_ptr,  # [1] int32
     q_scale_ptr,  # [1] or [Hkv] float32
     k_scale_ptr,  # [1] or [Hkv] float32
     alibi_slopes_ptr,  # [H]
@@ -255,6 +257,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     HAS_OUTPUT: tl.constexpr,
     HAS_KV: tl.constexpr,
     HAS_OUT: tl.constexpr,
+    HAS_START: tl.constexpr,
     Q_BY_ROW: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -270,6 +273,9 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     HELD: tl.constexpr,
 ):
     num_rows = tl.load(num_rows_ptr)
+    if HAS_START:
+        # Before the branch: the two loads wait for each other nowhere, and an empty list costs what it did.
+        rows_ptr += tl.load(list_start_ptr) * _NUM_ROW_COLUMNS
     if num_rows == 0:
         return
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
@@ -833,6 +839,7 @@ def row_stats(
     value: torch.Tensor | None = None,
     kept_kv: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    list_start: torch.Tensor | None = None,
     tiling: Tiling | None = None,
     tokens: tuple[int, int] = _ALL_TOKENS,
     first_row: int | None = None,
@@ -864,6 +871,8 @@ def row_stats(
             contiguous in the last dimension, or None: those of traced rows are written to their slot. Not if V has
             another head size than K, nor of wide heads.
         out: [max_rows, H, S + 1] float32, contiguous, or None: every row is written, padding rows are left alone.
+        list_start: int32, its first element tells how many entries behind the begin of `rows` the list begins, whose
+            rows are counted from there; the memory behind `rows` must hold it. None is 0.
         tiling: None takes the fastest that fits the GPU.
         tokens: only rows whose ROW_QUERY is in [first, end) are measured.
         first_row: q has the queries of the row list from this row on, which are all that are measured, instead of those
@@ -920,6 +929,7 @@ def row_stats(
         None if output is None else (output.dtype, output.shape[2]),
         None if key is None else key.dtype,
         out is None,
+        list_start is None,
         accumulators.adapter_heads,
     )
     q_scale, k_scale = params.q_scale, params.k_scale
@@ -930,6 +940,7 @@ def row_stats(
         seq_lens,
         rows,
         num_rows,
+        list_start,
         q_scale,
         k_scale,
         params.alibi_slopes,
@@ -998,7 +1009,7 @@ def row_stats(
         constants = _constants(
             q, k_cache, max_rows, params, candidate,
             ring=ring, previous=previous, queries=queries, output=output, kept_kv=kept_kv, out=out,
-            by_row=first_row is not None, adapter_heads=accumulators.adapter_heads,
+            list_start=list_start, by_row=first_row is not None, adapter_heads=accumulators.adapter_heads,
         )  # fmt: skip
         try:
             compiled = _row_stats_kernel[(grid(candidate),)](
@@ -1077,6 +1088,7 @@ def _constants(
     output: torch.Tensor | None,
     kept_kv: torch.Tensor | None,
     out: torch.Tensor | None,
+    list_start: torch.Tensor | None,
     by_row: bool,
     adapter_heads: int,
 ) -> tuple[Any, ...]:
@@ -1106,6 +1118,7 @@ def _constants(
         output is not None,
         kept_kv is not None,
         out is not None,
+        list_start is not None,
         by_row,
         wide,
         triton.next_power_of_2(max_rows),

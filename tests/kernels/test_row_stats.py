@@ -438,6 +438,20 @@ class TestRowList:
         run = Run(MIXED)
         assert (run.dense[int(run.inputs.num_rows) :] == UNWRITTEN).all()
 
+    @pytest.mark.parametrize(("case", "start", "count"), [(MIXED, 4, 6), (MIXED, 12, 1), (LATENT, 3, 0)])
+    def test_a_list_that_begins_further_on(self, case: Case, start: int, count: int) -> None:
+        """Layers have lists of their own in one memory: what is measured is what the same list gives at its begin."""
+        inputs, moved = make_inputs(case, DEVICE), make_inputs(case, DEVICE)
+        moved.rows[:count] = inputs.rows[start : start + count].clone()
+        for one in (inputs, moved):
+            one.num_rows.fill_(count)
+        run = Run(case, inputs, list_start=torch.tensor([start], dtype=torch.int32, device=DEVICE))
+        expected = Run(case, moved)
+        assert_equal(run.dense, expected.dense)
+        for name in ("counts", "rows", "window_max"):
+            assert torch.equal(getattr(run.accumulators, name), getattr(expected.accumulators, name))
+        assert (run.out != UNWRITTEN).all()
+
     def test_padding_rows_are_skipped(self) -> None:
         """A row of a sequence with query length 0 and length 0 counts nowhere; its neighbours do."""
         inputs = make_inputs(MIXED, DEVICE)
