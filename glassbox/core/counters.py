@@ -39,7 +39,6 @@ BYPASS_REASONS: Final[Mapping[str, str]] = {
 }
 # Why rows of a measured step are not in the histograms: values of the label `reason` of dropped_rows.
 DROP_REASONS: Final[Mapping[str, str]] = {
-    "canary": "the step's layers were checked, not all of which may be measured yet; it is left out as a whole",
     "draft": "draft tokens of speculative decoding, of which the step can't know whether they are kept",
     "mask": "prompt tokens that see keys behind their own (prefix language models, image tokens)",
     "max_rows_per_step": "there were more than `sampling.max_rows_per_step`; rows take turns",

@@ -141,22 +141,39 @@ class AskedPrompt:
         return self.position + self.num_rows
 
 
+class LayeredRows(NamedTuple):
+    """Rows of a step that are wanted in some layers.
+
+    Attributes:
+        local_layers: which.
+        places: int64 [n], where the rows stand among the step's.
+    """
+
+    local_layers: frozenset[int]
+    places: npt.NDArray[np.int64]
+
+
 class StepTraces(Protocol):
     """Where what is measured of a step's traced rows goes.
 
     Attributes:
         num_slots: of a ring that has a slot for every row that ROW_SLOT gives one.
         local_layers: observed layers that some of the traces keep.
+        wanted: which of the step's rows are to be measured in which of these.
         prompts: prompts of which all rows are measured. Answers go to `add_prompt`.
+        prompt_rows: those of the step's rows that are these prompts', by layer. Nothing is kept of them themselves.
     """
 
     num_slots: int
     local_layers: frozenset[int]
+    wanted: Sequence[LayeredRows]
     prompts: Sequence[AskedPrompt]
+    prompt_rows: Sequence[LayeredRows]
 
     def add_stats(
         self,
         local_layers: Sequence[int],
+        places: npt.NDArray[np.int64],
         stats: npt.NDArray[np.float32],
         previous_mass: npt.NDArray[np.float32] | None = None,
     ) -> None:
@@ -164,16 +181,23 @@ class StepTraces(Protocol):
 
         Args:
             local_layers: of the layers among the observed ones.
-            stats: [N, R, H, NUM_STATISTICS + 1] of these layers and the whole row list.
+            places: [R], ascending, where the measured rows stand among the step's.
+            stats: [N, R, H, NUM_STATISTICS + 1] of these layers and rows.
             previous_mass: [N, R, H], of the rows with a slot; None if it is not known.
         """
 
-    def set_stats(self, ring: npt.NDArray[np.float32], previous_mass: npt.NDArray[np.float32] | None = None) -> None:
-        """Keep the statistics of all layers.
+    def set_stats(
+        self,
+        local_layers: Sequence[int],
+        ring: npt.NDArray[np.float32],
+        previous_mass: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """Keep the statistics of some layers, by slot.
 
         Args:
-            ring: [num_slots, L, H, NUM_STATISTICS + 1], NaN where nothing was measured.
-            previous_mass: likewise [num_slots, L, H]; None if it is not known.
+            local_layers: of the N layers among the observed ones.
+            ring: [num_slots, N, H, NUM_STATISTICS + 1], NaN where nothing was measured.
+            previous_mass: likewise [num_slots, N, H]; None if it is not known.
         """
 
     def add_prompt(self, number: int, local_layer: int, answers: PromptAnswers[npt.NDArray]) -> None:
@@ -219,6 +243,18 @@ class CheckedLayers(NamedTuple):
     kv_sums: npt.NDArray[np.float32] | None
     head_size: int
     roundoff: float
+
+
+class StepLayers(NamedTuple):
+    """The layers of a step.
+
+    Attributes:
+        sampled: local layers in which the sample's rows are measured.
+        observed: all those of which numbers may be kept, the former among them.
+    """
+
+    sampled: frozenset[int]
+    observed: frozenset[int]
 
 
 class OutputCheck(Protocol):
@@ -426,14 +462,12 @@ class Measurer(Protocol[View_contra]):
     def end_warm_up(self) -> None:
         """Warm-up and graph capture are over; what follows are real steps and dummies."""
 
-    def begin(
-        self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None, check: OutputCheck | None
-    ) -> None:
-        """Measure `rows` ([R, NUM_ROW_COLUMNS] int32, see core/rows.py) in the local `layers` during this step.
+    def begin(self, rows: np.ndarray, layers: StepLayers, traced: StepTraces | None, check: OutputCheck | None) -> None:
+        """Measure `rows` ([R, NUM_ROW_COLUMNS] int32, see core/rows.py) during this step, each in its own layers.
 
-        What is measured of rows of traced requests goes to `traced` as well, what is found of checked rows to `check`;
-        each is committed when that is complete. If `check` has a layer that is not among `layers`, all rows must be
-        ROW_UNCOUNTED.
+        The sample's rows are measured and counted in `layers.sampled`. Rows of traced requests are measured in those
+        layers that `traced.wanted` says, as far as they are among `layers.observed`, and go to `traced`; what is found
+        of checked rows, in any layer, goes to `check`. Each is committed when that is complete.
         """
 
     def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:

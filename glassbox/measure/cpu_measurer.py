@@ -18,7 +18,7 @@ import torch
 from glassbox.core.accumulator_arrays import MeasuredArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.native import NativeError
-from glassbox.core.rows import ROW_ADAPTER_SHIFT, ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_UNCOUNTED
+from glassbox.core.rows import ROW_ADAPTER_SHIFT, ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_QUERY
 from glassbox.kernels.probe_answers import ProbeAnswers
 from glassbox.kernels.prompt_rows_cpu import PromptChunk, PromptWishes, prompt_rows_cpu
 from glassbox.kernels.row_plan import RowPlan, plan_rows
@@ -32,14 +32,17 @@ from glassbox.measure.contract import (
     CheckLimits,
     Forward,
     LatentForward,
+    LayeredRows,
     MeasuredLayers,
     OutputCheck,
     PackedLayer,
+    StepLayers,
     StepTraces,
 )
 from glassbox.measure.cpu_output_check import CpuOutputCheck
 from glassbox.measure.native_layers import CachedLayer, LayerKind
 from glassbox.measure.native_sums import NativeSums
+from glassbox.measure.row_lists import RowList, row_lists
 
 # Statistics of several layers are added to the accumulators together: by torch it takes a dozen calls either way.
 _FLUSH_ELEMENTS: Final = 1 << 21  # 8 MB of float32
@@ -53,12 +56,14 @@ class _Waiting:
     """Layers of one kind that torch measures together.
 
     Attributes:
+        listed: their rows.
         limit: how many at once.
         asked: what is asked of the rows; None if their statistics are wanted.
         local_layers: which they are.
     """
 
     plan: RowPlan
+    listed: RowList
     limit: int
     asked: AskedRows | None
     local_layers: list[int] = field(default_factory=list)
@@ -70,11 +75,13 @@ class _Native:
     """Layers of one size that the native kernel measures in a step.
 
     Attributes:
+        listed: their rows.
         step: names layers by their index in the accumulators.
         probe: of the layers of which something is asked; None if nothing is.
         places: of these layers in `probe`, by their index in the accumulators.
     """
 
+    listed: RowList
     step: NativeStep
     probe: NativeProbe | None
     places: Mapping[int, int]
@@ -104,15 +111,14 @@ class CpuMeasurer:
         self._check: CpuOutputCheck | None = None
         # Of each KV-cache group, by its first layer.
         self._built: dict[str, tuple[Sequence[str], BatchTables]] = {}
-        self._rows: np.ndarray | None = None
-        self._layers: frozenset[int] = frozenset()
+        self._observed: frozenset[int] = frozenset()
+        # Rows of each layer that has any, by its index in the accumulators.
+        self._lists: dict[int, RowList] = {}
         self._traced: StepTraces | None = None
         self._asked: AskedRows | None = None
         self._prompts: Sequence[AskedPrompt] = ()
         # Of the asked rows by layer, [R, Hq, D] and [R, Hkv, D], if they are wanted.
         self._vectors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        # Of the rows that enter the accumulators, None is all.
-        self._counted: np.ndarray | None = None
         # Their ids are keys below, so they must not be another's.
         self._groups: list[object] = []
         # Of torch: plans, and layers that wait.
@@ -124,25 +130,25 @@ class CpuMeasurer:
         self._cached_layers: dict[int, CachedLayer] = {}
         self._native_rows: dict[Hashable, NativeRows] = {}
         self._natives: dict[Hashable, _Native] = {}
-        # [N, R, H, NUM_STATISTICS + 1] of so many layers, for the accumulators.
-        self._pending: list[tuple[list[int], np.ndarray]] = []
+        # [N, R, H, NUM_STATISTICS + 1] of so many layers and their counted rows, for the accumulators.
+        self._pending: list[tuple[RowList, list[int], np.ndarray]] = []
 
     def end_warm_up(self) -> None:
         """Nothing was captured."""
 
-    def begin(
-        self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None, check: OutputCheck | None
-    ) -> None:
+    def begin(self, rows: np.ndarray, layers: StepLayers, traced: StepTraces | None, check: OutputCheck | None) -> None:
         """See contract.Measurer."""
         self._check = None if check is None else CpuOutputCheck(check, rows)
         self._asked = None
+        wanted: list[LayeredRows] = []
         if traced is not None:
             self._prompts = traced.prompts
+            wanted = [one._replace(local_layers=one.local_layers & layers.observed) for one in traced.wanted]
             with self._errors.guard("probe"):
                 self._asked = traced.asked()
-        counted = (rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0
-        self._counted = None if counted.all() else np.flatnonzero(counted)
-        self._rows, self._layers, self._traced = rows, layers, traced
+        lists = row_lists(rows, layers.sampled, wanted)
+        self._lists = {local: listed for listed in lists for local in listed.local_layers}
+        self._observed, self._traced = layers.observed, traced
 
     def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
         """Keep what the metadata of latent attention lacks: its block table and sequence lengths."""
@@ -157,44 +163,57 @@ class CpuMeasurer:
         tables: BatchTables | None,
     ) -> None:
         """Put by the queries of this layer's rows, if it is one of the step's layers."""
-        if self._rows is None:
-            return
         local = self._local_layers.get(layer.name)
         if local is None:
             return
-        checked = self._check is not None and local in self._check.local_layers
-        if not checked and local not in self._layers:
+        check = self._check if self._check is not None and local in self._check.local_layers else None
+        prompts = [
+            (number, prompt)
+            for number, prompt in enumerate(self._prompts)
+            if local in prompt.local_layers and local in self._observed
+        ]
+        listed = self._lists.get(local)
+        if listed is None and check is None and not prompts:
             return
         tables = tables or self._tables_of(layer.name)
         if isinstance(forward, LatentForward):
-            forward = forward.at(self._tokens())
-        if self._check is not None and checked:
+            of_lists = [one.rows[:, ROW_QUERY].astype(np.int64) for one in (listed, check) if one is not None]
+            of_prompts = [np.arange(prompt.token, prompt.token + prompt.num_rows) for _, prompt in prompts]
+            forward = forward.at(torch.from_numpy(np.unique(np.concatenate(of_lists + of_prompts))))
+        if check is not None:
             with self._errors.guard("canary"):
-                plan = self._plan(self._check.rows, tables, layer.block_size(kv_cache), layer.params.reach)
-                self._check.take(local, layer, kv_cache, forward, plan)
-        if local not in self._layers:
-            return
-        query = forward.query
-        for number, prompt in enumerate(self._prompts):
-            if local in prompt.local_layers:
-                with self._errors.guard("probe"):
-                    self._measure_prompt(number, prompt, local, layer, query, kv_cache, tables)
-        if not len(self._rows):
-            return
-        if self._asked is not None and self._asked.queries and local in self._asked.local_layers:
+                plan = self._plan(check.rows, tables, layer.block_size(kv_cache), layer.params.reach)
+                check.take(local, layer, kv_cache, forward, plan)
+        for number, prompt in prompts:
             with self._errors.guard("probe"):
-                self._vectors[local] = self._vectors_of(self._asked, layer, query, kv_cache, tables)
-        if self._native and self._take(local, layer, query, kv_cache, tables):
+                self._measure_prompt(number, prompt, local, layer, forward.query, kv_cache, tables)
+        if listed is not None:
+            self._put_by_listed(local, listed, layer, forward.query, kv_cache, tables)
+
+    def _put_by_listed(
+        self,
+        local: int,
+        listed: RowList,
+        layer: PackedLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        tables: BatchTables,
+    ) -> None:
+        asked = self._asked if self._asked is not None and local in self._asked.local_layers else None
+        if asked is not None and asked.queries:
+            with self._errors.guard("probe"):
+                self._vectors[local] = self._vectors_of(asked, layer, query, kv_cache, tables)
+        if self._native and self._take(local, listed, layer, query, kv_cache, tables):
             return
         params = layer.params
         block_size = layer.block_size(kv_cache)
-        plan = self._plan(self._rows, tables, block_size, params.reach)
+        plan = self._plan(listed.rows, tables, block_size, params.reach)
         # Made for each call: it is a view, and keeping it would keep a KV cache alive that vLLM has freed.
         reader = layer.reader(kv_cache)
-        self._put_by(local, LayerRows.select(query, reader, plan, params), plan, None)
-        if self._asked is not None and local in self._asked.local_layers:
-            plan = self._plan(self._asked.rows, tables, block_size, params.reach)
-            self._put_by(local, LayerRows.select(query, reader, plan, params), plan, self._asked)
+        self._put_by(local, LayerRows.select(query, reader, plan, params), plan, listed, None)
+        if asked is not None:
+            plan = self._plan(asked.rows, tables, block_size, params.reach)
+            self._put_by(local, LayerRows.select(query, reader, plan, params), plan, listed, asked)
 
     def finish(self) -> None:
         """Add what was measured in this step."""
@@ -205,7 +224,7 @@ class CpuMeasurer:
                 with self._errors.guard("observe"):
                     native.step.measure()
                 if native.step.measured:
-                    self._keep(native.step.measured, native.step.stats(), native.step.previous())
+                    self._keep(native.listed, native.step.measured, native.step.stats(), native.step.previous())
                 probed = [local for local in native.step.measured if local in native.places]
                 if self._traced is not None and native.probe is not None and probed:
                     found = native.probe.answers([native.places[n] for n in probed])
@@ -221,12 +240,12 @@ class CpuMeasurer:
 
     def discard(self) -> None:
         """See contract.Measurer."""
-        for of_step in (self._waiting, self._plans, self._natives, self._native_rows, self._vectors):
+        for of_step in (self._waiting, self._plans, self._natives, self._native_rows, self._vectors, self._lists):
             of_step.clear()
         self._prompts = ()
         self._pending.clear()
         self._groups.clear()
-        self._rows = self._traced = self._asked = self._counted = self._check = None
+        self._traced = self._asked = self._check = None
 
     def copy(self, now_s: float) -> MeasuredArrays:
         """See contract.Measurer."""
@@ -240,29 +259,34 @@ class CpuMeasurer:
         raise ValueError(f"the metadata of {name} must have a block table; do not observe this layer")
 
     def _take(
-        self, local: int, layer: PackedLayer, query: torch.Tensor, kv_cache: torch.Tensor, tables: BatchTables
+        self,
+        local: int,
+        listed: RowList,
+        layer: PackedLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        tables: BatchTables,
     ) -> bool:
         """Put by a layer's queries for the native kernel, if that is the faster way."""
         cached = self._cached_layers.get(local)
         if cached is None or cached.cache() is not kv_cache:
             cached = self._cached_layers[local] = CachedLayer.of(layer, query, kv_cache)
-        key = (id(tables.group), cached.kind)
+        key = (id(tables.group), cached.kind, id(listed))
         native = self._natives.get(key)
         if native is None:
-            rows = self._rows_for(tables, layer.block_size(kv_cache), cached.kind.reach)
+            rows = self._rows_for(listed, tables, layer.block_size(kv_cache), cached.kind.reach)
             if not rows.is_light(cached.kind.num_heads, cached.kind.head_size, cores=torch.get_num_threads()):
                 return False
-            native = self._natives[key] = self._new_native(rows, cached.kind)
+            native = self._natives[key] = self._new_native(listed, rows, cached.kind)
         native.step.take(local, cached.layer, query, native.places.get(local, -1))
         return True
 
-    def _rows_for(self, tables: BatchTables, block_size: int, reach: int | None) -> NativeRows:
-        assert self._rows is not None
-        key = (id(tables.group), reach)
+    def _rows_for(self, listed: RowList, tables: BatchTables, block_size: int, reach: int | None) -> NativeRows:
+        key = (id(tables.group), reach, id(listed))
         rows = self._native_rows.get(key)
         if rows is None:
             rows = self._native_rows[key] = NativeRows(
-                self._rows,
+                listed.rows,
                 tables.query_start_loc,
                 tables.seq_lens,
                 tables.block_table,
@@ -270,21 +294,21 @@ class CpuMeasurer:
                 reach=reach,
                 sink_tokens=self._sink_tokens,
                 local_window=self._local_window,
-                asked=None if self._asked is None else self._asked.places,
+                asked=None if self._asked is None else listed.find(self._asked.places),
             )
             self._groups.append(tables.group)
         return rows
 
-    def _new_native(self, rows: NativeRows, kind: LayerKind) -> _Native:
+    def _new_native(self, listed: RowList, rows: NativeRows, kind: LayerKind) -> _Native:
         asked = self._asked
         probe, places = None, {}
-        if asked is not None:
+        probed = [] if asked is None else sorted(asked.local_layers & listed.local_layers)
+        if asked is not None and probed:
             with self._errors.guard("probe"):
-                probed = sorted(asked.local_layers & self._layers)
                 probe = NativeProbe(asked.questions(probed, kind.num_heads))
                 places = {local: place for place, local in enumerate(probed)}
-        step = NativeStep(rows, len(self._layers), kind.num_heads, kind.head_size, probe)
-        return _Native(step, probe, places)
+        step = NativeStep(rows, len(listed.local_layers), kind.num_heads, kind.head_size, probe)
+        return _Native(listed, step, probe, places)
 
     def _plan(self, rows: np.ndarray, tables: BatchTables, block_size: int, reach: int | None) -> RowPlan:
         key = (id(tables.group), reach, id(rows))
@@ -303,12 +327,12 @@ class CpuMeasurer:
             self._groups.append(tables.group)
         return plan
 
-    def _put_by(self, local: int, layer: LayerRows, plan: RowPlan, asked: AskedRows | None) -> None:
+    def _put_by(self, local: int, layer: LayerRows, plan: RowPlan, listed: RowList, asked: AskedRows | None) -> None:
         key = (id(plan), layer.kind)
         waiting = self._waiting.get(key)
         if waiting is None:
             limit = plan.layers_at_once(layer.num_heads, layer.key_numbers, whole=asked is not None)
-            waiting = self._waiting[key] = _Waiting(plan, limit, asked)
+            waiting = self._waiting[key] = _Waiting(plan, listed, limit, asked)
         waiting.local_layers.append(local)
         waiting.layers.append(layer)
         if len(waiting.local_layers) >= waiting.limit:
@@ -321,15 +345,19 @@ class CpuMeasurer:
             self._probe(waiting, waiting.asked)
         else:
             stats, previous = row_stats_cpu(waiting.layers, waiting.plan)
-            self._keep(waiting.local_layers, stats.numpy(), None if previous is None else previous.numpy())
+            before = None if previous is None else previous.numpy()
+            self._keep(waiting.listed, waiting.local_layers, stats.numpy(), before)
 
-    def _keep(self, local_layers: list[int], stats: np.ndarray, previous: np.ndarray | None) -> None:
+    def _keep(self, listed: RowList, local_layers: list[int], stats: np.ndarray, previous: np.ndarray | None) -> None:
         """Statistics of these layers, for the accumulators and for traces, and for these alone attention to the token
         before each."""
-        if self._traced is not None:
-            self._traced.add_stats(local_layers, stats, previous)
-        self._pending.append((local_layers, stats if self._counted is None else stats[:, self._counted]))
-        if sum(stats.size for _, stats in self._pending) > _FLUSH_ELEMENTS:
+        if self._traced is not None and not self._traced.local_layers.isdisjoint(local_layers):
+            self._traced.add_stats(local_layers, listed.places, stats, previous)
+        if not len(listed.counted):
+            return
+        counted = stats if len(listed.counted) == len(listed.rows) else stats[:, listed.counted]
+        self._pending.append((listed, local_layers, counted))
+        if sum(stats.size for _, _, stats in self._pending) > _FLUSH_ELEMENTS:
             self._flush()
 
     def _probe(self, waiting: _Waiting, asked: AskedRows) -> None:
@@ -342,12 +370,6 @@ class CpuMeasurer:
             assert self._traced is not None
             local_layers = waiting.local_layers
             self._traced.add_answers(local_layers, self._with_vectors(local_layers, found.moved(torch.Tensor.numpy)))
-
-    def _tokens(self) -> torch.Tensor:
-        """Those of the step of which something is measured, ascending."""
-        assert self._rows is not None
-        of_prompts = [np.arange(prompt.token, prompt.token + prompt.num_rows) for prompt in self._prompts]
-        return torch.from_numpy(np.unique(np.concatenate([self._rows[:, ROW_QUERY].astype(np.int64), *of_prompts])))
 
     def _measure_prompt(
         self,
@@ -411,21 +433,19 @@ class CpuMeasurer:
 
     def _flush(self) -> None:
         pending, self._pending = self._pending, []
-        if not pending or self._rows is None or (self._counted is not None and not len(self._counted)):
+        if not pending:
             return
         self._accumulators.rotate(time.monotonic())
-        marks = self._rows[:, ROW_PHASE].astype(np.int64)
-        if self._counted is not None:
-            marks = marks[self._counted]
-        phases = marks & ROW_DECODE
-        adapters = marks >> ROW_ADAPTER_SHIFT if self._accumulators.num_adapters > 1 else None
-        by_heads: dict[int, list[tuple[list[int], np.ndarray]]] = {}
-        for local_layers, stats in pending:
-            by_heads.setdefault(stats.shape[2], []).append((local_layers, stats))
-        for group in by_heads.values():
-            layers = [local for local_layers, _ in group for local in local_layers]
-            stats = group[0][1] if len(group) == 1 else np.concatenate([of for _, of in group])
-            self._add(layers, stats, phases, adapters)
+        together: dict[tuple[int, int], list[tuple[RowList, list[int], np.ndarray]]] = {}
+        for one in pending:
+            together.setdefault((id(one[0]), one[2].shape[2]), []).append(one)
+        for group in together.values():
+            listed = group[0][0]
+            marks = listed.rows[listed.counted, ROW_PHASE].astype(np.int64)
+            adapters = marks >> ROW_ADAPTER_SHIFT if self._accumulators.num_adapters > 1 else None
+            layers = [local for _, local_layers, _ in group for local in local_layers]
+            stats = group[0][2] if len(group) == 1 else np.concatenate([of for _, _, of in group])
+            self._add(layers, stats, marks & ROW_DECODE, adapters)
 
     def _add(self, layers: Sequence[int], stats: np.ndarray, phases: np.ndarray, adapters: np.ndarray | None) -> None:
         """See NativeSums.add."""

@@ -11,12 +11,11 @@ launches after it (docs/performance.md).
 
 import threading
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from glassbox.core.accumulator_arrays import MeasuredArrays
@@ -38,17 +37,23 @@ from glassbox.measure.contract import (
     DeviceNeeds,
     Forward,
     LatentForward,
+    LayeredRows,
     MeasuredLayers,
     OutputCheck,
+    StepLayers,
     StepTraces,
     StridedLayer,
 )
 from glassbox.measure.gpu_prompts import GpuPrompts, probed_vectors
 from glassbox.measure.graph_nodes import GraphNodes
+from glassbox.measure.row_lists import RowList, row_lists
 
 # Numbers and queries of the rows that one step may trace; never fewer than these rows.
 _RING_BYTES: Final = 16 << 20
 _LEAST_SLOTS: Final = 8
+# Memory of the row lists of a step's layers, in lists of `max_rows`: three hold whatever is wanted, and four have room to
+# tell apart what several traces want.
+_LISTS: Final = 4
 # Rows that a check takes, and the keys that they see. Each row has a slot of the rings, and 8 rows are enough to find
 # scores that are 1 % off in bfloat16 (tests/unit/measure/test_verdict.py).
 _CHECK_LIMITS: Final = CheckLimits(rows=8, keys=32768)
@@ -83,9 +88,11 @@ class GpuMeasurer:
         self.max_rows = max_rows
         device = self._accumulators.counts.device
         num_layers, num_heads = self._accumulators.num_layers, self._accumulators.num_heads
-        self._row_list = torch.zeros(max_rows, NUM_ROW_COLUMNS, dtype=torch.int32, device=device)
-        # Rows of this step in each layer; 0 lets a launch return at once.
-        self._num_rows = torch.zeros(num_layers, dtype=torch.int32, device=device)
+        self._row_list = torch.zeros(_LISTS * max_rows, NUM_ROW_COLUMNS, dtype=torch.int32, device=device)
+        self._first_rows = self._row_list[:max_rows]
+        # Of this step in each layer: how many rows it has, where 0 lets a launch return at once, and where they begin.
+        self._lists_at = torch.zeros(2, num_layers, dtype=torch.int32, device=device)
+        self._num_rows, self._list_starts = self._lists_at
         self._workspace = RowStatsWorkspace(device, max_rows, num_heads)
         self._host = [t.new_empty(t.shape, device="cpu").pin_memory() for t in self._accumulators.exported()]
         # What is measured of traced rows, by slot; NaN is nothing.
@@ -114,15 +121,15 @@ class GpuMeasurer:
         self._ring_read = torch.cuda.Event()
         self._seen: dict[str, StridedLayer] = {}
         self._built: dict[str, BatchTables] = {}
-        # Those that are launched in this step, and those of them whose numbers are kept.
-        self._layers: frozenset[int] = frozenset()
-        self._measured: frozenset[int] = frozenset()
+        # Rows of this step: all, and those of each layer that has any, by its index in the accumulators.
+        self._rows = np.zeros((0, NUM_ROW_COLUMNS), dtype=np.int32)
+        self._lists: dict[int, RowList] = {}
+        # Whose numbers may be kept for traces.
+        self._observed: frozenset[int] = frozenset()
         # Whose launch has failed in warm-up.
         self._uncompiled: set[int] = set()
         # Whose outputs are kept.
         self._kept: set[int] = set()
-        # ROW_QUERY and ROW_SLOT of the listed rows.
-        self._queried, self._slots = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
         self._active = False
         self._warming = True
         # Held while a copy or a step's first and last writes are queued, so that neither runs amid the other.
@@ -131,7 +138,7 @@ class GpuMeasurer:
     @property
     def nbytes(self) -> int:
         """Bytes on the GPU."""
-        lists = self._row_list.nbytes + self._num_rows.nbytes
+        lists = self._row_list.nbytes + self._lists_at.nbytes
         rings = (self._ring, self._previous, self._queries, self._outputs, self._kept_kv)
         return self._accumulators.nbytes + self._workspace.nbytes + lists + sum(ring.nbytes for ring in rings)
 
@@ -142,35 +149,39 @@ class GpuMeasurer:
         with self._errors.guard("canary"):
             self._compile_check()
 
-    def begin(
-        self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None, check: OutputCheck | None
-    ) -> None:
+    def begin(self, rows: np.ndarray, layers: StepLayers, traced: StepTraces | None, check: OutputCheck | None) -> None:
         """See contract.Measurer. Queues two small copies on the current stream."""
-        launched = layers if check is None else layers | check.local_layers
-        counts = np.zeros(len(self._num_rows), dtype=np.int32)
-        counts[list(launched)] = len(rows)
+        wanted = [] if traced is None else [*traced.wanted, *traced.prompt_rows]
+        of_traces = [one._replace(local_layers=one.local_layers & layers.observed) for one in wanted]
+        of_check = [] if check is None else [LayeredRows(check.local_layers, check.places)]
+        lists = row_lists(rows, layers.sampled, of_traces + of_check, room=len(self._row_list))
+        listed = np.concatenate([rows[:0], *(one.rows for one in lists)])
+        lists_at, start = np.zeros(self._lists_at.shape, dtype=np.int32), 0
+        for one in lists:
+            lists_at[:, list(one.local_layers)] = [[len(one.rows)], [start]]
+            start += len(one.rows)
         # Before anything is queued: whatever fails in here, `discard` takes it back.
-        self._layers, self._measured, self._active = launched, layers, True
+        self._lists = {local: one for one in lists for local in one.local_layers}
+        self._rows, self._observed, self._active = rows, layers.observed, True
         self._traced, self._check = traced, check
         self._prompts.begin(() if traced is None else traced.prompts)
-        self._queried, self._slots = rows[:, ROW_QUERY].astype(np.int64), rows[:, ROW_SLOT].copy()
         num_slots = int(rows[:, ROW_SLOT].max(initial=-1)) + 1
+        kept = _span(frozenset().union(*(one.local_layers for one in of_traces + of_check)))
         with self._lock:
             torch.cuda.current_stream().wait_event(self._copy_done)
             self._accumulators.rotate(time.monotonic())
             # A fresh pinned tensor for each copy: the GPU may still read the one of the step before.
-            if len(rows):  # a step may have whole prompts alone
-                self._row_list[: len(rows)].copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
-            self._num_rows.copy_(torch.from_numpy(counts).pin_memory(), non_blocking=True)
+            if len(listed):  # a step may have whole prompts alone
+                self._row_list[: len(listed)].copy_(torch.from_numpy(listed).pin_memory(), non_blocking=True)
+            self._lists_at.copy_(torch.from_numpy(lists_at).pin_memory(), non_blocking=True)
             if num_slots:
                 torch.cuda.current_stream().wait_event(self._ring_read)
-                self._ring[:num_slots].fill_(torch.nan)
-                self._previous[:num_slots].fill_(torch.nan)
-                self._queries[:num_slots].fill_(torch.nan)
+                for ring in (self._ring, self._previous, self._queries):
+                    ring[:num_slots, kept].fill_(torch.nan)
             if check is not None:
                 # A layer that does not come leaves nothing to compare.
-                self._outputs[:num_slots].fill_(torch.nan)
-                self._kept_kv[:num_slots].zero_()
+                self._outputs[:num_slots, kept].fill_(torch.nan)
+                self._kept_kv[:num_slots, kept].zero_()
         self._graphs.measuring = True
 
     def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
@@ -196,7 +207,7 @@ class GpuMeasurer:
             return
         capturing = torch.cuda.is_current_stream_capturing()
         whole = self._active and not capturing and self._prompts.wants(local)
-        listed = self._warming or capturing or (self._active and local in self._layers)
+        listed = self._warming or capturing or (self._active and local in self._lists)
         if not (whole or listed):
             return
         tables = tables or self._built[layer.name]
@@ -230,6 +241,7 @@ class GpuMeasurer:
             if self._active:
                 self._num_rows.zero_()
                 self._active = False
+                self._lists = {}
             self._step_done.record()
             if traced is not None:
                 self._collect(traced, answers)
@@ -240,6 +252,7 @@ class GpuMeasurer:
         """See contract.Measurer. What was queued of this step is still added; later replays find no rows."""
         self._graphs.measuring = self._active = False
         self._traced = self._check = None
+        self._lists = {}
         self._prompts.begin(())
         with self._lock:
             self._num_rows.zero_()
@@ -249,23 +262,24 @@ class GpuMeasurer:
         """Queue the copies of what was measured of traced rows; it is kept when they are done."""
         # Whole prompts are waited for by a thread, which must not spin.
         done = torch.cuda.Event(blocking=bool(traced.prompts))
-        only_checked = sorted(self._layers - self._measured)
+        local_layers = sorted(traced.local_layers & self._observed)
+        of_traces = _span(local_layers)
         with torch.cuda.stream(self._copy_stream):
             self._copy_stream.wait_event(self._step_done)
-            ring = _to_host(self._ring[: traced.num_slots])
-            previous = _to_host(self._previous[: traced.num_slots])
+            ring = _to_host(self._ring[: traced.num_slots, of_traces])
+            previous = _to_host(self._previous[: traced.num_slots, of_traces])
             self._ring_read.record()
             found = [of_layers.moved(_to_host) for _, of_layers in answers]
             done.record()
         copied = self._prompts.collect(traced, done) if traced.prompts else None
 
         def keep() -> None:
-            of_layers, before = ring.numpy(), previous.numpy()
-            of_layers[:, only_checked] = before[:, only_checked] = np.nan
-            traced.set_stats(of_layers, before)
+            if local_layers:
+                among = [local - of_traces.start for local in local_layers]
+                traced.set_stats(local_layers, ring.numpy()[:, among], previous.numpy()[:, among])
             # Also keeps the device's answers alive until they are copied.
-            for (local_layers, _), answer in zip(answers, found, strict=True):
-                traced.add_answers(local_layers, answer.moved(torch.Tensor.numpy))
+            for (of_answer, _), answer in zip(answers, found, strict=True):
+                traced.add_answers(of_answer, answer.moved(torch.Tensor.numpy))
             traced.commit()
 
         self._deferred.add(keep, copied or done)
@@ -276,7 +290,7 @@ class GpuMeasurer:
             asked = traced.asked()
             if asked is None:
                 return []
-            return [self._probe_group(asked, names) for names in self._groups(asked.local_layers)]
+            return [self._probe_group(asked, names) for names in self._groups(asked.local_layers & self._observed)]
         except Exception as error:
             self._errors.count("probe", error)
             return []
@@ -289,12 +303,12 @@ class GpuMeasurer:
         """
         names = {local: name for name, local in self._local_layers.items()}
         for number, asked, local_layers in self._prompts.missing():
-            first = int(np.searchsorted(self._queried, asked.token))
             wanted = np.arange(asked.token, asked.token + asked.num_rows)
-            slots = self._slots[first : first + asked.num_rows]
-            if not np.array_equal(self._queried[first : first + asked.num_rows], wanted) or (slots < 0).any():
-                continue
-            for local in local_layers:
+            for local in sorted(self._lists.keys() & set(local_layers)):
+                listed = self._lists[local].rows
+                slots = listed[np.isin(listed[:, ROW_QUERY], wanted), ROW_SLOT]
+                if len(slots) < len(wanted) or (slots < 0).any():
+                    continue
                 layer, tables = self._seen.get(names[local]), self._built.get(names[local])
                 if layer is None or tables is None:
                     continue
@@ -305,26 +319,24 @@ class GpuMeasurer:
     def _compile_check(self) -> None:
         """Compile what a check launches, on a row of nothing: in a served step it would take a second."""
         for names in self._groups(self._kept):
-            nowhere = torch.zeros(1, 2, dtype=torch.int32, device=self._ring.device)
-            self._reproduce_group(np.zeros(1, dtype=np.int64), names, nowhere)
+            nowhere = torch.zeros(1, NUM_ROW_COLUMNS, dtype=torch.int32, device=self._ring.device)
+            self._reproduce_group(nowhere, names, nowhere[:, :2].contiguous())
 
     def _reproduce(self, check: OutputCheck) -> list[_Checked]:
         """Queue the comparison of what was served with what the cache gives."""
         try:
             groups = self._groups(check.local_layers & self._kept)
-            return [self._reproduce_group(check.places, names) for names in groups]
+            rows = _to_device(self._rows[check.places], self._ring.device)
+            return [self._reproduce_group(rows, names) for names in groups]
         except Exception as error:
             self._errors.count("canary", error)
             return []
 
-    def _reproduce_group(
-        self, places: npt.NDArray[np.int64], names: list[str], positions: torch.Tensor | None = None
-    ) -> _Checked:
-        """Of these places of the row list; `positions` are what the batch says unless they are given."""
+    def _reproduce_group(self, rows: torch.Tensor, names: list[str], positions: torch.Tensor | None = None) -> _Checked:
+        """Of these rows, int32 [C, NUM_ROW_COLUMNS]; `positions` are what the batch says unless they are given."""
         seen = [self._seen[name] for name in names]
         local_layers = [self._local_layers[name] for name in names]
         one, device = seen[0], self._ring.device
-        rows = self._row_list.index_select(0, _to_device(places, device))
         slots = rows[:, ROW_SLOT].long()
         every = len(local_layers) == len(self._local_layers)
         of_layers = None if every else _to_device(np.array(local_layers, dtype=np.int64), device)
@@ -443,8 +455,10 @@ class GpuMeasurer:
             return
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"prompts of {layer.name} are captured into a graph, in which no rows can be absorbed")
-        first_row = int(np.searchsorted(self._queried, first))
-        wanted = self._queried[first_row:] - first
+        listed = self._lists.get(local)
+        queried = np.zeros(0, dtype=np.int64) if listed is None else listed.rows[:, ROW_QUERY].astype(np.int64)
+        first_row = int(np.searchsorted(queried, first))
+        wanted = queried[first_row:] - first
         if not len(wanted):
             if not self._warming:
                 return
@@ -484,7 +498,7 @@ class GpuMeasurer:
             tables.block_table,
             tables.query_start_loc,
             tables.seq_lens,
-            self._row_list,
+            self._first_rows,
             self._num_rows[local:],
             layer.params,
             self._layer_accumulators(local, num_heads),
@@ -499,6 +513,7 @@ class GpuMeasurer:
             key=key,
             value=value,
             kept_kv=None if key is None else self._kept_kv[:, local, :, : keys.shape[1], :head_size],
+            list_start=self._list_starts[local:],
             **launch,
         )
         self._graphs.record(torch.cuda.current_stream())
@@ -517,6 +532,11 @@ class GpuMeasurer:
             bounds=a.bounds,
             adapter_heads=a.num_heads if apart else 0,
         )
+
+
+def _span(local_layers: Collection[int]) -> slice:
+    """From the first of these layers to the last: what lies between is dearer to leave out than to take along."""
+    return slice(min(local_layers, default=0), max(local_layers, default=-1) + 1)
 
 
 def _to_host(source: torch.Tensor) -> torch.Tensor:

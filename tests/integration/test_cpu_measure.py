@@ -16,7 +16,7 @@ from glassbox.core.native import NativeError
 from glassbox.core.rows import ROW_UNCOUNTED
 from glassbox.measure import cpu_measurer
 from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import Forward, MeasuredLayers
+from glassbox.measure.contract import Forward, MeasuredLayers, StepLayers
 from glassbox.measure.cpu_measurer import CpuMeasurer
 from glassbox.processes.worker.traces.active import ActiveTrace
 from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
@@ -98,13 +98,14 @@ class Step:
         accumulators = Accumulators(NUM_LAYERS, HEADS)
         measured = MeasuredLayers(accumulators, {f"layer{n}": n for n in range(NUM_LAYERS)}, 4, 8)
         measurer = CpuMeasurer(measured, errors=errors, **options)
+        every = frozenset(range(NUM_LAYERS))
         for again in (False, True):
             members = [
                 TracedRows(trace, i, np.array([position + again], dtype=np.int32), np.array([1], dtype=np.uint8))
                 for i, (trace, position) in enumerate(zip(traces, (69, 2), strict=True))
             ]
             traced = TracedStep(members, self.rows, np.array([0, 3]), NUM_LAYERS, HEADS)
-            measurer.begin(self.rows, frozenset(range(NUM_LAYERS)), None if again else traced, None)
+            measurer.begin(self.rows, StepLayers(every, every), None if again else traced, None)
             for layer in self.layers:
                 measurer.after_attention(**layer)
             measurer.finish()
@@ -194,7 +195,7 @@ def test_another_cache(step: Step) -> None:
     spread[::2] = old["kv_cache"]
     maxima = []
     for cache in (old["kv_cache"], spread[::2]):
-        measurer.begin(step.rows, frozenset({0}), None, None)
+        measurer.begin(step.rows, StepLayers(frozenset({0}), frozenset({0})), None, None)
         measurer.after_attention(**{**old, "kv_cache": cache})
         measurer.finish()
         maxima.append(accumulators.copy())

@@ -20,7 +20,7 @@ from glassbox.core.statistics import INDEX, NUM_STATISTICS
 from glassbox.kernels.reference.row_probe import row_probe_ref
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import AskedPrompt, BatchTables, MeasuredLayers
+from glassbox.measure.contract import AskedPrompt, BatchTables, MeasuredLayers, StepLayers
 from glassbox.measure.cpu_measurer import CpuMeasurer
 from glassbox.processes.worker.traces.active import ActiveTrace
 from glassbox.processes.worker.traces.traced_step import TracedPrompt, TracedStep
@@ -104,7 +104,7 @@ class Step:
         measurer = CpuMeasurer(layers, errors=ErrorCounter(SimpleNamespace(error=pytest.fail)), native=native)  # type: ignore[arg-type]
         measurer._add = lambda layers, stats, *_: added.append(torch.from_numpy(stats.copy()))
         measurer.on_build([NAME], self.tables)
-        measurer.begin(self.rows, frozenset({0}), traced, None)
+        measurer.begin(self.rows, StepLayers(frozenset({0}), frozenset({0})), traced, None)
         # Of the first tokens vLLM has absorbed the queries itself.
         nope, rotary = self.q[:DECODED].split([NOPE, ROTARY], dim=-1)
         absorbed = (torch.einsum("thp,hpl->thl", nope, self.weights), rotary)

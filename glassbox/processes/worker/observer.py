@@ -38,7 +38,7 @@ from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.core.start_parts import StartParts
-from glassbox.measure.contract import BatchTables, Measurer
+from glassbox.measure.contract import BatchTables, Measurer, StepLayers, StepTraces
 from glassbox.measure.sampling import RowSampler, StepSampler, TraceBudget
 from glassbox.processes.worker.adapters import AdapterSlots
 from glassbox.processes.worker.canary import Canary, StepCheck
@@ -51,6 +51,16 @@ logger = get_logger(__name__)
 
 class RepeatedLayerError(ValueError):
     """A layer ran again in the same step."""
+
+
+def _counted_share(rows: np.ndarray, sampled: frozenset[int], traces: StepTraces | None) -> float:
+    """Share of the sample in what a step measures, a row in each layer being one."""
+    counted = len(sampled) * int(np.count_nonzero((rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0))
+    if traces is None:
+        return 1.0
+    of_traces = sum(len(one.local_layers) * len(one.places) for one in traces.wanted)
+    of_traces += sum(len(prompt.local_layers) * prompt.num_rows for prompt in traces.prompts)
+    return counted / max(counted + of_traces, 1)
 
 
 class Counters(SimpleNamespace):
@@ -321,23 +331,20 @@ class Observer:
             traces = self.requests.trace_rows(step.runner, batch, rows, num_drafts, new_from, mask)
         if len(rows) or traces is not None:
             assert rows[:, ROW_BATCH].max(initial=-1) < len(batch.prompt_len)
+            sampled = (self._layers if step.sampled else frozenset[int]()) & self._canary.allowed
             if traced is not None:
                 step.traced = traces is not None
-                uncounted = np.count_nonzero(rows[:, ROW_PHASE] & ROW_UNCOUNTED)
                 of_prompts = sum(prompt.num_rows for prompt in traces.prompts) if traces is not None else 0
                 step.whole_prompts = of_prompts > 0
-                step.counted_share = (len(rows) - uncounted) / (len(rows) + of_prompts)
+                step.counted_share = _counted_share(rows, sampled, traces)
             if check is not None:
                 # After those of the traced rows, which are told from others by having one.
                 check.take_slots(rows, self.measurer.num_slots)
             # Of a step that isn't sampled only what its traces asked for.
-            of_traces = traces.local_layers if traces is not None else frozenset[int]()
-            layers = (self._layers if step.sampled else of_traces) & self._canary.allowed
-            if check is not None and not check.local_layers <= layers:
-                layers = self._without_sample(rows, layers, of_traces)
-            if layers or check is not None:
+            of_traces = (traces.local_layers if traces is not None else frozenset[int]()) & self._canary.allowed
+            if sampled or of_traces or check is not None:
                 step.batch, step.rows = batch, rows
-                step.begin(rows, layers, traces, check)
+                step.begin(rows, StepLayers(sampled, self._canary.allowed), traces, check)
 
     def _without_others(self, batch: Batch, rows: np.ndarray, mask: RowMask) -> np.ndarray:
         """A row list without the rows that see other keys than causal ones; traced ones keep to the first slots."""
@@ -398,14 +405,6 @@ class Observer:
         except Exception as error:  # the step may be measured all the same
             self._errors.count("canary", error)
             return rows, None
-
-    def _without_sample(self, rows: np.ndarray, layers: frozenset[int], traced: frozenset[int]) -> frozenset[int]:
-        """Takes the rows out of the sample: layers that are only checked see the same list. Returns what remains."""
-        counted = np.count_nonzero((rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0)
-        if counted:  # a step that is measured for its traces alone has no sample
-            self.counters.dropped_rows["canary"] += int(counted) * self._places(layers)
-        rows[:, ROW_PHASE] |= ROW_UNCOUNTED
-        return layers & traced
 
     def after_attention(
         self,

@@ -14,7 +14,7 @@ from glassbox.adapter.protocols import PreparedBatch, Runner
 from glassbox.adapter.runner import Batch
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.core.errors import ErrorCounter
-from glassbox.measure.contract import Measurer, OutputCheck, StepTraces
+from glassbox.measure.contract import Measurer, OutputCheck, StepLayers, StepTraces
 
 
 class Step:
@@ -83,9 +83,7 @@ class Step:
             self._listening = True
             self._listen(True)
 
-    def begin(
-        self, rows: np.ndarray, layers: frozenset[int], traced: StepTraces | None, check: OutputCheck | None
-    ) -> None:
+    def begin(self, rows: np.ndarray, layers: StepLayers, traced: StepTraces | None, check: OutputCheck | None) -> None:
         """Hand the row list to the measurer; see `Measurer.begin`."""
         self._begun = True
         self._measurer.begin(rows, layers, traced, check)

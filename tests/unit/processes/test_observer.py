@@ -15,8 +15,9 @@ from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_PROMPT_LEN, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.core.start_parts import StartParts
-from glassbox.measure.contract import CheckLimits
+from glassbox.measure.contract import CheckLimits, StepLayers
 from glassbox.measure.deferred import DeferredActions
+from glassbox.measure.row_lists import RowList, row_lists
 from glassbox.processes.worker.adapters import AdapterSlots
 from glassbox.processes.worker.canary import Canary
 from glassbox.processes.worker.observer import Observer
@@ -49,6 +50,8 @@ class FakeMeasurer:
         self.check: Any = None
         self.calls: list[str] = []
         self.rows: list[np.ndarray] = []
+        # Of each step, and the layers that have one.
+        self.lists: list[list[RowList]] = []
         self.layers: list[frozenset[int]] = []
         self.failing: set[str] = set()
         self.seconds: dict[str, float] = {}
@@ -64,10 +67,13 @@ class FakeMeasurer:
     def end_warm_up(self) -> None:
         self._called("end_warm_up")
 
-    def begin(self, rows: np.ndarray, layers: frozenset[int], traced: TracedStep | None, check: Any) -> None:
+    def begin(self, rows: np.ndarray, layers: StepLayers, traced: TracedStep | None, check: Any) -> None:
         self.check = check
         self.rows.append(rows)
-        self.layers.append(layers)
+        wanted = [] if traced is None else traced.wanted
+        of_traces = [one._replace(local_layers=one.local_layers & layers.observed) for one in wanted]
+        self.lists.append(row_lists(rows, layers.sampled, of_traces))
+        self.layers.append(frozenset().union(*(one.local_layers for one in self.lists[-1])))
         self.traced = traced
         self._called("begin")
 
@@ -449,6 +455,25 @@ class TestTracedRequests:
         setup.step([DECODE], new={0: {"glassbox": "trace", "glassbox_layers": [LAYERS[1]]}})
         assert [frozenset(layers)] == setup.measurer.layers
 
+    def test_nothing_but_what_each_trace_keeps(self) -> None:
+        """Traces of different layers in one step: each row is measured in its own ones, beside the sample's in all."""
+        setup = Setup(sample_rate=0.0)
+        asks = {n: {"glassbox": "trace", "glassbox_layers": layers} for n, layers in ((1, [0, 1]), (2, [1, 3]))}
+        setup.step([DECODE] * 4, new=asks)
+        assert [({0}, [1]), ({1}, [1, 2]), ({3}, [2])] == self.listed(setup)
+        assert not any(len(one.counted) for one in setup.measurer.lists[-1])
+        setup.edit(sampling={"layers": [2, 3]})
+        setup.step([DECODE] * 4)
+        assert [({0}, [1]), ({1}, [1, 2]), ({2}, [0, 1, 2, 3]), ({3}, [0, 1, 2, 3])] == self.listed(setup)
+        assert [0, 0, 4, 4] == [len(one.counted) for one in setup.measurer.lists[-1]]
+        assert [[-1] * 4, [-1, -1, 1, -1]] == [one.rows[:, ROW_SLOT].tolist() for one in setup.measurer.lists[-1][2:]]
+
+    @staticmethod
+    def listed(setup: Setup) -> list[tuple[frozenset[int], list[int]]]:
+        """Layers and batch rows of the last step's lists."""
+        lists = sorted(setup.measurer.lists[-1], key=lambda one: sorted(one.local_layers))
+        return [(one.local_layers, one.rows[:, ROW_BATCH].tolist()) for one in lists]
+
     def test_no_memory_for_any(self) -> None:
         """Nothing is measured of rows that nobody would keep."""
         setup = Setup(sample_rate=0.0, requests={"max_active_mb": 1})
@@ -471,7 +496,7 @@ class TestTracedRequests:
 
         def measure() -> None:
             assert setup.measurer.traced is not None
-            setup.measurer.traced.add_stats([2], stats[None])
+            setup.measurer.traced.add_stats([2], np.arange(1), stats[None])
 
         setup.step([DECODE], new={0: {"glassbox": "trace"}}, in_forward=measure)
         (trace,) = setup.requests.active()

@@ -73,8 +73,8 @@ class TestStatistics:
             [rows_of(whole, 0, 3, 4), rows_of(part, 2, 7)], row_list, np.array([1, 2, 5]), num_layers=3, num_heads=3
         )
         stats = np.arange(6 * 3 * (NUM_STATISTICS + 1), dtype=np.float32).reshape(6, 3, -1)
-        step.add_stats([0], stats[None])
-        step.add_stats([2], stats[None] + 1000)
+        step.add_stats([0], np.arange(6), stats[None])
+        step.add_stats([2], np.arange(6), stats[None] + 1000)
         step.commit()
         np.testing.assert_array_equal(stats[[1, 2]], whole.record().stats[:, 0])
         np.testing.assert_array_equal(stats[[1, 2]] + 1000, whole.record().stats[:, 2])
@@ -86,7 +86,7 @@ class TestStatistics:
         """What it has not got is NaN."""
         one = trace(TraceOptions())
         step = TracedStep([rows_of(one, 0, 5)], np.zeros((1, 5), dtype=np.int32), np.array([0]), 3, 3)
-        step.add_stats([1], np.ones((1, 1, 2, NUM_STATISTICS + 1), dtype=np.float32))
+        step.add_stats([1], np.arange(1), np.ones((1, 1, 2, NUM_STATISTICS + 1), dtype=np.float32))
         step.commit()
         assert np.isnan(one.record().stats[0, 1]).tolist() == [[False] * 10, [False] * 10, [True] * 10]
 
@@ -98,9 +98,31 @@ class TestStatistics:
         step = TracedStep([rows_of(one, 0, 3, 4)], row_list, np.array([1, 4]), num_layers=3, num_heads=3)
         assert step.num_slots == 3
         ring = np.arange(3 * 3 * 3 * (NUM_STATISTICS + 1), dtype=np.float32).reshape(3, 3, 3, -1)
-        step.set_stats(ring)
+        step.set_stats([0, 2], ring[:, [0, 2]])
         step.commit()
-        np.testing.assert_array_equal(one.record().stats, ring[[0, 2]])
+        np.testing.assert_array_equal(one.record().stats[:, [0, 2]], ring[[0, 2]][:, [0, 2]])
+        assert np.isnan(one.record().stats[:, 1]).all(), "nobody measured it"
+
+    def test_rows_of_each_layer(self) -> None:
+        """Layers have rows of their own: a trace's are those that it has in the list of the layer."""
+        one, other = trace(TraceOptions()), trace(TraceOptions(), (2,))
+        row_list = np.zeros((4, NUM_ROW_COLUMNS), dtype=np.int32)
+        step = TracedStep([rows_of(one, 0, 3), rows_of(other, 1, 4)], row_list, np.array([1, 3]), 3, 3)
+        assert [({0, 1, 2}, [1]), ({2}, [3])] == [(set(layers), places.tolist()) for layers, places in step.wanted]
+        stats = np.arange(3 * 3 * (NUM_STATISTICS + 1), dtype=np.float32).reshape(3, 3, -1)
+        step.add_stats([0, 1], np.array([1]), np.stack([stats[:1], stats[:1] + 100]))
+        step.add_stats([2], np.array([0, 1, 3]), stats[None] + 200)
+        step.commit()
+        of_one = one.record().stats[0]
+        np.testing.assert_array_equal(np.stack([stats[0], stats[0] + 100, stats[1] + 200]), of_one)
+        np.testing.assert_array_equal(stats[2] + 200, other.record().stats[0, 0])
+
+    def test_rows_that_are_asked_something(self) -> None:
+        """All questions are asked of all such rows at once, so each is listed in every layer that one of them names."""
+        one, other = trace(TraceOptions(top_k=2), (0,)), trace(TraceOptions(top_k=2), (2,))
+        row_list = np.zeros((2, NUM_ROW_COLUMNS), dtype=np.int32)
+        step = TracedStep([rows_of(one, 0, 3), rows_of(other, 1, 4)], row_list, np.array([0, 1]), 3, 3)
+        assert ({0, 2}, [0, 1]) == (set(step.wanted[-1].local_layers), step.wanted[-1].places.tolist())
 
 
 class TestProbes:
@@ -313,13 +335,13 @@ class TestSums:
         stats = np.zeros((2, 2, 3, NUM_STATISTICS + 1), dtype=np.float32)
         one, other = trace(TraceOptions(), (0, 2), (1,)), trace(TraceOptions())
         step = step_of(rows_of(one, 0, 5, 6))
-        step.add_stats([0, 2], stats, before)
+        step.add_stats([0, 2], np.arange(2), stats, before)
         step.commit()
         np.testing.assert_array_equal(before[:, :, 1].T, one.record().previous_mass[..., 0])
         row_list = np.zeros((2, NUM_ROW_COLUMNS), dtype=np.int32)
         row_list[:, ROW_SLOT] = [1, 0]
         step = TracedStep([rows_of(other, 0, 5, 6)], row_list, np.arange(2), 3, 3)
         ring = np.arange(2 * 3 * 3, dtype=np.float32).reshape(2, 3, 3)
-        step.set_stats(np.zeros((2, 3, 3, NUM_STATISTICS + 1), dtype=np.float32), ring)
+        step.set_stats([0, 1, 2], np.zeros((2, 3, 3, NUM_STATISTICS + 1), dtype=np.float32), ring)
         step.commit()
         np.testing.assert_array_equal(ring[[1, 0]], other.record().previous_mass)

@@ -422,7 +422,7 @@ def measure(
         stats = np.zeros((len(rows), 2, NUM_STATISTICS + 1), dtype=np.float32)
         stats[..., 0] = (1000 * rows[:, ROW_BATCH] + rows[:, ROW_QUERY])[:, None]
         for layer in range(2):
-            step.add_stats([layer], stats[None])
+            step.add_stats([layer], np.arange(len(rows)), stats[None])
         step.commit()
     return rows
 

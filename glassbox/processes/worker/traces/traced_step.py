@@ -14,7 +14,7 @@ import numpy.typing as npt
 from glassbox.core.rows import ROW_DECODE, ROW_SLOT
 from glassbox.core.trace_arrays import trace_array, without_values
 from glassbox.kernels.probe_answers import ProbeAnswers, PromptAnswers
-from glassbox.measure.contract import AskedPrompt, AskedRows
+from glassbox.measure.contract import AskedPrompt, AskedRows, LayeredRows
 from glassbox.processes.worker.traces.active import ActiveTrace, Chunk, Drafts
 from glassbox.processes.worker.traces.sums import SummedRow
 from glassbox.store.trace_record import MAX_ATTENTION_KEYS
@@ -76,11 +76,13 @@ class TracedStep:
         indices: int64 [n], where the members' rows stand in `row_list`.
         num_layers, num_heads: of the worker.
         prompts: of which all rows are measured.
+        prompt_rows: those of the row list that are these prompts' and no member's.
 
     Attributes:
         num_slots: of a ring that has a slot for every row that ROW_SLOT gives one.
         local_layers: observed layers that some of the traces keep.
-        prompts: what is asked of them.
+        wanted: which rows are to be measured in which of these.
+        prompts: what is asked of them; prompt_rows: as given.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class TracedStep:
         num_layers: int,
         num_heads: int,
         prompts: Sequence[TracedPrompt] = (),
+        prompt_rows: Sequence[LayeredRows] = (),
     ) -> None:
         self._members, self._indices = members, indices
         self._of_prompts = [_Prompt(prompt) for prompt in prompts]
@@ -99,31 +102,52 @@ class TracedStep:
         # Slots are given out in order; rows for which there was no memory have one, too.
         self.num_slots = int(row_list[:, ROW_SLOT].max(initial=-1)) + 1
         traces = [*(member.trace for member in members), *(prompt.trace for prompt in prompts)]
-        self.local_layers = frozenset(n for trace in traces for n in trace.local_layers)
+        self.local_layers = frozenset[int]().union(*{trace.local_layers for trace in traces})
         sizes = {"token": len(indices), "layer": num_layers, "head": num_heads}
         self._stats, self._previous = trace_array("stats").filled(sizes), trace_array("previous_mass").filled(sizes)
         self._probes = [_Probe(member) for member in members if member.trace.probes]
         numbers = [np.arange(p.rows.numbers.start, p.rows.numbers.stop) for p in self._probes]
         self._probed_places = indices[np.concatenate(numbers)] if numbers else indices[:0]
         self._probed = row_list[self._probed_places]
+        self._probed_layers = frozenset[int]().union(*{probe.rows.trace.local_layers for probe in self._probes})
+        self.wanted: Sequence[LayeredRows] = self._wanted()
+        self.prompt_rows = prompt_rows
+
+    def _wanted(self) -> list[LayeredRows]:
+        """Rows of traces that keep the same layers together. Questions are asked of all probed rows at once."""
+        by_layers: dict[tuple[int, ...], list[npt.NDArray[np.int64]]] = {}
+        for member in self._members:
+            by_layers.setdefault(member.trace.local_layers, []).append(self._indices[member.numbers])
+        wanted = [LayeredRows(frozenset(layers), np.concatenate(places)) for layers, places in by_layers.items()]
+        if len(by_layers) > 1 and self._probes:
+            wanted.append(LayeredRows(self._probed_layers, self._probed_places))
+        return wanted
 
     def add_stats(
         self,
         local_layers: Sequence[int],
+        places: npt.NDArray[np.int64],
         stats: npt.NDArray[np.float32],
         previous_mass: npt.NDArray[np.float32] | None = None,
     ) -> None:
         """See contract.StepTraces."""
-        self._stats[:, local_layers, : stats.shape[2]] = stats[:, self._indices].swapaxes(0, 1)
+        measured = np.flatnonzero(np.isin(self._indices, places, assume_unique=True))
+        rows = np.searchsorted(places, self._indices[measured])
+        at = np.ix_(measured, np.asarray(local_layers), np.arange(stats.shape[2]))
+        self._stats[at] = stats[:, rows].swapaxes(0, 1)
         if previous_mass is not None:
-            of_rows = previous_mass[:, self._indices].swapaxes(0, 1)
-            self._previous[:, local_layers, : previous_mass.shape[2]] = of_rows
+            self._previous[at] = previous_mass[:, rows].swapaxes(0, 1)
 
-    def set_stats(self, ring: npt.NDArray[np.float32], previous_mass: npt.NDArray[np.float32] | None = None) -> None:
+    def set_stats(
+        self,
+        local_layers: Sequence[int],
+        ring: npt.NDArray[np.float32],
+        previous_mass: npt.NDArray[np.float32] | None = None,
+    ) -> None:
         """See contract.StepTraces."""
-        self._stats[...] = ring[self._slots]
+        self._stats[:, local_layers] = ring[self._slots]
         if previous_mass is not None:
-            self._previous[...] = previous_mass[self._slots]
+            self._previous[:, local_layers] = previous_mass[self._slots]
 
     def add_prompt(self, number: int, local_layer: int, answers: PromptAnswers[npt.NDArray]) -> None:
         """See contract.StepTraces."""
@@ -156,7 +180,7 @@ class TracedStep:
             top_k=max(one.top_k for one in options),
             spans=spans,
             chosen=chosen,
-            local_layers=frozenset(n for probe in self._probes for n in probe.rows.trace.local_layers),
+            local_layers=self._probed_layers,
             kept_attention=tuple(i for i, one in enumerate(options) if one.attention),
             received=tuple(np.flatnonzero(np.concatenate([probe.sums_attention for probe in self._probes])).tolist()),
             queries=any(probe.wants_queries for probe in self._probes),

@@ -35,7 +35,7 @@ from glassbox.core.trace_options import (
     TraceOptions,
     parse_options,
 )
-from glassbox.measure.contract import AskedPrompt
+from glassbox.measure.contract import AskedPrompt, LayeredRows
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import is_sampled_request
 from glassbox.processes.worker.traces.active import TOO_LONG_FOR_KEYS, ActiveTrace, TraceHost
@@ -211,7 +211,7 @@ class RequestTracker:
         of = rows[indices, ROW_BATCH]
         positions = row_positions(batch, rows[indices])
         phases = (rows[indices, ROW_PHASE] & ROW_DECODE).astype(np.uint8)
-        members, kept, first = [], [indices[:0]], 0
+        members, kept, of_prompts, first = [], [indices[:0]], [], 0
         # Rows are ascending in their queries, so those of a request stand together.
         for begin, end in _runs(of):
             req_id, row = batch.req_ids[of[begin]], of[begin]
@@ -219,6 +219,8 @@ class RequestTracker:
             if trace.prompt != "sampled" and not (trace.options.top_k or trace.options.attention):
                 # All rows of its prompt are measured, and these are asked nothing more.
                 start += int((phases[begin:end] == 0).sum())
+            if start > begin:
+                of_prompts.append(LayeredRows(frozenset(trace.local_layers), indices[begin:start]))
             if trace.truncated or start == end or not self._take(runner, req_id, positions[start:end].tolist()):
                 continue
             trace.prompt_len = int(batch.prompt_len[row])
@@ -231,7 +233,7 @@ class RequestTracker:
         if not members and not prompts:
             return None
         host = self._host
-        return TracedStep(members, rows, np.concatenate(kept), len(host.layers), host.num_heads, prompts)
+        return TracedStep(members, rows, np.concatenate(kept), len(host.layers), host.num_heads, prompts, of_prompts)
 
     def _take(self, runner: Runner, req_id: str, positions: Sequence[int], *, whole: bool = False) -> bool:
         """Whether a trace may have rows at these positions; if not, it has none from now on."""

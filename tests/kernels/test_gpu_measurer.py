@@ -1,0 +1,225 @@
+"""What a GPU's measurer launches, measures and copies of a step, without a GPU in Triton's interpreter.
+
+There queued work is done when the call returns, so streams and events order nothing, and their place is empty.
+"""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Final
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.interpreter import DEVICE, ON_GPU
+
+# isort: split
+from glassbox.core.errors import ErrorCounter
+from glassbox.core.rows import ROW_DECODE, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
+from glassbox.core.statistics import NUM_STATISTICS
+from glassbox.kernels.layer_params import LayerParams
+from glassbox.kernels.reference.row_stats import row_stats_ref
+from glassbox.measure import gpu_measurer
+from glassbox.measure.accumulate import Accumulators
+from glassbox.measure.contract import BatchTables, DeviceNeeds, Forward, MeasuredLayers, StepLayers
+from glassbox.measure.deferred import DeferredActions
+from glassbox.measure.gpu_measurer import GpuMeasurer
+from glassbox.processes.worker.traces.active import ActiveTrace
+from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
+from glassbox.store.trace_record import TraceOptions
+from tests.kernels.row_stats_cases import Case, Inputs, Sequence, make_inputs
+from tests.trace_samples import make_host
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+# Three requests that generate, in four layers.
+CASE: Final = Case(
+    "lists", (Sequence(1, 37, 20), Sequence(1, 9, 3), Sequence(1, 50, 40)), dtype=torch.float32, max_rows=8
+)
+NUM_LAYERS: Final = 4
+LAYERS: Final = range(NUM_LAYERS)
+
+
+class Stream(SimpleNamespace):
+    """In whose order everything is."""
+
+    cuda_stream = 0
+
+    def wait_event(self, _: object) -> None:
+        """It has happened."""
+
+
+class Event(SimpleNamespace):
+    """That has happened when it is recorded."""
+
+    def record(self) -> None:
+        """Nothing is left to be done."""
+
+    def synchronize(self) -> None:
+        """Nor to be waited for."""
+
+    def query(self) -> bool:
+        return True
+
+
+_empty = torch.empty
+
+
+def pageable_empty(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+    return _empty(*size, **options)
+
+
+@dataclass
+class Layer:
+    """See contract.StridedLayer."""
+
+    name: str
+    inputs: Inputs
+    num_heads: int = CASE.heads
+    head_size: int = CASE.head_size
+    query_dtype: torch.dtype = CASE.dtype
+    gave_kv: bool = False
+
+    @property
+    def params(self) -> LayerParams:
+        return self.inputs.params
+
+    def keys(self, kv_cache: Tensor | None = None) -> Tensor:
+        return self.inputs.k_cache
+
+    def values(self, kv_cache: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+
+class Step:
+    """A measurer, its layers, and what is launched and copied to the host."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not ON_GPU:
+            for name, replacement in {
+                "Stream": lambda *_, **__: Stream(),
+                "Event": lambda *_, **__: Event(),
+                "current_stream": Stream,
+                "stream": lambda _: nullcontext(),
+                "is_current_stream_capturing": lambda: False,
+            }.items():
+                monkeypatch.setattr(torch.cuda, name, replacement)
+            monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+            monkeypatch.setattr(torch, "empty", pageable_empty)
+        self.launched: list[int] = []
+        self.copied: list[tuple[int, ...]] = []
+        self.monkeypatch = monkeypatch
+        launch, to_host = gpu_measurer.row_stats, gpu_measurer._to_host
+
+        def row_stats(*args: Any, **more: Any) -> None:
+            self.launched.append(int(args[6][0]))
+            launch(*args, **more)
+
+        def copied(source: Tensor) -> Tensor:
+            self.copied.append(tuple(source.shape))
+            return to_host(source)
+
+        monkeypatch.setattr(gpu_measurer, "row_stats", row_stats)
+        monkeypatch.setattr(gpu_measurer, "_to_host", copied)
+        self.errors = ErrorCounter(logging.getLogger("test"))
+        self.layers = [Layer(f"layer{n}", make_inputs(CASE, DEVICE, seed=n)) for n in LAYERS]
+        self.deferred = DeferredActions(self.errors)
+        needs = DeviceNeeds(CASE.max_rows, CASE.head_size, CASE.kv_heads, CASE.dtype, self.deferred, lambda: False)
+        self.accumulators = Accumulators(NUM_LAYERS, CASE.heads, DEVICE)
+        measured = MeasuredLayers(self.accumulators, {one.name: n for n, one in enumerate(self.layers)}, 4, 16)
+        self.measurer = GpuMeasurer(measured, needs, self.errors)
+        self.measurer._graphs.unwatch()
+        self.measurer._warming = False  # there are no graphs, and so no warm-up
+        self.host = make_host(layers=tuple(LAYERS), num_heads=CASE.heads)
+
+    def trace(self, *layers: int) -> ActiveTrace:
+        return ActiveTrace(
+            self.host, f"of {layers}", why="opt_in", options=TraceOptions(), traceparent=None, prompt_len=3,
+            local_layers=layers, head_columns=tuple(range(CASE.heads)),
+        )  # fmt: skip
+
+    def run(self, sampled: set[int], traces: dict[int, ActiveTrace], *, counted: bool = True) -> None:
+        """A step whose rows are those of the requests, as row list of the sample or of its traces alone."""
+        places = range(len(CASE.sequences)) if counted else sorted(traces)
+        rows = self.layers[0].inputs.rows.cpu().numpy()[list(places)].copy()
+        rows[:, ROW_PHASE] = ROW_DECODE if counted else ROW_DECODE | ROW_UNCOUNTED
+        indices = np.array([n for n, request in enumerate(places) if request in traces], dtype=np.int64)
+        rows[indices, ROW_SLOT] = np.arange(len(indices))
+        members = [
+            TracedRows(trace, n, np.array([CASE.sequences[request].seq_len - 1], np.int32), np.array([1], np.uint8))
+            for n, (request, trace) in enumerate(sorted(traces.items()))
+        ]
+        traced = TracedStep(members, rows, indices, NUM_LAYERS, CASE.heads) if members else None
+        self.measurer.begin(rows, StepLayers(frozenset(sampled), frozenset(LAYERS)), traced, None)
+        self.launched.clear()
+        self.copied.clear()
+        for layer in self.layers:
+            i = layer.inputs
+            tables = BatchTables(i.block_table, i.query_start_loc, i.seq_lens, self)
+            self.measurer.after_attention(layer, Forward(i.q, None, None, None), i.k_cache, tables)
+        self.measurer.finish()
+        self.deferred.finish()
+        assert not any(count for stage, count in self.errors.counts().items() if stage != "graph_nodes")
+
+    def expected(self, layer: int, request: int) -> Tensor:
+        """[H, NUM_STATISTICS + 1] float64."""
+        inputs, sequence = self.layers[layer].inputs, CASE.sequences[request]
+        keys = [keys.double() for keys in inputs.keys]
+        return row_stats_ref(
+            inputs.q.cpu().double()[[request]], keys, [sequence.seq_len - 1], request=[request], phase=[ROW_DECODE],
+            prompt_len=[sequence.prompt_len], scale=inputs.params.scale, local_window=16,
+        )[0]  # fmt: skip
+
+    def rows(self) -> list[int]:
+        """Rows of each layer that its accumulators have, of a head."""
+        return self.accumulators.rows[:, 0].sum(-1).tolist()
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> Step:
+    return Step(monkeypatch)
+
+
+def assert_has(step: Step, trace: ActiveTrace, request: int, layers: tuple[int, ...]) -> None:
+    """A trace has what float64 gives of its one row in its layers."""
+    stats = trace.record().stats
+    assert (1, len(layers), CASE.heads, NUM_STATISTICS + 1) == stats.shape
+    for n, layer in enumerate(layers):
+        np.testing.assert_allclose(stats[0, n], step.expected(layer, request), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_for_traces_alone(step: Step) -> None:
+    """Each row in its trace's layers and nowhere else: what is listed, launched, counted, and copied to the host."""
+    low, high = step.trace(1, 2), step.trace(2)
+    step.run(set(), {0: low, 2: high}, counted=False)
+    assert [1, 2] == step.launched, "rows of layers 1 and 2"
+    assert [(2, 2, CASE.heads, NUM_STATISTICS + 1), (2, 2, CASE.heads)] == step.copied, "two slots, two layers"
+    assert [0] * NUM_LAYERS == step.rows()
+    assert_has(step, low, 0, (1, 2))
+    assert_has(step, high, 2, (2,))
+
+
+def test_some_layers_of_the_sample_beside_traces(step: Step) -> None:
+    """The sample's layers have its rows, the traces' their own; where both want a row it is counted."""
+    one = step.trace(0, 2)
+    step.run({2, 3}, {1: one})
+    assert [1, 3, 3] == step.launched
+    assert [0, 0, 3, 3] == step.rows()
+    assert_has(step, one, 1, (0, 2))
+    sums = step.accumulators.sums[3, :, 1].cpu()
+    expected = sum(step.expected(3, request)[:, :NUM_STATISTICS] for request in range(3))
+    np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_that_holds_all_layers(step: Step) -> None:
+    """A replay runs every captured launch: those of layers whose turn it isn't find no rows and leave all as it is."""
+    step.run({1}, {})
+    assert [3] == step.launched
+    step.monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    step.run({3}, {})
+    assert [0, 0, 0, 3] == step.launched
+    assert [0, 3, 0, 3] == step.rows()
+    assert not step.measurer._num_rows.any(), "later replays find none"
