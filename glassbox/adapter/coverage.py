@@ -5,6 +5,7 @@ which nothing, or only a part, is observed says so once, with the reason of each
 """
 
 import logging
+import math
 from collections.abc import Container, Iterator
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from glassbox.adapter.layers import ObservedLayers
 from glassbox.adapter.vllm_worker import WorkerFacts
 from glassbox.config.load import GlassboxConfig
 from glassbox.config.model import LayerSelection
+from glassbox.measure.sampling import rate_of_steps
 
 _NAMED = 8  # layers of a group that are named one by one
 
@@ -124,6 +126,33 @@ def selection_lines(found: ObservedLayers, selection: LayerSelection, elsewhere:
             logging.WARNING,
             f"sampling.layers chooses none of the observed layers, so no rows are measured: use all, {{every: k}}, or "
             f"some of {ranges(found.indices)}",
+        )
+
+
+def turn_lines(num_layers: int, config: GlassboxConfig) -> Iterator[Line]:
+    """What it means that layers take turns, and whether they keep the sample rate; nothing if they don't take turns.
+
+    Args:
+        num_layers: that are measured, of a model or of a pipeline stage.
+        config: in force.
+    """
+    rate, at_once = config.sample_rate, config.sampling.layers_at_once(num_layers)
+    if not rate or at_once >= num_layers:
+        return
+    steps = rate_of_steps(rate, num_layers, at_once)
+    kept = steps * at_once / num_layers
+    if kept < rate * (1 - 1e-9):
+        yield Line(
+            logging.WARNING,
+            f"sample_rate {rate:g} can't be kept with sampling.layers_per_step {at_once} of {num_layers} layers: every "
+            f"step is measured, which gives each layer {kept:.3g} (glassbox_sample_rate). Set layers_per_step to at "
+            f"least {math.ceil(rate * num_layers)}, or sample_rate to at most {kept:.3g}",
+        )
+    else:
+        yield Line(
+            logging.INFO,
+            f"A measured step measures {at_once} of {num_layers} layers in turn (sampling.layers_per_step): "
+            f"{100 * steps:.3g} % of steps are measured, so that each layer keeps sample_rate {rate:g}",
         )
 
 

@@ -158,6 +158,19 @@ def _dump_layers(value: LayerSelection) -> str | list[int] | dict[str, int]:
 _Layers = Annotated[LayerSelection, PlainValidator(_parse_layers), PlainSerializer(_dump_layers)]
 
 
+def _parse_layers_per_step(value: object) -> int | None:
+    if isinstance(value, str) and value == "all":
+        return None
+    if type(value) is not int or value < 1:
+        raise ValueError("must be all or a whole number of at least 1; use `all` to measure all layers of a step")
+    return value
+
+
+_LayersPerStep = Annotated[
+    int | None, PlainValidator(_parse_layers_per_step), PlainSerializer(lambda value: "all" if value is None else value)
+]
+
+
 def _as_level(value: object) -> object:
     """A level as other programs write it, too: DEBUG, Info, and Python's own alias warn."""
     lowered = value.lower() if isinstance(value, str) else value
@@ -198,6 +211,13 @@ class SamplingConfig(_Section):
         "must be all, a list or {every: k}",
         "use `all`, a list such as `[0, 5, 11]`, or `{every: 4}`",
     )
+    layers_per_step: _LayersPerStep = _field(
+        None,
+        "How many of these layers a sampled step measures, of each pipeline stage, in turn; more steps are sampled "
+        "instead, so that every layer keeps the rate. all, or a whole number from 1.",
+        "must be all or a whole number of at least 1",
+        "use `all` to measure all layers of a step",
+    )
     max_rows_per_step: int = _field(
         256,
         f"Rows of a sampled step, 1 to {MAX_ROWS_PER_STEP} (the row list on the device has a fixed size); "
@@ -225,6 +245,10 @@ class SamplingConfig(_Section):
         gt=0,
         le=1,
     )
+
+    def layers_at_once(self, num_layers: int) -> int:
+        """How many of so many measured layers a sampled step measures."""
+        return num_layers if self.layers_per_step is None else min(self.layers_per_step, num_layers)
 
 
 class StatisticsConfig(_Section):
@@ -1016,7 +1040,7 @@ class GlassboxConfig(_Section):
     )
     sample_rate: float = _field(
         0.01,
-        "Share of engine steps that are measured, 0 to 1.",
+        "Share of engine steps in which a layer is measured, 0 to 1.",
         "must be between 0 and 1",
         "use `0` to stop sampling",
         ge=0,

@@ -51,8 +51,8 @@ from glassbox.measure.row_lists import RowList, row_lists
 # Numbers and queries of the rows that one step may trace; never fewer than these rows.
 _RING_BYTES: Final = 16 << 20
 _LEAST_SLOTS: Final = 8
-# Memory of the row lists of a step's layers, in lists of `max_rows`: three hold whatever is wanted, and four have room to
-# tell apart what several traces want.
+# Memory of the row lists of a step's layers, in lists of `max_rows`: three hold whatever is wanted, and four have room
+# to tell apart what several traces want.
 _LISTS: Final = 4
 # Rows that a check takes, and the keys that they see. Each row has a slot of the rings, and 8 rows are enough to find
 # scores that are 1 % off in bfloat16 (tests/unit/measure/test_verdict.py).

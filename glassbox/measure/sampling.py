@@ -1,4 +1,4 @@
-"""Which steps, requests and rows are measured.
+"""Which steps, requests, layers and rows are measured.
 
 Owns the choice, nothing else: numpy only, no torch, no vLLM, no clock and no randomness, so that all ranks of
 a server choose alike and a test can replay any choice.
@@ -25,6 +25,9 @@ from glassbox.core.rows import (
 
 # Fixed point: with floats two ranks could disagree, and the share would drift after many steps.
 _RATE_BITS: Final = 32
+
+# The golden ratio's fractional part, in fixed point as well.
+_GOLDEN: Final = 0x9E3779B97F4A7C15
 
 # Seconds of step time over which costs are averaged: load changes within seconds, single steps scatter.
 _AVERAGE_S: Final = 10.0
@@ -82,6 +85,50 @@ def _fixed_point(sample_rate: float) -> int:
     return max(1, round(min(sample_rate, 1.0) * (1 << _RATE_BITS)))
 
 
+def rate_of_steps(sample_rate: float, num_layers: int, at_once: int) -> float:
+    """Share of steps to measure so that each layer is measured at the sample rate; 1 where that would need more.
+
+    Args:
+        sample_rate: 0 to 1.
+        num_layers: that take turns.
+        at_once: how many of them a measured step measures.
+    """
+    return min(sample_rate * num_layers / at_once, 1.0) if at_once < num_layers else sample_rate
+
+
+class LayerTurns:
+    """Whose turn it is among layers of which a measured step measures some.
+
+    In a round each has one turn, so that at any time none has had more than one more than another. Each round begins at
+    another layer, the golden ratio of all layers further on: never twice in the same way, and away from any period. So
+    no pattern of requests, say a prompt in every fourth step, always meets the same layers, as it would if the rounds
+    went on from each other.
+    """
+
+    def __init__(self) -> None:
+        self._layers: frozenset[int] = frozenset()
+        # Of this round.
+        self._left: list[int] = []
+        self._rounds = 0
+
+    def take(self, layers: frozenset[int], count: int) -> frozenset[int]:
+        """The `count` layers whose turn it is. Other layers than the last time begin with a round of their own."""
+        if layers != self._layers:
+            self._layers, self._left = layers, []
+        taken, self._left = self._left[:count], self._left[count:]
+        if (more := count - len(taken)) > 0:
+            # A step measures a layer once: those of the round before that are in it have their turn later in this one.
+            order = sorted(self._order(), key=lambda layer: layer in taken)
+            taken, self._left = taken + order[:more], order[more:]
+        return frozenset(taken)
+
+    def _order(self) -> list[int]:
+        layers = sorted(self._layers)
+        start = (self._rounds * _GOLDEN % (1 << 64) * len(layers)) >> 64
+        self._rounds += 1
+        return layers[start:] + layers[:start]
+
+
 class StepSampler:
     """Counts engine steps, says which are measured, and keeps the cost of measuring within a budget.
 
@@ -91,7 +138,7 @@ class StepSampler:
     misses.
 
     Args:
-        sample_rate: share of steps to measure, 0 to 1.
+        sample_rate: share of steps to measure, 0 to 1, see `rate_of_steps`.
         overhead_budget: largest share of step time that measuring may cost; None is no limit.
     """
 

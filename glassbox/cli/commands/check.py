@@ -79,6 +79,7 @@ def check(
     for line in (
         *replaced_keys(config),
         *shape.lines(),
+        *_turn_lines(config, shape),
         *probe_lines(config, wanted.probes, shape.places),
         *focus_lines(config, wanted.focus_heads, shape.places),
         *rule_lines(config),
@@ -202,6 +203,16 @@ def _shape_of(model: Path, path: Path, config: "GlassboxConfig", wanted: _Wanted
     places = {layer: heads for layer, heads in zip(found.indices, found.heads, strict=True) if layer in measured}
     check_has(wanted.focus_heads, str(model), places)
     return _Shape(found.heads, f" ({model}, as vLLM builds it here)", found, places)
+
+
+def _turn_lines(config: "GlassboxConfig", shape: _Shape) -> Iterator[str]:
+    """Whether layers that take turns keep the sample rate."""
+    from glassbox.adapter.coverage import turn_lines
+
+    observed = range(len(shape.layer_heads)) if shape.found is None else shape.found.indices
+    whose = "" if shape.found else shape.whose
+    for line in turn_lines(len(config.sampling.layers.select(observed)), config):
+        yield f"{line.text}{whose}."
 
 
 def _vllm_line(config: "GlassboxConfig") -> str:

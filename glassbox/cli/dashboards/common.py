@@ -112,7 +112,8 @@ def layers_tile(kind: str, description: str) -> dashboard.Panel:
 def sample_rate_tile() -> dashboard.Panel:
     return tile(
         "Sample rate",
-        "Share of engine steps that are measured, after the overhead budget; the largest of the engines chosen.",
+        "Share of engine steps in which a layer is measured, after the overhead budget; the largest of the engines "
+        "chosen.",
         Query(f"max({promql.select('glassbox_sample_rate')})"),
         "percentunit",
         no_value="no glassbox",

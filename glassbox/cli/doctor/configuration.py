@@ -1,5 +1,6 @@
 """The YAML file: which one it is and why, whether it can be used, and whether it suits the model."""
 
+import logging
 from collections.abc import Iterator
 from typing import Final
 
@@ -71,7 +72,7 @@ def suits_model(question: Question) -> Iterator[Finding]:
         yield unknown(name, f"vLLM could not build {question.model} here: {problem}", "see vllm.import")
         yield from _series(config, (by_file.heads,) * by_file.layers)
         return
-    from glassbox.adapter.coverage import bypass_lines, selection_lines
+    from glassbox.adapter.coverage import bypass_lines, selection_lines, turn_lines
 
     observed, all_layers = len(layers.indices), len(layers.indices) + len(layers.bypassed)
     why = "; ".join(line.text for line in bypass_lines(layers))
@@ -84,6 +85,9 @@ def suits_model(question: Question) -> Iterator[Finding]:
         yield ok(name, f"all {observed} attention layers would be observed")
     for line in selection_lines(layers, config.sampling.layers):
         yield warning("config.layers", line.text, "name layers that are observed in sampling.layers")
+    for line in turn_lines(len(config.sampling.layers.select(layers.indices)), config):
+        if line.level >= logging.WARNING:
+            yield warning("config.layers", line.text, "raise sampling.layers_per_step, or lower sample_rate")
     yield from _series(config, layers.heads)
 
 

@@ -18,21 +18,27 @@ class NonfiniteWatch:
 
     def __init__(self, layers: tuple[int, ...]) -> None:
         self._layers = layers
-        self._seen = np.zeros(len(layers), dtype=np.int64)
+        self._seen = self._measured = np.zeros(len(layers), dtype=np.int64)
+        # When each layer's newest rows were such ones; never, if they are finite.
+        self._spoiled_s = np.full(len(layers), -np.inf)
         self._last: tuple[int, float] | None = None
 
-    def first(self, nonfinite: npt.NDArray[np.int64], now_s: float) -> int | None:
+    def first(self, nonfinite: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], now_s: float) -> int | None:
         """Global index of the first layer that had non-finite rows lately; None if none had.
 
+        A layer that was not measured since is taken to be as it was: layers may take turns.
+
         Args:
-            nonfinite: [L, H, 2], cumulative.
+            nonfinite, rows: [L, H, 2], cumulative.
             now_s: seconds, monotonic.
         """
-        counts = nonfinite.sum((1, 2))
-        new = np.flatnonzero(counts > self._seen)
-        self._seen = counts
-        if len(new):
-            self._last = (self._layers[new[0]], now_s)
+        counts, measured = nonfinite.sum((1, 2)), rows.sum((1, 2))
+        self._spoiled_s[measured > self._measured] = -np.inf
+        self._spoiled_s[counts > self._seen] = now_s
+        self._seen, self._measured = counts, measured
+        lately = np.flatnonzero(now_s - self._spoiled_s <= _LATELY_S)
+        if len(lately):
+            self._last = (self._layers[lately[0]], float(self._spoiled_s[lately].max()))
         if self._last is None or now_s - self._last[1] > _LATELY_S:
             return None
         return self._last[0]

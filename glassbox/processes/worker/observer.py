@@ -39,7 +39,7 @@ from glassbox.core.logs import get_logger
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.core.start_parts import StartParts
 from glassbox.measure.contract import BatchTables, Measurer, StepLayers, StepTraces
-from glassbox.measure.sampling import RowSampler, StepSampler, TraceBudget
+from glassbox.measure.sampling import LayerTurns, RowSampler, StepSampler, TraceBudget, rate_of_steps
 from glassbox.processes.worker.adapters import AdapterSlots
 from glassbox.processes.worker.canary import Canary, StepCheck
 from glassbox.processes.worker.progress import RequestProgress
@@ -53,9 +53,14 @@ class RepeatedLayerError(ValueError):
     """A layer ran again in the same step."""
 
 
+def _num_counted(rows: np.ndarray) -> int:
+    """Rows of a row list that belong to the sample."""
+    return int(np.count_nonzero((rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0))
+
+
 def _counted_share(rows: np.ndarray, sampled: frozenset[int], traces: StepTraces | None) -> float:
     """Share of the sample in what a step measures, a row in each layer being one."""
-    counted = len(sampled) * int(np.count_nonzero((rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0))
+    counted = len(sampled) * _num_counted(rows)
     if traces is None:
         return 1.0
     of_traces = sum(len(one.local_layers) * len(one.places) for one in traces.wanted)
@@ -134,6 +139,7 @@ class Observer:
         self._step: Step | None = None
         self._tables: BatchTables | None = None  # of the metadata that was built last
         self._config = config()
+        self._turns = LayerTurns()
         self._steps = StepSampler(self._rate(self._config), self._config.sampling.overhead_budget)
         self._trace_budget = TraceBudget(self._config.sampling.overhead_budget)
         self._apply(self._config)
@@ -154,8 +160,12 @@ class Observer:
 
     @property
     def effective_sample_rate(self) -> float:
-        """Share of steps measured after the overhead budget; an edit shows before the next step takes it up."""
-        return math.ldexp(self._rate(self._read_config()), -self._steps.level)
+        """Share of steps in which a layer is measured, after the overhead budget; an edit shows before the next step
+        takes it up."""
+        config = self._read_config()
+        num_layers = len(self.sampled_layers)
+        share = config.sampling.layers_at_once(num_layers) / num_layers if num_layers else 1.0
+        return math.ldexp(self._rate(config), -self._steps.level) * share
 
     @property
     def sampled_layers(self) -> tuple[int, ...]:
@@ -166,9 +176,16 @@ class Observer:
         """Heads of these layers together: one row is as many in rows_total's unit."""
         return sum(self._layer_heads[local] for local in layers)
 
-    @staticmethod
-    def _rate(config: GlassboxConfig) -> float:
-        return config.sample_rate if config.enabled else 0.0
+    def _rate(self, config: GlassboxConfig) -> float:
+        """Share of steps to measure."""
+        num_layers = len(config.sampling.layers.select(self._all_layers))
+        rate = config.sample_rate if config.enabled else 0.0
+        return rate_of_steps(rate, num_layers, config.sampling.layers_at_once(num_layers))
+
+    def _turn(self) -> frozenset[int]:
+        """Layers that a sampled step measures."""
+        at_once = self._config.sampling.layers_at_once(len(self._layers))
+        return self._turns.take(self._layers, at_once) if at_once < len(self._layers) else self._layers
 
     def _apply(self, config: GlassboxConfig) -> None:
         self._config = config
@@ -312,15 +329,17 @@ class Observer:
             excluded=excluded,
             sampled=step.sampled,
         )
+        num_left_out = int(num_drafts.sum() if excluded is None else num_drafts[~excluded].sum()) if step.sampled else 0
+        if step.sampled and (dropped or num_left_out or _num_counted(rows)):
+            step.layers = self._turn()
         bits = self.adapters.bits(batch.req_ids)
         if bits is not None:
             rows[:, ROW_PHASE] |= bits[rows[:, ROW_BATCH]]
         mask = read_mask(batch, common_attn_metadata)
         if mask is not None:
-            rows = self._without_others(batch, rows, mask)
-        self._drop("max_rows_per_step", dropped)
-        if step.sampled:
-            self._drop("draft", int(num_drafts.sum() if excluded is None else num_drafts[~excluded].sum()))
+            rows = self._without_others(step, batch, rows, mask)
+        self._drop(step, "max_rows_per_step", dropped)
+        self._drop(step, "draft", num_left_out)
         check = None
         if step.checked:
             rows, check = self._add_checked(batch, rows, excluded=excluded, mask=mask, tokens=absorbed)
@@ -331,7 +350,7 @@ class Observer:
             traces = self.requests.trace_rows(step.runner, batch, rows, num_drafts, new_from, mask)
         if len(rows) or traces is not None:
             assert rows[:, ROW_BATCH].max(initial=-1) < len(batch.prompt_len)
-            sampled = (self._layers if step.sampled else frozenset[int]()) & self._canary.allowed
+            sampled = step.layers & self._canary.allowed
             if traced is not None:
                 step.traced = traces is not None
                 of_prompts = sum(prompt.num_rows for prompt in traces.prompts) if traces is not None else 0
@@ -346,11 +365,11 @@ class Observer:
                 step.batch, step.rows = batch, rows
                 step.begin(rows, StepLayers(sampled, self._canary.allowed), traces, check)
 
-    def _without_others(self, batch: Batch, rows: np.ndarray, mask: RowMask) -> np.ndarray:
+    def _without_others(self, step: Step, batch: Batch, rows: np.ndarray, mask: RowMask) -> np.ndarray:
         """A row list without the rows that see other keys than causal ones; traced ones keep to the first slots."""
         others = mask.sees_others(rows[:, ROW_BATCH], row_positions(batch, rows))
         if others.any():
-            self._drop("mask", int(np.count_nonzero(others & ((rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0))))
+            self._drop(step, "mask", _num_counted(rows[others]))
             rows = rows[~others]
             traced = rows[:, ROW_SLOT] >= 0
             rows[traced, ROW_SLOT] = np.arange(np.count_nonzero(traced))
@@ -377,8 +396,8 @@ class Observer:
                 num_drafts[row] = max(batch.num_scheduled[row] - certain, 0)
         return num_drafts
 
-    def _drop(self, reason: str, rows: int) -> None:
-        """Rows that are not measured, in rows_total's unit: one per layer and head."""
+    def _drop(self, step: Step, reason: str, rows: int) -> None:
+        """Rows that are not measured, in rows_total's unit: one per layer of the step and head."""
         if not rows:
             return
         if not self.counters.dropped_rows[reason]:
@@ -388,7 +407,7 @@ class Observer:
                 DROP_REASONS[reason],
                 reason,
             )
-        self.counters.dropped_rows[reason] += rows * self._places(self._layers)
+        self.counters.dropped_rows[reason] += rows * self._places(step.layers)
 
     def _add_checked(
         self,

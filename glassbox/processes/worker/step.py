@@ -39,6 +39,7 @@ class Step:
         measured: rows are to be measured: it is sampled, checked, or has rows of traced requests; False once it has
             failed.
         rows_chosen: the batch was seen, and rows were chosen of it.
+        layers: local ones that are measured of the sample.
         batch, rows: as it was read, and the row list that was chosen; None as long as nothing is measured.
         started_s: when it began, by the clock.
         ran: names of the layers that have run in it.
@@ -64,6 +65,7 @@ class Step:
         self.sampled = self.checked = self.measured = self.rows_chosen = False
         self.has_traced = self.skips_traced = self.traced = self.whole_prompts = False
         self.ran: set[str] = set()
+        self.layers: frozenset[int] = frozenset()
         self.batch: Batch | None = None
         self.rows: np.ndarray | None = None
         self.overhead_s, self.counted_share = 0.0, 1.0

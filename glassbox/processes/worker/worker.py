@@ -14,7 +14,7 @@ from collections import Counter
 from typing import Any
 
 from glassbox import __version__
-from glassbox.adapter.coverage import coverage_lines, other_stages, selection_lines, untraceable
+from glassbox.adapter.coverage import Line, coverage_lines, other_stages, selection_lines, turn_lines, untraceable
 from glassbox.adapter.internals import Feature, lacks, switched_off
 from glassbox.adapter.layers import global_heads
 from glassbox.adapter.protocols import VllmWorker
@@ -166,6 +166,7 @@ class Worker:
         self._unsubscribe = settings.subscribe(self._wake_for_all)
         self._last_written: tuple[Any, ...] | None = None
         self._said: LayerSelection | None = None
+        self._said_turns: list[Line] = []
 
     def _count_checked(self, result: str, rows: int) -> None:
         self.observer.counters.canary_rows[result] += rows
@@ -306,7 +307,7 @@ class Worker:
             num_layers_total=max(self._facts.server.num_layers, 1 + max(self._facts.layers.indices, default=0)),
             numbers=self._numbers(),
             host=self._place.host,
-            first_nonfinite_layer=self._nonfinite.first(arrays.nonfinite, now_s),
+            first_nonfinite_layer=self._nonfinite.first(arrays.nonfinite, arrays.rows, now_s),
             checks=self._canary.checks(),
             # After the arrays: rows have come of no other adapter.
             adapters=self.observer.adapters.names,
@@ -337,11 +338,18 @@ class Worker:
         }
 
     def _say_selection(self) -> None:
-        """Warn of a choice of layers that chooses nothing, or what isn't there; once for each choice."""
-        selection = self._settings.config.sampling.layers
+        """Warn of a choice of layers that chooses nothing, or what isn't there, and tell what it means that layers take
+        turns; once for each choice."""
+        config = self._settings.config
+        selection = config.sampling.layers
         if selection != self._said:
             self._said = selection
             for level, text in selection_lines(self._facts.layers, selection, other_stages(self._facts)):
+                logger.log(level, "%s", text)
+        turns = list(turn_lines(len(selection.select(self._facts.layers.indices)), config)) if config.enabled else []
+        if turns != self._said_turns:
+            self._said_turns = turns
+            for level, text in turns:
                 logger.log(level, "%s", text)
 
 

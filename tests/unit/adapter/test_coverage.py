@@ -1,12 +1,13 @@
 """What is said of the layers that are observed, and of a choice among them."""
 
+import logging
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from glassbox.adapter.coverage import coverage_lines, other_stages, ranges, selection_lines, untraceable
+from glassbox.adapter.coverage import coverage_lines, other_stages, ranges, selection_lines, turn_lines, untraceable
 from glassbox.adapter.layers import Bypass, ObservedLayers, ServerInfo
 from glassbox.config.load import GlassboxConfig
 from glassbox.config.model import LayerSelection
@@ -98,6 +99,35 @@ class TestSelection:
     def test_a_server_of_which_nothing_is_observed(self) -> None:
         """That has been said, with its reasons."""
         assert [] == list(selection_lines(found(bypassed={0: MLA}), LayerSelection(indices=(0,))))
+
+
+class TestTurns:
+    @staticmethod
+    def lines(num_layers: int, sample_rate: float, at_once: int | str) -> list[tuple[int, str]]:
+        settings = {"sample_rate": sample_rate, "sampling": {"layers_per_step": at_once}}
+        return list(turn_lines(num_layers, GlassboxConfig.model_validate(settings)))
+
+    def test_nothing_to_say(self) -> None:
+        """All layers at once, and no sampling."""
+        assert [] == self.lines(32, 0.01, "all") + self.lines(4, 0.01, 4) + self.lines(32, 0.0, 4)
+
+    def test_the_rate_is_kept(self) -> None:
+        """So many more steps are measured, to the last that there are."""
+        ((level, text),) = self.lines(32, 0.01, 4)
+        assert logging.INFO == level
+        assert "4 of 32 layers in turn (sampling.layers_per_step): 8 % of steps are measured, so that each" in text
+        assert "100 % of steps" in self.lines(32, 0.125, 4)[0][1]
+
+    def test_the_rate_cannot_be_kept(self) -> None:
+        """What it is then, and what helps; both remedies do."""
+        ((level, text),) = self.lines(32, 0.3, 4)
+        assert logging.WARNING == level
+        assert text == (
+            "sample_rate 0.3 can't be kept with sampling.layers_per_step 4 of 32 layers: every step is measured, which "
+            "gives each layer 0.125 (glassbox_sample_rate). Set layers_per_step to at least 10, or sample_rate to at "
+            "most 0.125"
+        )
+        assert [logging.INFO] * 2 == [lines[0][0] for lines in (self.lines(32, 0.3, 10), self.lines(32, 0.125, 4))]
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,14 @@ class TestLayers:
         config_file.write_text(f"sampling: {{layers: {text}}}")
         assert load_config(config_file).sampling.layers.select((0, 2, 3, 4, 7)) == selected
 
+    @pytest.mark.parametrize(("text", "at_once"), [("all", [0, 3, 40]), ("1", [0, 1, 1]), ("8", [0, 3, 8])])
+    def test_layers_per_step(self, config_file: Path, text: str, at_once: list[int]) -> None:
+        """Never more than there are; what the file says is what `glassbox check` shows of it."""
+        config_file.write_text(f"sampling: {{layers_per_step: {text}}}")
+        sampling = load_config(config_file).sampling
+        assert at_once == [sampling.layers_at_once(num_layers) for num_layers in (0, 3, 40)]
+        assert text == str(sampling.model_dump()["layers_per_step"])
+
     def test_missing(self) -> None:
         """Indices that no observed layer has can be told."""
         assert LayerSelection(indices=(0, 5, 9)).missing((0, 4, 9)) == (5,)
@@ -272,6 +280,13 @@ class TestBadValues:
                 "log_level: trace",
                 "log_level must be debug, info, warning or error, got the string 'trace'; use info",
             ),
+            (
+                "sampling: {layers_per_step: 0}",
+                "sampling.layers_per_step must be all or a whole number of at least 1, got 0; use all to measure all",
+            ),
+            ("sampling: {layers_per_step: true}", "sampling.layers_per_step must be all or a whole number"),
+            ("sampling: {layers_per_step: 1.5}", "sampling.layers_per_step must be all or a whole number"),
+            ("sampling: {layers_per_step: some}", "sampling.layers_per_step must be all or a whole number"),
             (
                 "sampling: {max_rows_per_step: true}",
                 "sampling.max_rows_per_step must be a whole number, got true;",
@@ -577,13 +592,14 @@ class TestChanges:
         assert [
             "log_level info -> debug",
             "sampling.layers all -> [0, 5]",
+            "sampling.layers_per_step all -> 4",
             "sampling.overhead_budget null -> 0.01",
             "requests.records.path null -> /a",
             "export.prometheus.detail layer -> head",
         ] == self.between(
             "enabled: true",
-            "{log_level: DEBUG, sampling: {layers: [5, 0], overhead_budget: 1e-2}, requests: {records: {path: /a}}, "
-            "export: {prometheus: {detail: head}}}",
+            "{log_level: DEBUG, sampling: {layers: [5, 0], layers_per_step: 4, overhead_budget: 1e-2}, "
+            "requests: {records: {path: /a}}, export: {prometheus: {detail: head}}}",
         )
 
     def test_secrets(self) -> None:
@@ -607,7 +623,7 @@ class TestRestartNeeded:
     def test_live(self) -> None:
         """An edit of live settings needs no restart."""
         new = self.changed(
-            "{sample_rate: 1.0, log_level: debug, sampling: {layers: [1], max_rows_per_step: 9}, "
+            "{sample_rate: 1.0, log_level: debug, sampling: {layers: [1], layers_per_step: 1, max_rows_per_step: 9}, "
             "requests: {trace_rate: 1.0}, baseline: {path: b.npz, min_rows: 9, window_s: 60}, "
             "export: {interval_s: 1.0, prometheus: {detail: head}}}"
         )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glassbox.core.rows import NUM_ROW_COLUMNS, ROW_BATCH, ROW_DECODE, ROW_PHASE, ROW_QUERY, ROW_SLOT, ROW_UNCOUNTED
-from glassbox.measure.sampling import RowSampler, StepSampler, TraceBudget, is_sampled_step
+from glassbox.measure.sampling import LayerTurns, RowSampler, StepSampler, TraceBudget, is_sampled_step, rate_of_steps
 
 
 def sampled_steps(rate: float, level: int = 0, steps: int = 10_000) -> list[int]:
@@ -69,6 +69,57 @@ def constant(seconds: float) -> Cost:
 def noisy(mean_s: float, sigma: float) -> Cost:
     """Log-normal with the given mean."""
     return lambda step, rng: mean_s * rng.lognormvariate(-sigma * sigma / 2, sigma)
+
+
+def turns_of(num_layers: int, count: int, steps: int) -> np.ndarray:
+    """bool [steps, L]: which layers have their turn in each step."""
+    turns, layers = LayerTurns(), frozenset(range(num_layers))
+    taken = np.zeros((steps, num_layers), dtype=bool)
+    for step in range(steps):
+        its = turns.take(layers, count)
+        assert count == len(its)
+        taken[step, list(its)] = True
+    return taken
+
+
+class TestLayerTurns:
+    @given(st.integers(1, 40), st.data())
+    def test_even_at_any_time(self, num_layers: int, data: st.DataObject) -> None:
+        """No layer ever has more than one turn more than another, however many have theirs in a step."""
+        count = data.draw(st.integers(1, num_layers))
+        so_far = turns_of(num_layers, count, 3 * num_layers + 5).cumsum(0)
+        assert (so_far.max(1) - so_far.min(1)).max() <= 1
+
+    @given(st.lists(st.integers(1, 12), min_size=2, max_size=40))
+    def test_even_when_edited(self, counts: list[int]) -> None:
+        """Nor if the number of layers per step changes from step to step."""
+        turns, had = LayerTurns(), np.zeros(12, dtype=int)
+        for count in counts:
+            had[list(turns.take(frozenset(range(12)), count))] += 1
+            assert had.max() - had.min() <= 1
+
+    @pytest.mark.parametrize(("num_layers", "count"), [(32, 1), (32, 8), (24, 5), (3, 1)])
+    @pytest.mark.parametrize("period", [2, 3, 8, 13])
+    def test_no_pattern_meets_always_the_same_layers(self, num_layers: int, count: int, period: int) -> None:
+        """Of what comes in every second, third ... measured step each layer sees its share, of 100 to a quarter."""
+        taken = turns_of(num_layers, count, 100 * num_layers * period // count)
+        by_phase = np.stack([taken[phase::period].sum(0) for phase in range(period)])
+        assert 75 <= by_phase.min()
+        assert by_phase.max() <= 125
+
+    def test_other_layers(self) -> None:
+        """They begin with a round of their own."""
+        turns = LayerTurns()
+        first = turns.take(frozenset(range(8)), 3)
+        assert first < frozenset(range(8))
+        taken = [turns.take(frozenset({4, 9, 11}), 1) for _ in range(3)]
+        assert frozenset({4, 9, 11}) == frozenset().union(*taken)
+
+    def test_the_rate_of_steps(self) -> None:
+        """So many times the rate as there are turns in a round, and no more than every step."""
+        assert pytest.approx(0.08) == rate_of_steps(0.01, 32, 4)
+        assert 1.0 == rate_of_steps(0.5, 32, 4)
+        assert 0.01 == rate_of_steps(0.01, 32, 32) == rate_of_steps(0.01, 0, 0)
 
 
 class Server:

@@ -15,15 +15,17 @@ class Counts:
 
     def __init__(self) -> None:
         self.counts = np.zeros((len(LAYERS), 3, 2), dtype=np.int64)
+        self.rows = np.zeros_like(self.counts)
         self._watch = NonfiniteWatch(LAYERS)
 
-    def add(self, *local_layers: int, phase: int = 1) -> None:
-        """A row of one head in each of these layers."""
+    def add(self, *local_layers: int, phase: int = 1, measured: slice = slice(None)) -> None:
+        """A row of one head in each of these layers, of those that are measured."""
+        self.rows[measured] += 1
         for local in local_layers:
             self.counts[local, 1, phase] += 1
 
     def first(self, now_s: float) -> int | None:
-        return self._watch.first(self.counts.copy(), now_s)
+        return self._watch.first(self.counts.copy(), self.rows.copy(), now_s)
 
 
 class TestFirstLayer:
@@ -55,3 +57,15 @@ class TestFirstLayer:
         assert counts.first(160.5) is None
         counts.add(2)
         assert 5 == counts.first(300.0)
+
+    def test_layers_that_take_turns(self) -> None:
+        """The first one stays named while others are measured, until its own next rows are finite."""
+        counts = Counts()
+        counts.add(1, measured=slice(1, 2))
+        assert 3 == counts.first(0.0)
+        counts.add(3, measured=slice(3, 4))
+        assert 3 == counts.first(5.0)
+        counts.add(measured=slice(1, 2))
+        assert 7 == counts.first(10.0)
+        counts.add(2, measured=slice(2, 3))
+        assert 5 == counts.first(15.0)

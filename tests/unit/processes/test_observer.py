@@ -23,7 +23,7 @@ from glassbox.processes.worker.canary import Canary
 from glassbox.processes.worker.observer import Observer
 from glassbox.processes.worker.traces.traced_step import TracedStep
 from glassbox.processes.worker.traces.tracker import RequestTracker
-from tests.canaries import QuietCanary
+from tests.canaries import QuietCanary, make_place
 from tests.trace_samples import Continued, Scheduled, make_host, new_request, scheduled_step
 
 LAYERS: Final = (0, 1, 2, 3)
@@ -428,6 +428,105 @@ class TestEdits:
         for _ in range(3):
             setup.step([DECODE] * 3)
         assert [int(rows[0, ROW_BATCH]) for rows in setup.measurer.rows] == [0, 1, 2]
+
+
+class TestLayersPerStep:
+    """Layers that take turns."""
+
+    @staticmethod
+    def times(setup: Setup) -> list[int]:
+        """How often each layer was measured."""
+        return [sum(layer in layers for layers in setup.measurer.layers) for layer in LAYERS]
+
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    def test_each_layer_keeps_the_rate(self, count: int) -> None:
+        """Of 3,000 steps at a rate of 0.05 each is measured in 150, or one more or less, at an even cost."""
+        setup = Setup(sample_rate=0.05, sampling={"layers_per_step": count})
+        for _ in range(3000):
+            setup.step([DECODE])
+        assert {count} == {len(layers) for layers in setup.measurer.layers}
+        assert all(abs(times - 150) <= 1 for times in self.times(setup))
+        assert setup.observer.counters.sampled_steps == len(setup.measurer.layers)
+        assert pytest.approx(0.05) == setup.observer.effective_sample_rate
+
+    def test_a_rate_that_cannot_be_kept(self) -> None:
+        """Every step is measured, and the rate that is shown is what that gives a layer."""
+        setup = Setup(sample_rate=0.5, sampling={"layers_per_step": 1})
+        for _ in range(100):
+            setup.step([DECODE])
+        assert [25] * 4 == self.times(setup)
+        assert 0.25 == setup.observer.effective_sample_rate
+
+    def test_edits(self) -> None:
+        """At the next step, and what was even stays so; the turns go on where they were."""
+        setup = Setup(sampling={"layers_per_step": 1})
+        for _ in range(5):
+            setup.step([DECODE])
+        setup.edit(sampling={"layers_per_step": 3, "prefill_rows_per_request": 1})
+        assert 0.75 == setup.observer.effective_sample_rate
+        for _ in range(5):
+            setup.step([DECODE])
+            assert max(self.times(setup)) - min(self.times(setup)) <= 1
+        assert 3 == len(setup.measurer.layers[-1])
+        setup.edit(sampling={"layers": [1, 3], "layers_per_step": 3})
+        setup.step([DECODE])
+        assert {1, 3} == setup.measurer.layers[-1], "more than there are: all"
+        assert 1 == setup.observer.effective_sample_rate
+        setup.edit()
+        setup.step([DECODE])
+        assert frozenset(range(4)) == setup.measurer.layers[-1]
+
+    def test_traced_rows_are_never_thinned(self) -> None:
+        """They are measured in all their layers in every step, the others' rows only where it is the layer's turn."""
+        setup = Setup(sampling={"layers_per_step": 1}, sample_rate=0.125)
+        setup.step([DECODE, DECODE], new={1: {"glassbox": "trace", "glassbox_layers": [0, 1, 2]}})
+        for _ in range(799):
+            setup.step([DECODE, DECODE])
+        counted = np.zeros(4, dtype=int)
+        for lists in setup.measurer.lists:
+            traced = {local for one in lists if (one.rows[:, ROW_SLOT] >= 0).any() for local in one.local_layers}
+            assert {0, 1, 2} == traced
+            for one in lists:
+                counted[list(one.local_layers)] += len(one.counted)
+                assert len(one.local_layers) * len(one.counted) in {0, 2}
+        assert [2 * 100] * 4 == counted.tolist()
+
+    def test_a_check(self) -> None:
+        """It is of all layers, whoever's turn it is, and the sample of its step is measured as any other."""
+        clock = Clock()
+        canary = Canary(make_place(LAYERS), CheckLimits(8, 1000), probation=False, clock=clock)
+        setup = Setup(canary, sampling={"layers_per_step": 1})
+        setup.step([DECODE])
+        assert frozenset(range(4)) == setup.measurer.check.local_layers
+        assert 1 == len(setup.measurer.layers[0])
+        assert {} == setup.observer.counters.dropped_rows
+
+    def test_steps_without_rows_take_no_turn(self) -> None:
+        """A chunk of a prompt in which no position is chosen."""
+        setup = Setup(sampling={"layers_per_step": 1, "prefill_rows_per_request": 1})
+        for _ in range(4):
+            setup.step([(3, 0, 100)])
+            setup.step([DECODE])
+        assert [1] * 4 == self.times(setup)
+
+    def test_dropped_rows(self) -> None:
+        """In the layers of the step alone."""
+        setup = Setup(sampling={"max_rows_per_step": 2, "layers_per_step": 3})
+        setup.step([DECODE] * 5)
+        assert setup.observer.counters.dropped_rows == {"max_rows_per_step": 3 * 3 * NUM_HEADS}
+
+    def test_budget(self) -> None:
+        """Kept at what steps of few layers cost; the shown rate is that of a layer."""
+        setup = Setup(sample_rate=0.25, sampling={"overhead_budget": 0.01, "layers_per_step": 1})
+        setup.measurer.seconds = {"finish": 0.01}
+        start = setup.clock.now
+        for _ in range(4000):
+            setup.step([DECODE], step_s=0.05)
+        share = setup.observer.counters.overhead_seconds / (setup.clock.now - start)
+        assert 0.002 < share <= 0.0105
+        measured = len(setup.measurer.layers) / 4000
+        assert setup.observer.effective_sample_rate == pytest.approx(measured / 4, rel=0.5)
+        assert max(self.times(setup)) - min(self.times(setup)) <= 1
 
 
 class TestTracedRequests:
