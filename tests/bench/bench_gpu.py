@@ -82,6 +82,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sample_rate 0.01": {"sample_rate": 0.01},
     "sample_rate 0.1": {"sample_rate": 0.1},
     "sample_rate 1.0": {"sample_rate": 1.0},
+    "sample_rate 0.1, 4 layers a step": {"sample_rate": 0.1, "sampling": {"layers_per_step": 4}},
     "1 % traced": {"sample_rate": 0.01, "requests": {"trace_rate": 0.01}},
 }
 # Room for 16 x 8,256 tokens; three engines share a GPU.

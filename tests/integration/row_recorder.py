@@ -10,15 +10,19 @@ from tests.attached import running_observer
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """One query token: statistics of all layers and heads, [L, H, NUM_STATISTICS + 1].
+    """One query token: statistics of all heads in the layers that were measured, [L, H, NUM_STATISTICS + 1].
 
     NaN where a layer has fewer heads than another.
+
+    Attributes:
+        layers: local ones, ascending.
     """
 
     request_id: str
     position: int
     phase: int
     stats: np.ndarray
+    layers: tuple[int, ...]
 
 
 class RowRecorder:
@@ -30,6 +34,8 @@ class RowRecorder:
     def __init__(self) -> None:
         observer = running_observer()
         self.rows: list[MeasuredRow] = []
+        # Layers of each step of which rows were accumulated.
+        self.turns: list[tuple[int, ...]] = []
         self._observer = observer
         self._step: list[tuple[str, int, int]] = []
         self._layers: dict[int, np.ndarray] = {}
@@ -61,6 +67,8 @@ class RowRecorder:
         def recording_finish():  # type: ignore[no-untyped-def]
             finish()
             if self._layers:
+                layers = tuple(sorted(self._layers))
+                self.turns.append(layers)
                 heads = max(values.shape[1] for values in self._layers.values())
                 padded = [
                     np.pad(values, ((0, 0), (0, heads - values.shape[1]), (0, 0)), constant_values=np.nan)
@@ -68,7 +76,7 @@ class RowRecorder:
                 ]
                 stacked = np.stack(padded)  # [L, R, H, S + 1]
                 for i, (request, position, phase) in enumerate(self._step):
-                    self.rows.append(MeasuredRow(request, position, phase, stacked[:, i]))
+                    self.rows.append(MeasuredRow(request, position, phase, stacked[:, i], layers))
             self._step, self._layers = [], {}
 
         measurer.begin, measurer.finish, measurer._add = recording_begin, recording_finish, recording_add

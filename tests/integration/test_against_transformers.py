@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from glassbox.config.load import load_config
 from glassbox.core.statistics import INDEX, NUM_STATISTICS, STATISTICS
-from tests.attached import plugin
+from tests.attached import plugin, running_observer
 from tests.integration.row_recorder import MeasuredRow, RowRecorder
 from tests.integration.transformers_truth import EagerModel, SequenceTruth
+from tests.serving import wait_for
 
 pytestmark = pytest.mark.integration
 
 SINK_TOKENS, LOCAL_WINDOW, PREFILL_ROWS = 4, 128, 8
 CHUNK = 96  # max_num_batched_tokens: prompts longer than this are prefilled in chunks
+TURN = 7  # layers of a step, where they take turns: no divisor of how many there are
 # Both sides compute in float32 with their own order of summation.
 ENTROPY_NATS, MASS, RELATIVE = 1e-3, 1e-4, 1e-3
 
@@ -93,15 +97,36 @@ def prompts(demo_model_path: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def plugin_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("glassbox")
+def plugin_environment(config_file: Path) -> Iterator[None]:
     config = (
         "sample_rate: 1.0\n"
         f"sampling: {{max_rows_per_step: 4096, prefill_rows_per_request: {PREFILL_ROWS}}}\n"
         f"statistics: {{sink_tokens: {SINK_TOKENS}, local_window: {LOCAL_WINDOW}}}\n"
     )
-    with plugin(folder, config):
+    with plugin(config_file.parent, config):
         yield
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("glassbox") / "glassbox.yaml"
+
+
+@contextmanager
+def edited(config_file: Path, text: str) -> Iterator[None]:
+    """The file says this meanwhile, and the observer follows it, there and back."""
+    before = config_file.read_text()
+    follow(config_file, text)
+    try:
+        yield
+    finally:
+        follow(config_file, before)
+
+
+def follow(config_file: Path, text: str) -> None:
+    config_file.write_text(text)
+    wanted, observer = load_config(config_file), running_observer()
+    wait_for(observer._read_config, lambda config: config == wanted, 60, "the edit")
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +144,10 @@ def truth_of(model: EagerModel, served: Served) -> SequenceTruth:
 
 
 def assert_rows_equal(served: Served, truth: SequenceTruth) -> None:
-    """Every statistic of every measured row, all layers and heads."""
+    """Every statistic of every measured row, all heads in all layers that were measured."""
     assert served.rows
     for row in served.rows:
-        expected = {name: values[..., row.position] for name, values in truth.values.items()}
+        expected = {name: values[list(row.layers)][..., row.position] for name, values in truth.values.items()}
         measured = {name: row.stats[..., INDEX[name]] for name in INDEX}
         assert not row.stats[..., NUM_STATISTICS].any(), "no score of a healthy model is NaN or Inf"
         assert row.phase == (row.position >= served.prompt_len)
@@ -192,8 +217,6 @@ class TestFloat32:
 
     def test_accumulators_hold_exactly_the_measured_rows(self, engine: Engine, prompts: list[list[int]]) -> None:
         """Row counts, bucket counts and sums are those of the rows, counted by hand."""
-        from tests.attached import running_observer
-
         observer = running_observer()
         before = observer.measurer.copy(0.0)
         served = engine.serve(prompts[:3], [4, 6, 8])
@@ -220,6 +243,25 @@ class TestFloat32:
                     rtol=1e-9,
                     atol=1e-9,
                 )
+
+    def test_layers_in_turn(
+        self, engine: Engine, eager: EagerModel, prompts: list[list[int]], config_file: Path
+    ) -> None:
+        """An edit while it serves: a step measures some layers, each in as many steps, as exactly as before."""
+        observer, before = running_observer(), config_file.read_text()
+        num_layers = observer.measurer.copy(0.0).rows.shape[0]
+        with edited(config_file, before.replace("sampling: {", f"sampling: {{layers_per_step: {TURN}, ")):
+            assert TURN / num_layers == observer.effective_sample_rate, "every step is measured, which is not enough"
+            engine.recorder.turns.clear()
+            served = engine.serve(prompts, [12, 5, 8, 16, 10])
+            for one in served:
+                assert_rows_equal(one, truth_of(eager, one))
+            turns = engine.recorder.turns
+            assert {TURN} == {len(layers) for layers in turns}
+            times = Counter(layer for layers in turns for layer in layers)
+            assert num_layers == len(times)
+            assert max(times.values()) - min(times.values()) <= 1
+        assert 1 == observer.effective_sample_rate
 
 
 class TestBfloat16:

@@ -41,6 +41,15 @@ is computed first:
 - **Pooling** (embeddings, classification, scores, rewards): all tokens are of the prompt, there are no decode rows.
 - A request with `"glassbox": "off"` counts nowhere; vLLM doesn't hand that on to a beam search.
 
+**Layers in turn.** With `sampling.layers_per_step: N` a measured step measures N of the L layers that
+`sampling.layers` chooses (of each pipeline stage, its own), and L / N times as many steps are measured: `sample_rate`
+is the share of steps in which each layer is measured, whatever N is. So a layer has as many rows as without, and at
+any time no layer was measured in more than one step more than another; within a scrape or two, layers have rows of
+different steps, and one may have none. `glassbox_sampled_steps_total` counts L / N times as many. Where that would be
+more than all steps, every step is measured: `glassbox_sample_rate` shows what is left to each layer, N / L, and the
+log and `glassbox check` say it. Traced rows are measured in all layers that their trace keeps, in every step, and
+count only where it is the layer's turn. A check of outputs is of all layers at once.
+
 What `reason` of `glassbox_dropped_rows_total` says:
 """
 

@@ -30,6 +30,25 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
+class TestTurns:
+    def test_layers_that_keep_the_rate(self, tmp_path: Path) -> None:
+        """How many steps that takes, and of which layers it is so."""
+        path = write(tmp_path / "a.yaml", "sampling: {layers_per_step: 4, layers: {every: 2}}\n")
+        of_shape, assumed = invoke("check", path, "--layers", 80, "--heads", 4).stdout, invoke("check", path).stdout
+        turns = (
+            "# A measured step measures 4 of 40 layers in turn (sampling.layers_per_step): 10 % of steps are measured, "
+        )
+        assert f"{turns}so that each layer keeps sample_rate 0.01.\n" in of_shape
+        assert "4 of 16 layers in turn" in assumed
+        assert "sample_rate 0.01 (as of an 8B model; for yours use" in assumed
+
+    def test_a_rate_that_cannot_be_kept(self, tmp_path: Path) -> None:
+        """It is no error: what it comes to, and what helps."""
+        path = write(tmp_path / "a.yaml", "{sample_rate: 0.5, sampling: {layers_per_step: 4}}\n")
+        text = invoke("check", path, "--layers", 32, "--heads", 4).stdout
+        assert "# sample_rate 0.5 can't be kept with sampling.layers_per_step 4 of 32 layers: every step is " in text
+
+
 class TestSeries:
     def test_counts_are_those_of_a_page(self, tmp_path: Path) -> None:
         """As many as there are samples of attention and KV cache on the page of such a server."""
