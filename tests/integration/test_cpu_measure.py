@@ -84,8 +84,11 @@ class Step:
             dtype=np.int32,
         )
 
-    def measured(self, **options: Any) -> tuple[AccumulatorArrays, list[RequestTrace], ErrorCounter]:
-        """The step by a measurer of its own, twice; the second time nothing may be left of the first."""
+    def measured(
+        self, sampled: frozenset[int] = frozenset(range(NUM_LAYERS)), **options: Any
+    ) -> tuple[AccumulatorArrays, list[RequestTrace], ErrorCounter]:
+        """The step by a measurer of its own, twice, the sample in some layers; the second time without the traces, of
+        which nothing may be left."""
         host = make_host(layers=(0, 4, 8), num_heads=HEADS)
         traces = [
             ActiveTrace(
@@ -105,7 +108,7 @@ class Step:
                 for i, (trace, position) in enumerate(zip(traces, (69, 2), strict=True))
             ]
             traced = TracedStep(members, self.rows, np.array([0, 3]), NUM_LAYERS, HEADS)
-            measurer.begin(self.rows, StepLayers(every, every), None if again else traced, None)
+            measurer.begin(self.rows, StepLayers(sampled, every), None if again else traced, None)
             for layer in self.layers:
                 measurer.after_attention(**layer)
             measurer.finish()
@@ -163,6 +166,32 @@ def test_some_layers_each_way(step: Step, monkeypatch: pytest.MonkeyPatch) -> No
         lambda self, *size, **more: self._struct.reach > 0 and light(self, *size, **more),
     )
     assert_same(step.measured(), expected)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_sample_in_one_layer(step: Step, monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """Its numbers are what they are beside the others', which have none; traces have theirs of all their layers. A
+    layer of which nothing is wanted is not looked at."""
+    expected, expected_traces, _ = step.measured()
+    seen: list[str] = []
+    put_by = CpuMeasurer._put_by_listed
+    monkeypatch.setattr(
+        CpuMeasurer, "_put_by_listed", lambda self, *args: seen.append(args[2].name) or put_by(self, *args)
+    )
+    arrays, traces, errors = step.measured(frozenset({1}), native=native)
+    assert ["layer0", "layer1", "layer2", "layer1"] == seen, "with traces, and without"
+    assert not any(errors.counts().values())
+    others = [0, 2]
+    for name in ("rows", "counts"):
+        np.testing.assert_array_equal(getattr(arrays, name)[1], getattr(expected, name)[1])
+        assert not getattr(arrays, name)[others].any()
+    np.testing.assert_allclose(arrays.sums[1], expected.sums[1], rtol=1e-5, atol=1e-5)
+    assert (arrays.window_max[others] == -np.inf).all()
+    for mine, theirs in zip(traces, expected_traces, strict=True):
+        for name in ("stats", "topk_mass", "mean_topk_mass", "span_mass"):
+            np.testing.assert_allclose(
+                getattr(mine, name), getattr(theirs, name), rtol=1e-4, atol=1e-5, equal_nan=True, err_msg=name
+            )
 
 
 def test_without_a_compiler(step: Step, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
