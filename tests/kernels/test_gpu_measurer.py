@@ -24,7 +24,7 @@ from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.measure import gpu_measurer
 from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import BatchTables, DeviceNeeds, Forward, MeasuredLayers, StepLayers
+from glassbox.measure.contract import BatchTables, DeviceNeeds, Forward, LatentForward, MeasuredLayers, StepLayers
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.gpu_measurer import GpuMeasurer
 from glassbox.processes.worker.traces.active import ActiveTrace
@@ -39,6 +39,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 CASE: Final = Case(
     "lists", (Sequence(1, 37, 20), Sequence(1, 9, 3), Sequence(1, 50, 40)), dtype=torch.float32, max_rows=8
 )
+# With latent attention: two that generate, whose queries vLLM absorbs, and a prompt of three tokens.
+LATENT: Final = Case(
+    "latent", (Sequence(1, 37, 20), Sequence(1, 9, 3), Sequence(3, 20, 40)), heads=3, kv_heads=1, head_size=320,
+    dtype=torch.float32, max_rows=8,
+)  # fmt: skip
 NUM_LAYERS: Final = 4
 LAYERS: Final = range(NUM_LAYERS)
 
@@ -78,8 +83,8 @@ class Layer:
 
     name: str
     inputs: Inputs
-    num_heads: int = CASE.heads
-    head_size: int = CASE.head_size
+    num_heads: int
+    head_size: int
     query_dtype: torch.dtype = CASE.dtype
     gave_kv: bool = False
 
@@ -97,7 +102,8 @@ class Layer:
 class Step:
     """A measurer, its layers, and what is launched and copied to the host."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, case: Case = CASE) -> None:
+        self.case = case
         if not ON_GPU:
             for name, replacement in {
                 "Stream": lambda *_, **__: Stream(),
@@ -125,53 +131,69 @@ class Step:
         monkeypatch.setattr(gpu_measurer, "row_stats", row_stats)
         monkeypatch.setattr(gpu_measurer, "_to_host", copied)
         self.errors = ErrorCounter(logging.getLogger("test"))
-        self.layers = [Layer(f"layer{n}", make_inputs(CASE, DEVICE, seed=n)) for n in LAYERS]
+        self.layers = [
+            Layer(f"layer{n}", make_inputs(case, DEVICE, seed=n), case.heads, case.head_size) for n in LAYERS
+        ]
         self.deferred = DeferredActions(self.errors)
-        needs = DeviceNeeds(CASE.max_rows, CASE.head_size, CASE.kv_heads, CASE.dtype, self.deferred, lambda: False)
-        self.accumulators = Accumulators(NUM_LAYERS, CASE.heads, DEVICE)
+        needs = DeviceNeeds(case.max_rows, case.head_size, case.kv_heads, case.dtype, self.deferred, lambda: False)
+        self.accumulators = Accumulators(NUM_LAYERS, case.heads, DEVICE)
         measured = MeasuredLayers(self.accumulators, {one.name: n for n, one in enumerate(self.layers)}, 4, 16)
         self.measurer = GpuMeasurer(measured, needs, self.errors)
         self.measurer._graphs.unwatch()
         self.measurer._warming = False  # there are no graphs, and so no warm-up
-        self.host = make_host(layers=tuple(LAYERS), num_heads=CASE.heads)
+        self.host = make_host(layers=tuple(LAYERS), num_heads=case.heads)
 
     def trace(self, *layers: int) -> ActiveTrace:
         return ActiveTrace(
             self.host, f"of {layers}", why="opt_in", options=TraceOptions(), traceparent=None, prompt_len=3,
-            local_layers=layers, head_columns=tuple(range(CASE.heads)),
+            local_layers=layers, head_columns=tuple(range(self.case.heads)),
         )  # fmt: skip
 
     def run(self, sampled: set[int], traces: dict[int, ActiveTrace], *, counted: bool = True) -> None:
-        """A step whose rows are those of the requests, as row list of the sample or of its traces alone."""
-        places = range(len(CASE.sequences)) if counted else sorted(traces)
+        """A step whose rows are the first of each request, as row list of the sample or of its traces alone."""
+        places = range(len(self.case.sequences)) if counted else sorted(traces)
         rows = self.layers[0].inputs.rows.cpu().numpy()[list(places)].copy()
         rows[:, ROW_PHASE] = ROW_DECODE if counted else ROW_DECODE | ROW_UNCOUNTED
         indices = np.array([n for n, request in enumerate(places) if request in traces], dtype=np.int64)
         rows[indices, ROW_SLOT] = np.arange(len(indices))
         members = [
-            TracedRows(trace, n, np.array([CASE.sequences[request].seq_len - 1], np.int32), np.array([1], np.uint8))
+            TracedRows(trace, n, np.array([self.position(request)], np.int32), np.array([1], np.uint8))
             for n, (request, trace) in enumerate(sorted(traces.items()))
         ]
-        traced = TracedStep(members, rows, indices, NUM_LAYERS, CASE.heads) if members else None
+        traced = TracedStep(members, rows, indices, NUM_LAYERS, self.case.heads) if members else None
         self.measurer.begin(rows, StepLayers(frozenset(sampled), frozenset(LAYERS)), traced, None)
         self.launched.clear()
         self.copied.clear()
         for layer in self.layers:
             i = layer.inputs
             tables = BatchTables(i.block_table, i.query_start_loc, i.seq_lens, self)
-            self.measurer.after_attention(layer, Forward(i.q, None, None, None), i.k_cache, tables)
+            self.measurer.after_attention(layer, self.forward(i.q), i.k_cache, tables)
         self.measurer.finish()
         self.deferred.finish()
         assert not any(count for stage, count in self.errors.counts().items() if stage != "graph_nodes")
 
+    def forward(self, q: Tensor) -> Forward | LatentForward:
+        if self.case is CASE:
+            return Forward(q, None, None, None)
+
+        def parts(queries: Tensor) -> tuple[Tensor, Tensor]:
+            return queries[..., :256].contiguous(), queries[..., 256:].contiguous()
+
+        return LatentForward(parts(q[:2]), None, q[2:], absorb=parts)
+
     def expected(self, layer: int, request: int) -> Tensor:
         """[H, NUM_STATISTICS + 1] float64."""
-        inputs, sequence = self.layers[layer].inputs, CASE.sequences[request]
+        inputs, sequence = self.layers[layer].inputs, self.case.sequences[request]
         keys = [keys.double() for keys in inputs.keys]
         return row_stats_ref(
-            inputs.q.cpu().double()[[request]], keys, [sequence.seq_len - 1], request=[request], phase=[ROW_DECODE],
+            inputs.q.cpu().double()[[request]], keys, [self.position(request)], request=[request], phase=[ROW_DECODE],
             prompt_len=[sequence.prompt_len], scale=inputs.params.scale, local_window=16,
         )[0]  # fmt: skip
+
+    def position(self, request: int) -> int:
+        """Of the row of a request."""
+        sequence = self.case.sequences[request]
+        return sequence.seq_len - sequence.query_len
 
     def rows(self) -> list[int]:
         """Rows of each layer that its accumulators have, of a head."""
@@ -186,7 +208,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Step:
 def assert_has(step: Step, trace: ActiveTrace, request: int, layers: tuple[int, ...]) -> None:
     """A trace has what float64 gives of its one row in its layers."""
     stats = trace.record().stats
-    assert (1, len(layers), CASE.heads, NUM_STATISTICS + 1) == stats.shape
+    assert (1, len(layers), step.case.heads, NUM_STATISTICS + 1) == stats.shape
     for n, layer in enumerate(layers):
         np.testing.assert_allclose(stats[0, n], step.expected(layer, request), rtol=1e-4, atol=1e-5)
 
@@ -223,3 +245,17 @@ def test_a_graph_that_holds_all_layers(step: Step) -> None:
     assert [0, 0, 0, 3] == step.launched
     assert [0, 3, 0, 3] == step.rows()
     assert not step.measurer._num_rows.any(), "later replays find none"
+
+
+def test_latent_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches a layer, of which the second numbers the rows from its own layer's list: a prompt's row that is the
+    third of the sample and the first of a trace."""
+    step = Step(monkeypatch, LATENT)
+    traced = step.trace(0, 3)
+    step.run({0, 1}, {2: traced})
+    assert [3, 3, 3, 3, 1, 1] == step.launched
+    assert [3, 3, 0, 0] == step.rows()
+    assert_has(step, traced, 2, (0, 3))
+    sums = step.accumulators.sums[1, :, 1].cpu()
+    expected = sum(step.expected(1, request)[:, :NUM_STATISTICS] for request in range(3))
+    np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-4)

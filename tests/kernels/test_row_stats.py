@@ -626,6 +626,26 @@ class TestGraph:
         graph.replay()
         assert run.accumulators.rows.sum() == expected_rows * case.heads
 
+    def test_the_list_may_begin_elsewhere_in_each_replay(self) -> None:
+        """Captured with an empty list at the begin: each replay measures the rows from where its list begins."""
+        case = replace(MIXED, heads=8, head_size=128)
+        inputs = make_inputs(case, DEVICE)
+        inputs.num_rows.zero_()
+        start = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        run = Run(case, inputs, list_start=start)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run.launch()
+        for first, count in ((4, 6), (0, 0), (12, 1)):
+            start.fill_(first)
+            inputs.num_rows.fill_(count)
+            run.dense.fill_(UNWRITTEN)
+            graph.replay()
+            moved = make_inputs(case, DEVICE)
+            moved.rows[:count] = inputs.rows[first : first + count].clone()
+            moved.num_rows.fill_(count)
+            assert_equal(run.dense, Run(case, moved).dense)
+
     def test_what_is_kept_follows_the_device_memory(self) -> None:
         """Captured with no rows: each replay keeps the outputs, keys and values of the rows that have a slot then."""
         case = replace(MIXED, heads=8, head_size=128)
