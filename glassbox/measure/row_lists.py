@@ -66,6 +66,8 @@ def row_lists(
 
 def _lists(rows: npt.NDArray[np.int32], sampled: frozenset[int], others: Sequence[LayeredRows]) -> list[RowList]:
     counted = (rows[:, ROW_PHASE] & ROW_UNCOUNTED) == 0
+    if not others:  # as in most measured steps
+        return [_list(rows, counted, np.zeros_like(counted), sampled)] if sampled and counted.any() else []
     kinds: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
     for local in sorted(sampled.union(*(one.local_layers for one in others))):
         wanting = tuple(n for n, one in enumerate(others) if local in one.local_layers)

@@ -24,11 +24,20 @@ from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.measure import gpu_measurer
 from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import BatchTables, DeviceNeeds, Forward, LatentForward, MeasuredLayers, StepLayers
+from glassbox.measure.contract import (
+    AskedPrompt,
+    BatchTables,
+    DeviceNeeds,
+    Forward,
+    LatentForward,
+    LayeredRows,
+    MeasuredLayers,
+    StepLayers,
+)
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.gpu_measurer import GpuMeasurer
 from glassbox.processes.worker.traces.active import ActiveTrace
-from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
+from glassbox.processes.worker.traces.traced_step import TracedPrompt, TracedRows, TracedStep
 from glassbox.store.trace_record import TraceOptions
 from tests.kernels.row_stats_cases import Case, Inputs, Sequence, make_inputs
 from tests.trace_samples import make_host
@@ -143,9 +152,9 @@ class Step:
         self.measurer._warming = False  # there are no graphs, and so no warm-up
         self.host = make_host(layers=tuple(LAYERS), num_heads=case.heads)
 
-    def trace(self, *layers: int) -> ActiveTrace:
+    def trace(self, *layers: int, options: TraceOptions = TraceOptions()) -> ActiveTrace:  # noqa: B008
         return ActiveTrace(
-            self.host, f"of {layers}", why="opt_in", options=TraceOptions(), traceparent=None, prompt_len=3,
+            self.host, f"of {layers}", why="opt_in", options=options, traceparent=None, prompt_len=3,
             local_layers=layers, head_columns=tuple(range(self.case.heads)),
         )  # fmt: skip
 
@@ -161,12 +170,17 @@ class Step:
             for n, (request, trace) in enumerate(sorted(traces.items()))
         ]
         traced = TracedStep(members, rows, indices, NUM_LAYERS, self.case.heads) if members else None
+        self.measure(rows, sampled, traced)
+
+    def measure(self, rows: np.ndarray, sampled: set[int], traced: TracedStep | None) -> None:
+        """A step with these rows."""
         self.measurer.begin(rows, StepLayers(frozenset(sampled), frozenset(LAYERS)), traced, None)
         self.launched.clear()
         self.copied.clear()
         for layer in self.layers:
             i = layer.inputs
             tables = BatchTables(i.block_table, i.query_start_loc, i.seq_lens, self)
+            self.measurer.on_build([layer.name], tables)
             self.measurer.after_attention(layer, self.forward(i.q), i.k_cache, tables)
         self.measurer.finish()
         self.deferred.finish()
@@ -181,12 +195,12 @@ class Step:
 
         return LatentForward(parts(q[:2]), None, q[2:], absorb=parts)
 
-    def expected(self, layer: int, request: int) -> Tensor:
+    def expected(self, layer: int, request: int, phase: int = ROW_DECODE) -> Tensor:
         """[H, NUM_STATISTICS + 1] float64."""
         inputs, sequence = self.layers[layer].inputs, self.case.sequences[request]
         keys = [keys.double() for keys in inputs.keys]
         return row_stats_ref(
-            inputs.q.cpu().double()[[request]], keys, [self.position(request)], request=[request], phase=[ROW_DECODE],
+            inputs.q.cpu().double()[[request]], keys, [self.position(request)], request=[request], phase=[phase],
             prompt_len=[sequence.prompt_len], scale=inputs.params.scale, local_window=16,
         )[0]  # fmt: skip
 
@@ -205,12 +219,12 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Step:
     return Step(monkeypatch)
 
 
-def assert_has(step: Step, trace: ActiveTrace, request: int, layers: tuple[int, ...]) -> None:
+def assert_has(step: Step, trace: ActiveTrace, request: int, layers: tuple[int, ...], phase: int = ROW_DECODE) -> None:
     """A trace has what float64 gives of its one row in its layers."""
     stats = trace.record().stats
     assert (1, len(layers), step.case.heads, NUM_STATISTICS + 1) == stats.shape
     for n, layer in enumerate(layers):
-        np.testing.assert_allclose(stats[0, n], step.expected(layer, request), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(stats[0, n], step.expected(layer, request, phase), rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_for_traces_alone(step: Step) -> None:
@@ -245,6 +259,26 @@ def test_a_graph_that_holds_all_layers(step: Step) -> None:
     assert [0, 0, 0, 3] == step.launched
     assert [0, 3, 0, 3] == step.rows()
     assert not step.measurer._num_rows.any(), "later replays find none"
+
+
+def test_a_prompt_that_ends_in_a_graph(step: Step) -> None:
+    """All rows of a prompt are wanted in two layers, and a replay runs no Python between them: its last row is listed
+    there, so that the graph keeps its queries, and in no other layer."""
+    layers, request = (1, 2), 1
+    trace = step.trace(*layers, options=TraceOptions(prompt="all"))
+    asked = AskedPrompt(
+        batch=request, token=request, num_rows=1, position=step.position(request), local_layers=frozenset(layers),
+        heads=trace.head_columns, spans=np.zeros((0, 2), dtype=np.int32), grams=False, kept=False, keys_from=0,
+    )  # fmt: skip
+    rows = step.layers[0].inputs.rows.cpu().numpy()[[0, request]].copy()
+    rows[:, ROW_PHASE], rows[:, ROW_SLOT] = [ROW_DECODE, ROW_UNCOUNTED], [-1, 0]
+    listed = [LayeredRows(frozenset(layers), np.array([1]))]
+    traced = TracedStep([], rows, np.arange(0), NUM_LAYERS, CASE.heads, [TracedPrompt(trace, asked)], listed)
+    step.monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    step.measure(rows, {0, 1}, traced)
+    assert [1, 2, 1, 0] == step.launched
+    assert [1, 1, 0, 0] == step.rows()
+    assert_has(step, trace, request, layers, phase=0)
 
 
 def test_latent_attention(monkeypatch: pytest.MonkeyPatch) -> None:
