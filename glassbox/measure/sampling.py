@@ -102,8 +102,8 @@ class LayerTurns:
     In a round each has one turn, so that at any time none has had more than one more than another. Each round begins at
     another layer, the golden ratio of all layers further on: never twice in the same way, and away from any period. So
     no pattern of requests, say a prompt in every fourth step, always meets the same layers, as it would if the rounds
-    went on from each other. Ranks that measure the same steps measure the same layers in them; one that leaves out steps,
-    for its budget, goes on by itself.
+    went on from each other. Ranks that measure the same steps measure the same layers in them; one whose budget leaves
+    out steps goes on by itself.
     """
 
     def __init__(self) -> None:
