@@ -10,10 +10,12 @@ import torch
 from vllm import _custom_ops as ops
 
 from glassbox.adapter.attention.layer_view import PackedView, tables_of
+from glassbox.config.load import GlassboxConfig
 from glassbox.core.accumulator_arrays import AccumulatorArrays
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.native import NativeError
 from glassbox.core.rows import ROW_UNCOUNTED
+from glassbox.core.statistics import INDEX
 from glassbox.measure import cpu_measurer
 from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.contract import Forward, MeasuredLayers, StepLayers
@@ -22,6 +24,7 @@ from glassbox.processes.worker.traces.active import ActiveTrace
 from glassbox.processes.worker.traces.traced_step import TracedRows, TracedStep
 from glassbox.store.trace_record import RequestTrace, Span, TraceOptions
 from tests.integration.cpu_layer import cpu_layer, layout_of
+from tests.integration.observed_worker import KEYS, ObservedWorker
 from tests.trace_samples import make_host
 
 pytestmark = pytest.mark.integration
@@ -229,3 +232,30 @@ def test_another_cache(step: Step) -> None:
         measurer.finish()
         maxima.append(accumulators.copy())
     np.testing.assert_allclose(maxima[1].sums, 2 * maxima[0].sums, rtol=1e-12)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_layers_in_turn(native: bool) -> None:
+    """Beneath a real observer: each layer has the sample of every third step, the traced request all its rows; an edit
+    holds from the next step on."""
+    worker = ObservedWorker("cpu", native=native)
+    whole, turns = (
+        GlassboxConfig.model_validate({"sample_rate": 1.0, "sampling": {"layers_per_step": count}})
+        for count in ("all", 1)
+    )
+    worker.observer._read_config = lambda: turns
+    after = []
+    for _ in range(6):
+        worker.step()
+        after.append(worker.rows())
+    one = len(KEYS)
+    assert [one, 0, 0] == sorted(after[0], reverse=True)
+    assert [[one] * 3, [2 * one] * 3] == [after[2], after[5]]
+    worker.observer._read_config = lambda: whole
+    worker.step()
+    assert [3 * one] * 3 == worker.rows()
+    (trace,) = worker.requests.active()
+    record = trace.record()
+    assert list(range(KEYS[0], KEYS[0] + 7)) == record.positions.tolist()
+    assert np.isfinite(record.stats[..., INDEX["max_logit"]]).all()
+    assert not any(worker.errors.counts().values())
