@@ -193,7 +193,10 @@ class Step:
         def parts(queries: Tensor) -> tuple[Tensor, Tensor]:
             return queries[..., :256].contiguous(), queries[..., 256:].contiguous()
 
-        return LatentForward(parts(q[:2]), None, q[2:], absorb=parts)
+        def head_keys(_vectors: Tensor, _heads: Tensor) -> Tensor:
+            raise AssertionError("only whole prompts need them")
+
+        return LatentForward(parts(q[:2]), None, q[2:], absorb=parts, head_keys=head_keys)
 
     def expected(self, layer: int, request: int, phase: int = ROW_DECODE) -> Tensor:
         """[H, NUM_STATISTICS + 1] float64."""
