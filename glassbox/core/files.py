@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 # (inode, mtime in ns, size) of a file: changes whenever a writer renamed a new file into place.
 FileVersion = tuple[int, int, int]
@@ -85,7 +85,7 @@ def write_in(folder: int, name: str, data: bytes | memoryview | Iterable[bytes],
             os.unlink(temporary, dir_fd=folder)
             handle = os.open(temporary, flags, mode, dir_fd=folder)
         with os.fdopen(handle, "wb", buffering=0) as file:
-            for piece in (data,) if isinstance(data, bytes | memoryview) else data:
+            for piece in _pieces(data):
                 view = memoryview(piece)
                 while view:  # one write may be short when the disk is about to be full
                     view = view[file.write(view) :]
@@ -94,3 +94,11 @@ def write_in(folder: int, name: str, data: bytes | memoryview | Iterable[bytes],
         with contextlib.suppress(OSError):
             os.unlink(temporary, dir_fd=folder)
         raise
+
+
+def _pieces(data: bytes | memoryview | Iterable[bytes]) -> Iterable[bytes | memoryview]:
+    """Whatever lends its memory is one piece: a buffer of Arrow's, too, which would else be a row of numbers."""
+    try:
+        return (memoryview(cast(bytes, data)),)
+    except TypeError:
+        return cast("Iterable[bytes]", data)

@@ -708,7 +708,7 @@ class TestRunbooks:
     def test_every_reason_for_leaving_out_rows_is_explained(self) -> None:
         """The page of metrics has each value of the label `reason` that the observer uses."""
         source = (ROOT / "glassbox/processes/worker/observer.py").read_text()
-        assert set(re.findall(r"""(?:dropped_rows\[|_drop\()"(\w+)\"""", source)) == DROP_REASONS.keys()
+        assert set(re.findall(r"""(?:dropped_rows\[|_drop\(step, )"(\w+)\"""", source)) == DROP_REASONS.keys()
 
     def test_every_stage_that_counts_errors_is_explained(self) -> None:
         """The page of GlassboxErrors names each value of the label `stage` that the code uses."""
