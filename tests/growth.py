@@ -28,7 +28,7 @@ from glassbox.export.family_source import FamilySource
 from glassbox.export.page import render, text
 from glassbox.kernels.row_stats_native import KeyPages
 from glassbox.measure.accumulate import Accumulators
-from glassbox.measure.contract import BatchTables, Forward, MeasuredLayers
+from glassbox.measure.contract import BatchTables, Forward, MeasuredLayers, StepLayers
 from glassbox.measure.cpu_measurer import CpuMeasurer
 from glassbox.measure.deferred import DeferredActions
 from glassbox.measure.sampling import RowSampler
@@ -101,10 +101,10 @@ def step(_: ExitStack, *, layers: int = 16, heads: int = 16, rows: int = 16, con
     all_layers = [Layer(f"layer{n}", batch, keys, pages) for n in range(layers)]
     names = {layer.name: n for n, layer in enumerate(all_layers)}
     measurer = CpuMeasurer(MeasuredLayers(Accumulators(layers, heads), names, 4, 128), errors=quiet())
-    forward, row_list = Forward(batch.q, None, None, None), batch.row_list
+    forward, row_list, every = Forward(batch.q, None, None, None), batch.row_list, frozenset(range(layers))
 
     def action() -> None:
-        measurer.begin(row_list, frozenset(range(layers)), None, None)
+        measurer.begin(row_list, StepLayers(every, every), None, None)
         for layer in all_layers:
             measurer.after_attention(layer, forward, lying, tables)
         measurer.finish()
