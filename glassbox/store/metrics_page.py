@@ -13,11 +13,11 @@ Its time (mtime) is that of the snapshots it was made of, also if they have not 
 
 import json
 import os
-import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+from glassbox.store import recent_note
 from glassbox.store.trusted_file import open_descriptor, write_file
 
 NAME: Final = "metrics.page"
@@ -198,12 +198,9 @@ def note_front(run_dir: Path) -> None:
     Raises:
         OSError: it can't be written, or there is no run directory.
     """
-    (Path(run_dir) / _FRONT_NOTE).touch(mode=0o600)
+    recent_note.note(Path(run_dir) / _FRONT_NOTE)
 
 
 def has_front(run_dir: Path) -> bool:
     """Whether an API server has told it of late."""
-    try:
-        return time.time() - (Path(run_dir) / _FRONT_NOTE).stat().st_mtime < FRONT_S
-    except OSError:
-        return False
+    return recent_note.is_recent(Path(run_dir) / _FRONT_NOTE, FRONT_S)

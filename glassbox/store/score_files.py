@@ -6,13 +6,13 @@ and the spans take it from here. What a score is made of is `signals/scores.py`'
 
 import contextlib
 import json
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from glassbox.core.files import FileVersion
+from glassbox.store import recent_note
 from glassbox.store.file_cache import FileCache
 from glassbox.store.file_names import key_digest
 from glassbox.store.trace_directory import TraceKey
@@ -136,12 +136,9 @@ def note_awaited(run_dir: Path) -> None:
     Raises:
         OSError: it can't be written, or there is no run directory.
     """
-    (Path(run_dir) / AWAITED_NAME).touch(mode=0o600)
+    recent_note.note(Path(run_dir) / AWAITED_NAME)
 
 
 def are_awaited(run_dir: Path) -> bool:
     """Whether somebody was of late."""
-    try:
-        return time.time() - (Path(run_dir) / AWAITED_NAME).stat().st_mtime < AWAITED_S
-    except OSError:
-        return False
+    return recent_note.is_recent(Path(run_dir) / AWAITED_NAME, AWAITED_S)
