@@ -42,7 +42,7 @@ from glassbox.measure.contract import (
 from glassbox.measure.cpu_output_check import CpuOutputCheck
 from glassbox.measure.native_layers import CachedLayer, LayerKind
 from glassbox.measure.native_sums import NativeSums
-from glassbox.measure.row_lists import RowList, row_lists
+from glassbox.measure.row_lists import RowList, observed_only, row_lists
 
 # Statistics of several layers are added to the accumulators together: by torch it takes a dozen calls either way.
 _FLUSH_ELEMENTS: Final = 1 << 21  # 8 MB of float32
@@ -143,7 +143,7 @@ class CpuMeasurer:
         wanted: list[LayeredRows] = []
         if traced is not None:
             self._prompts = traced.prompts
-            wanted = [one._replace(local_layers=one.local_layers & layers.observed) for one in traced.wanted]
+            wanted = observed_only(traced.wanted, layers.observed)
             with self._errors.guard("probe"):
                 self._asked = traced.asked()
         lists = row_lists(rows, layers.sampled, wanted)

@@ -46,7 +46,7 @@ from glassbox.measure.contract import (
 )
 from glassbox.measure.gpu_prompts import GpuPrompts, probed_vectors
 from glassbox.measure.graph_nodes import GraphNodes
-from glassbox.measure.row_lists import RowList, row_lists
+from glassbox.measure.row_lists import RowList, observed_only, row_lists
 
 # Numbers and queries of the rows that one step may trace; never fewer than these rows.
 _RING_BYTES: Final = 16 << 20
@@ -152,7 +152,7 @@ class GpuMeasurer:
     def begin(self, rows: np.ndarray, layers: StepLayers, traced: StepTraces | None, check: OutputCheck | None) -> None:
         """See contract.Measurer. Queues two small copies on the current stream."""
         wanted = [] if traced is None else [*traced.wanted, *traced.prompt_rows]
-        of_traces = [one._replace(local_layers=one.local_layers & layers.observed) for one in wanted]
+        of_traces = observed_only(wanted, layers.observed)
         of_check = [] if check is None else [LayeredRows(check.local_layers, check.places)]
         lists = row_lists(rows, layers.sampled, of_traces + of_check, room=len(self._row_list))
         listed = np.concatenate([rows[:0], *(one.rows for one in lists)])

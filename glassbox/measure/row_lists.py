@@ -42,6 +42,11 @@ class RowList:
         return numbers if np.array_equal(self.places[numbers], places) else None
 
 
+def observed_only(wanted: Sequence[LayeredRows], observed: frozenset[int]) -> list[LayeredRows]:
+    """What is wanted, in those of its layers of which numbers may be kept."""
+    return [one._replace(local_layers=one.local_layers & observed) for one in wanted]
+
+
 def row_lists(
     rows: npt.NDArray[np.int32],
     sampled: frozenset[int],
