@@ -60,9 +60,9 @@ def _num_counted(rows: np.ndarray) -> int:
 
 def _counted_share(rows: np.ndarray, sampled: frozenset[int], traces: StepTraces | None) -> float:
     """Share of the sample in what a step measures, a row in each layer being one."""
-    counted = len(sampled) * _num_counted(rows)
     if traces is None:
         return 1.0
+    counted = len(sampled) * _num_counted(rows)
     of_traces = sum(len(one.local_layers) * len(one.places) for one in traces.wanted)
     of_traces += sum(len(prompt.local_layers) * prompt.num_rows for prompt in traces.prompts)
     return counted / max(counted + of_traces, 1)
