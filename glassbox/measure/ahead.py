@@ -4,12 +4,14 @@ import threading
 from contextlib import suppress
 
 
-def compile_ahead() -> None:
+def compile_ahead() -> threading.Thread:
     """Begin, on a thread, unless it lies in the cache. Whoever needs the kernel meanwhile waits for it.
 
     What goes wrong here goes wrong there again, where it is told.
     """
-    threading.Thread(target=_compile, name="glassbox-compile", daemon=True).start()
+    thread = threading.Thread(target=_compile, name="glassbox-compile", daemon=True)
+    thread.start()
+    return thread
 
 
 def _compile() -> None:

@@ -93,14 +93,15 @@ class TestSeat:
 
 
 class Vllm:
-    """A worker class of vLLM's, whose warm-up is all that is called."""
+    """Worker classes of vLLM's, of which the begin and the warm-up are all that is called."""
 
     class Worker:
         def compile_or_warm_up_model(self) -> str:
             return "warm"
 
     class CPUWorker(Worker):
-        pass
+        def init_device(self) -> str:
+            return "a CPU"
 
 
 class TestWorkerStart:
@@ -115,11 +116,13 @@ class TestWorkerStart:
         monkeypatch.setattr(SEAT, "warm_up_begins", told.append)
         monkeypatch.setattr(SEAT, "warm_up_ended", lambda: told.append("ended"))
         undo = worker_start.install(lambda: told.append("on a CPU"))
-        assert ["on a CPU"] == told, "once, as soon as its module is there"
-        told.clear()
         workers = [Vllm.Worker(), Vllm.CPUWorker()]
+        assert [] == told, "that its module is there makes no worker of a process"
+        assert "a CPU" == Vllm.CPUWorker().init_device()
+        assert ["on a CPU"] == told
+        told.clear()
         assert ["warm", "warm"] == [worker.compile_or_warm_up_model() for worker in workers]
         assert [workers[0], "ended", workers[1], "ended"] == told
         undo()
-        assert "warm" == workers[1].compile_or_warm_up_model()
+        assert ("a CPU", "warm") == (Vllm.CPUWorker().init_device(), workers[1].compile_or_warm_up_model())
         assert 4 == len(told)
