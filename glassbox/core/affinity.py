@@ -6,10 +6,10 @@ bound with it: an exporter there would take time from the computation, and get n
 
 import contextlib
 import os
-import threading
+from pathlib import Path
 from typing import Final
 
-_LAST: Final = 19
+LAST: Final = 19
 
 
 def leave_workers_cores(task: int) -> None:
@@ -24,9 +24,14 @@ def leave_workers_cores(task: int) -> None:
         os.sched_setaffinity(task, os.sched_getaffinity(os.getppid()))
 
 
-def come_last() -> None:
-    """Give the calling thread, and the threads that it will start, the lowest priority: it takes next to nothing from
-    whoever computes on the same core. There is no way back. Does nothing where threads have no priority of their own.
+def give_way(niceness: int) -> None:
+    """Lower the priority of this process by so much; 19 takes next to nothing from whoever computes.
+
+    Linux may schedule sessions against each other first (`sched_autogroup_enabled`), where a process's own niceness
+    counts within its session alone: a session that this process leads gets it, too.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LAST)
+    with contextlib.suppress(OSError):
+        os.nice(niceness)
+    with contextlib.suppress(OSError):
+        if os.getsid(0) == os.getpid():
+            Path("/proc/self/autogroup").write_text(str(niceness))

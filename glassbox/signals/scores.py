@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -95,6 +96,7 @@ def scores_of(
     signals: Sequence[str] = (),
     *,
     focus_heads: Collection[tuple[int, int]] | None = None,
+    known: Mapping[str, SignalValues] = MappingProxyType({}),
     budget_s: float = BUDGET_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> Scores:
@@ -105,10 +107,11 @@ def scores_of(
         probes: with different names.
         signals: names of core/signal_table.py that are asked for beside what the probes read.
         focus_heads: (layer, head) of the signal `focus`; None is all.
+        known: signals that are there already, by name.
         budget_s: after so many seconds no further signal is begun; those on demand come last.
     """
-    wanted = dict.fromkeys([*signals, *(name for probe in probes for name in probe.needs.signals)])
-    found = _signals(trace, wanted, focus_heads, clock() + budget_s, clock)
+    missing = [name for name in wanted(probes, signals) if name not in known]
+    found = {**known, **signals_within(trace, missing, focus_heads, budget_s=budget_s, clock=clock)}
     # Probes were trained on the focus of all heads.
     computed = {name: one for name, one in found.items() if name != "focus" or focus_heads is None}
     scored: dict[str, ProbeScore] = {}
@@ -129,15 +132,23 @@ def scores_of(
     return Scores(scored, asked, unscored, frozenset(failed), (trace.layers, trace.heads))
 
 
-def _signals(
+def wanted(probes: Sequence[Probe], signals: Sequence[str]) -> tuple[str, ...]:
+    """Names of all signals that `scores_of` needs: those that are asked for, and what probes read."""
+    return tuple(dict.fromkeys([*signals, *(name for probe in probes for name in probe.needs.signals)]))
+
+
+def signals_within(
     trace: RequestTrace,
-    wanted: Iterable[str],
-    focus_heads: Collection[tuple[int, int]] | None,
-    end_s: float,
-    clock: Callable[[], float],
+    names: Iterable[str],
+    focus_heads: Collection[tuple[int, int]] | None = None,
+    *,
+    budget_s: float = BUDGET_S,
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, SignalValues]:
-    found = {}
-    for name in sorted(wanted, key=lambda name: signal_row(name).cost == "on demand"):
+    """Signals by name, as `signal_values`, of which none is begun after so many seconds."""
+    end_s = clock() + budget_s
+    found: dict[str, SignalValues] = {}
+    for name in sorted(names, key=lambda name: signal_row(name).cost == "on demand"):
         if clock() > end_s:
             found[name] = SignalValues(
                 refused="scoring this request took too long before this one's turn; ask for fewer signals, layers or "

@@ -34,6 +34,12 @@ from tests.serving import EFFECT_S, MODEL_NAME, GlassboxServer
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 HOSTILE, OTHERS = 8, 4
+# Until what was done is in a snapshot, and shown.
+SNAPSHOT_S: Final = 7.0
+_MODULES: Final = {
+    "exporter": "glassbox.processes.exporter",
+    "on_demand": "glassbox.processes.exporter.signal_process",
+}
 _EVERYTHING: Final[dict[str, Any]] = {
     "glassbox": "trace",
     "glassbox_prompt": "all",
@@ -86,21 +92,22 @@ async def load(
 
 
 def seconds_of(server: GlassboxServer) -> dict[str, float]:
-    """That the exporter and the API server have computed for."""
+    """That the exporter, its process for signals on demand and the API server have computed for."""
     found: dict[str, float] = {}
     for process in server.processes():
         with contextlib.suppress(psutil.NoSuchProcess):
-            name = "exporter" if "glassbox.processes.exporter" in process.cmdline() else "api_server"
-            if name == "exporter" or process.pid == server.pid:
+            words = process.cmdline()
+            name = next((name for name, module in _MODULES.items() if module in words), "api_server")
+            if name in _MODULES or process.pid == server.pid:
                 times = process.cpu_times()
                 found[name] = found.get(name, 0.0) + times.user + times.system
     return found
 
 
-def measured_share(server: GlassboxServer, before_s: float, seconds: float) -> float:
-    """Measuring's share of the time since glassbox_overhead_seconds_total was `before_s`."""
-    time.sleep(6.0)  # a snapshot of what was done
-    return ((server.metric("glassbox_overhead_seconds_total") or 0.0) - before_s) / seconds
+def measured_s(server: GlassboxServer) -> float:
+    """What measuring has cost until now, in seconds of the worker."""
+    time.sleep(SNAPSHOT_S)
+    return server.metric("glassbox_overhead_seconds_total") or 0.0
 
 
 def measure(server: GlassboxServer, name: str, config: dict[str, Any], seconds: float, rounds: int) -> dict[str, Any]:
@@ -113,12 +120,12 @@ def measure(server: GlassboxServer, name: str, config: dict[str, Any], seconds: 
     for _ in range(rounds):
         tokens = {}
         for asks in random.sample([False, True], 2):
-            before = server.metric("glassbox_overhead_seconds_total") or 0.0
+            before_s = measured_s(server)
             computed = seconds_of(server)
             tokens[asks] = asyncio.run(load(server.url, seconds, asks=asks))
             used[asks].append({name: s - computed.get(name, 0.0) for name, s in seconds_of(server).items()})
             if asks:
-                shares.append(measured_share(server, before, seconds))
+                shares.append((measured_s(server) - before_s) / seconds)
         ratios.append(tokens[True] / tokens[False])
         print(name, f"{ratios[-1]:.3f} {shares[-1]:.4f}", used[False][-1], used[True][-1], flush=True)
     return {
@@ -131,7 +138,7 @@ def measure(server: GlassboxServer, name: str, config: dict[str, Any], seconds: 
             f"{process}_share{'' if asks else '_else'}": round(
                 statistics.median(one.get(process, 0.0) for one in used[asks]) / seconds, 3
             )
-            for process in ("exporter", "api_server")
+            for process in (*_MODULES, "api_server")
             for asks in (True, False)
         },
         "refused": int(server.metric("glassbox_trace_refused_total", reason="budget") or 0),

@@ -18,6 +18,7 @@ from typing import Final
 
 from glassbox.config.load import ConfigError, GlassboxConfig, load_config
 from glassbox.config.watch import ConfigWatcher
+from glassbox.core.affinity import give_way
 from glassbox.core.logs import get_logger, set_level
 from glassbox.processes.exporter.log_relay import send_logs
 from glassbox.processes.exporter.sinks import Sinks
@@ -172,8 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.error("%s", error)
             return 2
         set_level(config.log_level)
-        with contextlib.suppress(OSError):
-            os.nice(_NICENESS)
+        give_way(_NICENESS)
         try:
             _run(options.run_dir, options.config, config, options.parent_pid, lock)
         except Exception:

@@ -1,4 +1,5 @@
 """Scores ended traces, each once, in a thread of its own: no signal, however long it takes, holds up the exporter.
+Those on demand come from another process (`signal_process.py`).
 
 Owns which traces are scored, with what, and the counts; what a score is made of is `signals/scores.py`'s, where it is
 left `store/score_files.py`'s. Other sinks wait for a trace's scores for a while (`trace_sinks.py`), and go on without.
@@ -12,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from glassbox.core.affinity import come_last
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.signal_table import signal_row
 from glassbox.export.trace_document import plain
+from glassbox.processes.exporter.signal_process import SignalProcess
 from glassbox.signals.probe import Probe
 from glassbox.signals.probe_files import ProbeFiles
-from glassbox.signals.scores import Scores, scores_of
+from glassbox.signals.scores import Scores, scores_of, wanted
 from glassbox.store.delivered import Delivered
 from glassbox.store.score_files import ScoreFiles, StoredScores
 from glassbox.store.score_totals import ScoreTotals, read_totals, write_totals
@@ -68,6 +69,7 @@ class Scorer:
         if skip_present and self._delivered.is_new:
             self._due(self._directory.summaries(), has_probes=False)
         self._totals = read_totals(run_dir) or ScoreTotals(clock())
+        self._on_demand = SignalProcess()
         self._thread: threading.Thread | None = None
         self._closing = False
 
@@ -84,6 +86,7 @@ class Scorer:
             self._files.keep([summary.key for summary in present])
             due = self._due(present, bool(probes))
             if not due:
+                self._on_demand.close()
                 self.last_success_s = self._clock()
                 return
             work = partial(self._score_all, due, present, probes)
@@ -100,6 +103,7 @@ class Scorer:
         self._closing = True
         if self._thread is not None:
             self._thread.join(timeout_s)
+            self._on_demand.kill()
 
     def _tell_names(self, names: tuple[str, ...]) -> None:
         """Probes in force have series from the start."""
@@ -115,13 +119,10 @@ class Scorer:
         try:
             try:
                 for summary in _in_turn(due):
-                    if _is_dear(summary):
-                        # What clients may ask for takes up to a minute of a core, of which a CPU server has no spare.
-                        come_last()
                     if self._closing or (had and time.monotonic() > end_s):
                         break
-                    if (trace := self._directory.load(summary)) is not None:
-                        self._score(summary, trace, probes)
+                    if (trace := self._directory.load(summary)) is not None and not self._score(summary, trace, probes):
+                        break
                     had.append(summary)
             finally:
                 if had:
@@ -144,9 +145,14 @@ class Scorer:
         )
         return due
 
-    def _score(self, summary: TraceSummary, trace: RequestTrace, probes: Sequence[Probe]) -> None:
+    def _score(self, summary: TraceSummary, trace: RequestTrace, probes: Sequence[Probe]) -> bool:
+        """Returns False if this was ended amid it: whoever scores next begins it anew."""
         began_s = time.monotonic()
-        scores = scores_of(trace, probes, summary.signals, focus_heads=self._focus_heads())
+        names = [name for name in wanted(probes, summary.signals) if _is_on_demand(name)]
+        known = self._on_demand.values(trace, names) if names else {}
+        if self._closing and known:
+            return False
+        scores = scores_of(trace, probes, summary.signals, focus_heads=self._focus_heads(), known=known)
         seconds = time.monotonic() - began_s
         try:
             self._files.write(summary.key, StoredScores(scores.summary(), _places(scores), round(seconds, 6)))
@@ -160,6 +166,7 @@ class Scorer:
         except Exception as error:  # whoever acts on scores must not end the scoring
             self._errors.count(STAGE, error)
         self._files.write(summary.key, StoredScores(scores.summary(), _places(scores), round(seconds, 6)))
+        return True
 
     def _count(self, trace: RequestTrace, scores: Scores, seconds: float) -> None:
         engine = self._totals.engine((trace.model_name, trace.engine))
@@ -190,10 +197,14 @@ def _in_turn(due: Sequence[TraceSummary]) -> list[TraceSummary]:
 
 
 def _is_dear(summary: TraceSummary) -> bool:
-    return any(signal_row(name).cost == "on demand" for name in summary.signals)
+    return any(_is_on_demand(name) for name in summary.signals)
+
+
+def _is_on_demand(signal: str) -> bool:
+    return signal_row(signal).cost == "on demand"
 
 
 def _places(scores: Scores) -> dict[str, dict[str, list[object]]]:
     """Numbers by layer and head of the signals that nobody wants to compute twice."""
-    on_demand = {name: one for name, one in scores.signals.items() if signal_row(name).cost == "on demand"}
+    on_demand = {name: one for name, one in scores.signals.items() if _is_on_demand(name)}
     return {name: {value: plain(array) for value, array in one.by_place.items()} for name, one in on_demand.items()}
