@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -362,6 +363,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--history", action="store_true", help="only the rules that look back a day")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
+    # SIGTERM ends it as Ctrl-C does, so that servers are stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.capture:
         capture()
         return

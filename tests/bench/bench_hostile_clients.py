@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import csv
 import random
+import signal
 import statistics
 import tempfile
 import time
@@ -153,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
+    # SIGTERM ends it as Ctrl-C does, so that servers are stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     production = yaml.safe_load((ROOT / "configs" / "production.yaml").read_text(encoding="utf-8"))
     production["export"]["interval_s"] = 5  # only for what this script reads
     asked = {**production, "requests": {**production["requests"], "opt_in": True}}

@@ -13,6 +13,7 @@ import argparse
 import csv
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -203,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--realtime", action="store_true", help="real-time priority for the API server and who asks it")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
+    # SIGTERM ends it as Ctrl-C does, so that servers are stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with large_server(options.layers, options.heads, None, realtime=options.realtime) as server:
         found = measure(server, options.seconds, options.rounds)
     if options.before is not None:

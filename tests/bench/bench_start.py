@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
 import sys
 import tempfile
@@ -220,6 +221,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     parser.add_argument("args", nargs="*", help="further arguments of vllm serve, after --")
     options = parser.parse_args()
+    # SIGTERM ends it as Ctrl-C does, so that servers are stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     base = tuple(arg for arg in BASE_ARGS if not (options.graphs and arg == "--enforce-eager"))
     command = shlex.join(["python", "-m", "tests.bench.bench_start", *sys.argv[1:]])
     with tempfile.TemporaryDirectory(prefix="glassbox-warm-") as warm:
