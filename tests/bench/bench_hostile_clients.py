@@ -1,26 +1,31 @@
 """What clients that ask for everything cost the others: eight hostile ones beside four, on a real server.
 
-    python -m tests.bench.bench_hostile_clients [--seconds 20 --rounds 5] [--csv docs/data/hostile_clients_cpu.csv]
+    python -m tests.bench.bench_hostile_clients [--requests 3 --rounds 8] [--csv docs/data/hostile_clients_cpu.csv]
 
 The configuration is configs/production.yaml, and in a second part the same with `requests.opt_in: true`, with its
 budget and without; a probe scores what is traced. Eight clients send prompts of 1,500 tokens; in turns they ask for
 nothing, and for all there is: every row of the prompt, top 32, 16 spans, whole rows, a summary in the answer, and half
 of them all signals that are made while a request runs at all layers and heads, the other half those on demand, too, at
-as many as these may have. Four others send short requests all the while, and what they get is compared: the median of
-the ratios of rounds. Measuring's share of wall time, as glassbox counts it, scatters less than that. What scoring and
-summing up cost are other processes' seconds, of the exporter and of the API server.
+as many as these may have. Each sends so many requests, however long that takes. Four others send short requests all the
+while, and the tokens a second that they get are compared: the median of the ratios of rounds. Measuring's share of wall
+time, as glassbox counts it, scatters less than that. What scoring and summing up cost are other processes' seconds.
 """
 
 import argparse
 import asyncio
 import contextlib
 import csv
+import itertools
+import os
 import random
+import shlex
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +33,9 @@ import httpx
 import psutil
 import yaml
 
+from glassbox.cli.bench.serving import commit
 from glassbox.cli.demo.demo_model import demo_model
+from glassbox.core.cpu import cpu_model
 from glassbox.core.signal_table import MAX_KEPT_PLACES, SIGNAL_NAMES, SIGNALS
 from tests import probe_samples
 from tests.serving import EFFECT_S, MODEL_NAME, GlassboxServer
@@ -37,6 +44,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 HOSTILE, OTHERS = 8, 4
 # Until what was done is in a snapshot, and shown.
 SNAPSHOT_S: Final = 7.0
+LONGEST_S: Final = 300.0
 _MODULES: Final = {
     "exporter": "glassbox.processes.exporter",
     "on_demand": "glassbox.processes.exporter.signal_process",
@@ -62,15 +70,31 @@ EVERYTHING: Final[tuple[dict[str, Any], ...]] = (
 
 
 async def load(
-    url: str, seconds: float, *, asks: bool, prompt: int = 1500, stopped: Callable[[], bool] = lambda: False
-) -> int:
-    """Tokens that the others got within so many seconds, while hostile ones ask for everything or for nothing."""
-    end, tokens = time.monotonic() + seconds, 0
+    url: str,
+    seconds: float,
+    *,
+    asks: bool,
+    prompt: int = 1500,
+    requests: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> float:
+    """Tokens a second that the others get while hostile ones ask for everything or for nothing.
 
-    async def client(http: httpx.AsyncClient, number: int, length: int, answer: int, *, counted: bool) -> None:
+    Args:
+        url: of the server.
+        seconds: how long, at most.
+        asks: for everything.
+        prompt: tokens of the hostile ones' prompts.
+        requests: that each hostile one sends; it is over when the last one is answered. None: as many as there is time.
+        stopped: whether to end at once.
+    """
+    began = time.monotonic()
+    end, tokens = began + seconds, 0
+
+    async def client(http: httpx.AsyncClient, number: int, length: int, answer: int, most: int | None) -> None:
         nonlocal tokens
-        rng = random.Random(number)
-        while time.monotonic() < end:
+        rng, counted = random.Random(number), number >= HOSTILE
+        for _ in itertools.count() if most is None else range(most):
             ids = [rng.randrange(1000, 40_000) for _ in range(length)]
             body: dict[str, Any] = {"model": MODEL_NAME, "prompt": ids, "max_tokens": answer, "ignore_eos": True}
             if asks and not counted:
@@ -78,18 +102,21 @@ async def load(
             async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as reply:
                 reply.raise_for_status()
                 async for line in reply.aiter_lines():
-                    tokens += counted and line.startswith("data: {") and time.monotonic() < end
+                    tokens += counted and line.startswith("data: {")
 
     async with httpx.AsyncClient(base_url=url, timeout=300.0) as http:
-        asking = [client(http, n, prompt, 48, counted=False) for n in range(HOSTILE)]
-        asking += [client(http, 100 + n, 64, 32, counted=True) for n in range(OTHERS)]
-        tasks = [asyncio.create_task(one) for one in asking]
-        while time.monotonic() < end and not stopped():
-            await asyncio.sleep(0.1)
+        hostile = [asyncio.create_task(client(http, n, prompt, 48, requests)) for n in range(HOSTILE)]
+        tasks = [*hostile, *(asyncio.create_task(client(http, HOSTILE + n, 64, 32, None)) for n in range(OTHERS))]
+        while time.monotonic() < end and not stopped() and not all(task.done() for task in hostile):
+            await asyncio.sleep(0.05)
+        rate = tokens / (time.monotonic() - began)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return tokens
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+    for one in found:
+        if isinstance(one, httpx.HTTPStatusError):
+            raise one
+    return rate
 
 
 def seconds_of(server: GlassboxServer) -> dict[str, float]:
@@ -111,33 +138,33 @@ def measured_s(server: GlassboxServer) -> float:
     return server.metric("glassbox_overhead_seconds_total") or 0.0
 
 
-def measure(server: GlassboxServer, name: str, config: dict[str, Any], seconds: float, rounds: int) -> dict[str, Any]:
+def measure(server: GlassboxServer, name: str, config: dict[str, Any], requests: int, rounds: int) -> dict[str, Any]:
     """One row of the table."""
     server.write_config(config)
     time.sleep(EFFECT_S)
-    asyncio.run(load(server.url, 5.0, asks=True))
+    asyncio.run(load(server.url, LONGEST_S, asks=True, requests=1))
     ratios, shares = [], []
     used: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for _ in range(rounds):
-        tokens = {}
+        rate = {}
         for asks in random.sample([False, True], 2):
-            before_s = measured_s(server)
-            computed = seconds_of(server)
-            tokens[asks] = asyncio.run(load(server.url, seconds, asks=asks))
-            used[asks].append({name: s - computed.get(name, 0.0) for name, s in seconds_of(server).items()})
+            before_s, computed = measured_s(server), seconds_of(server)
+            began = time.monotonic()
+            rate[asks] = asyncio.run(load(server.url, LONGEST_S, asks=asks, requests=requests))
+            seconds = time.monotonic() - began
+            used[asks].append({of: (s - computed.get(of, 0.0)) / seconds for of, s in seconds_of(server).items()})
             if asks:
                 shares.append((measured_s(server) - before_s) / seconds)
-        ratios.append(tokens[True] / tokens[False])
-        print(name, f"{ratios[-1]:.3f} {shares[-1]:.4f}", used[False][-1], used[True][-1], flush=True)
+        ratios.append(rate[True] / rate[False])
+        print(name, f"{ratios[-1]:.3f} {shares[-1]:.4f} {seconds:.0f} s", used[False][-1], used[True][-1], flush=True)
     return {
         "configuration": name,
         "throughput_ratio": round(statistics.median(ratios), 3),
-        "lowest": round(min(ratios), 3),
-        "highest": round(max(ratios), 3),
+        "ratios": " ".join(f"{ratio:.3f}" for ratio in sorted(ratios)),
         "measuring_share": round(statistics.median(shares), 4),
         **{
             f"{process}_share{'' if asks else '_else'}": round(
-                statistics.median(one.get(process, 0.0) for one in used[asks]) / seconds, 3
+                statistics.median(one.get(process, 0.0) for one in used[asks]), 3
             )
             for process in (*_MODULES, "api_server")
             for asks in (True, False)
@@ -150,8 +177,8 @@ def measure(server: GlassboxServer, name: str, config: dict[str, Any], seconds: 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run it and print, or write, a row for each configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=3, help="of each hostile client in a round")
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
     # SIGTERM ends it as Ctrl-C does, so that servers are stopped.
@@ -166,11 +193,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         configs = {name: {**one, "probes": probes} for name, one in configs.items()}
         begin = configs["opt_in: true"]
         with GlassboxServer(demo_model(), Path(folder), config=begin, start_timeout_s=900.0) as server:
-            rows = [measure(server, name, one, options.seconds, options.rounds) for name, one in configs.items()]
+            rows = [measure(server, name, one, options.requests, options.rounds) for name, one in configs.items()]
     for row in rows:
         print(row)
     if options.csv is not None:
         with options.csv.open("w", newline="", encoding="utf-8") as file:
+            words = shlex.join(["python", "-m", "tests.bench.bench_hostile_clients", *sys.argv[1:]])
+            file.write(f"# command: {words}\n# commit: {os.environ.get('COMMIT') or commit()}\n")
+            file.write(f"# hardware: {cpu_model()}\n# versions: vllm {version('vllm')}\n")
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
