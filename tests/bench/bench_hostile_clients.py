@@ -45,6 +45,7 @@ HOSTILE, OTHERS = 8, 4
 # Until what was done is in a snapshot, and shown.
 SNAPSHOT_S: Final = 7.0
 LONGEST_S: Final = 300.0
+CONFIGURATIONS: Final = ("production", "opt_in: true", "opt_in: true, no budget")
 _MODULES: Final = {
     "exporter": "glassbox.processes.exporter",
     "on_demand": "glassbox.processes.exporter.signal_process",
@@ -93,7 +94,8 @@ async def load(
 
     async def client(http: httpx.AsyncClient, number: int, length: int, answer: int, most: int | None) -> None:
         nonlocal tokens
-        rng, counted = random.Random(number), number >= HOSTILE
+        # Prompts that nobody has sent before: one of which every row is asked for takes nothing from the prefix cache.
+        rng, counted = random.Random(), number >= HOSTILE
         for _ in itertools.count() if most is None else range(most):
             ids = [rng.randrange(1000, 40_000) for _ in range(length)]
             body: dict[str, Any] = {"model": MODEL_NAME, "prompt": ids, "max_tokens": answer, "ignore_eos": True}
@@ -179,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=3, help="of each hostile client in a round")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=CONFIGURATIONS)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
     # SIGTERM ends it as Ctrl-C does, so that servers are stopped.
@@ -187,13 +190,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     production["export"]["interval_s"] = 5  # only for what this script reads
     asked = {**production, "requests": {**production["requests"], "opt_in": True}}
     unlimited = {**asked, "sampling": {**production["sampling"], "overhead_budget": None}}
-    configs = {"production": production, "opt_in: true": asked, "opt_in: true, no budget": unlimited}
+    configs = dict(zip(CONFIGURATIONS, (production, asked, unlimited), strict=True))
     with tempfile.TemporaryDirectory() as folder:
         probes = [{"file": str(probe_samples.write(Path(folder)))}]
         configs = {name: {**one, "probes": probes} for name, one in configs.items()}
-        begin = configs["opt_in: true"]
+        begin = configs[CONFIGURATIONS[1]]
         with GlassboxServer(demo_model(), Path(folder), config=begin, start_timeout_s=900.0) as server:
-            rows = [measure(server, name, one, options.requests, options.rounds) for name, one in configs.items()]
+            rows = [
+                measure(server, name, configs[name], options.requests, options.rounds)
+                for name in options.configurations
+            ]
     for row in rows:
         print(row)
     if options.csv is not None:
