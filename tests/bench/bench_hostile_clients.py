@@ -140,12 +140,20 @@ def measured_s(server: GlassboxServer) -> float:
     return server.metric("glassbox_overhead_seconds_total") or 0.0
 
 
+def thinned(server: GlassboxServer) -> dict[str, int]:
+    """What the budget has refused so far, and left out of traces."""
+    return {
+        "refused": int(server.metric("glassbox_trace_refused_total", reason="budget") or 0),
+        "skipped_steps": int(server.metric("glassbox_trace_skipped_steps_total") or 0),
+    }
+
+
 def measure(server: GlassboxServer, name: str, config: dict[str, Any], requests: int, rounds: int) -> dict[str, Any]:
     """One row of the table."""
     server.write_config(config)
     time.sleep(EFFECT_S)
     asyncio.run(load(server.url, LONGEST_S, asks=True, requests=1))
-    ratios, shares = [], []
+    ratios, shares, before = [], [], thinned(server)
     used: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for _ in range(rounds):
         rate = {}
@@ -171,8 +179,7 @@ def measure(server: GlassboxServer, name: str, config: dict[str, Any], requests:
             for process in (*_MODULES, "api_server")
             for asks in (True, False)
         },
-        "refused": int(server.metric("glassbox_trace_refused_total", reason="budget") or 0),
-        "skipped_steps": int(server.metric("glassbox_trace_skipped_steps_total") or 0),
+        **{what: count - before[what] for what, count in thinned(server).items()},
     }
 
 
