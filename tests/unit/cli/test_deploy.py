@@ -378,3 +378,11 @@ class TestOnePlace:
         dockerfile = (ROOT / "Dockerfile").read_text()
         assert f"USER {STACK.uid}" in dockerfile
         assert f"HOME={STACK.home}" in dockerfile
+
+    def test_volumes_for_caches_belong_to_the_images_user(self) -> None:
+        """A new volume takes over the owner of the directory that it is mounted at, so the image makes that as its user."""
+        mounts = [mount.split(":")[1] for mount in COMPOSE["services"]["vllm"]["volumes"] if mount.startswith("model-")]
+        assert [f"{STACK.home}/.cache"] == mounts
+        made = (ROOT / "Dockerfile").read_text().split(f"USER {STACK.uid}\n")[1]
+        assert f"WORKDIR {STACK.home}\n" in made
+        assert "RUN mkdir .cache\n" in made
