@@ -380,7 +380,7 @@ class TestOnePlace:
         assert f"HOME={STACK.home}" in dockerfile
 
     def test_volumes_for_caches_belong_to_the_images_user(self) -> None:
-        """A new volume takes over the owner of the directory that it is mounted at, so the image makes that as its user."""
+        """A new volume takes the owner of the directory that it is mounted at: the image makes it as its user."""
         mounts = [mount.split(":")[1] for mount in COMPOSE["services"]["vllm"]["volumes"] if mount.startswith("model-")]
         assert [f"{STACK.home}/.cache"] == mounts
         made = (ROOT / "Dockerfile").read_text().split(f"USER {STACK.uid}\n")[1]
