@@ -711,3 +711,12 @@ class TestRunbooks:
         assert {"prometheus", "snapshot", "otel"} <= stages
         page = (ROOT / "docs/runbooks/GlassboxErrors.md").read_text()
         assert set() == {stage for stage in stages if f"`{stage}`" not in page}
+
+    def test_every_sink_is_explained(self) -> None:
+        """The page of GlassboxSinkFailing names each value of the label `sink`."""
+        folder = ROOT / "glassbox/processes/exporter"
+        source = "".join((folder / name).read_text() for name in ("sinks.py", "trace_sinks.py"))
+        sinks = set(re.findall(r"""\b[sS]ink\(\s*"(\w+)\"""", source))
+        assert {"http", "page", "jsonl", "records", "otel_traces"} <= sinks
+        page = (ROOT / "docs/runbooks/GlassboxSinkFailing.md").read_text()
+        assert set() == {sink for sink in sinks if f"`{sink}`" not in page}
