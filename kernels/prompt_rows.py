@@ -630,6 +630,19 @@ class PromptNumbers(NamedTuple):
     received: Tensor
     received_squares: Tensor | None
 
+    @classmethod
+    def empty(cls, chunk: PromptChunk, heads: Tensor, spans: Tensor | None, *, squares: bool) -> "PromptNumbers":
+        """Memory for them; see `prompt_rows` for the arguments."""
+        of = partial(torch.empty, dtype=torch.float32, device=heads.device)
+        num_rows, num_keys, num_heads = chunk.num_rows, chunk.num_keys, len(heads)
+        return cls(
+            of(num_rows, num_heads, NUM_STATISTICS + 1),
+            of(num_rows, num_heads),
+            of(num_rows, num_heads, 0 if spans is None else len(spans)),
+            of(num_heads, num_keys),
+            of(num_heads, num_keys) if squares else None,
+        )
+
 
 def _tiling(q: Tensor, k_cache: Tensor) -> PromptTiling:
     """Tiles of which two programs fit beside each other: while one multiplies, the other adds."""
@@ -681,13 +694,8 @@ def prompt_rows(
     by_rows = (triton.cdiv(num_rows, of_rows.rows) * num_heads,)
     by_keys = (triton.cdiv(num_keys, of_keys.keys) * num_heads,)
     of_chunk = q[chunk.token : chunk.token + num_rows]
-    empty = partial(torch.empty, dtype=torch.float32, device=q.device)
-    stats = empty(num_rows, num_heads, NUM_STATISTICS + 1)
-    previous = empty(num_rows, num_heads)
-    received = empty(num_heads, num_keys)
-    received_squares = empty(num_heads, num_keys) if squares else None
-    reference = empty(num_heads, 2, num_rows)
-    span_mass = empty(num_rows, num_heads, 0 if spans is None else len(spans))
+    numbers = PromptNumbers.empty(chunk, heads, spans, squares=squares)
+    reference = torch.empty(num_heads, 2, num_rows, dtype=torch.float32, device=q.device)
     q_scale, k_scale = params.q_scale, params.k_scale
     keys = (of_chunk, k_cache, block_table, heads, q_scale, k_scale, params.alibi_slopes)
     strides = (
@@ -713,22 +721,22 @@ def prompt_rows(
         "HAS_ALIBI": params.alibi_slopes is not None,
     }
     _prompt_rows_kernel[by_rows](
-        *keys, params.sinks, stats, previous, reference, *strides, *scoring, sink_tokens, local_window,
-        HAS_SINKS=params.sinks is not None, **constants, **of_rows.options(head_size),
+        *keys, params.sinks, numbers.stats, numbers.previous_mass, reference, *strides, *scoring, sink_tokens,
+        local_window, HAS_SINKS=params.sinks is not None, **constants, **of_rows.options(head_size),
     )  # fmt: skip
     _received_kernel[by_keys](
-        *keys, reference, received, received_squares, *strides, num_keys, *scoring, HAS_SQUARES=squares, **constants,
-        **of_keys.options(head_size),
+        *keys, reference, numbers.received, numbers.received_squares, *strides, num_keys, *scoring,
+        HAS_SQUARES=squares, **constants, **of_keys.options(head_size),
     )  # fmt: skip
     if spans is not None:
         padded = torch.zeros(MAX_SPANS, 2, dtype=torch.int32, device=q.device)
         padded[: len(spans)] = spans
         tiles = span_range[0] // of_rows.keys, triton.cdiv(min(span_range[1], num_keys), of_rows.keys)
         _span_mass_kernel[by_rows](
-            *keys, padded, reference, span_mass, *strides, *scoring, *tiles, len(spans), **constants,
+            *keys, padded, reference, numbers.span_mass, *strides, *scoring, *tiles, len(spans), **constants,
             **of_rows.options(head_size),
         )  # fmt: skip
-    return PromptNumbers(stats, previous, span_mass, received, received_squares)
+    return numbers
 
 
 def _check(q: Tensor, k_cache: Tensor, block_table: Tensor, chunk: PromptChunk, spans: Tensor | None) -> None:

@@ -32,6 +32,9 @@ def latent_prompt_rows(
     chunk: PromptChunk,
     params: LayerParams,
     heads: Tensor,
+    *,
+    spans: Tensor | None = None,
+    squares: bool = False,
     **options: Any,
 ) -> PromptNumbers:
     """`prompt_rows` of a layer with latent attention.
@@ -40,12 +43,14 @@ def latent_prompt_rows(
         latent: of the step.
         q: plain queries, [N, H, P + R], of the chunk's rows.
         k_cache: [num_blocks, 1, block_size, Lkv + R].
-        block_table, chunk, heads, options: as `prompt_rows` takes them.
+        block_table, chunk, heads, spans, squares, options: as `prompt_rows` takes them.
         params: of the layer; the scale of absorbed queries doesn't concern plain ones.
 
     Raises:
         ValueError: for a shape the kernel does not do.
     """
+    if not len(heads):  # another rank has those that were asked for
+        return PromptNumbers.empty(chunk, heads, spans, squares=squares)
     vectors = _cached_vectors(k_cache, block_table, chunk.num_keys, params.k_scale, q.dtype)
     num_pages = -(-len(vectors) // _PAGE)
     table = torch.arange(num_pages, dtype=torch.int32, device=q.device)
@@ -60,14 +65,19 @@ def latent_prompt_rows(
         paged = keys.view(len(some), num_pages, _PAGE, -1).transpose(0, 1)
         own = torch.arange(len(some), dtype=torch.int32, device=q.device)
         of_chunk = q.index_select(1, index)
-        found.append(prompt_rows(of_chunk, paged, table, chunk, LayerParams(scale=params.scale), own, **options))
-    squares = [one.received_squares for one in found if one.received_squares is not None]
+        found.append(
+            prompt_rows(
+                of_chunk, paged, table, chunk, LayerParams(scale=params.scale), own, spans=spans, squares=squares,
+                **options,
+            )
+        )  # fmt: skip
+    received_squares = [one.received_squares for one in found if one.received_squares is not None]
     return PromptNumbers(
         stats=torch.cat([one.stats for one in found], 1),
         previous_mass=torch.cat([one.previous_mass for one in found], 1),
         span_mass=torch.cat([one.span_mass for one in found], 1),
         received=torch.cat([one.received for one in found]),
-        received_squares=torch.cat(squares) if squares else None,
+        received_squares=torch.cat(received_squares) if squares else None,
     )
 
 

@@ -13,6 +13,7 @@ from tests.kernels.interpreter import DEVICE, ON_GPU
 
 # isort: split
 from glassbox.core.errors import ErrorCounter
+from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.prompt_rows_cpu import PromptChunk, PromptWishes, prompt_rows_cpu
 from glassbox.kernels.reference.row_probe import row_probe_ref
@@ -76,7 +77,8 @@ def errors() -> ErrorCounter:
 
 @pytest.fixture
 def prompts(errors: ErrorCounter) -> GpuPrompts:
-    return GpuPrompts(torch.device(DEVICE), CASE.sink_tokens, CASE.local_window, errors)
+    device = torch.zeros(0, device=DEVICE).device  # which of them, too
+    return GpuPrompts(device, CASE.sink_tokens, CASE.local_window, errors)
 
 
 def measure(prompts: GpuPrompts, local: int, inputs: Inputs, forward: Any = None) -> None:
@@ -249,6 +251,19 @@ def test_latent_attention(
     products = torch.einsum("rhd,nkd->hrn", found.queries.cpu(), found.keys.cpu())
     exact = torch.einsum("rhd,nhd->hrn", queries[:, heads], keys[5:, heads])
     torch.testing.assert_close(products, exact, rtol=1e-4, atol=1e-3, check_dtype=False)
+
+
+def test_latent_attention_of_which_another_rank_has_the_heads(prompts: GpuPrompts, errors: ErrorCounter) -> None:
+    """Nothing is measured, which is all that was asked of this one."""
+    step = LatentStep(torch.float32, torch.float32, None)
+    prompts.begin([replace(LATENT_ASKED, heads=(), grams=True)])
+    prompts.measure(0, step, step.forward, step.k_cache, step.tables())
+    assert errors.counts() == {}
+    answers = prompts._found[0].answers
+    assert (9, 0, NUM_STATISTICS + 1) == answers.stats.shape
+    assert (9, 0, len(LATENT_ASKED.spans)) == answers.span_mass.shape
+    assert answers.received_squares is not None
+    assert (0, 30) == answers.received.shape == answers.received_squares.shape
 
 
 def test_rows_that_come_absorbed_are_refused(
