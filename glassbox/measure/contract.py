@@ -491,5 +491,8 @@ class Measurer(Protocol[View_contra]):
     def discard(self) -> None:
         """Measure nothing more of this step and keep nothing of it; what was added already stays."""
 
+    def enter_thread(self) -> None:
+        """Another thread than that of the steps begins: it will call `copy`, and run what waits for the device."""
+
     def copy(self, now_s: float) -> MeasuredArrays:
         """The cumulative numbers; called from another thread."""

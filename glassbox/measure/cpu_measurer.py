@@ -247,6 +247,9 @@ class CpuMeasurer:
         self._groups.clear()
         self._traced = self._asked = self._check = None
 
+    def enter_thread(self) -> None:
+        """See contract.Measurer. All threads are on the same CPU."""
+
     def copy(self, now_s: float) -> MeasuredArrays:
         """See contract.Measurer."""
         self._accumulators.rotate(now_s)

@@ -86,7 +86,7 @@ class GpuMeasurer:
         self._accumulators, self._local_layers = layers.accumulators, layers.local_layers
         self._sink_tokens, self._local_window = layers.sink_tokens, layers.local_window
         self.max_rows = max_rows
-        device = self._accumulators.counts.device
+        device = self._device = self._accumulators.counts.device
         num_layers, num_heads = self._accumulators.num_layers, self._accumulators.num_heads
         self._row_list = torch.zeros(_LISTS * max_rows, NUM_ROW_COLUMNS, dtype=torch.int32, device=device)
         self._first_rows = self._row_list[:max_rows]
@@ -416,6 +416,11 @@ class GpuMeasurer:
             of_rows, of_keys = probed_vectors(queries, keys, params, block_table, places)
             answers = replace(answers, queries=of_rows, keys=of_keys)
         return local_layers, answers
+
+    def enter_thread(self) -> None:
+        """See contract.Measurer. A thread begins at the first GPU, and what it asks of CUDA there, be it only whether
+        an event has happened, takes some 500 MB of that one, which another rank has filled."""
+        torch.cuda.set_device(self._device)
 
     def copy(self, now_s: float) -> MeasuredArrays:
         """See contract.Measurer. Waits for the copy, on the calling thread only."""

@@ -182,7 +182,8 @@ class GpuPrompts:
         with self._lock:
             self._waiting_bytes += nbytes
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="glassbox-prompts")
+            # See GpuMeasurer.enter_thread.
+            self._pool = ThreadPoolExecutor(1, "glassbox-prompts", torch.cuda.set_device, (self._device,))
             self._stream = torch.cuda.Stream(self._device)
         return Copied(self._pool.submit(self._copy, found, nbytes, traced, done))
 

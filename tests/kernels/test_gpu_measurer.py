@@ -4,6 +4,7 @@ There queued work is done when the call returns, so streams and events order not
 """
 
 import logging
+import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -113,6 +114,8 @@ class Step:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, case: Case = CASE) -> None:
         self.case = case
+        # Threads that were told which GPU is theirs.
+        self.bound: list[str] = []
         if not ON_GPU:
             for name, replacement in {
                 "Stream": lambda *_, **__: Stream(),
@@ -120,6 +123,7 @@ class Step:
                 "current_stream": Stream,
                 "stream": lambda _: nullcontext(),
                 "is_current_stream_capturing": lambda: False,
+                "set_device": self.set_device,
             }.items():
                 monkeypatch.setattr(torch.cuda, name, replacement)
             monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
@@ -151,6 +155,10 @@ class Step:
         self.measurer._graphs.unwatch()
         self.measurer._warming = False  # there are no graphs, and so no warm-up
         self.host = make_host(layers=tuple(LAYERS), num_heads=case.heads)
+
+    def set_device(self, device: torch.device) -> None:
+        assert device == self.accumulators.counts.device
+        self.bound.append(threading.current_thread().name.partition("_")[0])
 
     def trace(self, *layers: int, options: TraceOptions = TraceOptions()) -> ActiveTrace:  # noqa: B008
         return ActiveTrace(
@@ -282,6 +290,15 @@ def test_a_prompt_that_ends_in_a_graph(step: Step) -> None:
     assert [1, 2, 1, 0] == step.launched
     assert [1, 1, 0, 0] == step.rows()
     assert_has(step, trace, request, layers, phase=0)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the driver doesn't tell")
+def test_other_threads_are_bound_to_the_gpu(step: Step) -> None:
+    """They begin at the first one, where the least that they ask would make a context of some 500 MB."""
+    step.measurer.enter_thread()
+    assert ["MainThread"] == step.bound
+    test_a_prompt_that_ends_in_a_graph(step)
+    assert ["MainThread", "glassbox-prompts"] == step.bound
 
 
 def test_latent_attention(monkeypatch: pytest.MonkeyPatch) -> None:

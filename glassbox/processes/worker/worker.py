@@ -207,6 +207,8 @@ class Worker:
 
     def _run(self) -> None:
         leave_workers_cores(0)
+        with self._errors.guard("snapshot"):
+            self.observer.measurer.enter_thread()
         while True:
             with self._errors.guard("snapshot"):
                 self.write_if_changed()
