@@ -26,6 +26,7 @@ BYPASS_REASONS: Final[Mapping[str, str]] = {
     "cross": "cross attention, whose keys are those of the encoder",
     "encoder": "encoder attention sees the keys on both sides and keeps none",
     "internals": "its backend lacks something that earlier vLLM releases have",
+    "kernel": "no kernel that measures it could be compiled for this GPU",
     "late_keys": "its backend writes keys only while it computes",
     "latent_window": "its latent attention has a sliding window, whose bounds can't be told",
     "mask": "its rows see other keys than a run that ends with their own",

@@ -459,8 +459,13 @@ class Measurer(Protocol[View_contra]):
     num_slots: int
     check_limits: CheckLimits
 
-    def end_warm_up(self) -> None:
-        """Warm-up and graph capture are over; what follows are real steps and dummies."""
+    def end_warm_up(self) -> frozenset[int]:
+        """Warm-up and graph capture are over; what follows are real steps and dummies.
+
+        Returns:
+            Local layers that can't be measured: their kernel failed. To try again would cost each step what a compiler
+            takes.
+        """
 
     def begin(self, rows: np.ndarray, layers: StepLayers, traced: StepTraces | None, check: OutputCheck | None) -> None:
         """Measure `rows` ([R, NUM_ROW_COLUMNS] int32, see core/rows.py) during this step, each in its own layers.

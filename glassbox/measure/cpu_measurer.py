@@ -133,8 +133,9 @@ class CpuMeasurer:
         # [N, R, H, NUM_STATISTICS + 1] of so many layers and their counted rows, for the accumulators.
         self._pending: list[tuple[RowList, list[int], np.ndarray]] = []
 
-    def end_warm_up(self) -> None:
-        """Nothing was captured."""
+    def end_warm_up(self) -> frozenset[int]:
+        """Nothing was captured, and torch measures where the kernel can't be compiled."""
+        return frozenset()
 
     def begin(self, rows: np.ndarray, layers: StepLayers, traced: StepTraces | None, check: OutputCheck | None) -> None:
         """See contract.Measurer."""

@@ -142,12 +142,15 @@ class GpuMeasurer:
         rings = (self._ring, self._previous, self._queries, self._outputs, self._kept_kv)
         return self._accumulators.nbytes + self._workspace.nbytes + lists + sum(ring.nbytes for ring in rings)
 
-    def end_warm_up(self) -> None:
+    def end_warm_up(self) -> frozenset[int]:
         """See contract.Measurer."""
         self._warming = False
         self._graphs.unwatch()
+        # A launch that failed has kept nothing to check.
+        self._kept -= self._uncompiled
         with self._errors.guard("canary"):
             self._compile_check()
+        return frozenset(self._uncompiled)
 
     def begin(self, rows: np.ndarray, layers: StepLayers, traced: StepTraces | None, check: OutputCheck | None) -> None:
         """See contract.Measurer. Queues two small copies on the current stream."""

@@ -301,6 +301,28 @@ def test_other_threads_are_bound_to_the_gpu(step: Step) -> None:
     assert ["MainThread", "glassbox-prompts"] == step.bound
 
 
+def test_a_layer_whose_kernel_fails_in_warm_up(step: Step) -> None:
+    """It is told from the others, and one that was compiled at a later size isn't among them."""
+    launch, failing = gpu_measurer.row_stats, {1, 2}
+
+    def row_stats(*args: Any, **more: Any) -> None:
+        if args[1].data_ptr() in {step.layers[n].inputs.k_cache.data_ptr() for n in failing}:
+            raise RuntimeError("ptxas is out of order")
+        launch(*args, **more)
+
+    step.monkeypatch.setattr(gpu_measurer, "row_stats", row_stats)
+    step.measurer._warming = True
+    for _ in range(2):
+        for layer in step.layers:
+            i = layer.inputs
+            tables = BatchTables(i.block_table, i.query_start_loc, i.seq_lens, step)
+            with step.errors.guard("observe"):
+                step.measurer.after_attention(layer, step.forward(i.q), i.k_cache, tables)
+        failing.discard(1)
+    assert frozenset({2}) == step.measurer.end_warm_up()
+    assert 3 == step.errors.counts()["observe"]
+
+
 def test_latent_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two launches a layer, of which the second numbers the rows from its own layer's list: a prompt's row that is the
     third of the sample and the first of a trace."""

@@ -33,7 +33,7 @@ from glassbox.adapter.row_mask import MaskError, RowMask, read_mask
 from glassbox.adapter.runner import Batch, BatchMismatchError, check_batch, read_batch
 from glassbox.adapter.scheduler import ScheduledStep
 from glassbox.config.load import GlassboxConfig
-from glassbox.core.counters import DROP_REASONS, ENGINE_NUMBERS
+from glassbox.core.counters import BYPASS_REASONS, DROP_REASONS, ENGINE_NUMBERS
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger
 from glassbox.core.rows import ROW_BATCH, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
@@ -148,10 +148,23 @@ class Observer:
         """Warm-up is over: count steps from now on."""
         try:
             with self._start.timed("kernels"):
-                self.measurer.end_warm_up()
+                self._refuse(self.measurer.end_warm_up())
         finally:
             self._listen(False)
         self.armed = True
+
+    def _refuse(self, local_layers: frozenset[int]) -> None:
+        """Layers whose kernel failed in warm-up."""
+        for local in local_layers:
+            self._canary.refuse(local, "kernel")
+        if local_layers:
+            logger.warning(
+                "%d of %d layers are not observed: %s. The error is logged above; another --kv-cache-dtype or "
+                "--attention-backend may help",
+                len(local_layers),
+                len(self._all_layers),
+                BYPASS_REASONS["kernel"],
+            )
 
     def disarm(self) -> None:
         """Count no more steps."""

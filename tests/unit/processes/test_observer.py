@@ -54,6 +54,7 @@ class FakeMeasurer:
         self.lists: list[list[RowList]] = []
         self.layers: list[frozenset[int]] = []
         self.failing: set[str] = set()
+        self.uncompiled: frozenset[int] = frozenset()
         self.seconds: dict[str, float] = {}
         self.traced: TracedStep | None = None
         self._clock = clock
@@ -64,8 +65,9 @@ class FakeMeasurer:
         if name in self.failing:
             raise RuntimeError(f"{name} is broken")
 
-    def end_warm_up(self) -> None:
+    def end_warm_up(self) -> frozenset[int]:
         self._called("end_warm_up")
+        return self.uncompiled
 
     def begin(self, rows: np.ndarray, layers: StepLayers, traced: TracedStep | None, check: Any) -> None:
         self.check = check
@@ -353,6 +355,20 @@ class TestRowsAreWhatTheyAreCalled:
         setup.step([(9, 0, 9)], new={0: {"glassbox_beam_prompt": 6}})
         (rows,) = setup.measurer.rows
         assert rows[:, [ROW_QUERY, ROW_PHASE, ROW_PROMPT_LEN]].tolist() == [[8, 1, 6]]
+
+
+class TestUncompiledLayers:
+    def test_one_whose_kernel_failed_in_warm_up(self, caplog: pytest.LogCaptureFixture) -> None:
+        """It is not observed, and says why; the others are."""
+        canary = QuietCanary(LAYERS)
+        setup = Setup(canary)
+        setup.measurer.uncompiled = frozenset({1})
+        with caplog.at_level("WARNING", "glassbox"):
+            setup.observer.arm()
+        setup.step([DECODE])
+        assert f"1 of {len(LAYERS)} layers are not observed: no kernel" in caplog.text
+        assert {"kernel": 1} == canary.not_observed()
+        assert frozenset(range(len(LAYERS))) - {1} == canary.allowed == setup.measurer.layers[-1]
 
 
 class TestRepeatedLayers:
