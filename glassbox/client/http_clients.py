@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from glassbox.client.bounded import Connection, within
 from glassbox.client.failures import GlassboxClientError, NoGlassboxError
 from glassbox.client.fetching import Answer, Ask, Part, Steps, steps
 from glassbox.client.received import Trace
@@ -105,7 +106,9 @@ class GlassboxClient:
     ) -> None:
         self._server = _Server(base_url, api_key, headers, timeout_s)
         self._own = http_client is None
-        self._http = httpx.Client() if http_client is None else http_client
+        # A connection for each answer: which one is used again isn't told before the answer begins.
+        once = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(limits=once) if http_client is None else http_client
 
     def trace(
         self,
@@ -145,19 +148,22 @@ class GlassboxClient:
 
     def _ask(self, ask: Ask) -> Answer:
         try:
-            end_s = time.monotonic() + _ANSWER_S
-            with self._http.stream(**self._server.arguments(ask)) as reply:
-                self._server.check_head(reply.headers)
-                content = bytearray()
-                for chunk in reply.iter_bytes():
-                    content += chunk
-                    if time.monotonic() > end_s:
-                        raise self._server.too_slow()
-                    if len(content) > MAX_TRACE_BYTES:
-                        raise self._server.too_large()
-                return Answer(reply.status_code, bytes(content))
+            return within(_ANSWER_S, lambda connection: self._read(ask, connection))
+        except TimeoutError:
+            raise self._server.too_slow() from None
         except httpx.HTTPError as error:
             return _failed(error)
+
+    def _read(self, ask: Ask, connection: Connection) -> Answer:
+        with self._http.stream(**self._server.arguments(ask), extensions={"trace": connection}) as reply:
+            connection.use(reply.extensions.get("network_stream"))  # of a client that was given it may be an older one
+            self._server.check_head(reply.headers)
+            content = bytearray()
+            for chunk in reply.iter_bytes():
+                content += chunk
+                if len(content) > MAX_TRACE_BYTES:
+                    raise self._server.too_large()
+            return Answer(reply.status_code, bytes(content))
 
     def close(self) -> None:
         """Close the connections."""
