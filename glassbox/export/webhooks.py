@@ -45,7 +45,7 @@ class Event:
 
     Attributes:
         id: the same in all attempts, by which a receiver knows one that it has had.
-        body: JSON.
+        body: JSON, of at most MAX_BODY_BYTES.
         told: is called, from the sender's thread, with what came of it and why.
     """
 
@@ -94,9 +94,9 @@ class WebhookSender:
         return len(self._waiting)
 
     def offer(self, event: Event) -> bool:
-        """Have an event sent; False if too many wait, or it is too large. Never waits."""
+        """Have an event sent; False if too many wait. Never waits."""
         with self._lock:
-            if self._closing or len(self._waiting) >= MAX_WAITING or len(event.body) > MAX_BODY_BYTES:
+            if self._closing or len(self._waiting) >= MAX_WAITING:
                 return False
             self._waiting.append(event)
             if self._thread is None:

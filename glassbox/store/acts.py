@@ -33,7 +33,8 @@ OUTCOMES: Final = {
     "limited": "the rule had reached per_minute",
     "late": "the request had ended already",
     "dropped": "too many others waited",
-    "failed": "nobody took it: no API server has the request, or the receiver refused or could not be reached",
+    "failed": "nobody took it: no API server has the request, the receiver refused or could not be reached, or the "
+    "event was too large",
 }
 
 

@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 from glassbox.core.files import FileVersion
 from glassbox.core.logs import get_logger
-from glassbox.store.trusted_file import list_files, make_folder, read_json, write_file
+from glassbox.store.trusted_file import MAX_NOTE_BYTES, list_files, make_folder, read_json, write_file
 
 logger = get_logger(__name__)
 
@@ -60,11 +60,17 @@ def give(run_dir: Path, order: Order) -> None:
     """Leave an order for the API servers.
 
     Raises:
-        OSError: it can't be written.
+        OSError: it can't be written, or nobody would read it.
     """
+    data = json.dumps(asdict(order)).encode()
+    if len(data) > MAX_NOTE_BYTES:
+        raise OSError(
+            f"an order must have at most {MAX_NOTE_BYTES} bytes, got {len(data)}, most of them the request's id; bound "
+            "X-Request-Id in front of vLLM"
+        )
     folder = Path(run_dir) / FOLDER
     make_folder(folder)
-    write_file(folder / f"{order.name}{_ORDER}", json.dumps(asdict(order)).encode())
+    write_file(folder / f"{order.name}{_ORDER}", data)
 
 
 def answer(run_dir: Path, order: Order, outcome: AnswerOutcome) -> None:

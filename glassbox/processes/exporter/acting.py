@@ -21,7 +21,7 @@ from glassbox.config.model import MAX_RULES
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger, log_once
 from glassbox.export.rotation import BYTES_PER_MB, RotatingFile
-from glassbox.export.webhooks import Event, WebhookSender
+from glassbox.export.webhooks import MAX_BODY_BYTES, Event, WebhookSender
 from glassbox.signals.rule_book import Match
 from glassbox.store import orders
 from glassbox.store.acts import MAX_ACTS, OUTCOMES, Act, Acts, count_key
@@ -170,9 +170,28 @@ class Acting:
         sender = self._senders.get((url, secret))
         if sender is None:
             sender = self._senders[url, secret] = self._sender(url, secret)
-        data = {**doing.about, **_found(doing.match), "scores": scores}
-        content = {"type": "glassbox.rule_applied", "timestamp": _iso(doing.time_s), "data": data}
-        body = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+        body = _body(doing, scores)
+        if len(body) > MAX_BODY_BYTES:
+            # What a request asks for and what it is called is its client's to say: no way past a rule.
+            log_once(
+                logger,
+                logging.WARNING,
+                "large-event",
+                "A webhook of rule %s tells no scores: with them it has %d bytes, and may have %d. The request's trace "
+                "has them; have fewer signals asked for (glassbox_signals), or fewer probes",
+                rule.name,
+                len(body),
+                MAX_BODY_BYTES,
+            )
+            body = _body(doing, None)
+        if len(body) > MAX_BODY_BYTES:
+            self._settle(
+                doing,
+                "failed",
+                f"an event must have at most {MAX_BODY_BYTES} bytes, got {len(body)} without scores, most of them the "
+                "request's id; bound X-Request-Id in front of vLLM",
+            )
+            return
         event = Event(doing.id, body, lambda outcome, why: self._told.append((doing, outcome, why)))
         if not sender.offer(event):
             self._settle(doing, "dropped", "too many webhooks wait")
@@ -269,6 +288,13 @@ class Acting:
             self._settle(doing, "failed", "glassbox's exporter ended")
         self._ordered.clear()
         self.collect(config)
+
+
+def _body(doing: _Doing, scores: Mapping[str, Any] | None) -> bytes:
+    """Of an event; without scores they are null."""
+    data = {**doing.about, **_found(doing.match), "scores": scores}
+    content = {"type": "glassbox.rule_applied", "timestamp": _iso(doing.time_s), "data": data}
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _side(rule: RuleConfig) -> str:

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from glassbox.export import webhooks
-from glassbox.export.webhooks import ATTEMPT_S, MAX_BODY_BYTES, MAX_WAITING, Event, WebhookSender
+from glassbox.export.webhooks import ATTEMPT_S, MAX_WAITING, Event, WebhookSender
 from tests.webhook_receiver import WebhookReceiver
 
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -178,10 +178,6 @@ class TestBurden:
         sender.close(timeout_s=0.1)
         told = outcomes.wait(taken)
         assert {"dropped"} == {outcome for _, outcome, _ in told[-MAX_WAITING + 1 :]}
-
-    def test_one_that_is_too_large(self, make_sender: Make, outcomes: Outcomes, dead_address: str) -> None:
-        """It is not taken."""
-        assert not make_sender(dead_address).offer(outcomes.event(1, b"x" * (MAX_BODY_BYTES + 1)))
 
     def test_the_end(self, make_sender: Make, outcomes: Outcomes) -> None:
         """What waits is sent if that is quick; nothing is taken any more."""

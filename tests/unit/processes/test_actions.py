@@ -1,6 +1,7 @@
 """What rules do: judged while requests run and when they have ended; each action has an outcome, and none waits."""
 
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from glassbox.core.logs import get_logger
 from glassbox.core.statistics import INDEX
 from glassbox.export.attention_spans import attributes
 from glassbox.export.liveness import Life, liveness_families
-from glassbox.export.webhooks import MAX_WAITING
+from glassbox.export.webhooks import MAX_BODY_BYTES, MAX_WAITING
 from glassbox.processes.exporter.acting import ANSWER_S, Acting
 from glassbox.processes.exporter.action_watch import ActionWatch
 from glassbox.processes.exporter.sinks import Sinks
@@ -150,6 +151,16 @@ class TestRunning:
         assert any("aborts failed: rule r: no API server of" in line for line in logged(caplog.records))
         assert [] == list((server.run_dir / orders.FOLDER).iterdir())
 
+    def test_an_id_that_no_order_has_room_for(self, server: Server) -> None:
+        """Nobody would read it, which is said at once."""
+        server.rule("abort")
+        long = trace(running=True, internal_id="x" * 600_000, request_id="x" * 600_000)
+        (match,) = server.watch._book.judge(server.config().actions.rules, "x", {"r": 0.9}, 9, ended=False)
+        server.acting.perform(match, long, {})
+        assert {"r|abort|failed": 1} == server.counts()
+        server.collect()
+        assert "an order must have at most 1048576 bytes, got 1200" in server.audit()[0]["why"]
+
     def test_it_had_ended(self, server: Server) -> None:
         """A rule that applies only with the last token ends nothing, and says so."""
         server.rule("abort", "tag")
@@ -243,21 +254,54 @@ class TestAudit:
 
 
 class TestWebhooks:
+    def wait(self, server: Server) -> None:
+        """For an outcome."""
+        end_s = time.monotonic() + 10
+        while not server.counts() and time.monotonic() < end_s:
+            server.collect()
+            time.sleep(0.01)
+
+    def perform(self, server: Server, one: RequestTrace, scores: dict[str, Any]) -> None:
+        (match,) = server.watch._book.judge(server.config().actions.rules, "x", {"r": 0.9}, 9, ended=True)
+        server.acting.perform(match, one, scores)
+        self.wait(server)
+
     def test_what_is_told(self, server: Server) -> None:
         """Rule, number, request and scores; the number is none that JSON lacks."""
         with WebhookReceiver() as receiver:
             server.rule("webhook", webhook={"url": receiver.url, "secret_file": str(server.secret)})
             server.end(trace(num_generated=3))
-            end_s = time.monotonic() + 10
-            while not server.counts() and time.monotonic() < end_s:
-                server.collect()
-                time.sleep(0.01)
+            self.wait(server)
         assert {"r|webhook|done": 1} == server.counts()
         (got,) = receiver.received
         body = json.loads(got.body)
         assert ("glassbox.rule_applied", "r", 0.5) == (body["type"], body["data"]["rule"], body["data"]["threshold"])
         assert body["data"]["scores"]["probes"]["far"]["score"] == pytest.approx(1.0)
         assert got.headers["webhook-id"] == server.audit()[0]["event"]
+
+    def test_more_scores_than_an_event_has_room_for(self, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+        """A request that asks for every signal doesn't get past a rule: its event comes without scores."""
+        values = {f"signal_{number}": {"mean": 0.5, "max_at": [1, 2]} for number in range(2000)}
+        with WebhookReceiver() as receiver:
+            server.rule("webhook", webhook={"url": receiver.url, "secret_file": str(server.secret)})
+            self.perform(server, trace(), {"probes": {}, "signals": {"spectral": {"values": values}}})
+        assert {"r|webhook|done": 1} == server.counts()
+        (got,) = receiver.received
+        assert (None, "r") == tuple(json.loads(got.body)["data"][key] for key in ("scores", "rule"))
+        (line,) = [line for line in logged(caplog.records) if "tells no scores" in line]
+        assert "may have 65536. The request's trace has them; have fewer signals asked for" in line
+
+    def test_an_id_that_an_event_has_no_room_for(self, server: Server) -> None:
+        """It has failed, and why is said: nothing waited."""
+        server.rule("webhook", webhook={"url": "http://127.0.0.1:9/", "secret_file": str(server.secret)})
+        self.perform(server, replace(trace(), request_id="x" * MAX_BODY_BYTES), {"probes": {}, "signals": {}})
+        server.collect()
+        assert {"r|webhook|failed": 1} == server.counts()
+        (line,) = server.audit()
+        assert re.match(
+            r"an event must have at most 65536 bytes, got \d+ without scores, .* bound X-Request-Id", line["why"]
+        )
+        assert 1 == server.errors.counts()["webhooks"]
 
     def test_ten_thousand_to_a_dead_address(self, server: Server) -> None:
         """Each is accounted for, the queue is bounded, and none takes long."""
