@@ -5,6 +5,7 @@ wording of errors in `wording.py`, whether what is valid works here in `usable.p
 A configuration is a frozen object that is passed in; nobody keeps it global.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from functools import reduce
@@ -40,6 +41,7 @@ from glassbox.config.model import (
 )
 from glassbox.config.wording import all_keys, is_secret, shown, validation_error
 from glassbox.config.yaml import MAX_CONFIG_BYTES, ConfigError, parse_mapping, read_bytes
+from glassbox.core.files import ForeignFileError, require_own
 
 __all__ = [
     "CONFIG_ENV",
@@ -106,7 +108,8 @@ def find_config(environ: Mapping[str, str] = os.environ) -> Path:
         named but broken must be an error when it is loaded, not a reason to take another one.
 
     Raises:
-        ConfigError: the variable's ~ has no home directory, or the path no working directory to begin at.
+        ConfigError: the variable's ~ has no home directory, or the path no working directory to begin at; or nobody
+            has named the file and it could be another user's, who would say where text and events are sent.
     """
     if named := environ.get(CONFIG_ENV):
         try:
@@ -120,9 +123,18 @@ def find_config(environ: Mapping[str, str] = os.environ) -> Path:
         local = Path.cwd() / _LOCAL_NAME
     except OSError:  # the directory was removed since
         return packaged_config()
-    if os.path.lexists(local) and not local.is_dir():
-        return local
-    return packaged_config()
+    if not os.path.lexists(local) or local.is_dir():
+        return packaged_config()
+    with contextlib.suppress(OSError):  # for its reader to tell
+        try:
+            require_own(local.stat())
+        except ForeignFileError as error:
+            problem, _, remedy = str(error).partition("; ")
+            raise ConfigError(
+                local,
+                f"{problem}, to be used without being named; set {CONFIG_ENV}={local} if it is meant, or {remedy}",
+            ) from None
+    return local
 
 
 def load_config(path: Path | str) -> GlassboxConfig:

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from glassbox.config.load import GlassboxConfig, RuleConfig, load_config
 from glassbox.config.webhook_secret import read_webhook_secret
 from glassbox.config.wording import setting_error
+from glassbox.core.files import ForeignFileError, require_own
 from glassbox.core.printable import printable
 from glassbox.core.secret_file import SecretFileError
 
@@ -181,11 +182,15 @@ def _try_records(path: Path, config: GlassboxConfig) -> None:
 
 
 def _try_reading(path: Path, _config: GlassboxConfig) -> None:
-    """A file that can be read."""
+    """A file that can be read, and that no other user could have written."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
             raise _Unusable("that is no regular file")
+        require_own(found)
+    except ForeignFileError as error:
+        raise _Unusable(str(error)) from None
     finally:
         os.close(handle)
 

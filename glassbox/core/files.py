@@ -50,6 +50,51 @@ def open_regular(path: Path, max_bytes: int) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
+class ForeignFileError(Exception):
+    """Another user could have written a file; the message goes on from its name: rule, value and remedy."""
+
+
+def open_own(path: Path, max_bytes: int) -> BinaryIO:
+    """The same of a file that decides what a server does: of this user or root, and not for everybody to write to.
+
+    Its group may, which those who share a folder of models have chosen.
+
+    Raises:
+        OSError: as for `open_regular`.
+        ForeignFileError: it isn't.
+    """
+    file = open_regular(path, max_bytes)
+    try:
+        require_own(os.fstat(file.fileno()))
+    except ForeignFileError:
+        file.close()
+        raise
+    return file
+
+
+def own_version(path: Path) -> FileVersion | None:
+    """Version of a file that `open_own` opens, which is another one with its owner and mode, too."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_ino, found.st_ctime_ns, found.st_size)
+
+
+def require_own(found: os.stat_result) -> None:
+    """See that a file of which this is known is one that `open_own` opens.
+
+    Raises:
+        ForeignFileError: it isn't.
+    """
+    user = os.geteuid()
+    if found.st_uid not in {0, user}:
+        raise ForeignFileError(f"must belong to user {user} or root, got user {found.st_uid}; use chown {user}")
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & stat.S_IWOTH:
+        raise ForeignFileError(f"must not be writable by everybody, got mode {mode:04o}; use chmod o-w")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file by a temporary one beside it, which only this user may read.
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glassbox.core.accumulator_arrays import ARRAY, check_shapes, narrowed
-from glassbox.core.files import write_atomically
+from glassbox.core.files import ForeignFileError, open_own, open_regular, write_atomically
 from glassbox.core.printable import printable
 from glassbox.core.statistics import STATISTICS
 from glassbox.store.merge import MergedEngine
@@ -145,8 +145,11 @@ def save_baseline(path: Path, baseline: Baseline) -> None:
     write_atomically(Path(path), buffer.getvalue())
 
 
-def load_baseline(path: Path) -> Baseline:
+def load_baseline(path: Path, *, own: bool = False) -> Baseline:
     """Read a file of `save_baseline`.
+
+    Args:
+        own: no other user may have written it: alerts follow what a server compares with.
 
     Raises:
         BaselineError: it is missing or can't be read, is no baseline, or was made by a glassbox whose statistics or
@@ -160,14 +163,16 @@ def load_baseline(path: Path) -> Baseline:
             raise BaselineError(f"baseline {path} {what}; {remedy}")
         if (packed := os.path.getsize(path)) > MAX_BYTES:
             raise BaselineError(f"baseline {path} must have at most {MAX_BYTES} bytes, got {packed}; {remedy}")
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > MAX_BYTES:
-            raise BaselineError(f"baseline {path} must unpack to at most {MAX_BYTES} bytes, got {size}; {remedy}")
-        with np.load(path, allow_pickle=False) as archive:
-            meta = json.loads(bytes(archive["meta"]).decode())
-            _check_meta(path, meta, remedy)
-            arrays = {name: archive[name] for name in ARRAYS}
+        with (open_own if own else open_regular)(path, MAX_BYTES) as file:
+            with zipfile.ZipFile(file) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > MAX_BYTES:
+                raise BaselineError(f"baseline {path} must unpack to at most {MAX_BYTES} bytes, got {size}; {remedy}")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                meta = json.loads(bytes(archive["meta"]).decode())
+                _check_meta(path, meta, remedy)
+                arrays = {name: archive[name] for name in ARRAYS}
         if any(array.dtype.kind not in "iuf" for array in arrays.values()):
             raise BaselineError(f"baseline {path} has arrays that are no numbers; {remedy}")
         if not (np.isfinite(arrays["counts"]).all() and np.isfinite(arrays["rows"]).all()):
@@ -179,6 +184,8 @@ def load_baseline(path: Path) -> Baseline:
         )
     except BaselineError:
         raise
+    except ForeignFileError as error:
+        raise BaselineError(f"baseline {path} {error}") from None
     except OSError as error:
         raise BaselineError(
             f"baseline {path} can't be read ({error.strerror or error}); check its permissions"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from glassbox.config.load import GlassboxConfig
 from glassbox.config.wording import setting_error
-from glassbox.core.files import FileVersion, file_version
+from glassbox.core.files import FileVersion, own_version
 from glassbox.core.printable import printable
 from glassbox.signals.focus_heads import FocusHeadsError, read_focus_heads
 
@@ -48,7 +48,7 @@ class ChosenHeads:
         if path is None:
             self._version = self._places = None
             return None
-        version = path, file_version(path)
+        version = path, own_version(path)
         if version != self._version:
             self._version = version
             try:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from glassbox.config.load import BaselineConfig, GlassboxConfig, StatisticsConfig
 from glassbox.core.accumulator_arrays import narrowed
-from glassbox.core.files import FileVersion, file_version
+from glassbox.core.files import FileVersion, own_version
 from glassbox.core.logs import get_logger
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, STATISTICS, Statistic
 from glassbox.signals.baseline import Baseline, BaselineError, load_baseline
@@ -148,7 +148,7 @@ class DriftWatch:
             what changes whenever the result of `compare` may.
         """
         path = config.expanded_path
-        version = None if path is None else (path, file_version(path))
+        version = None if path is None else (path, own_version(path))
         if version != self._version:
             self._version = version
             self._baseline = None
@@ -162,7 +162,7 @@ class DriftWatch:
 
     def _load(self, path: Path) -> None:
         try:
-            self._baseline = load_baseline(path)
+            self._baseline = load_baseline(path, own=True)
         except BaselineError as error:
             self._on_error(str(error))
         else:

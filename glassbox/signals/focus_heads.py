@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from glassbox.core.files import open_regular, write_atomically
+from glassbox.core.files import ForeignFileError, open_own, write_atomically
 from glassbox.core.json_fields import FieldError, JsonFields, parse_json
 from glassbox.core.trace_options import MAX_INDEX
 from glassbox.signals.values import Doubles
@@ -105,16 +105,18 @@ def write_focus_heads(path: Path, found: FocusHeads) -> None:
 
 
 def read_focus_heads(path: Path) -> FocusHeads:
-    """Read a file of `write_focus_heads`.
+    """Read a file of `write_focus_heads`, which is a server's to follow: rules end requests by the signal `focus`, too.
 
     Raises:
-        FocusHeadsError: it is missing, can't be read, or is not as it must be.
+        FocusHeadsError: it is missing, can't be read, is not as it must be, or could be another user's.
     """
     try:
-        with open_regular(Path(path), _MAX_BYTES) as file:
+        with open_own(Path(path), _MAX_BYTES) as file:
             return _of_document(parse_json(file.read(_MAX_BYTES + 1)))
     except OSError as error:
         raise FocusHeadsError(f"focus heads {path} can't be read ({error.strerror}); {_REMEDY}") from None
+    except ForeignFileError as error:
+        raise FocusHeadsError(f"focus heads {path}: {error}") from None
     except FieldError as error:
         raise FocusHeadsError(f"focus heads {path}: {error}; {_REMEDY}") from None
 

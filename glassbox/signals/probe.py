@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from glassbox.core.files import open_regular, write_atomically
+from glassbox.core.files import ForeignFileError, open_own, open_regular, write_atomically
 from glassbox.core.json_fields import MAX_NUMBER, FieldError, JsonFields, parse_json
 from glassbox.core.printable import printable
 from glassbox.core.signal_table import signal_row
@@ -249,16 +249,21 @@ def write_probe(path: Path, probe: Probe) -> None:
     write_atomically(Path(path), text.encode())
 
 
-def read_probe(path: Path) -> Probe:
+def read_probe(path: Path, *, own: bool = False) -> Probe:
     """Read a file of `write_probe`.
+
+    Args:
+        own: no other user may have written it: rules end requests by its scores.
 
     Raises:
         ProbeError: it is missing, can't be read, or is not as it must be.
     """
     path = Path(path)
     try:
-        with open_regular(path, MAX_BYTES) as file:
+        with (open_own if own else open_regular)(path, MAX_BYTES) as file:
             data = file.read(MAX_BYTES + 1)
+    except ForeignFileError as error:
+        raise ProbeError(path, str(error)) from None
     except OSError as error:
         raise ProbeError(path, f"can't be read ({error.strerror}); name a file of `glassbox train`") from None
     if len(data) > MAX_BYTES:

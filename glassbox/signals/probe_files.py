@@ -5,8 +5,6 @@ force and is told once. What a probe's file says is `probe.py`'s.
 """
 
 import contextlib
-import os
-import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 from glassbox.config.load import GlassboxConfig
 from glassbox.config.model import ProbeConfig
 from glassbox.config.wording import setting_error
-from glassbox.core.files import FileVersion, file_version
+from glassbox.core.files import FileVersion, own_version
 from glassbox.core.printable import printable
 from glassbox.signals.chosen_heads import require_heads
 from glassbox.signals.probe import Probe, ProbeError, read_probe
@@ -24,22 +22,10 @@ def load_probe(named: ProbeConfig) -> Probe:
     """The probe that an entry of the configuration names, with the threshold that it gives.
 
     Raises:
-        ProbeError: as `read_probe`, or everybody may write to it.
+        ProbeError: as `read_probe`, also if another user could have written it.
     """
-    _refuse_everybodys(named.expanded_path)
-    probe = read_probe(named.expanded_path)
+    probe = read_probe(named.expanded_path, own=True)
     return probe if named.threshold is None else replace(probe, threshold=named.threshold)
-
-
-def _refuse_everybodys(path: Path) -> None:
-    """Rules end requests by a probe's score. Whose the file is was the operator's to look at, as with the YAML that
-    names it."""
-    try:
-        mode = stat.S_IMODE(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return  # for its reader to tell
-    if mode & stat.S_IWOTH:
-        raise ProbeError(path, f"must not be writable by everybody, got mode {mode:04o}; use chmod o-w")
 
 
 def require_probes(path: Path, config: GlassboxConfig, before: GlassboxConfig | None) -> None:
@@ -115,7 +101,7 @@ class ProbeFiles:
 
     def _current(self, named: ProbeConfig) -> Probe | None:
         try:
-            version = file_version(named.expanded_path)
+            version = own_version(named.expanded_path)
         except RuntimeError:  # no home directory in this process
             version = None
         before = self._read.get(named)

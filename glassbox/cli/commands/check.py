@@ -108,7 +108,7 @@ def _check_baseline(config: "GlassboxConfig") -> None:
     path = config.baseline.expanded_path
     try:
         if path is not None:
-            load_baseline(path)
+            load_baseline(path, own=True)
     except BaselineError as error:
         raise ViewError(str(error)) from None
 

@@ -13,7 +13,11 @@ _FALLS_BACK: Final = "glassbox check FILE --model DIRECTORY tells how many serie
 
 def found(question: Question) -> Iterator[Finding]:
     """Which file is looked at, and whether a running server has another one."""
-    path = question.config_path
+    try:
+        path = question.config_path
+    except ConfigError as bad:
+        yield error("config.found", str(bad), "a server that is started here stops with this line")
+        return
     if question.config is not None:
         why = "named by --config"
     elif question.server is not None:
@@ -35,7 +39,7 @@ def valid(question: Question) -> Iterator[Finding]:
     """It can be read and used."""
     loaded = question.loaded
     if isinstance(loaded, ConfigError):
-        yield error("config.valid", str(loaded), f"mend {question.config_path}; `glassbox check` tries it again")
+        yield error("config.valid", str(loaded), "mend it; `glassbox check` tries it again")
         return
     yield ok("config.valid", f"{question.config_path} is valid")
     if not loaded.enabled:

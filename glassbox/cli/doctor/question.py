@@ -82,7 +82,10 @@ class Question:
     @cached_property
     def loaded(self) -> "GlassboxConfig | ConfigError":
         """What the file says, or why it can't be used."""
-        return loaded(self.config_path)
+        try:
+            return loaded(self.config_path)
+        except ConfigError as bad:  # it isn't even looked for
+            return bad
 
     @property
     def valid_config(self) -> "GlassboxConfig | None":

@@ -565,6 +565,22 @@ class TestFindConfig:
         (tmp_path / "glassbox.yaml").touch()
         assert find_config({"GLASSBOX_CONFIG": ""}) == tmp_path / "glassbox.yaml"
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of another user")
+    def test_another_users_in_the_working_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In /tmp, say: it would open ports and send text to whom it likes. As the message says, naming it helps."""
+        monkeypatch.chdir(tmp_path)
+        path = tmp_path / "glassbox.yaml"
+        path.touch()
+        os.chown(path, 12345, -1)
+        rule = "must belong to user 0 or root, got user 12345, to be used without being named; set GLASSBOX_CONFIG="
+        with pytest.raises(ConfigError, match=rf"{rule}{path} if it is meant, or use chown 0$"):
+            find_config({})
+        assert path == find_config({"GLASSBOX_CONFIG": str(path)})
+        os.chown(path, 0, -1)
+        path.chmod(0o666)
+        with pytest.raises(ConfigError, match="must not be writable by everybody, got mode 0666, to be used without"):
+            find_config({})
+
     def test_packaged(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Then the packaged file; a directory called glassbox.yaml is passed by."""
         monkeypatch.chdir(tmp_path)

@@ -18,7 +18,7 @@ from glassbox.core.trace_options import TraceOptions
 from glassbox.signals.focus_heads import FocusHead, FocusHeads, write_focus_heads
 from glassbox.signals.needs import sampled_options
 from glassbox.signals.probe import ProbeFeature
-from glassbox.signals.probe_files import require_probes
+from glassbox.signals.probe_files import ProbeFiles, require_probes
 from glassbox.view.measured import ViewError
 from tests import probe_samples
 
@@ -85,6 +85,28 @@ class TestUsable:
         path.chmod(0o664)
         load_usable(file, also=require_probes)
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of another user")
+    def test_a_file_of_another_user(self, file: Path, tmp_path: Path) -> None:
+        """The same, whatever its mode; a file of root's is good for every user."""
+        path = probe_samples.write(tmp_path)
+        os.chown(path, 12345, -1)
+        assert "must belong to user 0 or root, got user 12345; use chown 0" in problem(file, [{"file": str(path)}])
+        errors: list[str] = []
+        config = GlassboxConfig.model_validate({"probes": [{"file": str(path)}]})
+        files = ProbeFiles(lambda: config, errors.append)
+        assert () == files.current()
+        assert 1 == len(errors)
+        os.chown(path, 0, -1)  # as the message says: it is looked at again
+        assert 1 == len(files.current())
+        load_usable(file, also=require_probes)
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(0o755)
+        os.seteuid(65534)
+        try:
+            load_usable(file, also=require_probes)
+        finally:
+            os.seteuid(0)
+
     @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "endless", "numbers", "nested"])
     def test_a_file_that_is_a_trap(self, kind: str, file: Path, tmp_path: Path) -> None:
         """Nothing is waited for, and no more is read or believed than a probe can have."""
@@ -105,7 +127,7 @@ class TestUsable:
                 path.write_text("[" * 200_000)
         said = {
             "pipe": "a pipe or a device",
-            "device": "writable by everybody",
+            "device": "a pipe or a device",
             "folder": "Is a directory",
             "endless": "is larger than 4 MB",
             "numbers": "intercept must be a number from",

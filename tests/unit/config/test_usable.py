@@ -41,7 +41,7 @@ def unprivileged() -> Iterator[None]:
 
 
 def config_with(key: str, path: str, **records: str) -> GlassboxConfig:
-    content: object = {"path": path, **records}
+    content: object = {key.rpartition(".")[2]: path, **records}
     for part in reversed(key.split(".")[:-1]):
         content = {part: content}
     return GlassboxConfig.model_validate(content)
@@ -55,7 +55,9 @@ def problem(key: str, path: str, **records: str) -> str:
     assert "null" in caught.value.advice
     text = str(caught.value)
     assert text.startswith(f"x.yaml: {key} must be a ")
-    assert text.endswith(("or use null to write none", "or use null to compare with nothing"))
+    assert text.endswith(
+        tuple(f"or use null {what}" for what in ("to write none", "to compare with nothing", "for all heads"))
+    )
     return text
 
 
@@ -130,6 +132,20 @@ class TestPaths:
         for key in KEYS[:2]:
             assert "(that is a pipe, a socket or a disk)" in problem(key, str(folder / "pipe"))
         assert "(that is no regular file)" in problem("baseline.path", str(folder / "pipe"))
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of another user")
+    @pytest.mark.parametrize("key", ["baseline.path", "requests.focus_heads"])
+    def test_what_another_user_could_have_written(self, key: str, folder: Path) -> None:
+        """Alerts follow the one, rules the other."""
+        path = folder / "file"
+        path.touch()
+        os.chown(path, 12345, -1)
+        assert "(must belong to user 0 or root, got user 12345; use chown 0); " in problem(key, str(path))
+        os.chown(path, 0, -1)
+        path.chmod(0o646)
+        assert "(must not be writable by everybody, got mode 0646; use chmod o-w); " in problem(key, str(path))
+        path.chmod(0o664)
+        require_usable(Path("x.yaml"), config_with(key, str(path)))
 
     def test_a_baseline_that_is_not_there(self, folder: Path) -> None:
         """It is read, not made."""

@@ -299,18 +299,25 @@ class TestSource:
         assert server.family("attention_drift_psi") is not None
         assert (1, 1) == (server.errors, len(server.messages))
 
+    def test_another_users(self, server: Server) -> None:
+        """A running server takes none that everybody may write to, and takes it again once they may not."""
+        save_baseline(server.file, baseline_of(make_snapshot()))
+        server.file.chmod(0o666)
+        server.measure(make_snapshot(), 10)
+        assert server.family("attention_drift_psi") is None
+        assert f"{server.file} must not be writable by everybody, got mode 0666; use chmod o-w" in server.messages[0]
+        server.file.chmod(0o664)
+        assert server.family("attention_drift_psi") is not None
+
     def test_unreadable(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         """No permission to read: said so."""
         save_baseline(server.file, baseline_of(make_snapshot()))
-        real = np.load
 
-        def denied(path: Any, **kwargs: Any) -> Any:
-            if path == server.file:
-                raise PermissionError(13, "Permission denied")
-            return real(path, **kwargs)
+        def denied(path: Path, max_bytes: int) -> Any:
+            raise PermissionError(13, "Permission denied")
 
         server.measure(make_snapshot(), 10)
-        monkeypatch.setattr("glassbox.signals.baseline.np.load", denied)
+        monkeypatch.setattr("glassbox.signals.baseline.open_own", denied)
         assert server.family("attention_rows_total") is not None
         assert "can't be read (Permission denied); check its permissions" in server.messages[0]
 

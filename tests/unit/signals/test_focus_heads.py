@@ -67,6 +67,14 @@ class TestFile:
         ):
             read_focus_heads(path)
 
+    def test_what_everybody_may_write_to(self, tmp_path: Path) -> None:
+        """Rules end requests by the signal that is taken over them."""
+        path = tmp_path / "heads.json"
+        write_focus_heads(path, FOUND)
+        path.chmod(0o666)
+        with pytest.raises(FocusHeadsError, match="must not be writable by everybody, got mode 0666; use chmod o-w"):
+            read_focus_heads(path)
+
     def test_what_is_no_file(self, tmp_path: Path) -> None:
         """A missing one, a folder, one that isn't JSON."""
         (tmp_path / "text").write_text("heads")
