@@ -126,6 +126,32 @@ class TestTenants:
         assert times == sorted(times, reverse=True)
         assert first["internal_id"] not in json.dumps(attackers)
 
+    def test_streams(self, tenants: Tenants) -> None:
+        """Live numbers are the server's: whoever has a key or the token sees them, and nothing of a request in them."""
+        request_id = tenants.ask("alice", "/v1/completions")
+        ids = [*tenants.settled("alice", 1), request_id.partition("-")[2]]
+        token = {"Authorization": f"Bearer {TOKEN}"}
+        vllms, own = tenants.server.port, tenants.own_port
+        for port, headers, code in (
+            (vllms, headers_of("alice"), 200),
+            (vllms, headers_of("bob"), 200),
+            (vllms, token, 401),
+            (vllms, {}, 401),
+            (own, token, 200),
+            (own, headers_of("alice"), 401),
+            (own, {}, 401),
+        ):
+            url = f"http://{HOST}:{port}/glassbox/v1/stream?window=total"
+            with httpx.stream("GET", url, headers=headers, timeout=60.0) as answer:
+                assert code == answer.status_code, (port, headers)
+                text = ""
+                for line in answer.iter_lines():
+                    text += f"{line}\n"
+                    if '"engine":{' in line:
+                        break
+            assert (code == 200) == ("event: frame\n" in text)
+            assert not [said for said in (*ids, SECRET, *KEYS.values()) if said in text]
+
     def test_what_lies_in_the_run_directory(self, tenants: Tenants) -> None:
         """No key is in it, and nobody else reads it."""
         for path in tenants.server.run_dir.rglob("*"):

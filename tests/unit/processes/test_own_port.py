@@ -29,6 +29,7 @@ from glassbox.store.trace_record import write_trace
 from glassbox.web.app import make_app
 from tests.export_samples import logged, make_snapshot
 from tests.prometheus_server import free_port
+from tests.route_table import left_out
 from tests.trace_samples import make_trace
 
 TOKEN: Final = "0123456789abcdef0123456789abcdef"
@@ -120,6 +121,8 @@ class TestTokens:
     def test_data_needs_one_of_them_and_the_shell_none(self, port: Port, tmp_path: Path) -> None:
         """Two tokens, as while one is replaced by another; comments aside."""
         port.configure(token_file=secret(tmp_path / "tokens", f"# old\n{TOKEN}\n\n{OTHER}\n"))
+        routes = make_app(port.source, metrics=[PrometheusCollector(port.source)]).routes
+        assert [] == left_out(routes, (*DATA, *SHELL, "/metrics", "/", "/glassbox"))
         for path in (*DATA, "/metrics"):
             assert 401 == port.status(path)
             assert 401 == port.status(path, headers={"Authorization": f"Bearer {TOKEN}x"})

@@ -39,6 +39,7 @@ from glassbox.store.trace_directory import TraceDirectory, traces_path
 from glassbox.store.trace_record import decode_trace, write_trace
 from glassbox.web.app import make_app, make_routes
 from tests.export_samples import logged, make_snapshot
+from tests.route_table import left_out
 from tests.trace_samples import make_host, make_trace, new_request, scheduled_step, with_arrays_of_signals
 from tests.unit.export.test_token_text import make_tokenizer
 
@@ -59,6 +60,19 @@ BY_KEY = {
     "nobody": {},
 }
 BY_HEADER = {"alice": {"X-Tenant": "alice"}, "bob": {"X-Tenant": "bob"}, "nobody": {}}
+
+
+class EndsAfterAFrame:
+    """What runs the application, and stops between a stream's first frame and its second."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+
+    @property
+    def should_exit(self) -> bool:
+        """A stream asks before each frame."""
+        self._asked += 1
+        return self._asked % 2 == 0
 
 
 class Worker:
@@ -99,7 +113,9 @@ class Server:
         app.post("/v1/completions")(self._complete)
         app.post("/invocations")(self._complete)  # vLLM's middleware guards some paths only
         source = FamilySource(self.run_dir, self.config)
-        app.router.routes.extend(make_routes(source))
+        app.state.server = EndsAfterAFrame()
+        self.routes = make_routes(source)
+        app.router.routes.extend(self.routes)
         if keys:
             app.add_middleware(authenticate.AuthenticationMiddleware, tokens=keys)
         self.port = TestClient(app, follow_redirects=False)
@@ -169,8 +185,12 @@ def door(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Server, dict[s
 
 # What each of them is answered at vLLM's port. `mine` is the asker's own request, `theirs` each of the others'.
 TABLE = [
+    ("/glassbox", 307, 307),
     ("/glassbox/", 200, 200),
+    ("/glassbox/page/main.js", 200, 200),
     ("/glassbox/v1/snapshot", 200, 200),
+    ("/glassbox/v1/stream", 200, 200),
+    ("/glassbox/v1/stream?window=total&statistic=max_logit", 200, 200),
     (LIST, 200, 403),
     (f"{LIST}?limit=1", 200, 403),
     (f"{LIST}/mine", 200, 403),
@@ -204,11 +224,16 @@ class TestWhoGetsWhat:
             for shown in self.paths(server, path, ids[name], others):
                 answer = server.port.get(shown, headers=headers)
                 assert answer.status_code == expected, (name, shown)
+                assert ("event: frame" in answer.text) == ("/stream" in path)
                 assert server.port.head(shown, headers=headers).status_code == expected
                 for method in ("POST", "PUT", "PATCH", "DELETE"):
                     assert server.port.request(method, shown, headers=headers).status_code == 405
                 body = answer.text.replace(shown.partition("?")[0].removeprefix(f"{LIST}/"), "")
                 assert not [request_id for request_id in others if request_id in body], (name, shown)
+
+    def test_no_route_is_left_out(self, tmp_path: Path) -> None:
+        """A new one needs its line, and who may see what of it."""
+        assert [] == left_out(Server(tmp_path, KEYS).routes, (path for path, *_ in TABLE))
 
     def test_lists_are_apart(self, door: Any) -> None:
         """Each tenant's holds its own request."""
