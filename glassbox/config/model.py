@@ -177,9 +177,20 @@ def _as_level(value: object) -> object:
     return "warning" if lowered == "warn" else lowered
 
 
+_VARIABLE: Final = re.compile(r"(?:^|/)(\$(?:\w+|\{\w+\}))(?:/|$)")
+
+
 def _check_path(value: str) -> str:
     if "\0" in value:
         raise ValueError("must be a path, which has no NUL in it; delete that character")
+    if "://" in value:
+        raise ValueError("must be a path, not a URL; take away all up to ://, or name a folder where it is mounted")
+    # A folder of that name would be made; one that is meant so can be named by its whole path and a link.
+    if (variable := _VARIABLE.search(value)) is not None:
+        raise ValueError(
+            f"must be a path without variables, for {printable(variable[1])} is not replaced; spell it out, or begin "
+            "with ~ for the home directory"
+        )
     return value
 
 
@@ -453,6 +464,10 @@ def _file(description: str) -> Any:
     return _field(None, f"{description} A leading ~ is the home directory.", "must be a path or null", "use `null`")
 
 
+# Settings of HttpConfig that name a file.
+HTTP_FILES: Final = ("token_file", "users_file", "cert_file", "key_file", "client_ca_file")
+
+
 class HttpConfig(_Section):
     """glassbox's own port: where it listens, and who gets in."""
 
@@ -604,8 +619,15 @@ class OtelConfig(_Section):
 
     @field_validator("headers")
     @classmethod
-    def _check_headers(cls, value: dict[str, str]) -> dict[str, str]:
+    def _check_headers(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        grpc = info.data.get("protocol") != "http"
         for name, text in value.items():
+            # What gRPC can't send: its own library refuses each export with it.
+            if grpc and (not re.fullmatch(r"[0-9A-Za-z_.-]+", name) or name.lower().endswith("-bin") or "\t" in text):
+                raise ValueError(
+                    "must be, for gRPC, names of letters, digits, _ . or -, not ending in -bin, and values without "
+                    "tabs; correct them, or use `protocol: http`"
+                )
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not re.fullmatch(r"[\t\x20-\x7e]*", text):
                 raise ValueError("must be header names and printable ASCII values; remove blanks and line breaks")
         return value
@@ -935,7 +957,8 @@ class RuleConfig(_Section):
         if value is None:
             return None
         row = signal_row(signal)
-        if name not in row.values and not any(name.startswith(f"{one}_") for one in row.by_span):
+        of_span = any(name.startswith(f"{one}_") and name != f"{one}_" for one in row.by_span)
+        if name not in row.values and not of_span:
             known = [f"{signal}.{one}" for one in row.values] + [f"{signal}.{one}_SPAN" for one in row.by_span]
             raise ValueError(f"must be one of {', '.join(known)}; write one of these")
         return value

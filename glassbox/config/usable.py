@@ -7,6 +7,7 @@ nothing behind. A disk that is full is no mistake of the file, and passes.
 import errno
 import importlib.util
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from glassbox.config.load import GlassboxConfig, RuleConfig, load_config
+from glassbox.config.model import HTTP_FILES
 from glassbox.config.webhook_secret import read_webhook_secret
 from glassbox.config.wording import setting_error
 from glassbox.core.files import ForeignFileError, require_own
@@ -97,11 +99,48 @@ def require_usable(
         if problem is not None:
             shown = f"{setting.rule(config)}, got {printable(written)!r} ({problem})"
             raise setting_error(path, setting.key, shown, setting.remedy)
+    _require_apart(path, config)
+    window_s, interval_s = config.baseline.window_s, config.export.interval_s
+    if config.baseline.path is not None and window_s < interval_s:
+        # Rows of the last snapshot would be too old to compare before the next one comes.
+        said = f"must be at least export.interval_s, {interval_s:g}, got {window_s:g}"
+        raise setting_error(path, "baseline.window_s", said, f"use `{max(600, interval_s):g}`")
     for number, rule in enumerate(config.actions.rules):
         if before is None or rule not in before.actions.rules:
             _require_secret(path, number, rule)
     if also is not None:
         also(path, config, before)
+
+
+def _require_apart(path: Path, config: GlassboxConfig) -> None:
+    """See that what is written is no other file of the configuration: lines of traces would mix with others', or become
+    tokens that let in."""
+    written = {
+        "export.jsonl.path": config.export.jsonl.path,
+        "actions.audit.path": config.actions.audit.path,
+        "requests.records.path": config.requests.records.path,
+    }
+    read = {
+        "requests.focus_heads": config.requests.focus_heads,
+        "baseline.path": config.baseline.path,
+        **{f"probes.{number}.file": probe.file for number, probe in enumerate(config.probes)},
+        **{f"export.http.{name}": getattr(config.export.http, name) for name in HTTP_FILES},
+        **{f"actions.rules.{n}.webhook.secret_file": r.webhook.secret_file for n, r in enumerate(config.actions.rules)},
+    }
+    places = {key: _place(named) for key, named in {**written, **read}.items() if named is not None}
+    places["the configuration itself"] = _place(str(path))
+    for key in [key for key in written if key in places]:
+        # Rotated ones, too: `.jsonl` becomes `.jsonl.3`.
+        taken = re.compile(re.escape(places[key]) + r"(\.\d+)?")
+        for other, place in places.items():
+            if other != key and taken.fullmatch(place) and (not os.path.exists(place) or os.path.isfile(place)):
+                rule = f"must be a file of its own, as must its rotated ones, got the path of {other}"
+                raise setting_error(path, key, rule, "name another, or use `null` to write none")
+
+
+def _place(named: str) -> str:
+    """Where a path leads; one whose ~ can't be replaced was refused before, or isn't used."""
+    return os.path.realpath(os.path.expanduser(named))
 
 
 def _require_secret(path: Path, number: int, rule: RuleConfig) -> None:

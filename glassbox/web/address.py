@@ -100,6 +100,18 @@ def _resolved(host: str, port: int, key: str) -> tuple[socket.AddressFamily, tup
             "every interface",
         ) from None
     family, _, _, _, place = found[0]
+    number = ip_address(str(place[0]).partition("%")[0])
+    if number.is_multicast or str(number) == "255.255.255.255":
+        # The system would let it be bound, and nobody could connect to it.
+        raise AddressError(
+            errno.EADDRNOTAVAIL,
+            f"{key} must be an address of this host, got {host!r}, which is for many; use {LOOPBACK} or 0.0.0.0",
+        )
+    if family == socket.AF_INET6 and number.is_link_local and place[-1] == 0:
+        raise AddressError(
+            errno.EADDRNOTAVAIL,
+            f"{key} must name the interface of a link-local address, got {host!r}; write {number}%eth0 if eth0 is it",
+        )
     return family, place
 
 

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from glassbox.config.model import GlassboxConfig, HttpConfig
+from glassbox.config.model import HTTP_FILES, GlassboxConfig, HttpConfig
 from glassbox.web.address import AddressError, is_loopback, own_host, try_host
 from glassbox.web.credentials import read_tokens, read_users
 from glassbox.web.guard import HostRule, Proof, Rules
 from glassbox.web.secret_files import AccessError, expanded, read_trusted
 
-_FILES: Final = ("token_file", "users_file", "cert_file", "key_file", "client_ca_file")
 # Inode, mode, owner, size, times: a chmod counts, too.
 _Version = tuple[int, ...] | None
 
@@ -198,7 +197,7 @@ def _reason(error: Exception) -> str:
 
 
 def _versions(config: HttpConfig) -> dict[str, _Version]:
-    named = {name: getattr(config, name) for name in _FILES}
+    named = {name: getattr(config, name) for name in HTTP_FILES}
     return {name: _version(expanded(path)) for name, path in named.items() if path is not None}
 
 

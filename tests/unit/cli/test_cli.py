@@ -47,6 +47,10 @@ class TestCheck:
         [
             ("host: no-such-host.invalid", "export.http.host must be an address or a name of this host"),
             ("host: 192.0.2.1", "export.http.host must be an address of this host, got '192.0.2.1'"),
+            ("host: 224.0.0.1", "must be an address of this host, got '224.0.0.1', which is for many; use 127.0.0.1"),
+            ("host: 255.255.255.255", "got '255.255.255.255', which is for many; use 127.0.0.1 or 0.0.0.0"),
+            ("host: 'ff02::1'", "got 'ff02::1', which is for many; use 127.0.0.1 or 0.0.0.0"),
+            ("host: 'fe80::1'", "must name the interface of a link-local address, got 'fe80::1'; write fe80::1%eth0"),
             ("token_file: /absent", "export.http.token_file (/absent) must be a file that can be read"),
             (
                 "cert_file: /absent, key_file: /absent",

@@ -441,6 +441,15 @@ class TestBadValues:
         assert text.startswith("export.otel.headers")
         assert "s3cret" not in text
 
+    @pytest.mark.parametrize("headers", ["{x-bin: s3cret}", "{'x*y': s3cret}", '{x: "s3\\tcret"}'])
+    def test_headers_that_grpc_cannot_send(self, config_file: Path, headers: str) -> None:
+        """Its library refuses each export with them; as the message says, HTTP can."""
+        text = message(config_file, f"export: {{otel: {{headers: {headers}}}}}")
+        assert text.startswith("export.otel.headers must be, for gRPC, names of letters, digits, _ . or -, not ending")
+        assert text.endswith("correct them, or use protocol: http")
+        config_file.write_text(f"export: {{otel: {{protocol: http, headers: {headers}}}}}")
+        load_config(config_file)
+
 
 class TestUnknownKeys:
     @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ class TestRules:
         [
             ("spectrum.sv1", ".0.signal must be a value of one of the signals spectral, asymmetry, "),
             ("spectral.sv9", ".0.signal must be one of spectral.sv1, spectral.sv_ratio, spectral.sv_entropy, "),
+            ("focus.mass_", ".0.signal must be one of focus.mass, focus.mass_SPAN, got the string 'focus.mass_'"),
             ("focus.weight_x", ".0.signal must be one of focus.mass, focus.mass_SPAN, got the string 'focus.weight_x'"),
             ("spectral", ".0.signal must be NAME.VALUE of a signal, or null, got the string 'spectral'"),
         ],

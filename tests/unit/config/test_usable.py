@@ -1,10 +1,13 @@
 """What is valid is usable: a path that can't be used is an error at start, at an edit and in `glassbox check`."""
 
+import functools
 import importlib.util
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,6 +19,8 @@ from glassbox.config.load import ConfigError, GlassboxConfig, find_config, load_
 from glassbox.config.usable import load_usable, require_usable
 
 KEYS = ("export.jsonl.path", "requests.records.path", "baseline.path")
+WRITTEN = ("export.jsonl.path", "requests.records.path", "actions.audit.path")
+WEBHOOK = {"name": "a", "signal": "spectral.sv1", "above": 1.0, "webhook": {"secret_file": "FILE"}}
 HOMELESS = 4_242_424  # a user id that no list of users has
 
 
@@ -59,6 +64,15 @@ def problem(key: str, path: str, **records: str) -> str:
         tuple(f"or use null {what}" for what in ("to write none", "to compare with nothing", "for all heads"))
     )
     return text
+
+
+def settings(values: dict[str, object]) -> GlassboxConfig:
+    """Of values by their keys."""
+    whole: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        functools.reduce(lambda section, inner: section.setdefault(inner, {}), sections, whole)[name] = value
+    return GlassboxConfig.model_validate(whole)
 
 
 def contents(folder: Path) -> set[Path]:
@@ -146,6 +160,63 @@ class TestPaths:
         assert "(must not be writable by everybody, got mode 0646; use chmod o-w); " in problem(key, str(path))
         path.chmod(0o664)
         require_usable(Path("x.yaml"), config_with(key, str(path)))
+
+    @pytest.mark.parametrize("written", WRITTEN)
+    @pytest.mark.parametrize(
+        ("other", "value"),
+        [
+            ("requests.focus_heads", "FILE"),
+            ("baseline.path", "FILE"),
+            ("export.http.token_file", "FILE"),
+            ("probes", [{"file": "FILE"}]),
+            ("actions.rules", [WEBHOOK]),
+        ],
+    )
+    def test_what_is_written_is_not_read(self, written: str, other: str, value: Any, folder: Path) -> None:
+        """Lines of traces would become tokens that let in; under another name of the file, too."""
+        (folder / "file").touch()
+        (folder / "link").symlink_to("file")
+        named = json.loads(json.dumps(value).replace("FILE", str(folder / "file")))
+        config = settings({written: str(folder / "link"), other: named})
+        with pytest.raises(ConfigError, match=rf"{written} must be a file of its own, .* got the path of {other}"):
+            require_usable(Path("x.yaml"), config)
+
+    def test_what_is_written_is_written_once(self, folder: Path) -> None:
+        """Nor over the configuration, nor into what another rotates; where nothing is kept all may write."""
+        path = folder / "glassbox.yaml"
+        for key in WRITTEN:
+            with pytest.raises(ConfigError, match=f"{key} must be .* got the path of the configuration itself; name"):
+                require_usable(path, settings({key: str(path)}))
+        for first, second, name in (
+            ("export.jsonl.path", "actions.audit.path", "a"),
+            ("export.jsonl.path", "requests.records.path", "a.3"),
+            ("actions.audit.path", "requests.records.path", "../" + folder.name + "/a"),
+        ):
+            both = {first: str(folder / "a"), second: str(folder / name)}
+            with pytest.raises(ConfigError, match=f"{first} must be .* got the path of {second}; name another"):
+                require_usable(path, settings(both))
+        require_usable(path, settings(dict.fromkeys(WRITTEN, "/dev/null")))
+        require_usable(path, settings({key: str(folder / f"a.{n}x") for n, key in enumerate(WRITTEN)}))
+
+    @pytest.mark.parametrize("key", KEYS)
+    def test_what_is_no_path(self, key: str, folder: Path) -> None:
+        """A URL and a shell's variable would be folders, made where the server happens to run."""
+        for path, rule in (
+            ("s3://bucket/run.jsonl", "must be a path, not a URL; take away all up to ://"),
+            ("$HOME/run.jsonl", "must be a path without variables, for .HOME is not replaced; spell it out"),
+            ("/var/${USER}/x", "must be a path without variables, for ..USER. is not replaced"),
+        ):
+            with pytest.raises(ValueError, match=rule):
+                config_with(key, path)
+        config_with(key, f"{folder}/price$/a$b")
+
+    def test_a_window_that_ends_before_the_next_snapshot(self, folder: Path) -> None:
+        """Drift would be there for a moment after each, and its alert never."""
+        (folder / "b.npz").touch()
+        values = {"baseline.path": str(folder / "b.npz"), "baseline.window_s": 5.0, "export.interval_s": 30.0}
+        with pytest.raises(ConfigError, match=r"must be at least export\.interval_s, 30, got 5; use 600"):
+            require_usable(Path("x.yaml"), settings(values))
+        require_usable(Path("x.yaml"), settings({**values, "baseline.window_s": 30.0}))
 
     def test_a_baseline_that_is_not_there(self, folder: Path) -> None:
         """It is read, not made."""
