@@ -16,9 +16,10 @@ from glassbox.core.affinity import leave_workers_cores
 from glassbox.core.logs import get_logger, on_one_line, plain_handler
 
 PROCESS_NAME: Final = "glassbox-exporter"
-# A record must be one message of the socket.
-_MAX_BYTES: Final = 32_768
+# Of a message, and again of a traceback.
 _MAX_CHARS: Final = 4_000
+# A record must be one message of the socket, which cuts what is longer: in JSON a character may take twelve bytes.
+_MAX_BYTES: Final = 131_072
 _TOLD: Final = (
     "name",
     "levelno",

@@ -22,9 +22,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from glassbox.config.load import GlassboxConfig, load_config
+from glassbox.core.logs import get_logger
 from glassbox.export.liveness import Liveness
 from glassbox.processes.exporter import loop
 from glassbox.processes.exporter.launch import ExporterProcess, is_needed
+from glassbox.processes.exporter.log_relay import _Sender, open_relay
 from glassbox.processes.exporter.loop import main
 from glassbox.processes.exporter.sinks import Sinks
 from glassbox.store.exporter_lock import ExporterLock
@@ -748,6 +750,19 @@ class TestLog:
         assert where == ["glassbox.processes.exporter.sinks", "glassbox-exporter", "glassbox-exporter", str(pid)]
         assert "export.jsonl.path (/proc/no/a.jsonl)" in message
         assert stderr == b""
+
+    def test_long_lines_of_any_letters(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Ids and names are their clients': a line of letters that take twelve bytes each isn't lost."""
+        logger = get_logger("glassbox.tests.relay")
+        with open_relay() as theirs:
+            try:
+                raise ValueError("\U0001f50d" * 4000)
+            except ValueError:
+                error = sys.exc_info()
+            record = logger.makeRecord(logger.name, 40, "f.py", 1, "%s", ("\U0001f50d" * 9000,), error)
+            _Sender(theirs).emit(record)
+            wait_for(lambda: any(one.name == logger.name for one in caplog.records))
+        assert {4000} == {len(one.getMessage()) for one in caplog.records if one.name == logger.name}
 
     def test_without_its_worker_it_tells_by_itself(self, run_dir: Path, tmp_path: Path) -> None:
         """To stderr: the other end of the socket is closed, or never read."""
