@@ -127,7 +127,7 @@ def find_config(environ: Mapping[str, str] = os.environ) -> Path:
         return packaged_config()
     with contextlib.suppress(OSError):  # for its reader to tell
         try:
-            require_own(local.stat())
+            require_own(local, local.stat())
         except ForeignFileError as error:
             problem, _, remedy = str(error).partition("; ")
             raise ConfigError(

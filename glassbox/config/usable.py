@@ -227,7 +227,7 @@ def _try_reading(path: Path, _config: GlassboxConfig) -> None:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise _Unusable("that is no regular file")
-        require_own(found)
+        require_own(path, found)
     except ForeignFileError as error:
         raise _Unusable(str(error)) from None
     finally:

@@ -55,9 +55,7 @@ class ForeignFileError(Exception):
 
 
 def open_own(path: Path, max_bytes: int) -> BinaryIO:
-    """The same of a file that decides what a server does: of this user or root, and not for everybody to write to.
-
-    Its group may, which those who share a folder of models have chosen.
+    """The same of a file that decides what a server does, as `require_own` has it.
 
     Raises:
         OSError: as for `open_regular`.
@@ -65,7 +63,7 @@ def open_own(path: Path, max_bytes: int) -> BinaryIO:
     """
     file = open_regular(path, max_bytes)
     try:
-        require_own(os.fstat(file.fileno()))
+        require_own(path, os.fstat(file.fileno()))
     except ForeignFileError:
         file.close()
         raise
@@ -81,18 +79,30 @@ def own_version(path: Path) -> FileVersion | None:
     return (found.st_ino, found.st_ctime_ns, found.st_size)
 
 
-def require_own(found: os.stat_result) -> None:
-    """See that a file of which this is known is one that `open_own` opens.
+def require_own(path: Path, found: os.stat_result) -> None:
+    """See that nobody but those whom its place was left to could have written a file.
+
+    Not everybody may write to it; its group may, which those who share a folder of models have chosen. Where everybody
+    may put files, as in /tmp, it must be this user's or root's. Elsewhere it may be another's: one that is mounted into
+    a container belongs to whoever has mounted it.
+
+    Args:
+        path: of the file.
+        found: what is known of it.
 
     Raises:
-        ForeignFileError: it isn't.
+        ForeignFileError: it isn't so.
+        OSError: its folder can't be looked at.
     """
-    user = os.geteuid()
-    if found.st_uid not in {0, user}:
-        raise ForeignFileError(f"must belong to user {user} or root, got user {found.st_uid}; use chown {user}")
     mode = stat.S_IMODE(found.st_mode)
     if mode & stat.S_IWOTH:
         raise ForeignFileError(f"must not be writable by everybody, got mode {mode:04o}; use chmod o-w")
+    user, folder = os.geteuid(), path.resolve().parent
+    if found.st_uid not in {0, user} and folder.stat().st_mode & stat.S_IWOTH:
+        raise ForeignFileError(
+            f"must belong to user {user} or root in {folder}, where everybody may put files, got user {found.st_uid}; "
+            f"move it, or use chown {user}"
+        )
 
 
 def write_atomically(path: Path, data: bytes) -> None:

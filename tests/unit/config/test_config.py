@@ -581,8 +581,11 @@ class TestFindConfig:
         path = tmp_path / "glassbox.yaml"
         path.touch()
         os.chown(path, 12345, -1)
-        rule = "must belong to user 0 or root, got user 12345, to be used without being named; set GLASSBOX_CONFIG="
-        with pytest.raises(ConfigError, match=rf"{rule}{path} if it is meant, or use chown 0$"):
+        assert path == find_config({}), "mounted into a container"
+        tmp_path.chmod(0o1777)
+        rule = f"must belong to user 0 or root in {tmp_path}, where everybody may put files, got user 12345, to be used"
+        remedy = f"set GLASSBOX_CONFIG={path} if it is meant, or move it, or use chown 0"
+        with pytest.raises(ConfigError, match=f"{rule} without being named; {remedy}$"):
             find_config({})
         assert path == find_config({"GLASSBOX_CONFIG": str(path)})
         os.chown(path, 0, -1)

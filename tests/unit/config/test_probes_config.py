@@ -87,10 +87,13 @@ class TestUsable:
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of another user")
     def test_a_file_of_another_user(self, file: Path, tmp_path: Path) -> None:
-        """The same, whatever its mode; a file of root's is good for every user."""
+        """The same where everybody may put one, whatever its mode; a file of root's is good for every user."""
         path = probe_samples.write(tmp_path)
         os.chown(path, 12345, -1)
-        assert "must belong to user 0 or root, got user 12345; use chown 0" in problem(file, [{"file": str(path)}])
+        tmp_path.chmod(0o1777)
+        told = problem(file, [{"file": str(path)}])
+        assert f"must belong to user 0 or root in {tmp_path}, where everybody may put files, got user 12345; " in told
+        assert "move it, or use chown 0" in told
         errors: list[str] = []
         config = GlassboxConfig.model_validate({"probes": [{"file": str(path)}]})
         files = ProbeFiles(lambda: config, errors.append)

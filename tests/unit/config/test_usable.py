@@ -154,7 +154,9 @@ class TestPaths:
         path = folder / "file"
         path.touch()
         os.chown(path, 12345, -1)
-        assert "(must belong to user 0 or root, got user 12345; use chown 0); " in problem(key, str(path))
+        require_usable(Path("x.yaml"), config_with(key, str(path)))  # mounted into a container
+        folder.chmod(0o1777)
+        assert f"(must belong to user 0 or root in {folder}, where everybody may put" in problem(key, str(path))
         os.chown(path, 0, -1)
         path.chmod(0o646)
         assert "(must not be writable by everybody, got mode 0646; use chmod o-w); " in problem(key, str(path))
