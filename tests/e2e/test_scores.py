@@ -1,6 +1,7 @@
 """Requests that the trace rate chooses are scored while they are served: measured no more than the probe reads, and
 shown alike on the page, in the list, at vLLM's /metrics, in the record and by OTLP."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 from glassbox.signals.probe import ProbeFeature
@@ -139,3 +141,38 @@ class TestSignals:
         place = document["layers"].index(3), document["heads"].index(1)
         shown_mean = document["scores"]["places"]["selfattn"]["attn_diag_logmean"][place[0]][place[1]]
         assert pytest.approx(own.mean(), rel=1e-3) == shown_mean
+
+    def test_on_demand(self, server: GlassboxServer) -> None:
+        """A client's are made after its response, by a process that comes last, and is gone when nothing is due."""
+        shown = Shown(server)
+        asked = {
+            "glassbox": "trace", "glassbox_prompt": "all", "glassbox_signals": ["tracker", "cyclic"],
+            "glassbox_layers": [3], "glassbox_heads": [1, 5],
+        }  # fmt: skip
+        answer = server.post("/v1/completions", prompt=PROMPT, max_tokens=6, ignore_eos=True, vllm_xargs=asked)
+        tokens = shown.ended(answer["id"])["num_rows"]
+        made_at: set[int] = set()
+
+        def look() -> dict[str, Any]:
+            made_at.update(priorities(server))
+            scores: dict[str, Any] = shown.get(f"/{answer['id']}")["scores"]
+            return scores
+
+        scores = wait_for(look, lambda found: found["final"], 90.0, "the signals")
+        assert [] == [one["refused"] for one in scores["signals"].values() if "refused" in one]
+        cycles = np.array(scores["places"]["cyclic"]["T_cyc"])
+        assert (1, 2) == cycles.shape
+        assert np.all((cycles >= 0) & (cycles == np.round(cycles)) & (cycles <= math.comb(tokens, 3) / 4 + tokens**2))
+        assert 0 < scores["signals"]["tracker"]["values"]["sv1"]["min"]
+        assert 19 in made_at, "it begins as its parent is, and gives way at once"
+        wait_for(lambda: priorities(server), lambda found: found == [], what="the end of the process")
+
+
+def priorities(server: GlassboxServer) -> list[int]:
+    """Of the processes that make signals on demand."""
+    found = []
+    for process in server.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "glassbox.processes.exporter.signal_process" in process.cmdline():
+                found.append(process.nice())
+    return found
