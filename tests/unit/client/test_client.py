@@ -214,7 +214,7 @@ class TestWaiting:
             answering(JSONResponse({"error": "no disk"}, 503)).trace("a")
         again = answering(JSONResponse({"error": "no disk"}, 503), JSONResponse({"error": "no such thing"}, 400))
         with pytest.raises(GlassboxClientError, match="HTTP 400: no such thing"):
-            again.trace("a")
+            again.trace("a", timeout_s=60.0)
 
 
 class TestErrors:

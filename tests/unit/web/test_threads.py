@@ -43,14 +43,17 @@ def app_of(make: Any, threads: Threads) -> Starlette:
 class TestThreads:
     def test_a_few_at_once(self) -> None:
         """Others wait, and all are answered."""
-        running, most, lock = 0, 0, threading.Lock()
+        running, most, lock, three = 0, 0, threading.Lock(), threading.Event()
 
         def make() -> Response:
             nonlocal running, most
             with lock:
                 running += 1
                 most = max(most, running)
-            time.sleep(0.02)
+                if most >= 3:
+                    three.set()
+            three.wait(20)
+            time.sleep(0.02)  # for more than three to show
             with lock:
                 running -= 1
             return Response(b"x")
