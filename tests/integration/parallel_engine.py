@@ -28,6 +28,8 @@ LAYERS, HEADS, KV_HEADS, VOCABULARY = 4, 8, 4, 512
 FORCED: Final = 7
 _ARRAYS: Final = ("counts", "sums", "rows", "nonfinite")
 _SETTLED_S: Final = 60.0
+# Signals on demand come after all that computes, such as another engine that starts beside this one.
+_SCORED_S: Final = 240.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def run(spec: ParallelSpec) -> None:
         time.sleep(0.1)
     scores: list[dict[str, Any]] = []
     if spec.options is not None:
-        scores = _save_traces(llm, [output.request_id for output in outputs], spec, run_dir)
+        heads = {head for one in engine.workers for head in range(one.heads.start, one.heads.stop)}
+        scores = _save_traces(llm, [output.request_id for output in outputs], spec, run_dir, heads)
     np.savez(f"{spec.out}.npz", **{name: getattr(engine, name) for name in _ARRAYS})  # type: ignore[arg-type]
     workers = [
         {"rank": one.rank, "layers": list(one.layers), "heads": [one.heads.start, one.heads.stop]}
@@ -137,17 +140,23 @@ def run(spec: ParallelSpec) -> None:
     print(RESULT + json.dumps(report))
 
 
-def _save_traces(llm: Any, request_ids: list[str], spec: ParallelSpec, run_dir: Path) -> list[dict[str, Any]]:
-    """Save them, and return the scores that the server's exporter has made of them, if there is a probe."""
+def _save_traces(
+    llm: Any, request_ids: list[str], spec: ParallelSpec, run_dir: Path, heads: set[int]
+) -> list[dict[str, Any]]:
+    """Save them, and return the scores that the server's exporter has made of them, if there is a probe.
+
+    Args:
+        heads: of all ranks, each of which writes a file of its own, when it comes to that.
+    """
     from glassbox.adapter.offline_engine import deliver_ends
     from glassbox.store.score_files import ScoreFiles
     from glassbox.store.trace_directory import TraceDirectory
 
     deliver_ends(llm)
-    directory, files, deadline = TraceDirectory(run_dir), ScoreFiles(run_dir), time.monotonic() + _SETTLED_S
-    scores = []
+    directory, files, scores = TraceDirectory(run_dir), ScoreFiles(run_dir), []
+    deadline = time.monotonic() + (_SCORED_S if spec.probe else _SETTLED_S)
     for number, request_id in enumerate(request_ids):
-        while (trace := directory.get(request_id)) is None or trace.status == "active":
+        while (trace := directory.get(request_id)) is None or trace.status == "active" or heads != {*trace.heads}:
             assert time.monotonic() < deadline, f"{request_id} left no trace"
             time.sleep(0.1)
         path = f"{spec.out}-trace{number}.npz"

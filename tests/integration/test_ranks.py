@@ -62,7 +62,9 @@ class TestTwoRanks:
         specs = {"one": one, "two": replace(one, out=str(folder / "two"), llm_args=parallel)}
         with ThreadPoolExecutor() as pool:
             running = {
-                name: pool.submit(run_engine, spec, folder / f"{name}-run", **ONE_THREAD, **ONE_PROCESS_LESS)
+                name: pool.submit(
+                    run_engine, spec, folder / f"{name}-run", timeout_s=600, **ONE_THREAD, **ONE_PROCESS_LESS
+                )
                 for name, spec in specs.items()
             }
             return {name: future.result() for name, future in running.items()}
