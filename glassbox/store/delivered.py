@@ -1,14 +1,18 @@
 """Which ended traces a sink has had already, also after the exporter was started again."""
 
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from glassbox.store.snapshot import EngineWorker, EngineWorkers
 from glassbox.store.trace_directory import TraceDirectory, TraceSummary
 from glassbox.store.trusted_file import read_json, write_file
 
 _PREFIX: Final = "delivered-"
+# Each rank writes its part when its own interval is over; one that has refused the request never does.
+WAIT_FOR_RANKS_S: Final = 30.0
 _MAX_BYTES: Final = 1 << 26  # of 100,000 kept traces the ids, a client's may be long
 
 
@@ -26,9 +30,13 @@ class Delivered:
         run_dir: of the server.
         sink: name of the sink, for the file.
         skip_present: True for a sink that an edit has just opened: it gets what ends from now on.
+        clock: Unix time in seconds.
     """
 
-    def __init__(self, run_dir: Path, sink: str, skip_present: bool = False) -> None:
+    def __init__(
+        self, run_dir: Path, sink: str, skip_present: bool = False, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._workers, self._clock = EngineWorkers(run_dir), clock
         self._path = Path(run_dir) / f"{_PREFIX}{sink}.json"
         self._known = self._read()
         self.is_new = self._known is None
@@ -43,11 +51,22 @@ class Delivered:
         except (OSError, ValueError, TypeError):
             return None
 
-    def fresh(self, traces: Sequence[TraceSummary]) -> list[TraceSummary]:
-        """Those that have ended and that the sink has not had, oldest first."""
+    def fresh(self, traces: Sequence[TraceSummary], *, last: bool = False) -> list[TraceSummary]:
+        """Those that have ended and that the sink has not had, oldest first.
+
+        Args:
+            last: nothing will come later: also those of which some ranks' part is still to come.
+
+        Raises:
+            OSError: the run directory can't be read.
+        """
         known = self._known or set()
+        found = [trace for trace in _ended(traces) if _key(trace) not in known]
+        young = [trace for trace in found if self._clock() - (trace.end_time_s or 0.0) <= WAIT_FOR_RANKS_S]
+        workers = {engine: self._workers.of(engine) for engine in {trace.engine for trace in young if not last}}
+        waits = {_key(trace) for trace in young if _lacks_ranks(trace, workers.get(trace.engine, ()))}
         return sorted(
-            (trace for trace in _ended(traces) if _key(trace) not in known),
+            (trace for trace in found if _key(trace) not in waits),
             key=lambda trace: (trace.end_time_s or trace.start_time_s, trace.internal_id),
         )
 
@@ -66,6 +85,14 @@ class Delivered:
     def forget(self) -> None:
         """Remove the file: a sink that was switched off begins anew."""
         self._path.unlink(missing_ok=True)
+
+
+def _lacks_ranks(trace: TraceSummary, workers: Sequence[EngineWorker]) -> bool:
+    chosen = trace.chosen_layers
+    # A stage of a pipeline without any of the chosen layers traces nothing.
+    tracing = {one.instance for one in workers if (one.layers if chosen is None else one.layers & set(chosen))}
+    # Of workers that were there before a restart nobody knows how many there were.
+    return bool(tracing & trace.instances) and not tracing <= trace.instances
 
 
 def _ended(traces: Iterable[TraceSummary]) -> list[TraceSummary]:

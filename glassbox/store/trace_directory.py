@@ -56,6 +56,8 @@ class TraceSummary:
     Attributes:
         num_rows: kept rows that every worker has, at least as far as their number tells.
         signals: that the request asked for.
+        chosen_layers: likewise; None is all.
+        instances: of the workers that have written it.
     """
 
     request_id: str
@@ -74,6 +76,8 @@ class TraceSummary:
     num_rows: int
     truncated: bool
     signals: tuple[str, ...]
+    chosen_layers: tuple[int, ...] | None
+    instances: frozenset[str]
 
     @property
     def key(self) -> "TraceKey":
@@ -301,6 +305,8 @@ def _summarise(headers: Mapping[str, Mapping[str, Any]]) -> TraceSummary:
         num_rows=min(part["num_rows"] for part in parts),
         truncated=any(part["truncated"] for part in parts),
         signals=first["options"].signals,
+        chosen_layers=first["options"].layers,
+        instances=frozenset(part["instance"] for part in parts),
     )
 
 

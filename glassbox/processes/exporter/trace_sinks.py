@@ -159,7 +159,7 @@ class TraceSinks:
 
     def _noted(self, name: str) -> Delivered:
         if name not in self._delivered:
-            self._delivered[name] = Delivered(self._run_dir, name, self._skip_present)
+            self._delivered[name] = Delivered(self._run_dir, name, self._skip_present, self._clock)
         return self._delivered[name]
 
     def _let_go(self, name: str, still_wanted: bool) -> None:
@@ -237,7 +237,8 @@ class TraceSinks:
         Args:
             last: nothing will come later: don't wait for anything.
         """
-        self.scores.give(lambda scorer: scorer.look(_LAST_SCORING_PATIENCE_S if last else _SCORING_PATIENCE_S))
+        patience_s = _LAST_SCORING_PATIENCE_S if last else _SCORING_PATIENCE_S
+        self.scores.give(lambda scorer: scorer.look(patience_s, last=last))
         texts = self._texts if self._config().requests.include_text else None
         self.records.give(lambda opened: self._write_records(opened, texts, last))
         self.spans.give(lambda opened: self._send_spans(opened, last))
@@ -271,7 +272,7 @@ class TraceSinks:
 
     def _scored(self, opened: "_Records | _Spans", present: list[TraceSummary], last: bool) -> list[TraceSummary]:
         """Those that a sink has not had and that have their scores, will have none or have waited for long enough."""
-        fresh = opened.delivered.fresh(present)
+        fresh = opened.delivered.fresh(present, last=last)
         if last or not self.scores.is_wanted:
             return fresh
         has_probes = bool(self._config().probes)

@@ -14,16 +14,19 @@ from glassbox.core.errors import export_errors
 from glassbox.core.logs import get_logger
 from glassbox.core.trace_options import TraceOptions
 from glassbox.processes.exporter import scorer as scorer_module
+from glassbox.processes.exporter import trace_sinks
 from glassbox.processes.exporter.trace_sinks import WAIT_FOR_SCORES_S, TraceSinks
 from glassbox.signals.probe import Probe, ProbeScore
 from glassbox.signals.scores import Scores
+from glassbox.store.delivered import WAIT_FOR_RANKS_S
 from glassbox.store.llm_spans import write as write_span
 from glassbox.store.score_files import ScoreFiles
 from glassbox.store.score_totals import read_totals
+from glassbox.store.snapshot import write_snapshot
 from glassbox.store.trace_directory import traces_path
 from glassbox.store.trace_record import RequestTrace, trace_name, write_trace
 from tests import probe_samples
-from tests.export_samples import limited_file_size
+from tests.export_samples import limited_file_size, make_snapshot
 from tests.otlp_receiver import OtlpReceiver, attributes
 from tests.trace_samples import make_trace
 from tests.unit.store.test_llm_spans import make_span
@@ -83,7 +86,9 @@ class Exporter:
 
 
 @pytest.fixture
-def exporter(tmp_path: Path) -> Iterator[Exporter]:
+def exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Exporter]:
+    """Each round of which ends with all that it scores, however long a busy machine takes."""
+    monkeypatch.setattr(trace_sinks, "_SCORING_PATIENCE_S", 60.0)
     exporter = Exporter(tmp_path)
     yield exporter
     exporter.sinks.close()
@@ -243,6 +248,7 @@ class TestFailures:
             return true(*args, **options)
 
         monkeypatch.setattr(scorer_module, "scores_of", slow)
+        monkeypatch.setattr(trace_sinks, "_SCORING_PATIENCE_S", 0.5)
         exporter.trace(1, end_time_s=exporter.now)
         exporter.round()
         exporter.round()
@@ -253,8 +259,38 @@ class TestFailures:
         assert not record["scores"]["final"]
         assert {} == exporter.errors.counts()
         go_on.set()
-        exporter.sinks.scores.give(lambda scorer: scorer.look(10))
+        exporter.sinks.scores.give(lambda scorer: scorer.look(60))
         assert 1 == sum(exporter.outcomes().values())
+
+
+class TestRanks:
+    def test_the_last_one_is_waited_for(self, exporter: Exporter) -> None:
+        """Each writes when its own interval is over; only then is the request scored and recorded, with the heads of
+        both. Of one that never writes the others' part is taken in the end."""
+        heads = (0, 1), (2, 3)
+        for rank, of_rank in enumerate(heads):
+            place = {"rank": rank, "head_offset": of_rank[0], "total_heads": 4}
+            write_snapshot(exporter.run_dir, make_snapshot(layers=(0, 3), instance=f"i{rank}", **place))
+
+        def write(rank: int, seed: int) -> RequestTrace:
+            at = {"rank": rank, "instance": f"i{rank}", "heads": heads[rank]}
+            return exporter.trace(seed, end_time_s=exporter.now - 1, **at)
+
+        write(0, 1)
+        exporter.round()
+        assert ([], []) == (exporter.scored, exporter.written())
+        write(1, 1)
+        exporter.round()
+        assert [[0, 1, 2, 3]] == [one["heads"] for one in exporter.written()]
+        assert 1 == len(exporter.scored)
+        write(0, 2)
+        exporter.round()
+        exporter.now += WAIT_FOR_RANKS_S
+        exporter.round()
+        assert [[0, 1, 2, 3], [0, 1]] == [one["heads"] for one in exporter.written()]
+        write(1, 3)
+        exporter.round(last=True)
+        assert 3 == len(exporter.scored)
 
 
 class TestManyDearOnes:
