@@ -71,9 +71,13 @@ def mean(values: npt.NDArray[Any], axis: int | tuple[int, ...]) -> npt.NDArray[n
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
+# By which it is known whether all ranks have written theirs.
+_NOT_SHOWN: Final = frozenset({"chosen_layers", "instances"})
+
+
 def summary(trace: TraceSummary) -> dict[str, Any]:
     """The line of a traced request in a list of them."""
-    return {name: getattr(trace, name) for name in TraceSummary.__dataclass_fields__}
+    return {name: getattr(trace, name) for name in TraceSummary.__dataclass_fields__ if name not in _NOT_SHOWN}
 
 
 def flat_signals(signals: Mapping[Any, Any], prefix: str = "") -> dict[str, float | None]:
