@@ -252,8 +252,10 @@ class TestDirectory:
         assert traces[0].heads == (0, 1, 2, 3, 4, 5)
         for trace, summary in zip(traces, summaries, strict=True):
             assert summary.num_rows == len(trace.positions)
-            same = {f.name: getattr(trace, f.name) for f in fields(summary) if f.name not in {"num_rows", "signals"}}
-            assert summary.signals == trace.options.signals
+            own = {"num_rows", "signals", "chosen_layers", "instances"}
+            same = {f.name: getattr(trace, f.name) for f in fields(summary) if f.name not in own}
+            assert (summary.signals, summary.chosen_layers) == (trace.options.signals, trace.options.layers)
+            assert trace.instance in summary.instances
             assert same == {name: getattr(summary, name) for name in same}
 
     def test_changed(self, tmp_path: Path) -> None:
