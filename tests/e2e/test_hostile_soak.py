@@ -72,12 +72,16 @@ SHORT_RULES: Final = replace(LONG_RULES, stale_s=6.0, hold=dict.fromkeys(RuleSet
 
 @dataclass(frozen=True)
 class Silence:
-    """Something that was made silent, in Unix time, and the alerts of which one has to tell it; none if it heals."""
+    """Something that was made silent, in Unix time, and the alerts of which one has to tell it; none if it heals.
+
+    What makes it silent begins `since` then: of a disk that fills up snapshots find room for longest.
+    """
 
     what: str
     begin: float
     end: float
     alerts: frozenset[str]
+    since: float
 
 
 @dataclass
@@ -199,7 +203,7 @@ class Trouble:
         process.suspend()
         while time.time() - begin < 300 and not self._stop.wait(1.0):
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                self.silences.append(Silence("stopped exporter", begin, time.time(), frozenset()))
+                self.silences.append(Silence("stopped exporter", begin, time.time(), frozenset(), begin))
                 return
         with contextlib.suppress(psutil.NoSuchProcess):
             process.resume()
@@ -229,12 +233,13 @@ class Trouble:
                 silent = max(begin, *(path.stat().st_mtime for path in self._run_dir.glob("worker-*.npz")))
         finally:
             self._disk.empty()
-        self._note("full disk", silent, self._full_s, {"GlassboxSnapshotStale"})
+        self._note("full disk", silent, self._full_s, {"GlassboxSnapshotStale"}, since=begin)
 
-    def _note(self, what: str, begin: float, whole_s: float, alerts: set[str]) -> None:
+    def _note(self, what: str, begin: float, whole_s: float, alerts: set[str], *, since: float | None = None) -> None:
         """A silence that was cut short by the end need not be told."""
         told = alerts if time.time() - begin >= whole_s else set()
-        self.silences.append(Silence(what, begin, time.time(), frozenset(told)))
+        since = begin if since is None else since
+        self.silences.append(Silence(what, begin, time.time(), frozenset(told), since))
 
 
 def _seconds(duration: str) -> float:
@@ -313,7 +318,7 @@ def assert_told(prometheus: PrometheusServer, trouble: Trouble, begin: float) ->
         if alert in BROKEN_HERE:
             continue
         assert alert in TELLING, f"{alert} fired {len(times)} times"
-        alone = [when for when in times if not any(s.begin < when < s.end + 2 * SLACK_S for s in trouble.silences)]
+        alone = [when for when in times if not any(s.since < when < s.end + 2 * SLACK_S for s in trouble.silences)]
         assert not alone, f"{alert} fired without a reason"
 
 
