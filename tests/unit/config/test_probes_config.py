@@ -1,6 +1,7 @@
 """Probes in the YAML: valid means usable, at the start, at an edit and in `glassbox check`."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,9 @@ class TestUsable:
         os.chown(path, 0, -1)  # as the message says: it is looked at again
         assert 1 == len(files.current())
         load_usable(file, also=require_probes)
-        for folder in (tmp_path, *tmp_path.parents[:2]):
+        for folder in (tmp_path, *tmp_path.parents):
+            if folder == Path(tempfile.gettempdir()):
+                break
             folder.chmod(0o755)
         os.seteuid(65534)
         try:
