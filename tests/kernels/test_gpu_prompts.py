@@ -1,7 +1,7 @@
 """What a GPU measurer makes of whole prompts is what the CPU's makes of them, without a GPU in Triton's interpreter."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from glassbox.kernels.reference.row_stats import row_stats_ref
 from glassbox.measure import gpu_prompts, latent_prompts
 from glassbox.measure.contract import AskedPrompt, BatchTables, Forward, LatentForward
 from glassbox.measure.gpu_prompts import GpuPrompts, probed_vectors
+from tests.kernels.inputs_layer import InputsLayer
 from tests.kernels.row_stats_cases import FP8, Case, Inputs, Sequence, make_inputs
 from tests.kernels.simulated_layer import PagesReader
 
@@ -42,32 +43,8 @@ ASKED = AskedPrompt(
 )
 
 
-@dataclass
-class Layer:
-    """See contract.StridedLayer."""
-
-    inputs: Inputs
-    num_heads: int = CASE.heads
-    head_size: int = CASE.head_size
-    name: str = "layer"
-    gave_kv: bool = True
-
-    @property
-    def params(self) -> LayerParams:
-        return self.inputs.params
-
-    @property
-    def query_dtype(self) -> torch.dtype:
-        return self.inputs.q.dtype
-
-    def keys(self, kv_cache: Tensor | None = None) -> Tensor:
-        return self.inputs.k_cache
-
-    def values(self, kv_cache: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
-
-    def tables(self) -> BatchTables:
-        return BatchTables(self.inputs.block_table, self.inputs.query_start_loc, self.inputs.seq_lens, self)
+def layer_of(inputs: Inputs, head_size: int = CASE.head_size) -> InputsLayer:
+    return InputsLayer(inputs, CASE.heads, head_size)
 
 
 @pytest.fixture
@@ -82,7 +59,7 @@ def prompts(errors: ErrorCounter) -> GpuPrompts:
 
 
 def measure(prompts: GpuPrompts, local: int, inputs: Inputs, forward: Any = None) -> None:
-    layer = Layer(inputs)
+    layer = layer_of(inputs)
     forward = forward or Forward(inputs.q, None, None, None)
     prompts.measure(local, layer, forward, inputs.k_cache, layer.tables())
 
@@ -277,7 +254,7 @@ def test_rows_that_come_absorbed_are_refused(
     prompts.begin([LATENT_ASKED])
     prompts.measure(0, step, step.forward._replace(plain=None), step.k_cache, step.tables())
     assert errors.counts() == {"prompt": 2}
-    wide = Layer(make_inputs(CASE, DEVICE), head_size=576)
+    wide = layer_of(make_inputs(CASE, DEVICE), head_size=576)
     prompts.begin([LATENT_ASKED])
     prompts.measure_kept(0, 2, wide, torch.zeros(9, 4, 576, device=DEVICE), wide.tables())
     assert errors.counts() == {"prompt": 3}
@@ -289,7 +266,7 @@ def test_what_a_graph_has_run_is_known_and_measured_from_kept_queries(
     prompts: GpuPrompts, errors: ErrorCounter
 ) -> None:
     inputs = make_inputs(CASE, DEVICE)
-    layer, last = Layer(inputs), replace(ASKED, token=9, num_rows=1, position=29)
+    layer, last = layer_of(inputs), replace(ASKED, token=9, num_rows=1, position=29)
     prompts.begin([last])
     measure(prompts, 0, inputs)
     assert [(number, layers) for number, _, layers in prompts.missing()] == [(0, [2])]

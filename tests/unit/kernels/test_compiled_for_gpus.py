@@ -16,13 +16,13 @@ from tests.unit.kernels.absent_gpu import SHARED_MEMORY, AbsentGpu, absent_gpu
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.kernels.cached_layers import CachedLayers, ProbedLayers
-from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.probe_answers import Questions
 from glassbox.kernels.row_output import row_output
 from glassbox.kernels.row_probe import row_probe
 from glassbox.kernels.row_stats import RowStatsWorkspace, row_stats
-from glassbox.measure.contract import AskedPrompt, BatchTables, Forward, LatentForward
+from glassbox.measure.contract import AskedPrompt, Forward, LatentForward
 from glassbox.measure.gpu_prompts import GpuPrompts
+from tests.kernels.inputs_layer import InputsLayer
 from tests.kernels.row_stats_cases import FP8, Case, Inputs, Sequence, make_accumulators, make_inputs
 
 # Whether products and sums may be one instruction is the compiler's choice, which it means to change.
@@ -117,31 +117,15 @@ def check(case: Case, rows: Tensor | None = None) -> None:
     )  # fmt: skip
 
 
-class PromptLayer:
-    """A layer that whole prompts are asked of; see contract.StridedLayer."""
-
-    name, gave_kv = "layer", True
+class PromptLayer(InputsLayer):
+    """A layer that whole prompts are asked of."""
 
     def __init__(self, case: Case) -> None:
-        self.inputs = make_inputs(case, "cpu")
-        self.num_heads, self.head_size, self.query_dtype = case.heads, case.head_size, self.inputs.q.dtype
-
-    @property
-    def params(self) -> LayerParams:
-        return self.inputs.params
+        super().__init__(make_inputs(case, "cpu"), case.heads, case.head_size)
 
     @property
     def forward(self) -> Forward | LatentForward:
         return Forward(self.inputs.q, None, None, None)
-
-    def keys(self, kv_cache: Tensor | None = None) -> Tensor:
-        return self.inputs.k_cache
-
-    def values(self, kv_cache: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
-
-    def tables(self) -> BatchTables:
-        return BatchTables(self.inputs.block_table, self.inputs.query_start_loc, self.inputs.seq_lens, self)
 
 
 class LatentPromptLayer(PromptLayer):
