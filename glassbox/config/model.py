@@ -28,7 +28,7 @@ from pydantic import (
 
 from glassbox.core.adapter_slots import MAX_ADAPTERS
 from glassbox.core.printable import printable
-from glassbox.core.signal_table import SIGNAL_NAMES, signal_row
+from glassbox.core.signal_table import SIGNAL_NAMES, is_on_demand, signal_row
 
 # Of multi-head latent attention, and the first release that has each of those that older ones lack.
 MLA_BACKENDS: Final = {
@@ -973,7 +973,7 @@ class RuleConfig(_Section):
             raise ValueError(
                 "must look at requests that run, to abort them, got when: ended; write `when: running`, or remove abort"
             )
-        if self.watches_running and self.signal and signal_row(self.signal.partition(".")[0]).cost == "on demand":
+        if self.watches_running and self.signal and is_on_demand(self.signal.partition(".")[0]):
             raise ValueError(
                 f"must look at {self.signal} once requests have ended, for it is made of all their queries and keys, "
                 f"got {'abort' if 'abort' in self.do else 'when: running'}; write `when: ended`, without abort"

@@ -250,6 +250,11 @@ SIGNALS: Final[tuple[Signal, ...]] = (
 SIGNAL_NAMES: Final = tuple(signal.name for signal in SIGNALS)
 
 
+def is_on_demand(name: str) -> bool:
+    """Whether the signal of a name is computed on demand; see `Cost`."""
+    return signal_row(name).cost == "on demand"
+
+
 def signal_row(name: str) -> Signal:
     """The signal of a name."""
     return next(signal for signal in SIGNALS if signal.name == name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from glassbox.config.load import GlassboxConfig
-from glassbox.core.signal_table import signal_row
+from glassbox.core.signal_table import is_on_demand
 from glassbox.export.trace_document import plain
 from glassbox.signals.chosen_heads import ChosenHeads
 from glassbox.signals.probe_files import ProbeFiles
@@ -64,7 +64,7 @@ class TraceScores:
         """
         stored = self.stored([key]).get(key)
         asked = trace.options.signals
-        now = [name for name in asked if signal_row(name).cost == "streaming"]
+        now = [name for name in asked if not is_on_demand(name)]
         with self._lock:
             probes, heads = self._probes.current(), self._heads.current()
         values: Mapping[str, SignalValues]
@@ -72,7 +72,7 @@ class TraceScores:
             values = signal_values(trace, now, heads)
             summary, places, final = stored.summary, dict(stored.places), True
         else:
-            ready = [one for one in probes if all(signal_row(name).cost == "streaming" for name in one.needs.signals)]
+            ready = [one for one in probes if not any(map(is_on_demand, one.needs.signals))]
             scores = scores_of(trace, ready, now, focus_heads=heads)
             values, summary, places = scores.signals, scores.summary(), {}
             later = {one.name for one in probes} - {one.name for one in ready}

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from glassbox.core.signal_table import signal_row
+from glassbox.core.signal_table import is_on_demand
 from glassbox.signals.probe import Probe, ProbeScore
 from glassbox.signals.registry import signal_values
 from glassbox.signals.values import SignalValues
@@ -148,7 +148,7 @@ def signals_within(
     """Signals by name, as `signal_values`, of which none is begun after so many seconds."""
     end_s = clock() + budget_s
     found: dict[str, SignalValues] = {}
-    for name in sorted(names, key=lambda name: signal_row(name).cost == "on demand"):
+    for name in sorted(names, key=is_on_demand):
         if clock() > end_s:
             found[name] = SignalValues(
                 refused="scoring this request took too long before this one's turn; ask for fewer signals, layers or "

@@ -1,6 +1,7 @@
 """Which ended traces a sink has had already, also after the exporter was started again."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -62,9 +63,10 @@ class Delivered:
         """
         known = self._known or set()
         found = [trace for trace in _ended(traces) if _key(trace) not in known]
-        young = [trace for trace in found if self._clock() - (trace.end_time_s or 0.0) <= WAIT_FOR_RANKS_S]
-        workers = {engine: self._workers.of(engine) for engine in {trace.engine for trace in young if not last}}
-        waits = {_key(trace) for trace in young if _lacks_ranks(trace, workers.get(trace.engine, ()))}
+        since_s = math.inf if last else self._clock() - WAIT_FOR_RANKS_S
+        young = [trace for trace in found if (trace.end_time_s or 0.0) >= since_s]
+        workers = {engine: self._workers.of(engine) for engine in {trace.engine for trace in young}}
+        waits = {_key(trace) for trace in young if _lacks_ranks(trace, workers[trace.engine])}
         return sorted(
             (trace for trace in found if _key(trace) not in waits),
             key=lambda trace: (trace.end_time_s or trace.start_time_s, trace.internal_id),
@@ -88,9 +90,7 @@ class Delivered:
 
 
 def _lacks_ranks(trace: TraceSummary, workers: Sequence[EngineWorker]) -> bool:
-    chosen = trace.chosen_layers
-    # A stage of a pipeline without any of the chosen layers traces nothing.
-    tracing = {one.instance for one in workers if (one.layers if chosen is None else one.layers & set(chosen))}
+    tracing = {one.instance for one in workers if one.traces(trace.chosen_layers)}
     # Of workers that were there before a restart nobody knows how many there were.
     return bool(tracing & trace.instances) and not tracing <= trace.instances
 

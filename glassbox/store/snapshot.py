@@ -8,7 +8,7 @@ but time.
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
@@ -329,6 +329,11 @@ class EngineWorker:
     instance: str
     layers: frozenset[int]
 
+    def traces(self, chosen: Collection[int] | None) -> bool:
+        """Whether it keeps rows of a request that chose these layers, None is all: a stage of a pipeline that has none
+        of them doesn't."""
+        return bool(self.layers if chosen is None else self.layers.intersection(chosen))
+
 
 class EngineWorkers:
     """The workers that live, by their snapshots; of each only what never changes is read, and once.
@@ -347,8 +352,10 @@ class EngineWorkers:
         Raises:
             OSError: the directory may not be listed, or is not this user's.
         """
-        names = list_files(self._run_dir, f"worker-{clean(engine)}-", ".npz")
-        self._known = {name: self._known[name] if name in self._known else self._read(name) for name in names}
+        prefix = f"worker-{clean(engine)}-"
+        names = list_files(self._run_dir, prefix, ".npz")
+        others = {name: worker for name, worker in self._known.items() if not name.startswith(prefix)}
+        self._known = others | {name: self._known[name] if name in self._known else self._read(name) for name in names}
         found = (worker for worker in self._known.values() if worker is not None and worker.engine == engine)
         return [worker for worker in found if not is_dead(worker.instance)]
 

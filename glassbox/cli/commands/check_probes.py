@@ -82,9 +82,9 @@ def probe_lines(
 
 def _refused(options: "TraceOptions", places: Mapping[int, int] | None) -> Iterator[str]:
     """Signals that these requests never have a value of, and the bound that they are over."""
-    from glassbox.core.signal_table import MAX_KEPT_PLACES, signal_row
+    from glassbox.core.signal_table import MAX_KEPT_PLACES, is_on_demand
 
-    dear = [name for name in options.signals if signal_row(name).cost == "on demand"]
+    dear = [name for name in options.signals if is_on_demand(name)]
     if places is None:
         known = options.layers is not None and options.heads is not None
         kept = len(options.layers or ()) * len(options.heads or ()) if known else 0

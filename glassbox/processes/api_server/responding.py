@@ -242,9 +242,7 @@ class Summaries:
         first = next(iter(headers.values()))
         with self._lock:
             workers = self._workers.of(first["engine"])
-        chosen = first["options"].layers
-        # A stage of a pipeline without any of the chosen layers traces nothing.
-        tracing = {one.instance for one in workers if (one.layers if chosen is None else one.layers & set(chosen))}
+        tracing = {one.instance for one in workers if one.traces(first["options"].layers)}
         return tracing - set(refusing) <= {one["instance"] for one in headers.values()}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from glassbox.core.errors import ErrorCounter
-from glassbox.core.signal_table import signal_row
+from glassbox.core.signal_table import is_on_demand
 from glassbox.export.trace_document import plain
 from glassbox.processes.exporter.signal_process import SignalProcess
 from glassbox.signals.probe import Probe
@@ -151,7 +151,7 @@ class Scorer:
     def _score(self, summary: TraceSummary, trace: RequestTrace, probes: Sequence[Probe]) -> bool:
         """Returns False if this was ended amid it: whoever scores next begins it anew."""
         began_s = time.monotonic()
-        names = [name for name in wanted(probes, summary.signals) if _is_on_demand(name)]
+        names = [name for name in wanted(probes, summary.signals) if is_on_demand(name)]
         known = self._on_demand.values(trace, names) if names else {}
         if self._closing and known:
             return False
@@ -200,14 +200,10 @@ def _in_turn(due: Sequence[TraceSummary]) -> list[TraceSummary]:
 
 
 def _is_dear(summary: TraceSummary) -> bool:
-    return any(_is_on_demand(name) for name in summary.signals)
-
-
-def _is_on_demand(signal: str) -> bool:
-    return signal_row(signal).cost == "on demand"
+    return any(map(is_on_demand, summary.signals))
 
 
 def _places(scores: Scores) -> dict[str, dict[str, list[object]]]:
     """Numbers by layer and head of the signals that nobody wants to compute twice."""
-    on_demand = {name: one for name, one in scores.signals.items() if _is_on_demand(name)}
+    on_demand = {name: one for name, one in scores.signals.items() if is_on_demand(name)}
     return {name: {value: plain(array) for value, array in one.by_place.items()} for name, one in on_demand.items()}
