@@ -51,6 +51,7 @@ _SELF_LOGPROB = tl.constexpr(INDEX["self_logprob"])
 _LOOKBACK_RATIO = tl.constexpr(INDEX["lookback_ratio"])
 _LN2 = tl.constexpr(0.6931471805599453)
 _MAX_SPANS = tl.constexpr(MAX_SPANS)
+_LANES = tl.constexpr(8)  # columns of a tensor core's result, of which a thread has two
 
 # What differs between steps, layers and requests must not compile another variant.
 _FREE_POINTERS: Final = [
@@ -113,16 +114,48 @@ def _scores(dot, age, factor, soft_cap, slope, HAS_SOFT_CAP: tl.constexpr, HAS_A
 @triton.jit
 def _load_queries(q_head_ptr, rows, offs_d, num_rows, stride_q_token,
                   HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """[rows, BLOCK_D]; 0 behind the chunk's rows and in the padding of HEAD_SIZE."""
-    wanted = (rows < num_rows)[:, None]
+    """[rows, BLOCK_D]; the last row's behind the chunk's rows, and 0 in the padding of HEAD_SIZE."""
+    row = tl.minimum(rows, num_rows - 1).to(tl.int64)
+    wanted = (offs_d >= 0)[None, :]
     if HEAD_SIZE < BLOCK_D:
-        wanted = wanted & (offs_d < HEAD_SIZE)[None, :]
-    return tl.load(q_head_ptr + rows.to(tl.int64)[:, None] * stride_q_token + offs_d[None, :], mask=wanted, other=0.0)
+        wanted = (offs_d < HEAD_SIZE)[None, :]
+    return tl.load(q_head_ptr + row[:, None] * stride_q_token + offs_d[None, :], mask=wanted, other=0.0)
+
+
+@triton.jit
+def _by_lane(tile):
+    """[X, Y] as [X, Y // LANES, LANES]. A thread has some lanes of the columns that tensor cores give it, so what goes
+    along axis 1 alone stays in its registers."""
+    return tl.reshape(tile, [tile.shape[0], tile.shape[1] // _LANES, _LANES])
+
+
+@triton.jit
+def _halves(tile):
+    """Of [X, GROUPS, LANES] along axis 1."""
+    tile = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2, _LANES])
+    return tl.split(tl.permute(tile, (0, 2, 3, 1)))
+
+
+@triton.jit
+def _add_weights(z, e, z2, within, p, t, FIRST: tl.constexpr):
+    """Sums of p, p * t, p * p and p * group over the groups of [X, GROUPS, LANES], the first of which is FIRST.
+
+    One after the other, as that is one multiply-add each; the compiler's own sums are trees, which need more.
+    """
+    if p.shape[1] == 1:
+        p = tl.reshape(p, [p.shape[0], _LANES])
+        t = tl.reshape(t, [t.shape[0], _LANES])
+        return z + p, e + p * t, z2 + p * p, within + p * FIRST
+    else:  # noqa: RET505 (for Triton)
+        p_0, p_1 = _halves(p)
+        t_0, t_1 = _halves(t)
+        z, e, z2, within = _add_weights(z, e, z2, within, p_0, t_0, FIRST)
+        return _add_weights(z, e, z2, within, p_1, t_1, FIRST + p.shape[1] // 2)
 
 
 @triton.jit
 def _add_keys(
-    m, z, e, z2, distance, bad,  # [BLOCK_M], of the keys before
+    m, z, e, z2, distance, bad,  # [BLOCK_M, LANES], of the keys before
     dot,  # [BLOCK_M, BLOCK_N]
     begin,  # position of the first of the tile's keys
     positions,  # [BLOCK_M], of the rows
@@ -130,31 +163,32 @@ def _add_keys(
     factor, soft_cap, slope, unit,
     MASKED: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The state with a tile's keys in it, their p relative to the new m, their s, and what the old sums decay by."""
-    offs_n = tl.arange(0, BLOCK_N)
-    ages = (positions - begin)[:, None] - offs_n[None, :]
+    """The state with a tile's keys in it, their p relative to the new m, their s, both [BLOCK_M, BLOCK_N // LANES,
+    LANES], and what the old sums decay by."""
+    offs_n = tl.reshape(tl.arange(0, BLOCK_N), [1, BLOCK_N // _LANES, _LANES])
+    dot = _by_lane(dot)
+    ages = (positions - begin)[:, None, None] - offs_n
     s = _scores(dot, ages, factor, soft_cap, slope, HAS_SOFT_CAP, HAS_ALIBI)
     if MASKED:
-        visible = (ages >= 0) & (begin + offs_n[None, :] >= lowest[:, None])
+        visible = (ages >= 0) & (begin + offs_n >= lowest[:, None, None])
         bad += tl.sum(tl.where(visible, dot * 0.0, 0.0), 1)
         s = tl.where(visible, s, float("-inf"))
     elif HAS_SOFT_CAP:
         bad += tl.sum(dot * 0.0, 1)  # capped, what is infinite is not any more
     now = tl.maximum(m, tl.max(s, 1))
     # Subtract before scaling: exact for scores near the maximum however large they are.
-    t = (s - now[:, None]) * unit
+    t = (s - now[:, None, :]) * unit
     if MASKED:
         t = tl.maximum(t, -256.0)  # 2^-256 is 0, and 0 * -inf is not
     p = tl.exp2(t)
     rise = tl.maximum((m - now) * unit, -256.0)
     decay = tl.exp2(rise)
-    of_tile = tl.sum(p, 1)
+    zeros = tl.zeros_like(z)
     # A visible score that is not finite makes E NaN: 0 * -inf is.
-    e = (e + rise * z) * decay + tl.sum(p * t, 1)
+    of_tile, e, z2, groups = _add_weights(zeros, (e + rise * z) * decay, z2 * (decay * decay), zeros, p, t, 0)
     z = z * decay + of_tile
-    z2 = z2 * (decay * decay) + tl.sum(p * p, 1)
-    within = tl.sum(p * offs_n.to(tl.float32)[None, :], 1)
-    distance = distance * decay + ((positions - begin).to(tl.float32) * of_tile - within)
+    ahead = (positions - begin).to(tl.float32)[:, None] - tl.arange(0, _LANES).to(tl.float32)[None, :]
+    distance = distance * decay + (ahead * of_tile - _LANES * groups)
     return now, z, e, z2, distance, bad, p, s, decay
 
 
@@ -228,7 +262,8 @@ def _prompt_rows_kernel(  # noqa: PLR0915
         q_ptr + head.to(tl.int64) * stride_q_head, rows, offs_d, num_rows, stride_q_token, HEAD_SIZE, BLOCK_D
     ).to(DOT_DTYPE)
 
-    zeros = tl.zeros([BLOCK_M], tl.float32)
+    # Each lane has a state of its own until all keys are in it: threads exchange nothing in the loops.
+    zeros = tl.zeros([BLOCK_M, _LANES], tl.float32)
     m = zeros + float("-inf")
     z = zeros
     e = zeros
@@ -260,15 +295,23 @@ def _prompt_rows_kernel(  # noqa: PLR0915
             m, z, e, z2, distance, bad, dot, tile * BLOCK_N, positions, lowest, factor, soft_cap, slope, unit,
             True, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_N,
         )  # fmt: skip
-        ages = positions[:, None] - j[None, :]
-        sink = sink * decay + tl.sum(tl.where((j < sink_tokens)[None, :], p, 0.0), 1)
+        j = tl.reshape(j, [1, BLOCK_N // _LANES, _LANES])
+        ages = positions[:, None, None] - j
+        sink = sink * decay + tl.sum(tl.where(j < sink_tokens, p, 0.0), 1)
         local = local * decay + tl.sum(tl.where(ages < local_window, p, 0.0), 1)
         previous = previous * decay + tl.sum(tl.where(ages == 1, p, 0.0), 1)
         own = tl.maximum(own, tl.max(tl.where(ages == 0, s, float("-inf")), 1))
+    # These have all that they get; what they are relative to is brought up to date at the end.
+    base = tl.max(m, 1)
+    weight = tl.exp2(tl.maximum((m - base[:, None]) * unit, -256.0))
+    sink = tl.sum(sink * weight, 1)
+    local = tl.sum(local * weight, 1)
+    previous = tl.sum(previous * weight, 1)
+    own = tl.max(own, 1)
     for tile in tl.range(plain, plain_end, num_stages=STAGES):
         j = tile * BLOCK_N + offs_n
         k = load_keys(
-            k_head_ptr, table_ptr, tile, j, j <= last, last, offs_n, offs_d,
+            k_head_ptr, table_ptr, tile, j, offs_n >= 0, last, offs_n, offs_d,
             stride_k_block, stride_k_slot, HEAD_SIZE, PAGE, BLOCK_D, BLOCK_N,
         )  # fmt: skip
         dot = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision="ieee")
@@ -276,16 +319,27 @@ def _prompt_rows_kernel(  # noqa: PLR0915
             m, z, e, z2, distance, bad, dot, tile * BLOCK_N, positions, lowest, factor, soft_cap, slope, unit,
             False, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_N,
         )  # fmt: skip
-        sink *= decay
-        local *= decay
-        previous *= decay
+
+    top = tl.max(m, 1)
+    rise = tl.maximum((m - top[:, None]) * unit, -256.0)
+    weight = tl.exp2(rise)
+    e = tl.sum((e + rise * z) * weight, 1)
+    z2 = tl.sum(z2 * (weight * weight), 1)
+    z = tl.sum(z * weight, 1)
+    distance = tl.sum(distance * weight, 1)
+    bad = tl.sum(bad, 1)
+    m = top
+    since = tl.exp2(tl.maximum((base - m) * unit, -256.0))
+    sink *= since
+    local *= since
+    previous *= since
 
     is_bad = (bad != 0.0) | (e != e) | (z != z)  # noqa: PLR0124 (NaN)
     score = m * natural
     own *= natural
     top = score
     total = z
-    shrink = zeros + 1.0  # e^(m - top)
+    shrink = tl.full([BLOCK_M], 1.0, tl.float32)  # e^(m - top)
     if HAS_SINKS:
         learned = tl.load(sinks_ptr + head).to(tl.float32)
         top = tl.maximum(score, learned)
@@ -307,7 +361,7 @@ def _prompt_rows_kernel(  # noqa: PLR0915
     tl.store(out + _LOCAL_RATIO, tl.minimum(local * mass, 1.0) + nothing, mask=present)
     tl.store(out + _DISTANCE_TOKENS, tl.maximum(distance / z, 0.0) + nothing, mask=present)
     tl.store(out + _SELF_LOGPROB, own - top - tl.log2(total) * _LN2 + nothing, mask=present)
-    tl.store(out + _LOOKBACK_RATIO, zeros + float("nan"), mask=present)
+    tl.store(out + _LOOKBACK_RATIO, nothing + float("nan"), mask=present)
     tl.store(out + _NUM_STATISTICS, is_bad.to(tl.float32), mask=present)
     to_previous = tl.where(positions > 0, previous * mass, float("nan"))
     tl.store(previous_ptr + rows.to(tl.int64) * num_heads + number, to_previous + nothing, mask=present)
@@ -318,12 +372,10 @@ def _prompt_rows_kernel(  # noqa: PLR0915
 
 
 @triton.jit
-def _load_reference(reference_ptr, number, rows, num_rows, stride_reference):
-    """m and log2(Z) of rows; those behind the chunk's have no attention."""
+def _load_reference(reference_ptr, number, rows, stride_reference):
+    """m and log2(Z) of rows; those behind the chunk's have infinite ones, and so no attention."""
     row_reference = reference_ptr + number.to(tl.int64) * 2 * stride_reference + rows
-    present = rows < num_rows
-    m = tl.load(row_reference, mask=present, other=0.0)
-    return m, tl.load(row_reference + stride_reference, mask=present, other=float("inf"))
+    return tl.load(row_reference), tl.load(row_reference + stride_reference)
 
 
 @triton.jit
@@ -433,35 +485,37 @@ def _received_kernel(  # noqa: PLR0915
     plain_end = tl.where(every == last_position, end_tile, plain_end)
     plain_end = tl.minimum(tl.maximum(plain_end, plain), end_tile)
     before = plain - begin_tile
-    received = tl.zeros([BLOCK_N], tl.float32)
-    squares = tl.zeros([BLOCK_N], tl.float32)
+    received = tl.zeros([BLOCK_N, _LANES], tl.float32)
+    squares = tl.zeros([BLOCK_N, _LANES], tl.float32)
     for i in tl.range(0, before + end_tile - plain_end, num_stages=STAGES):
         rows = tl.where(i < before, begin_tile + i, plain_end - before + i) * BLOCK_M + offs_m
         q = _load_queries(q_head_ptr, rows, offs_d, num_rows, stride_q_token, HEAD_SIZE, BLOCK_D).to(DOT_DTYPE)
         # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M] -> [BLOCK_N, BLOCK_M]
         dot = tl.dot(k, tl.trans(q), input_precision="ieee")
         positions = first_position + rows
-        reference, log_z = _load_reference(reference_ptr, number, rows, num_rows, stride_reference)
+        reference, log_z = _load_reference(reference_ptr, number, rows, stride_reference)
         p = _given(
             dot, reference, log_z, begin, positions, first_visible(positions, reach), factor, soft_cap, slope, unit,
             True, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_N,
         )  # fmt: skip
-        received += tl.sum(p, 1)
+        received += tl.sum(_by_lane(p), 1)
         if HAS_SQUARES:
-            squares += tl.sum(tl.where(positions[None, :] > j[:, None], p * p, 0.0), 1)
+            squares += tl.sum(_by_lane(tl.where(positions[None, :] > j[:, None], p * p, 0.0)), 1)
     for row_tile in tl.range(plain, plain_end, num_stages=STAGES):
         rows = row_tile * BLOCK_M + offs_m
         q = _load_queries(q_head_ptr, rows, offs_d, num_rows, stride_q_token, HEAD_SIZE, BLOCK_D).to(DOT_DTYPE)
         dot = tl.dot(k, tl.trans(q), input_precision="ieee")
         positions = first_position + rows
-        reference, log_z = _load_reference(reference_ptr, number, rows, num_rows, stride_reference)
+        reference, log_z = _load_reference(reference_ptr, number, rows, stride_reference)
         p = _given(
             dot, reference, log_z, begin, positions, positions, factor, soft_cap, slope, unit,
             False, HAS_SOFT_CAP, HAS_ALIBI, BLOCK_N,
         )  # fmt: skip
-        received += tl.sum(p, 1)
+        received += tl.sum(_by_lane(p), 1)
         if HAS_SQUARES:
-            squares += tl.sum(p * p, 1)
+            squares += tl.sum(_by_lane(p * p), 1)
+    received = tl.sum(received, 1)
+    squares = tl.sum(squares, 1)
     tl.store(received_ptr + number.to(tl.int64) * stride_received + j, received, mask=j <= last_position)
     if HAS_SQUARES:
         tl.store(squares_ptr + number.to(tl.int64) * stride_received + j, squares, mask=j <= last_position)
@@ -533,7 +587,7 @@ def _span_mass_kernel(
     q = _load_queries(
         q_ptr + head.to(tl.int64) * stride_q_head, rows, offs_d, num_rows, stride_q_token, HEAD_SIZE, BLOCK_D
     ).to(DOT_DTYPE)
-    reference, log_z = _load_reference(reference_ptr, number, rows, num_rows, stride_reference)
+    reference, log_z = _load_reference(reference_ptr, number, rows, stride_reference)
 
     starts = tl.load(spans_ptr + 2 * offs_s)
     ends = tl.load(spans_ptr + 2 * offs_s + 1)
@@ -695,7 +749,9 @@ def prompt_rows(
     by_keys = (triton.cdiv(num_keys, of_keys.keys) * num_heads,)
     of_chunk = q[chunk.token : chunk.token + num_rows]
     numbers = PromptNumbers.empty(chunk, heads, spans, squares=squares)
-    reference = torch.empty(num_heads, 2, num_rows, dtype=torch.float32, device=q.device)
+    # The later passes read whole tiles of it.
+    padded = max(triton.cdiv(num_rows, tile.rows) * tile.rows for tile in (of_rows, of_keys))
+    reference = q.new_full((num_heads, 2, padded), float("inf"), dtype=torch.float32)
     q_scale, k_scale = params.q_scale, params.k_scale
     keys = (of_chunk, k_cache, block_table, heads, q_scale, k_scale, params.alibi_slopes)
     strides = (
