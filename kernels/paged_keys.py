@@ -13,6 +13,8 @@ import triton.language as tl
 # Of one that is loaded as a whole, padded to a power of two, and of one that is loaded in two parts (latent attention).
 MAX_HEAD_SIZE: Final = 256
 MAX_WIDE_HEAD_SIZE: Final = 576
+# Of each launch: a product and a sum may be one instruction, as everything was measured. Triton's own choice until 3.9.
+FUSED: Final = {"enable_fp_fusion": True}
 # Offsets within a page are int32 in the kernels; those of pages are int64.
 MAX_PAGE_ELEMENTS: Final = 2**31 - 1
 # Reach (see `LayerParams.reach`) of a layer whose rows see all keys before them.

@@ -25,6 +25,7 @@ from torch import Tensor
 from glassbox.core.statistics import INDEX, NUM_STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.paged_keys import (
+    FUSED,
     LOG2E,
     MAX_HEAD_SIZE,
     MAX_PAGE_ELEMENTS,
@@ -641,6 +642,7 @@ class Tile(NamedTuple):
             "STAGES": self.stages,
             "num_warps": self.warps,
             "maxnreg": self.registers,
+            **FUSED,
         }
 
 

@@ -24,6 +24,7 @@ from glassbox.kernels import output_rounding
 from glassbox.kernels.cached_layers import CachedLayers
 from glassbox.kernels.output_rounding import FP8_TYPES, OutputRounding
 from glassbox.kernels.paged_keys import (
+    FUSED,
     LOG2E,
     MAX_HEAD_SIZE,
     dot_dtype,
@@ -561,6 +562,7 @@ def row_output(
         BLOCK_N=_WIDE_BLOCK_N if wide else _BLOCK_N,
         STAGES=_WIDE_STAGES if wide else _STAGES,
         num_warps=_WARPS,
+        **FUSED,
     )
     return sums, kv_sums
 

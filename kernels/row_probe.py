@@ -19,7 +19,15 @@ from torch import Tensor
 
 from glassbox.core.trace_arrays import NO_POSITION
 from glassbox.kernels.cached_layers import ProbedLayers
-from glassbox.kernels.paged_keys import MAX_HEAD_SIZE, dot_dtype, first_visible, head_parts, load_keys, soft_capped
+from glassbox.kernels.paged_keys import (
+    FUSED,
+    MAX_HEAD_SIZE,
+    dot_dtype,
+    first_visible,
+    head_parts,
+    load_keys,
+    soft_capped,
+)
 from glassbox.kernels.probe_answers import ProbeAnswers, Questions, no_answers
 
 __all__ = ["SCRATCH_BYTES", "ProbedLayers", "row_probe"]
@@ -306,6 +314,7 @@ def _scores(
         TILES=_TILES,
         STAGES=stages,
         num_warps=_WARPS,
+        **FUSED,
     )
     return scores
 

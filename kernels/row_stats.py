@@ -24,6 +24,7 @@ from glassbox.core import rows as row_list
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.paged_keys import (
+    FUSED,
     MAX_HEAD_SIZE,
     MAX_PAGE_ELEMENTS,
     MAX_WIDE_HEAD_SIZE,
@@ -1013,7 +1014,11 @@ def row_stats(
         )  # fmt: skip
         try:
             compiled = _row_stats_kernel[(grid(candidate),)](
-                *launch_arguments(candidate), *constants, num_warps=candidate.warps, maxnreg=candidate.registers
+                *launch_arguments(candidate),
+                *constants,
+                num_warps=candidate.warps,
+                maxnreg=candidate.registers,
+                **FUSED,
             )
         except triton.runtime.errors.OutOfResources:
             if last == 0:

@@ -28,10 +28,12 @@ _NUMBERS: Final = itertools.count(1000)
 
 
 class Program(NamedTuple):
-    """One that was compiled: its kernel, and the bytes of shared memory that it takes."""
+    """One that was compiled: its kernel, the bytes of shared memory that it takes, and whether a product and a sum may
+    be one instruction in it."""
 
     kernel: str
     shared: int
+    fused: bool
 
 
 class AbsentGpu:
@@ -39,15 +41,19 @@ class AbsentGpu:
 
     Args:
         capability: its compute capability, 80 or 90.
+        compiles: programs are made; otherwise it is only told which ones would be, in milliseconds instead of seconds.
 
     Attributes:
         compiled: programs that were made for it, or found in the cache on the disk, in this order; a kernel that was
             launched on it before has none.
+        asked: kernels whose programs were asked for, each of them once, in this order.
     """
 
-    def __init__(self, capability: int) -> None:
+    def __init__(self, capability: int, *, compiles: bool = True) -> None:
         self.capability, self._number = capability, next(_NUMBERS)
         self.compiled: list[Program] = []
+        self.asked: list[str] = []
+        self._compiles, self._known = compiles, set[tuple[str, object]]()
         self.utils = SimpleNamespace(
             get_device_properties=lambda _: {"max_shared_mem": SHARED_MEMORY[capability]},
             # Module, function, registers, spilled ones, and threads that a program may have.
@@ -70,12 +76,20 @@ class AbsentGpu:
 
     def note(self, *, metadata: dict[str, Any], **_: Any) -> None:
         """Triton's compiler tells of a program that it made."""
-        self.compiled.append(Program(metadata["name"], metadata["shared"]))
+        self.compiled.append(Program(metadata["name"], metadata["shared"], metadata["enable_fp_fusion"]))
+
+    def ask(self, *, key: object, fn: Any, **_: Any) -> bool:
+        """Triton is about to make a program of a kernel for arguments of a kind; returns whether it must not."""
+        if (fn.name, key) not in self._known:
+            self._known.add((fn.name, key))
+            self.asked.append(fn.name)
+        return not self._compiles
 
 
-def absent_gpu(monkeypatch: pytest.MonkeyPatch, capability: int) -> AbsentGpu:
+def absent_gpu(monkeypatch: pytest.MonkeyPatch, capability: int, *, compiles: bool = True) -> AbsentGpu:
     """As if all tensors were on such a GPU."""
-    gpu = AbsentGpu(capability)
+    gpu = AbsentGpu(capability, compiles=compiles)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", gpu.ask)
     monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
     monkeypatch.setattr(triton.knobs.compilation, "listener", gpu.note)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))

@@ -1,7 +1,7 @@
 """Triton kernels are compiled to programs for GPUs, without one; and only in warm-up, whatever steps bring."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -25,21 +25,10 @@ from glassbox.measure.gpu_prompts import GpuPrompts
 from tests.kernels.inputs_layer import InputsLayer
 from tests.kernels.row_stats_cases import FP8, Case, Inputs, Sequence, make_accumulators, make_inputs
 
-# Whether products and sums may be one instruction is the compiler's choice, which it means to change.
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-
 BASE: Final = Case(
     "bfloat16", (Sequence(1, 37, 20), Sequence(40, 70, 100)), heads=8, kv_heads=2, head_size=128, rows=((0, 0), (1, 4))
 )
 LATENT: Final = replace(BASE, name="latent", heads=16, kv_heads=1, head_size=576, page=64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What an earlier run has compiled proves nothing."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
 
 
 @pytest.fixture
@@ -210,9 +199,10 @@ class TestPrograms:
 
 
 def assert_fits(gpu: AbsentGpu, *kernels: str) -> None:
-    """These were compiled last, and fit."""
+    """These were compiled last, fit, and compute as on the GPUs on which they were measured."""
     last = gpu.compiled[-len(kernels) :]
     assert list(kernels) == [one.kernel for one in last]
+    assert all(one.fused for one in last)
     assert max(one.shared for one in last) <= SHARED_MEMORY[gpu.capability]
 
 
