@@ -1,5 +1,6 @@
 """What the observation of a worker has to know of vLLM's worker object, read once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from glassbox.adapter.layers import (
     has_open_images,
     server_info,
 )
-from glassbox.adapter.protocols import VllmWorker
+from glassbox.adapter.protocols import AttentionLayer, LatentLayer, VllmWorker
 from glassbox.adapter.seat import SEAT
 
 
@@ -44,6 +45,12 @@ class WorkerFacts:
     schedules_ahead: bool
     tokenizer: str
     tokenizer_revision: str | None
+
+
+def layers_of(vllm_worker: VllmWorker, names: Sequence[str]) -> dict[str, AttentionLayer | LatentLayer]:
+    """vLLM's layers of these names."""
+    context = vllm_worker.vllm_config.compilation_config.static_forward_context
+    return {name: context[name] for name in names}
 
 
 def read_worker(vllm_worker: VllmWorker) -> WorkerFacts:

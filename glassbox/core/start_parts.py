@@ -13,7 +13,7 @@ from typing import Final
 START_PARTS: Final[Mapping[str, str]] = {
     "register": "reading the YAML and changing vLLM, as in each of its processes",
     "import": "importing what measures",
-    "kernels": "compiling and loading kernels, or finding them in a cache; on a GPU by launches during vLLM's warm-up",
+    "kernels": "compiling and loading kernels, or finding them in a cache; on a GPU by launches in and after warm-up",
     "prepare": "looking at the model's layers and allocating what is counted",
     "graphs": "making the second executable of each CUDA graph",
     "arm": "the rest, after vLLM's warm-up",

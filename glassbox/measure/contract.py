@@ -6,7 +6,7 @@ answered, and neither knows the other's insides.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -289,6 +289,11 @@ class CheckLimits(NamedTuple):
     keys: int
 
 
+# Kinds of queries, which take kernels of their own: those over the latent cache, and all others.
+ABSORBED: Final = "absorbed"
+PLAIN: Final = "plain"
+
+
 class Forward(NamedTuple):
     """What an attention impl was given, and what it has answered; T tokens.
 
@@ -301,6 +306,11 @@ class Forward(NamedTuple):
     key: Tensor | None
     value: Tensor | None
     output: Tensor | None
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Of its queries."""
+        return frozenset({PLAIN})
 
 
 class LatentForward(NamedTuple):
@@ -323,6 +333,12 @@ class LatentForward(NamedTuple):
     plain: Tensor | None
     absorb: Callable[[Tensor], tuple[Tensor, Tensor]]
     head_keys: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Of its queries."""
+        parts = {ABSORBED: self.absorbed, PLAIN: self.plain}
+        return frozenset(kind for kind, part in parts.items() if part is not None)
 
     @property
     def num_absorbed(self) -> int:
@@ -458,6 +474,10 @@ class Measurer(Protocol[View_contra]):
     max_traced_rows: int
     num_slots: int
     check_limits: CheckLimits
+
+    def is_warm(self, layer_name: str, kind: str) -> bool:
+        """Whether no kernel is left to be compiled for a layer's queries of a kind (see `Forward.kinds`), because they
+        came in warm-up."""
 
     def end_warm_up(self) -> frozenset[int]:
         """Warm-up and graph capture are over; what follows are real steps and dummies.

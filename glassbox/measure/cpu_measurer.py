@@ -133,6 +133,10 @@ class CpuMeasurer:
         # [N, R, H, NUM_STATISTICS + 1] of so many layers and their counted rows, for the accumulators.
         self._pending: list[tuple[RowList, list[int], np.ndarray]] = []
 
+    def is_warm(self, layer_name: str, kind: str) -> bool:
+        """See contract.Measurer. Nothing is compiled."""
+        return True
+
     def end_warm_up(self) -> frozenset[int]:
         """Nothing was captured, and torch measures where the kernel can't be compiled."""
         return frozenset()

@@ -126,8 +126,9 @@ class GpuMeasurer:
         self._lists: dict[int, RowList] = {}
         # Whose numbers may be kept for traces.
         self._observed: frozenset[int] = frozenset()
-        # Whose launch has failed in warm-up.
-        self._uncompiled: set[int] = set()
+        # Layers and kinds of queries that came in warm-up, and those of them whose launch has failed.
+        self._warm: set[tuple[str, str]] = set()
+        self._uncompiled: set[tuple[int, str]] = set()
         # Whose outputs are kept.
         self._kept: set[int] = set()
         self._active = False
@@ -142,15 +143,22 @@ class GpuMeasurer:
         rings = (self._ring, self._previous, self._queries, self._outputs, self._kept_kv)
         return self._accumulators.nbytes + self._workspace.nbytes + lists + sum(ring.nbytes for ring in rings)
 
+    def is_warm(self, layer_name: str, kind: str) -> bool:
+        """See contract.Measurer."""
+        return (layer_name, kind) in self._warm
+
     def end_warm_up(self) -> frozenset[int]:
         """See contract.Measurer."""
         self._warming = False
         self._graphs.unwatch()
+        uncompiled = frozenset(local for local, _ in self._uncompiled)
         # A launch that failed has kept nothing to check.
-        self._kept -= self._uncompiled
+        self._kept -= uncompiled
         with self._errors.guard("canary"):
             self._compile_check()
-        return frozenset(self._uncompiled)
+        with self._errors.guard("probe"):
+            self._compile_probe(frozenset(self._local_layers.values()) - uncompiled)
+        return uncompiled
 
     def begin(self, rows: np.ndarray, layers: StepLayers, traced: StepTraces | None, check: OutputCheck | None) -> None:
         """See contract.Measurer. Queues two small copies on the current stream."""
@@ -220,15 +228,20 @@ class GpuMeasurer:
         elif self._warming and not capturing:
             with self._errors.guard("prompt"):
                 self._prompts.compile(layer, forward, kv_cache)
-        if not listed or (capturing and local in self._uncompiled):
+        if not listed:
             return
-        if self._warming and not capturing:
-            self._uncompiled.add(local)  # until it has been launched
+        launches = {(local, kind) for kind in forward.kinds} if self._warming or capturing else set()
+        if capturing and launches & self._uncompiled:
+            return
+        if self._warming:
+            self._warm |= {(layer.name, kind) for kind in forward.kinds}
+            if not capturing:
+                self._uncompiled |= launches  # until they were launched
         if isinstance(forward, LatentForward):
             self._launch_latent(local, layer, forward, kv_cache, tables)
         else:
             self._launch(local, layer, forward, kv_cache, tables)
-        self._uncompiled.discard(local)
+        self._uncompiled -= launches
 
     def finish(self) -> None:
         """See contract.Measurer. Later replays find no rows."""
@@ -324,6 +337,21 @@ class GpuMeasurer:
         for names in self._groups(self._kept):
             nowhere = torch.zeros(1, NUM_ROW_COLUMNS, dtype=torch.int32, device=self._ring.device)
             self._reproduce_group(nowhere, names, nowhere[:, :2].contiguous())
+
+    def _compile_probe(self, local_layers: frozenset[int]) -> None:
+        """Likewise what traced rows are asked."""
+        asked = AskedRows(
+            rows=np.zeros((1, NUM_ROW_COLUMNS), dtype=np.int32),
+            places=np.zeros(1, dtype=np.int64),
+            positions=np.zeros(1, dtype=np.int32),
+            top_k=1,
+            spans=np.zeros((1, 0, 2), dtype=np.int32),
+            chosen=np.ones(self._previous[:1].shape, dtype=np.bool_),
+            local_layers=local_layers,
+            kept_attention=(),
+        )
+        for names in self._groups(local_layers):
+            self._probe_group(asked, names)
 
     def _reproduce(self, check: OutputCheck) -> list[_Checked]:
         """Queue the comparison of what was served with what the cache gives."""

@@ -150,7 +150,7 @@ def run(spec: EngineSpec) -> None:
         "kv_cache_memory_bytes": 1 << 30,
         "seed": 0,
     }
-    preemptions = _count_preemptions()
+    preemptions, late = _count_preemptions(), _note_late_kernels()
     if spec.fault is not None:
         _break(spec.fault)
     llm = LLM(spec.model, **{**llm_args, **spec.llm_args})
@@ -178,6 +178,7 @@ def run(spec: EngineSpec) -> None:
         "reserved": torch.cuda.memory_reserved(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "late_kernels": late,
     }
     if spec.config is not None:
         from tests.attached import attached_hook
@@ -296,6 +297,23 @@ def _count_preemptions() -> list[int]:
 
     Scheduler._preempt_request = counting
     return count
+
+
+def _note_late_kernels() -> list[str]:
+    """Kernels of glassbox whose programs are asked for after warm-up, by a step that waits for them."""
+    from triton import knobs
+
+    from glassbox.adapter.seat import SEAT
+
+    late: list[str] = []
+
+    def note(*, fn: Any, **_: Any) -> None:
+        worker = getattr(SEAT.hook, "worker", None)
+        if worker is not None and worker.observer.armed and fn.module.startswith("glassbox."):
+            late.append(fn.name)
+
+    knobs.runtime.jit_cache_hook = note
+    return late
 
 
 def _deliver_traces(llm: Any) -> None:

@@ -101,7 +101,7 @@ class ObservedWorker:
         self.layers = [self._layer(name, generator) for name in NAMES]
         # Kernels are compiled here, and graphs would be captured.
         self._forward(self._metadata())
-        self.observer.arm()
+        self.observer.arm({})
 
     def _layer(self, name: str, generator: torch.Generator) -> tuple[Any, Any, torch.Tensor]:
         """Impl, layer and cache, whose every block holds keys."""

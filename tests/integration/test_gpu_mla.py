@@ -30,7 +30,7 @@ SIZES: dict[str, int] = {
     "qk_nope_head_dim": 128,
     "v_head_dim": 128,
 }
-OBSERVED = ("triton", "triton-eager", "triton-v1", "flash", "auto", "fp8")
+OBSERVED = ("triton", "triton-eager", "triton-eager-v1", "triton-v1", "flash", "auto", "fp8")
 
 
 def _prompts() -> tuple[list[list[int]], list[int]]:
@@ -48,6 +48,7 @@ def _variants(base: EngineSpec) -> dict[str, EngineSpec]:
         "triton": triton,
         "triton-plain": replace(triton, config=None),
         "triton-eager": replace(triton, eager=True),
+        "triton-eager-v1": replace(triton, eager=True, v2_runner=False),
         "triton-v1": replace(triton, v2_runner=False),
         "flash": flash,
         "flash-plain": replace(flash, config=None),
@@ -90,6 +91,12 @@ def test_rows_are_exactly_those_served(results: dict[str, Result], name: str) ->
     assert rows.shape[:2] == (LAYERS, SIZES["num_attention_heads"])
     np.testing.assert_array_equal(rows, np.broadcast_to(expected, rows.shape))
     assert result.arrays["nonfinite"].sum() == 0
+
+
+@pytest.mark.parametrize("name", [*OBSERVED, "triton-whole"])
+def test_no_step_waits_for_the_compiler(results: dict[str, Result], name: str) -> None:
+    """Nor does one with a prompt, where vLLM's warm-up runs none or no attention at all, or one that is traced."""
+    assert [] == results[name].report["late_kernels"]
 
 
 def test_backends_are_those_asked_for(results: dict[str, Result]) -> None:

@@ -63,6 +63,9 @@ def _variants(base: EngineSpec) -> dict[str, EngineSpec]:
         "flash": flash,
         "flash-plain": replace(flash, config=None),
         "flash-eager": replace(flash, eager=True),
+        # In which vLLM's warm-up runs no attention.
+        "flash-eager-v1": replace(flash, eager=True, v2_runner=False),
+        "fp8-eager-v1": replace(flash, eager=True, v2_runner=False, kv_cache_dtype="fp8"),
         "flash-v1": replace(flash, v2_runner=False),
         "flash-v1-plain": replace(flash, v2_runner=False, config=None),
         "triton": triton,
@@ -128,7 +131,18 @@ def assert_as_near_as_transformers(result: Result) -> None:
         assert ours <= 2 * theirs, statistic
 
 
-OBSERVED = ("flash", "flash-eager", "flash-v1", "triton", "triton-float32", "auto", "custom", "fp8")
+OBSERVED = (
+    "flash",
+    "flash-eager",
+    "flash-eager-v1",
+    "flash-v1",
+    "triton",
+    "triton-float32",
+    "auto",
+    "custom",
+    "fp8",
+    "fp8-eager-v1",
+)
 
 
 class TestCounts:
@@ -160,6 +174,15 @@ class TestCounts:
         assert results["custom"].report["backend"] == results["auto"].report["backend"]
         assert results["flash"].report["runner"] == "vllm.v1.worker.gpu.model_runner"
         assert results["flash-v1"].report["runner"] == "vllm.v1.worker.gpu_model_runner"
+
+
+class TestWarmUp:
+    """What steps launch is compiled before them."""
+
+    @pytest.mark.parametrize("name", OBSERVED)
+    def test_no_step_waits_for_the_compiler(self, results: dict[str, Result], name: str) -> None:
+        """Whatever vLLM's own warm-up has run."""
+        assert [] == results[name].report["late_kernels"]
 
 
 class TestValues:

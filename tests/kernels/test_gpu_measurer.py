@@ -5,9 +5,7 @@ There queued work is done when the call returns, so streams and events order not
 
 import logging
 import threading
-from contextlib import nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -40,6 +38,7 @@ from glassbox.measure.gpu_measurer import GpuMeasurer
 from glassbox.processes.worker.traces.active import ActiveTrace
 from glassbox.processes.worker.traces.traced_step import TracedPrompt, TracedRows, TracedStep
 from glassbox.store.trace_record import TraceOptions
+from tests.kernels.nothing_queued import queue_nothing
 from tests.kernels.row_stats_cases import Case, Inputs, Sequence, make_inputs
 from tests.trace_samples import make_host
 
@@ -56,35 +55,6 @@ LATENT: Final = Case(
 )  # fmt: skip
 NUM_LAYERS: Final = 4
 LAYERS: Final = range(NUM_LAYERS)
-
-
-class Stream(SimpleNamespace):
-    """In whose order everything is."""
-
-    cuda_stream = 0
-
-    def wait_event(self, _: object) -> None:
-        """It has happened."""
-
-
-class Event(SimpleNamespace):
-    """That has happened when it is recorded."""
-
-    def record(self) -> None:
-        """Nothing is left to be done."""
-
-    def synchronize(self) -> None:
-        """Nor to be waited for."""
-
-    def query(self) -> bool:
-        return True
-
-
-_empty = torch.empty
-
-
-def pageable_empty(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
-    return _empty(*size, **options)
 
 
 @dataclass
@@ -117,17 +87,8 @@ class Step:
         # Threads that were told which GPU is theirs.
         self.bound: list[str] = []
         if not ON_GPU:
-            for name, replacement in {
-                "Stream": lambda *_, **__: Stream(),
-                "Event": lambda *_, **__: Event(),
-                "current_stream": Stream,
-                "stream": lambda _: nullcontext(),
-                "is_current_stream_capturing": lambda: False,
-                "set_device": self.set_device,
-            }.items():
-                monkeypatch.setattr(torch.cuda, name, replacement)
-            monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-            monkeypatch.setattr(torch, "empty", pageable_empty)
+            queue_nothing(monkeypatch)
+            monkeypatch.setattr(torch.cuda, "set_device", self.set_device)
         self.launched: list[int] = []
         self.copied: list[tuple[int, ...]] = []
         self.monkeypatch = monkeypatch

@@ -32,7 +32,7 @@ class CacheFinder:
     """
 
     def __init__(self, written_dtype: torch.dtype, num_blocks: int | None = None) -> None:
-        self._written_dtype, self._num_blocks = written_dtype, num_blocks
+        self.written_dtype, self._num_blocks = written_dtype, num_blocks
         self._known: dict[Hashable, CacheLayout] = {}
 
     def find(self, layer: AttentionLayer | LatentLayer, kv_cache: Tensor | None = None) -> CacheLayout:
@@ -67,7 +67,7 @@ class CacheFinder:
 
     def _look_at(self, layer: AttentionLayer | LatentLayer, cache: Tensor) -> CacheLayout:
         if is_latent(layer):
-            return find_latent_layout(layer, cache, written_dtype=self._written_dtype, num_blocks=self._num_blocks)
+            return find_latent_layout(layer, cache, written_dtype=self.written_dtype, num_blocks=self._num_blocks)
         other = cast(AttentionLayer, layer)
         impl, unit = other.impl, _UnitScales(other)
         return find_layout(
@@ -77,6 +77,6 @@ class CacheFinder:
             num_kv_heads=impl.num_kv_heads,
             head_size=other.head_size,
             value_head_size=other.head_size_v,
-            written_dtype=self._written_dtype,
+            written_dtype=self.written_dtype,
             num_blocks=self._num_blocks,
         )

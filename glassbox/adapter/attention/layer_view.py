@@ -183,7 +183,7 @@ def view_of(impl: ObservedImpl, layer: AttentionLayer, forward: Forward, kv_cach
     """
     view: PackedView | StridedView | None = impl.glassbox_view
     if view is None or not view.is_of(layer):
-        view = PackedView(impl, layer) if kv_cache.device.type == "cpu" else StridedView(impl, layer, forward, kv_cache)
+        view = StridedView(impl, layer, forward, kv_cache) if kv_cache.is_cuda else PackedView(impl, layer)
         impl.glassbox_view = view
     return view
 

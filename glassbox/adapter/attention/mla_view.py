@@ -51,7 +51,7 @@ def latent_view_of(
     """The view of a layer, made once and kept on its observed impl; see `layer_view.view_of`."""
     view: LatentPackedView | LatentStridedView | None = impl.glassbox_view
     if view is None or not view.is_of(layer):
-        on_cpu = kv_cache.device.type == "cpu"
-        view = LatentPackedView(impl, layer) if on_cpu else LatentStridedView(impl, layer, forward, kv_cache)
+        on_gpu = kv_cache.is_cuda
+        view = LatentStridedView(impl, layer, forward, kv_cache) if on_gpu else LatentPackedView(impl, layer)
         impl.glassbox_view = view
     return view

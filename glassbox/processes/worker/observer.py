@@ -7,17 +7,20 @@ It does not patch vLLM (`hook.py`), compute statistics (`measure/*_measurer.py`,
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from glassbox.adapter.attention.layer_view import common_tables, forward_of, tables_of, view_of
 from glassbox.adapter.attention.mla_forward import latent_forward
 from glassbox.adapter.attention.mla_view import latent_view_of
+from glassbox.adapter.attention.rehearsal import query_kinds, rehearse, rehearsed_tables
+from glassbox.adapter.compile_monitor import unmonitored
 from glassbox.adapter.internals import Feature, lacks
 from glassbox.adapter.protocols import (
     AttentionLayer,
@@ -144,14 +147,36 @@ class Observer:
         self._trace_budget = TraceBudget(self._config.sampling.overhead_budget)
         self._apply(self._config)
 
-    def arm(self) -> None:
-        """Warm-up is over: count steps from now on."""
+    def arm(self, layers: Mapping[str, AttentionLayer | LatentLayer]) -> None:
+        """Warm-up is over: count steps from now on.
+
+        Args:
+            layers: vLLM's observed ones, by name.
+        """
         try:
-            with self._start.timed("kernels"):
+            with self._start.timed("kernels"), unmonitored():
+                self._rehearse(layers)
                 self._refuse(self.measurer.end_warm_up())
         finally:
             self._listen(False)
         self.armed = True
+
+    @torch.inference_mode()
+    def _rehearse(self, layers: Mapping[str, AttentionLayer | LatentLayer]) -> None:
+        """Compile what warm-up has not launched: in a served step it would take seconds.
+
+        Each rank for itself: nothing here waits for another one.
+        """
+        tables = None
+        for name, layer in layers.items():
+            for kind in query_kinds(layer):
+                with self._errors.guard("observe"):
+                    if self.measurer.is_warm(name, kind) or not layer.kv_cache.numel():
+                        continue
+                    tables = tables or rehearsed_tables(layer.kv_cache.device)
+                    view, forward = rehearse(layer, kind)
+                    self.measurer.on_build([name], tables)
+                    self.measurer.after_attention(view, forward, layer.kv_cache, tables)
 
     def _refuse(self, local_layers: frozenset[int]) -> None:
         """Layers whose kernel failed in warm-up."""

@@ -21,7 +21,7 @@ from glassbox.adapter.protocols import VllmWorker
 from glassbox.adapter.release import Standing, installed
 from glassbox.adapter.runner import is_piecewise_forward
 from glassbox.adapter.seat import SEAT
-from glassbox.adapter.vllm_worker import read_worker
+from glassbox.adapter.vllm_worker import layers_of, read_worker
 from glassbox.config.model import LayerSelection
 from glassbox.config.settings import Settings
 from glassbox.core.adapter_slots import num_slots
@@ -175,7 +175,8 @@ class Worker:
         """Count steps from now on; start the snapshot thread and follow the YAML."""
         with SEAT.start.timed("arm"):
             # First, whatever the disk says: what was made for warm-up ends with it.
-            self.observer.arm()
+            vllm_worker = self.vllm_worker()
+            self.observer.arm({} if vllm_worker is None else layers_of(vllm_worker, self._facts.layers.names))
             rundir.create()
             rundir.purge_dead()
             for line in switched_off(self._vllm.version):

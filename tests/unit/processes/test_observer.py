@@ -161,7 +161,7 @@ class Setup:
             written_s=lambda: self.written_s,
             clock=self.clock,
         )
-        self.observer.arm()
+        self.observer.arm({})
         # Of each layer what its impl's `forward` is given, as far as it is looked at.
         self.layers = [observed_call(name) for name in NAMES]
 
@@ -248,7 +248,7 @@ class TestArming:
         setup.measurer.failing = {"after_attention"}
         for layer in setup.layers:
             setup.observer.after_attention(*layer)
-        setup.observer.arm()
+        setup.observer.arm({})
         assert {"observe": len(NAMES)} == setup.errors.counts()
         setup.measurer.failing = set()
         setup.step([DECODE])
@@ -364,7 +364,7 @@ class TestUncompiledLayers:
         setup = Setup(canary)
         setup.measurer.uncompiled = frozenset({1})
         with caplog.at_level("WARNING", "glassbox"):
-            setup.observer.arm()
+            setup.observer.arm({})
         setup.step([DECODE])
         assert f"1 of {len(LAYERS)} layers are not observed: no kernel" in caplog.text
         assert {"kernel": 1} == canary.not_observed()
