@@ -32,6 +32,8 @@ class WorkerFacts:
         max_model_len: most tokens of a sequence.
         drafts: a step may verify draft tokens (speculative decoding).
         schedules_ahead: a step is scheduled before the tokens of the one before it are known.
+        activation_bytes: of the device's memory, that a forward pass takes at most beside weights and KV cache, as vLLM
+            has found it; 0 if it hasn't, as with --kv-cache-memory-bytes.
         tokenizer, tokenizer_revision: folder or name of the model's tokenizer, empty if there is none.
     """
 
@@ -43,6 +45,7 @@ class WorkerFacts:
     max_model_len: int
     drafts: bool
     schedules_ahead: bool
+    activation_bytes: int
     tokenizer: str
     tokenizer_revision: str | None
 
@@ -76,6 +79,7 @@ def read_worker(vllm_worker: VllmWorker) -> WorkerFacts:
         max_model_len=model.max_model_len,
         drafts=vllm_config.speculative_config is not None,
         schedules_ahead=bool(vllm_config.scheduler_config.async_scheduling),
+        activation_bytes=int(getattr(vllm_worker, "peak_activation_memory", 0)),
         tokenizer=str(model.tokenizer or ""),
         tokenizer_revision=model.tokenizer_revision,
     )

@@ -53,6 +53,8 @@ class DeviceNeeds:
         deferred: takes what waits for the device.
         is_piecewise: see `GraphNodes`.
         start: is told what graphs cost.
+        activation_bytes: of the device's memory, that a forward pass takes at most beside weights and KV cache; 0 if it
+            isn't known.
     """
 
     max_rows: int
@@ -62,6 +64,7 @@ class DeviceNeeds:
     deferred: DeferredActions
     is_piecewise: Callable[[], bool]
     start: StartParts = field(default_factory=StartParts)
+    activation_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,9 @@ class GpuMeasurer:
         self._kept_kv = torch.zeros(
             self.num_slots, num_layers, 2, needs.num_kv_heads, head_size, dtype=query_dtype, device=device
         )
-        self._prompts = GpuPrompts(device, self._sink_tokens, self._local_window, errors)
+        self._prompts = GpuPrompts(
+            device, self._sink_tokens, self._local_window, errors, activation_bytes=needs.activation_bytes
+        )
         self._traced: StepTraces | None = None
         self._check: OutputCheck | None = None
         self._deferred, self._errors = needs.deferred, errors
@@ -158,6 +160,8 @@ class GpuMeasurer:
             self._compile_check()
         with self._errors.guard("probe"):
             self._compile_probe(frozenset(self._local_layers.values()) - uncompiled)
+        with self._errors.guard("prompt"):
+            self._prompts.end_warm_up()
         return uncompiled
 
     def begin(self, rows: np.ndarray, layers: StepLayers, traced: StepTraces | None, check: OutputCheck | None) -> None:

@@ -8,11 +8,10 @@ unless it is told to (`cudagraph_mode: FULL`). What a step has not measured is c
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,22 +20,17 @@ from torch import Tensor
 
 from glassbox.core.errors import ErrorCounter
 from glassbox.core.logs import get_logger, log_once
+from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.kernels.key_grams import gram, keys_at, sequence_keys
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.paged_keys import MAX_HEAD_SIZE
 from glassbox.kernels.probe_answers import PromptAnswers, kv_heads
 from glassbox.kernels.prompt_rows import PromptChunk, prompt_rows
 from glassbox.measure.contract import AskedPrompt, BatchTables, Forward, LatentForward, StepTraces, StridedLayer
-from glassbox.measure.latent_prompts import absorbed_queries, latent_prompt_rows
+from glassbox.measure.latent_prompts import absorbed_queries, latent_bytes, latent_prompt_rows
+from glassbox.measure.prompt_memory import FreeBytes, PromptMemory, UnmeasuredPromptError, free_bytes, out_of_memory
 
 logger = get_logger(__name__)
-
-# Answers that wait on the device to be copied; a chunk that would go beyond is left out.
-_WAITING_BYTES: Final = 1 << 30
-
-
-class UnmeasuredPromptError(RuntimeError):
-    """Rows of a prompt that were asked for were not measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +73,21 @@ class GpuPrompts:
         device: of the layers.
         sink_tokens, local_window: in tokens, see core/statistics.py.
         errors: counts what is not measured, as stage `prompt`.
+        activation_bytes, ask: as `PromptMemory` takes them; None asks the device.
     """
 
-    def __init__(self, device: torch.device, sink_tokens: int, local_window: int, errors: ErrorCounter) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        sink_tokens: int,
+        local_window: int,
+        errors: ErrorCounter,
+        *,
+        activation_bytes: int = 0,
+        ask: Callable[[], FreeBytes] | None = None,
+    ) -> None:
         self._device = device
+        self._memory = PromptMemory(activation_bytes, ask or partial(free_bytes, device))
         self._sink_tokens, self._local_window, self._errors = sink_tokens, local_window, errors
         self._asked: Sequence[AskedPrompt] = ()
         self._heads: dict[tuple[int, ...], Tensor] = {}
@@ -97,9 +102,14 @@ class GpuPrompts:
         self._pool: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
 
+    def end_warm_up(self) -> None:
+        """vLLM has captured its graphs."""
+        self._memory.end_warm_up()
+
     def begin(self, asked: Sequence[AskedPrompt]) -> None:
         """A step begins that has these."""
         self._asked, self._found, self._found_bytes, self._spans, self._failed = asked, [], 0, {}, set()
+        self._memory.begin()
         if len(self._heads) > 64:
             self._heads = {}
 
@@ -222,20 +232,21 @@ class GpuPrompts:
                     "it decodes: of 1 token, with FLASHMLA of up to 128, with FLASH_ATTN_MLA of up to 512. Use "
                     "--attention-backend TRITON_MLA, or leave out glassbox_prompt"
                 )
-            if self._waiting_bytes + self._found_bytes > _WAITING_BYTES:
-                raise UnmeasuredPromptError(
-                    f"{_WAITING_BYTES >> 20} MiB of whole prompts' numbers wait to be copied from the GPU; ask for "
-                    "fewer layers or heads, or for fewer prompts at once"
-                )
-            asked = self._asked[number]
+            asked, keys = self._asked[number], layer.keys(kv_cache)
             queries = query[token : token + asked.num_rows]
-            answers = self._answers(asked, number, layer, queries, layer.keys(kv_cache), tables, latent)
+            needed = _needed_bytes(asked, layer.num_heads, queries, keys, latent=latent is not None)
+            left = self._memory.left(needed, found=self._found_bytes, waiting=self._waiting_bytes)
+            try:
+                answers = self._answers(asked, number, layer, queries, keys, tables, latent, left)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(needed, error) from error
         except Exception as error:
             self._failed.add(number)
             self._errors.count("prompt", error)
         else:
             self._found.append(Found(number, local, answers))
             self._found_bytes += _nbytes(answers)
+            self._memory.held(self._waiting_bytes + self._found_bytes)
 
     def _answers(
         self,
@@ -246,6 +257,7 @@ class GpuPrompts:
         keys: Tensor,
         tables: BatchTables,
         latent: LatentForward | None,
+        left: int,
     ) -> PromptAnswers[Tensor]:
         table, device = tables.block_table[asked.batch], queries.device
         chosen = tuple(head for head in asked.heads if head < layer.num_heads)
@@ -255,7 +267,7 @@ class GpuPrompts:
             if number not in self._spans:
                 self._spans[number] = _to_device(asked.spans.astype(np.int32), device)
             spans, span_range = self._spans[number], (int(asked.spans[:, 0].min()), int(asked.spans[:, 1].max()))
-        measure = prompt_rows if latent is None else partial(latent_prompt_rows, latent)
+        measure = prompt_rows if latent is None else partial(latent_prompt_rows, latent, free_bytes=left)
         numbers = measure(
             queries,
             keys,
@@ -365,6 +377,30 @@ def _without_fp8(vectors: Tensor) -> Tensor:
 def scaled(vectors: Tensor, scale: Tensor | None) -> Tensor:
     """float32 [..., H, D], with the scale [1] or [H] that their quantisation left out."""
     return vectors.float() if scale is None else vectors.float() * scale.view(-1, 1)
+
+
+def _needed_bytes(asked: AskedPrompt, num_heads: int, queries: Tensor, keys: Tensor, *, latent: bool) -> int:
+    """Bytes that a prompt's answers in a layer take, and what is there while they are computed, rather too many.
+
+    Args:
+        num_heads: of the layer; latent: its attention is, whose keys of heads are not among these bytes.
+    """
+    heads = len([head for head in asked.heads if head < num_heads])
+    rows, num_keys, (num_kv_heads, _, size) = asked.num_rows, asked.num_keys, keys.shape[1:]
+    # Statistics, the flag, the mass before, the reference of both passes, and spans; what positions receive.
+    numbers = 4 * heads * (rows * (NUM_STATISTICS + 4 + len(asked.spans)) + num_keys * (1 + asked.squares))
+    # Of latent attention those of some heads at a time, which are then put together.
+    needed = numbers * (1 + latent) + (latent_bytes(queries, keys, num_keys) if latent else 0)
+    if asked.grams or asked.kept:
+        # Whole pages of them.
+        new_keys = num_keys - min(asked.keys_from, num_keys) + 2 * keys.shape[2]
+        # Queries of all heads, absorbed or without FP8, and keys as they are stored, in order, and without FP8.
+        of_layer = queries.shape[1] * rows * max(queries.element_size(), 2)
+        of_layer += num_kv_heads * new_keys * (2 * keys.element_size() + 2)
+        # Of chosen heads as they are, and twice in float64, in which sums are made of float32.
+        of_heads = (heads * rows + min(heads, num_kv_heads) * new_keys) * (max(queries.element_size(), 2) + 16)
+        needed += size * (of_layer + of_heads) + 3 * 8 * heads * size * size
+    return needed
 
 
 def _nbytes(answers: PromptAnswers[Tensor]) -> int:

@@ -15,8 +15,9 @@ from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.output_rounding import FP8_TYPES
 from glassbox.kernels.prompt_rows import PromptChunk, PromptNumbers, prompt_rows
 from glassbox.measure.contract import LatentForward
+from glassbox.measure.prompt_memory import REMEDY, UnmeasuredPromptError, mib
 
-# Keys that are there at a time: 20 heads of 8,192 tokens in half precision.
+# Keys that are there at a time, where there is memory for them: 20 heads of 8,192 tokens in half precision.
 _KEYS_BYTES: Final = 64 << 20
 # Of these keys; tiles of the kernel are whole pages.
 _PAGE: Final = 32
@@ -35,6 +36,7 @@ def latent_prompt_rows(
     *,
     spans: Tensor | None = None,
     squares: bool = False,
+    free_bytes: int | None = None,
     **options: Any,
 ) -> PromptNumbers:
     """`prompt_rows` of a layer with latent attention.
@@ -45,9 +47,11 @@ def latent_prompt_rows(
         k_cache: [num_blocks, 1, block_size, Lkv + R].
         block_table, chunk, heads, spans, squares, options: as `prompt_rows` takes them.
         params: of the layer; the scale of absorbed queries doesn't concern plain ones.
+        free_bytes: that keys of heads may take; None if nothing else is known than that there is enough.
 
     Raises:
         ValueError: for a shape the kernel does not do.
+        UnmeasuredPromptError: there is not enough for the keys of one head.
     """
     if not len(heads):  # another rank has those that were asked for
         return PromptNumbers.empty(chunk, heads, spans, squares=squares)
@@ -56,7 +60,7 @@ def latent_prompt_rows(
     table = torch.arange(num_pages, dtype=torch.int32, device=q.device)
     # What fills the last page is seen by no row.
     padded = torch.nn.functional.pad(vectors, (0, 0, 0, num_pages * _PAGE - len(vectors)))
-    at_once = max(_KEYS_BYTES // (len(padded) * q.shape[2] * q.element_size()), 1)
+    at_once = _heads_at_once(len(padded) * q.shape[2] * q.element_size(), free_bytes)
     found = []
     for some in heads.split(at_once):
         index = some.long()
@@ -79,6 +83,25 @@ def latent_prompt_rows(
         received=torch.cat([one.received for one in found]),
         received_squares=torch.cat(received_squares) if squares else None,
     )
+
+
+def _heads_at_once(of_head: int, free_bytes: int | None) -> int:
+    """Of how many heads keys are made at a time, which take so many bytes each, and as many while they are made."""
+    if free_bytes is None:
+        return max(_KEYS_BYTES // of_head, 1)
+    if free_bytes < 2 * of_head:
+        raise UnmeasuredPromptError(
+            f"the keys of one head of a whole prompt take {mib(2 * of_head)} MiB, and of the GPU's memory "
+            f"{mib(free_bytes)} MiB are left for them. {REMEDY}"
+        )
+    return max(min(_KEYS_BYTES, free_bytes // 2) // of_head, 1)
+
+
+def latent_bytes(q: Tensor, k_cache: Tensor, num_keys: int) -> int:
+    """What `latent_prompt_rows` takes beside its answers and the keys of heads: the cached vectors, in the order of
+    their positions, in the model's type and padded; and the queries of the chosen heads."""
+    of_key = k_cache.shape[3] * (2 * k_cache.element_size() + 4 + 2 * q.element_size())
+    return num_keys * of_key + q.nbytes
 
 
 def absorbed_queries(latent: LatentForward, plain: Tensor) -> Tensor:

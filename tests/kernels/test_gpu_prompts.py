@@ -1,6 +1,7 @@
 """What a GPU measurer makes of whole prompts is what the CPU's makes of them, without a GPU in Triton's interpreter."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,10 @@ from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.prompt_rows_cpu import PromptChunk, PromptWishes, prompt_rows_cpu
 from glassbox.kernels.reference.row_probe import row_probe_ref
 from glassbox.kernels.reference.row_stats import row_stats_ref
-from glassbox.measure import gpu_prompts, latent_prompts
+from glassbox.measure import gpu_prompts, latent_prompts, prompt_memory
 from glassbox.measure.contract import AskedPrompt, BatchTables, Forward, LatentForward
 from glassbox.measure.gpu_prompts import GpuPrompts, probed_vectors
+from glassbox.measure.prompt_memory import MARGIN_BYTES, FreeBytes
 from tests.kernels.inputs_layer import InputsLayer
 from tests.kernels.row_stats_cases import FP8, Case, Inputs, Sequence, make_inputs
 from tests.kernels.simulated_layer import PagesReader
@@ -52,10 +54,14 @@ def errors() -> ErrorCounter:
     return ErrorCounter(logging.getLogger("test"))
 
 
+def make_prompts(errors: ErrorCounter, ask: Callable[[], FreeBytes] | None = None) -> GpuPrompts:
+    device = torch.zeros(0, device=DEVICE).device  # which of them, too
+    return GpuPrompts(device, CASE.sink_tokens, CASE.local_window, errors, ask=ask)
+
+
 @pytest.fixture
 def prompts(errors: ErrorCounter) -> GpuPrompts:
-    device = torch.zeros(0, device=DEVICE).device  # which of them, too
-    return GpuPrompts(device, CASE.sink_tokens, CASE.local_window, errors)
+    return make_prompts(errors)
 
 
 def measure(prompts: GpuPrompts, local: int, inputs: Inputs, forward: Any = None) -> None:
@@ -115,11 +121,45 @@ def test_a_prompt_that_fails_is_counted_once_and_harms_no_other(
     measure(prompts, 2, inputs)
     assert errors.counts() == {"prompt": 1}, "rows behind the step's tokens"
     assert [(one.number, one.local_layer) for one in prompts._found] == [(1, 0), (1, 2)]
-    monkeypatch.setattr(gpu_prompts, "_WAITING_BYTES", 0)
+    monkeypatch.setattr(prompt_memory, "_WAITING_BYTES", 0)
     prompts.begin([replace(ASKED, num_rows=1)])
     measure(prompts, 0, inputs)
     measure(prompts, 2, inputs)
     assert errors.counts() == {"prompt": 2}, "what waits for its copy is bounded"
+    assert len(prompts._found) == 1
+
+
+def test_a_gpu_without_room(errors: ErrorCounter, caplog: pytest.LogCaptureFixture) -> None:
+    """A prompt of which one layer's numbers don't fit is left out before it is computed; a shorter one is measured."""
+    prompts = make_prompts(errors, lambda: FreeBytes(MARGIN_BYTES + 40_000, 0))
+    short = replace(ASKED, num_rows=2, grams=False, kept=False, squares=False)
+    prompts.begin([replace(ASKED, local_layers=frozenset({0})), short])
+    measure(prompts, 0, make_inputs(CASE, DEVICE))
+    assert errors.counts() == {"prompt": 1}
+    assert [(one.number, one.local_layer) for one in prompts._found] == [(1, 0)]
+    assert "1 MiB are left for them" in caplog.text
+
+
+def test_memory_that_is_gone(
+    prompts: GpuPrompts, errors: ErrorCounter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What torch raises where others were faster is told like what was foreseen, and the next step is measured."""
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    inputs = make_inputs(CASE, DEVICE)
+    prompts.begin([ASKED])
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_prompts, "prompt_rows", full)
+        measure(prompts, 0, inputs)
+    measure(prompts, 2, inputs)
+    assert errors.counts() == {"prompt": 1}, "nor is it tried again in other layers of the step"
+    assert "UnmeasuredPromptError" in caplog.text
+    assert "which the GPU had not got when they were asked for (CUDA out of memory." in caplog.text
+    prompts.begin([ASKED])
+    measure(prompts, 0, inputs)
+    assert errors.counts() == {"prompt": 1}
     assert len(prompts._found) == 1
 
 
@@ -230,6 +270,27 @@ def test_latent_attention(
     torch.testing.assert_close(products, exact, rtol=1e-4, atol=1e-3, check_dtype=False)
 
 
+def test_keys_of_heads_that_do_not_fit(errors: ErrorCounter, caplog: pytest.LogCaptureFixture) -> None:
+    """Fewer heads at a time, and where there is no room for those of one, none."""
+    step = LatentStep(torch.float32, torch.float32, None)
+    made: list[int] = []
+
+    def head_keys(vectors: Tensor, heads: Tensor) -> Tensor:
+        made.append(len(heads))
+        return step.head_keys(vectors, heads)
+
+    forward, of_head = step.forward._replace(head_keys=head_keys), 2 * 32 * 40 * 4
+    for room, expected in ((3 * of_head, [3]), (3 * of_head - 1, [2, 1]), (of_head, [1, 1, 1]), (of_head - 1, [])):
+        made.clear()
+        prompts = make_prompts(errors)
+        prompts._memory.left = lambda _, room=room, **__: room  # type: ignore[method-assign]
+        prompts.begin([LATENT_ASKED])
+        prompts.measure(0, step, forward, step.k_cache, step.tables())
+        assert made == expected
+    assert errors.counts() == {"prompt": 1}
+    assert "the keys of one head of a whole prompt take 1 MiB" in caplog.text
+
+
 def test_latent_attention_of_which_another_rank_has_the_heads(prompts: GpuPrompts, errors: ErrorCounter) -> None:
     """Nothing is measured, which is all that was asked of this one."""
     step = LatentStep(torch.float32, torch.float32, None)
@@ -292,6 +353,59 @@ def test_queries_and_own_keys_of_single_rows() -> None:
     assert torch.equal(found[:, 1].cpu(), q * torch.tensor([1.0, 1.0, 3.0, 3.0])[:, None])
     assert torch.equal(keys[:, 0].cpu(), k * torch.tensor([2.0, 4.0])[:, None])
     assert torch.equal(keys[:, 1].cpu(), k)
+
+
+EVERYTHING: tuple[dict[str, bool], ...] = (
+    {},
+    {"grams": False},
+    {"kept": False},
+    {"grams": False, "kept": False, "squares": False},
+)
+
+
+def needed_and_taken(prompts: GpuPrompts, measure_it: Callable[[], None]) -> tuple[int, int]:
+    """Bytes that a prompt in a layer was said to need, and those that it took: on a GPU at most at a time, elsewhere
+    those that are kept."""
+    needed: list[int] = []
+    left = prompts._memory.left
+
+    def noting(nbytes: int, **held: int) -> int:
+        needed.append(nbytes)
+        return left(nbytes, **held)
+
+    prompts._memory.left = noting  # type: ignore[method-assign]
+    if not ON_GPU:
+        measure_it()
+        return needed[0], prompts._found_bytes
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    measure_it()
+    return needed[0], torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("change", EVERYTHING, ids=["all", "kept", "grams", "rows"])
+@pytest.mark.parametrize("latent", [False, True], ids=["plain", "latent"])
+def test_no_more_is_taken_than_foreseen(errors: ErrorCounter, change: dict[str, bool], *, latent: bool) -> None:
+    """Of whatever can be asked."""
+    asked = replace(ASKED, local_layers=frozenset({0}), heads=(0, 1, 3), **change)
+    step = LatentStep(torch.float32, torch.float32, None)
+    inputs = make_inputs(CASE, DEVICE)
+
+    def run() -> None:
+        if latent:
+            prompts.measure(0, step, step.forward, step.k_cache, step.tables())
+        else:
+            measure(prompts, 0, inputs)
+
+    for _ in range(2):  # libraries take workspaces the first time
+        prompts = make_prompts(errors)
+        prompts.begin([asked])
+        needed, taken = needed_and_taken(prompts, run)
+    assert errors.counts() == {}
+    keys_of_heads = 2 * 3 * 32 * 40 * 4 if latent else 0
+    in_blocks = 512 * 64 if ON_GPU else 0  # torch rounds each tensor up
+    assert 0 < taken <= needed + keys_of_heads + in_blocks
 
 
 class Answers:

@@ -97,6 +97,7 @@ class Worker:
             deferred=self._deferred,
             is_piecewise=is_piecewise_forward,
             start=SEAT.start,
+            activation_bytes=facts.activation_bytes,
         )
         with SEAT.start.timed("kernels"):
             measurer = make_measurer(measured, needs, errors)
