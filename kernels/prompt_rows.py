@@ -138,20 +138,54 @@ def _halves(tile):
 
 
 @triton.jit
-def _add_weights(z, e, z2, within, p, t, FIRST: tl.constexpr):
-    """Sums of p, p * t, p * p and p * group over the groups of [X, GROUPS, LANES], the first of which is FIRST.
+def _add_group(z, e, z2, groups, p, t, GROUP: tl.constexpr):
+    """Sums of p, p * t, p * p and p * GROUP, with the group's [X, 1, LANES]."""
+    p = tl.reshape(p, [p.shape[0], _LANES])
+    t = tl.reshape(t, [t.shape[0], _LANES])
+    return z + p, e + p * t, z2 + p * p, groups + p * GROUP
 
-    One after the other, as that is one multiply-add each; the compiler's own sums are trees, which need more.
-    """
-    if p.shape[1] == 1:
-        p = tl.reshape(p, [p.shape[0], _LANES])
-        t = tl.reshape(t, [t.shape[0], _LANES])
-        return z + p, e + p * t, z2 + p * p, within + p * FIRST
-    else:  # noqa: RET505 (for Triton)
+
+@triton.jit
+def _add_two(z, e, z2, groups, p, t, FIRST: tl.constexpr):
+    p_0, p_1 = _halves(p)
+    t_0, t_1 = _halves(t)
+    z, e, z2, groups = _add_group(z, e, z2, groups, p_0, t_0, FIRST)
+    return _add_group(z, e, z2, groups, p_1, t_1, FIRST + 1)
+
+
+@triton.jit
+def _add_four(z, e, z2, groups, p, t, FIRST: tl.constexpr):
+    p_0, p_1 = _halves(p)
+    t_0, t_1 = _halves(t)
+    z, e, z2, groups = _add_two(z, e, z2, groups, p_0, t_0, FIRST)
+    return _add_two(z, e, z2, groups, p_1, t_1, FIRST + 2)
+
+
+@triton.jit
+def _add_eight(z, e, z2, groups, p, t, FIRST: tl.constexpr):
+    p_0, p_1 = _halves(p)
+    t_0, t_1 = _halves(t)
+    z, e, z2, groups = _add_four(z, e, z2, groups, p_0, t_0, FIRST)
+    return _add_four(z, e, z2, groups, p_1, t_1, FIRST + 4)
+
+
+@triton.jit
+def _add_groups(z, e, z2, groups, p, t):
+    """`_add_group` for all of [X, 2, 4, 8 or 16, LANES], one after the other, as that is one multiply-add each: the
+    compiler's own sums are trees, which need more. (Triton before 3.6 has no function that calls itself.)"""
+    tl.static_assert(p.shape[1] <= 16 and p.shape[1] >= 2, "tiles have 16 to 128 keys")
+    if p.shape[1] == 2:
+        z, e, z2, groups = _add_two(z, e, z2, groups, p, t, 0)
+    elif p.shape[1] == 4:
+        z, e, z2, groups = _add_four(z, e, z2, groups, p, t, 0)
+    elif p.shape[1] == 8:
+        z, e, z2, groups = _add_eight(z, e, z2, groups, p, t, 0)
+    else:
         p_0, p_1 = _halves(p)
         t_0, t_1 = _halves(t)
-        z, e, z2, within = _add_weights(z, e, z2, within, p_0, t_0, FIRST)
-        return _add_weights(z, e, z2, within, p_1, t_1, FIRST + p.shape[1] // 2)
+        z, e, z2, groups = _add_eight(z, e, z2, groups, p_0, t_0, 0)
+        z, e, z2, groups = _add_eight(z, e, z2, groups, p_1, t_1, 8)
+    return z, e, z2, groups
 
 
 @triton.jit
@@ -186,7 +220,7 @@ def _add_keys(
     decay = tl.exp2(rise)
     zeros = tl.zeros_like(z)
     # A visible score that is not finite makes E NaN: 0 * -inf is.
-    of_tile, e, z2, groups = _add_weights(zeros, (e + rise * z) * decay, z2 * (decay * decay), zeros, p, t, 0)
+    of_tile, e, z2, groups = _add_groups(zeros, (e + rise * z) * decay, z2 * (decay * decay), zeros, p, t)
     z = z * decay + of_tile
     ahead = (positions - begin).to(tl.float32)[:, None] - tl.arange(0, _LANES).to(tl.float32)[None, :]
     distance = distance * decay + (ahead * of_tile - _LANES * groups)
