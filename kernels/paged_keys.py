@@ -33,6 +33,11 @@ def first_visible(
     return tl.where(reach > 0, tl.maximum(position + 1 - reach, 0), position // chunk * chunk)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether what was measured on a Hopper GPU holds; the interpreter takes the same way."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
 @triton.jit
 def load_keys(
     k_head_ptr,  # of one KV head: [num_blocks, PAGE, D]

@@ -31,6 +31,7 @@ from glassbox.kernels.paged_keys import (
     UNLIMITED,
     dot_dtype,
     head_parts,
+    is_hopper,
     load_keys,
     soft_capped,
     widened,
@@ -771,7 +772,7 @@ def _wide_tilings(q: torch.Tensor, k_cache: torch.Tensor) -> tuple[Tiling, ...]:
         Tiling(keys=32, warps=8, stages=2, heads=64, beside=1),
     )
     others = (*(tiling for tiling in wide if tiling.heads < 2 * group), *few)
-    if not _is_hopper(q.device) or torch.float32 in (q.dtype, k_cache.dtype):
+    if not is_hopper(q.device) or torch.float32 in (q.dtype, k_cache.dtype):
         return others
     fp8 = k_cache.itemsize == 1
     # The second of each is for pages of 32 tokens.
@@ -787,16 +788,11 @@ def _wide_tilings(q: torch.Tensor, k_cache: torch.Tensor) -> tuple[Tiling, ...]:
     return (*(tiling for tiling in best if page % tiling.keys == 0 and _by_page(k_cache, tiling)), *others)
 
 
-def _is_hopper(device: torch.device) -> bool:
-    """Whether what was measured on a Hopper GPU holds; the interpreter takes the same way."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
-
-
 def _by_page(k_cache: torch.Tensor, tiling: Tiling) -> bool:
     """Whether tiles lie within a page and can be copied as a whole, by a tensor descriptor."""
     itemsize = k_cache.element_size()
     aligned = k_cache.data_ptr() % 16 == 0 and not any(stride * itemsize % 16 for stride in _box_strides(k_cache)[:3])
-    return k_cache.shape[2] % tiling.keys == 0 and aligned and _is_hopper(k_cache.device)
+    return k_cache.shape[2] % tiling.keys == 0 and aligned and is_hopper(k_cache.device)
 
 
 def _box_strides(k_cache: torch.Tensor) -> list[int]:

@@ -19,7 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from glassbox.kernels import row_stats
+from glassbox.kernels import prompt_rows, row_stats
 
 # Bytes of shared memory that one program may have.
 SHARED_MEMORY: Final = {80: 163 << 10, 90: 227 << 10}
@@ -93,5 +93,6 @@ def absent_gpu(monkeypatch: pytest.MonkeyPatch, capability: int, *, compiles: bo
     monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
     monkeypatch.setattr(triton.knobs.compilation, "listener", gpu.note)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
-    monkeypatch.setattr(row_stats, "_is_hopper", lambda _: capability == 90)
+    for module in (row_stats, prompt_rows):
+        monkeypatch.setattr(module, "is_hopper", lambda _: capability == 90)
     return gpu

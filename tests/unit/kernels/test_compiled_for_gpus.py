@@ -186,8 +186,11 @@ class TestPrograms:
 
     @pytest.mark.parametrize(
         ("capability", "layer", "case"),
-        [(80, PromptLayer, BASE), (90, PromptLayer, BASE), (90, LatentPromptLayer, LATENT)],
-        ids=["sm_80", "sm_90", "sm_90-latent"],
+        [
+            *((capability, PromptLayer, case) for capability in (80, 90) for case in (BASE, LARGE)),
+            (90, LatentPromptLayer, LATENT),
+        ],
+        ids=["sm_80", "sm_80-large", "sm_90", "sm_90-large", "sm_90-latent"],
     )
     def test_prompt_rows(
         self, monkeypatch: pytest.MonkeyPatch, capability: int, layer: type[PromptLayer], case: Case
