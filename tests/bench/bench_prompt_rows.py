@@ -1,7 +1,7 @@
 """GPU time of measuring all rows of a prompt's chunk in one layer, beside the attention of that chunk.
 
     python tests/bench/bench_prompt_rows.py --csv docs/data/prompt_rows_h200.csv
-    python tests/bench/bench_prompt_rows.py --tune        # other tiles, 8,192 rows; four minutes
+    python tests/bench/bench_prompt_rows.py --tune        # other tiles, 8,192 rows; six minutes
 
 Pages of 16 tokens lie in random order with V interleaved, as vLLM keeps them. The attention is vLLM's FlashAttention 3
 over the same cache where vLLM is installed, else torch's over K and V that lie in one piece. Times are the median of
@@ -52,27 +52,30 @@ SHAPES = (
 )
 TILES = {
     "by_rows": (
-        Tile(64, 64, 4, 3),
-        Tile(64, 64, 4, 2),
-        Tile(64, 64, 4, 3, 168),
+        *(Tile(64, 64, 4, stages, registers) for stages in (2, 3) for registers in (None, 168)),
+        Tile(64, 64, 4, 3, 128),
         Tile(64, 32, 4, 3),
+        Tile(64, 32, 4, 4),
+        Tile(64, 32, 4, 3, 128),
+        Tile(64, 128, 4, 2),
+        Tile(128, 64, 8, 2),
         Tile(128, 64, 8, 3),
-        Tile(128, 64, 8, 3, 128),
+        Tile(128, 64, 8, 2, 128),
         Tile(128, 32, 8, 3),
         Tile(128, 32, 8, 3, 128),
-        Tile(64, 128, 8, 2),
-        Tile(128, 128, 8, 2),
     ),
     "by_keys": (
         Tile(128, 64, 8, 2, 128),
-        Tile(128, 64, 8, 3),
-        Tile(64, 64, 4, 3),
-        Tile(64, 64, 4, 2),
-        Tile(64, 64, 4, 4),
-        Tile(32, 64, 4, 3),
-        Tile(64, 128, 8, 3),
-        Tile(64, 128, 8, 2, 128),
+        *(Tile(64, 128, 8, stages, 128) for stages in (2, 3)),
+        Tile(64, 128, 8, 2),
         Tile(128, 128, 8, 2),
+        Tile(128, 128, 8, 2, 128),
+        Tile(32, 128, 8, 3),
+        Tile(32, 128, 8, 4, 128),
+        *(Tile(64, 64, 4, stages) for stages in (2, 3, 4)),
+        Tile(64, 64, 4, 3, 128),
+        Tile(32, 64, 4, 3),
+        Tile(128, 64, 4, 2),
     ),
 }
 
@@ -117,6 +120,11 @@ class Layer:
         )  # fmt: skip
 
 
+def versions() -> dict[str, str]:
+    """What the times hold for."""
+    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+
+
 def compare() -> Iterator[dict[str, object]]:
     """A line for each shape."""
     for shape in SHAPES:
@@ -130,15 +138,14 @@ def compare() -> Iterator[dict[str, object]]:
             "shape": shape.name, "rows": shape.rows, "keys": layer.keys, "heads": shape.heads,
             "head_size": shape.head_size, "attention": name, "attention_us": f"{attention_us:.0f}",
             "prompt_rows_us": f"{plain_us:.0f}", "ratio": f"{plain_us / attention_us:.2f}",
-            "with_spans_over_all_keys_us": f"{spans_us:.0f}", "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__, "triton": triton.__version__,
+            "with_spans_over_all_keys_us": f"{spans_us:.0f}", **versions(),
             "command": "python tests/bench/bench_prompt_rows.py",
         }  # fmt: skip
 
 
 def tune() -> Iterator[dict[str, object]]:
-    """A line for each tile of a pass, for two head sizes; the other pass keeps its own."""
-    for shape in (LLAMA, Shape("Llama-3.2-1B", 32, 8, 64, 8192)):
+    """A line for each tile of a pass, for three head sizes; the other pass keeps its own."""
+    for shape in (LLAMA, Shape("Llama-3.2-1B", 32, 8, 64, 8192), Shape("head size 256", 16, 8, 256, 8192)):
         layer = Layer(shape)
         usual = _tiling(layer.q, layer.kv.transpose(1, 2)[..., : shape.head_size])
         for which, tile in ((which, tile) for which, tiles in TILES.items() for tile in tiles):
@@ -146,7 +153,10 @@ def tune() -> Iterator[dict[str, object]]:
                 us = eager_time_us(layer.measure(usual._replace(**{which: tile})), 5)
             except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
                 continue
-            yield {"head_size": shape.head_size, "pass": which, **tile._asdict(), "both_passes_us": f"{us:.0f}"}
+            yield {
+                "head_size": shape.head_size, "pass": which, **tile._asdict(), "both_passes_us": f"{us:.0f}",
+                **versions(), "command": "python tests/bench/bench_prompt_rows.py --tune",
+            }  # fmt: skip
 
 
 def main() -> None:
