@@ -82,6 +82,7 @@ def make_snapshot(
         num_heads_total=heads if total_heads is None else total_heads,
         num_layers_total=4,
         host="gpu-7",
+        interval_s=5.0,
         first_nonfinite_layer=None,
         checks=make_checks(len(layers), seed=seed, first_head=head_offset, heads=heads),
         numbers=numbers,

@@ -112,7 +112,8 @@ def _document(
     """What an answer says of a request, and what to raise if there is no time left to ask again."""
     not_ended = TraceTimeoutError(
         f"the trace of {wanted.request_id} had not ended after {timeout_s:g} s; wait for the end of its answer, or "
-        "raise timeout_s above the server's export.interval_s"
+        "raise timeout_s above the server's export.interval_s; of several ranks one that has refused it is waited for "
+        "30 s longer"
     )
     if answer.status == 200:
         try:

@@ -72,7 +72,7 @@ def mean(values: npt.NDArray[Any], axis: int | tuple[int, ...]) -> npt.NDArray[n
 
 
 # By which it is known whether all ranks have written theirs.
-_NOT_SHOWN: Final = frozenset({"chosen_layers", "instances"})
+_NOT_SHOWN: Final = frozenset({"chosen_layers", "instances", "runs"})
 
 
 def summary(trace: TraceSummary) -> dict[str, Any]:

@@ -1,19 +1,14 @@
 """Which ended traces a sink has had already, also after the exporter was started again."""
 
 import json
-import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from glassbox.store.snapshot import EngineWorker, EngineWorkers
 from glassbox.store.trace_directory import TraceDirectory, TraceSummary
 from glassbox.store.trusted_file import read_json, write_file
 
 _PREFIX: Final = "delivered-"
-# Each rank writes its part when its own interval is over; one that has refused the request never does.
-WAIT_FOR_RANKS_S: Final = 30.0
 _MAX_BYTES: Final = 1 << 26  # of 100,000 kept traces the ids, a client's may be long
 
 
@@ -31,13 +26,9 @@ class Delivered:
         run_dir: of the server.
         sink: name of the sink, for the file.
         skip_present: True for a sink that an edit has just opened: it gets what ends from now on.
-        clock: Unix time in seconds.
     """
 
-    def __init__(
-        self, run_dir: Path, sink: str, skip_present: bool = False, clock: Callable[[], float] = time.time
-    ) -> None:
-        self._workers, self._clock = EngineWorkers(run_dir), clock
+    def __init__(self, run_dir: Path, sink: str, skip_present: bool = False) -> None:
         self._path = Path(run_dir) / f"{_PREFIX}{sink}.json"
         self._known = self._read()
         self.is_new = self._known is None
@@ -52,23 +43,11 @@ class Delivered:
         except (OSError, ValueError, TypeError):
             return None
 
-    def fresh(self, traces: Sequence[TraceSummary], *, last: bool = False) -> list[TraceSummary]:
-        """Those that have ended and that the sink has not had, oldest first.
-
-        Args:
-            last: nothing will come later: also those of which some ranks' part is still to come.
-
-        Raises:
-            OSError: the run directory can't be read.
-        """
+    def fresh(self, traces: Sequence[TraceSummary]) -> list[TraceSummary]:
+        """Those that have ended and that the sink has not had, oldest first."""
         known = self._known or set()
-        found = [trace for trace in _ended(traces) if _key(trace) not in known]
-        since_s = math.inf if last else self._clock() - WAIT_FOR_RANKS_S
-        young = [trace for trace in found if (trace.end_time_s or 0.0) >= since_s]
-        workers = {engine: self._workers.of(engine) for engine in {trace.engine for trace in young}}
-        waits = {_key(trace) for trace in young if _lacks_ranks(trace, workers[trace.engine])}
         return sorted(
-            (trace for trace in found if _key(trace) not in waits),
+            (trace for trace in _ended(traces) if _key(trace) not in known),
             key=lambda trace: (trace.end_time_s or trace.start_time_s, trace.internal_id),
         )
 
@@ -87,12 +66,6 @@ class Delivered:
     def forget(self) -> None:
         """Remove the file: a sink that was switched off begins anew."""
         self._path.unlink(missing_ok=True)
-
-
-def _lacks_ranks(trace: TraceSummary, workers: Sequence[EngineWorker]) -> bool:
-    tracing = {one.instance for one in workers if one.traces(trace.chosen_layers)}
-    # Of workers that were there before a restart nobody knows how many there were.
-    return bool(tracing & trace.instances) and not tracing <= trace.instances
 
 
 def _ended(traces: Iterable[TraceSummary]) -> list[TraceSummary]:

@@ -36,7 +36,7 @@ from glassbox.store.trusted_file import list_files, make_folder, open_file, writ
 
 logger = get_logger(__name__)
 
-FORMAT_VERSION: Final = 6
+FORMAT_VERSION: Final = 7
 _CHECKS: Final = "checks_"  # before the names of the arrays of LayerChecks in a file
 _ADAPTERS: Final = "adapters_"  # likewise of AdapterArrays, if it has those
 # 80 layers of 64 heads take 2 to 20 MB, by how large their counts are.
@@ -93,6 +93,7 @@ class Snapshot(Totals):
         sampled_layers: those of the layers that are measured, as `sampling.layers` chooses.
         num_heads_total, num_layers_total: of the model.
         host: name of the machine.
+        interval_s: seconds after which it writes again, at the latest: `export.interval_s` of the moment.
         first_nonfinite_layer: global index of the first layer, in the model's order, that had non-finite rows lately;
             None if none had.
         checks: what the checks of the layers' outputs found.
@@ -112,6 +113,7 @@ class Snapshot(Totals):
     num_heads_total: int
     num_layers_total: int
     host: str
+    interval_s: float
     first_nonfinite_layer: int | None
     checks: LayerChecks
     by_adapter: AdapterArrays | None = None
@@ -328,6 +330,7 @@ class EngineWorker:
     engine: str
     instance: str
     layers: frozenset[int]
+    interval_s: float
 
     def traces(self, chosen: Collection[int] | None) -> bool:
         """Whether it keeps rows of a request that chose these layers, None is all: a stage of a pipeline that has none
@@ -336,7 +339,7 @@ class EngineWorker:
 
 
 class EngineWorkers:
-    """The workers that live, by their snapshots; of each only what never changes is read, and once.
+    """The workers that live, by their snapshots; of each only the beginning is read, again when it was replaced.
 
     Args:
         run_dir: of the server.
@@ -344,26 +347,30 @@ class EngineWorkers:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = Path(run_dir)
-        self._known: dict[str, EngineWorker | None] = {}
+        self._files = FileCache(self._read)
 
-    def of(self, engine: str) -> list[EngineWorker]:
+    def of(self, engine: str, *, at_least: int = 1) -> list[EngineWorker]:
         """Those of an engine.
+
+        Args:
+            at_least: of fewer snapshots none is read, and none of their workers returned.
 
         Raises:
             OSError: the directory may not be listed, or is not this user's.
         """
-        prefix = f"worker-{clean(engine)}-"
-        names = list_files(self._run_dir, prefix, ".npz")
-        others = {name: worker for name, worker in self._known.items() if not name.startswith(prefix)}
-        self._known = others | {name: self._known[name] if name in self._known else self._read(name) for name in names}
-        found = (worker for worker in self._known.values() if worker is not None and worker.engine == engine)
-        return [worker for worker in found if not is_dead(worker.instance)]
+        versions = list_files(self._run_dir, "worker-", ".npz")
+        self._files.keep(versions)
+        names = [name for name in versions if name.startswith(f"worker-{clean(engine)}-")]
+        if len(names) < at_least:
+            return []
+        found = (self._files.of(name, versions[name]) for name in names)
+        return [one for one in found if one is not None and one.engine == engine and not is_dead(one.instance)]
 
     def _read(self, name: str) -> EngineWorker | None:
         try:
             with open_file(self._run_dir / name, MAX_BYTES) as file:
                 meta = _meta(ArrayFile(file, MAX_BYTES))
-            return EngineWorker(meta["engine"], meta["instance"], frozenset(meta["layers"]))
+            return EngineWorker(meta["engine"], meta["instance"], frozenset(meta["layers"]), float(meta["interval_s"]))
         except Exception as error:  # as with whole ones
             logger.debug("an unreadable snapshot file %s: %s: %s", name, type(error).__name__, error)
             return None

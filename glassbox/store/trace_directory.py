@@ -6,6 +6,7 @@ reads. A file that can't be read is skipped and counted, as snapshots are.
 
 import errno
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 from glassbox.core.files import FileVersion
 from glassbox.core.logs import get_logger, log_once
+from glassbox.store.awaited_ranks import AwaitedRanks, RanksNow
 from glassbox.store.file_cache import FileCache
 from glassbox.store.logprobs_files import read_logprobs
 from glassbox.store.trace_ranks import merge_ranks
@@ -54,10 +56,14 @@ class TraceSummary:
     """What is known of a traced request without reading its arrays; fields as in RequestTrace, over all workers.
 
     Attributes:
+        status: `active` as long as one of the workers traces it, or is still to write its part.
+        end_time_s: None as long as it is active.
         num_rows: kept rows that every worker has, at least as far as their number tells.
         signals: that the request asked for.
         chosen_layers: likewise; None is all.
         instances: of the workers that have written it.
+        runs: one of these traces it still.
+        awaited_ranks: how many more workers have nothing written of it yet, and may do so.
     """
 
     request_id: str
@@ -78,6 +84,8 @@ class TraceSummary:
     signals: tuple[str, ...]
     chosen_layers: tuple[int, ...] | None
     instances: frozenset[str]
+    runs: bool
+    awaited_ranks: int
 
     @property
     def key(self) -> "TraceKey":
@@ -92,28 +100,40 @@ TraceKey = tuple[str, str, str | None]
 class TraceDirectory:
     """Reads the traces of a run directory; a file's header is parsed again only when it was replaced.
 
-    Arrays are not kept: each call that returns a RequestTrace reads them.
+    Arrays are not kept: each call that returns a RequestTrace reads them. A request is `active` until all living
+    ranks have written its end, or have been waited for in vain (`awaited_ranks.py`).
 
     Attributes:
         path: of the directory, which need not exist.
         unreadable: how many file versions could not be read so far.
+
+    Args:
+        run_dir: of the server.
+        clock: Unix time in seconds.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time) -> None:
         self.path = traces_path(run_dir)
+        self._awaited = AwaitedRanks(run_dir, clock)
         self._headers = FileCache(lambda name: self._try(read_header, name))
-        self._seen: dict[str, FileVersion] = {}
         self.unreadable = 0
 
     def versions(self) -> dict[str, FileVersion]:
         """Name and version of every trace file; empty if there is no directory."""
         return list_files(self.path, _PREFIX, _SUFFIX)
 
-    def summaries(self, client: str | None = None) -> list[TraceSummary]:
-        """All traced requests, or those of a client, newest first."""
+    def summaries(self, client: str | None = None, *, last: bool = False) -> list[TraceSummary]:
+        """All traced requests, or those of a client, newest first.
+
+        Args:
+            last: nobody is waited for, as nothing will come later.
+
+        Raises:
+            OSError: the run directory can't be read.
+        """
         versions = self.versions()
         names = versions if client is None else [name for name in versions if is_of_client(name, client)]
-        return [_summarise(headers) for headers in self._requests(versions, names).values()]
+        return self._summarise(self._requests(versions, names), None if last else self._awaited.now())
 
     def unfinished(self) -> list[str]:
         """Names of the files of requests that run, and of those that can't be read."""
@@ -124,15 +144,7 @@ class TraceDirectory:
     def read(self) -> list[RequestTrace]:
         """All traces, merged over workers, newest first. Reads every file: `summaries` is cheaper."""
         versions = self.versions()
-        return self._load(self._requests(versions, versions))
-
-    def changed(self) -> list[RequestTrace]:
-        """Traces of which a file was written since the last call (at first: all), newest first."""
-        versions = self.versions()
-        changed = {name for name, version in versions.items() if self._seen.get(name) != version}
-        self._seen = versions
-        requests = self._requests(versions, versions)
-        return self._load({key: files for key, files in requests.items() if changed & files.keys()})
+        return self._load(self._requests(versions, versions), self._awaited.now())
 
     def get(self, request_id: str) -> RequestTrace | None:
         """The trace of an internal id, or the newest of an external one; None if there is none."""
@@ -157,8 +169,8 @@ class TraceDirectory:
         }
 
     def merged(self, names: Iterable[str]) -> RequestTrace | None:
-        """The trace in files of one request; None if they were removed meanwhile."""
-        found = self._load({("", "", None): dict.fromkeys(names)})
+        """The trace in files of one request, whoever else has a part of it; None if they were removed meanwhile."""
+        found = self._load({("", "", None): dict.fromkeys(names)}, None)
         return found[0] if found else None
 
     def traces(self, request_id: str) -> list[RequestTrace]:
@@ -167,11 +179,12 @@ class TraceDirectory:
         return [trace for trace in loaded if trace is not None]
 
     def load(self, summary: TraceSummary) -> RequestTrace | None:
-        """A trace with its arrays; None if it was removed meanwhile."""
+        """A trace with its arrays; None if it was removed meanwhile. It has ended if the summary says so."""
         versions = self.versions()
         names = [name for name in versions if may_be_of(name, summary.internal_id)]
         files = self._requests(versions, names).get(summary.key)
-        found = self._load({summary.key: files}) if files else []
+        ranks = self._awaited.now() if summary.status == "active" else None
+        found = self._load({summary.key: files}, ranks) if files else []
         return found[0] if found else None
 
     def find(self, request_id: str, client: str | None = None) -> list[TraceSummary]:
@@ -191,7 +204,7 @@ class TraceDirectory:
         ]
         if len(names) > MAX_OF_AN_ID:
             names = sorted(names, key=lambda name: versions[name][1], reverse=True)[:MAX_OF_AN_ID]
-        requests = [_summarise(headers) for headers in self._requests(versions, names).values()]
+        requests = self._summarise(self._requests(versions, names), self._awaited.now())
         # As the files say it, whatever their names do.
         requests = [one for one in requests if client is None or one.client == client]
         found = [one for one in requests if one.internal_id == request_id]
@@ -216,12 +229,29 @@ class TraceDirectory:
         newest_first = sorted(requests, key=lambda key: (-_start(requests[key]), key[:2], key[2] or ""))
         return {key: requests[key] for key in newest_first}
 
-    def _load(self, requests: Mapping[TraceKey, Mapping[str, Any]]) -> list[RequestTrace]:
+    def _summarise(
+        self, requests: Mapping[TraceKey, Mapping[str, Mapping[str, Any]]], ranks: RanksNow | None
+    ) -> list[TraceSummary]:
+        """Of requests by the headers of their files; None as `ranks`: nobody is waited for."""
+        found = [_summary(headers) for headers in requests.values()]
+        if ranks is None:
+            return found
+        awaited = [ranks.awaited(one.engine, _end(one), one.chosen_layers, one.instances) for one in found]
+        return [
+            replace(one, status="active", end_time_s=None, awaited_ranks=number) if number else one
+            for one, number in zip(found, awaited, strict=True)
+        ]
+
+    def _load(self, requests: Mapping[TraceKey, Mapping[str, Any]], ranks: RanksNow | None) -> list[RequestTrace]:
         loaded = []
         for files in requests.values():
             parts = [part for part in (self._try(read_trace, name) for name in files) if part is not None]
             if parts:
-                loaded.append(self._with_logprobs(merge_ranks(parts)))
+                trace = merge_ranks(parts)
+                there = {part.instance for part in parts}
+                if ranks is not None and ranks.awaited(trace.engine, _end(trace), trace.options.layers, there):
+                    trace = replace(trace, status="active", end_time_s=None)
+                loaded.append(self._with_logprobs(trace))
         return loaded
 
     def _with_logprobs(self, trace: RequestTrace) -> RequestTrace:
@@ -283,7 +313,13 @@ def _start(headers: Mapping[str, Mapping[str, Any]]) -> float:
     return min(float(header["start_time_s"]) for header in headers.values())
 
 
-def _summarise(headers: Mapping[str, Mapping[str, Any]]) -> TraceSummary:
+def _end(found: TraceSummary | RequestTrace) -> float | None:
+    """When it has ended, by the parts that are there; None if it runs."""
+    return None if found.status == "active" else found.end_time_s or 0.0
+
+
+def _summary(headers: Mapping[str, Mapping[str, Any]]) -> TraceSummary:
+    """By the parts that are there."""
     parts = list(headers.values())
     first = parts[0]
     active = any(part["status"] == "active" for part in parts)
@@ -307,6 +343,8 @@ def _summarise(headers: Mapping[str, Mapping[str, Any]]) -> TraceSummary:
         signals=first["options"].signals,
         chosen_layers=first["options"].layers,
         instances=frozenset(part["instance"] for part in parts),
+        runs=active,
+        awaited_ranks=0,
     )
 
 

@@ -126,6 +126,7 @@ class _Traces:
             if parameters.get("format") == "npz":
                 return _arrays(trace, chosen, shows_text=texts is not None, shows_vectors=viewer.reads_text)
             shown = document(trace, texts, scores)
+            shown["awaited_ranks"] = found[0].awaited_ranks
             # Further samples (n > 1) or prompts that the id may mean, and older requests that came with the same one.
             shown["others"] = [{name: getattr(other, name) for name in _OTHERS} for other in found[1:]]
             if is_chosen:

@@ -146,7 +146,7 @@ def _save_traces(
     """Save them, and return the scores that the server's exporter has made of them, if there is a probe.
 
     Args:
-        heads: of all ranks, each of which writes a file of its own, when it comes to that.
+        heads: of all ranks.
     """
     from glassbox.adapter.offline_engine import deliver_ends
     from glassbox.store.score_files import ScoreFiles
@@ -156,9 +156,10 @@ def _save_traces(
     directory, files, scores = TraceDirectory(run_dir), ScoreFiles(run_dir), []
     deadline = time.monotonic() + (_SCORED_S if spec.probe else _SETTLED_S)
     for number, request_id in enumerate(request_ids):
-        while (trace := directory.get(request_id)) is None or trace.status == "active" or heads != {*trace.heads}:
+        while (trace := directory.get(request_id)) is None or trace.status == "active":
             assert time.monotonic() < deadline, f"{request_id} left no trace"
             time.sleep(0.1)
+        assert heads == {*trace.heads}, f"{request_id} had ended before all ranks had written it"
         path = f"{spec.out}-trace{number}.npz"
         np.savez(path, notes=np.array(trace.notes, dtype=str), **trace.arrays)  # type: ignore[arg-type]
         while spec.probe:

@@ -22,6 +22,7 @@ from glassbox.adapter.http_reply import Reply
 from glassbox.adapter.server import SentRequest
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.logs import get_logger, log_once
+from glassbox.store.awaited_ranks import missing_ranks
 from glassbox.store.file_names import request_digest
 from glassbox.store.snapshot import EngineWorkers
 from glassbox.store.trace_directory import TraceDirectory, prompt_number
@@ -242,8 +243,8 @@ class Summaries:
         first = next(iter(headers.values()))
         with self._lock:
             workers = self._workers.of(first["engine"])
-        tracing = {one.instance for one in workers if one.traces(first["options"].layers)}
-        return tracing - set(refusing) <= {one["instance"] for one in headers.values()}
+        there = {one["instance"] for one in headers.values()}
+        return {one.instance for one in missing_ranks(workers, first["options"].layers, there)} <= set(refusing)
 
 
 def _has_result(task: "asyncio.Task[Any]") -> bool:

@@ -60,7 +60,7 @@ class ActionWatch:
         acting: Acting | None = None,
     ) -> None:
         self._config, self._probes, self._errors, self._clock = config, probes, errors, clock
-        self._directory = TraceDirectory(run_dir)
+        self._directory = TraceDirectory(run_dir, clock)
         self._acting = Acting(run_dir, errors, counts, clock) if acting is None else acting
         self._book, self._heads = RuleBook(), ChosenHeads(config)
         # Held while rules are judged and done: running requests are judged in one thread, ended ones in another.
@@ -138,7 +138,8 @@ class ActionWatch:
         signals = {rule.signal.partition(".")[0] for rule in rules if rule.signal is not None}
         for summary in summaries:
             at = (summary.num_generated, summary.num_rows)
-            if summary.status != "active" or self._judged.get(summary.key) == at:
+            # What has ended is judged once it is whole.
+            if not summary.runs or self._judged.get(summary.key) == at:
                 continue
             self._judged[summary.key] = at
             trace = self._directory.load(summary)

@@ -63,8 +63,8 @@ class Scorer:
         self.last_success_s = 0.0
         self._run_dir, self._probes, self._errors = run_dir, probes, errors
         self._focus_heads, self._on_scored, self._clock = focus_heads, on_scored, clock
-        self._directory, self._files = TraceDirectory(run_dir), ScoreFiles(run_dir)
-        self._delivered = Delivered(run_dir, "scores", clock=clock)
+        self._directory, self._files = TraceDirectory(run_dir, clock), ScoreFiles(run_dir)
+        self._delivered = Delivered(run_dir, "scores")
         self._passed: set[TraceKey] = set()
         if skip_present and self._delivered.is_new:
             self._due(self._directory.summaries(), has_probes=False)
@@ -84,10 +84,10 @@ class Scorer:
         """
         if self._thread is None or not self._thread.is_alive():
             probes = self._probes.current()
-            present = self._directory.summaries()
+            present = self._directory.summaries(last=last)
             self._tell_names(tuple(probe.name for probe in probes))
             self._files.keep([summary.key for summary in present])
-            due = self._due(present, bool(probes), last=last)
+            due = self._due(present, bool(probes))
             if not due:
                 self._on_demand.close()
                 self.last_success_s = self._clock()
@@ -138,10 +138,10 @@ class Scorer:
             if len(had) == len(due):
                 self.last_success_s = self._clock()
 
-    def _due(self, present: Sequence[TraceSummary], has_probes: bool, *, last: bool = False) -> list[TraceSummary]:
+    def _due(self, present: Sequence[TraceSummary], has_probes: bool) -> list[TraceSummary]:
         """Those that have ended since and of which there is something to score; the others are passed for good, so
         that a probe that comes with an edit scores what ends from then on."""
-        fresh = [summary for summary in self._delivered.fresh(present, last=last) if summary.key not in self._passed]
+        fresh = [summary for summary in self._delivered.fresh(present) if summary.key not in self._passed]
         due = [summary for summary in fresh if has_probes or summary.signals]
         self._passed = (self._passed & {summary.key for summary in present}) | (
             {summary.key for summary in fresh} - {summary.key for summary in due}

@@ -6,7 +6,7 @@ Owns which of them are open and that each ended trace reaches each of them once.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -25,7 +25,7 @@ from glassbox.signals.chosen_heads import ChosenHeads
 from glassbox.signals.probe_files import ProbeFiles
 from glassbox.store.delivered import Delivered
 from glassbox.store.llm_spans import LlmSpan, LlmSpanReader
-from glassbox.store.trace_directory import TraceDirectory, TraceSummary
+from glassbox.store.trace_directory import TraceDirectory, TraceKey, TraceSummary
 from glassbox.store.trace_record import RequestTrace
 
 if TYPE_CHECKING:
@@ -59,12 +59,13 @@ def otlp_target(
 @dataclass(frozen=True)
 class _Records:
     """What is written to, what it has had, and where that is read: a directory of its own, because sinks work in
-    threads of their own."""
+    threads of their own. And since when, Unix time, each request is there whose scores are waited for."""
 
     sink: Records
     delivered: Delivered
     directory: TraceDirectory
     scores: TraceScores
+    since_s: dict[TraceKey, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class _Spans:
     delivered: Delivered
     directory: TraceDirectory
     scores: TraceScores
+    since_s: dict[TraceKey, float] = field(default_factory=dict)
 
 
 class TraceSinks:
@@ -107,7 +109,7 @@ class TraceSinks:
         self._environ = environ
         self._clock = clock
         self._texts = TokenTexts(self._run_dir)
-        self._directory = TraceDirectory(self._run_dir)
+        self._directory = TraceDirectory(self._run_dir, clock)
         self._llm_spans = LlmSpanReader(self._run_dir)
         self._vllm_endpoint: str | None = None
         self._used: set[str] = set()
@@ -159,7 +161,7 @@ class TraceSinks:
 
     def _noted(self, name: str) -> Delivered:
         if name not in self._delivered:
-            self._delivered[name] = Delivered(self._run_dir, name, self._skip_present, self._clock)
+            self._delivered[name] = Delivered(self._run_dir, name, self._skip_present)
         return self._delivered[name]
 
     def _let_go(self, name: str, still_wanted: bool) -> None:
@@ -200,7 +202,7 @@ class TraceSinks:
         records = config.requests.records
         assert records.expanded_path is not None
         sink = open_records(records.expanded_path, records.format, records.max_mb)
-        return _Records(sink, self._noted("records"), TraceDirectory(self._run_dir), self._trace_scores())
+        return _Records(sink, self._noted("records"), TraceDirectory(self._run_dir, self._clock), self._trace_scores())
 
     def _close_records(self, opened: "_Records", still_wanted: bool) -> None:
         try:
@@ -222,7 +224,7 @@ class TraceSinks:
         from glassbox.export.attention_spans import AttentionSpans
 
         sink = AttentionSpans(config.export.otel, self._run_dir, self._errors, self._vllm_endpoint, self._environ)
-        return _Spans(sink, self._noted("spans"), TraceDirectory(self._run_dir), self._trace_scores())
+        return _Spans(sink, self._noted("spans"), TraceDirectory(self._run_dir, self._clock), self._trace_scores())
 
     def _trace_scores(self) -> TraceScores:
         return TraceScores(self._run_dir, self._config)
@@ -244,7 +246,7 @@ class TraceSinks:
         self.spans.give(lambda opened: self._send_spans(opened, last))
 
     def _write_records(self, opened: "_Records", texts: TokenTexts | None, last: bool) -> None:
-        present = opened.directory.summaries()
+        present = opened.directory.summaries(last=last)
 
         def write(summary: TraceSummary, trace: RequestTrace) -> None:
             opened.sink.write([document(trace, texts, opened.scores.document(trace, summary.key))])
@@ -254,7 +256,7 @@ class TraceSinks:
 
     def _send_spans(self, opened: "_Spans", last: bool) -> None:
         self._llm_spans.refresh(self._clock())
-        present = opened.directory.summaries()
+        present = opened.directory.summaries(last=last)
         ready: dict[str, LlmSpan | None] = {}
         scored = self._scored(opened, present, last)
         for summary in scored:
@@ -272,17 +274,18 @@ class TraceSinks:
 
     def _scored(self, opened: "_Records | _Spans", present: list[TraceSummary], last: bool) -> list[TraceSummary]:
         """Those that a sink has not had and that have their scores, will have none or have waited for long enough."""
-        fresh = opened.delivered.fresh(present, last=last)
+        fresh = opened.delivered.fresh(present)
         if last or not self.scores.is_wanted:
             return fresh
         has_probes = bool(self._config().probes)
         due = [summary for summary in fresh if has_probes or summary.signals]
         stored = opened.scores.stored([summary.key for summary in due]) if due else {}
-        late = {
-            summary.key
-            for summary in due
-            if summary.key not in stored and self._clock() - (summary.end_time_s or 0.0) < WAIT_FOR_SCORES_S
-        }
+        # Not since its end: with a long export.interval_s, or a rank that was waited for, that may be long ago.
+        now_s = self._clock()
+        since_s = {summary.key: opened.since_s.get(summary.key, now_s) for summary in due if summary.key not in stored}
+        opened.since_s.clear()
+        opened.since_s.update(since_s)
+        late = {key for key, began_s in since_s.items() if now_s - began_s < WAIT_FOR_SCORES_S}
         return [summary for summary in fresh if summary.key not in late]
 
     def _deliver(

@@ -311,6 +311,7 @@ class Worker:
             num_layers_total=max(self._facts.server.num_layers, 1 + max(self._facts.layers.indices, default=0)),
             numbers=self._numbers(),
             host=self._place.host,
+            interval_s=self._settings.config.export.interval_s,
             first_nonfinite_layer=self._nonfinite.first(arrays.nonfinite, arrays.rows, now_s),
             checks=self._canary.checks(),
             # After the arrays: rows have come of no other adapter.

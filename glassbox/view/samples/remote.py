@@ -231,9 +231,11 @@ def _plain(content: bytes) -> Any:
 
 
 def _is_whole(document: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
-    """Whether a trace has all rows. On an idle server it stays active, although nothing is missing."""
+    """Whether a trace has all rows of all ranks. On an idle server it stays active, although nothing is missing."""
     if document.get("status") != "active":
         return True
+    if document.get("awaited_ranks"):
+        return False
     usage = answer.get("usage") or {}
     try:
         end: int = usage["prompt_tokens"] + usage["completion_tokens"] - 1

@@ -31,10 +31,12 @@ from glassbox.client.references import Reference, reference_of
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.statistics import STATISTICS
 from glassbox.export.trace_tables import trace_tables
+from glassbox.store.snapshot import write_snapshot
 from glassbox.store.trace_directory import traces_path
 from glassbox.store.trace_record import RequestTrace, write_trace
 from glassbox.web import request_routes as routes_module
 from glassbox.web.request_routes import request_routes
+from tests.export_samples import make_snapshot
 from tests.trace_samples import make_trace
 
 pytest.importorskip("pyarrow", reason="the extra `tables`")
@@ -197,6 +199,33 @@ class TestWaiting:
         thread.start()
         assert "finished" == server.client.trace("cmpl-1-0").status
         thread.join()
+
+    def test_for_all_ranks(self, server: Server) -> None:
+        """Each writes its part when its own interval is over: the trace has the heads of both."""
+        now_s = time.time()
+        parts = []
+        for rank, heads in enumerate([(0, 1), (2, 3)]):
+            place = {"rank": rank, "instance": f"i{rank}"}
+            fields = {"layers": (0, 3), "head_offset": 2 * rank, "total_heads": 4, "interval_s": 60.0}
+            write_snapshot(server.run_dir, make_snapshot(**place, **fields))
+            parts.append(make_trace(heads=heads, start_time_s=now_s - 1, end_time_s=now_s, **place))
+        server.write(parts[0])
+        told = []
+
+        def serve() -> None:
+            time.sleep(0.3)
+            told.extend(server.http.get("/glassbox/v1/requests").json()["requests"])
+            told.append(server.http.get("/glassbox/v1/requests/cmpl-1-0").json())
+            server.write(parts[1])
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        trace = server.client.trace("cmpl-1-0")
+        thread.join()
+        assert ("finished", (0, 1, 2, 3)) == (trace.status, trace.record.heads)
+        assert [("active", None, 1)] * 2 == [(one["status"], one["end_time_s"], one["awaited_ranks"]) for one in told]
+        (listed,) = server.http.get("/glassbox/v1/requests").json()["requests"]
+        assert ("finished", now_s, 0) == (listed["status"], listed["end_time_s"], listed["awaited_ranks"])
 
     def test_not_longer_than_told(self, server: Server) -> None:
         """Whether it runs or isn't there; both say what to do."""

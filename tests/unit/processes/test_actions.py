@@ -177,6 +177,19 @@ class TestRunning:
         server.end(trace())
         assert {"r|log|done": 1} == server.counts()
 
+    def test_one_rank_has_ended(self, server: Server) -> None:
+        """The other one's part is waited for: what has ended is not judged as if it ran, by half of its heads."""
+        server.rule("abort")
+        for rank in range(2):
+            place = {"rank": rank, "head_offset": 3 * rank, "heads": 3, "total_heads": 6}
+            write_snapshot(server.run_dir, make_snapshot(layers=(0, 3), instance=f"i{rank}", **place))
+        server.write(trace(end_time_s=server.now))
+        server.look()
+        assert [] == server.ordered()
+        server.write(trace(running=True))
+        server.look()
+        assert 1 == len(server.ordered()), "a running one is judged by what there is"
+
     def test_what_ended_before_the_rule(self, server: Server) -> None:
         """An edit that brings a rule, or a probe, does nothing about requests that had ended; a restart does."""
         server.rule("log")

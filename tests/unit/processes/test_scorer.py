@@ -18,7 +18,7 @@ from glassbox.processes.exporter import trace_sinks
 from glassbox.processes.exporter.trace_sinks import WAIT_FOR_SCORES_S, TraceSinks
 from glassbox.signals.probe import Probe, ProbeScore
 from glassbox.signals.scores import Scores
-from glassbox.store.delivered import WAIT_FOR_RANKS_S
+from glassbox.store.awaited_ranks import WAIT_FOR_RANKS_S
 from glassbox.store.llm_spans import write as write_span
 from glassbox.store.score_files import ScoreFiles
 from glassbox.store.score_totals import read_totals
@@ -249,7 +249,8 @@ class TestFailures:
 
         monkeypatch.setattr(scorer_module, "scores_of", slow)
         monkeypatch.setattr(trace_sinks, "_SCORING_PATIENCE_S", 0.5)
-        exporter.trace(1, end_time_s=exporter.now)
+        # Written after its end only: with a long export.interval_s, or as the last rank's part.
+        exporter.trace(1, end_time_s=exporter.now - 2 * WAIT_FOR_SCORES_S)
         exporter.round()
         exporter.round()
         assert [] == exporter.written()
@@ -287,10 +288,14 @@ class TestRanks:
         exporter.round()
         exporter.now += WAIT_FOR_RANKS_S
         exporter.round()
+        assert [[0, 1, 2, 3]] == [one["heads"] for one in exporter.written()], "it may write after its interval only"
+        exporter.now += 5.0
+        exporter.round()
         assert [[0, 1, 2, 3], [0, 1]] == [one["heads"] for one in exporter.written()]
         write(1, 3)
         exporter.round(last=True)
         assert 3 == len(exporter.scored)
+        assert ["finished"] * 3 == [one["status"] for one in exporter.written()]
 
 
 class TestManyDearOnes:

@@ -61,7 +61,7 @@ def worker(rank: int) -> Any:
         _instance=f"rank{rank}",
         _start_time_s=0.0,
         _errors=export_errors(get_logger("glassbox.tests")),
-        _settings=SimpleNamespace(status=SimpleNamespace(successful=True, timestamp_s=1.0)),
+        _settings=SimpleNamespace(status=SimpleNamespace(successful=True, timestamp_s=1.0), config=CONFIG),
         _requests=SimpleNamespace(counts=lambda: ({}, {}), active=tuple),
         _facts=SimpleNamespace(
             server=SimpleNamespace(model_name="tiny/model", engine="0", rank=rank, num_heads=2, num_layers=1),

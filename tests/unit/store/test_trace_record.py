@@ -237,7 +237,7 @@ class TestDirectory:
     def test_no_directory(self, tmp_path: Path) -> None:
         """A server that has traced nothing has none."""
         directory = TraceDirectory(tmp_path)
-        assert (directory.read(), directory.summaries(), directory.changed()) == ([], [], [])
+        assert (directory.read(), directory.summaries()) == ([], [])
         assert directory.get("cmpl-1") is None
 
     def test_newest_first_and_merged(self, tmp_path: Path) -> None:
@@ -252,22 +252,11 @@ class TestDirectory:
         assert traces[0].heads == (0, 1, 2, 3, 4, 5)
         for trace, summary in zip(traces, summaries, strict=True):
             assert summary.num_rows == len(trace.positions)
-            own = {"num_rows", "signals", "chosen_layers", "instances"}
+            own = {"num_rows", "signals", "chosen_layers", "instances", "runs", "awaited_ranks"}
             same = {f.name: getattr(trace, f.name) for f in fields(summary) if f.name not in own}
             assert (summary.signals, summary.chosen_layers) == (trace.options.signals, trace.options.layers)
             assert trace.instance in summary.instances
             assert same == {name: getattr(summary, name) for name in same}
-
-    def test_changed(self, tmp_path: Path) -> None:
-        """Each version of a trace is told once."""
-        folder = traces_path(tmp_path)
-        write_trace(folder, make_trace(status="active", end_time_s=None))
-        directory = TraceDirectory(tmp_path)
-        assert [trace.status for trace in directory.changed()] == ["active"]
-        assert directory.changed() == []
-        write_trace(folder, make_trace())
-        write_trace(folder, make_trace(seed=1))
-        assert [trace.internal_id[-1] for trace in directory.changed()] == ["1", "0"]
 
     def test_found_by_any_of_its_ids(self, tmp_path: Path) -> None:
         """The internal id, the external one, and what a client of completions has seen."""

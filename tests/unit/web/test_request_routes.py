@@ -125,7 +125,7 @@ class TestOne:
         trace = web.write(make_trace())
         for request_id in ("cmpl-1-0", "cmpl-1-0-00000000", "cmpl-1"):
             none = {"probes": {}, "signals": {}, "places": {}, "final": True}
-            shown = {**json.loads(json.dumps(document(trace, scores=none))), "others": []}
+            shown = {**json.loads(json.dumps(document(trace, scores=none))), "awaited_ranks": 0, "others": []}
             assert shown == web.get(f"/{request_id}")
 
     def test_its_scores(self, web: Web, tmp_path: Path) -> None:
