@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import httpx
 import pytest
@@ -16,6 +16,7 @@ from glassbox.cli.demo.vllm_server import HOST, VllmServer
 from glassbox.core.cpu import serving_dtype
 from glassbox.view.measured import Measured
 from glassbox.view.scrape import read_families
+from tests.waiting import wait_for
 
 MODEL_NAME: Final = "smollm2"
 # The other name by which clients may ask for it.
@@ -27,8 +28,6 @@ BASE_ARGS: Final = ("--enforce-eager", "--max-model-len", "2048", "--max-num-seq
 # An edited configuration is in force by then, in every process.
 EFFECT_S: Final = 2.0
 REQUIRE_TOOLS_ENV: Final = "GLASSBOX_REQUIRE_TOOLS"
-
-_Value = TypeVar("_Value")
 
 
 def require_tool(name: str, package: str) -> str:
@@ -62,23 +61,6 @@ def own_cache(folder: Path, compiler: str) -> dict[str, str]:
         "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT") or str(usual / "vllm"),
         "CXX": str(script),
     }
-
-
-def wait_for(
-    read: Callable[[], _Value],
-    accept: Callable[[_Value], bool],
-    timeout_s: float = 30.0,
-    what: str = "a value",
-) -> _Value:
-    """Call `read` until `accept` likes what it gives, and return that; fail the test after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        value = read()
-        if accept(value):
-            return value
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {timeout_s:g} s for {what}; the last was {value!r}")
-        time.sleep(0.1)
 
 
 class GlassboxServer(VllmServer):

@@ -1,0 +1,46 @@
+"""Waiting for what other threads and processes do: for a condition, never for a time in which it should hold by now.
+
+A machine that is half as fast, and busy, passes too: limits are there for what never comes. A bound on how long
+something takes is met by the best of a few attempts, as anything but the product can only make one longer.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import pytest
+
+_Value = TypeVar("_Value")
+
+# Of a bound: what makes so many attempts in a row too slow is no neighbour.
+ATTEMPTS: Final = 5
+
+
+def wait_for(
+    read: Callable[[], _Value],
+    accept: Callable[[_Value], bool] = bool,
+    timeout_s: float = 30.0,
+    what: str = "a value",
+    pause_s: float = 0.1,
+) -> _Value:
+    """Call `read` until `accept` likes what it gives, and return that; fail the test after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = read()
+        if accept(value):
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout_s:g} s for {what}; the last was {value!r}")
+        time.sleep(pause_s)
+
+
+def require_within(bound_s: float, attempt: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> None:
+    """Fail the test unless one of a few attempts takes less than `bound_s` of the clock's seconds."""
+    took_s: list[float] = []
+    while len(took_s) < ATTEMPTS:
+        began_s = clock()
+        attempt()
+        took_s.append(clock() - began_s)
+        if took_s[-1] < bound_s:
+            return
+    pytest.fail(f"each of {ATTEMPTS} attempts took longer than {bound_s:g} s: {took_s}")
