@@ -34,13 +34,18 @@ def wait_for(
         time.sleep(pause_s)
 
 
-def require_within(bound_s: float, attempt: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> None:
-    """Fail the test unless one of a few attempts takes less than `bound_s` of the clock's seconds."""
+def seconds_of(call: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> float:
+    """How long a call takes."""
+    began_s = clock()
+    call()
+    return clock() - began_s
+
+
+def require_within(bound_s: float, attempt: Callable[[], float], attempts: int = ATTEMPTS) -> None:
+    """Fail the test unless one of a few attempts, each of which returns its seconds, takes less than `bound_s`."""
     took_s: list[float] = []
-    while len(took_s) < ATTEMPTS:
-        began_s = clock()
-        attempt()
-        took_s.append(clock() - began_s)
+    while len(took_s) < attempts:
+        took_s.append(attempt())
         if took_s[-1] < bound_s:
             return
-    pytest.fail(f"each of {ATTEMPTS} attempts took longer than {bound_s:g} s: {took_s}")
+    pytest.fail(f"each of {attempts} attempts took longer than {bound_s:g} s: {took_s}")

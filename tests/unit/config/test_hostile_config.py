@@ -19,7 +19,7 @@ from glassbox.config.load import ConfigError, GlassboxConfig, load_config, packa
 from glassbox.config.watch import ConfigWatcher, FileWatcher
 from glassbox.config.wording import all_keys
 from glassbox.config.yaml import MAX_CONFIG_BYTES
-from tests.serving import wait_for
+from tests.waiting import wait_for
 
 PATH = Path("x.yaml")
 DIGITS = "9" * 5000
@@ -261,13 +261,13 @@ class TestFollowing:
         for number, make in enumerate((Path.mkdir, os.mkfifo, lambda at: at.symlink_to("/dev/zero"), Path.absolute), 1):
             path.unlink()
             make(path)
-            wait_for(lambda: watcher.status.successful, lambda good: not good, 5, "the failed reload")
+            wait_for(lambda: watcher.status.successful, lambda good: not good, what="the failed reload")
             if path.is_dir():
                 path.rmdir()
             good = path.with_suffix(".new")
             good.write_text(f"sample_rate: 0.{number}")
             good.replace(path)
-            wait_for(lambda: rate(watcher), lambda found, number=number: found == number / 10, 5, "the good edit")
+            wait_for(lambda: rate(watcher), lambda found, number=number: found == number / 10, what="the good edit")
 
     def test_a_reader_that_fails(self, followed: tuple[Path, ConfigWatcher], monkeypatch: pytest.MonkeyPatch) -> None:
         """An exception that nobody thought of is a failed reload, not the end of the thread."""
@@ -279,12 +279,12 @@ class TestFollowing:
         with monkeypatch.context() as patch:
             patch.setattr("glassbox.config.follow.parse_config", broken)
             path.write_text("sample_rate: 0.25")
-            wait_for(lambda: watcher.status.successful, lambda good: not good, 5, "the failed reload")
+            wait_for(lambda: watcher.status.successful, lambda good: not good, what="the failed reload")
             assert "KeyError" in (watcher.status.error or "")
             assert 0.5 == rate(watcher)
         path.write_text("sample_rate: 0.75")
-        wait_for(lambda: rate(watcher), lambda found: found == 0.75, 5, "the good edit")
-        assert watcher.status.successful
+        wait_for(lambda: rate(watcher), lambda found: found == 0.75, what="the good edit")
+        wait_for(lambda: watcher.status.successful, what="the status that follows it")
 
 
 class TestSupervision:
@@ -306,12 +306,12 @@ class TestSupervision:
         monkeypatch.setattr(watch.get_logger(watch.__name__), "log", lambda level, *_, **__: logged.append(level))
         watcher.start()
         try:
-            wait_for(lambda: len(looks), lambda number: number >= 3, 5, "three looks")
+            wait_for(lambda: len(looks), lambda number: number >= 3, what="three looks")
             assert watcher.running
             assert [40, 10] == logged[:2]
         finally:
             watcher.stop()
-        assert not watcher.running
+        wait_for(lambda: not watcher.running, what="the thread to end")
 
     def test_a_callback_that_raises_is_called_again(self, tmp_path: Path) -> None:
         """At the next event."""
@@ -326,9 +326,9 @@ class TestSupervision:
         watcher = FileWatcher(path, call, "test-watcher")
         watcher.start()
         try:
-            wait_for(lambda: len(calls), bool, 5, "the first call")
+            wait_for(lambda: len(calls), bool, what="the first call")
             path.write_text("more")
-            wait_for(lambda: len(calls), lambda number: number >= 3, 5, "more of them")
+            wait_for(lambda: len(calls), lambda number: number >= 3, what="more of them")
             assert watcher.running
         finally:
             watcher.stop()

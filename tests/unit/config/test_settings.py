@@ -1,6 +1,7 @@
 """A process's live settings: published once, read back, followed, and never worse than before."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 
 from glassbox.config.load import GlassboxConfig
 from glassbox.config.settings import Settings
-from tests.serving import wait_for
+from tests.waiting import wait_for
 
 
 class FakeRegistry:
@@ -120,17 +121,15 @@ class TestStatus:
 
     def test_no_thread_before_watching(self, path: Path, registry: FakeRegistry) -> None:
         """Making settings starts nothing, and closing them then is fine."""
-        import threading
-
-        before = threading.enumerate()
+        before = set(threading.enumerate())
         settings = make(path, registry)
         settings.close()
-        assert threading.enumerate() == before
+        assert not set(threading.enumerate()) - before
 
 
 class TestWatch:
     def wait(self, read: Callable[[], object]) -> None:
-        wait_for(read, bool, 2.0, "the edit to take effect")
+        wait_for(read, what="the edit to take effect", pause_s=0.02)
 
     def test_edit(self, watched: Settings, path: Path, log: list[str]) -> None:
         """A good edit is published, set and logged in one line."""
@@ -202,10 +201,9 @@ class TestWatch:
 
     def test_closed(self, watched: Settings, path: Path, registry: FakeRegistry) -> None:
         """After closing nothing is followed and no thread is left; the configuration stays."""
-        import threading
-
         watched.close()
-        assert not [thread for thread in threading.enumerate() if "glassbox" in thread.name]
+        # Closing waits for a second at most.
+        self.wait(lambda: not [thread for thread in threading.enumerate() if thread.name == "glassbox-config-watcher"])
         published = registry.published
         write(path, sample_rate=1)
         time.sleep(0.8)
