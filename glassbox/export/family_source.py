@@ -78,7 +78,7 @@ class FamilySource:
         self._run_dir = Path(run_dir)
         self._config = config
         self._shown = engines
-        self._reader = SnapshotReader(self._run_dir)
+        self._reader = SnapshotReader(self._run_dir, clock=clock)
         self._lock = threading.Lock()
         self._errors: dict[str, int] = {}
         self._merged: Merged | None = None

@@ -40,6 +40,8 @@ WAIT_FOR_SCORES_S: Final = 30.0
 # Scoring takes milliseconds as a rule, and then what follows has the scores in the same round.
 _SCORING_PATIENCE_S: Final = 0.5
 _LAST_SCORING_PATIENCE_S: Final = 3.0
+# For what still has to be sent in the end.
+_FLUSH_TIMEOUT_S: Final = 1.0
 
 
 def otlp_target(
@@ -230,7 +232,7 @@ class TraceSinks:
         return TraceScores(self._run_dir, self._config)
 
     def _close_spans(self, opened: "_Spans", still_wanted: bool) -> None:
-        opened.sink.close()
+        opened.sink.close(_FLUSH_TIMEOUT_S)
         self._let_go("spans", still_wanted)
 
     def round(self, last: bool = False) -> None:

@@ -388,8 +388,8 @@ class TestTogether:
             return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
         together = [started() for _ in range(3)]
-        assert ["42\n"] * 3 == [process.communicate(timeout=60)[0] for process in together]
-        assert "42\n" == started().communicate(timeout=60)[0]
+        assert ["42\n"] * 3 == [process.communicate(timeout=300)[0] for process in together]
+        assert "42\n" == started().communicate(timeout=300)[0]
         assert ["run"] == compiler.read_text().split()
 
     def test_a_file_that_was_compiled_ahead_is_waited_for(self, source: Path, compiler: Path) -> None:

@@ -228,7 +228,7 @@ def send_both(run_dir: Path, config: OtelConfig) -> ErrorCounter:
     spans = AttentionSpans(config, run_dir, errors)
     spans.send(make_trace(), None)
     for sink in (metrics, spans):
-        sink.close(timeout_s=10)
+        sink.close(timeout_s=60)
     return errors
 
 

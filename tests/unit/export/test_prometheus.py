@@ -31,6 +31,7 @@ from glassbox.store.snapshot import write_snapshot
 from glassbox.web.app import make_app
 from tests.export_samples import OWNER, logged, make_snapshot, write_config
 from tests.prometheus_server import PROMETHEUS, PrometheusServer
+from tests.waiting import require_within, seconds_of
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -235,17 +236,19 @@ class TestCollector:
                 seed=rank, layers=tuple(range(80)), heads=8, head_offset=8 * rank, total_heads=64, rank=rank
             )
             write_snapshot(tmp_path, snapshot)
-        collector = PrometheusCollector(FamilySource(tmp_path, config))
-        start = time.perf_counter()
-        count = sum(len(metric.samples) for metric in collector.collect())
-        first = time.perf_counter() - start
-        assert count > 17_000
-        again = math.inf
-        for _ in range(5):  # of which one may be interrupted
-            start = time.perf_counter()
-            collector.collect()
-            again = min(again, time.perf_counter() - start)
-        assert (first < 2.0, again < 0.01) == (True, True)
+
+        def first() -> float:
+            nonlocal collector
+            collector = PrometheusCollector(FamilySource(tmp_path, config))
+            began_s = time.perf_counter()
+            count = sum(len(metric.samples) for metric in collector.collect())
+            took_s = time.perf_counter() - began_s
+            assert count > 17_000
+            return took_s
+
+        collector: PrometheusCollector
+        require_within(2.0, first)
+        require_within(0.01, lambda: seconds_of(collector.collect, time.perf_counter), attempts=50)
 
 
 class TestInstall:
@@ -438,7 +441,7 @@ def server(run_dir: Path) -> Iterator[HttpServer]:
 class TestOwnPort:
     def test_it_serves_the_same_text(self, run_dir: Path, server: HttpServer) -> None:
         """GET /metrics is the exposition of the collector."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as answer:
             assert answer.read().decode() == exposition(registry_of(run_dir, config))
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
 
@@ -447,7 +450,7 @@ class TestOwnPort:
         request = urllib.request.Request(
             f"http://127.0.0.1:{server.port}/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"}
         )
-        with urllib.request.urlopen(request, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             assert answer.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
             assert answer.read() == generate_openmetrics(registry_of(run_dir, config))
 
@@ -461,7 +464,7 @@ class TestOwnPort:
         first = HttpServer(0, make_app(FamilySource(run_dir, config)), "127.0.0.1")
         first.close()
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", first.port), timeout=5)
+            socket.create_connection(("127.0.0.1", first.port), timeout=60)
         second = HttpServer(first.port, make_app(FamilySource(run_dir, config)), "127.0.0.1")
         second.close()
 

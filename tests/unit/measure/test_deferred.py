@@ -83,14 +83,14 @@ def test_whoever_adds_does_not_wait_for_another_thread() -> None:
     class Slow(Event):
         def synchronize(self) -> None:
             waiting.set()
-            assert goes_on.wait(10)
+            assert goes_on.wait(60)
 
     deferred.add(lambda: done.append("a"), Slow())
     thread = threading.Thread(target=deferred.finish)
     thread.start()
-    assert waiting.wait(10)
+    assert waiting.wait(60)
     deferred.add(lambda: done.append("b"))
     assert done == []
     goes_on.set()
-    thread.join(10)
+    thread.join(60)
     assert done == ["a", "b"]

@@ -18,6 +18,8 @@ from glassbox.core.statistics import INDEX
 from glassbox.export.attention_spans import attributes
 from glassbox.export.liveness import Life, liveness_families
 from glassbox.export.webhooks import MAX_BODY_BYTES, MAX_WAITING
+from glassbox.processes.exporter import sink as sink_module
+from glassbox.processes.exporter import trace_sinks
 from glassbox.processes.exporter.acting import ANSWER_S, Acting
 from glassbox.processes.exporter.action_watch import ActionWatch
 from glassbox.processes.exporter.sinks import Sinks
@@ -269,7 +271,7 @@ class TestAudit:
 class TestWebhooks:
     def wait(self, server: Server) -> None:
         """For an outcome."""
-        end_s = time.monotonic() + 10
+        end_s = time.monotonic() + 60
         while not server.counts() and time.monotonic() < end_s:
             server.collect()
             time.sleep(0.01)
@@ -339,8 +341,10 @@ class TestWebhooks:
 
 
 class TestExporter:
-    def test_with_its_other_sinks(self, server: Server, tmp_path: Path) -> None:
+    def test_with_its_other_sinks(self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """An ended request is scored, judged and recorded with what was done; counts go on after a restart."""
+        monkeypatch.setattr(trace_sinks, "_LAST_SCORING_PATIENCE_S", 60.0)
+        monkeypatch.setattr(sink_module, "PATIENCE_S", 120.0)
         write_snapshot(server.run_dir, make_snapshot())
         probe, records = tmp_path / "far.json", tmp_path / "records.jsonl"
         write_probe(probe, PROBE)

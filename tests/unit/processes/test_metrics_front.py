@@ -271,7 +271,7 @@ def serving(app: FastAPI) -> Iterator[tuple[int, asyncio.AbstractEventLoop]]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=lambda: loop.run_until_complete(uvicorn_server.serve()), daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not uvicorn_server.started:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -307,7 +307,7 @@ class TestLoop:
         """A large model at detail head: the loop is free again within 3 ms, and other threads take little of the lock.
 
         In processor time; rendering it, as it was done before, is what it is compared with. A busy machine's caches and
-        memory make single turns longer, so of three tries the best counts: what holds the loop does so each time.
+        memory make single turns longer, so of ten tries the best counts: what holds the loop does so each time.
         """
         server = Server(tmp_path, detail="head")
         families = build_families(
@@ -320,14 +320,12 @@ class TestLoop:
         with serving(server.app) as (port, loop):
             url = f"http://127.0.0.1:{port}/metrics"
             urllib.request.urlopen(url, timeout=30).read()
-            tries = []
-            while len(tries) < 3 and not any(longest_s < 0.003 for longest_s, _ in tries):
+            tries: list[tuple[float, float]] = []
+            while len(tries) < 10 and not any(held < 0.003 and spent < rendering_s / 8 for held, spent in tries):
                 probe = asyncio.run_coroutine_threadsafe(longest_turn_s(2.0), loop)
                 started = time.process_time()
                 command = [sys.executable, "-c", CLIENT, url, "1.5"]
                 smallest, scrapes = map(int, subprocess.run(command, capture_output=True, check=True).stdout.split())
-                tries.append((probe.result(20), (time.process_time() - started) / scrapes))
+                tries.append((probe.result(60), (time.process_time() - started) / scrapes))
                 assert smallest > 20_000_000
-        longest_s, spent_s = min(tries)
-        assert longest_s < 0.003
-        assert spent_s < rendering_s / 8
+        assert any(held < 0.003 and spent < rendering_s / 8 for held, spent in tries), (tries, rendering_s)

@@ -20,6 +20,7 @@ from glassbox.config.load import GlassboxConfig
 from glassbox.processes.api_server.order_taker import OrderTaker
 from glassbox.store import orders
 from glassbox.store.orders import Do, Order
+from tests.waiting import wait_for
 
 
 class Engine:
@@ -265,12 +266,9 @@ class TestThread:
             asked(taker, "cmpl-1-0-aaaaaaaa", request)
             assert 1 == threads()
             order(tmp_path, internal_id)
-            end_s = time.monotonic() + 10
-            while engine.output_processor.request_states.keys() & {internal_id} and time.monotonic() < end_s:
-                time.sleep(0.01)
+            states = engine.output_processor.request_states
+            wait_for(lambda: internal_id not in states, what="the order to be taken", pause_s=0.01)  # noqa: B023
             rule["dry_run"] = True
-            while threads() and time.monotonic() < end_s:
-                time.sleep(0.01)
-            assert 0 == threads()
-        assert 2 == len(engine.aborted)
+            wait_for(lambda: threads() == 0, what="the thread to end", pause_s=0.01)
+        wait_for(lambda: len(engine.aborted) == 2, what="both to be aborted", pause_s=0.01)
         taker.close()

@@ -37,6 +37,7 @@ from glassbox.store.trace_refusals import Refusal, write_refusals
 from tests import probe_samples
 from tests.export_samples import make_snapshot
 from tests.trace_samples import make_trace
+from tests.waiting import require_within, seconds_of
 
 fastapi = pytest.importorskip("fastapi", reason="comes with vLLM")
 
@@ -51,7 +52,7 @@ class Server:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.settings: dict[str, Any] = {"respond_wait_s": 10.0}
+        self.settings: dict[str, Any] = {"respond_wait_s": 30.0}
         self.probes: list[Any] = []
         self.answers = Answers(self.config, run_dir)
         self.worker("i0")
@@ -81,7 +82,7 @@ class Server:
         write_refusals(self.run_dir, "0", rank, f"i{rank}", [refusal])
 
     def missing(self, *sent: SentRequest) -> str:
-        """Why it says nothing of the first one, after a short wait."""
+        """Why it says nothing of the first one, after a short wait: for what never comes."""
         patience_s, self.settings["respond_wait_s"] = self.settings["respond_wait_s"], 0.3
         try:
             return str(self.of(*sent)["missing"])
@@ -203,9 +204,14 @@ class TestWaiting:
         """What isn't there by then is said in words, and where it will be."""
         server.settings["respond_wait_s"] = 0.3
         server.write(make_trace(status="active", end_time_s=None))
-        begun = time.monotonic()
-        said = server.of(sent())
-        assert 0.25 < time.monotonic() - begun < 3.0
+        said: dict[str, Any] = {}
+
+        def ask() -> float:
+            took_s = seconds_of(lambda: said.update(server.of(sent())))
+            assert took_s > 0.25
+            return took_s
+
+        require_within(3.0, ask)
         assert {"index", "request_id", "internal_id", "trace", "missing"} == said.keys()
         assert said["missing"].startswith(
             "no trace within 0.3 s of the answer (requests.respond_wait_s): it takes longer"
@@ -214,7 +220,7 @@ class TestWaiting:
 
     def test_those_that_are_there_are_told(self, server: Server) -> None:
         """One sample was refused: the other one's is told all the same."""
-        server.settings["respond_wait_s"] = 1.0
+        server.settings["respond_wait_s"] = 2.0
         server.write(make_trace(internal_id="1_cmpl-1-0-00000000"))
         first, second = server.say(sent("1_cmpl-1-0-00000000", samples=2))["choices"]
         assert "missing" in first
@@ -250,7 +256,7 @@ class TestWaiting:
 
     def test_others_are_served_meanwhile(self, server: Server) -> None:
         """The event loop is free: no task in it is held up while an answer waits."""
-        server.settings["respond_wait_s"] = 0.5
+        server.settings["respond_wait_s"] = 2.0
         reply = Reply(SimpleNamespace(), "glassbox")  # type: ignore[arg-type]
         server.answers.sent(sent(), reply)
 
@@ -268,12 +274,12 @@ class TestWaiting:
 class TestRefused:
     def test_is_said_at_once(self, server: Server) -> None:
         """With the reason in words, and no wait for what never comes."""
-        server.settings["respond_wait_s"] = 20.0
+        server.settings["respond_wait_s"] = 30.0
         timer = later(0.1, server.refuse)
         begun = time.monotonic()
         said = server.of(sent())
         timer.join()
-        assert time.monotonic() - begun < 5.0
+        assert time.monotonic() - begun < 20.0
         assert "its trace was refused: the moon is full" == said["missing"]
         assert {"index", "request_id", "internal_id", "trace", "missing"} == said.keys()
 
@@ -284,12 +290,12 @@ class TestRefused:
         server.refuse("a", time_s=time.time() - 60)
         assert "refused:" not in server.missing(sent("a", "a"))
         server.refuse("a", time_s=time.time() + 60)
-        assert "refused:" in server.missing(sent("a", "a"))
+        assert "refused:" in server.of(sent("a", "a"))["missing"]
 
     @pytest.mark.parametrize("written", [False, True])
     def test_by_some_ranks(self, server: Server, written: bool) -> None:
         """One of two tensor-parallel ranks has no room: there will be no whole trace, which is said at once."""
-        server.settings["respond_wait_s"] = 20.0
+        server.settings["respond_wait_s"] = 30.0
         server.worker("i1", rank=1, head_offset=2, total_heads=6)
         if written:
             server.write(make_trace(heads=(0, 1, 2)))
@@ -297,7 +303,7 @@ class TestRefused:
         begun = time.monotonic()
         said = server.of(sent())
         timer.join()
-        assert time.monotonic() - begun < 5.0
+        assert time.monotonic() - begun < 20.0
         assert said["missing"].startswith("its trace was refused by 1 of 2 workers: the moon is full. What the others")
         assert "/glassbox/v1/requests/cmpl-1-0-00000000" == said["trace"]
 
@@ -324,7 +330,7 @@ class TestRefused:
             server.refuse(ids[0], why="no such layer", lacks_layers=True)
             server.refuse(ids[0], rank=1, lacks_layers=lacks_layers)
             expected = "no such layer" if lacks_layers else "the moon is full"
-            assert f"its trace was refused: {expected}" == server.missing(sent(*ids))
+            assert f"its trace was refused: {expected}" == server.of(sent(*ids))["missing"]
 
     @pytest.mark.parametrize(
         "content",
@@ -340,7 +346,7 @@ class TestRefused:
         (server.run_dir / "refused-0-1.json").chmod(0o600)
         (server.run_dir / "refused-0-2.json").symlink_to("/dev/zero")
         server.refuse()
-        assert "its trace was refused: the moon is full" == server.missing(sent())
+        assert "its trace was refused: the moon is full" == server.of(sent())["missing"]
 
 
 class TestWhose:

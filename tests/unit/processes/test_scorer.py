@@ -14,6 +14,7 @@ from glassbox.core.errors import export_errors
 from glassbox.core.logs import get_logger
 from glassbox.core.trace_options import TraceOptions
 from glassbox.processes.exporter import scorer as scorer_module
+from glassbox.processes.exporter import sink as sink_module
 from glassbox.processes.exporter import trace_sinks
 from glassbox.processes.exporter.trace_sinks import WAIT_FOR_SCORES_S, TraceSinks
 from glassbox.signals.probe import Probe, ProbeScore
@@ -30,6 +31,7 @@ from tests.export_samples import limited_file_size, make_snapshot
 from tests.otlp_receiver import OtlpReceiver, attributes
 from tests.trace_samples import make_trace
 from tests.unit.store.test_llm_spans import make_span
+from tests.waiting import wait_for
 
 ENGINE = ("tiny/model", "0")
 
@@ -88,11 +90,15 @@ class Exporter:
 @pytest.fixture
 def exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Exporter]:
     """Each round of which ends with all that it scores, however long a busy machine takes."""
-    monkeypatch.setattr(trace_sinks, "_SCORING_PATIENCE_S", 60.0)
+    for name in ("_SCORING_PATIENCE_S", "_LAST_SCORING_PATIENCE_S"):
+        monkeypatch.setattr(trace_sinks, name, 60.0)
+    monkeypatch.setattr(trace_sinks, "_FLUSH_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(sink_module, "PATIENCE_S", 120.0)
     exporter = Exporter(tmp_path)
     yield exporter
     exporter.sinks.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "glassbox-scoring"]
+    threads = lambda: [thread for thread in threading.enumerate() if thread.name == "glassbox-scoring"]  # noqa: E731
+    wait_for(lambda: not threads(), what="the thread to end")
 
 
 class TestScores:
@@ -244,7 +250,7 @@ class TestFailures:
         go_on, true = threading.Event(), scorer_module.scores_of
 
         def slow(*args: Any, **options: Any) -> Scores:
-            assert go_on.wait(30)
+            assert go_on.wait(120)
             return true(*args, **options)
 
         monkeypatch.setattr(scorer_module, "scores_of", slow)

@@ -47,7 +47,7 @@ def process() -> Iterator[SignalProcess]:
     process.close()
 
 
-def wait_for_end(pid: int, seconds: float = 20.0) -> None:
+def wait_for_end(pid: int, seconds: float = 60.0) -> None:
     """Of a process that somebody else reaps, or nobody."""
     end = time.monotonic() + seconds
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -96,7 +96,7 @@ class TestItsEnd:
         """As by the kernel when memory is short: refused with the reason, and the next request is served."""
         thread, refused, pid = busy(process, long)
         os.kill(pid, signal.SIGKILL)
-        thread.join(20)
+        thread.join(60)
         assert 4 == len(refused)
         assert all("the process that computes it ended with status -9" in one for one in refused)
         assert "" == process.values(short, ["cyclic"])["cyclic"].refused
@@ -110,7 +110,7 @@ class TestItsEnd:
     def test_from_another_thread(self, process: SignalProcess, long: RequestTrace) -> None:
         thread, refused, _ = busy(process, long)
         process.kill()
-        thread.join(20)
+        thread.join(60)
         assert "ended with status -9" in refused[0]
 
     def test_whoever_asked_was_killed(self, tmp_path: Path, long: RequestTrace) -> None:

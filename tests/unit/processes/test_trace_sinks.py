@@ -11,6 +11,7 @@ import pytest
 from glassbox.config.load import GlassboxConfig
 from glassbox.core.errors import export_errors
 from glassbox.core.logs import get_logger
+from glassbox.processes.exporter import sink as sink_module
 from glassbox.processes.exporter import trace_sinks
 from glassbox.processes.exporter.launch import wants_records, wants_spans
 from glassbox.processes.exporter.trace_sinks import WAIT_FOR_LLM_SPAN_S, TraceSinks
@@ -45,6 +46,13 @@ class Exporter:
     def round(self, skip_present: bool = False, last: bool = False) -> None:
         self.sinks.apply(skip_present)
         self.sinks.round(last)
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent in the end arrives, however long a busy machine takes."""
+    monkeypatch.setattr(trace_sinks, "_FLUSH_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(sink_module, "PATIENCE_S", 120.0)
 
 
 @pytest.fixture

@@ -150,7 +150,7 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
         lock.release()
 
 
-def in_time(call: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+def in_time(call: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """What it returns; fails if it blocks."""
     answer: list[Any] = []
     thread = threading.Thread(target=lambda: answer.append(call()), daemon=True)

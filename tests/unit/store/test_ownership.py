@@ -3,6 +3,7 @@
 import logging
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -190,13 +191,17 @@ class TestRestart:
         """The first process was killed, a child of it still writes for a moment: not mixed, and no other directory."""
         forking = (
             "import os, time; from glassbox.store import ownership, rundir; ownership.settle(); child = os.fork();"
-            "print(rundir.run_dir(), flush=True) if child else (time.sleep(2), os._exit(0)); input()"
+            "(print(rundir.run_dir(), flush=True), time.sleep(600)) if child else (input(), os._exit(0))"
         )
         dying = OtherProcess(environ, forking).process
         dying.kill()
         dying.wait()
+        assert dying.stdin is not None
+        end = threading.Timer(1.0, lambda: print(file=dying.stdin, flush=True))
         began = time.monotonic()
+        end.start()
         undo = ownership.settle(environ)
         assert rundir.run_dir(environ) == named
         assert time.monotonic() - began > 0.5
+        end.join()
         undo()

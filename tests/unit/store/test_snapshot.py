@@ -4,7 +4,6 @@ import errno
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -299,8 +298,9 @@ class TestDeadEngines:
     def test_metrics_and_page_lose_it(self, tmp_path: Path, ended: str) -> None:
         """A view that was made while it lived changes, although no file does."""
         write_snapshot(tmp_path, make_snapshot(engine="1", instance=f"{own_name()}-2"))
-        write_snapshot(tmp_path, make_snapshot(instance=f"{ended}-1", time_s=time.time() - 59.0))
-        source = FamilySource(tmp_path, GlassboxConfig)
+        write_snapshot(tmp_path, make_snapshot(instance=f"{ended}-1"))
+        now_s = [make_snapshot().time_s + 59.0]
+        source = FamilySource(tmp_path, GlassboxConfig, clock=lambda: now_s[0])
         assert [engine.engine for engine in source.view().engines] == ["0", "1"]
-        time.sleep(1.1)
+        now_s[0] += 1.1
         assert [engine.engine for engine in source.view().engines] == ["1"]

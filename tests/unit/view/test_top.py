@@ -291,5 +291,5 @@ def test_whatever_an_answer_does_is_told() -> None:
     poller.again.set()
     poller.start()
     for _ in range(2):
-        assert "the answer can't be read (KeyError: '\\x1b[31mno')" == str(poller.answers.get(timeout=5))
+        assert "the answer can't be read (KeyError: '\\x1b[31mno')" == str(poller.answers.get(timeout=60))
         poller.again.set()

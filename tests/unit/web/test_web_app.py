@@ -26,6 +26,7 @@ from glassbox.web.answers import json_answer
 from glassbox.web.app import make_app, make_routes
 from glassbox.web.stream import MAX_LISTENERS, Feed
 from tests.export_samples import make_checks, make_snapshot
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 # Detail `model`: the numbers of all heads are shown nevertheless.
@@ -220,7 +221,7 @@ class TestPage:
         """Also the vendored ones with their licence."""
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
         command += ["--wheel-dir", str(tmp_path), str(copy_of_sources(tmp_path))]
-        subprocess.run(command, check=True, timeout=120)
+        subprocess.run(command, check=True, timeout=600)
         (wheel,) = tmp_path.glob("*.whl")
         packed = set(zipfile.ZipFile(wheel).namelist())
         page = ROOT / "glassbox" / "web" / "page"
@@ -306,12 +307,14 @@ class TestStream:
             assert 503 == refused.status_code
             assert error_of(refused).startswith("at most 16 streams are served at the same time")
             opened[0].close()
-            for _ in range(200):
-                again = client.send(client.build_request("GET", url), stream=True)
-                if again.status_code == 200:
-                    break
-                again.close()
-            assert 200 == again.status_code
+
+            def ask_again() -> httpx.Response:
+                answer = client.send(client.build_request("GET", url), stream=True)
+                if answer.status_code != 200:
+                    answer.close()
+                return answer
+
+            again = wait_for(ask_again, lambda answer: answer.status_code == 200, what="a place", pause_s=0.01)
             for answer in (*opened, again):
                 answer.close()
 

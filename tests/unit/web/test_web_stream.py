@@ -293,7 +293,7 @@ class TestSelection:
 class TestSlowListeners:
     def test_who_takes_nothing_loses_its_place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """On either port: the server's send waits for ever, the answer doesn't."""
-        monkeypatch.setattr(stream, "SEND_S", 0.05)
+        monkeypatch.setattr(stream, "SEND_S", 0.5)
         write_snapshot(tmp_path, make_snapshot())
         feed = Feed(FamilySource(tmp_path, lambda: CONFIG), poll_s=0.01)
         sent: list[str] = []
