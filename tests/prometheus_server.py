@@ -3,8 +3,7 @@
 import shutil
 
 from glassbox.cli.demo.prometheus_server import PROMETHEUS, PrometheusServer
-from glassbox.cli.demo.vllm_server import free_port
 
-__all__ = ["PROMETHEUS", "PROMTOOL", "PrometheusServer", "free_port"]
+__all__ = ["PROMETHEUS", "PROMTOOL", "PrometheusServer"]
 
 PROMTOOL = shutil.which("promtool")

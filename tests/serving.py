@@ -16,6 +16,7 @@ from glassbox.cli.demo.vllm_server import HOST, VllmServer
 from glassbox.core.cpu import serving_dtype
 from glassbox.view.measured import Measured
 from glassbox.view.scrape import read_families
+from tests.ports import free_port
 from tests.waiting import wait_for
 
 MODEL_NAME: Final = "smollm2"
@@ -102,6 +103,7 @@ class GlassboxServer(VllmServer):
                 **(env or {}),
             },
             log_path=folder / "server.log",
+            port=free_port(),
             start_timeout_s=start_timeout_s,
             # Not the repository's root: a glassbox.yaml or a package lying there must play no part.
             cwd=folder,

@@ -12,7 +12,8 @@ import httpx
 import psutil
 import pytest
 
-from glassbox.cli.demo.vllm_server import HOST, ServerError, VllmServer, free_port
+from glassbox.cli.demo.vllm_server import HOST, ServerError, VllmServer
+from tests.ports import free_port
 
 pytestmark = pytest.mark.e2e
 

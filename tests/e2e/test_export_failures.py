@@ -18,7 +18,7 @@ from glassbox.cli.doctor import served_metrics
 from tests.doctor_findings import asked
 from tests.e2e.samples import counts_against_rows, glassbox_samples
 from tests.otlp_receiver import OtlpReceiver
-from tests.prometheus_server import free_port
+from tests.ports import free_port
 from tests.serving import GlassboxServer, own_cache, require_tool, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -29,7 +29,8 @@ from glassbox.cli.dashboards.rules import build_groups
 from tests.e2e.small_disk import SmallDisk
 from tests.e2e.test_request_load import Load, settle
 from tests.e2e.test_soak import growth_mb_per_h, warm_up
-from tests.prometheus_server import PrometheusServer, free_port
+from tests.ports import free_port
+from tests.prometheus_server import PrometheusServer
 from tests.serving import GlassboxServer, require_tool, wait_for
 
 pytestmark = pytest.mark.e2e

@@ -18,7 +18,7 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from tests.prometheus_server import free_port
+from tests.ports import free_port
 from tests.serving import HOST, MODEL_NAME, GlassboxServer, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -11,7 +11,7 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 from glassbox.export.families import METRICS
 from tests.e2e.samples import OF_THE_MOMENT, Key, glassbox_samples
 from tests.otlp_receiver import OtlpReceiver, attributes
-from tests.prometheus_server import free_port
+from tests.ports import free_port
 from tests.serving import GlassboxServer, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

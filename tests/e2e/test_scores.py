@@ -16,7 +16,7 @@ from glassbox.signals.probe import ProbeFeature
 from tests import probe_samples
 from tests.e2e.test_traced_requests import Shown
 from tests.otlp_receiver import OtlpReceiver, attributes
-from tests.prometheus_server import free_port
+from tests.ports import free_port
 from tests.serving import MODEL_NAME, GlassboxServer, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -13,12 +13,13 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from glassbox.cli.demo.vllm_server import HOST, free_port
+from glassbox.cli.demo.vllm_server import HOST
 from tests.e2e.samples import Key, counts_against_rows, glassbox_samples
 from tests.integration.parallel_engine import HEADS as LLAMA_HEADS
 from tests.integration.parallel_engine import LAYERS as LLAMA_LAYERS
 from tests.integration.parallel_engine import prompts, random_llama
 from tests.otlp_receiver import OtlpReceiver, attributes
+from tests.ports import free_port
 from tests.serving import BASE_CONFIG, MODEL_NAME, GlassboxServer, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]  # two engines at once, for minutes

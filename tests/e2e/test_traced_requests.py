@@ -19,7 +19,8 @@ from glassbox.cli.dashboards.stack import Stack
 from glassbox.store.trace_directory import TraceDirectory
 from tests.e2e.test_dashboard_queries import VALUES
 from tests.otlp_receiver import OtlpReceiver, attributes
-from tests.prometheus_server import PrometheusServer, free_port
+from tests.ports import free_port
+from tests.prometheus_server import PrometheusServer
 from tests.serving import ALIAS, EFFECT_S, MODEL_NAME, GlassboxServer, require_tool, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -50,7 +50,8 @@ import yaml
 from glassbox import __version__
 from glassbox.cli.bench.instructions import AVX2, CHOICES, NATIVE, InstructionsError, environment, loaded_library
 from glassbox.cli.demo.demo_model import demo_model
-from glassbox.cli.demo.vllm_server import VllmServer, free_port
+from glassbox.cli.demo.ports import free_port
+from glassbox.cli.demo.vllm_server import VllmServer
 from glassbox.config.load import load_config, packaged_config
 from glassbox.core.cpu import cpu_flags, cpu_model, serving_dtype
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import yaml
 
-from glassbox.cli.demo.vllm_server import HOST, free_port
+from glassbox.cli.demo.ports import HOST, free_port
 
 PROMETHEUS = shutil.which("prometheus")
 # Prometheus's own limit of a query is 120 s; beside a vLLM that keeps every core busy some do take over 10.

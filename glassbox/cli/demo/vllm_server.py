@@ -7,7 +7,6 @@ with is in `args` and `env`.
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,8 @@ import psutil
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-HOST: Final = "127.0.0.1"
+from glassbox.cli.demo.ports import HOST, free_port
+
 _POLL_S: Final = 0.2
 _TERM_S: Final = 20.0
 # While it starts, vLLM doesn't listen to SIGTERM, and there is nothing yet to end in order.
@@ -31,13 +31,6 @@ _KILL_S: Final = 10.0
 
 class ServerError(RuntimeError):
     """The server died or didn't get healthy; the message ends with the last lines of its log."""
-
-
-def free_port() -> int:
-    """A TCP port that was free on the loopback interface a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 class VllmServer:

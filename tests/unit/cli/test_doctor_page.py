@@ -14,7 +14,7 @@ from glassbox.cli.doctor.reading import get
 from glassbox.cli.doctor.scraped_page import MetricsPage
 from tests.doctor_findings import KEY, answering, asked, good_page, sending, statuses, told
 from tests.metrics_pages import VLLM_LINES
-from tests.prometheus_server import free_port
+from tests.ports import free_port
 from tests.waiting import require_within, seconds_of
 
 

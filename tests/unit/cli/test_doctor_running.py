@@ -25,7 +25,8 @@ from glassbox.store.exporter_status import ExporterStatus, write_status
 from glassbox.store.snapshot import write_snapshot
 from tests.doctor_findings import KEY, answering, asked, good_page, statuses, told, write_yaml
 from tests.export_samples import make_snapshot
-from tests.prometheus_server import PrometheusServer, free_port
+from tests.ports import free_port
+from tests.prometheus_server import PrometheusServer
 from tests.serving import require_tool, wait_for
 
 

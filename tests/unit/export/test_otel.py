@@ -21,7 +21,7 @@ from glassbox.export.prometheus import to_metric
 from glassbox.store.merge import merge
 from tests.export_samples import logged, make_snapshot
 from tests.otlp_receiver import OtlpReceiver, attributes
-from tests.prometheus_server import free_port
+from tests.ports import free_port
 from tests.waiting import require_within, seconds_of, wait_for
 
 PROTOCOLS = ["grpc", "http"]

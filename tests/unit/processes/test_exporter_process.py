@@ -36,7 +36,7 @@ from glassbox.store.score_files import AWAITED_S, note_awaited
 from glassbox.store.snapshot import write_snapshot
 from tests.export_samples import limited_file_size, make_snapshot, write_config
 from tests.otlp_receiver import OtlpReceiver
-from tests.prometheus_server import free_port
+from tests.ports import free_port
 from tests.waiting import ATTEMPTS, require_within, seconds_of, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -28,7 +28,7 @@ from glassbox.store.trace_directory import traces_path
 from glassbox.store.trace_record import write_trace
 from glassbox.web.app import make_app
 from tests.export_samples import logged, make_snapshot
-from tests.prometheus_server import free_port
+from tests.ports import free_port
 from tests.route_table import left_out
 from tests.trace_samples import make_trace
 
