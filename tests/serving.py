@@ -82,7 +82,7 @@ class GlassboxServer(VllmServer):
         args: Sequence[str] = (),
         env: Mapping[str, str | None] | None = None,
         base_args: Sequence[str] = BASE_ARGS,
-        start_timeout_s: float = 300.0,
+        start_timeout_s: float = 600.0,
         prefix: Sequence[str] = (),
     ) -> None:
         self.folder = folder

@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import pytest
 
 from glassbox.client import AsyncGlassboxClient, GlassboxClient, Trace
 from glassbox.store.trace_directory import TraceDirectory
-from tests.serving import MODEL_NAME, GlassboxServer
+from tests.serving import EFFECT_S, MODEL_NAME, GlassboxServer
+from tests.waiting import require_within, seconds_of
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 MESSAGES: Any = [{"role": "user", "content": "Which harbour has the oldest lighthouse?"}]
 ASKED = {"glassbox": "trace", "glassbox_respond": 1}
@@ -157,11 +159,12 @@ class TestSummary:
 
     def test_it_comes_at_once(self, server: GlassboxServer, api: openai.OpenAI) -> None:
         """Not with the next export."""
-        server.edit_config(export={"interval_s": 60}, requests={"respond_wait_s": 5.0})
-        time.sleep(2.0)
-        begun = time.monotonic()
-        check(server, api.chat.completions.create(**options(ASKED, max_tokens=1)).glassbox)  # type: ignore[attr-defined]
-        assert time.monotonic() - begun < 5.0
+        server.edit_config(export={"interval_s": 600}, requests={"respond_wait_s": 30.0})
+        time.sleep(EFFECT_S)
+        answers: list[Any] = []
+        ask = partial(api.chat.completions.create, **options(ASKED, max_tokens=1))
+        require_within(5.0, lambda: seconds_of(lambda: answers.append(ask())))
+        check(server, answers[-1].glassbox)
 
     def test_errors(self, api: openai.OpenAI) -> None:
         """Are what they were."""

@@ -20,7 +20,7 @@ from glassbox.store.snapshot import read_snapshots
 from tests.e2e.samples import Key, counts_against_rows, glassbox_samples
 from tests.serving import GlassboxServer, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 REQUESTS = 12
 TOKENS = 6

@@ -52,7 +52,7 @@ def start(model: Path, folder: Path, broken: Broken) -> Ended:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     output = finished.stdout.decode(errors="replace")

@@ -17,7 +17,7 @@ from tests.ports import free_port
 
 pytestmark = pytest.mark.e2e
 
-START_TO_TABLE_S = 240
+START_TO_TABLE_S = 600
 
 
 def wait_for_line(process: "subprocess.Popen[str]", wanted: str, timeout_s: float) -> str:
@@ -49,14 +49,14 @@ class TestDemo:
         try:
             printed = wait_for_line(process, "Ctrl-C stops it.", START_TO_TABLE_S)
             family = psutil.Process(process.pid).children(recursive=True)
-            metrics = httpx.get(f"http://{HOST}:{port}/metrics", follow_redirects=True).text
-            page = httpx.get(f"http://{HOST}:{port}/glassbox/").text
+            metrics = httpx.get(f"http://{HOST}:{port}/metrics", follow_redirects=True, timeout=60.0).text
+            page = httpx.get(f"http://{HOST}:{port}/glassbox/", timeout=60.0).text
             process.send_signal(signal.SIGINT)
-            status = process.wait(60)
+            status = process.wait(180)
         finally:
             if process.poll() is None:
                 process.terminate()
-                process.wait(60)
+                process.wait(180)
         assert "All 8 exported statistics had samples." in printed
         assert "glassbox_attention_rows_total" in metrics
         assert "<title>glassbox live</title>" in page

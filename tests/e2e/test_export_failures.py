@@ -21,7 +21,7 @@ from tests.otlp_receiver import OtlpReceiver
 from tests.ports import free_port
 from tests.serving import GlassboxServer, own_cache, require_tool, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ROWS = "glassbox_attention_rows_total"
 ERRORS = "glassbox_errors_total"
@@ -224,7 +224,7 @@ class TestJsonl:
 
         def serve_until_written() -> bool:
             assert_serves(server)
-            return path.exists()
+            return path.exists() and "\n" in path.read_text()
 
         wait_for(serve_until_written, bool, timeout_s=90.0, what="the other file")
         assert json.loads(path.read_text().splitlines()[0])["places"]

@@ -13,7 +13,7 @@ from glassbox.store.trace_directory import TraceDirectory
 from glassbox.view.samples import remote
 from tests.serving import MODEL_NAME, GlassboxServer
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 CHAT = [{"role": "user", "content": "Name a colour of the sky."}]
 SAMPLES = (

@@ -85,7 +85,7 @@ def rules_text() -> str:
 
 
 class TestShort:
-    @pytest.mark.timeout(300)
+    @pytest.mark.timeout(900)
     def test_no_alert(self, server: GlassboxServer, tmp_path: Path) -> None:
         """Half a minute."""
         fired, index = watch(server, tmp_path, SHORT_S)

@@ -21,7 +21,7 @@ import pytest
 from tests.ports import free_port
 from tests.serving import HOST, MODEL_NAME, GlassboxServer, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 KEYS = {"alice": "key-of-alice", "bob": "key-of-bob"}
 CONFIG: dict[str, Any] = {
@@ -314,9 +314,9 @@ class TestRunDirectory:
         put(path)
         try:
             page = wait_for(
-                lambda: httpx.get(f"{tenants.server.url}/metrics", timeout=20.0).raise_for_status().text,
+                lambda: httpx.get(f"{tenants.server.url}/metrics", timeout=60.0).raise_for_status().text,
                 lambda text: "glassbox_steps_total" in text,
-                30.0,
+                90.0,
                 "glassbox's metrics",
             )
             assert 'rank="7"' not in page
@@ -335,7 +335,7 @@ class TestReaders:
         with contextlib.ExitStack() as stack:
             for _ in range(300):
                 with contextlib.suppress(OSError):
-                    connection = stack.enter_context(socket.create_connection((HOST, tenants.own_port), timeout=5.0))
+                    connection = stack.enter_context(socket.create_connection((HOST, tenants.own_port), timeout=30.0))
                     connection.sendall(sent)
             proof = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -344,6 +344,6 @@ class TestReaders:
                     return status_and_body(tenants.own_port, "GET", "/metrics", proof)[1].decode()
                 return ""
 
-            assert wait_for(scraped, lambda page: "glassbox_" in page, 30.0, "a page in spite of them")
+            assert wait_for(scraped, lambda page: "glassbox_" in page, 90.0, "a page in spite of them")
         errors = tenants.server.metric("glassbox_errors_total", stage="http")
         assert not errors

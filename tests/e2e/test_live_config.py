@@ -10,6 +10,7 @@ import pytest
 
 from tests.broken_configs import BROKEN, Broken
 from tests.serving import BASE_CONFIG, EFFECT_S, MODEL_NAME, GlassboxServer, unprivileged, wait_for
+from tests.waiting import require_within, seconds_of
 
 pytestmark = pytest.mark.e2e
 
@@ -38,9 +39,9 @@ class Log:
             file.seek(self._start)
             return [line for line in file.read().decode(errors="replace").splitlines() if having in line]
 
-    def wait(self, having: str, timeout_s: float = EFFECT_S) -> list[str]:
+    def wait(self, having: str) -> list[str]:
         """Wait for such a line."""
-        return wait_for(lambda: self.lines(having), bool, timeout_s, f"{having!r} in the log")
+        return wait_for(lambda: self.lines(having), what=f"{having!r} in the log")
 
 
 def steps(server: GlassboxServer) -> tuple[float, float]:
@@ -58,15 +59,20 @@ def rows(server: GlassboxServer, **labels: str) -> float:
 
 
 def edit(server: GlassboxServer, **changes: Any) -> None:
-    """Edit the YAML and wait, at most two seconds, until the worker has taken it."""
+    """Edit the YAML and wait until the worker has taken it."""
     log = Log(server)
     server.edit_config(**changes)
     log.wait(f"Reloaded {server.config_path}")
 
 
 def wait_rate(server: GlassboxServer, rate: float) -> None:
-    """Wait, at most two seconds, until the worker's rate is `rate`."""
-    server.wait_metric("glassbox_sample_rate", lambda value: value == rate, EFFECT_S)
+    """Wait until the worker's rate is `rate`."""
+    server.wait_metric("glassbox_sample_rate", lambda value: value == rate)
+
+
+def wait_reload(server: GlassboxServer, successful: int) -> None:
+    """Wait until the last reading of the file is told to have been good, or bad."""
+    server.wait_metric("glassbox_config_last_reload_successful", lambda value: value == successful)
 
 
 @pytest.fixture
@@ -78,18 +84,24 @@ def server(server: GlassboxServer) -> Iterator[GlassboxServer]:
     server.restore_config()
     # The next test starts from the configuration of the start, not from a moment before.
     wait_rate(server, BASE_CONFIG["sample_rate"])
-    server.wait_metric("glassbox_config_last_reload_successful", lambda value: value == 1, EFFECT_S)
+    wait_reload(server, 1)
 
 
 class TestSampleRate:
     def test_shows_within_two_seconds(self, server: GlassboxServer) -> None:
         """0.01, then 1, then 0: the gauge follows, though nothing is served and snapshots are a minute apart."""
         for rate in (0.01, 1.0, 0.0):
-            server.edit_config(sample_rate=rate, **RARE_EXPORT)
-            wait_rate(server, rate)
+
+            def follow(rate: float = rate) -> float:
+                server.edit_config(sample_rate=0.5, **RARE_EXPORT)
+                wait_rate(server, 0.5)
+                server.edit_config(sample_rate=rate, **RARE_EXPORT)
+                return seconds_of(lambda: wait_rate(server, rate))
+
+            require_within(EFFECT_S, follow)
 
     def test_steps_are_sampled_accordingly(self, server: GlassboxServer) -> None:
-        """Two seconds after the edit every step, none, or one in a hundred is measured."""
+        """After the edit every step, none, or one in a hundred is measured."""
         for rate, least, most in ((0.01, 0, 1), (1.0, 48, 60), (0.0, 0, 0)):
             server.edit_config(sample_rate=rate)
             wait_rate(server, rate)
@@ -138,7 +150,7 @@ def open_stream(server: GlassboxServer, prompt: list[int], max_tokens: int) -> I
 
 class TestLogLevel:
     def test_info_to_debug_and_back(self, server: GlassboxServer) -> None:
-        """Debug lines of glassbox come within two seconds and end with the level."""
+        """Debug lines of glassbox come before the next snapshot is due, and end with the level."""
         log = Log(server)
         server.edit_config(log_level="debug", **RARE_EXPORT)
         (line, *_) = log.wait("Snapshot written")
@@ -214,8 +226,7 @@ class TestDetail:
             found = wait_for(
                 shown,
                 lambda series: {key for labels in series for key in labels} & {"layer", "head"} == labels,
-                EFFECT_S,
-                f"detail {detail}",
+                what=f"detail {detail}",
             )
             assert all({"model_name", "engine", "phase"} <= series.keys() for series in found)
             assert rows(server) == total
@@ -231,7 +242,7 @@ def check_broken_edit(server: GlassboxServer, broken: Broken) -> None:
     assert server.metric(successful) == 1
 
     broken.apply(server.config_path)
-    server.wait_metric(successful, lambda value: value == 0, EFFECT_S)
+    wait_reload(server, 0)
     before = steps(server)
     server.complete(new_prompt(10), max_tokens=4, ignore_eos=True)
     after = steps(server)
@@ -243,7 +254,7 @@ def check_broken_edit(server: GlassboxServer, broken: Broken) -> None:
     assert " ERROR " in line
 
     server.restore_config()
-    server.wait_metric(successful, lambda value: value == 1, EFFECT_S)
+    wait_reload(server, 1)
     assert len(log.lines(KEPT)) == 1
     assert server.metric("glassbox_sample_rate") == 1
 
@@ -251,7 +262,7 @@ def check_broken_edit(server: GlassboxServer, broken: Broken) -> None:
 class TestBrokenEdit:
     @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
     def test_last_good_configuration_is_kept(self, server: GlassboxServer, broken: Broken) -> None:
-        """Serving and sampling go on; it is logged once and shown; a mended file counts within two seconds."""
+        """Serving and sampling go on; it is logged once and shown; a mended file counts."""
         if broken.lacks_permission:
             unprivileged()  # as the server was started; skips where root's right to read can't be dropped
         check_broken_edit(server, broken)
@@ -260,9 +271,14 @@ class TestBrokenEdit:
         """Bad and good again are shown in time though snapshots are a minute apart and nothing is served."""
         good: dict[str, Any] = {**BASE_CONFIG, **RARE_EXPORT}
         server.write_config(good)
-        server.wait_metric("glassbox_config_last_reload_timestamp_seconds", bool, EFFECT_S)
+        server.wait_metric("glassbox_config_last_reload_timestamp_seconds", bool)
+
+        def there_and_back() -> float:
+            took_s = []
+            for successful, content in ((0, "sample_rate: 3\n"), (1, good)):
+                server.write_config(content)
+                took_s.append(seconds_of(lambda successful=successful: wait_reload(server, successful)))
+            return max(took_s)
+
         for _ in range(2):
-            server.write_config("sample_rate: 3\n")
-            server.wait_metric("glassbox_config_last_reload_successful", lambda value: value == 0, EFFECT_S)
-            server.write_config(good)
-            server.wait_metric("glassbox_config_last_reload_successful", lambda value: value == 1, EFFECT_S)
+            require_within(EFFECT_S, there_and_back)

@@ -19,7 +19,7 @@ from tests.export_samples import make_snapshot
 from tests.serving import GlassboxServer, wait_for
 from tests.synthetic_source import SyntheticSource
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 LAYERS: Final = 30
 HEADS: Final = 9

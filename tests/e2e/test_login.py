@@ -21,7 +21,7 @@ from tests.browser import Watched, watched_page
 from tests.export_samples import make_snapshot
 from tests.trace_samples import make_trace
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 TOKEN: Final = "0123456789abcdef0123456789abcdef"
 CONFIG: Final = GlassboxConfig.model_validate({"export": {"interval_s": 0.1}})

@@ -14,7 +14,7 @@ from tests.otlp_receiver import OtlpReceiver, attributes
 from tests.ports import free_port
 from tests.serving import GlassboxServer, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 PROMETHEUS_NAMES = {family.otel_name: family.name for family in METRICS}
 
@@ -102,10 +102,10 @@ class TestOtlp:
             otel = {"enabled": True, "endpoint": receiver.endpoint(protocol), "protocol": protocol}
             server.edit_config(export={"interval_s": 1, "otel": otel})
             receiver.wait_until(
-                lambda got, protocol=protocol: any(request.protocol == protocol for request in got.requests), 20.0
+                lambda got, protocol=protocol: any(request.protocol == protocol for request in got.requests), 90.0
             )
         number = len(receiver.requests)
-        receiver.wait_until(lambda got: len(got.requests) >= number + 3, 20.0)
+        receiver.wait_until(lambda got: len(got.requests) >= number + 3, 90.0)
         assert {request.protocol for request in receiver.requests[number:]} == {"http"}
 
     def test_switching_it_off_ends_the_exporter_process(self, server: GlassboxServer, receiver: OtlpReceiver) -> None:

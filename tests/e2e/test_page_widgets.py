@@ -19,7 +19,7 @@ from tests.browser import Watched, watched_page
 from tests.synthetic_source import SyntheticSource
 from tests.trace_samples import make_trace
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "glassbox" / "web" / "page"
 LAYERS, HEADS = 6, 4

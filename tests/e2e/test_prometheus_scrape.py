@@ -15,7 +15,7 @@ from tests.e2e.samples import PREFIX, Key, counts_against_rows, glassbox_samples
 from tests.prometheus_server import PrometheusServer
 from tests.serving import GlassboxServer, require_tool, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 SCRAPED_S: Final = 40.0
 # A scrape may take long while two cores compute attention; Prometheus gives it this time.

@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.malformed_options import MALFORMED, Malformed
 from tests.serving import MODEL_NAME, GlassboxServer
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a harbour."}]
 APIS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -23,7 +23,7 @@ from tests.browser import Watched, watched_page
 from tests.trace_samples import make_trace
 from tests.unit.export.test_token_text import make_tokenizer
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 PROMPT, ANSWER = '<script>document.title="!"</script> Où est le phare? 🗼\n', " Là-bas.\tEnd"
 
@@ -216,7 +216,7 @@ class TestForEverybody:
         import httpx
 
         path = tmp_path / "page.html"
-        path.write_text(httpx.get(f"{url}/cmpl-1-0", params={"format": "html"}).text, encoding="utf-8")
+        path.write_text(httpx.get(f"{url}/cmpl-1-0", params={"format": "html"}, timeout=60.0).text, encoding="utf-8")
         with watched_page(browser) as watched:
             watched.page.goto(path.as_uri())
             assert 4 == len(table(watched.page))

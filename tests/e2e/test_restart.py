@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.samples import Key, glassbox_samples
 from tests.serving import BASE_CONFIG, GlassboxServer, own_cache
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 STOPPED_S = 30.0
 
@@ -99,7 +99,7 @@ def lives(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         exporters = [line for line in living(processes) if "glassbox.processes.exporter" in line]
         # The exporter has a session of its own, so this does not hit it: it must see for itself that all is over.
         os.killpg(first.pid, signal.SIGKILL)
-        survivors = remaining(processes, 5.0)
+        survivors = remaining(processes, STOPPED_S)
         dead_dir_after_kill = (runtime / dead_dir).is_dir()
 
         second = start("second")

@@ -19,7 +19,7 @@ from tests.otlp_receiver import OtlpReceiver, attributes
 from tests.ports import free_port
 from tests.serving import MODEL_NAME, GlassboxServer, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 LAYERS, HEADS = [3, 20], [1, 5]
 FEATURES = (

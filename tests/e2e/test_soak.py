@@ -148,7 +148,7 @@ def assert_all_well(server: GlassboxServer, watched: Watched) -> None:
 
 
 class TestShort:
-    @pytest.mark.timeout(300)
+    @pytest.mark.timeout(900)
     def test_a_server_survives_edits_aborts_and_scrapes(self, server: GlassboxServer) -> None:
         """40 seconds of all of it: every request answered, no counter falls, no error, and it still measures."""
         with unharmed(server):

@@ -23,7 +23,7 @@ from tests.ports import free_port
 from tests.prometheus_server import PrometheusServer
 from tests.serving import ALIAS, EFFECT_S, MODEL_NAME, GlassboxServer, require_tool, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 SYSTEM, QUESTION = "You answer in one short sentence.", "Which harbour has the oldest lighthouse?"
 MESSAGES: Any = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
@@ -64,7 +64,8 @@ class Shown:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/glassbox/v1/requests"
         server.edit_config(export={"interval_s": 1, "http": {"port": self.port}}, **changes)
-        time.sleep(EFFECT_S)
+        time.sleep(EFFECT_S)  # the worker's part, which nothing shows
+        wait_for(lambda: up(self), what="the own port")
 
     def get(self, path: str = "", **parameters: Any) -> Any:
         answer = httpx.get(f"{self.url}{path}", params=parameters, timeout=60.0)
@@ -120,9 +121,8 @@ class TestClient:
         assert list(range(first, first + TOKENS - 1)) == decoded
         for name, said in (("system", SYSTEM), ("question", QUESTION)):
             start, end = trace["options"]["spans"][name]
-            ids = httpx.post(f"{server.url}/tokenize", json={"model": MODEL_NAME, "messages": MESSAGES}).json()[
-                "tokens"
-            ]
+            tokenized = {"model": MODEL_NAME, "messages": MESSAGES}
+            ids = httpx.post(f"{server.url}/tokenize", json=tokenized, timeout=60.0).json()["tokens"]
             text = server.post("/detokenize", tokens=ids[start:end])["prompt"]
             assert said == text
             assert all(0 <= mass <= 1 for mass in tokens["spans"][name])

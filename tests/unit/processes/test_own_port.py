@@ -325,7 +325,7 @@ class TestTls:
         """HTTPS answers with the token, HTTP gets nothing; TLS 1.1 and older are refused."""
         cert, key = authority.sign("first")
         port.configure(cert_file=str(cert), key_file=str(key))
-        answer = httpx.get(f"https://127.0.0.1:{port.number}/metrics", verify=authority.context())
+        answer = httpx.get(f"https://127.0.0.1:{port.number}/metrics", verify=authority.context(), timeout=20)
         assert (200, "HTTP/1.1") == (answer.status_code, answer.http_version)
         with pytest.raises(httpx.TransportError):
             port.get("/metrics")
@@ -361,10 +361,10 @@ class TestTls:
             client_ca_file=str(authority.cert),
         )
         url = f"https://127.0.0.1:{port.number}/metrics"
-        assert 200 == httpx.get(url, verify=authority.context(authority.sign("client"))).status_code
+        assert 200 == httpx.get(url, verify=authority.context(authority.sign("client")), timeout=20).status_code
         for context in (authority.context(), authority.context(stranger.sign("eve"))):
             with pytest.raises(httpx.TransportError):
-                httpx.get(url, verify=context)
+                httpx.get(url, verify=context, timeout=20)
         assert {} == port.errors.counts()
 
     def test_it_can_be_switched_on_and_off_by_an_edit(self, port: Port, authority: Authority) -> None:
@@ -459,7 +459,7 @@ class TestListener:
         assert 200 == port.status("/metrics")
         assert {"http": 1} == port.errors.counts()
         port.configure(host="::1")
-        assert 200 == httpx.get(f"http://[::1]:{port.number}/metrics").status_code
+        assert 200 == httpx.get(f"http://[::1]:{port.number}/metrics", timeout=20).status_code
 
     def test_a_port_that_is_taken_leaves_the_old_one(self, port: Port, caplog: pytest.LogCaptureFixture) -> None:
         """The error names port, address and key."""

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,13 +17,16 @@ from glassbox.processes.exporter.signal_process import SignalProcess
 from glassbox.signals.registry import signal_values
 from glassbox.store.trace_record import RequestTrace, write_trace
 from tests.signal_truth import measured_trace
+from tests.waiting import wait_for
 
 ON_DEMAND = ("routing", "tracker", "cyclic", "magnetic")
+# What takes half a second again and again: nobody is done with it before a test has looked.
+LONG = ON_DEMAND * 40
 AUTOGROUP = Path("/proc/self/autogroup")
 
 
 def long_trace(tokens: int = 400, heads: int = 8) -> RequestTrace:
-    """Whose signals take seconds."""
+    """Whose signals take half a second."""
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((2, 2, heads, tokens, 16), dtype=np.float32)
     return measured_trace(q, k)
@@ -47,24 +49,27 @@ def process() -> Iterator[SignalProcess]:
     process.close()
 
 
-def wait_for_end(pid: int, seconds: float = 60.0) -> None:
+def wait_for_end(pid: int) -> None:
     """Of a process that somebody else reaps, or nobody."""
-    end = time.monotonic() + seconds
     with contextlib.suppress(psutil.NoSuchProcess):
-        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < end, f"process {pid} still runs"
-            time.sleep(0.05)
+        wait_for(psutil.Process(pid).status, lambda status: status == psutil.STATUS_ZOMBIE, 60.0, f"the end of {pid}")
 
 
 def busy(process: SignalProcess, trace: RequestTrace) -> tuple[threading.Thread, list[str], int]:
     """Ask for what takes long; returns the asking thread, the refusals that it will have, and the process's id."""
     refused: list[str] = []
-    ask = lambda: refused.extend(one.refused for one in process.values(trace, ON_DEMAND).values())  # noqa: E731
+    ask = lambda: refused.extend(one.refused for one in process.values(trace, LONG).values())  # noqa: E731
     thread = threading.Thread(target=ask)
     thread.start()
-    while (pid := process.pid) is None or psutil.Process(pid).cpu_times().user < 0.1:
-        time.sleep(0.01)
+    pid = wait_for(lambda: process.pid, what="the process", pause_s=0.01)
+    assert pid is not None
+    wait_for_work(pid, 0.1)
     return thread, refused, pid
+
+
+def wait_for_work(pid: int, used_s: float) -> None:
+    """On a busy machine it gets little."""
+    wait_for(lambda: psutil.Process(pid).cpu_times().user, lambda user_s: user_s >= used_s, 120.0, "work", 0.01)
 
 
 class TestValues:
@@ -116,13 +121,13 @@ class TestItsEnd:
     def test_whoever_asked_was_killed(self, tmp_path: Path, long: RequestTrace) -> None:
         """Though it is amid a computation."""
         write_trace(tmp_path, long)
-        with subprocess.Popen([sys.executable, "-c", _ASK, str(tmp_path)], stdout=subprocess.PIPE, text=True) as asking:
+        with subprocess.Popen(
+            [sys.executable, "-c", _ASK, str(tmp_path), *LONG], stdout=subprocess.PIPE, text=True
+        ) as asking:
             try:
                 assert asking.stdout is not None
                 pid = int(asking.stdout.readline())
-                # On a busy machine it gets little, and asking must last longer.
-                while psutil.Process(pid).cpu_times().user < 0.5:
-                    time.sleep(0.01)
+                wait_for_work(pid, 0.5)
             finally:
                 asking.kill()
             wait_for_end(pid)
@@ -139,7 +144,7 @@ from glassbox.store.trace_record import read_trace
 
 (path,) = Path(sys.argv[1]).iterdir()
 process, trace = SignalProcess(), read_trace(path)
-threading.Thread(target=process.values, args=(trace, ["magnetic", "routing", "tracker", "cyclic"])).start()
+threading.Thread(target=process.values, args=(trace, sys.argv[2:])).start()
 while process.pid is None:
     time.sleep(0.01)
 print(process.pid, flush=True)
