@@ -23,6 +23,7 @@ from glassbox.store import orders
 from glassbox.store.trace_directory import TraceDirectory
 from glassbox.store.trace_record import RequestTrace
 from tests.serving import MODEL_NAME, wait_for
+from tests.waiting import require_within
 from tests.webhook_receiver import WebhookReceiver
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def rules(server: "GlassboxServer", threshold: Threshold, tmp_path: Path) -> Any
             actions={"audit": {"path": str(audit)}, "rules": [{**name, **rule}]},
         )
         wait_for(lambda: server.metric("glassbox_actions_total", rule="too-far"), lambda value: value is not None)
-        time.sleep(2.5)  # by then it is in force in every process
+        time.sleep(4.0)  # by then it is in force in every process
         return audit
 
     return set_rule
@@ -176,32 +177,43 @@ class TestAbort:
             alone = stream(server, PROMPT, 120)
             audit = rules(do=["log", "tag", "abort", "webhook"], dry_run=False, webhook=receiver.url)
             before = counted(server, "abort", "done")
-            beside = pool.map(lambda prompt: stream(server, prompt, 160), OTHERS)
-            ended = stream(server, PROMPT, TOKENS, glassbox="trace")
-            others = list(beside)
-            trace = trace_of(server, ended.id)
-            crossed = threshold.crossed(trace)
-            late_s = ended.end_s - ended.times_s[crossed]
-            print(f"crossed with token {crossed}, ended after {len(ended.tokens)}, {late_s:.3f} s later")
-            assert AFTER - 5 < crossed < len(ended.tokens) < TOKENS
-            assert ("abort", ("too-far",)) == (ended.finish_reason, ended.rules)
-            assert {()} == {one.rules for one in others}
-            assert 0 <= late_s < 1.0
-            assert alone.tokens[: len(ended.tokens)] == ended.tokens[: len(alone.tokens)]
-            assert [one.tokens for one in expected] == [one.tokens for one in others]
-            assert {"length"} == {one.finish_reason for one in others}
-            assert "aborted" == trace.status
-            wait_for(lambda: counted(server, "abort", "done"), lambda value: value == before + 1)
-            wait_for(lambda: receiver.received, bool)
-        # A busy receiver may have got it more than once.
-        assert 1 == len({one.headers["webhook-id"] for one in receiver.received}), receiver.received
+            traces: list[RequestTrace] = []
+
+            def ask() -> float:
+                """How long after the token that the rule is about the request ended."""
+                beside = pool.map(lambda prompt: stream(server, prompt, 160), OTHERS)
+                ended = stream(server, PROMPT, TOKENS, glassbox="trace")
+                others = list(beside)
+                trace = trace_of(server, ended.id)
+                traces.append(trace)
+                crossed = threshold.crossed(trace)
+                late_s = ended.end_s - ended.times_s[crossed]
+                print(f"crossed with token {crossed}, ended after {len(ended.tokens)}, {late_s:.3f} s later")
+                assert AFTER - 5 < crossed < len(ended.tokens) < TOKENS
+                assert ("abort", ("too-far",)) == (ended.finish_reason, ended.rules)
+                assert {()} == {one.rules for one in others}
+                assert 0 <= late_s
+                assert alone.tokens[: len(ended.tokens)] == ended.tokens[: len(alone.tokens)]
+                assert [one.tokens for one in expected] == [one.tokens for one in others]
+                assert {"length"} == {one.finish_reason for one in others}
+                assert "aborted" == trace.status
+                return late_s
+
+            require_within(1.0, ask)
+            wait_for(lambda: counted(server, "abort", "done"), lambda value: value == before + len(traces))
+
+            def told_of() -> set[str]:
+                """Events by their ids: a busy receiver may have got one more than once."""
+                return {one.headers["webhook-id"] for one in receiver.received}
+
+            wait_for(told_of, lambda ids: len(ids) == len(traces), what="the events")
         got = receiver.received[-1]
         openai.OpenAI(api_key="none", webhook_secret=SECRET).webhooks.verify_signature(got.body, got.headers)
-        told = json.loads(got.body)["data"]
+        trace, told = traces[-1], json.loads(got.body)["data"]
         assert (trace.request_id, "too-far", False) == (told["request_id"], told["rule"], told["dry_run"])
         assert told["value"] > 0.5
         assert told["scores"]["probes"]["far"]["score"] == pytest.approx(told["value"], rel=1e-5)
-        lines = wait_for(lambda: audit.read_text().splitlines(), lambda found: len(found) == 4)
+        lines = wait_for(lambda: audit.read_text().splitlines(), lambda found: len(found) == 4 * len(traces))
         assert {"log", "tag", "abort", "webhook"} == {json.loads(line)["action"] for line in lines}
         assert {"done"} == {json.loads(line)["outcome"] for line in lines}
         shown = httpx.get(f"{server.url}/glassbox/v1/requests/{trace.internal_id}", timeout=60.0).json()
@@ -267,7 +279,7 @@ class TestDeadWebhook:
                 actions={"rules": [{"name": f"w{i}", **rule, "webhook": webhook} for i in range(RULES)]},
             )
             wait_for(lambda: server.metric("glassbox_actions_total", rule=f"w{RULES - 1}"), lambda n: n is not None)
-            time.sleep(2.5)  # by then it is in force in every process
+            time.sleep(4.0)  # by then it is in force in every process
 
             def posted() -> float:
                 return server.metric("glassbox_actions_total", action="webhook") or 0.0
@@ -289,19 +301,27 @@ class TestDeadWebhook:
 
             turn(1)
             before, opened = posted(), open_now()
-            with_rules, without = [], []
-            for _ in range(TURNS):
-                with_rules += turn(0)
-                without += turn(1)
-            events = RULES * REQUESTS * TURNS
-            assert events > 10_000
+            assert RULES * REQUESTS * TURNS > 10_000
+            blocks = 0
+
+            def slowed() -> float:
+                """By how much the median is larger than that of the others, beyond what chance makes of it."""
+                nonlocal blocks
+                with_rules, without = [], []
+                for _ in range(TURNS):
+                    with_rules += turn(0)
+                    without += turn(1)
+                blocks += 1
+                median, usual = statistics.median(with_rules), statistics.median(without)
+                print(f"median of {len(with_rules)}: {median * 1000:.1f} ms, without {usual * 1000:.1f} ms")
+                assert max(with_rules) < max(5.0, 2 * max(without)), "an attempt takes five seconds"
+                return median - 1.5 * usual
+
+            require_within(0.02, slowed, attempts=3)
+            events = RULES * REQUESTS * TURNS * blocks
             # All but those that wait for their turn are settled: dropped, for so many are never kept.
             settled = wait_for(posted, lambda now: now >= before + events - MAX_WAITING - 1, 60.0, "the events")
             assert settled - before <= events
-            median, usual = statistics.median(with_rules), statistics.median(without)
-            print(f"median of {len(with_rules)}: {median * 1000:.1f} ms, without {usual * 1000:.1f} ms")
-            assert median < 1.5 * usual + 0.02
-            assert max(with_rules) < max(5.0, 2 * max(without)), "an attempt takes five seconds"
             wait_for(
                 open_now,
                 lambda now: all(

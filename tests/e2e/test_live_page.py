@@ -18,6 +18,7 @@ from tests.browser import TIMEOUT_MS, Watched, watched_page
 from tests.export_samples import make_snapshot
 from tests.serving import GlassboxServer, wait_for
 from tests.synthetic_source import SyntheticSource
+from tests.waiting import require_within
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -110,11 +111,15 @@ class TestInVllm:
 
         What the machine takes to answer while it is busy is not the page's.
         """
-        watched.open(page_url(measured))
-        timing = watched.page.evaluate("({ ...glassbox.timing })")
-        loaded = watched.page.evaluate("performance.getEntriesByType('navigation')[0].domInteractive")
-        assert timing["connected"] - loaded < 1000
-        assert timing["painted"] - timing["received"] < 1000
+
+        def own_part() -> float:
+            watched.page.goto("about:blank")
+            watched.open(page_url(measured))
+            timing = watched.page.evaluate("({ ...glassbox.timing })")
+            loaded = watched.page.evaluate("performance.getEntriesByType('navigation')[0].domInteractive")
+            return max(timing["connected"] - loaded, timing["painted"] - timing["received"]) / 1000
+
+        require_within(1.0, own_part)
 
     def test_a_click_opens_the_head(self, measured: GlassboxServer, watched: Watched) -> None:
         """With numbers, histogram and history; the address names it; the cross closes it."""
