@@ -9,9 +9,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from tests.serving import GlassboxServer
+
+
+# The same examples each time, whatever time they take: a change is judged by what it changes.
+settings.register_profile("glassbox", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("glassbox")
 
 
 def pytest_configure() -> None:

@@ -68,7 +68,7 @@ def run_program(
     args: Sequence[str],
     env: Mapping[str, str],
     cwd: Path,
-    timeout_s: float = 300.0,
+    timeout_s: float = 600.0,
     prefix: Sequence[str] = (),
 ) -> Finished:
     """Run `tests/<program>` to its end; the test fails if the program does. What it writes lies in `cwd` meanwhile.

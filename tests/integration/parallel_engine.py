@@ -177,7 +177,7 @@ def run_engine(
     spec: ParallelSpec,
     folder: Path,
     *,
-    timeout_s: float = 300.0,
+    timeout_s: float = 600.0,
     program: str = "integration/parallel_engine.py",
     prefix: Sequence[str] = (),
     **env: str,

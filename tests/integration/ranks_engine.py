@@ -8,9 +8,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tests.program import RESULT, write_plugin
+
+# Each rank tells of its layers with its next snapshot.
+_SETTLED_S: Final = 60.0
 
 RANKS, BROKEN_RANK, BROKEN_LAYER, BROKEN_HEAD = 3, 1, 12, 2
 
@@ -39,6 +42,7 @@ def main(folder: Path) -> None:
     from vllm import LLM, SamplingParams
 
     from glassbox.cli.demo.demo_model import demo_model
+    from glassbox.core.output_checks import LayerState
     from glassbox.store.merge import merge
     from glassbox.store.snapshot import read_snapshots
 
@@ -53,9 +57,15 @@ def main(folder: Path) -> None:
     )
     prompts = ["The capital of France is Paris and the weather there is " * 8] * 3
     llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
-    time.sleep(2.5)  # two intervals of the snapshots
-    snapshots = read_snapshots(Path(os.environ["GLASSBOX_RUN_DIR"]))
-    (engine,) = merge(snapshots)
+    deadline = time.monotonic() + _SETTLED_S
+    while True:
+        snapshots = read_snapshots(Path(os.environ["GLASSBOX_RUN_DIR"]))
+        engines = merge(snapshots)
+        known = len(snapshots) == RANKS and not (engines[0].checks.state == LayerState.PENDING).any()
+        if known or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    (engine,) = engines
     print(
         RESULT
         + json.dumps({

@@ -166,7 +166,7 @@ class TestObservedModule:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.integration.gpu_kernels_stub"]
         command += [f"{__file__}::TestObservedClass", "-k", " or ".join(names), "-p", "no:cacheprovider"]
         finished = subprocess.run(
-            command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False
+            command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600, check=False
         )
         tests = sum(name.startswith("test_") for name in vars(TestObservedClass))
         assert f"{len(names) * tests} passed" in finished.stdout, finished.stdout + finished.stderr

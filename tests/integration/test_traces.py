@@ -211,7 +211,7 @@ class TestMixedBatch:
         llm_engine.abort_request(["stop-me"])
         deliver_ends(engine.llm)
         assert engine.tracker.active() == []
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while engine.tracker.ended() and time.monotonic() < deadline:
             time.sleep(0.05)
         trace = TraceDirectory(rundir.run_dir()).get("stop-me")
@@ -228,7 +228,7 @@ class TestMixedBatch:
         with monkeypatch.context() as patch:
             patch.setattr(tracker, "_host", replace(tracker._host, unobserved="a test"))
             engine.serve([text[:9], text[:8]], [2, 2], [{**TRACE, "glassbox_respond": 1}, TRACE])
-        reader, deadline = RefusalReader(rundir.run_dir()), time.monotonic() + 30
+        reader, deadline = RefusalReader(rundir.run_dir()), time.monotonic() + 120
         while not (told := [one for worker in reader.read() for one in worker.refusals.values()]):
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -13,7 +13,7 @@ from glassbox.store.trace_record import RequestTrace
 from tests.attached import running_observer
 
 BLOCK: Final = 32
-_DELIVERED_S: Final = 60.0
+_DELIVERED_S: Final = 120.0
 
 
 class TracedEngine:

@@ -1,8 +1,6 @@
-"""Hypothesis without clock and without chance: the same cases in every run."""
+"""Hypothesis for kernels: without clock and without chance, as everywhere, and with fewer cases of these dear ones."""
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
-settings.register_profile(
-    "kernels", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("kernels", settings.get_profile("glassbox"), max_examples=60)
 settings.load_profile("kernels")

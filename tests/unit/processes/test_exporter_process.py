@@ -291,7 +291,7 @@ class TestSinks:
         before = time.time()
         sinks.round()
         page = open_page(run_dir)
-        assert page.time_s == pytest.approx(before, abs=5)
+        assert before - 1 <= page.time_s <= time.time() + 1
         text = b"".join(page.read(at, length) for at, length in page.ranges("text")).decode()
         page.close()
         assert "glassbox_steps_total{" in text
