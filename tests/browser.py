@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.serving import require_tool
 
@@ -22,6 +22,7 @@ _FLAGS: Final = (
 )
 # Two cores may be busy with attention meanwhile.
 TIMEOUT_MS: Final = 60_000
+expect.set_options(timeout=TIMEOUT_MS)  # else five seconds, whatever a page's own limit is
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def chromium() -> Iterator[Browser]:
     path = require_tool("chromium", "chromium")
     with sync_playwright() as playwright:
         # Playwright makes a profile of its own and removes it.
-        browser = playwright.chromium.launch(executable_path=path, args=list(_FLAGS))
+        browser = playwright.chromium.launch(executable_path=path, args=list(_FLAGS), timeout=3 * TIMEOUT_MS)
         try:
             yield browser
         finally:

@@ -101,10 +101,13 @@ class TestProbe:
         said = attributes(event.attributes)
         assert ("harbour", "lost") == (said["gen_ai.evaluation.name"], said["gen_ai.evaluation.score.label"])
         assert pytest.approx(value) == said["gen_ai.evaluation.score.value"]
-        written = [json.loads(line) for line in records.read_text().splitlines()]
-        assert [value] == [
-            one["scores"]["probes"]["harbour"]["score"] for one in written if one["internal_id"] == shown["internal_id"]
-        ]
+
+        def recorded() -> list[float]:
+            written = [json.loads(line) for line in records.read_text().splitlines()]
+            found = [one["scores"] for one in written if one["internal_id"] == shown["internal_id"]]
+            return [scores["probes"]["harbour"]["score"] for scores in found]
+
+        assert [value] == wait_for(recorded, what="the record")
 
     def scored(self, server: GlassboxServer, url: str, request_id: str) -> dict[str, Any]:
         def look() -> dict[str, Any]:

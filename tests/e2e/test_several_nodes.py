@@ -172,7 +172,9 @@ class TestTwoNodes:
 
     def test_the_headless_node_pushes(self, nodes: Nodes, collector: OtlpReceiver) -> None:
         """OTLP has its engine, rank and host, and only its."""
-        metrics = collector.wait_for_metrics()
+        # The first exports come before the first request.
+        collector.wait_until(lambda got: "glassbox.attention.rows" in got.metrics(), 90.0)
+        metrics = collector.metrics()
         (worker,) = (attributes(point.attributes) for point in metrics["glassbox.worker_info"].gauge.data_points)
         assert (worker["glassbox.engine"], worker["glassbox.rank"], worker["glassbox.heads"]) == ("1", 0, "0-8")
         (resource,) = collector.requests[-1].message.resource_metrics
