@@ -264,7 +264,9 @@ class TestExemplars:
             model=MODEL_NAME, messages=MESSAGES, max_tokens=4, extra_body=body(**TRACE)
         )
         shown.ended(answer.id)
-        with PrometheusServer(tmp_path, [f"127.0.0.1:{shown.port}"], features=["exemplar-storage"]) as prometheus:
+        with PrometheusServer(
+            tmp_path, [f"127.0.0.1:{shown.port}"], interval_s=3, features=["exemplar-storage"]
+        ) as prometheus:
 
             def exemplars() -> list[dict[str, str]]:
                 found = prometheus.api(
@@ -296,7 +298,9 @@ class TestExemplars:
             if target.get("exemplar") and "glassbox_probe" not in target["expr"]  # there is no probe
         ]
         assert len(asked) == 3
-        with PrometheusServer(tmp_path, [], scrape_configs=jobs, features=["exemplar-storage"]) as prometheus:
+        with PrometheusServer(
+            tmp_path, [], interval_s=3, scrape_configs=jobs, features=["exemplar-storage"]
+        ) as prometheus:
 
             def dots() -> list[set[str]]:
                 """Requests behind the dots of each panel, asked for as Grafana does: with the panel's expression."""

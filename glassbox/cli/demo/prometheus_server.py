@@ -116,7 +116,7 @@ class PrometheusServer:
                 self._process.wait()
             self._process = None
 
-    def _wait_until_ready(self, timeout_s: float = 30.0) -> None:
+    def _wait_until_ready(self, timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
         while True:
             try:

@@ -279,7 +279,7 @@ class TestPrometheus:
         rules.write_text(yaml.safe_dump({"groups": [{"name": "g", "rules": alerts}]}))
         with (
             answering(lambda *_: (200, good_page())) as url,
-            PrometheusServer(tmp_path, [url.removeprefix("http://")], rule_files=[rules]) as running,
+            PrometheusServer(tmp_path, [url.removeprefix("http://")], interval_s=3, rule_files=[rules]) as running,
         ):
             running.wait_for("glassbox_build_info")
             running.wait_for("ALERTS")

@@ -51,7 +51,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrometheusS
         (odd,) = broken.targets()
         odd["labels"]["instance"] = ODD
         job = {"job_name": "vllm", "static_configs": [*healthy.targets(), odd]}
-        with PrometheusServer(folder, [], interval_s=1, rule_files=[rules], scrape_configs=[job]) as server:
+        with PrometheusServer(folder, [], interval_s=2, rule_files=[rules], scrape_configs=[job]) as server:
             record = RECORDED["engine_layer_phase:glassbox_attention_sink_ratio:mean10m"]
             engines = f"count(count by (instance) ({record}))"
             wait_for(lambda: server.query(engines), lambda found: list(found.values()) == [5], 120, "five engines")

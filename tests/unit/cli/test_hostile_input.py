@@ -372,7 +372,7 @@ class TestProcesses:
             os.close(reader)
             process = start(*args, stdout=writer)
             os.close(writer)
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=180)
             assert 0 != process.returncode
             assert "Traceback" not in errors
 
@@ -386,9 +386,9 @@ class TestProcesses:
 
         with hostile(answer) as server:
             process = start("top", "--once", server.url, stdout=subprocess.PIPE)
-            assert asked.wait(60)
+            assert asked.wait(180)
             time.sleep(0.3)
             process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=20)
+            output, errors = process.communicate(timeout=60)
         assert 0 != process.returncode
         assert "Traceback" not in errors + output

@@ -475,7 +475,8 @@ class TestOwnPort:
             pytest.skip("prometheus is not on PATH (Debian package prometheus)")
         expected = samples(exposition(registry_of(run_dir, config)))
         extra = {"job", "instance"}
-        with PrometheusServer(tmp_path, [f"127.0.0.1:{server.port}"]) as prometheus:
+        # A scrape may take as long as the time to the next one, and one that is too late hides what came before.
+        with PrometheusServer(tmp_path, [f"127.0.0.1:{server.port}"], interval_s=3) as prometheus:
             prometheus.wait_for("glassbox_steps_total")
             found: Series = {}
             for name in {name for name, _ in expected}:
