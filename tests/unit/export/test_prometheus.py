@@ -31,7 +31,7 @@ from glassbox.store.snapshot import write_snapshot
 from glassbox.web.app import make_app
 from tests.export_samples import OWNER, logged, make_snapshot, write_config
 from tests.prometheus_server import PROMETHEUS, PrometheusServer
-from tests.waiting import require_within, seconds_of
+from tests.waiting import require_within, seconds_of, wait_for
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -477,11 +477,16 @@ class TestOwnPort:
         extra = {"job", "instance"}
         # A scrape may take as long as the time to the next one, and one that is too late hides what came before.
         with PrometheusServer(tmp_path, [f"127.0.0.1:{server.port}"], interval_s=3) as prometheus:
+
+            def read() -> Series:
+                return {
+                    (name, frozenset(pair for pair in labels if pair[0] not in extra)): value
+                    for name in {name for name, _ in expected}
+                    for labels, value in prometheus.query(name).items()
+                }
+
             prometheus.wait_for("glassbox_steps_total")
-            found: Series = {}
-            for name in {name for name, _ in expected}:
-                for labels, value in prometheus.query(name).items():
-                    found[name, frozenset(pair for pair in labels if pair[0] not in extra)] = value
+            found = wait_for(read, lambda found: found == expected, 60.0, "the same numbers")
             rate = prometheus.query("histogram_quantile(0.5, sum by (le) (glassbox_attention_max_logit_bucket))")
         assert found == expected
         assert not math.isnan(next(iter(rate.values())))
