@@ -28,7 +28,7 @@ OPTIONS: Final[Mapping[str, Any]] = {
     "glassbox_spans": ["head=0:4"],
 }
 CONFIG: Final = "sample_rate: 1.0\nexport: {interval_s: 1}\n"
-_TRACE_TIMEOUT_S: Final = 30.0
+_TRACE_TIMEOUT_S: Final = 120.0
 _TEXT: Final = (
     "The attention of a language model decides which earlier words each new word is made from. "
     "Operators of a server seldom see it, although a broken template or a wrong rotary base shows there first. "
