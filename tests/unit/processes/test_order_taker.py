@@ -258,6 +258,7 @@ class TestThread:
         def threads() -> int:
             return sum(thread.name == "glassbox-orders" for thread in threading.enumerate())
 
+        wait_for(lambda: threads() == 0, what="those of other tests to end", pause_s=0.01)
         asked(taker, "cmpl-1-0-aaaaaaaa", request)
         assert 0 == threads()
         for internal_id in ("cmpl-1-0-aaaaaaaa", "cmpl-2-0-bbbbbbbb"):
