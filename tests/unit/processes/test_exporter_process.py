@@ -251,7 +251,7 @@ class TestSinks:
         """Sending is a thread's business."""
         current["config"] = config(otel={"enabled": True, "endpoint": f"http://127.0.0.1:{free_port()}"})
         sinks.round()
-        require_within(0.2, lambda: seconds_of(sinks.round))
+        require_within(0.2, lambda: seconds_of(sinks.round), attempts=20)
 
     def test_counters_of_a_dead_exporter_go_on(self, run_dir: Path, tmp_path: Path) -> None:
         """A new exporter begins with the errors in the status file, and does not tell old rows again."""
