@@ -117,9 +117,9 @@ class TestOtlp:
         otel: dict[str, Any] = {"enabled": True, "endpoint": receiver.grpc_endpoint}
         alone = {"on_vllm_port": False}  # else the exporter writes the page of vLLM's port
         server.edit_config(export={"interval_s": 1, "otel": otel, "prometheus": alone})
-        wait_for(exporters, lambda pids: len(pids) == 1, what="an exporter process")
+        wait_for(exporters, lambda pids: len(pids) == 1, 90.0, "an exporter process")
         server.edit_config(export={"interval_s": 1, "prometheus": alone})
-        wait_for(exporters, lambda pids: pids == [], what="the exporter process to end")
+        wait_for(exporters, lambda pids: pids == [], 90.0, "the exporter process to end")
 
 
 class TestOwnPort:
@@ -136,7 +136,7 @@ class TestOwnPort:
             except httpx.TransportError:
                 return ""
 
-        wait_for(text, bool, what="the port to open")
+        wait_for(text, bool, 90.0, "the port to open")
         wait_for(
             lambda: differences(common(glassbox_samples(server.metrics())), common(glassbox_samples(text()))),
             lambda found: not found,
@@ -147,4 +147,4 @@ class TestOwnPort:
             line.startswith(("glassbox_", "# HELP glassbox_", "# TYPE glassbox_")) for line in text().splitlines()
         )
         server.restore_config()
-        wait_for(text, lambda shown: shown == "", what="the port to close")
+        wait_for(text, lambda shown: shown == "", 90.0, "the port to close")
