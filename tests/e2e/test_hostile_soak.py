@@ -40,7 +40,8 @@ SHORT_S: Final = 60.0
 INTERVAL_S: Final = 1.0
 RUN_DIR: Final = "run"
 EXPORTER: Final = "glassbox.processes.exporter"
-SCRAPE_S: Final = 1.0
+# A scrape may take as long as the time to the next one, and needs it where clients and trouble share two cores.
+SCRAPE_S: Final = 3.0
 # Of one process: 1 MB a minute.
 MAX_GROWTH_MB_PER_H: Final = 60.0
 # Descriptors and files that a process, or the run directory, may have more at the end than after warm-up.
@@ -261,7 +262,7 @@ def firing(prometheus: PrometheusServer, begin: float, end: float) -> dict[str, 
 def watched_server(
     start_server: Callable[..., GlassboxServer], folder: Path, rules: RuleSettings, **options: Any
 ) -> Iterator[tuple[GlassboxServer, SmallDisk, PrometheusServer]]:
-    """A server whose run directory and JSONL lie on a small disk, and a Prometheus that scrapes it each second."""
+    """A server whose run directory and JSONL lie on a small disk, and a Prometheus that scrapes it all the while."""
     require_tool("prometheus", "prometheus")
     rule_file = folder / "rules.yaml"
     rule_file.write_text(rules_yaml(build_groups(rules), rules))
