@@ -4,6 +4,8 @@ A machine that is half as fast, and busy, passes too: limits are there for what 
 something takes is met by the best of a few attempts, as anything but the product can only make one longer.
 """
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -39,6 +41,22 @@ def seconds_of(call: Callable[[], object], clock: Callable[[], float] = time.mon
     began_s = clock()
     call()
     return clock() - began_s
+
+
+_BUSY: Final = """
+import os, sys, time
+os.nice(int(sys.argv[1]))
+began_s, used_s = time.monotonic(), time.process_time()
+while time.process_time() - used_s < 0.1:
+    pass
+print((time.monotonic() - began_s) / 0.1)
+"""
+
+
+def crowding(niceness: int) -> float:
+    """How many times as long as its processor time a process that gives way so far takes at the moment; 1 alone."""
+    command = [sys.executable, "-c", _BUSY, str(niceness)]
+    return max(1.0, float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 
 def require_within(bound_s: float, attempt: Callable[[], float], attempts: int = ATTEMPTS) -> None:
