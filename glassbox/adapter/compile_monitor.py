@@ -1,4 +1,4 @@
-"""vLLM's watch for kernels that Triton compiles as it serves (`vllm/utils/jit_monitor.py`), put aside for a while.
+"""vLLM's watch for kernels that Triton compiles as it serves (`vllm.utils.jit_monitor`), put aside for a while.
 
 It begins as vLLM's warm-up ends, which is before glassbox's does. What that compiles vLLM would warn of, or fail, with
 `--jit-monitor-mode error`: the layer would count as one whose kernel can't be compiled.
