@@ -75,8 +75,8 @@ class ProbedLayers:
             alignment=alignment,
             num_heads=num_heads,
             factors=torch.stack(factors),
-            reaches=_upload(reaches, torch.int32, like.device),
-            soft_caps=_upload(caps, torch.float32, like.device) if any(caps) else None,
+            reaches=upload(reaches, torch.int32, like.device),
+            soft_caps=upload(caps, torch.float32, like.device) if any(caps) else None,
             alibi_slopes=_per_head("alibi_slopes", [p.alibi_slopes for p in params], num_heads, like),
             sinks=_per_head("sinks", [p.sinks for p in params], num_heads, like),
         )
@@ -135,7 +135,7 @@ class CachedLayers:
         )
 
 
-def _upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On the device; from pinned memory, since a copy from other memory waits for the device."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
@@ -144,7 +144,7 @@ def _addresses(caches: Sequence[Tensor]) -> tuple[Tensor, int]:
     """Of all layers, int64 [L] on the device, and bytes of which each is a multiple, at most 16."""
     addresses = [cache.data_ptr() for cache in caches]
     alignment = next(n for n in (_ALIGNMENT, 8, 4, 2, 1) if not any(address % n for address in addresses))
-    return _upload(addresses, torch.int64, caches[0].device), alignment
+    return upload(addresses, torch.int64, caches[0].device), alignment
 
 
 def _kind(cache: Tensor) -> tuple[object, ...]:

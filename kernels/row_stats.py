@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glassbox.core import rows as row_list
 from glassbox.core.statistics import INDEX, NUM_BUCKETS, NUM_STATISTICS
+from glassbox.kernels.cached_layers import ProbedLayers
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.paged_keys import (
     FUSED,
@@ -78,6 +79,8 @@ _MAX_WIDE_BLOCK_HEADS: Final = 128
 _COPIED: Final = 64
 # 16 states are merged at a time, of up to 4,096 programs.
 _MERGE_LEVELS: Final = 3
+# Strides and number of layers of a launch for one.
+_NO_LAYERS: Final = (0,) * 8 + (1,)
 # Of a launch that is for all rows.
 _ALL_TOKENS: Final = (0, 2**31 - 1)
 
@@ -140,6 +143,9 @@ _FREE_POINTERS: Final = [
     "out_ptr",
     "partial_ptr",
     "arrivals_ptr",
+    "key_pointers_ptr",
+    "places_ptr",
+    "factors_ptr",
 ]
 _FREE_INTEGERS: Final = [
     "stride_block_table",
@@ -161,6 +167,15 @@ _FREE_INTEGERS: Final = [
     "stride_kept",
     "stride_kept_tensor",
     "stride_kept_head",
+    "stride_q_layer",
+    "stride_counts_layer",
+    "stride_sums_layer",
+    "stride_rows_layer",
+    "stride_window_layer",
+    "stride_ring_layer",
+    "stride_previous_layer",
+    "stride_out_layer",
+    "num_layers",
     "reach",
     "sink_tokens",
     "local_window",
@@ -206,6 +221,9 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     out_ptr,  # [max_rows, H, S + 1] float32
     partial_ptr,  # [num_programs, 2, _STATE_FIELDS, BLOCK_H] float32
     arrivals_ptr,  # [_MERGE_LEVELS, num_programs, 2] int32, 0 between launches
+    key_pointers_ptr,  # [num_layers] int64, addresses of what k_ptr is one of; all of these only with HAS_LAYERS
+    places_ptr,  # [num_layers] int32, which of q's layers and of the accumulators' each is
+    factors_ptr,  # [num_layers, Hkv] float32, scale * q_scale * k_scale
     stride_q_token,
     stride_q_head,
     stride_q_rest_token,
@@ -232,6 +250,15 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     stride_kept,
     stride_kept_tensor,
     stride_kept_head,
+    stride_q_layer,
+    stride_counts_layer,
+    stride_sums_layer,
+    stride_rows_layer,
+    stride_window_layer,
+    stride_ring_layer,
+    stride_previous_layer,
+    stride_out_layer,
+    num_layers,
     scale,
     soft_cap,
     reach,
@@ -273,6 +300,8 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     ADAPTER_HEADS: tl.constexpr,
     BY_PAGE: tl.constexpr,
     HELD: tl.constexpr,
+    HAS_LAYERS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     num_rows = tl.load(num_rows_ptr)
     if HAS_START:
@@ -303,7 +332,10 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     tiles = tl.where(real, positions // BLOCK_N + 1 - first_tiles, 0)
     ends = tl.cumsum(tiles, 0)
 
-    total = tl.max(ends, 0) * HEAD_BLOCKS
+    of_layer = tl.max(ends, 0) * HEAD_BLOCKS
+    total = of_layer
+    if HAS_LAYERS:
+        total = of_layer * num_layers
     share = tl.cdiv(total, tl.num_programs(0))
     start = tl.program_id(0) * share
     stop = tl.minimum(start + share, total)
@@ -314,8 +346,14 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
     offs_s = tl.arange(0, _BLOCK_STATISTICS)
     unit = start
     while unit < stop:
+        layer = 0
+        before_layer = 0
+        if HAS_LAYERS:
+            layer = unit // of_layer
+            before_layer = layer * of_layer
+        in_layer = unit - before_layer
         # One reduction and no load that waits for another: what this costs, a launch for a single row costs, too.
-        here = (ends * HEAD_BLOCKS > unit) & ((ends - tiles) * HEAD_BLOCKS <= unit)
+        here = (ends * HEAD_BLOCKS > in_layer) & ((ends - tiles) * HEAD_BLOCKS <= in_layer)
         row, row_tiles, row_end, position, query, batch, prompt_len = tl.reduce(
             (
                 tl.where(here, index, 0),
@@ -329,7 +367,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             0,
             _sums,
         )
-        row_begin = (row_end - row_tiles) * HEAD_BLOCKS
+        row_begin = before_layer + (row_end - row_tiles) * HEAD_BLOCKS
         head_block = (unit - row_begin) // row_tiles
         begin = row_begin + head_block * row_tiles
         end = begin + row_tiles
@@ -346,13 +384,23 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
         if Q_BY_ROW:
             q_token = (row - first_row).to(tl.int64)
         factor = scale
+        q_layer_ptr = q_ptr
+        k_layer_ptr = k_ptr
+        layer_place = 0
+        if HAS_LAYERS:
+            layer_place = tl.load(places_ptr + layer).to(tl.int64)
+            factor = tl.load(factors_ptr + layer * NUM_KV_HEADS + kv_head)
+            q_layer_ptr = q_ptr + layer_place * stride_q_layer
+            # The compiler knows nothing of a loaded address: without this it would load element by element.
+            k_layer_ptr = tl.load(key_pointers_ptr + layer).to(tl.pointer_type(k_ptr.dtype.element_ty))
+            k_layer_ptr = tl.multiple_of(k_layer_ptr, ALIGNMENT)
         if HAS_Q_SCALE:
             factor = factor * tl.load(q_scale_ptr + kv_head * stride_q_scale)
         if HAS_K_SCALE:
             factor = factor * tl.load(k_scale_ptr + kv_head * stride_k_scale)
         if HAS_ALIBI:
-            slopes = tl.load(alibi_slopes_ptr + heads, mask=is_head, other=0.0).to(tl.float32)
-        k_head_ptr = k_ptr + kv_head.to(tl.int64) * stride_k_head
+            slopes = tl.load(alibi_slopes_ptr + layer * NUM_HEADS + heads, mask=is_head, other=0.0).to(tl.float32)
+        k_head_ptr = k_layer_ptr + kv_head.to(tl.int64) * stride_k_head
         table_ptr = block_table_ptr + batch.to(tl.int64) * stride_block_table
 
         if WIDE:
@@ -384,7 +432,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             dot_in_group = (head_block % GROUP_BLOCKS) * BLOCK_H + tl.arange(0, DOT_H)
             dot_heads = kv_head * GROUP + dot_in_group
             q = tl.load(
-                q_ptr + q_token * stride_q_token + dot_heads[None, :] * stride_q_head + offs_d[:, None],
+                q_layer_ptr + q_token * stride_q_token + dot_heads[None, :] * stride_q_head + offs_d[:, None],
                 mask=(dot_in_group < GROUP)[None, :] & (offs_d < HEAD_SIZE)[:, None],
                 other=0.0,
             ).to(DOT_DTYPE)
@@ -531,7 +579,9 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             z = zk
             shrink = tl.full([BLOCK_H], 1.0, tl.float32)  # e^(m - top)
             if HAS_SINKS:
-                learned = tl.load(sinks_ptr + heads, mask=is_head, other=float("-inf")).to(tl.float32)
+                learned = tl.load(sinks_ptr + layer * NUM_HEADS + heads, mask=is_head, other=float("-inf")).to(
+                    tl.float32
+                )
                 top = tl.maximum(m, learned)
                 shrink = tl.exp2(exponent(m, top))
                 z = zk * shrink + tl.exp2(exponent(learned, top))
@@ -561,13 +611,18 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
 
             is_value = is_head[None, :] & (column < _NUM_STATISTICS)
             if HAS_OUT:
-                out = out_ptr + (row * NUM_HEADS + heads) * (_NUM_STATISTICS + 1)
+                out = out_ptr + layer_place * stride_out_layer + (row * NUM_HEADS + heads) * (_NUM_STATISTICS + 1)
                 tl.store(out[None, :] + column, value, mask=is_value)
                 tl.store(out + _NUM_STATISTICS, row_bad, mask=is_head)
             if HAS_RING:
                 ring_slot = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_SLOT)
                 traced = in_group < tl.where(ring_slot >= 0, GROUP, 0)
-                ring = ring_ptr + ring_slot.to(tl.int64) * stride_ring + heads * (_NUM_STATISTICS + 1)
+                ring = (
+                    ring_ptr
+                    + layer_place * stride_ring_layer
+                    + ring_slot.to(tl.int64) * stride_ring
+                    + heads * (_NUM_STATISTICS + 1)
+                )
                 tl.store(ring[None, :] + column, value, mask=is_value & traced[None, :])
                 tl.store(ring + _NUM_STATISTICS, row_bad, mask=traced)
             if HAS_PREVIOUS:
@@ -578,7 +633,7 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                     seen = before >= lowest
                     page = tl.load(table_ptr + before // PAGE, mask=seen, other=0).to(tl.int64)
                     key = k_head_ptr + page * stride_k_block + (before % PAGE) * stride_k_slot
-                    again_q = q_ptr + q_token * stride_q_token + heads * stride_q_head
+                    again_q = q_layer_ptr + q_token * stride_q_token + heads * stride_q_head
                     s = heads_dot(again_q, key, is_head, seen, BLOCK_D if BLOCK_REST > 0 else HEAD_SIZE, COPIED)
                     if BLOCK_REST > 0:
                         again_rest = q_rest_ptr + q_token * stride_q_rest_token + heads * stride_q_rest_head
@@ -592,14 +647,15 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                     p = tl.exp2(exponent(tl.minimum(s, m), m)) * mass
                     p = tl.where(seen, p, tl.where(position > 0, 0.0, float("nan")))
                     p = tl.where(row_bad > 0.0, float("nan"), p)
-                    tl.store(previous_ptr + previous_slot * stride_previous + heads, p, mask=is_head)
+                    of_slot = previous_ptr + layer_place * stride_previous_layer + previous_slot * stride_previous
+                    tl.store(of_slot + heads, p, mask=is_head)
             if HAS_QUERIES or HAS_OUTPUT or HAS_KV:
                 kept_slot = tl.load(rows_ptr + row * _NUM_ROW_COLUMNS + _ROW_SLOT).to(tl.int64)
                 if kept_slot >= 0:
                     token = query.to(tl.int64)
                     if HAS_QUERIES:
                         # Read again: to keep them in registers until here would slow the loop.
-                        again_q = q_ptr + q_token * stride_q_token + heads * stride_q_head
+                        again_q = q_layer_ptr + q_token * stride_q_token + heads * stride_q_head
                         kept = queries_ptr + kept_slot * stride_queries + heads * stride_queries_head
                         if WIDE:
                             copy_heads(again_q, kept, is_head, BLOCK_D, COPIED)
@@ -629,11 +685,18 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
             if ADAPTER_HEADS > 0:
                 place = ((marks >> _ROW_ADAPTER_SHIFT) * ADAPTER_HEADS + heads) * 2 + phase
             ones = tl.full([BLOCK_H], 1, tl.int64)
-            tl.atomic_add(row_counts_ptr + place, ones, mask=in_sample, sem="relaxed")
-            tl.atomic_add(nonfinite_ptr + place, ones, mask=in_sample & (row_bad > 0.0), sem="relaxed")
+            tl.atomic_add(row_counts_ptr + layer_place * stride_rows_layer + place, ones, mask=in_sample, sem="relaxed")
+            tl.atomic_add(
+                nonfinite_ptr + layer_place * stride_rows_layer + place,
+                ones,
+                mask=in_sample & (row_bad > 0.0),
+                sem="relaxed",
+            )
             # + 0.0 turns -0.0 into 0.0, which the integer ordering of float atomics needs.
             tl.atomic_max(
-                window_max_ptr + tl.load(window_slot_ptr).to(tl.int64) * stride_window + cell,
+                window_max_ptr
+                + (tl.load(window_slot_ptr).to(tl.int64) * stride_window + layer_place * stride_window_layer)
+                + cell,
                 m + 0.0,
                 mask=in_sample & (row_bad == 0.0),
                 sem="relaxed",
@@ -645,12 +708,14 @@ def _row_stats_kernel(  # noqa: PLR0912, PLR0915
                 bucket += (value > bound[:, None]).to(tl.int32)
             flat = place[None, :] * _NUM_STATISTICS + column  # into [A, ADAPTER_HEADS, 2, S]
             tl.atomic_add(
-                counts_ptr + flat * _NUM_BUCKETS + bucket,
+                counts_ptr + layer_place * stride_counts_layer + flat * _NUM_BUCKETS + bucket,
                 tl.full([_BLOCK_STATISTICS, BLOCK_H], 1, tl.int64),
                 mask=counted,
                 sem="relaxed",
             )
-            tl.atomic_add(sums_ptr + flat, value.to(tl.float64), mask=counted, sem="relaxed")
+            tl.atomic_add(
+                sums_ptr + layer_place * stride_sums_layer + flat, value.to(tl.float64), mask=counted, sem="relaxed"
+            )
         unit = tl.minimum(end, stop)
 
 
@@ -904,7 +969,7 @@ def row_stats(
         output = outputs = None
     if key is None or value is None or kept_kv is None or key.shape != value.shape:
         key = value = kept_kv = None
-    _check_kept(k_cache, num_heads, output, outputs, key, value, kept_kv)
+    check_kept(k_cache, num_heads, output, outputs, key, value, kept_kv)
     # Everything that Triton specialises the kernel on: known again, its own look-up is skipped (33 instead of 76 us).
     variant = (
         params,
@@ -960,6 +1025,9 @@ def row_stats(
         out,
         workspace.partial,
         workspace.arrivals,
+        None,
+        None,
+        None,
         q.stride(0),
         q.stride(1),
         *_strides(q_rest, 2),
@@ -979,6 +1047,7 @@ def row_stats(
         *_strides(key, 2),
         *_strides(value, 2),
         *_strides(kept_kv, 3),
+        *_NO_LAYERS,
         params.scale,
         params.soft_cap or 0.0,
         params.chunk_size or params.sliding_window or UNLIMITED,
@@ -1025,6 +1094,129 @@ def row_stats(
         return
 
 
+def row_stats_layers(
+    q: torch.Tensor,
+    layers: ProbedLayers,
+    places: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    rows: torch.Tensor,
+    num_rows: torch.Tensor,
+    params: LayerParams,
+    accumulators: LayerAccumulators,
+    workspace: RowStatsWorkspace,
+    *,
+    sink_tokens: int = 4,
+    local_window: int = 128,
+    ring: torch.Tensor | None = None,
+    previous: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    list_start: torch.Tensor | None = None,
+    tiling: Tiling | None = None,
+) -> None:
+    """Measure the listed rows of several layers in one launch, from queries that were kept; as `row_stats` otherwise.
+
+    For few rows, where a launch costs more than what it reads: after the forward pass, while the step's keys are in the
+    cache and its tables in use. Not for wide heads.
+
+    Args:
+        q: [max_rows, A, H, D] queries of the rows of the list in each of A layers, as `row_keep` leaves them.
+        layers: L of them, alike in reach and soft cap, too.
+        places: int32 [L], which of the A each of them is.
+        block_table, query_start_loc, seq_lens, rows, num_rows: as of `row_stats`.
+        params: of one of the layers; its reach and its soft cap are those of all.
+        accumulators: of all A layers: its tensors begin with [A] (`window_max` with [W, A]), but for `window_slot` and
+            `bounds`.
+        workspace: as of `row_stats`.
+        sink_tokens, local_window: likewise.
+        ring: [slots, A, H, S + 1] float32, [H, S + 1] contiguous, or None.
+        previous: [slots, A, H] float32, [H] contiguous, or None.
+        out: [A, max_rows, H, S + 1] float32, contiguous, or None.
+        list_start: as of `row_stats`.
+        tiling: None takes the fastest that fits the GPU.
+
+    Raises:
+        ValueError: for a shape the kernel does not do.
+    """
+    k_cache = layers.like
+    _, num_kv_heads, page, head_size = k_cache.shape
+    max_rows, _, num_heads, _ = q.shape
+    if head_size > MAX_HEAD_SIZE or q.shape[3] != head_size or num_heads != layers.num_heads:
+        raise ValueError(
+            f"q {tuple(q.shape)} must end with the layers' {layers.num_heads} heads of size {head_size}, of at most "
+            f"{MAX_HEAD_SIZE}; measure such layers one by one"
+        )
+    if rows.shape[0] < max_rows or max_rows > workspace.max_rows or num_heads > workspace.num_heads:
+        raise ValueError(
+            f"the row list and the workspace must hold the {max_rows} rows of q, and the workspace its {num_heads} "
+            f"heads, got {rows.shape[0]} and {workspace.max_rows} rows and {workspace.num_heads} heads; enlarge them"
+        )
+    if q.stride(3) != 1 or block_table.stride(1) != 1:
+        raise ValueError("q and block_table must be contiguous in their last dimension; pass such views")
+    of_one = q[:, 0]
+    if tiling is None:
+        tiling = _tilings(of_one, k_cache)[0]
+    variant = (
+        "layers",
+        tiling,
+        q.dtype,
+        k_cache.dtype,
+        q.shape,
+        k_cache.shape[1:],
+        q.stride(),
+        k_cache.stride(),
+        q.data_ptr() % 16,
+        k_cache.data_ptr() % 16,
+        layers.alignment,
+        params.soft_cap,
+        params.chunk_size is None,
+        layers.alibi_slopes is None,
+        layers.sinks is None,
+        ring is None,
+        previous is None,
+        out is None,
+        list_start is None,
+        accumulators.adapter_heads,
+    )
+    a = accumulators
+    arguments = (
+        of_one, None, k_cache, None, None, block_table, query_start_loc, seq_lens, rows, num_rows, list_start, None,
+        None, layers.alibi_slopes, layers.sinks,
+        a.counts, a.sums, a.rows, a.nonfinite, a.window_max, a.window_slot, a.bounds,
+        ring, previous, None, None, None, None, None, None, out, workspace.partial, workspace.arrivals,
+        layers.key_pointers, places, layers.factors,
+        q.stride(0), q.stride(2), 0, 0, *k_cache.stride()[:3], block_table.stride(0), 0, 0,
+        a.window_max.stride(0), 0 if ring is None else ring.stride(0), 0 if previous is None else previous.stride(0),
+        *(0,) * 13,
+        q.stride(1), a.counts.stride(0), a.sums.stride(0), a.rows.stride(0), a.window_max.stride(1),
+        0 if ring is None else ring.stride(1), 0 if previous is None else previous.stride(1),
+        0 if out is None else out.stride(0), len(layers.key_pointers),
+        params.scale, params.soft_cap or 0.0, params.chunk_size or params.sliding_window or UNLIMITED,
+        sink_tokens, local_window, max_rows, *_ALL_TOKENS, 0,
+    )  # fmt: skip
+    grid = (max(workspace.num_programs * tiling.beside // 2, 1), 1, 1)
+    known = workspace.compiled.get(variant)
+    if known is not None:
+        compiled, constants, _ = known
+        compiled[grid](*arguments, *constants)
+        return
+    constants = (
+        num_heads, num_kv_heads, head_size, head_size, page, dot_dtype(q.dtype, k_cache.dtype, not q.is_cuda), False,
+        False, bool(params.soft_cap), layers.alibi_slopes is not None, layers.sinks is not None,
+        params.chunk_size is not None, ring is not None, previous is not None, False, False, False, out is not None,
+        list_start is not None, True, False, triton.next_power_of_2(max_rows),
+        min(triton.next_power_of_2(num_heads // num_kv_heads), tiling.heads), head_parts(head_size)[0], 0,
+        max(triton.next_power_of_2(head_size), 16), tiling.keys, tiling.stages, _COPIED, accumulators.adapter_heads,
+        False, tiling.held, True, layers.alignment,
+    )  # fmt: skip
+    compiled = _row_stats_kernel[grid](
+        *arguments, *constants, num_warps=tiling.warps, maxnreg=tiling.registers, **FUSED
+    )
+    if compiled is not None:  # None from the interpreter
+        workspace.compiled[variant] = (compiled, constants, tiling)
+
+
 def _parts(
     q: torch.Tensor | tuple[torch.Tensor, torch.Tensor], k_cache: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -1046,7 +1238,7 @@ def _strides(tensor: torch.Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if tensor is None else tensor.stride()[:count]
 
 
-def _check_kept(
+def check_kept(
     k_cache: torch.Tensor,
     num_heads: int,
     output: torch.Tensor | None,
@@ -1133,4 +1325,6 @@ def _constants(
         adapter_heads,
         wide and _by_page(k_cache, tiling),
         tiling.held,
+        False,
+        16,
     )

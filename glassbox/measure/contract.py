@@ -24,6 +24,9 @@ from glassbox.kernels.row_stats_native import KeyPages
 from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.deferred import DeferredActions
 
+# Up to here a launch of each layer costs more than what it reads.
+FEW_ROWS: Final = 16
+
 
 @dataclass(frozen=True, eq=False)
 class MeasuredLayers:
@@ -55,6 +58,8 @@ class DeviceNeeds:
         start: is told what graphs cost.
         activation_bytes: of the device's memory, that a forward pass takes at most beside weights and KV cache; 0 if it
             isn't known.
+        few_rows: lists of at most so many rows are measured in one launch for all layers, after the forward pass, and
+            longer ones in a launch of each layer (`kept_rows.py`). 0 is always the latter.
     """
 
     max_rows: int
@@ -65,6 +70,7 @@ class DeviceNeeds:
     is_piecewise: Callable[[], bool]
     start: StartParts = field(default_factory=StartParts)
     activation_bytes: int = 0
+    few_rows: int = FEW_ROWS
 
 
 @dataclass(frozen=True)
@@ -440,12 +446,16 @@ class StridedLayer(LayerView, Protocol):
     Attributes:
         num_heads, head_size, query_dtype: of its queries.
         gave_kv: whether its impl is given this step's K and V, in the model's type and of one head size.
+        address: of its cache as it is now; vLLM may allocate it anew.
     """
 
     num_heads: int
     head_size: int
     query_dtype: torch.dtype
     gave_kv: bool
+
+    @property
+    def address(self) -> int: ...
 
     def keys(self, kv_cache: Tensor | None = None) -> Tensor:
         """K of the cache, [num_blocks, Hkv, block_size, D], in the type of its numbers.

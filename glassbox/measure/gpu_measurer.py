@@ -1,4 +1,5 @@
-"""Measuring on a GPU: one kernel launch per layer, on the stream of the inner attention and after it.
+"""Measuring on a GPU: one kernel launch per layer, on the stream of the inner attention and after it; of few rows only
+what outlasts the forward pass is kept there, and measured in one launch after it (`kept_rows.py`).
 
 Owns the device's row list and control words, and the asynchronous copy for the exporter. The launch is part of vLLM's
 CUDA graphs, which have a second executable without it for steps that are not measured (`graph_nodes.py`); which rows a
@@ -46,6 +47,7 @@ from glassbox.measure.contract import (
 )
 from glassbox.measure.gpu_prompts import GpuPrompts, probed_vectors
 from glassbox.measure.graph_nodes import GraphNodes
+from glassbox.measure.kept_rows import KeptLayer, KeptRows
 from glassbox.measure.row_lists import RowList, observed_only, row_lists
 
 # Numbers and queries of the rows that one step may trace; never fewer than these rows.
@@ -88,7 +90,9 @@ class GpuMeasurer:
         self.max_rows = max_rows
         device = self._device = self._accumulators.counts.device
         num_layers, num_heads = self._accumulators.num_layers, self._accumulators.num_heads
-        self._row_list = torch.zeros(_LISTS * max_rows, NUM_ROW_COLUMNS, dtype=torch.int32, device=device)
+        # Where rows are kept, as many are read from the begin of a list, the last one's too, however many it has.
+        room = self._room = _LISTS * max_rows
+        self._row_list = torch.zeros(room + needs.few_rows, NUM_ROW_COLUMNS, dtype=torch.int32, device=device)
         self._first_rows = self._row_list[:max_rows]
         # Of this step in each layer: how many rows it has, where 0 lets a launch return at once, and where they begin.
         self._lists_at = torch.zeros(2, num_layers, dtype=torch.int32, device=device)
@@ -109,6 +113,10 @@ class GpuMeasurer:
         self._kept_kv = torch.zeros(
             self.num_slots, num_layers, 2, needs.num_kv_heads, head_size, dtype=query_dtype, device=device
         )
+        self._few = KeptRows(self._accumulators, needs, self._workspace)
+        # Layers of which rows can be kept, as warm-up has shown, and those of this step whose rows no graph has kept.
+        self._can_keep: set[int] = set()
+        self._few_layers: set[int] = set()
         self._prompts = GpuPrompts(
             device, self._sink_tokens, self._local_window, errors, activation_bytes=needs.activation_bytes
         )
@@ -143,7 +151,13 @@ class GpuMeasurer:
         """Bytes on the GPU."""
         lists = self._row_list.nbytes + self._lists_at.nbytes
         rings = (self._ring, self._previous, self._queries, self._outputs, self._kept_kv)
-        return self._accumulators.nbytes + self._workspace.nbytes + lists + sum(ring.nbytes for ring in rings)
+        return (
+            self._accumulators.nbytes
+            + self._workspace.nbytes
+            + self._few.nbytes
+            + lists
+            + sum(ring.nbytes for ring in rings)
+        )
 
     def is_warm(self, layer_name: str, kind: str) -> bool:
         """See contract.Measurer."""
@@ -169,7 +183,7 @@ class GpuMeasurer:
         wanted = [] if traced is None else [*traced.wanted, *traced.prompt_rows]
         of_traces = observed_only(wanted, layers.observed)
         of_check = [] if check is None else [LayeredRows(check.local_layers, check.places)]
-        lists = row_lists(rows, layers.sampled, of_traces + of_check, room=len(self._row_list))
+        lists = row_lists(rows, layers.sampled, of_traces + of_check, room=self._room)
         listed = np.concatenate([rows[:0], *(one.rows for one in lists)])
         lists_at, start = np.zeros(self._lists_at.shape, dtype=np.int32), 0
         for one in lists:
@@ -197,6 +211,8 @@ class GpuMeasurer:
                 # A layer that does not come leaves nothing to compare.
                 self._outputs[:num_slots, kept].fill_(torch.nan)
                 self._kept_kv[:num_slots, kept].zero_()
+        self._few_layers.clear()
+        self._graphs.kept.clear()
         self._graphs.measuring = True
 
     def on_build(self, layer_names: Sequence[str], tables: BatchTables) -> None:
@@ -252,6 +268,8 @@ class GpuMeasurer:
         self._graphs.measuring = False
         traced, self._traced = self._traced, None
         check, self._check = self._check, None
+        with self._errors.guard("observe"):
+            self._measure_few((self._few_layers | self._graphs.kept) & self._lists.keys())
         answers = [] if traced is None else self._probe(traced)
         if traced is not None and traced.prompts:
             with self._errors.guard("prompt"):
@@ -472,16 +490,89 @@ class GpuMeasurer:
         self, local: int, layer: StridedLayer, forward: Forward, kv_cache: torch.Tensor, tables: BatchTables
     ) -> None:
         gave_kv = self._gave_kv(layer)
-        self._queue(
+        output = self._output_to_keep(local, forward.output)
+        key, value = (forward.key, forward.value) if gave_kv else (None, None)
+        if self._is_few(local, layer, forward.query, tables):
+            self._keep(local, layer, forward.query, kv_cache, output=output, key=key, value=value)
+            return
+        self._queue(local, layer, forward.query, kv_cache, tables, output=output, key=key, value=value)
+        if self._warming and not torch.cuda.is_current_stream_capturing() and self._few.fits(layer, forward.query):
+            # Compiled beside the launch that every layer can have: where this fails, all rows are measured by that one.
+            self._can_keep.discard(local)
+            with self._errors.guard("observe"):
+                if self._finds_again(layer, tables):
+                    self._keep(local, layer, forward.query, kv_cache, output=output, key=key, value=value)
+                    self._measure_few({local})
+                    self._can_keep.add(local)
+
+    def _is_few(self, local: int, layer: StridedLayer, query: torch.Tensor, tables: BatchTables) -> bool:
+        """Whether a layer's rows are kept, and measured with those of others: of a graph its tokens decide, of which
+        no step can list more."""
+        if local not in self._can_keep or not self._few.fits(layer, query):
+            return False
+        if torch.cuda.is_current_stream_capturing():
+            few = self._graphs.capturing and len(query) <= self._few.most
+        else:
+            few = local in self._lists and len(self._lists[local].rows) <= self._few.most
+        return few and self._finds_again(layer, tables)
+
+    def _finds_again(self, layer: StridedLayer, tables: BatchTables) -> bool:
+        """Whether the step's end knows the memory that says where a layer's keys are."""
+        built = self._built.get(layer.name)
+        return built is not None and (built is tables or _memory(built) == _memory(tables))
+
+    def _keep(
+        self,
+        local: int,
+        layer: StridedLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        *,
+        output: torch.Tensor | None,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+    ) -> None:
+        self._few.keep(
             local,
             layer,
-            forward.query,
-            kv_cache,
-            tables,
-            output=self._output_to_keep(local, forward.output),
-            key=forward.key if gave_kv else None,
-            value=forward.value if gave_kv else None,
+            query,
+            self._first_rows,
+            self._num_rows[local:],
+            like=layer.keys(kv_cache),
+            output=output,
+            key=key,
+            value=value,
+            list_start=self._list_starts[local:],
+            **self._rings(local, layer, output, key),
         )
+        self._graphs.record(torch.cuda.current_stream())
+        if torch.cuda.is_current_stream_capturing():
+            self._graphs.record_kept(local)
+        else:
+            self._few_layers.add(local)
+
+    def _measure_few(self, local_layers: Set[int]) -> None:
+        """Queue what was kept of these layers: a launch for those that are alike and have the same rows."""
+        kept = {
+            local: KeptLayer(local, self._seen[name], self._built[name], self._lists.get(local))
+            for name, local in self._local_layers.items()
+            if local in local_layers
+        }
+        for launch in self._few.launches(list(kept.values()), self._groups):
+            first = launch.local_layers[0]
+            _, one, tables, _ = kept[first]
+            self._few.measure(
+                launch,
+                one,
+                tables,
+                self._first_rows,
+                self._num_rows[first:],
+                list_start=self._list_starts[first:],
+                sink_tokens=self._sink_tokens,
+                local_window=self._local_window,
+                ring=self._ring[:, :, : one.num_heads],
+                previous=self._previous[:, :, : one.num_heads],
+            )
 
     def _launch_latent(
         self, local: int, layer: StridedLayer, forward: LatentForward, kv_cache: torch.Tensor, tables: BatchTables
@@ -530,11 +621,10 @@ class GpuMeasurer:
         value: torch.Tensor | None = None,
         **launch: Any,
     ) -> None:
-        num_heads, head_size = layer.num_heads, layer.head_size
-        keys = layer.keys(kv_cache)
+        num_heads = layer.num_heads
         row_stats(
             queries,
-            keys,
+            layer.keys(kv_cache),
             tables.block_table,
             tables.query_start_loc,
             tables.seq_lens,
@@ -547,16 +637,25 @@ class GpuMeasurer:
             local_window=self._local_window,
             ring=self._ring[:, local, :num_heads],
             previous=self._previous[:, local, :num_heads],
-            queries=self._queries[:, local, :num_heads, :head_size],
             output=output,
-            outputs=None if output is None else self._outputs[:, local, :num_heads, : output.shape[2]],
             key=key,
             value=value,
-            kept_kv=None if key is None else self._kept_kv[:, local, :, : keys.shape[1], :head_size],
+            **self._rings(local, layer, output, key),
             list_start=self._list_starts[local:],
             **launch,
         )
         self._graphs.record(torch.cuda.current_stream())
+
+    def _rings(
+        self, local: int, layer: StridedLayer, output: torch.Tensor | None, key: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """Where a layer's traced rows leave their vectors."""
+        heads, size = layer.num_heads, layer.head_size
+        return {
+            "queries": self._queries[:, local, :heads, :size],
+            "outputs": None if output is None else self._outputs[:, local, :heads, : output.shape[2]],
+            "kept_kv": None if key is None else self._kept_kv[:, local, :, : key.shape[1], :size],
+        }
 
     def _layer_accumulators(self, local: int, num_heads: int) -> LayerAccumulators:
         a = self._accumulators
@@ -572,6 +671,11 @@ class GpuMeasurer:
             bounds=a.bounds,
             adapter_heads=a.num_heads if apart else 0,
         )
+
+
+def _memory(tables: BatchTables) -> tuple[int, ...]:
+    """Where a kernel finds them."""
+    return (*(tensor.data_ptr() for tensor in tables[:3]), tables.block_table.stride(0))
 
 
 def _span(local_layers: Collection[int]) -> slice:

@@ -27,6 +27,7 @@ class GraphNodes:
 
     Attributes:
         measuring: whether the next replays are to measure; set by the step.
+        kept: layers whose rows the replays since `measuring` was set have kept, see `kept_rows.py`.
 
     Args:
         errors: counts graphs that keep their nodes.
@@ -36,6 +37,7 @@ class GraphNodes:
 
     def __init__(self, errors: ErrorCounter, is_piecewise: Callable[[], bool], start: StartParts | None = None) -> None:
         self.measuring = False
+        self.kept: set[int] = set()
         self._errors, self._is_piecewise = errors, is_piecewise
         self._start = StartParts() if start is None else start
         self._capturing: Any = None
@@ -75,9 +77,24 @@ class GraphNodes:
         if status == self._runtime.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive:
             self._capturing.nodes.extend(dependencies[:count])
 
+    @property
+    def capturing(self) -> bool:
+        """Whether a watched graph is being captured."""
+        return self._capturing is not None
+
+    def record_kept(self, local: int) -> None:
+        """Note that the graph that is being captured keeps the rows of a layer."""
+        if self._capturing is not None:
+            self._capturing.kept.add(local)
+
     def begin_capture(self, graph: Any) -> None:
         """`graph` is being captured."""
         self._capturing = graph
+
+    def drop_capture(self, graph: Any) -> None:
+        """The capture of `graph` has failed."""
+        if self._capturing is graph:
+            self._capturing = None
 
     def end_capture(self, graph: Any) -> None:
         """`graph` is complete: make both executables."""
@@ -96,6 +113,8 @@ class GraphNodes:
             self._call("cudaGraphLaunch", graph.measured, torch.cuda.current_stream().cuda_stream)
         except Exception as error:
             graph.measured = None
+            # torch's executable, which runs instead, has no statistics nodes.
+            graph.kept.clear()
             self._errors.count("graph_nodes", error)
             return False
         return True
@@ -147,6 +166,7 @@ def _split_graph(base: Any, owner: GraphNodes, is_piecewise: Callable[[], bool])
             super().__init__(keep_graph or watched)
             self.watched = watched
             self.nodes: list[Any] = []
+            self.kept: set[int] = set()
             self.measured: Any = None
             self._destroy: Callable[[], Any] | None = None
 
@@ -156,7 +176,11 @@ def _split_graph(base: Any, owner: GraphNodes, is_piecewise: Callable[[], bool])
                 owner.begin_capture(self)
 
         def capture_end(self) -> None:
-            super().capture_end()
+            try:
+                super().capture_end()
+            except BaseException:
+                owner.drop_capture(self)
+                raise
             if self.watched:
                 owner.end_capture(self)
 
@@ -169,11 +193,14 @@ def _split_graph(base: Any, owner: GraphNodes, is_piecewise: Callable[[], bool])
             # torch's replay also moves on random generators; attention, and so a graph of a forward pass, has none.
             if not (owner.measuring and self.measured is not None and owner.launch_measured(self)):
                 super().replay()
+            if owner.measuring:
+                owner.kept |= self.kept
 
         def reset(self) -> None:
             if self._destroy is not None:
                 self._destroy()
             self.measured = self._destroy = None
+            self.kept.clear()
             super().reset()
 
     return SplitGraph

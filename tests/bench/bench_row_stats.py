@@ -449,7 +449,7 @@ def write_csv(path: Path, rows: list[Row], commit: str) -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit,
-        "command": " ".join(["python", "tests/bench/bench_row_stats.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"tests/bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
     columns = list(dict.fromkeys(column for row in rows for column in row)) + list(where)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ class Captured:
         if with_node:
             self.runs.add_(1)
             nodes.record(torch.cuda.current_stream())
+            nodes.record_kept(3)
         self.x.mul_(2)
         self.x.add_(3)
 
@@ -85,6 +86,7 @@ def test_measured_replays_run_the_nodes_and_others_do_not(nodes: Any, errors: Er
     captured = Captured(nodes)
     replay(captured, nodes)
     assert captured.runs.item() == 3
+    assert nodes.kept == {3}
     assert captured.x.tolist() == [expected_x(len(REPLAYS))] * 8
     assert errors.counts() == {}
 
@@ -129,6 +131,7 @@ def test_a_failure_is_counted_and_the_computation_goes_on(
     assert errors.counts() == {"graph_nodes": 1}
     # Without its own executable the graph has the node in every replay; with it, only that executable has.
     assert captured.runs.item() == (0 if failing == "cudaGraphLaunch" else len(REPLAYS))
+    assert nodes.kept == (set() if failing == "cudaGraphLaunch" else {3})
 
 
 def test_a_graph_without_statistics_is_left_alone(nodes: Any, errors: ErrorCounter) -> None:

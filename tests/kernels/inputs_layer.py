@@ -28,6 +28,10 @@ class InputsLayer:
     def query_dtype(self) -> torch.dtype:
         return self.inputs.q.dtype
 
+    @property
+    def address(self) -> int:
+        return self.inputs.k_cache.data_ptr()
+
     def keys(self, kv_cache: Tensor | None = None) -> Tensor:
         return self.inputs.k_cache
 

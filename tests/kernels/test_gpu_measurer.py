@@ -5,7 +5,10 @@ There queued work is done when the call returns, so streams and events order not
 
 import logging
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +24,7 @@ from glassbox.core.rows import ROW_DECODE, ROW_PHASE, ROW_SLOT, ROW_UNCOUNTED
 from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.kernels.layer_params import LayerParams
 from glassbox.kernels.reference.row_stats import row_stats_ref
-from glassbox.measure import gpu_measurer
+from glassbox.measure import gpu_measurer, kept_rows
 from glassbox.measure.accumulate import Accumulators
 from glassbox.measure.contract import (
     AskedPrompt,
@@ -72,6 +75,10 @@ class Layer:
     def params(self) -> LayerParams:
         return self.inputs.params
 
+    @property
+    def address(self) -> int:
+        return self.inputs.k_cache.data_ptr()
+
     def keys(self, kv_cache: Tensor | None = None) -> Tensor:
         return self.inputs.k_cache
 
@@ -79,10 +86,25 @@ class Layer:
         raise NotImplementedError
 
 
-class Step:
-    """A measurer, its layers, and what is launched and copied to the host."""
+def scaled(inputs: Inputs, factor: float) -> Inputs:
+    """The same batch in another layer: its keys at the same places are these, times a power of two."""
+    k = inputs.k_cache
+    cache = torch.empty_strided(k.shape, k.stride(), dtype=k.dtype, device=DEVICE).copy_(k * factor)
+    return replace(inputs, k_cache=cache, keys=[keys * factor for keys in inputs.keys])
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, case: Case = CASE) -> None:
+
+class Step:
+    """A measurer, its layers, and what is launched and copied to the host.
+
+    Args:
+        few_rows: as of DeviceNeeds; if there are any, the measurer has been warmed up.
+
+    Attributes:
+        launched: rows of each launch for one layer; of one into a graph -1.
+        at_once: layers of each launch for several.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, case: Case = CASE, few_rows: int = 0) -> None:
         self.case = case
         # Threads that were told which GPU is theirs.
         self.bound: list[str] = []
@@ -90,13 +112,23 @@ class Step:
             queue_nothing(monkeypatch)
             monkeypatch.setattr(torch.cuda, "set_device", self.set_device)
         self.launched: list[int] = []
+        self.at_once: list[int] = []
+        self.into_graph: list[Callable[[], None]] | None = None
         self.copied: list[tuple[int, ...]] = []
         self.monkeypatch = monkeypatch
         launch, to_host = gpu_measurer.row_stats, gpu_measurer._to_host
+        launch_layers, keep = kept_rows.row_stats_layers, kept_rows.row_keep
 
         def row_stats(*args: Any, **more: Any) -> None:
-            self.launched.append(int(args[6][0]))
-            launch(*args, **more)
+            self.launched.append(int(args[6][0]) if self.into_graph is None else -1)
+            self.queue(partial(launch, *args, **more))
+
+        def row_keep(*args: Any, **more: Any) -> None:
+            self.queue(partial(keep, *args, **more))
+
+        def row_stats_layers(*args: Any, **more: Any) -> None:
+            self.at_once.append(len(args[2]))
+            launch_layers(*args, **more)
 
         def copied(source: Tensor) -> Tensor:
             self.copied.append(tuple(source.shape))
@@ -104,18 +136,66 @@ class Step:
 
         monkeypatch.setattr(gpu_measurer, "row_stats", row_stats)
         monkeypatch.setattr(gpu_measurer, "_to_host", copied)
+        monkeypatch.setattr(kept_rows, "row_keep", row_keep)
+        monkeypatch.setattr(kept_rows, "row_stats_layers", row_stats_layers)
         self.errors = ErrorCounter(logging.getLogger("test"))
-        self.layers = [
-            Layer(f"layer{n}", make_inputs(case, DEVICE, seed=n), case.heads, case.head_size) for n in LAYERS
-        ]
+        inputs = make_inputs(case, DEVICE)
+        self.layers = [Layer(f"layer{n}", scaled(inputs, (-0.5) ** n), case.heads, case.head_size) for n in LAYERS]
         self.deferred = DeferredActions(self.errors)
-        needs = DeviceNeeds(case.max_rows, case.head_size, case.kv_heads, case.dtype, self.deferred, lambda: False)
+        needs = DeviceNeeds(
+            case.max_rows, case.head_size, case.kv_heads, case.dtype, self.deferred, lambda: False, few_rows=few_rows
+        )
         self.accumulators = Accumulators(NUM_LAYERS, case.heads, DEVICE)
         measured = MeasuredLayers(self.accumulators, {one.name: n for n, one in enumerate(self.layers)}, 4, 16)
         self.measurer = GpuMeasurer(measured, needs, self.errors)
         self.measurer._graphs.unwatch()
-        self.measurer._warming = False  # there are no graphs, and so no warm-up
+        if few_rows:
+            self.attend()
+        self.measurer._warming = False
         self.host = make_host(layers=tuple(LAYERS), num_heads=case.heads)
+
+    def queue(self, launch: Callable[[], None]) -> None:
+        """Without a GPU also for the replays of what is captured."""
+        launch()
+        if self.into_graph is not None:
+            self.into_graph.append(launch)
+
+    def capture(self) -> tuple[Any, Callable[[], None]]:
+        """A graph of all layers, and what replays it."""
+        self.launched.clear()
+        self.into_graph, graphs = [], self.measurer._graphs
+        if ON_GPU:
+            graphs.watch()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.attend()
+            graphs.unwatch()
+            self.into_graph = None
+            return graph, graph.replay
+        graph = SimpleNamespace(nodes=[], kept=set())
+        graphs.begin_capture(graph)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            monkeypatch.setattr(graphs, "record", lambda _: None)
+            self.attend()
+        graphs.drop_capture(graph)
+        queued, self.into_graph = self.into_graph, None
+
+        def replay() -> None:
+            for launch in queued:
+                launch()
+            if graphs.measuring:
+                graphs.kept |= graph.kept
+
+        return graph, replay
+
+    def attend(self) -> None:
+        """All layers run."""
+        for layer in self.layers:
+            i = layer.inputs
+            tables = BatchTables(i.block_table, i.query_start_loc, i.seq_lens, self)
+            self.measurer.on_build([layer.name], tables)
+            self.measurer.after_attention(layer, self.forward(i.q), i.k_cache, tables)
 
     def set_device(self, device: torch.device) -> None:
         assert device == self.accumulators.counts.device
@@ -127,7 +207,14 @@ class Step:
             local_layers=layers, head_columns=tuple(range(self.case.heads)),
         )  # fmt: skip
 
-    def run(self, sampled: set[int], traces: dict[int, ActiveTrace], *, counted: bool = True) -> None:
+    def run(
+        self,
+        sampled: set[int],
+        traces: dict[int, ActiveTrace],
+        *,
+        counted: bool = True,
+        attend: Callable[[], None] | None = None,
+    ) -> None:
         """A step whose rows are the first of each request, as row list of the sample or of its traces alone."""
         places = range(len(self.case.sequences)) if counted else sorted(traces)
         rows = self.layers[0].inputs.rows.cpu().numpy()[list(places)].copy()
@@ -139,18 +226,20 @@ class Step:
             for n, (request, trace) in enumerate(sorted(traces.items()))
         ]
         traced = TracedStep(members, rows, indices, NUM_LAYERS, self.case.heads) if members else None
-        self.measure(rows, sampled, traced)
+        self.measure(rows, sampled, traced, attend)
 
-    def measure(self, rows: np.ndarray, sampled: set[int], traced: TracedStep | None) -> None:
-        """A step with these rows."""
+    def measure(
+        self,
+        rows: np.ndarray,
+        sampled: set[int],
+        traced: TracedStep | None,
+        attend: Callable[[], None] | None = None,
+    ) -> None:
+        """A step with these rows, whose layers run in Python unless it is said how."""
         self.measurer.begin(rows, StepLayers(frozenset(sampled), frozenset(LAYERS)), traced, None)
-        self.launched.clear()
-        self.copied.clear()
-        for layer in self.layers:
-            i = layer.inputs
-            tables = BatchTables(i.block_table, i.query_start_loc, i.seq_lens, self)
-            self.measurer.on_build([layer.name], tables)
-            self.measurer.after_attention(layer, self.forward(i.q), i.k_cache, tables)
+        for noted in (self.launched, self.at_once, self.copied):
+            noted.clear()
+        (attend or self.attend)()
         self.measurer.finish()
         self.deferred.finish()
         assert not any(count for stage, count in self.errors.counts().items() if stage != "graph_nodes")
@@ -296,3 +385,121 @@ def test_latent_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = step.accumulators.sums[1, :, 1].cpu()
     expected = sum(step.expected(1, request)[:, :NUM_STATISTICS] for request in range(3))
     np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-4)
+
+
+def assert_sums(step: Step, layer: int, steps: int = 1) -> None:
+    """A layer has its three rows of so many steps alike."""
+    expected = steps * sum(step.expected(layer, request)[:, :NUM_STATISTICS] for request in range(3))
+    np.testing.assert_allclose(step.accumulators.sums[layer, :, 1].cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+class TestFewRows:
+    """They are kept while the layers run, and measured after all of them."""
+
+    def test_a_launch_for_all_layers_with_the_same_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Traced ones keep their vectors, and nothing of a step is left for the next one."""
+        step = Step(monkeypatch, few_rows=16)
+        one = step.trace(0, 2)
+        step.run({2, 3}, {1: one})
+        assert [] == step.launched
+        assert [1, 1, 1] == step.at_once, "layers 0, 2 and 3 have other rows than each other"
+        assert [0, 0, 3, 3] == step.rows()
+        assert_has(step, one, 1, (0, 2))
+        assert_sums(step, 3)
+        step.run({2, 3}, {})
+        assert [2] == step.at_once
+        assert [0, 0, 6, 6] == step.rows()
+        assert_sums(step, 2, steps=2)
+
+    def test_lists_with_more_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each list for itself: a layer whose list has no room is measured while it runs."""
+        step = Step(monkeypatch, few_rows=2)
+        one = step.trace(0)
+        step.run({2, 3}, {1: one})
+        assert ([3, 3], [1]) == (step.launched, step.at_once)
+        assert [0, 0, 3, 3] == step.rows()
+        assert_has(step, one, 1, (0,))
+        assert_sums(step, 3)
+
+    def test_layers_that_look_elsewhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A layer that was given other tables than the step's end has, or whose scales may change, runs as ever."""
+        step = Step(monkeypatch, few_rows=16)
+        own = step.layers[1].inputs
+        own.block_table = own.block_table.clone()
+        changing = step.layers[2].inputs
+        changing.params = replace(changing.params, k_scale=torch.ones(1, device=DEVICE))
+
+        def attend() -> None:
+            for layer in step.layers:
+                i = layer.inputs
+                built = BatchTables(step.layers[0].inputs.block_table, i.query_start_loc, i.seq_lens, step)
+                given = built._replace(block_table=i.block_table)
+                step.measurer.on_build([layer.name], built)
+                step.measurer.after_attention(layer, step.forward(i.q), i.k_cache, given)
+
+        step.run({0, 1, 2, 3}, {}, attend=attend)
+        assert ([3, 3], [2]) == (step.launched, step.at_once)
+        for layer in LAYERS:
+            assert_sums(step, layer)
+
+    def test_a_cache_that_was_made_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is read where it lies now."""
+        step = Step(monkeypatch, few_rows=16)
+        step.run({0, 3}, {})
+        before = step.layers[3].inputs.k_cache
+        step.layers[3].inputs = scaled(step.layers[3].inputs, 1.0)
+        before.fill_(torch.nan)
+        step.run({0, 3}, {})
+        assert [2] == step.at_once
+        assert_sums(step, 3, steps=2)
+
+    @pytest.mark.parametrize("few_rows", [16, 2], ids=["few tokens", "more tokens than few rows"])
+    def test_graphs(self, monkeypatch: pytest.MonkeyPatch, few_rows: int) -> None:
+        """What a graph has captured is right in every replay, in whatever layers rows are wanted; other replays, and
+        those before and after, measure nothing."""
+        step = Step(monkeypatch, few_rows=few_rows)
+        graph, replay = step.capture()
+        assert (set(LAYERS) if few_rows == 16 else set()) == graph.kept
+        assert ([] if few_rows == 16 else [-1] * NUM_LAYERS) == step.launched
+        replay()
+        assert [0] * NUM_LAYERS == step.rows()
+        one = step.trace(0, 1)
+        step.run({1, 3}, {2: one}, attend=replay)
+        assert ([1, 1, 1] if few_rows == 16 else []) == step.at_once
+        assert [0, 3, 0, 3] == step.rows()
+        assert_has(step, one, 2, (0, 1))
+        assert_sums(step, 3)
+        step.layers[0].inputs.q.neg_()  # of all layers
+        two = step.trace(2)
+        replay()
+        step.run({0}, {1: two}, attend=replay)
+        assert [3, 3, 0, 3] == step.rows()
+        assert_has(step, two, 1, (2,))
+        assert_sums(step, 0)
+        step.run({3}, {})
+        assert [3, 3, 0, 6] == step.rows()
+
+    def test_a_kernel_that_fails_in_warm_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of few rows: they are measured as many are, and the layer is not refused."""
+        step = Step(monkeypatch)
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("ptxas is out of order")
+
+        monkeypatch.setattr(kept_rows, "row_stats_layers", fail)
+        needs = DeviceNeeds(8, CASE.head_size, CASE.kv_heads, CASE.dtype, step.deferred, lambda: False)
+        measured = MeasuredLayers(step.accumulators, {one.name: n for n, one in enumerate(step.layers)}, 4, 16)
+        step.measurer = GpuMeasurer(measured, needs, step.errors)
+        step.measurer._graphs.unwatch()
+        step.attend()
+        assert NUM_LAYERS == step.errors.counts()["observe"]
+        assert not step.measurer._uncompiled
+        step.measurer._warming = False
+        step.measurer.begin(
+            step.layers[0].inputs.rows.cpu().numpy()[:1], StepLayers(frozenset({1}), frozenset(LAYERS)), None, None
+        )
+        step.launched.clear()
+        step.attend()
+        step.measurer.finish()
+        assert [1] == step.launched
+        assert [0, 1, 0, 0] == step.rows()

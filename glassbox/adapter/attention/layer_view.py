@@ -131,6 +131,11 @@ class StridedView(View):
             and key.dtype == value.dtype == output.dtype
         )
 
+    @property
+    def address(self) -> int:
+        """See contract.StridedLayer."""
+        return self._cache(None).data_ptr()
+
     def keys(self, kv_cache: Tensor | None = None) -> Tensor:
         """See contract.StridedLayer."""
         cache = self._cache(kv_cache)

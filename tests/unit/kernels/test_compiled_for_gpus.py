@@ -17,9 +17,10 @@ from glassbox.core.errors import ErrorCounter
 from glassbox.core.statistics import NUM_STATISTICS
 from glassbox.kernels.cached_layers import CachedLayers, ProbedLayers
 from glassbox.kernels.probe_answers import Questions
+from glassbox.kernels.row_keep import Compiled, row_keep
 from glassbox.kernels.row_output import row_output
 from glassbox.kernels.row_probe import row_probe
-from glassbox.kernels.row_stats import RowStatsWorkspace, row_stats
+from glassbox.kernels.row_stats import LayerAccumulators, RowStatsWorkspace, row_stats, row_stats_layers
 from glassbox.measure.contract import AskedPrompt, Forward, LatentForward
 from glassbox.measure.gpu_prompts import GpuPrompts
 from tests.kernels.inputs_layer import InputsLayer
@@ -71,6 +72,44 @@ class Rows:
             i.q, i.k_cache, i.block_table, i.query_start_loc, i.seq_lens, i.rows, i.num_rows, i.params,
             self.accumulators, self.workspace, **(self.kept | more),
         )  # fmt: skip
+
+
+class KeptLaunches:
+    """Few rows of two layers, kept and measured at once, as `KeptRows` launches them.
+
+    Args:
+        case: of the layers.
+        few: so many rows have room.
+    """
+
+    def __init__(self, case: Case, few: int = 16) -> None:
+        self.rows, self.few = Rows(case, layers=3), few
+        self.compiled: Compiled = {}
+        self.workspace = self.rows.workspace
+        self.queries = torch.zeros(few, 3, case.heads, case.head_size, dtype=case.dtype)
+
+    def keep(self, local: int = 1, **more: Any) -> None:
+        i, kept = self.rows.inputs, {name: one for name, one in self.rows.kept.items() if name not in NOT_KEPT}
+        row_keep(
+            i.q, i.rows, i.num_rows, self.queries[:, local], like=i.k_cache, compiled=self.compiled, **(kept | more)
+        )  # fmt: skip
+
+    def measure(self, *places: int) -> None:
+        """In these layers."""
+        i, a, case = self.rows.inputs, self.rows.accumulators, self.rows.case
+        of_all = (torch.stack([one] * 3) for one in (a.counts, a.sums, a.rows, a.nonfinite))
+        row_stats_layers(
+            self.queries,
+            ProbedLayers.of([i.k_cache] * len(places), [i.params] * len(places), case.heads),
+            torch.tensor(places, dtype=torch.int32),
+            i.block_table, i.query_start_loc, i.seq_lens, i.rows, i.num_rows, i.params,
+            LayerAccumulators(*of_all, torch.stack([a.window_max] * 3, 1), a.window_slot, a.bounds), self.workspace,
+            ring=torch.zeros(12, 3, case.heads, NUM_STATISTICS + 1), previous=torch.zeros(12, 3, case.heads),
+            list_start=self.rows.starts,
+        )  # fmt: skip
+
+
+NOT_KEPT: Final = ("ring", "previous")
 
 
 def queries_of(case: Case, inputs: Inputs) -> Tensor:
@@ -159,6 +198,8 @@ LARGE: Final = replace(
     BASE, name="large heads, all terms", head_size=256, dtype=torch.float16, soft_cap=8.0, alibi=True, sinks=True,
     sliding_window=33,
 )  # fmt: skip
+SMALL: Final = replace(BASE, name="14 heads of 64", heads=14, head_size=64)
+LARGE_PLAIN: Final = replace(LARGE, name="large heads, those terms that are kept", sinks=False)
 
 
 class TestPrograms:
@@ -173,6 +214,18 @@ class TestPrograms:
         gpu = absent_gpu(monkeypatch, capability)
         Rows(case).launch()
         assert_fits(gpu, "_row_stats_kernel")
+
+    @pytest.mark.parametrize(
+        ("capability", "case", "few"),
+        [(80, BASE, 16), (90, BASE, 16), (90, BASE, 256), (90, SMALL, 16), (90, LARGE_PLAIN, 16)],
+        ids=lambda one: one.name if isinstance(one, Case) else str(one),
+    )
+    def test_kept_rows(self, monkeypatch: pytest.MonkeyPatch, capability: int, case: Case, few: int) -> None:
+        gpu = absent_gpu(monkeypatch, capability)
+        kept = KeptLaunches(replace(case, max_rows=few), few)
+        kept.keep()
+        kept.measure(0, 2)
+        assert_fits(gpu, "_row_keep_kernel", "_row_stats_kernel")
 
     @pytest.mark.parametrize("case", [BASE, LATENT], ids=lambda case: case.name)
     def test_row_probe(self, hopper: AbsentGpu, case: Case) -> None:
@@ -224,6 +277,24 @@ class TestSteps:
         i.block_table = torch.zeros(2, 17, dtype=torch.int32)[:, 1:]
         i.params = replace(i.params, sliding_window=16)
         other.launch(sink_tokens=1, local_window=16, tokens=(1, 16))
+        assert known == len(hopper.compiled)
+
+    def test_kept_rows(self, hopper: AbsentGpu) -> None:
+        """Other layers, and more of them; another step's queries at other places, and as many as a graph has."""
+        kept = KeptLaunches(BASE)
+        kept.keep()
+        kept.measure(1)
+        known = len(hopper.compiled)
+        kept.rows.inputs.q = torch.zeros(50, 3 * BASE.heads, BASE.head_size, dtype=BASE.dtype)[
+            3:, BASE.heads : 2 * BASE.heads
+        ]
+        kept.queries = kept.queries.clone()
+        kept.keep(local=2, list_start=kept.rows.starts[1:])
+        kept.measure(2, 0, 1)
+        kept.workspace = RowStatsWorkspace("cpu", BASE.max_rows, BASE.heads)  # knows nothing of it
+        kept.compiled = {}
+        kept.keep(local=0)
+        kept.measure(0, 1)
         assert known == len(hopper.compiled)
 
     def test_latent_rows(self, hopper: AbsentGpu) -> None:

@@ -204,7 +204,9 @@ def test_no_attention_in_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fail is triton.knobs.runtime.jit_post_compile_hook
     assert frozenset(LAYERS) == worker.canary.allowed
     assert worker.gpu.asked == [one.kernel for one in worker.gpu.compiled]
-    for kernel in ("_row_stats_kernel", "_row_output_kernel", "_row_probe_kernel"):
+    # The statistics of a layer by itself, and of few rows in all layers.
+    assert 2 == worker.gpu.asked.count("_row_stats_kernel")
+    for kernel in ("_row_keep_kernel", "_row_output_kernel", "_row_probe_kernel"):
         assert 1 == worker.gpu.asked.count(kernel)
     assert {"_prompt_rows_kernel", "_received_kernel", "_span_mass_kernel"} <= set(worker.gpu.asked)
     assert [] == asked_in_a_step(worker, worker.plain)
