@@ -8,6 +8,7 @@ The memory is written and read in stream order: the launch after the forward pas
 queues. It has room for as many rows as are few, and longer lists never come here.
 """
 
+import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
@@ -24,6 +25,8 @@ from glassbox.measure.row_lists import RowList
 
 # With `sampling.layers_per_step` and traces of some layers, steps ask for many subsets.
 _MAX_PLANS: Final = 256
+# Of the queries that are kept: 64 rows of a model with 32 layers of 32 heads of 128 elements.
+_KEPT_BYTES: Final = 16 << 20
 
 
 class KeptLayer(NamedTuple):
@@ -58,6 +61,9 @@ class KeptLaunch:
 class KeptRows:
     """Queries of a step's few rows.
 
+    Attributes:
+        most: rows that can be kept of a list.
+
     Args:
         accumulators: of the layers, on the GPU.
         needs: of the device.
@@ -66,10 +72,11 @@ class KeptRows:
 
     def __init__(self, accumulators: Accumulators, needs: DeviceNeeds, workspace: RowStatsWorkspace) -> None:
         self._accumulators, self._workspace = accumulators, workspace
-        self.most = min(needs.few_rows, workspace.max_rows)
         size = needs.head_size if needs.head_size <= MAX_HEAD_SIZE else 0
-        shape = (self.most, accumulators.num_layers, accumulators.num_heads, size)
-        self._queries = torch.zeros(shape, dtype=needs.query_dtype, device=accumulators.counts.device)
+        row = (accumulators.num_layers, accumulators.num_heads, size)
+        row_bytes = math.prod(row) * needs.query_dtype.itemsize
+        self.most = min(needs.few_rows, workspace.max_rows, _KEPT_BYTES // max(row_bytes, 1))
+        self._queries = torch.zeros(self.most, *row, dtype=needs.query_dtype, device=accumulators.counts.device)
         self._plans: dict[tuple[object, ...], list[KeptLaunch]] = {}
         self._compiled: Compiled = {}
 

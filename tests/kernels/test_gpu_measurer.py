@@ -421,6 +421,21 @@ class TestFewRows:
         assert_has(step, one, 1, (0,))
         assert_sums(step, 3)
 
+    def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However large a model is: fewer rows are few then, and where not one has room, none."""
+        row_bytes = NUM_LAYERS * CASE.heads * CASE.head_size * CASE.dtype.itemsize
+        monkeypatch.setattr(kept_rows, "_KEPT_BYTES", 2 * row_bytes)
+        step = Step(monkeypatch, few_rows=16)
+        assert 2 * row_bytes == step.measurer._few.nbytes
+        step.run({2, 3}, {1: step.trace(0)})
+        assert ([3, 3], [1]) == (step.launched, step.at_once)
+        monkeypatch.setattr(kept_rows, "_KEPT_BYTES", row_bytes - 1)
+        step = Step(monkeypatch, few_rows=16)
+        assert step.measurer._few.nbytes == 0
+        step.run({2}, {1: step.trace(0)})
+        assert ([1, 3], []) == (step.launched, step.at_once)
+        assert [0, 0, 3, 0] == step.rows()
+
     def test_layers_that_look_elsewhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A layer that was given other tables than the step's end has, or whose scales may change, runs as ever."""
         step = Step(monkeypatch, few_rows=16)
